@@ -1,0 +1,44 @@
+"""The VJP of a grouped matmul, from the two kernels that every backend has.
+
+Legend: M rows, K contraction, N columns, G groups.
+"""
+
+from functools import partial
+
+import jax
+
+
+def differentiable(product, weight_product):
+    """A differentiable grouped matmul out of two that are not.
+
+    Args:
+      product: (lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs, out_dtype) -> [M, N],
+        zero past the last group.
+      weight_product: (lhs_MK, rhs_MN, group_sizes_G, out_dtype) -> [G, K, N], for
+        each group the sum over its rows of outer products.
+
+    Returns:
+      A function with the signature of `product`, safe to call outside of jit.
+    """
+
+    @partial(jax.jit, static_argnums=(3, 4))
+    @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+    def grouped_matmul(lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs, out_dtype):
+        return product(lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs, out_dtype)
+
+    def forward(lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs, out_dtype):
+        out_MN = product(lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs, out_dtype)
+        return out_MN, (lhs_MK, rhs_GKN, group_sizes_G)
+
+    def backward(transpose_rhs, out_dtype, saved, dout_MN):
+        lhs_MK, rhs_GKN, group_sizes_G = saved
+        dout_MN = dout_MN.astype(lhs_MK.dtype)
+        dlhs_MK = product(
+            dout_MN, rhs_GKN, group_sizes_G, not transpose_rhs, lhs_MK.dtype
+        )
+        pair = (dout_MN, lhs_MK) if transpose_rhs else (lhs_MK, dout_MN)
+        drhs_GKN = weight_product(*pair, group_sizes_G, rhs_GKN.dtype)
+        return dlhs_MK, drhs_GKN, None
+
+    grouped_matmul.__wrapped__.defvjp(forward, backward)
+    return grouped_matmul

@@ -1,0 +1,1 @@
+"""Expert SwiGLU through a routing plan. The public function is in `api`."""

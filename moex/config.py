@@ -1,0 +1,213 @@
+"""The base of every moex config, and everything that is done to a config as a whole.
+
+A config is a plain dataclass whose *type* is the choice: `TopK(k=2)` is a top-k
+router. It is unfrozen, because ml_collections applies `--config.a.b=value` by
+assignment, and it copies nested configs when it is built, so that one `moe` used in
+two places is two configs. Checks that need only the config live in `validate`, which
+runs after overrides (an override does not run `__post_init__` again).
+
+Not here: reading flags (`cli.py`), the run-level keys (`run.py`).
+"""
+
+import copy
+import dataclasses
+import difflib
+import importlib
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import ml_collections
+
+TYPE_KEY = "__config__"
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a config or on the command line: one line, no traceback."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Config:
+    """Base of all configs: nested configs are copied, `validate` is called by `check`."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Config) or (
+                isinstance(value, (tuple, list))
+                and any(isinstance(v, Config) for v in value)
+            ):
+                setattr(self, field.name, copy.deepcopy(value))
+
+    def validate(self, path: str) -> None:
+        """Raise `ConfigError` if fields are out of range; `path` names this config."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the closest of `allowed`, or an empty string."""
+    match = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def require(ok: bool, path: str, value: Any, allowed: str) -> None:
+    """Raise a `ConfigError` that names the field, its value and what is allowed."""
+    if not ok:
+        raise ConfigError(f"{path} = {value!r}: must be {allowed}.")
+
+
+def require_choice(path: str, value: Any, allowed: Iterable[str]) -> None:
+    """As `require`, for a string that must be one of `allowed`."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        names = ", ".join(map(repr, allowed))
+        raise ConfigError(
+            f"{path} = {value!r}: must be one of {names}.{nearest(value, allowed)}"
+        )
+
+
+def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield `(path, node)` for `value` and everything nested in it, parents first."""
+    yield path, value
+    for name, child in children(value):
+        sep = name if name.startswith("[") else f".{name}"
+        yield from walk(child, path + sep)
+
+
+def children(value: Any) -> list[tuple[str, Any]]:
+    """The named children of a config, a `ConfigDict`, a dict, a tuple or a list."""
+    if isinstance(value, Config):
+        return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+    if isinstance(value, (ml_collections.ConfigDict, dict)):
+        return [(str(k), value[k]) for k in value]
+    if isinstance(value, (tuple, list)):
+        return [(f"[{i}]", v) for i, v in enumerate(value)]
+    return []
+
+
+def check(config: Any, path: str = "config") -> None:
+    """Check types and ranges of a whole config tree.
+
+    Raises:
+      ConfigError: with the path of the field, its value and what is allowed.
+    """
+    nodes = list(walk(config, path))
+    for node_path, node in nodes:
+        if isinstance(node, Config):
+            check_types(node, node_path)
+    for node_path, node in nodes:
+        if isinstance(node, Config):
+            node.validate(node_path)
+
+
+def check_types(config: Config, path: str) -> None:
+    """Check each field of one config against its annotation."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not _fits(value, field.type):
+            raise ConfigError(
+                f"{path}.{field.name} = {value!r}: must be "
+                f"{type_name(field.type)}, not {type(value).__name__}."
+            )
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return True
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, a) for a in args)
+    if annotation is None or annotation is type(None):
+        return value is None
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            return False
+        if len(args) == 2 and args[1] is Ellipsis:
+            return all(_fits(v, args[0]) for v in value)
+        return len(args) == len(value) and all(map(_fits, value, args))
+    if origin is dict:
+        return isinstance(value, (dict, ml_collections.ConfigDict))
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def type_name(annotation: Any) -> str:
+    """An annotation as a person would say it: `int`, `int or None`, `tuple of str`."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(type_name(a) for a in args)
+    if origin is tuple:
+        inner = [type_name(a) for a in args if a is not Ellipsis]
+        return "tuple of " + (inner[0] if len(set(inner)) == 1 else ", ".join(inner))
+    if annotation in (None, type(None)):
+        return "None"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def to_dict(value: Any) -> Any:
+    """A config tree as JSON-ready data; every config carries its class as a tag."""
+    if isinstance(value, Config):
+        tag = f"{type(value).__module__}.{type(value).__qualname__}"
+        return {TYPE_KEY: tag} | {k: to_dict(v) for k, v in children(value)}
+    if isinstance(value, (ml_collections.ConfigDict, dict)):
+        return {k: to_dict(v) for k, v in children(value)}
+    if isinstance(value, (tuple, list)):
+        return [to_dict(v) for v in value]
+    return value
+
+
+def from_dict(data: Any) -> Any:
+    """The inverse of `to_dict`; tuples come back as tuples, mappings as `ConfigDict`.
+
+    Only subclasses of `Config` inside the `moex` package are built, so a config file
+    from elsewhere cannot run code.
+
+    Raises:
+      ConfigError: for an unknown class, an unknown field or a missing field.
+    """
+    if isinstance(data, list):
+        return tuple(from_dict(v) for v in data)
+    if not isinstance(data, dict):
+        return data
+    values = {k: from_dict(v) for k, v in data.items() if k != TYPE_KEY}
+    if TYPE_KEY not in data:
+        return ml_collections.ConfigDict(values, convert_dict=False)
+    cls = _config_class(data[TYPE_KEY])
+    names = [f.name for f in dataclasses.fields(cls)]
+    for name in values:
+        if name not in names:
+            raise ConfigError(
+                f"{cls.__name__} has no field {name!r}.{nearest(name, names)}"
+            )
+    try:
+        return cls(**values)
+    except TypeError as e:
+        raise ConfigError(f"{cls.__name__}: {e}") from None
+
+
+def _config_class(tag: Any) -> type[Config]:
+    module, _, name = str(tag).rpartition(".")
+    if module.split(".")[0] == "moex":
+        try:
+            cls = getattr(importlib.import_module(module), name, None)
+        except ImportError:
+            cls = None
+        if isinstance(cls, type) and issubclass(cls, Config):
+            return cls
+    raise ConfigError(f"{tag!r} is not a config class of moex.")
+
+
+def describe(value: Any, name: str = "config", indent: int = 0) -> str:
+    """A config as indented text, one field a line, for people and for `--dry-run`."""
+    pad = "  " * indent
+    kids = children(value)
+    if not kids:
+        return f"{pad}{name} = {value!r}"
+    if isinstance(value, (tuple, list)) and not any(children(v) for v in value):
+        return f"{pad}{name} = {value!r}"
+    kind = type(value).__name__ if isinstance(value, Config) else ""
+    head = f"{pad}{name}: {kind}".rstrip()
+    return "\n".join([head] + [describe(v, k, indent + 1) for k, v in kids])

@@ -1,0 +1,138 @@
+"""The cache of prepared data: named by content, written atomically.
+
+A prepared source is a directory `<name>-<key>` with `train/`, `eval/` and
+`manifest.json`. The key covers the content of all files, the source's settings and the
+tokenizer, so nothing stale is ever read. A directory appears complete or not at all.
+
+Not here: what the files in a split mean (`stream.py`).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moex.config import TYPE_KEY, to_dict
+from moex.data.files import locked
+from moex.data.packing import pack_rows
+from moex.data.stream import SPLITS, write_source
+
+STALE_S = 24 * 3600
+FORMAT = 1  # raise when the meaning of cached files changes
+
+
+class Made(NamedTuple):
+    """A prepared source: its directory in the cache and its manifest."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+
+def cache_root(directory: str | None) -> Path:
+    """The cache directory: as given, or $MOEX_CACHE, or ~/.cache/moex."""
+    return Path(
+        directory or os.environ.get("MOEX_CACHE") or Path.home() / ".cache" / "moex"
+    ).expanduser()
+
+
+def digest(value: Any) -> str:
+    """sha256 of plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def scan(source, where: str) -> dict[str, Any]:
+    """Names, sizes and hashes of the files of a source, and one hash of it all."""
+    files = []
+    found = source.files(where)
+    for file in found:
+        source.check_file(file, where)
+    for file in found:
+        with open(file.path, "rb") as f:
+            sha = hashlib.file_digest(f, "sha256").hexdigest()
+            files.append([file.name, f.tell(), sha])
+    settings = to_dict(source)
+    for name in ("weight", "name", "paths"):
+        settings.pop(name, None)
+    return {
+        "kind": settings.pop(TYPE_KEY),
+        "settings": settings,
+        "sha256": digest([settings, files]),
+        "bytes": sum(size for _, size, _ in files),
+        "files": files,
+    }
+
+
+def prepared(
+    source, scan, tokenizer, seq_len: int, root: Path, where: str, log
+) -> Made:
+    """The prepared form of a source: from the cache, or made now."""
+    key = [FORMAT, scan["kind"], scan["sha256"], tokenizer.fingerprint]
+    if source.content() == "pairs":
+        key.append(seq_len)  # rows are packed on disk; windows are cut when read
+    name = "".join(c if c.isalnum() else "_" for c in source.label())[:40]
+    final = root / f"{name}-{digest(key)[:32]}"
+    with locked(root / f"{final.name}.lock"):
+        manifest = _read(final)
+        if manifest is None:
+            shutil.rmtree(final, ignore_errors=True)
+            with _temporary(root, final) as out:
+                manifest = _make(source, scan, tokenizer, seq_len, out, where, log)
+    return Made(final, manifest)
+
+
+def _read(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a complete directory, else None."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    sizes = {f: (directory / f).stat().st_size for f in _content(directory)}
+    return manifest if sizes == manifest["cache_files"] else None
+
+
+def _content(directory: Path) -> list[str]:
+    """Relative names of all files of the splits."""
+    files = [p for s in SPLITS for p in sorted((directory / s).glob("*"))]
+    return [p.relative_to(directory).as_posix() for p in files]
+
+
+def _make(source, scan, tokenizer, seq_len, out, where, log) -> dict[str, Any]:
+    """Write both splits and the manifest into `out`."""
+    began = time.perf_counter()
+    log(f"data: encoding {source.label()} ({scan['bytes'] / 1e6:.1f} MB)")
+    made = write_source(source, tokenizer, out, where)
+    if source.content() == "pairs":
+        for split in SPLITS:
+            pack_rows(out / split, seq_len, source.truncate, where)
+    manifest = scan | made
+    manifest["tokenizer"] = tokenizer.fingerprint
+    manifest["seconds"] = round(time.perf_counter() - began, 2)
+    manifest["cache_files"] = {f: (out / f).stat().st_size for f in _content(out)}
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    tokens = sum(c["tokens"] for c in made["splits"].values())
+    log(f"data: {source.label()}: {tokens:,} tokens in {manifest['seconds']} s")
+    return manifest
+
+
+@contextlib.contextmanager
+def _temporary(root: Path, final: Path) -> Iterator[Path]:
+    """A new directory that becomes `final` if the body succeeds."""
+    for old in root.glob("tmp-*"):  # left by processes that were killed
+        if time.time() - old.stat().st_mtime > STALE_S:
+            shutil.rmtree(old, ignore_errors=True)
+    out = Path(tempfile.mkdtemp(prefix="tmp-", dir=root))
+    try:
+        yield out
+        try:
+            os.replace(out, final)
+        except OSError:  # made by another process, where locks do not work
+            if _read(final) is None:
+                raise
+    finally:
+        shutil.rmtree(out, ignore_errors=True)

@@ -1,0 +1,172 @@
+"""Fixed-length sequences, read from token streams.
+
+Sequences are built from the memory-mapped stream when they are asked for: `Windows`
+cuts it into overlapping or adjoining pieces, `Rows` packs whole examples. Both are
+indexable, so the order of the data is a function of one integer.
+
+Not here: the streams (`stream.py`), the order of training (`pipeline.py`).
+
+Shapes: L length of a sequence.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from moex.config import ConfigError
+from moex.data.stream import Stream
+
+OPEN_ROWS = 256  # rows that first-fit packing looks back over
+
+
+def blank_example(length: int, domain: int, example_id: int) -> dict[str, np.ndarray]:
+    """A sequence of padding only: segment 0 and loss_mask 0 everywhere."""
+    names = ("tokens", "targets", "segment", "position", "num_bytes")
+    example = {name: np.zeros(length, np.int32) for name in names}
+    example["loss_mask"] = np.zeros(length, np.float32)
+    example["domain"] = np.int32(domain)
+    example["example_id"] = np.int32(example_id)
+    return example
+
+
+class Windows:
+    """A stream cut into sequences of `seq_len`, each target scored exactly once.
+
+    Sequence i starts `i * (seq_len - overlap)` tokens into the stream; of its targets
+    only those that no earlier one scored have loss_mask 1, so with an overlap they see
+    at least that much context. Documents longer than a sequence continue in the next
+    one as a new segment: attention does not look back past a sequence's start.
+
+    Args:
+      stream: the tokens.
+      seq_len: L, number of inputs of a sequence.
+      overlap: inputs that a sequence repeats from the one before, in [0, seq_len).
+      domain: index of the source, copied into every example.
+      partial: keep a padded last sequence; else it is dropped.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        seq_len: int,
+        *,
+        overlap: int = 0,
+        domain: int = 0,
+        partial: bool = False,
+    ):
+        self.stream, self.seq_len, self.overlap = stream, seq_len, overlap
+        self.domain = domain
+        self._stride = seq_len - overlap
+        self._arange = np.arange(seq_len, dtype=np.int32)
+        scored = max(len(stream.tokens) - 1, 0)
+        extra = scored - seq_len
+        full = 0 if extra < 0 else 1 + extra // self._stride
+        covered = 0 if full == 0 else seq_len + (full - 1) * self._stride
+        self._len = full + int(partial and covered < scored)
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __repr__(self) -> str:
+        return f"Windows({self.stream.directory.parent.name}, {self.seq_len})"
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """One sequence: int32[L] arrays, float32[L] loss_mask and two int32 scalars."""
+        if not 0 <= index < self._len:
+            raise IndexError(index)
+        stream, example = self.stream, blank_example(self.seq_len, self.domain, index)
+        start = int(index) * self._stride
+        stop = min(start + self.seq_len, len(stream.tokens) - 1)
+        n = stop - start
+        example["tokens"][:n] = stream.tokens[start:stop]
+        example["targets"][:n] = stream.tokens[start + 1 : stop + 1]
+        example["num_bytes"][:n] = stream.num_bytes(start + 1, stop + 1)
+        first, last = np.searchsorted(stream.starts, (start + 1, stop))
+        inner = stream.starts[first:last] - start
+        example["segment"][inner] = 1
+        example["segment"][:n] = 1 + np.cumsum(example["segment"][:n])
+        begin = np.zeros(n, np.int32)
+        begin[inner] = inner
+        example["position"][:n] = self._arange[:n] - np.maximum.accumulate(begin)
+        example["loss_mask"][self.overlap if index else 0 : n] = 1
+        return example
+
+
+class Rows:
+    """Whole examples packed into sequences of `seq_len`; none is ever cut in two.
+
+    An example is `[doc, prompt, response]` with targets `[prompt, response, doc]`;
+    loss_mask is 1 where the target belongs to the response or ends it.
+
+    Args:
+      stream: the tokens, with `prompts`.
+      seq_len: L, number of inputs of a sequence.
+      domain: index of the source, copied into every example.
+    """
+
+    def __init__(self, stream: Stream, seq_len: int, *, domain: int = 0):
+        self.stream, self.seq_len, self.domain = stream, seq_len, domain
+        directory = stream.directory
+        self._order = np.load(directory / "order.npy")
+        self._bounds = np.load(directory / "rows.npy")
+        self._ends = np.r_[stream.starts[1:], len(stream.tokens) - 1]
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __repr__(self) -> str:
+        return f"Rows({self.stream.directory.parent.name}, {self.seq_len})"
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """One sequence, as `Windows` gives them; segment counts its examples."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        stream, row = self.stream, blank_example(self.seq_len, self.domain, index)
+        at = 0
+        members = self._order[self._bounds[index] : self._bounds[index + 1]]
+        for segment, example in enumerate(members, start=1):
+            start = int(stream.starts[example])
+            stop = min(int(self._ends[example]), start + self.seq_len)
+            to = at + stop - start
+            row["tokens"][at:to] = stream.tokens[start:stop]
+            row["targets"][at:to] = stream.tokens[start + 1 : stop + 1]
+            row["num_bytes"][at:to] = stream.num_bytes(start + 1, stop + 1)
+            row["segment"][at:to] = segment
+            row["position"][at:to] = np.arange(to - at)
+            learned = 0 if stream.prompts is None else int(stream.prompts[example])
+            row["loss_mask"][at + learned : to] = 1
+            at = to
+        return row
+
+
+def pack_rows(directory: Path, seq_len: int, truncate: bool, where: str) -> None:
+    """Assign the examples of a stream to rows, first fit, and write the assignment.
+
+    Raises:
+      ConfigError: for examples longer than `seq_len`, unless they may be truncated.
+    """
+    meta = json.loads((directory / "meta.json").read_text())
+    starts = np.load(directory / "starts.npy")
+    lengths = np.diff(np.r_[starts, meta["tokens"] - 1]) if len(starts) else starts
+    long = lengths > seq_len
+    if long.any() and not truncate:
+        raise ConfigError(
+            f"{where}: {int(long.sum())} of {len(lengths)} examples do not fit into "
+            f"seq_len={seq_len} (the longest has {int(lengths.max())} tokens). Raise "
+            "seq_len, or cut them off with truncate=True."
+        )
+    rows: list[list[int]] = []
+    room = np.zeros(0, np.int64)
+    for i, length in enumerate(np.minimum(lengths, seq_len)):
+        fits = np.flatnonzero(room[-OPEN_ROWS:] >= length)
+        if len(fits):
+            row = max(len(room) - OPEN_ROWS, 0) + int(fits[0])
+            rows[row].append(i)
+            room[row] -= length
+        else:
+            rows.append([i])
+            room = np.append(room, seq_len - length)
+    order = np.array([i for row in rows for i in row], np.int64)
+    bounds = np.cumsum([0] + [len(row) for row in rows])
+    np.save(directory / "order.npy", order)
+    np.save(directory / "rows.npy", bounds)

@@ -1,0 +1,282 @@
+"""From configs to batches: prepare once (cached), then read in a fixed global order.
+
+`prepare` encodes and packs every source into a cache on disk. `train_iterator` is a
+deterministic function of one global index, so a run continues exactly, with any number
+of processes. `eval_batches` covers every held-out sequence once.
+
+Not here: reading files (`sources.py`), the cache (`cache.py`).
+
+Shapes: B batch (of this process) · L length.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from moex.config import Config, ConfigError, check, require
+from moex.data import cache
+from moex.data.files import unit_hash
+from moex.data.packing import Rows, Windows, blank_example
+from moex.data.sources import PythonStdlib, Source
+from moex.data.stream import SPLITS, Stream
+from moex.data.tokenizer import Bpe, Tokenizer
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Data(Config):
+    """What a run reads: a mixture of sources, and how text becomes tokens."""
+
+    sources: tuple[Config, ...] = (PythonStdlib(),)
+    tokenizer: Config = dataclasses.field(default_factory=Bpe)
+    cache_dir: str | None = None  # None: $MOEX_CACHE, else ~/.cache/moex
+    threads: int = 1  # threads that build batches ahead; 0 builds them when asked
+    prefetch: int = 2  # batches built ahead, >= 1
+
+    def validate(self, path: str) -> None:
+        """Check the counts and the names of the sources."""
+        require(len(self.sources) > 0, f"{path}.sources", self.sources, "not empty")
+        for i, source in enumerate(self.sources):
+            here = f"{path}.sources[{i}]"
+            require(isinstance(source, Source), here, source, "a source of moex.data")
+        ok = hasattr(self.tokenizer, "make")
+        require(ok, f"{path}.tokenizer", self.tokenizer, "a tokenizer of moex.data")
+        require(self.threads >= 0, f"{path}.threads", self.threads, ">= 0")
+        require(self.prefetch >= 1, f"{path}.prefetch", self.prefetch, ">= 1")
+        names = [source.label() for source in self.sources]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise ConfigError(
+                    f"{path}.sources[{i}].name = {name!r}: also the name of sources"
+                    f"[{names.index(name)}]; give one of them another name."
+                )
+
+
+@dataclasses.dataclass(slots=True)
+class Prepared:
+    """Data ready to be read: one packed dataset per source and split.
+
+    Attributes:
+      config: the `Data` config it was made from.
+      seq_len: L, inputs per sequence.
+      tokenizer: the runtime tokenizer.
+      train: per source, an indexable dataset of full sequences.
+      eval: per source, an indexable dataset that scores each held-out target once.
+      domains: names of the sources; `domain` in a batch indexes them.
+      manifest: per source name, what was read and how much; plain data.
+    """
+
+    config: Data
+    seq_len: int
+    tokenizer: Tokenizer
+    train: list[Windows | Rows]
+    eval: list[Windows | Rows]
+    domains: tuple[str, ...]
+    manifest: dict[str, Any]
+
+
+def prepare(
+    config: Data,
+    seq_len: int,
+    *,
+    overlap: int = 0,
+    log=print,
+    where: str = "data",
+) -> Prepared:
+    """Read, encode and pack all sources, or find them in the cache.
+
+    Args:
+      config: sources and tokenizer.
+      seq_len: L, number of inputs of a sequence, >= 1.
+      overlap: tokens that a held-out sequence repeats from the one before as context,
+        in [0, seq_len).
+      log: called with one line per step of the work.
+      where: the path of `config`, for error messages.
+
+    Raises:
+      ConfigError: for files that cannot be used, and for a source with less training
+        data than one sequence.
+    """
+    check(config, where)
+    require(seq_len >= 1, "seq_len", seq_len, ">= 1")
+    require(0 <= overlap < seq_len, "overlap", overlap, f"in [0, seq_len={seq_len})")
+    root = cache.cache_root(config.cache_dir)
+    named = [(f"{where}.sources[{i}]", s) for i, s in enumerate(config.sources)]
+    scans = [cache.scan(source, here) for here, source in named]
+    digest = cache.digest([s["sha256"] for s in scans])
+    total = sum(s["bytes"] for s in scans)
+    corpus = (lambda limit: _sample(named, total, limit), digest)
+    tokenizer = config.tokenizer.make(f"{where}.tokenizer", corpus, root, log)
+    domains = tuple(s.label() for s in config.sources)
+    prepared = Prepared(config, seq_len, tokenizer, [], [], domains, {})
+    for i, ((here, source), scan) in enumerate(zip(named, scans, strict=True)):
+        made = cache.prepared(source, scan, tokenizer, seq_len, root, here, log)
+        prepared.manifest[source.label()] = made.manifest
+        streams = [Stream(made.directory / s, tokenizer.token_bytes) for s in SPLITS]
+        if source.content() == "pairs":
+            train, held_out = (Rows(s, seq_len, domain=i) for s in streams)
+        else:
+            train = Windows(streams[0], seq_len, domain=i)
+            held_out = Windows(
+                streams[1], seq_len, overlap=overlap, domain=i, partial=True
+            )
+        _check_sizes(train, held_out, source, here, log)
+        prepared.train.append(train)
+        prepared.eval.append(held_out)
+    return prepared
+
+
+def _check_sizes(train, held_out, source: Source, where: str, log) -> None:
+    counts = train.stream.counts
+    if len(train) == 0:
+        raise ConfigError(
+            f"{where} ({source.label()!r}): seq_len={train.seq_len} is longer than the "
+            f"training data ({counts['tokens']} tokens in {counts['documents']} "
+            "documents). Use a smaller seq_len, less holdout or more data."
+        )
+    if len(held_out) == 0 and source.holdout > 0:
+        log(
+            f"data: warning: none of the {counts['documents']} documents of "
+            f"{source.label()!r} is held out for evaluation; raise holdout or give "
+            "more, smaller documents"
+        )
+
+
+def _sample(named, total: int, limit: int) -> list[str]:
+    """Training texts of about `limit` bytes in all, chosen by the hash of their key.
+
+    Of a large document the beginning is taken. The share is raised where files hold
+    less text than their size says.
+    """
+    share = min(1.0, limit / total)
+    while True:
+        texts = list(_draw(named, share, limit))
+        if share == 1 or sum(map(len, texts)) >= limit // 2:
+            return texts
+        share = min(1.0, 4 * share)
+
+
+def _draw(named, share: float, limit: int) -> Iterator[str]:
+    taken = 0
+    for where, source in named:
+        if source.content() == "tokens":
+            continue
+        for key, value in source.documents("train", where):
+            for text in value if isinstance(value, tuple) else (value or "",):
+                if len(text) > limit // 8:
+                    text = text[: int(share * len(text))]
+                elif unit_hash(key, "moex.sample") >= share:
+                    continue
+                if taken < 2 * limit and text:
+                    taken += len(text)
+                    yield text
+
+
+def train_iterator(
+    prepared: Prepared,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Endless training batches, from the global sequence index `start` on.
+
+    Sequence g of the whole job depends on `seed` and g alone. Global batch b is the
+    sequences `start + b * batch_size ...`; each process gets its contiguous rows. Each
+    source is reshuffled every epoch; sources are mixed by their weights.
+
+    Args:
+      prepared: from `prepare`.
+      batch_size: sequences per batch over all processes.
+      seed: of the order, >= 0.
+      start: sequences that the whole job consumed before.
+      process_index: of this process, in [0, process_count).
+      process_count: must divide batch_size.
+
+    Returns:
+      Iterator of dicts: [B, L] arrays, and [B] for domain and example_id. An error in
+      the reading thread is raised by `next`.
+    """
+    rows = _local_rows(batch_size, process_index, process_count)
+    require(start >= 0, "start", start, ">= 0")
+    parts = [
+        grain.MapDataset.source(data).seed(seed + i).shuffle().repeat()
+        for i, data in enumerate(prepared.train)
+    ]
+    weights = [source.weight for source in prepared.config.sources]
+    mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+    local = mixed[start:].batch(rows, batch_fn=stack)[process_index::process_count]
+    options = grain.ReadOptions(
+        num_threads=prepared.config.threads,
+        prefetch_buffer_size=prepared.config.prefetch,
+    )
+    return iter(local.to_iter_dataset(options))
+
+
+def stack(examples: list[dict[str, np.ndarray]]) -> Batch:
+    """Examples as one batch."""
+    return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
+
+
+def _local_rows(batch_size: int, process_index: int, process_count: int) -> int:
+    require(batch_size >= 1, "batch_size", batch_size, ">= 1")
+    allowed = f"in [0, process_count={process_count})"
+    ok = 0 <= process_index < process_count
+    require(ok, "process_index", process_index, allowed)
+    allowed = f"a multiple of the number of processes ({process_count})"
+    require(batch_size % process_count == 0, "batch_size", batch_size, allowed)
+    return batch_size // process_count
+
+
+def eval_batches(
+    prepared: Prepared,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Batches of every held-out sequence exactly once, in a fixed order.
+
+    The last batch is filled up with rows of segment 0, loss_mask 0 and example_id -1.
+    All processes get the same number of batches; each gets its contiguous rows.
+
+    Args:
+      prepared: from `prepare`.
+      batch_size: sequences per batch over all processes.
+      limit: at most so many sequences, spread evenly over all sources; None: all.
+      process_index: of this process, in [0, process_count).
+      process_count: must divide batch_size.
+    """
+    rows = _local_rows(batch_size, process_index, process_count)
+    chosen = [
+        (data, int(i))
+        for data, take in zip(prepared.eval, _quotas(prepared.eval, limit), strict=True)
+        for i in np.arange(take) * len(data) // max(take, 1)
+    ]
+    for first in range(0, len(chosen), batch_size):
+        at = first + process_index * rows
+        examples = [data[i] for data, i in chosen[at : min(at + rows, len(chosen))]]
+        blank = blank_example(prepared.seq_len, 0, -1)
+        yield stack(examples + [blank] * (rows - len(examples)))
+
+
+def _quotas(datasets: list, limit: int | None) -> list[int]:
+    """How many sequences of each dataset to take: in proportion, but at least one."""
+    sizes = np.array([len(d) for d in datasets])
+    total = int(sizes.sum())
+    if limit is None or limit >= total:
+        return sizes.tolist()
+    require(limit >= 1, "limit", limit, ">= 1 or None")
+    ends = np.cumsum(sizes) * limit // total
+    take = np.diff(ends, prepend=0)
+    for i in np.flatnonzero((take == 0) & (sizes > 0)):
+        if take.max() > 1:
+            take[take.argmax()] -= 1
+            take[i] = 1
+    return take.tolist()

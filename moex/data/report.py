@@ -1,0 +1,113 @@
+"""What a person asks about prepared data: how much there is, what it looks like, and
+how well general-purpose compressors do on its held-out text.
+
+Not here: making the data (`pipeline.py`).
+"""
+
+import bz2
+import gzip
+import lzma
+
+import numpy as np
+from moex.config import ConfigError
+from moex.data.pipeline import Prepared
+
+COMPRESSORS = {
+    "gzip": lambda data: gzip.compress(data, 9),
+    "bz2": lambda data: bz2.compress(data, 9),
+    "lzma": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+}
+
+
+def compressor_bits_per_byte(
+    prepared: Prepared, *, max_bytes: int = 32_000_000, where: str = "data"
+) -> dict[str, float]:
+    """Bits per byte that `gzip`, `bz2` and `lzma` reach on the held-out documents.
+
+    The documents of all text sources are concatenated in reading order and compressed
+    as one, at each program's best level: the number to beat with a model's bits per
+    byte on the same documents. Token ids and prompts have no text and are left out.
+
+    Args:
+      prepared: from `prepare`.
+      max_bytes: use only the first so many bytes of a larger held-out part.
+      where: the path of the data config, for error messages.
+
+    Raises:
+      ConfigError: if no text is held out.
+    """
+    parts, size = [], 0
+    for i, source in enumerate(prepared.config.sources):
+        if source.content() != "text":
+            continue
+        for document in source.documents("eval", f"{where}.sources[{i}]"):
+            if document.value is not None and size < max_bytes:
+                parts.append(document.value.encode())
+                size += len(parts[-1])
+    data = b"".join(parts)[:max_bytes]
+    if not data:
+        raise ConfigError(f"{where}.sources: no text is held out; raise holdout.")
+    return {
+        name: 8 * len(compress(data)) / len(data)
+        for name, compress in COMPRESSORS.items()
+    }
+
+
+def inspect(prepared: Prepared, *, example: int = 0, tokens: int = 64) -> str:
+    """Text for `moex data inspect`: a table of all sources and one example.
+
+    Args:
+      prepared: from `prepare`.
+      example: index of the training sequence of each source to show.
+      tokens: how many of its tokens to show.
+    """
+    head = ("source", "split", "documents", "bytes", "tokens", "sequences", "B/token")
+    rows = [head]
+    for name, train, held_out in zip(
+        prepared.domains, prepared.train, prepared.eval, strict=True
+    ):
+        for split, data in (("train", train), ("eval", held_out)):
+            c = data.stream.counts
+            counts = (c["documents"], c["bytes"], c["tokens"], len(data))
+            rate = f"{c['bytes'] / max(c['tokens'], 1):.3f}"
+            rows.append((name, split, *(f"{n:,}" for n in counts), rate))
+    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
+    lines = ["  ".join(_cells(row, widths)) for row in rows]
+    lines += ["", f"tokenizer: {prepared.tokenizer.vocab_size} tokens, "]
+    lines[-1] += f"fingerprint {prepared.tokenizer.fingerprint[:12]}"
+    for name, data in zip(prepared.domains, prepared.train, strict=True):
+        lines += ["", *_example(prepared, name, data, example % len(data), tokens)]
+    return "\n".join(lines)
+
+
+def _cells(row: tuple[str, ...], widths: list[int]) -> list[str]:
+    """Names to the left, numbers to the right."""
+    pad = [str.ljust, str.ljust] + [str.rjust] * (len(row) - 2)
+    return [f(cell, width) for f, cell, width in zip(pad, row, widths, strict=True)]
+
+
+def _example(prepared: Prepared, name: str, data, index: int, tokens: int) -> list[str]:
+    """One sequence as a table, a token a line."""
+    shown = data[index]
+    learned = int(shown["loss_mask"].sum())
+    padding = int(np.sum(shown["segment"] == 0))
+    lines = [
+        f"{name}, training sequence {index}: {shown['segment'].max()} segments, "
+        f"{learned} targets learned, {padding} positions of padding",
+        "segment  position  learn  bytes  token -> target",
+    ]
+    for i in range(min(tokens, prepared.seq_len)):
+        token, target = (_spell(prepared.tokenizer, shown[k][i]) for k in _SHOWN)
+        lines.append(
+            f"{shown['segment'][i]:7}  {shown['position'][i]:8}  "
+            f"{shown['loss_mask'][i]:5.0f}  {shown['num_bytes'][i]:5}  "
+            f"{token} -> {target}"
+        )
+    return lines
+
+
+_SHOWN = ("tokens", "targets")
+
+
+def _spell(tokenizer, token: np.integer) -> str:
+    return "<doc>" if token == tokenizer.doc_id else repr(tokenizer.decode([token]))

@@ -1,0 +1,325 @@
+"""Where documents come from: one small config per kind of file.
+
+A source is a config that lists its files, checks them, and yields `Document`s in a
+fixed order. Whether a document is held out for evaluation depends on a hash of its own
+key only, so adding a document never moves another one between the splits.
+
+Not here: tokenizing (`tokenizer.py`), packing into sequences (`packing.py`).
+"""
+
+import dataclasses
+import glob
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from moex.config import Config, ConfigError, nearest, require, require_choice
+from moex.data.files import File, content_key, decode_utf8, find_files, unit_hash
+
+TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
+
+
+class Document(NamedTuple):
+    """One document: a stable key, and its text, token ids or (prompt, response).
+
+    A value of None is a document that could not be read and is only counted.
+    """
+
+    key: str
+    value: str | np.ndarray | tuple[str, str] | None
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Source(Config):
+    """What every source has: its share of the mixture, its name, its held-out part."""
+
+    weight: float = 1.0  # share in the training mixture, > 0
+    name: str = ""  # name of the domain; "" takes the class or the file's stem
+    holdout: float = 0.05  # fraction of documents kept for evaluation, in [0, 1)
+
+    def validate(self, path: str) -> None:
+        """Check the fields that all sources share."""
+        require(self.weight > 0, f"{path}.weight", self.weight, "> 0")
+        require(0 <= self.holdout < 1, f"{path}.holdout", self.holdout, "in [0, 1)")
+
+    def label(self) -> str:
+        """The name of the domain."""
+        paths = getattr(self, "paths", ())
+        if self.name:
+            return self.name
+        if len(paths) == 1 and not glob.has_magic(paths[0]):
+            return Path(paths[0]).stem
+        return type(self).__name__.lower()
+
+    def content(self) -> str:
+        """What documents hold: `text`, `tokens` or `pairs`."""
+        return getattr(self, "kind", "text")
+
+    def files(self, where: str) -> list[File]:
+        """All input files in a fixed order; `where` names this source in errors.
+
+        Raises:
+          ConfigError: for a path that matches no file, and for an empty file.
+        """
+        return find_files(self.paths, f"{where}.paths")
+
+    def check_file(self, file: File, where: str) -> None:
+        """Raise `ConfigError` for what can be seen without reading all of a file."""
+
+    def read(self, where: str) -> Iterator[Document]:
+        """Yield every document of both splits, in a fixed order."""
+        raise NotImplementedError
+
+    def split(self, key: str) -> str:
+        """The split that the document `key` belongs to: `train` or `eval`."""
+        return "eval" if unit_hash(key, "moex.holdout") < self.holdout else "train"
+
+    def documents(self, split: str, where: str = "source") -> Iterator[Document]:
+        """Yield the documents of one split, in a fixed order."""
+        return (d for d in self.read(where) if self.split(d.key) == split)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class PythonStdlib(Source):
+    """The standard library's own source text: data that every machine has.
+
+    Tests and third-party packages are left out. A document is a file; files that are
+    not UTF-8 are skipped and counted.
+    """
+
+    def label(self) -> str:
+        """The name of the domain."""
+        return self.name or "python_stdlib"
+
+    def files(self, where: str) -> list[File]:
+        """All `.py` files of the standard library, sorted by relative path."""
+        root = Path(sysconfig.get_paths()["stdlib"])
+        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+        skip |= {"__pycache__", "lib-dynload"}
+        found = []
+        for base, dirs, names in os.walk(root):
+            dirs[:] = [d for d in dirs if d not in skip]
+            paths = [Path(base, n) for n in names if n.endswith(".py")]
+            found += [File(p.relative_to(root).as_posix(), p) for p in paths]
+        if not found:
+            raise ConfigError(
+                f"{where}: this Python has no library source text in {root}; use "
+                "Text(paths=(...,)) with files of your own."
+            )
+        return sorted(found)
+
+    def read(self, where: str) -> Iterator[Document]:
+        """Yield one document per file."""
+        for file in self.files(where):
+            try:
+                yield Document(file.name, file.path.read_bytes().decode())
+            except UnicodeDecodeError:
+                yield Document(file.name, None)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Text(Source):
+    """UTF-8 text files: one document a file, or several with a `delimiter`."""
+
+    paths: tuple[str, ...]  # files, directories (recursive) or globs
+    delimiter: str = ""  # text between two documents of a file; "": one a file
+
+    def read(self, where: str) -> Iterator[Document]:
+        """Yield one document per file, or per delimited part."""
+        for file in self.files(where):
+            text = decode_utf8(file.path.read_bytes(), file.path, f"{where}.paths")
+            if not self.delimiter:
+                yield Document(file.name, text)
+                continue
+            for part in text.split(self.delimiter):
+                if part:
+                    yield Document(content_key(part.encode()), part)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Parquet(Source):
+    """A column of Parquet files: one document a row. Needs the package pyarrow."""
+
+    paths: tuple[str, ...]  # files, directories (recursive) or globs
+    column: str = "text"  # the column that holds the documents
+    kind: str = "text"  # "text", or "tokens" for lists of token ids
+
+    def validate(self, path: str) -> None:
+        """Check the fields."""
+        Source.validate(self, path)
+        require_choice(f"{path}.kind", self.kind, ("text", "tokens"))
+
+    def check_file(self, file: File, where: str) -> None:
+        """Check that the file is Parquet and has the column, of the right type."""
+        import pyarrow.types as types
+
+        schema = _open_parquet(file, where).schema_arrow
+        if self.column not in schema.names:
+            raise ConfigError(
+                f"{where}.column = {self.column!r}: {file.path} has the columns "
+                f"{', '.join(schema.names)}.{nearest(self.column, schema.names)}"
+            )
+        found = schema.field(self.column).type
+        ok = types.is_string(found) or types.is_large_string(found)
+        if self.kind == "tokens":
+            ok = types.is_list(found) or types.is_large_list(found)
+            ok = ok and types.is_integer(found.value_type)
+        if not ok:
+            raise ConfigError(
+                f"{where}.column = {self.column!r}: has type {found} in {file.path}, "
+                f"but kind={self.kind!r} needs "
+                f"{'lists of integers' if self.kind == 'tokens' else 'strings'}."
+            )
+
+    def read(self, where: str) -> Iterator[Document]:
+        """Yield one document per row; a null is counted as unreadable."""
+        for file in self.files(where):
+            batches = _open_parquet(file, where).iter_batches(columns=[self.column])
+            for row in (v for batch in batches for v in batch.column(0)):
+                if not row.is_valid:
+                    yield Document("null", None)
+                elif self.kind == "tokens":
+                    ids = row.values.to_numpy(zero_copy_only=False)
+                    yield _token_document(ids.astype(np.int64))
+                else:
+                    raw = row.as_buffer().to_pybytes()
+                    text = decode_utf8(raw, file.path, f"{where}.paths")
+                    yield Document(content_key(raw), text)
+
+
+def _open_parquet(file: File, where: str) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError(
+            f"{where}: Parquet files need the package pyarrow; install it."
+        ) from None
+    try:
+        return pyarrow.parquet.ParquetFile(file.path)
+    except pyarrow.ArrowInvalid as e:
+        raise ConfigError(
+            f"{where}.paths: {file.path} is not a Parquet file ({e})."
+        ) from None
+
+
+def _token_document(ids: np.ndarray) -> Document:
+    return Document(content_key(ids.astype("<i8").tobytes()), ids)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ArrayRecord(Source):
+    """ArrayRecord files: one document a record."""
+
+    paths: tuple[str, ...]  # files, directories (recursive) or globs
+    kind: str = "text"  # "text" for UTF-8, "tokens" for little-endian token ids
+    token_dtype: str = "uint16"  # with kind="tokens": the type of an id
+
+    def validate(self, path: str) -> None:
+        """Check the fields."""
+        Source.validate(self, path)
+        require_choice(f"{path}.kind", self.kind, ("text", "tokens"))
+        require_choice(f"{path}.token_dtype", self.token_dtype, TOKEN_DTYPES)
+
+    def check_file(self, file: File, where: str) -> None:
+        """Check that the file opens as ArrayRecord."""
+        _open_array_record(file, where)
+
+    def read(self, where: str) -> Iterator[Document]:
+        """Yield one document per record."""
+        dtype = np.dtype(self.token_dtype).newbyteorder("<")
+        for file in self.files(where):
+            for i, raw in enumerate(_records(_open_array_record(file, where))):
+                here = f"record {i} of {file.path}"
+                if self.kind == "text":
+                    yield Document(
+                        content_key(raw), decode_utf8(raw, here, f"{where}.paths")
+                    )
+                    continue
+                if len(raw) % dtype.itemsize:
+                    raise ConfigError(
+                        f"{where}.token_dtype = {self.token_dtype!r}: {here} "
+                        f"has {len(raw)} bytes, which is not a multiple of "
+                        f"{dtype.itemsize}."
+                    )
+                yield _token_document(np.frombuffer(raw, dtype).astype(np.int64))
+
+
+def _open_array_record(file: File, where: str) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(file.path))
+    if not reader.ok():
+        raise ConfigError(f"{where}.paths: {file.path} is not an ArrayRecord file.")
+    return reader
+
+
+def _records(reader: Any) -> Iterator[bytes]:
+    for start in range(0, reader.num_records(), 1024):
+        yield from reader.read(start, min(start + 1024, reader.num_records()))
+    reader.close()
+
+
+def _surrogate(character: str) -> bool:
+    """Half of a pair, which JSON can spell and UTF-8 cannot."""
+    return "\ud800" <= character <= "\udfff"
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class PromptResponse(Source):
+    """JSON lines with a prompt and a response; only the response is learned.
+
+    Prompt and response are encoded apart and joined as they are: put separators into
+    the texts. Examples are packed whole; the token that ends a response is learned too.
+    """
+
+    paths: tuple[str, ...]  # files, directories (recursive) or globs
+    prompt: str = "prompt"  # name of the field that is only read
+    response: str = "response"  # name of the field that is learned
+    truncate: bool = False  # cut examples that are longer than a sequence
+
+    def content(self) -> str:
+        """Documents are (prompt, response)."""
+        return "pairs"
+
+    def read(self, where: str) -> Iterator[Document]:
+        """Yield one (prompt, response) per line; the prompt alone decides the split."""
+        for file in self.files(where):
+            offset = 0
+            with open(file.path, "rb") as lines:
+                for number, line in enumerate(lines, start=1):
+                    text = decode_utf8(line, file.path, f"{where}.paths", offset)
+                    offset += len(line)
+                    if text.strip():
+                        yield self._document(text, f"{file.path}:{number}", where)
+
+    def _document(self, line: str, at: str, where: str) -> Document:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise ConfigError(
+                f"{where}.paths: {at}: not JSON ({e.msg}, column {e.colno})."
+            ) from None
+        if not isinstance(record, dict):
+            raise ConfigError(f"{where}.paths: {at}: must be an object {{...}}.")
+        parts = []
+        for field, name in (("prompt", self.prompt), ("response", self.response)):
+            if name not in record:
+                raise ConfigError(
+                    f"{where}.{field} = {name!r}: {at} has the fields "
+                    f"{', '.join(record)}.{nearest(name, record)}"
+                )
+            text = record[name]
+            if not isinstance(text, str) or any(
+                "\ud800" <= c <= "\udfff" for c in text
+            ):
+                raise ConfigError(
+                    f"{where}.{field} = {name!r}: {at} must have a string of valid "
+                    f"Unicode there, not {text!r:.40}."
+                )
+            parts.append(text)
+        return Document(content_key(parts[0].encode()), (parts[0], parts[1]))

@@ -1,0 +1,207 @@
+"""Token streams on disk: one per split of a source.
+
+A stream is `[doc, t1 .. tn, doc, u1 .. um, doc]` with the offsets of the document
+tokens beside it, written once and memory-mapped afterwards.
+
+Not here: cutting streams into sequences (`packing.py`), the cache (`cache.py`).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from moex.config import ConfigError
+
+SPLITS = ("train", "eval")
+BATCH_CHARS = 8_000_000
+
+
+class StreamWriter:
+    """Writes one stream into a directory, a document at a time.
+
+    Args:
+      directory: an existing directory that nothing else writes to.
+      vocab_size: ids are kept as uint16 if they fit, else as uint32.
+      doc_id: the token put before each document and after the last.
+      with_bytes: also store the bytes of each token, where no table gives them.
+    """
+
+    def __init__(self, directory: Path, vocab_size: int, doc_id: int, with_bytes: bool):
+        self._dir, self._doc_id = directory, doc_id
+        self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self._tokens = open(directory / "tokens.bin", "wb")  # noqa: SIM115
+        self._sizes = open(directory / "bytes.bin", "wb") if with_bytes else None  # noqa: SIM115
+        self._starts, self._prompts = [], []
+        self._length = self._bytes = self._empty = self._skipped = 0
+
+    def add(
+        self, ids: np.ndarray, sizes: np.ndarray, text_bytes: int, prompt: int = 0
+    ) -> None:
+        """Append a document; one without tokens is only counted.
+
+        Args:
+          ids: int[n] token ids.
+          sizes: int[n] bytes of each token.
+          text_bytes: bytes of the document.
+          prompt: how many of the first tokens are not learned.
+        """
+        if len(ids) == 0:
+            self._empty += 1
+            return
+        self._starts.append(self._length)
+        self._prompts.append(prompt)
+        self._put(np.r_[self._doc_id, ids], np.r_[0, sizes])
+        self._bytes += text_bytes
+
+    def skip(self) -> None:
+        """Count a document that could not be read."""
+        self._skipped += 1
+
+    def _put(self, ids: np.ndarray, sizes: np.ndarray) -> None:
+        self._tokens.write(ids.astype(self._dtype).tobytes())
+        if self._sizes:
+            self._sizes.write(sizes.astype("<i4").tobytes())
+        self._length += len(ids)
+
+    def close(self) -> dict[str, Any]:
+        """Finish the files; returns the counts of this split."""
+        if self._starts:
+            self._put(np.array([self._doc_id]), np.array([0]))
+        self._tokens.close()
+        if self._sizes:
+            self._sizes.close()
+        np.save(self._dir / "starts.npy", np.array(self._starts, np.int64))
+        if any(self._prompts):
+            np.save(self._dir / "prompts.npy", np.array(self._prompts, np.int32))
+        counts = {
+            "documents": len(self._starts),
+            "bytes": self._bytes,
+            "tokens": self._length,
+            "empty_documents": self._empty,
+            "unreadable_documents": self._skipped,
+        }
+        meta = counts | {"dtype": self._dtype.str}
+        (self._dir / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        return counts
+
+
+class Stream:
+    """A stream that `StreamWriter` wrote, memory-mapped.
+
+    Attributes:
+      tokens: uint16 or uint32[T], documents with a document token around each.
+      starts: int64[documents] offsets of the document tokens before each document.
+      prompts: int32[documents] leading tokens not learned, or None.
+    """
+
+    def __init__(self, directory: Path, token_bytes: np.ndarray):
+        meta = json.loads((directory / "meta.json").read_text())
+        self.directory = directory
+        self.counts = {k: v for k, v in meta.items() if k != "dtype"}
+        self.tokens = _mapped(directory / "tokens.bin", meta["dtype"], meta["tokens"])
+        self.starts = np.load(directory / "starts.npy")
+        file = directory / "prompts.npy"
+        self.prompts = np.load(file) if file.exists() else None
+        file = directory / "bytes.bin"
+        self._sizes = None
+        if file.exists():
+            self._sizes = _mapped(file, "<i4", meta["tokens"])
+        self._table = token_bytes
+
+    def num_bytes(self, start: int, stop: int) -> np.ndarray:
+        """int32[stop - start] bytes of the tokens in a range of the stream."""
+        if self._sizes is not None:
+            return self._sizes[start:stop]
+        return self._table[self.tokens[start:stop]]
+
+
+def _mapped(file: Path, dtype: str, length: int) -> np.ndarray:
+    if file.stat().st_size != length * np.dtype(dtype).itemsize:
+        raise OSError(f"{file} does not have {length} items of {dtype}")
+    if length == 0:
+        return np.zeros(0, dtype)  # an empty file cannot be mapped
+    return np.memmap(file, dtype, "r").view(np.ndarray)
+
+
+def write_source(source, tokenizer, out: Path, where: str) -> dict[str, Any]:
+    """Encode a source in one pass into `out/train` and `out/eval`.
+
+    Returns:
+      The counts of each split, and a hash of the keys of the held-out documents.
+    """
+    writers = {}
+    for split in SPLITS:
+        (out / split).mkdir(parents=True)
+        with_bytes = not tokenizer.exact and source.content() != "tokens"
+        size, doc_id = tokenizer.vocab_size, tokenizer.doc_id
+        writers[split] = StreamWriter(out / split, size, doc_id, with_bytes)
+    held_out = hashlib.sha256()
+    encode = {"text": _texts, "tokens": _tokens, "pairs": _pairs}[source.content()]
+    for batch in _batches(source.read(where)):
+        for key, value in batch:
+            if value is None:
+                writers[source.split(key)].skip()
+        batch = [d for d in batch if d.value is not None]
+        added = encode([d.value for d in batch], tokenizer, where)
+        for (key, _), document in zip(batch, added, strict=True):
+            split = source.split(key)
+            writers[split].add(*document)
+            if split == "eval":
+                held_out.update(key.encode() + b"\n")
+    counts = {split: writer.close() for split, writer in writers.items()}
+    return {"splits": counts, "held_out_sha256": held_out.hexdigest()}
+
+
+def _batches(documents) -> Iterator[list]:
+    """Documents in lists of about `BATCH_CHARS` characters, enough for all cores."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        value = document.value
+        size += sum(map(len, value)) if isinstance(value, tuple) else _size(value)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _size(value) -> int:
+    return 0 if value is None else len(value)
+
+
+def _texts(texts: list[str], tokenizer, where: str) -> Iterator[tuple]:
+    """Arguments of `StreamWriter.add` per text."""
+    coded = tokenizer.encode_with_bytes(texts)
+    for text, (ids, sizes) in zip(texts, coded, strict=True):
+        yield ids, sizes, len(text.encode())
+
+
+def _pairs(pairs: list, tokenizer, where: str) -> Iterator[tuple]:
+    """Arguments of `StreamWriter.add` per (prompt, response)."""
+    coded = tokenizer.encode_with_bytes([text for pair in pairs for text in pair])
+    for pair, first, second in zip(pairs, coded[::2], coded[1::2], strict=True):
+        ids, sizes = (np.r_[a, b] for a, b in zip(first, second, strict=True))
+        yield ids, sizes, sum(len(text.encode()) for text in pair), len(first[0])
+
+
+def _tokens(documents: list, tokenizer, where: str) -> Iterator[tuple]:
+    """Arguments of `StreamWriter.add` per list of ids."""
+    for ids in documents:
+        if len(ids) and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
+            bad = int(ids.min() if ids.min() < 0 else ids.max())
+            raise ConfigError(
+                f"{where}: token id {bad} is outside the tokenizer's vocabulary of "
+                f"{tokenizer.vocab_size}; the ids were made with another tokenizer."
+            )
+        ids = _strip(ids, tokenizer.doc_id)
+        sizes = tokenizer.token_bytes[ids]
+        yield ids, sizes, int(sizes.sum())
+
+
+def _strip(ids: np.ndarray, doc_id: int) -> np.ndarray:
+    """Without document tokens at either end: the writer puts its own."""
+    text = np.flatnonzero(ids != doc_id)
+    return ids[text[0] : text[-1] + 1] if len(text) else ids[:0]

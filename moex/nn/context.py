@@ -1,0 +1,59 @@
+"""What every layer may need to know about a batch, made once per step.
+
+B batch · L length of the queries · S length of the keys in a decoding cache
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """A frozen pytree; the fields after `forced` are static (they pick the program).
+
+    Attributes:
+      segment_BL: int32, document number within the row from 1; 0 is padding. Tokens
+        attend only inside their segment, and padding is not routed.
+      position_BL: int32, position inside the segment, from 0.
+      token_BL: int32 token ids.
+      key_segment_BS, key_position_BS: the same for the keys of a decoding cache; None
+        when the keys are the queries.
+      cache_index: int32 scalar, where in the cache this call's keys are written.
+      key: random key for router noise, or None for no noise.
+      forced: a recorded assignment to replay, or None.
+      mode: "train", "eval" or "decode".
+      collect: return routing traces.
+      dtype: compute dtype of the matmuls.
+      kernels: name of the grouped-matmul implementation, or None to choose.
+      attention: name of the attention implementation, or None to choose.
+      remat: "none", "dots" (keep matmul results) or "full".
+      unroll: layers of a segment that are unrolled per scan step.
+    """
+
+    segment_BL: jax.Array
+    position_BL: jax.Array
+    token_BL: jax.Array
+    key_segment_BS: jax.Array | None = None
+    key_position_BS: jax.Array | None = None
+    cache_index: jax.Array | None = None
+    key: jax.Array | None = None
+    forced: jax.Array | None = None
+    mode: str = dataclasses.field(default="train", metadata={"static": True})
+    collect: bool = dataclasses.field(default=False, metadata={"static": True})
+    dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+    kernels: str | None = dataclasses.field(default=None, metadata={"static": True})
+    attention: str | None = dataclasses.field(default=None, metadata={"static": True})
+    remat: str = dataclasses.field(default="none", metadata={"static": True})
+    unroll: int = dataclasses.field(default=1, metadata={"static": True})
+
+    @property
+    def valid_BL(self) -> jax.Array:
+        """bool[B, L]: False at padding."""
+        return self.segment_BL > 0
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)

@@ -1,0 +1,120 @@
+"""The language model: embed -> segments -> norm -> logits.
+
+B batch · L length · S cache length · D model width · V vocabulary
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+
+from moex.config import Config, require
+from moex.nn.attention import Attention
+from moex.nn.norm import RMSNorm
+from moex.nn.param import param
+from moex.nn.stack import Segment
+from moex.sharding import constrain
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class LM(Config):
+    """A decoder-only transformer; depth and its variety are in `layers`."""
+
+    dim: int  # model width D, >= 1
+    attention: Attention  # the same in every block
+    layers: tuple[Segment, ...]  # at least one segment
+    vocab: int | None = None  # vocabulary V, >= 2; None: that of the tokenizer
+    tied_embeddings: bool = False  # one matrix for input and output
+    norm_eps: float = 1e-6  # added to mean squares, > 0
+
+    def validate(self, path):
+        require(self.dim >= 1, f"{path}.dim", self.dim, "at least 1")
+        require(len(self.layers) >= 1, f"{path}.layers", self.layers, "not empty")
+        require(self.norm_eps > 0, f"{path}.norm_eps", self.norm_eps, "above 0")
+        require(
+            self.vocab is None or self.vocab >= 2,
+            f"{path}.vocab",
+            self.vocab,
+            "at least 2, or None for the vocabulary of the tokenizer",
+        )
+        width = self.attention.width(self.dim)
+        require(
+            self.attention.head_dim is not None
+            or (self.dim % self.attention.heads == 0 and width % 2 == 0),
+            f"{path}.dim",
+            self.dim,
+            f"heads = {self.attention.heads} times an even head width "
+            f"(or set {path}.attention.head_dim)",
+        )
+
+    def make(self, rngs):
+        return LanguageModel(self, rngs)
+
+    def num_layers(self) -> int:
+        return sum(s.repeat * len(s.pattern) for s in self.layers)
+
+    def init_cache(self, batch, length, dtype):
+        """Decoding cache for `LanguageModel.decode`, one entry per segment."""
+        return [
+            s.init_cache(self.attention, self.dim, batch, length, dtype)
+            for s in self.layers
+        ]
+
+
+class LanguageModel(nnx.Module):
+    """Parameters: w_embed_VD [V, D], the segments, the last norm, w_logits_DV."""
+
+    def __init__(self, cfg, rngs):
+        D, V = cfg.dim, cfg.vocab
+        self.w_embed_VD = param(rngs, (V, D), ("vocab", "embed"), std=D**-0.5)
+        self.segments = nnx.List(
+            s.make(cfg.attention, D, rngs, norm_eps=cfg.norm_eps) for s in cfg.layers
+        )
+        self.norm = RMSNorm(D, rngs, axis="embed", eps=cfg.norm_eps)
+        self.w_logits_DV = (
+            None
+            if cfg.tied_embeddings
+            else param(rngs, (D, V), ("embed", "vocab"), fan_in=D)
+        )
+
+    def __call__(self, ctx):
+        """Logits for training and scoring.
+
+        Args:
+          ctx: `Context`; its tokens are the input.
+
+        Returns:
+          (logits_BLV float32, aux), aux mirroring the module path:
+          aux["segments"]["0"]["blocks"]["1"]["ffn"].
+        """
+        logits_BLV, aux, _ = self._run(ctx, [None] * len(self.segments))
+        return logits_BLV, aux
+
+    def decode(self, ctx, cache):
+        """Returns (logits_BLV, cache) with this call's keys and values written."""
+        logits_BLV, _, cache = self._run(ctx, cache)
+        return logits_BLV, cache
+
+    def _run(self, ctx, caches):
+        dtype = ctx.compute_dtype
+        # sqrt(D) brings the rows to unit scale; the tied matrix keeps logits small.
+        x_BLD = self.w_embed_VD[...].at[ctx.token_BL].get(mode="clip")
+        x_BLD = (x_BLD * x_BLD.shape[-1] ** 0.5).astype(dtype)
+        x_BLD = constrain(x_BLD, "batch", None, None)
+        aux, new_caches = {}, []
+        for i, (segment, cache) in enumerate(zip(self.segments, caches, strict=True)):
+            x_BLD, aux[str(i)], cache = segment(x_BLD, ctx, cache)
+            new_caches.append(cache)
+        x_BLD = self.norm(x_BLD)
+        if self.w_logits_DV is None:
+            w_DV = self.w_embed_VD[...].T
+        else:
+            w_DV = self.w_logits_DV[...]
+        logits_BLV = jnp.einsum(
+            "bld,dv->blv",
+            x_BLD,
+            w_DV.astype(dtype),
+            preferred_element_type=jnp.float32,
+        )
+        logits_BLV = constrain(logits_BLV, "batch", None, "vocab")
+        return logits_BLV, {"segments": aux}, new_caches

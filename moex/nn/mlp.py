@@ -1,0 +1,55 @@
+"""The dense feed-forward: SwiGLU.
+
+T tokens · B batch · L length · D model width · F hidden width
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moex.config import Config, require
+from moex.nn.param import param
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Dense(Config):
+    """A dense SwiGLU feed-forward layer; also the shape of a shared expert."""
+
+    hidden: int  # hidden width F, >= 1
+
+    def validate(self, path):
+        require(self.hidden >= 1, f"{path}.hidden", self.hidden, "at least 1")
+
+    def make(self, dim, rngs):
+        return DenseLayer(self, dim, rngs)
+
+
+class DenseLayer(nnx.Module):
+    """W_out (silu(W_gate x) * W_up x), no biases.
+
+    Parameters: w_in_D2F [D, 2, F] (gate, up), w_out_FD [F, D].
+
+    Source: Shazeer 2020, arXiv:2002.05202, equation 6 (SwiGLU).
+    """
+
+    def __init__(self, cfg, dim, rngs):
+        F = cfg.hidden
+        self.w_in_D2F = param(
+            rngs,
+            (dim, 2, F),
+            ("embed", None, "mlp"),
+            fan_in=dim,
+            matrix=((0,), (2,)),
+        )
+        self.w_out_FD = param(
+            rngs, (F, dim), ("mlp", "embed"), fan_in=F, matrix=((0,), (1,))
+        )
+
+    def __call__(self, x_BLD, ctx):
+        dtype = x_BLD.dtype
+        w_in = self.w_in_D2F[...].astype(dtype)
+        h_BL2F = jnp.einsum("...d,dgf->...gf", x_BLD, w_in)
+        h_BLF = jax.nn.silu(h_BL2F[..., 0, :]) * h_BL2F[..., 1, :]
+        return h_BLF @ self.w_out_FD[...].astype(dtype), {}

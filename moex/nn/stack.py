@@ -1,0 +1,95 @@
+"""Depth: `Segment(pattern, repeat)`. The only file that knows scan and remat.
+
+A pattern is a tuple of feed-forward configs; `repeat` copies of it are built by vmap
+over keys and run by one `lax.scan`, so that the program does not grow with depth.
+Write `repeat=1` segments where nothing repeats.
+"""
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from moex.config import Config, require
+from moex.nn.block import Block
+from moex.sharding import constrain
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Segment(Config):
+    """`repeat` copies of the blocks that `pattern` describes, in order."""
+
+    pattern: tuple[Config, ...]  # one feed-forward config per block, at least one
+    repeat: int = 1  # copies, >= 1
+
+    def validate(self, path):
+        require(len(self.pattern) >= 1, f"{path}.pattern", self.pattern, "not empty")
+        require(self.repeat >= 1, f"{path}.repeat", self.repeat, "at least 1")
+        for i, ffn in enumerate(self.pattern):
+            require(
+                hasattr(ffn, "make"),
+                f"{path}.pattern[{i}]",
+                type(ffn).__name__,
+                "a feed-forward config such as Dense or MoE",
+            )
+
+    def make(self, attention, dim, rngs, *, norm_eps):
+        """A `SegmentStack`; every parameter gets a leading `repeat` dim."""
+
+        def make_one(key):
+            return SegmentStack(self.pattern, attention, dim, key, norm_eps=norm_eps)
+
+        return jax.vmap(make_one)(jax.random.split(rngs.params(), self.repeat))
+
+    def init_cache(self, attention, dim, batch, length, dtype):
+        """A decoding cache: per pattern position, leading dim `repeat`."""
+        one = [
+            attention.init_cache(dim, batch, length, dtype) for _ in self.pattern
+        ]
+        return jax.tree.map(
+            lambda a: jax.numpy.broadcast_to(a, (self.repeat, *a.shape)), one
+        )
+
+
+class SegmentStack(nnx.Module):
+    """The blocks of one segment, each parameter stacked [repeat, ...]."""
+
+    def __init__(self, pattern, attention, dim, key, *, norm_eps):
+        rngs = nnx.Rngs(params=key)
+        self.blocks = nnx.List(
+            Block(ffn, attention, dim, rngs, norm_eps=norm_eps) for ffn in pattern
+        )
+
+    def __call__(self, x_BLD, ctx, cache):
+        """Returns `(x_BLD, aux, cache)`; aux and cache stacked over [repeat]."""
+
+        def body(x_BLD, layer):
+            blocks, block_caches = layer
+            aux, caches = {}, []
+            for i, block in enumerate(blocks):
+                block_cache = None if cache is None else block_caches[i]
+                x_BLD, aux[str(i)], new = block(x_BLD, ctx, block_cache)
+                x_BLD = constrain(x_BLD, "batch", None, None)
+                caches.append(new)
+            return x_BLD, ({"blocks": aux}, None if cache is None else caches)
+
+        x_BLD, (aux, cache) = jax.lax.scan(
+            checkpointed(body, ctx.remat), x_BLD, (self.blocks, cache), unroll=ctx.unroll
+        )
+        return x_BLD, aux, cache
+
+
+REMAT = ("none", "dots", "full")
+
+
+def checkpointed(body, remat):
+    """`body` under `jax.checkpoint` as `remat` says: one of `REMAT`.
+
+    `prevent_cse=False` is safe inside scan and saves its barriers.
+    """
+    if remat == "none":
+        return body
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(
+        body, prevent_cse=False, policy=policy if remat == "dots" else None
+    )

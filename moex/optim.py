@@ -1,0 +1,237 @@
+"""The optimizer: one `Optim` config -> one optax chain.
+
+clip -> AdamW or Muon with weight decay -> schedule -> factors by parameter path.
+Parameters are plain nested dicts; a path is written `segments/0/blocks/1/ffn/...`.
+"""
+
+import dataclasses
+import fnmatch
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from moex.config import Config, ConfigError, nearest, require, require_choice
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class AdamW(Config):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2017, 1711.05101)."""
+
+    b1: float = 0.9  # decay of the first moment, in [0, 1)
+    b2: float = 0.95  # decay of the second moment, in [0, 1)
+    eps: float = 1e-8  # added to the root of the second moment, > 0
+
+    def validate(self, path):
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{path}.{name}", value, "in [0, 1)")
+        require(self.eps > 0, f"{path}.eps", self.eps, "above 0")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Muon(Config):
+    """Orthogonalised momentum for matrices, Adam for everything else.
+
+    Every expert, projection and layer is its own matrix. Embeddings, logits, routers
+    and norms use Adam with `adam_lr`, without weight decay.
+
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers", as in optax.
+    """
+
+    adam_lr: float = 3e-3  # peak learning rate of the Adam part, > 0
+    momentum: float = 0.95  # decay of the momentum, in [0, 1)
+    b1: float = 0.9  # Adam part: decay of the first moment, in [0, 1)
+    b2: float = 0.95  # Adam part: decay of the second moment, in [0, 1)
+    ns_steps: int = 5  # Newton-Schulz iterations, >= 1
+
+    def validate(self, path):
+        require(self.adam_lr > 0, f"{path}.adam_lr", self.adam_lr, "above 0")
+        for name in ("momentum", "b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{path}.{name}", value, "in [0, 1)")
+        require(self.ns_steps >= 1, f"{path}.ns_steps", self.ns_steps, "at least 1")
+
+
+SCHEDULES = ("cosine", "wsd", "constant")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Optim(Config):
+    """Rule, learning rate over time, clipping, and exceptions by parameter path."""
+
+    rule: Config  # AdamW(...) or Muon(...)
+    lr: float  # peak learning rate, > 0
+    schedule: str = "cosine"  # "cosine", "wsd" (warm-up, stable, decay) or "constant"
+    warmup_steps: int = 0  # linear warm-up from 0, in optimizer steps
+    decay_frac: float = 0.2  # wsd: share of all steps that decay linearly, in (0, 1]
+    final_lr_frac: float = 0.1  # learning rate of the last step over the peak, [0, 1]
+    weight_decay: float = 0.0  # times the learning rate; matrices only, >= 0
+    clip: float | None = 1.0  # largest global gradient norm, > 0; None: no clipping
+    spike_factor: float | None = 10.0  # skip updates of norm > factor * mean; None: no
+    lr_factors: tuple[tuple[str, float], ...] = ()  # (path pattern, factor); 0 freezes
+
+    def validate(self, path):
+        require(
+            isinstance(self.rule, (AdamW, Muon)),
+            f"{path}.rule",
+            type(self.rule).__name__,
+            "AdamW(...) or Muon(...)",
+        )
+        require(self.lr > 0, f"{path}.lr", self.lr, "above 0")
+        require_choice(f"{path}.schedule", self.schedule, SCHEDULES)
+        require(
+            self.warmup_steps >= 0, f"{path}.warmup_steps", self.warmup_steps, ">= 0"
+        )
+        require(
+            0 < self.decay_frac <= 1, f"{path}.decay_frac", self.decay_frac, "in (0, 1]"
+        )
+        require(
+            0 <= self.final_lr_frac <= 1,
+            f"{path}.final_lr_frac",
+            self.final_lr_frac,
+            "in [0, 1]",
+        )
+        require(
+            self.weight_decay >= 0, f"{path}.weight_decay", self.weight_decay, ">= 0"
+        )
+        for name in ("clip", "spike_factor"):
+            value = getattr(self, name)
+            require(
+                value is None or value > 0, f"{path}.{name}", value, "above 0, or None"
+            )
+        for pattern, factor in self.lr_factors:
+            require(factor >= 0, f"{path}.lr_factors[{pattern!r}]", factor, ">= 0")
+
+
+def schedule_frac(cfg: Optim, steps: int):
+    """Learning rate over its peak, as an optax schedule of the optimizer step."""
+    warmup = min(cfg.warmup_steps, steps)
+    rest = max(steps - warmup, 1)
+    if cfg.schedule == "cosine":
+        main = optax.cosine_decay_schedule(1.0, rest, alpha=cfg.final_lr_frac)
+    elif cfg.schedule == "constant":
+        main = optax.constant_schedule(1.0)
+    else:
+        decay = max(1, round(cfg.decay_frac * steps))
+        stable = max(rest - decay, 0)
+        main = optax.join_schedules(
+            [
+                optax.constant_schedule(1.0),
+                optax.linear_schedule(1.0, cfg.final_lr_frac, decay),
+            ],
+            [stable],
+        )
+    if warmup == 0:
+        return main
+    # Step 0 already learns: the ramp runs over (0, 1], not [0, 1).
+    ramp = optax.linear_schedule(1.0 / warmup, 1.0, max(warmup - 1, 1))
+    return optax.join_schedules([ramp, main], [warmup])
+
+
+def flat_paths(tree) -> dict[str, object]:
+    """`{"a/b/c": leaf}` of nested dicts."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def path_name(path) -> str:
+    """A key path of nested dicts as `a/b/c`."""
+    return "/".join(str(k.key) for k in path)
+
+
+def path_factors(cfg: Optim, params, path: str = "config.optim") -> dict[str, float]:
+    """The learning-rate factor of each parameter; the last matching pattern wins.
+
+    A pattern is a shell pattern against the whole path, or any part of it when it has
+    no `*`: `router` matches every router, `segments/0/*` the first segment.
+
+    Raises:
+      ConfigError: if a pattern matches no parameter.
+    """
+    names = list(flat_paths(params))
+    factors = dict.fromkeys(names, 1.0)
+    for pattern, factor in cfg.lr_factors:
+        glob = pattern if "*" in pattern else f"*{pattern}*"
+        matched = fnmatch.filter(names, glob)
+        if not matched:
+            parts = {part for name in names for part in name.split("/")}
+            raise ConfigError(
+                f"{path}.lr_factors: pattern {pattern!r} matches no parameter."
+                f"{nearest(pattern, parts)} Parameters are named like {names[0]!r}."
+            )
+        factors.update(dict.fromkeys(matched, float(factor)))
+    return factors
+
+
+def _muon_dims(params, info):
+    """`MuonDimensionNumbers` per matrix (dims counted from the right), else None."""
+
+    def dims(path, leaf):
+        entry = info[path_name(path)]
+        if entry.matrix is None:
+            return None
+        rank = len(entry.axes)
+        reduction, output = (tuple(d - rank for d in ds) for ds in entry.matrix)
+        return MuonDimensionNumbers(reduction_axis=reduction, output_axis=output)
+
+    return jax.tree_util.tree_map_with_path(dims, params)
+
+
+def make_optimizer(cfg: Optim, steps: int, params, info):
+    """One optax transformation for `params`.
+
+    Args:
+      cfg: `Optim`.
+      steps: optimizer steps of the whole run.
+      params: nested dict of arrays or `ShapeDtypeStruct`s.
+      info: `{path: ParamInfo}` with logical axes and matrix dims of each parameter.
+
+    Returns:
+      (optax.GradientTransformation, schedule giving the learning rate at a step).
+
+    Raises:
+      ConfigError: if a pattern of `lr_factors` matches nothing.
+    """
+    frac = schedule_frac(cfg, steps)
+    factors = path_factors(cfg, params)
+    if isinstance(cfg.rule, Muon):
+        rule = muon(
+            lambda step: cfg.lr * frac(step),
+            beta=cfg.rule.momentum,
+            ns_steps=cfg.rule.ns_steps,
+            weight_decay=cfg.weight_decay,
+            adam_b1=cfg.rule.b1,
+            adam_b2=cfg.rule.b2,
+            adam_learning_rate=lambda step: cfg.rule.adam_lr * frac(step),
+            muon_weight_dimension_numbers=lambda p: _muon_dims(p, info),
+        )
+    else:
+        rule = optax.adamw(
+            lambda step: cfg.lr * frac(step),
+            b1=cfg.rule.b1,
+            b2=cfg.rule.b2,
+            eps=cfg.rule.eps,
+            weight_decay=cfg.weight_decay,
+            mask=lambda p: jax.tree_util.tree_map_with_path(
+                lambda path, _: len(info[path_name(path)].axes) >= 2, p
+            ),
+        )
+    chain = [] if cfg.clip is None else [optax.clip_by_global_norm(cfg.clip)]
+    chain.append(rule)
+    if any(f not in (0.0, 1.0) for f in factors.values()):
+        chain.append(
+            optax.stateless(
+                lambda updates, _: jax.tree_util.tree_map_with_path(
+                    lambda path, u: u * factors[path_name(path)], updates
+                )
+            )
+        )
+    tx = optax.chain(*chain)
+    if any(f == 0.0 for f in factors.values()):
+        labels = jax.tree_util.tree_map_with_path(
+            lambda path, _: "freeze" if factors[path_name(path)] == 0 else "train",
+            params,
+        )
+        tx = optax.partition({"train": tx, "freeze": optax.set_to_zero()}, labels)
+    return tx, lambda step: cfg.lr * frac(step)

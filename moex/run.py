@@ -1,0 +1,164 @@
+"""The run: its keys, the sections that are not a subsystem of their own, its checks.
+
+A run config is an `ml_collections.ConfigDict` with exactly the keys of `RUN_KEYS`.
+`configs/base.py` gives them their defaults. `tests/test_run.py` holds the list, so
+that adding a key is a decision.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from moex import config as configs
+from moex.config import Config, ConfigError, nearest, require, require_choice
+from moex.data.pipeline import Data
+from moex.nn.lm import LM
+from moex.nn.stack import REMAT
+from moex.optim import Optim
+from moex.sharding import MeshConfig
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Eval(Config):
+    """Scoring of held-out data while training; the last step always scores all of it."""
+
+    every: int = 500  # optimizer steps between evaluations; 0: only at the end
+    sequences: int | None = 256  # sequences per evaluation, >= 1; None: all
+    overlap: int = 0  # tokens of context repeated before each window, < seq_len
+    batch_size: int | None = None  # sequences per eval step; None: of a microbatch
+
+    def validate(self, path):
+        require(self.every >= 0, f"{path}.every", self.every, ">= 0")
+        for name in ("sequences", "batch_size"):
+            value = getattr(self, name)
+            require(
+                value is None or value >= 1, f"{path}.{name}", value, ">= 1, or None"
+            )
+        require(self.overlap >= 0, f"{path}.overlap", self.overlap, ">= 0")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Checkpoint(Config):
+    """When checkpoints are written and which are kept. The last step is always saved."""
+
+    every: int = 1000  # optimizer steps between checkpoints; 0: only at the end
+    keep: int = 2  # latest checkpoints kept, >= 1
+    keep_best: int = 1  # checkpoints of lowest held-out loss kept besides, >= 0
+
+    def validate(self, path):
+        require(self.every >= 0, f"{path}.every", self.every, ">= 0")
+        require(self.keep >= 1, f"{path}.keep", self.keep, "at least 1")
+        require(self.keep_best >= 0, f"{path}.keep_best", self.keep_best, ">= 0")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Log(Config):
+    """What is written while training."""
+
+    every: int = 10  # optimizer steps between log lines and scalars, >= 1
+    images_every: int = 100  # steps between routing heat maps; 0: never
+    sample_every: int = 0  # steps between text samples; 0: only at the end
+    sample_prompts: tuple[str, ...] = ("The ",)  # prompts of the text samples
+    sample_tokens: int = 48  # new tokens per sample; 0: no samples
+    tensorboard: bool = True  # write tb/ beside metrics.jsonl
+
+    def validate(self, path):
+        require(self.every >= 1, f"{path}.every", self.every, "at least 1")
+        for name in ("images_every", "sample_every", "sample_tokens"):
+            value = getattr(self, name)
+            require(value >= 0, f"{path}.{name}", value, ">= 0")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Loss(Config):
+    """Coefficients of the losses beside cross-entropy; applied in `train/losses.py`."""
+
+    z: float = 0.0  # squared log-normaliser of the logits, mean over tokens
+    load_balance: float = 0.01  # load-balance loss, summed over MoE layers
+    router_z: float = 0.001  # router z-loss, summed over MoE layers
+
+    def validate(self, path):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            require(value >= 0, f"{path}.{field.name}", value, ">= 0")
+
+
+RUN_KEYS = {
+    "seed": int,
+    "steps": int,
+    "batch_size": int,
+    "seq_len": int,
+    "grad_accum": int,
+    "eval": Eval,
+    "checkpoint": Checkpoint,
+    "log": Log,
+    "precision": str,
+    "remat": str,
+    "kernels": str,
+    "nan_limit": int,
+    "init_from": str,
+    "model": LM,
+    "optim": Optim,
+    "data": Data,
+    "mesh": MeshConfig,
+    "loss": Loss,
+}
+
+
+def check_run(cfg: ml_collections.ConfigDict) -> None:
+    """Check the whole run config, before anything is read, built or compiled.
+
+    Raises:
+      ConfigError: one line with the field, its value and what is allowed.
+    """
+    for key in cfg:
+        if key not in RUN_KEYS:
+            raise ConfigError(
+                f"config.{key}: no such run key.{nearest(key, RUN_KEYS)} "
+                f"Run keys are {', '.join(RUN_KEYS)}."
+            )
+    for key, kind in RUN_KEYS.items():
+        if key not in cfg:
+            raise ConfigError(f"config.{key}: missing; it must be {kind.__name__}.")
+        if not isinstance(cfg[key], kind) or isinstance(cfg[key], bool):
+            raise ConfigError(
+                f"config.{key} = {cfg[key]!r}: must be {kind.__name__}, "
+                f"not {type(cfg[key]).__name__}."
+            )
+    configs.check(cfg)
+    _check_values(cfg)
+
+
+def _check_values(cfg):
+    for key in ("steps", "batch_size", "seq_len", "grad_accum", "nan_limit"):
+        require(cfg[key] >= 1, f"config.{key}", cfg[key], "at least 1")
+    require_choice("config.precision", cfg.precision, PRECISIONS)
+    require_choice("config.remat", cfg.remat, REMAT)
+    require_choice("config.kernels", cfg.kernels, kernel_names())
+    require(
+        cfg.batch_size % cfg.grad_accum == 0,
+        "config.batch_size",
+        cfg.batch_size,
+        f"a multiple of grad_accum = {cfg.grad_accum}",
+    )
+    require(
+        cfg.eval.overlap < cfg.seq_len,
+        "config.eval.overlap",
+        cfg.eval.overlap,
+        f"below seq_len = {cfg.seq_len}",
+    )
+    require(
+        cfg.optim.warmup_steps <= cfg.steps,
+        "config.optim.warmup_steps",
+        cfg.optim.warmup_steps,
+        f"at most steps = {cfg.steps}",
+    )
+
+
+def kernel_names() -> tuple[str, ...]:
+    """Allowed values of `config.kernels`."""
+    from kernels_pallas import IMPLEMENTATIONS
+
+    return ("auto", *IMPLEMENTATIONS)

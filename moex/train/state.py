@@ -1,0 +1,170 @@
+"""The training state: plain nested dicts of arrays, and how they come to be.
+
+Modules exist only inside a trace: `nnx.split` at construction gives a graph definition
+and dicts, `nnx.merge` inside the step gives the module back. Optimizer, checkpoints and
+tests see dicts whose paths are the module paths.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moex import sharding
+from moex.nn.lm import LM
+from moex.optim import path_name
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamInfo:
+    """What is known of one parameter or state variable beside its shape.
+
+    Attributes:
+      axes: logical axis names of its own dims (stacked layers come before).
+      matrix: (input dims, output dims) among `axes`, or None.
+      rate: step of a router bias, or None.
+    """
+
+    axes: tuple[str | None, ...]
+    matrix: tuple | None = None
+    rate: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A model without its arrays: made once per run by `model_spec`.
+
+    Attributes:
+      graphdef: for `nnx.merge(graphdef, params, state)`.
+      params, state: nested dicts of `ShapeDtypeStruct`: learned by gradient, or not.
+      info: `{path: ParamInfo}` for both.
+    """
+
+    graphdef: Any
+    params: dict
+    state: dict
+    info: dict[str, ParamInfo]
+
+    def merge(self, params, state):
+        """The module; use inside a trace."""
+        return nnx.merge(self.graphdef, params, state)
+
+
+def _split(model):
+    graphdef, params, state = nnx.split(model, nnx.Param, ...)
+    return graphdef, params, state
+
+
+def model_spec(cfg: LM) -> ModelSpec:
+    """The abstract model of a config; allocates nothing."""
+    abstract = nnx.eval_shape(lambda: cfg.make(nnx.Rngs(params=0)))
+    graphdef, params, state = _split(abstract)
+    info = {}
+    for tree in (params, state):
+        for path, variable in nnx.to_flat_state(tree):
+            metadata = variable.get_metadata()
+            info["/".join(map(str, path))] = ParamInfo(
+                axes=metadata["axes"],
+                matrix=metadata.get("matrix"),
+                rate=metadata.get("rate"),
+            )
+    return ModelSpec(graphdef, _pure(params), _pure(state), info)
+
+
+def _pure(state) -> dict:
+    """Nested dicts with string keys (list positions too), as checkpoints store them."""
+    return _string_keys(nnx.to_pure_dict(state))
+
+
+def _string_keys(tree):
+    if isinstance(tree, dict):
+        return {str(k): _string_keys(v) for k, v in tree.items()}
+    return tree
+
+
+def init_params(cfg: LM, key) -> tuple[dict, dict]:
+    """Fresh (params, state) of a config; jit it with `out_shardings`."""
+    _, params, state = _split(cfg.make(nnx.Rngs(params=key)))
+    return _pure(params), _pure(state)
+
+
+def shardings(spec: ModelSpec, mesh: Mesh) -> tuple[dict, dict]:
+    """`NamedSharding` of every leaf of (params, state), by logical axes."""
+
+    def place(path, leaf):
+        axes = spec.info[path_name(path)].axes
+        return sharding.param_sharding(leaf.shape, axes, mesh)
+
+    return tuple(
+        jax.tree_util.tree_map_with_path(place, tree)
+        for tree in (spec.params, spec.state)
+    )
+
+
+def opt_shardings(tx, spec: ModelSpec, param_shardings, mesh: Mesh):
+    """Shardings of `tx.init(params)`: moments like their parameter, the rest whole.
+
+    A leaf of the optimizer state belongs to the parameter whose path ends its own path
+    and whose shape it has.
+    """
+    by_path = {
+        path_name(path): (leaf.shape, sharding_)
+        for (path, leaf), sharding_ in zip(
+            jax.tree_util.tree_flatten_with_path(spec.params)[0],
+            jax.tree.leaves(param_shardings),
+            strict=True,
+        )
+    }
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(path, leaf):
+        keys = [str(getattr(k, "key", "")) for k in path]
+        for start in range(len(keys)):
+            shape, found = by_path.get("/".join(keys[start:]), (None, None))
+            if shape == leaf.shape:
+                return found
+        return whole
+
+    abstract = jax.eval_shape(tx.init, spec.params)
+    return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def init_guard() -> dict:
+    """State of the update guard: see `step.guard_update`."""
+    return {
+        "accepted": jnp.zeros((), jnp.int32),
+        "grad_norm_mean": jnp.zeros((), jnp.float32),
+        "skipped": jnp.zeros((), jnp.int32),
+        "skipped_in_row": jnp.zeros((), jnp.int32),
+    }
+
+
+def init_train_state(cfg: LM, spec: ModelSpec, tx, mesh: Mesh, key) -> dict:
+    """A fresh train state, every array made in its place: no host holds the model.
+
+    Returns:
+      {"params", "state", "opt", "guard"}.
+    """
+    param_shards, state_shards = shardings(spec, mesh)
+    opt_shards = opt_shardings(tx, spec, param_shards, mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def init(key):
+        params, state = init_params(cfg, key)
+        return {
+            "params": params,
+            "state": state,
+            "opt": tx.init(params),
+            "guard": init_guard(),
+        }
+
+    out = {
+        "params": param_shards,
+        "state": state_shards,
+        "opt": opt_shards,
+        "guard": jax.tree.map(lambda _: whole, init_guard()),
+    }
+    return jax.jit(init, out_shardings=out)(key)

@@ -1,0 +1,182 @@
+"""One optimizer step and one evaluation step: pure functions to be jitted once.
+
+The batch of a step is all of it; gradient accumulation splits it into microbatches
+inside the program.
+
+B batch · L length · E experts
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moex.moe.losses import update_bias
+from moex.moe.metrics import layer_metrics
+from moex.optim import path_name
+from moex.train.losses import lm_loss, make_context
+
+# Updates that must be accepted before a spike can be told from a start.
+SPIKE_WARMUP = 50
+GRAD_NORM_DECAY = 0.99
+
+
+def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
+    """`(train_state, step, key, batch) -> (train_state, metrics)`; jit with donation.
+
+    Args:
+      spec: `ModelSpec`.
+      tx: optax transformation.
+      coefs: `run.Loss`.
+      grad_accum: microbatches per step.
+      num_domains: sources of the data.
+      optim: `Optim`; its `spike_factor` guards the update.
+      static: static fields of `Context` (dtype, kernels, remat).
+    """
+
+    def loss_fn(params, state, batch, key, num_tokens):
+        model = spec.merge(params, state)
+        ctx = make_context(batch, key=key, mode="train", **static)
+        return lm_loss(
+            model,
+            ctx,
+            batch,
+            coefs,
+            num_tokens=num_tokens,
+            num_microbatches=grad_accum,
+            num_domains=num_domains,
+        )
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def train_step(train_state, step, key, batch):
+        params, state = train_state["params"], train_state["state"]
+        # A batch without one scored target has loss 0, not 0 / 0.
+        num_tokens = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
+        key = jax.random.fold_in(key, step)
+
+        def micro(args):
+            i, microbatch = args
+            key_i = jax.random.fold_in(key, i)
+            return grad_fn(params, state, microbatch, key_i, num_tokens)
+
+        (loss, sums), grads = _accumulate(micro, batch, grad_accum)
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.global_norm(grads)
+            updates, opt = tx.update(grads, train_state["opt"], params)
+            new = {
+                "params": optax.apply_updates(params, updates),
+                "state": update_state(spec, state, sums["layers"]),
+                "opt": opt,
+            }
+            ok, guard = guard_update(
+                train_state["guard"], loss, grad_norm, optim.spike_factor
+            )
+            old = {k: train_state[k] for k in new}
+            new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+        metrics = figures(sums, grad_accum) | {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "skipped": guard["skipped"],
+            "skipped_in_row": guard["skipped_in_row"],
+        }
+        return new | {"guard": guard}, metrics
+
+    return train_step
+
+
+def _accumulate(micro, batch, num):
+    """Sum of `micro((i, microbatch))` over `num` microbatches of `batch`.
+
+    Rows are dealt out in turn, not in runs, so that a batch split over devices stays
+    where it is.
+    """
+    if num == 1:
+        return micro((0, batch))
+    parts = jax.tree.map(
+        lambda a: jnp.swapaxes(a.reshape(-1, num, *a.shape[1:]), 0, 1), batch
+    )
+    first = micro((0, jax.tree.map(lambda a: a[0], parts)))
+
+    def add(total, args):
+        return jax.tree.map(jnp.add, total, micro(args)), None
+
+    rest = (jnp.arange(1, num), jax.tree.map(lambda a: a[1:], parts))
+    return jax.lax.scan(add, first, rest)[0]
+
+
+def update_state(spec, state, layers):
+    """Move each router bias by the load of its layer, summed over the whole step."""
+
+    def update(path, bias_E):
+        name = path_name(path)
+        layer = layers[name.removesuffix("/router/bias_E")]
+        return update_bias(bias_E, layer["stats"]["load_E"], spec.info[name].rate)
+
+    return jax.tree_util.tree_map_with_path(update, state)
+
+
+def guard_update(guard, loss, grad_norm, spike_factor):
+    """Decide whether an update is taken, and count.
+
+    It is skipped if the loss or the gradient norm is not finite, or if the gradient
+    norm exceeds `spike_factor` times its running mean over accepted updates (once
+    `SPIKE_WARMUP` were accepted).
+
+    Returns:
+      (ok bool scalar, new guard).
+    """
+    ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    mean = guard["grad_norm_mean"]
+    if spike_factor is not None:
+        started = guard["accepted"] >= SPIKE_WARMUP
+        ok &= ~started | (grad_norm <= spike_factor * mean)
+    # A plain mean at first, then an exponential one.
+    count = guard["accepted"].astype(jnp.float32) + 1
+    rate = jnp.maximum(1 - GRAD_NORM_DECAY, 1 / count)
+    skip = (~ok).astype(jnp.int32)
+    return ok, {
+        "accepted": guard["accepted"] + 1 - skip,
+        "grad_norm_mean": jnp.where(ok, mean + rate * (grad_norm - mean), mean),
+        "skipped": guard["skipped"] + skip,
+        "skipped_in_row": (guard["skipped_in_row"] + 1) * skip,
+    }
+
+
+def figures(sums, num_microbatches=1):
+    """What is logged, from sums: nats per token, bits per byte, routing per layer."""
+    tokens = jnp.maximum(sums["tokens"], 1.0)
+    layers = {}
+    for path, layer in sums["layers"].items():
+        layers[path] = layer_metrics(layer["stats"]) | {
+            name: value / num_microbatches for name, value in layer["losses"].items()
+        }
+    return {
+        "nll": sums["nll"] / tokens,
+        "z": sums["z"] / tokens,
+        "bits_per_byte": sums["nll"] / jnp.maximum(sums["bytes"], 1.0) / jnp.log(2.0),
+        "tokens": sums["tokens"],
+        "bytes": sums["bytes"],
+        "domain_nll": sums["domain_nll"] / jnp.maximum(sums["domain_tokens"], 1.0),
+        "domain_tokens": sums["domain_tokens"],
+        "layers": layers,
+    }
+
+
+def make_eval_step(spec, coefs, *, num_domains, static):
+    """`(params, state, batch) -> sums`; sums of all batches go to `figures`."""
+
+    def eval_step(params, state, batch):
+        model = spec.merge(params, state)
+        ctx = make_context(batch, mode="eval", **static)
+        _, sums = lm_loss(
+            model,
+            ctx,
+            batch,
+            coefs,
+            num_tokens=1.0,
+            num_microbatches=1,
+            num_domains=num_domains,
+        )
+        return sums
+
+    return eval_step
