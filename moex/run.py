@@ -63,6 +63,7 @@ class Log(Config):
     sample_prompts: tuple[str, ...] = ("The ",)  # prompts of the text samples
     sample_tokens: int = 48  # new tokens per sample; 0: no samples
     tensorboard: bool = True  # write tb/ beside metrics.jsonl
+    compressors: bool = False  # at the end, compare with gzip, bz2 and lzma
 
     def validate(self, path):
         require(self.every >= 1, f"{path}.every", self.every, "at least 1")

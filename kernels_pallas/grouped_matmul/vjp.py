@@ -21,7 +21,6 @@ def differentiable(product, weight_product):
       A function with the signature of `product`, safe to call outside of jit.
     """
 
-    @partial(jax.jit, static_argnums=(3, 4))
     @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
     def grouped_matmul(lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs, out_dtype):
         return product(lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs, out_dtype)
@@ -40,5 +39,5 @@ def differentiable(product, weight_product):
         drhs_GKN = weight_product(*pair, group_sizes_G, rhs_GKN.dtype)
         return dlhs_MK, drhs_GKN, None
 
-    grouped_matmul.__wrapped__.defvjp(forward, backward)
-    return grouped_matmul
+    grouped_matmul.defvjp(forward, backward)
+    return jax.jit(grouped_matmul, static_argnums=(3, 4))

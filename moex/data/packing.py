@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+
 from moex.config import ConfigError
 from moex.data.stream import Stream
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import grain
 import numpy as np
+
 from moex.config import Config, ConfigError, check, require
 from moex.data import cache
 from moex.data.files import unit_hash
@@ -210,7 +211,8 @@ def train_iterator(
     ]
     weights = [source.weight for source in prepared.config.sources]
     mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
-    local = mixed[start:].batch(rows, batch_fn=stack)[process_index::process_count]
+    batches = mixed[start:].batch(rows, drop_remainder=True, batch_fn=stack)
+    local = batches[process_index::process_count]
     options = grain.ReadOptions(
         num_threads=prepared.config.threads,
         prefetch_buffer_size=prepared.config.prefetch,

@@ -9,6 +9,7 @@ import gzip
 import lzma
 
 import numpy as np
+
 from moex.config import ConfigError
 from moex.data.pipeline import Prepared
 

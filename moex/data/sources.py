@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from moex.config import Config, ConfigError, nearest, require, require_choice
 from moex.data.files import File, content_key, decode_utf8, find_files, unit_hash
 

@@ -6,6 +6,7 @@ tokens beside it, written once and memory-mapped afterwards.
 Not here: cutting streams into sequences (`packing.py`), the cache (`cache.py`).
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from moex.config import ConfigError
 
 SPLITS = ("train", "eval")
@@ -36,6 +38,14 @@ class StreamWriter:
         self._sizes = open(directory / "bytes.bin", "wb") if with_bytes else None  # noqa: SIM115
         self._starts, self._prompts = [], []
         self._length = self._bytes = self._empty = self._skipped = 0
+
+    def __enter__(self) -> "StreamWriter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._tokens.close()
+        if self._sizes:
+            self._sizes.close()
 
     def add(
         self, ids: np.ndarray, sizes: np.ndarray, text_bytes: int, prompt: int = 0
@@ -70,9 +80,7 @@ class StreamWriter:
         """Finish the files; returns the counts of this split."""
         if self._starts:
             self._put(np.array([self._doc_id]), np.array([0]))
-        self._tokens.close()
-        if self._sizes:
-            self._sizes.close()
+        self.__exit__()
         np.save(self._dir / "starts.npy", np.array(self._starts, np.int64))
         if any(self._prompts):
             np.save(self._dir / "prompts.npy", np.array(self._prompts, np.int32))
@@ -132,26 +140,29 @@ def write_source(source, tokenizer, out: Path, where: str) -> dict[str, Any]:
     Returns:
       The counts of each split, and a hash of the keys of the held-out documents.
     """
-    writers = {}
-    for split in SPLITS:
-        (out / split).mkdir(parents=True)
-        with_bytes = not tokenizer.exact and source.content() != "tokens"
-        size, doc_id = tokenizer.vocab_size, tokenizer.doc_id
-        writers[split] = StreamWriter(out / split, size, doc_id, with_bytes)
+    with_bytes = not tokenizer.exact and source.content() != "tokens"
     held_out = hashlib.sha256()
     encode = {"text": _texts, "tokens": _tokens, "pairs": _pairs}[source.content()]
-    for batch in _batches(source.read(where)):
-        for key, value in batch:
-            if value is None:
-                writers[source.split(key)].skip()
-        batch = [d for d in batch if d.value is not None]
-        added = encode([d.value for d in batch], tokenizer, where)
-        for (key, _), document in zip(batch, added, strict=True):
-            split = source.split(key)
-            writers[split].add(*document)
-            if split == "eval":
-                held_out.update(key.encode() + b"\n")
-    counts = {split: writer.close() for split, writer in writers.items()}
+    with contextlib.ExitStack() as stack:
+        writers = {}
+        for split in SPLITS:
+            (out / split).mkdir(parents=True)
+            writer = StreamWriter(
+                out / split, tokenizer.vocab_size, tokenizer.doc_id, with_bytes
+            )
+            writers[split] = stack.enter_context(writer)
+        for batch in _batches(source.read(where)):
+            for key, value in batch:
+                if value is None:
+                    writers[source.split(key)].skip()
+            batch = [d for d in batch if d.value is not None]
+            added = encode([d.value for d in batch], tokenizer, where)
+            for (key, _), document in zip(batch, added, strict=True):
+                split = source.split(key)
+                writers[split].add(*document)
+                if split == "eval":
+                    held_out.update(key.encode() + b"\n")
+        counts = {split: writer.close() for split, writer in writers.items()}
     return {"splits": counts, "held_out_sha256": held_out.hexdigest()}
 
 

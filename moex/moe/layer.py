@@ -72,7 +72,7 @@ class MoELayer(nnx.Module):
         with jax.named_scope("router"):
             routing = self.router(x_TD, ctx).keep_only(valid_T[:, None])
         with jax.named_scope("dispatch"):
-            kept, plan, load_E = self._plan(routing)
+            kept, plan, load_E = self._plan(routing, ctx.mode)
         with jax.named_scope("experts"):
             if hasattr(self.experts, "fused"):
                 y_TD = self.experts.fused(x_TD, kept.gate_TK, plan, ctx)
@@ -87,12 +87,13 @@ class MoELayer(nnx.Module):
         stats = metrics.routing_stats(routing, valid_T, load_E, num_kept)
         return y_BLD, self._aux(stats)
 
-    def _plan(self, routing):
+    def _plan(self, routing, mode):
         """The routing after capacity, its plan, and the load before capacity."""
         E = self.num_experts
         plan = make_plan(routing.expert_TK, routing.keep_TK, E)
         load_E = plan.group_sizes_E.astype(jnp.float32)
-        if self.capacity_factor is None:
+        # Decoding drops nothing, or a row would depend on the rest of its batch.
+        if self.capacity_factor is None or mode == "decode":
             return routing, plan, load_E
         num_slots = routing.expert_TK.size
         capacity = expert_capacity(self.capacity_factor, num_slots, E)

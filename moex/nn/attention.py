@@ -141,7 +141,8 @@ def rotary(x_BLHA, position_BL, theta):
     """Rotate pairs (i, i + A/2) of the last axis by position * theta^(-2i/A)."""
     half = x_BLHA.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position_BL[..., None, None].astype(jnp.float32) * frequency
+    position_BL11 = position_BL[:, :, None, None].astype(jnp.float32)
+    angle = position_BL11 * frequency[None, None, None]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     x1, x2 = jnp.split(x_BLHA.astype(jnp.float32), 2, axis=-1)
     y = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)

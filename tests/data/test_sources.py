@@ -96,9 +96,7 @@ def test_contract(make, tmp_path):
         "pairs": [(f"q{i} ", t) for i, t in enumerate(TEXTS)],
     }[source.content()]
     assert values == expected
-    train, held_out = (
-        [d.key for d in source.documents(s)] for s in ("train", "eval")
-    )
+    train, held_out = ([d.key for d in source.documents(s)] for s in ("train", "eval"))
     assert len(train) + len(held_out) == len(values)
     assert not set(train) & set(held_out)
     assert 5 <= len(held_out) <= 35

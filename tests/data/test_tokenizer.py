@@ -1,6 +1,7 @@
 """Round trips, exact byte counts, and refusals of the three tokenizers."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -97,6 +98,21 @@ def test_bytes_from_offsets_by_hand(tmp_path):
     made = word_level(tmp_path / "w.json")
     ((_, sizes),) = made.encode_with_bytes(["é hat  \u4e2dx\n"])
     assert sizes.tolist() == [2, 4, 7]
+
+
+CODE = st.text("abz'sdmtlvre019_.(\"=\n\t\r\f\v \x1c\x85\u00e9")
+
+
+@pytest.mark.parametrize("name", ["bpe", "file"])
+@given(texts=st.lists(CODE | st.text(st.characters(max_codepoint=127))))
+@ANY
+def test_the_fast_way_gives_the_same_ids(name, texts, all_tokenizers):
+    made = all_tokenizers[name]
+    assert made._gpt2_words
+    slow = [i.tolist() for i in made._model_ids(texts)]
+    for cores in (1, 64):
+        with mock.patch("os.cpu_count", return_value=cores):
+            assert [i.tolist() for i in made.encode_batch(texts)] == slow
 
 
 def test_special_token_spelled_in_a_text_stays_text(all_tokenizers):

@@ -65,7 +65,7 @@ def test_keys_too_large_to_pack_take_the_stable_sort():
     assert sorts[0].params["is_stable"]
 
 
-def test_both_sorts_agree(monkeypatch):
+def test_both_sorts_agree():
     rng = np.random.default_rng(0)
     # N = 1e6 slots and E = 3000 experts pass int32; E = 2000 do not.
     expert_TK = rng.integers(0, 2000, (500_000, 2)).astype(np.int32)

@@ -87,7 +87,7 @@ class TopKRouter(nnx.Module):
             probs_TE = score_TE / jnp.maximum(total_T1, 1e-20)
         choice_TE = jax.lax.stop_gradient(score_TE)
         if self.bias_E is not None:
-            choice_TE = choice_TE + self.bias_E[...]
+            choice_TE = choice_TE + self.bias_E[...][None]
         _, expert_TK = jax.lax.top_k(choice_TE, self.k)
         keep_TK = jnp.ones(expert_TK.shape, bool)
         gate_TK = jnp.take_along_axis(score_TE, expert_TK, axis=-1)

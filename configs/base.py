@@ -1,0 +1,35 @@
+"""What all run configs share: every run key with its default.
+
+A config sets `model`, `steps`, `batch_size`, `seq_len` and whatever else differs.
+"""
+
+import ml_collections
+
+from moex.data.pipeline import Data
+from moex.optim import AdamW, Optim
+from moex.run import Checkpoint, Eval, Log, Loss
+from moex.sharding import MeshConfig
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Run defaults without a model; not a run by itself."""
+    del arg
+    cfg = ml_collections.ConfigDict(convert_dict=False)
+    cfg.seed = 0  # initial parameters, data order, router noise
+    cfg.steps = 1000  # optimizer steps
+    cfg.batch_size = 64  # sequences per optimizer step over the whole job
+    cfg.seq_len = 512  # tokens per sequence
+    cfg.grad_accum = 1  # microbatches per optimizer step
+    cfg.precision = "auto"  # compute: bfloat16 on accelerators, float32 on CPU
+    cfg.remat = "none"  # recompute in the backward pass: "none", "dots" or "full"
+    cfg.kernels = "auto"  # grouped-matmul implementation
+    cfg.nan_limit = 10  # skipped updates in a row before the run stops
+    cfg.init_from = ""  # run directory whose parameters start this run
+    cfg.data = Data()
+    cfg.optim = Optim(rule=AdamW(), lr=1e-3, warmup_steps=50, weight_decay=0.1)
+    cfg.loss = Loss()
+    cfg.mesh = MeshConfig()
+    cfg.eval = Eval()
+    cfg.checkpoint = Checkpoint()
+    cfg.log = Log()
+    return cfg

@@ -1,0 +1,265 @@
+"""`moex <command>`: from the command line to one function call each.
+
+argparse reads the command and its own flags; everything that starts with `--config`
+goes to ml_collections. A user's mistake is one line on stderr and exit code 2; a run
+that cannot go on is one line and exit code 1.
+"""
+
+import argparse
+import json
+import logging
+import pathlib
+import sys
+
+from moex.config import ConfigError
+
+CONFIG_HELP = """\
+Configuration:
+  --config=FILE[:arg]     a Python file with get_config(arg), such as
+                          configs/quickstart.py
+  --config.a.b=value      override one field; layers and patterns are indexed:
+                          --config.model.layers[0].pattern[0].router.k=4
+                          `moex config --config=FILE` lists all fields
+"""
+
+TRAIN_EXAMPLES = """
+Examples:
+  moex train --config=configs/quickstart.py --workdir=runs/first
+  moex train --config=configs/quickstart.py --workdir=runs/lr --config.optim.lr=0.01
+  moex train --config=configs/moe_1b.py --dry-run
+
+The same command on the same --workdir goes on where the run stopped. SIGTERM saves a
+checkpoint and exits.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The argument parser; its help is the reference of the commands."""
+    parser = argparse.ArgumentParser(
+        prog="moex",
+        description="Train, score and sample mixture-of-experts language models.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, text, epilog=CONFIG_HELP):
+        return commands.add_parser(
+            name,
+            help=text[0].lower() + text[1:].split(".")[0],
+            description=text,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    train = command(
+        "train",
+        "Train a model, or continue the run in --workdir.",
+        CONFIG_HELP + TRAIN_EXAMPLES,
+    )
+    train.add_argument(
+        "--workdir", type=pathlib.Path, help="run directory: config, logs, checkpoints"
+    )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the config and the data, print the model table and stop",
+    )
+    config = command("config", "Print a resolved config, one field a line.")
+    config.add_argument("--json", action="store_true", help="as JSON with type tags")
+    evaluate = command(
+        "eval",
+        "Score held-out data with the newest checkpoint of a run. Without --config the "
+        "run's own data is used; --config.data... changes it.",
+    )
+    evaluate.add_argument("run", type=pathlib.Path, help="run directory")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.add_argument(
+        "--sequences", type=_positive, help="score at most this many sequences"
+    )
+    _add_generate(command)
+    data = command("data", "Prepare the data of a config, or look at it.")
+    data.add_argument("action", choices=("prepare", "inspect"))
+    data.add_argument(
+        "--example", type=int, default=0, help="which training sequence to show"
+    )
+    return parser
+
+
+def _add_generate(command):
+    generate = command("generate", "Write text with the newest checkpoint of a run.", "")
+    generate.add_argument("run", type=pathlib.Path, help="run directory")
+    generate.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to continue; repeat it for a batch; default: standard input",
+    )
+    generate.add_argument("--max-new-tokens", type=_positive, default=128)
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
+    )
+    generate.add_argument(
+        "--top-k", type=int, default=0, help="sample from the k likeliest; 0: all"
+    )
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from this share of probability"
+    )
+    generate.add_argument("--seed", type=int, default=0)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def split_config_args(argv: list[str]) -> tuple[list[str], list[str]]:
+    """`argv` -> (arguments for argparse, arguments for ml_collections).
+
+    `--config.a b` becomes `--config.a=b`.
+    """
+    rest, config = [], []
+    args = iter(argv)
+    for arg in args:
+        name = arg.split("=", 1)[0].lstrip("-")
+        if not arg.startswith("-") or name.split(".")[0] != "config":
+            rest.append(arg)
+            continue
+        if "=" not in arg:
+            value = next(args, None)
+            if value is None:
+                raise ConfigError(f"{arg}: a value is missing; write {arg}=VALUE.")
+            arg = f"{arg}={value}"
+        config.append("--" + arg.lstrip("-"))
+    return rest, config
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the `moex` command."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        rest, config_args = split_config_args(argv)
+        args = make_parser().parse_args(rest)
+        _quiet()
+        COMMANDS[args.command](args, config_args)
+    except ConfigError as e:
+        _fail(e, 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from the last checkpoint", 130)
+    except RuntimeError as e:
+        if not _is_run_error(e):
+            raise
+        _fail(e, 1)
+
+
+def _fail(error, code: int) -> None:
+    print(f"moex: error: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _is_run_error(error: RuntimeError) -> bool:
+    from moex.train.checkpoint import CheckpointError
+    from moex.train.loop import TrainingStopped
+
+    return isinstance(error, (CheckpointError, TrainingStopped))
+
+
+def _quiet() -> None:
+    """Libraries report errors only: the run's own lines are what a person reads."""
+    from absl import logging as absl_logging
+    from flax import nnx
+
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    for name in ("jax", "orbax", "grain"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    nnx.set_graph_mode(False)
+
+
+def _train(args, config_args):
+    from moex.flags import load_config
+    from moex.train.loop import train
+
+    if args.workdir is None and not args.dry_run:
+        raise ConfigError("--workdir: missing; give a folder, such as runs/first.")
+    cfg = load_config(config_args)
+    train(cfg, args.workdir or pathlib.Path("."), dry_run=args.dry_run)
+
+
+def _config(args, config_args):
+    from moex import config
+    from moex.flags import load_config
+
+    cfg = load_config(config_args)
+    print(
+        json.dumps(config.to_dict(cfg), indent=1)
+        if args.json
+        else config.describe(cfg)
+    )
+
+
+def _eval(args, config_args):
+    from moex.flags import load_config
+    from moex.train.job import load_config as run_config
+    from moex.train.score import score_run
+
+    cfg = load_config(config_args, base=run_config(args.run))
+    result = score_run(args.run, cfg, sequences=args.sequences)
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(
+        f"{args.run} at step {result['step']}, {result['tokens']:,} held-out tokens:\n"
+        f"  loss           {result['nll']:.4f} nats per token\n"
+        f"  perplexity     {result['perplexity']:.3f}"
+    )
+    if result["bytes"]:
+        print(f"  bits per byte  {result['bits_per_byte']:.4f}")
+    for name, nll in result["domains"].items():
+        print(f"  loss on {name}: {nll:.4f}")
+
+
+def _generate(args, config_args):
+    from moex.train.score import write_text
+
+    if config_args:
+        raise ConfigError(f"{config_args[0]}: generate takes the config of the run.")
+    prompts = args.prompt or [sys.stdin.read()]
+    texts = write_text(
+        args.run,
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    print("\n--------\n".join(texts))
+
+
+def _data(args, config_args):
+    from moex.data.pipeline import prepare
+    from moex.data.report import inspect
+    from moex.flags import load_config
+    from moex.run import check_run
+
+    cfg = load_config(config_args)
+    check_run(cfg)
+    prepared = prepare(
+        cfg.data, cfg.seq_len, overlap=cfg.eval.overlap, where="config.data"
+    )
+    if args.action == "inspect":
+        print(inspect(prepared, example=args.example))
+
+
+COMMANDS = {
+    "train": _train,
+    "config": _config,
+    "eval": _eval,
+    "generate": _generate,
+    "data": _data,
+}
+
+
+if __name__ == "__main__":
+    main()

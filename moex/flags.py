@@ -1,0 +1,156 @@
+"""Config files and overrides, read by ml_collections' config flags.
+
+ml_collections does the work; this file turns its many kinds of failure into one line
+that names the field, the value, what is allowed and the nearest valid name.
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+import ml_collections
+from absl import flags
+from ml_collections.config_flags import config_flags, config_path
+
+from moex.config import Config, ConfigError, children, nearest, type_name
+
+NONE_WORDS = ("None", "none", "null")
+
+
+def load_config(args: list[str], base=None):
+    """The run config that `--config...` arguments describe.
+
+    Args:
+      args: `--config=FILE[:arg]` and `--config.a.b=value`, as strings.
+      base: config to override when no file is given, or None if a file is needed.
+
+    Raises:
+      ConfigError: for a missing or broken file, an unknown field, a wrong type.
+    """
+    files = [a for a in args if a.startswith("--config=")]
+    overrides = [_override(a) for a in args if not a.startswith("--config=")]
+    if len(files) > 1:
+        raise ConfigError(f"--config is given {len(files)} times; give it once.")
+    if not files and base is None:
+        raise ConfigError(
+            "--config: missing; give a config file, such as "
+            "--config=configs/quickstart.py."
+        )
+    cfg = _load_file(files[0]) if files else base
+    for path, text in overrides:
+        _apply(cfg, path, text)
+    return cfg
+
+
+def _override(arg: str) -> tuple[str, str]:
+    path, _, text = arg.removeprefix("--config.").partition("=")
+    return path, text
+
+
+def _load_file(arg: str):
+    name = arg.removeprefix("--config=")
+    file = pathlib.Path(name.split(":", 1)[0])
+    if not file.is_file():
+        near = nearest(file.name, [p.name for p in file.parent.glob("*.py")])
+        raise ConfigError(f"--config={name}: there is no file {file}.{near}")
+    # `from configs import base` works from any folder.
+    root = str(file.absolute().parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    values = flags.FlagValues()
+    argv = ["moex", arg]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+        cfg = values["config"].value
+        iter(cfg)  # a file that failed to load raises here
+    except ConfigError:
+        raise
+    except Exception as e:
+        reason = " ".join(str(e).split())
+        raise ConfigError(f"--config={name}: {type(e).__name__}: {reason}") from e
+    if not isinstance(cfg, ml_collections.ConfigDict):
+        raise ConfigError(
+            f"--config={name}: get_config must return an ml_collections.ConfigDict, "
+            f"not {type(cfg).__name__}."
+        )
+    return cfg
+
+
+def _apply(cfg, path: str, text: str) -> None:
+    """Set one field of `cfg` from text, in place."""
+    holder, name = _find(cfg, path)
+    annotation = _annotation(holder, name)
+    if text in NONE_WORDS and annotation is not None and _optional(holder, name):
+        config_path.set_value(path, cfg, None)
+        return
+    values = flags.FlagValues()
+    argv = ["moex", f"--config.{path}={text}"]
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", cfg, flag_values=values, sys_argv=argv
+        )
+        values(argv)
+    except (flags.Error, TypeError, ValueError, KeyError, AttributeError) as e:
+        if _is_branch(config_path.get_value(path, cfg)):
+            raise ConfigError(
+                f"config.{path} = {text!r}: is a whole config; set one of its fields, "
+                "or choose another kind in the config file."
+            ) from None
+        raise ConfigError(
+            f"config.{path} = {text!r}: must be {type_name(annotation)}."
+        ) from e
+    # The flag works on a copy; only the parsed value is wanted.
+    value = config_path.get_value(path, values["config"].value)
+    config_path.set_value(path, cfg, value)
+
+
+def _is_branch(value) -> bool:
+    if isinstance(value, (Config, ml_collections.ConfigDict)):
+        return True
+    return isinstance(value, (tuple, list)) and any(map(_is_branch, value))
+
+
+def _find(cfg, path: str):
+    """The object that holds the last part of `path`, and that part.
+
+    Raises:
+      ConfigError: if a part does not exist; names what does.
+    """
+    try:
+        parts = config_path.split(path)
+    except ValueError:
+        raise ConfigError(
+            f"config.{path}: not a field path; write a.b or a.b[0].c."
+        ) from None
+    node, seen = cfg, "config"
+    for i, part in enumerate(parts):
+        names = [n for n, _ in children(node)]
+        if isinstance(part, int):
+            ok = isinstance(node, (tuple, list)) and -len(node) <= part < len(node)
+            if not ok:
+                size = len(names) if isinstance(node, (tuple, list)) else 0
+                raise ConfigError(f"{seen}[{part}]: no such entry; {seen} has {size}.")
+        elif part not in names:
+            have = ", ".join(names) if names else f"no fields, it is {node!r}"
+            kind = f" ({type(node).__name__})" if isinstance(node, Config) else ""
+            raise ConfigError(
+                f"{seen}.{part}: no such field.{nearest(part, names)} "
+                f"{seen}{kind} has {have}."
+            )
+        if i == len(parts) - 1:
+            return node, part
+        node = node[part] if isinstance(part, int) else getattr(node, part)
+        seen += f"[{part}]" if isinstance(part, int) else f".{part}"
+    raise AssertionError("a path has at least one part")
+
+
+def _annotation(holder, name):
+    if isinstance(holder, Config):
+        return next(f.type for f in dataclasses.fields(holder) if f.name == name)
+    value = holder[name]
+    return type(value)
+
+
+def _optional(holder, name) -> bool:
+    return isinstance(holder, Config) and config_path.is_optional(name, holder)

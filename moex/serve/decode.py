@@ -1,0 +1,240 @@
+"""Generation with a cache of keys and values: prefill, then one token at a time.
+
+Prompts of different lengths are padded on the left, so that all rows write the same
+slot of the cache. Slot s of a row with p slots of padding holds position s - p; every
+mask follows from p and from how many slots are filled.
+
+B batch · L length of one call · P padded prompt length · S slots of the cache
+· N most new tokens · V vocabulary
+"""
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moex.nn.context import Context
+from moex.nn.lm import LM
+
+# Prompts are padded to a power of two of at least this many tokens, so that a session
+# of many prompts compiles few programs.
+SHORTEST_PROMPT = 16
+
+
+def generate(
+    spec,
+    model_cfg: LM,
+    params,
+    state,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_token: int | None = None,
+    dtype: str = "float32",
+    kernels: str | None = None,
+) -> list[list[int]]:
+    """The continuation of each prompt.
+
+    A row does not see the other rows, except through the random numbers; a row that
+    has stopped is treated as padding. The result is a function of the arguments.
+
+    Args:
+      spec: `ModelSpec` of `model_cfg`.
+      model_cfg: the config that `spec` was made from, for the shape of the cache.
+      params, state: arrays of the model, on any mesh.
+      prompts: at least one prompt of at least one token.
+      max_new_tokens: N >= 1, tokens after which every row ends.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: sample among the k most likely tokens; 0: among all.
+      top_p: sample among the fewest tokens whose probability reaches this, in (0, 1].
+      seed: of the random numbers.
+      stop_token: a row ends before this token; None: never.
+      dtype: compute dtype of the matmuls, and dtype of the cache.
+      kernels: name of the grouped-matmul implementation, or None to choose.
+
+    Returns:
+      New tokens per prompt, without the stop token.
+
+    Raises:
+      ValueError: for arguments outside their range or tokens outside the vocabulary.
+    """
+    _check(prompts, model_cfg.vocab, max_new_tokens, temperature, top_k, top_p)
+    longest = max(map(len, prompts))
+    P = max(SHORTEST_PROMPT, 1 << (longest - 1).bit_length())
+    prompt_BP = np.zeros((len(prompts), P), np.int32)
+    for row, prompt in zip(prompt_BP, prompts, strict=True):
+        row[P - len(prompt) :] = prompt
+    num_padding_B = np.array([P - len(prompt) for prompt in prompts], np.int32)
+    # The last token is not fed back, so it needs no slot.
+    slots = P + max_new_tokens - 1
+    new_BN, num_new_B, _ = _generate(
+        params,
+        state,
+        model_cfg.init_cache(len(prompts), slots, jnp.dtype(dtype)),
+        prompt_BP,
+        num_padding_B,
+        jax.random.key(seed),
+        graphdef=spec.graphdef,
+        sampling=(float(temperature), int(top_k), float(top_p)),
+        max_new_tokens=max_new_tokens,
+        stop_token=-1 if stop_token is None else int(stop_token),
+        context=(("dtype", dtype), ("kernels", kernels)),
+    )
+    new_BN, num_new_B = np.asarray(new_BN), np.asarray(num_new_B)
+    return [row[:n].tolist() for row, n in zip(new_BN, num_new_B, strict=True)]
+
+
+def sample(logits_BV, key, temperature, top_k=0, top_p=1.0) -> jax.Array:
+    """One token per row, int32[B].
+
+    First top-k, then top-p on what is left of the distribution: the fewest tokens
+    whose probability reaches `top_p`, at least one. Ties go to the lowest token.
+
+    Args:
+      logits_BV: float32[B, V].
+      key: random key; not used at temperature 0.
+      temperature, top_k, top_p: Python numbers, as in `generate`.
+    """
+    if temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    # With the maximum at 0 a small temperature cannot overflow.
+    logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    logits_BV = logits_BV / temperature
+    V = logits_BV.shape[-1]
+    num_sorted = min(top_k or V, V)
+    if num_sorted == V and top_p == 1.0:
+        return jax.random.categorical(key, logits_BV).astype(jnp.int32)
+    # From here on the second axis is in falling order of probability.
+    logits_BK, token_BK = jax.lax.top_k(logits_BV, num_sorted)
+    if top_p < 1.0:  # at 1 the float32 sum of the tokens before could reach it
+        probs_BK = jax.nn.softmax(logits_BK, axis=-1)
+        before_BK = jnp.cumsum(probs_BK, axis=-1) - probs_BK
+        logits_BK = jnp.where(before_BK < top_p, logits_BK, -jnp.inf)
+    choice_B1 = jax.random.categorical(key, logits_BK)[:, None]
+    return jnp.take_along_axis(token_BK, choice_B1, axis=-1)[:, 0].astype(jnp.int32)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("graphdef", "sampling", "max_new_tokens", "stop_token", "context"),
+    donate_argnames="cache",
+)
+def _generate(
+    params,
+    state,
+    cache,
+    prompt_BP,
+    num_padding_B,
+    key,
+    *,
+    graphdef,
+    sampling,
+    max_new_tokens,
+    stop_token,
+    context,
+):
+    """Returns (new_BN, num_new_B, cache); the cache only to be donated in place."""
+    B, P = prompt_BP.shape
+    N = max_new_tokens
+    slots = P + N - 1
+
+    def run(token_BL, first_slot, stopped_B, cache):
+        """Next-token logits after `token_BL`, written from slot `first_slot` on."""
+        ctx = _context(
+            token_BL, first_slot, slots, num_padding_B, stopped_B, dict(context)
+        )
+        model = nnx.merge(graphdef, params, state)
+        logits_BLV, cache = model.decode(ctx, cache)
+        return logits_BLV[:, -1], cache
+
+    def emit(i, logits_BV, stopped_B, new_BN):
+        token_B = sample(logits_BV, jax.random.fold_in(key, i), *sampling)
+        stopped_B = stopped_B | (token_B == stop_token)
+        column_B1 = jnp.where(stopped_B, 0, token_B)[:, None]
+        new_BN = jax.lax.dynamic_update_slice_in_dim(new_BN, column_B1, i, axis=1)
+        return stopped_B, new_BN
+
+    def unfinished(carry):
+        i, stopped_B, *_ = carry
+        return (i < N) & ~jnp.all(stopped_B)
+
+    def step(carry):
+        i, stopped_B, num_new_B, new_BN, cache = carry
+        token_B1 = jax.lax.dynamic_slice_in_dim(new_BN, i - 1, 1, axis=1)
+        logits_BV, cache = run(token_B1, P + i - 1, stopped_B, cache)
+        stopped_B, new_BN = emit(i, logits_BV, stopped_B, new_BN)
+        return i + 1, stopped_B, num_new_B + ~stopped_B, new_BN, cache
+
+    stopped_B = jnp.zeros(B, bool)
+    logits_BV, cache = run(prompt_BP, jnp.int32(0), stopped_B, cache)
+    stopped_B, new_BN = emit(0, logits_BV, stopped_B, jnp.zeros((B, N), jnp.int32))
+    num_new_B = (~stopped_B).astype(jnp.int32)
+    carry = (jnp.int32(1), stopped_B, num_new_B, new_BN, cache)
+    _, _, num_new_B, new_BN, cache = jax.lax.while_loop(unfinished, step, carry)
+    return new_BN, num_new_B, cache
+
+
+def _context(token_BL, first_slot, slots, num_padding_B, stopped_B, static) -> Context:
+    """The `Context` of tokens that go to the slots from `first_slot` on.
+
+    Key segments are 1 for tokens, 0 for padding and -1 for slots not yet filled, which
+    therefore match no query. A stopped row asks as padding.
+    """
+    L = token_BL.shape[1]
+    slot_1S = jnp.arange(slots, dtype=jnp.int32)[None]
+    key_position_BS = slot_1S - num_padding_B[:, None]
+    key_segment_BS = jnp.where(
+        slot_1S < first_slot + L, (key_position_BS >= 0).astype(jnp.int32), -1
+    )
+    key_position_BS = jnp.maximum(key_position_BS, 0)
+    window = functools.partial(
+        jax.lax.dynamic_slice_in_dim, start_index=first_slot, slice_size=L, axis=1
+    )
+    return Context(
+        segment_BL=jnp.where(stopped_B[:, None], 0, window(key_segment_BS)),
+        position_BL=window(key_position_BS),
+        token_BL=token_BL,
+        key_segment_BS=key_segment_BS,
+        key_position_BS=key_position_BS,
+        cache_index=first_slot,
+        mode="decode",
+        **static,
+    )
+
+
+def _check(prompts, vocab, max_new_tokens, temperature, top_k, top_p):
+    if not prompts:
+        raise ValueError("generate needs at least one prompt; got an empty list.")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(
+                f"generate needs at least one token per prompt; prompts[{i}] is empty. "
+                "Start it with the document token."
+            )
+        for token in prompt:
+            if not 0 <= operator.index(token) < vocab:
+                raise ValueError(
+                    f"generate needs tokens in [0, {vocab}), the vocabulary of the "
+                    f"model; got {token} in prompts[{i}]. Was it encoded by the "
+                    "tokenizer of the run?"
+                )
+    if max_new_tokens < 1:
+        raise ValueError(f"generate needs max_new_tokens >= 1; got {max_new_tokens}.")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(
+            f"generate needs a finite temperature >= 0; got {temperature}. 0 takes "
+            "the most likely token."
+        )
+    if top_k < 0:
+        raise ValueError(f"generate needs top_k >= 0; got {top_k}. 0 turns it off.")
+    if not 0 < top_p <= 1:
+        raise ValueError(
+            f"generate needs 0 < top_p <= 1; got {top_p}. 1 keeps every token."
+        )

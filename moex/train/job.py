@@ -1,0 +1,307 @@
+"""A job: everything that a run config stands for, ready to be stepped.
+
+Made once by `make_job` for training, and by `load_run` for evaluation and generation
+from a run directory.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moex import config as configs
+from moex import optim, sharding
+from moex.config import ConfigError, require
+from moex.data import pipeline
+from moex.data.tokenizer import Tokenizer
+from moex.run import check_run
+from moex.train import state as states
+from moex.train import step as steps
+from moex.train.checkpoint import Checkpointer, atomic_write, read_json
+
+
+@dataclasses.dataclass
+class Job:
+    """What one run needs beside its arrays."""
+
+    cfg: Any  # the run config, checked, with the vocabulary filled in
+    mesh: Mesh
+    spec: states.ModelSpec
+    tx: Any  # optax transformation
+    learning_rate: Any  # learning rate as a function of the optimizer step
+    data: pipeline.Prepared
+
+    def static(self, *, train: bool) -> dict:
+        """Static fields of `Context`: how to compute, not what."""
+        return static_options(self.cfg, train=train)
+
+    def train_step(self):
+        """The jitted training step; donates the train state."""
+        step = steps.make_train_step(
+            self.spec,
+            self.tx,
+            self.cfg.loss,
+            grad_accum=self.cfg.grad_accum,
+            num_domains=len(self.data.domains),
+            optim=self.cfg.optim,
+            static=self.static(train=True),
+        )
+        return jax.jit(step, donate_argnums=0)
+
+    def eval_step(self):
+        """The jitted evaluation step."""
+        step = steps.make_eval_step(
+            self.spec,
+            self.cfg.loss,
+            num_domains=len(self.data.domains),
+            static=self.static(train=False),
+        )
+        return jax.jit(step)
+
+    def init_state(self):
+        """A fresh train state on the mesh."""
+        key = jax.random.key(self.cfg.seed)
+        return states.init_train_state(
+            self.cfg.model, self.spec, self.tx, self.mesh, key
+        )
+
+    def abstract_state(self):
+        """The train state as `ShapeDtypeStruct`s with shardings, for restoring."""
+        spec, mesh = self.spec, self.mesh
+        params, state = states.shardings(spec, mesh)
+        opt = states.opt_shardings(self.tx, spec, params, mesh)
+        guard = jax.eval_shape(states.init_guard)
+        whole = NamedSharding(mesh, PartitionSpec())
+        placed = {
+            "params": (spec.params, params),
+            "state": (spec.state, state),
+            "opt": (jax.eval_shape(self.tx.init, spec.params), opt),
+            "guard": (guard, jax.tree.map(lambda _: whole, guard)),
+        }
+        return {name: _with_shardings(*pair) for name, pair in placed.items()}
+
+    def batches(self, start: int):
+        """Training batches of this process, from sequence `start` of the job on."""
+        return pipeline.train_iterator(
+            self.data,
+            batch_size=self.cfg.batch_size,
+            seed=self.cfg.seed,
+            start=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def eval_batches(self, limit: int | None):
+        """Held-out batches of this process."""
+        return pipeline.eval_batches(
+            self.data,
+            batch_size=eval_batch_size(self.cfg),
+            limit=limit,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+
+def _with_shardings(tree, shards):
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shards
+    )
+
+
+def compute_dtype(cfg) -> str:
+    """The dtype of matmuls: bfloat16 on accelerators, float32 on CPU, unless set."""
+    if cfg.precision != "auto":
+        return cfg.precision
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def static_options(cfg, *, train: bool) -> dict:
+    """Static fields of `Context` from a run config."""
+    return {
+        "dtype": compute_dtype(cfg),
+        "kernels": None if cfg.kernels == "auto" else cfg.kernels,
+        "remat": cfg.remat if train else "none",
+    }
+
+
+def eval_batch_size(cfg) -> int:
+    """Sequences per evaluation step over the whole job."""
+    return cfg.eval.batch_size or cfg.batch_size // cfg.grad_accum
+
+
+def check_devices(cfg) -> None:
+    """Check that the batches divide over the devices.
+
+    Raises:
+      ConfigError: naming the field and the number it must be a multiple of.
+    """
+    cfg.mesh.sizes(jax.device_count())
+    shards = sharding.batch_shards(cfg.mesh.make())
+    micro = cfg.batch_size // cfg.grad_accum
+    require(
+        micro % shards == 0,
+        "config.batch_size",
+        cfg.batch_size,
+        f"a multiple of grad_accum * batch shards of the mesh = "
+        f"{cfg.grad_accum} * {shards}",
+    )
+    require(
+        eval_batch_size(cfg) % shards == 0,
+        "config.eval.batch_size",
+        eval_batch_size(cfg),
+        f"a multiple of the batch shards of the mesh = {shards}",
+    )
+
+
+def make_job(cfg, *, log=print) -> Job:
+    """Check a run config, prepare its data and build its abstract model.
+
+    Fills in `cfg.model.vocab` from the tokenizer.
+
+    Raises:
+      ConfigError: for any mistake of the user, before anything is compiled.
+    """
+    check_run(cfg)
+    check_devices(cfg)
+    data = pipeline.prepare(
+        cfg.data, cfg.seq_len, overlap=cfg.eval.overlap, log=log, where="config.data"
+    )
+    vocab = data.tokenizer.vocab_size
+    if cfg.model.vocab is None:
+        cfg.model.vocab = vocab
+    require(
+        cfg.model.vocab >= vocab,
+        "config.model.vocab",
+        cfg.model.vocab,
+        f"at least the vocabulary of the tokenizer, {vocab} (or None to take it)",
+    )
+    spec = states.model_spec(cfg.model)
+    tx, learning_rate = optim.make_optimizer(
+        cfg.optim, cfg.steps, spec.params, spec.info
+    )
+    return Job(cfg, cfg.mesh.make(), spec, tx, learning_rate, data)
+
+
+# Changing these would make a checkpoint of the old config unusable.
+FIXED_ON_RESUME = ("model", "optim.rule", "optim.lr_factors")
+
+
+def check_resume(cfg, workdir: pathlib.Path, tokenizer: Tokenizer) -> list[str]:
+    """Compare a config with the one that `workdir` was started with.
+
+    Returns:
+      One line per changed field that may change.
+
+    Raises:
+      ConfigError: if the directory holds a run of another architecture, optimizer
+        rule or vocabulary.
+    """
+    saved = load_config(workdir)
+    old, new = _flat(configs.to_dict(saved)), _flat(configs.to_dict(cfg))
+    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    saved_tokenizer = Tokenizer.load(workdir / "tokenizer")
+    if saved_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"{workdir} holds a run with another tokenizer (vocabulary "
+            f"{saved_tokenizer.vocab_size}, here {tokenizer.vocab_size}); use another "
+            "--workdir, or the tokenizer of that run."
+        )
+    for key in changed:
+        if key.startswith(FIXED_ON_RESUME):
+            raise ConfigError(
+                f"{workdir} holds a run with config.{key} = {old.get(key)!r}, not "
+                f"{new.get(key)!r}; use another --workdir, or --config.init_from="
+                f"{workdir} to start a new run from its parameters."
+            )
+    return [f"config.{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed]
+
+
+def _flat(data, prefix="") -> dict:
+    if isinstance(data, dict):
+        items = data.items()
+    elif isinstance(data, list):
+        items = enumerate(data)
+    else:
+        return {prefix: data}
+    flat = {}
+    for key, value in items:
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def save_config(cfg, workdir: pathlib.Path) -> None:
+    """Write the resolved config to `workdir/config.json`."""
+    text = json.dumps(configs.to_dict(cfg), indent=1)
+    atomic_write(workdir / "config.json", text + "\n")
+
+
+def load_config(workdir: pathlib.Path):
+    """The run config of a run directory.
+
+    Raises:
+      ConfigError: if it is not a run directory.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{workdir}: not a run directory (there is no {path}).")
+    try:
+        return configs.from_dict(read_json(path))
+    except ValueError as e:
+        raise ConfigError(f"{path}: {e}") from None
+
+
+@dataclasses.dataclass
+class LoadedRun:
+    """A trained model from a run directory."""
+
+    cfg: Any
+    mesh: Mesh
+    spec: states.ModelSpec
+    tokenizer: Tokenizer
+    step: int
+    params: dict
+    state: dict
+
+
+def load_run(workdir, *, warn=print) -> LoadedRun:
+    """Read the newest intact parameters of a run directory.
+
+    Raises:
+      ConfigError: if it is not a run directory or has no checkpoint.
+      CheckpointError: if no checkpoint is intact.
+    """
+    workdir = pathlib.Path(workdir)
+    cfg = load_config(workdir)
+    tokenizer = Tokenizer.load(workdir / "tokenizer")
+    mesh = sharding.MeshConfig().make()
+    spec = states.model_spec(cfg.model)
+    arrays, step = restore_params(workdir, spec, mesh, warn=warn)
+    return LoadedRun(
+        cfg, mesh, spec, tokenizer, step, arrays["params"], arrays["state"]
+    )
+
+
+def restore_params(workdir, spec, mesh, *, warn=print):
+    """`({"params", "state"}, step)` of the newest intact checkpoint of a run."""
+    if not (pathlib.Path(workdir) / "checkpoints").is_dir():
+        raise ConfigError(f"{workdir}: the run has no checkpoint yet.")
+    params, state = states.shardings(spec, mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    guard = jax.eval_shape(states.init_guard)
+    abstract = {
+        "params": _with_shardings(spec.params, params),
+        "state": _with_shardings(spec.state, state),
+        "guard": _with_shardings(guard, jax.tree.map(lambda _: whole, guard)),
+    }
+    checkpointer = Checkpointer(workdir, read_only=True)
+    try:
+        found = checkpointer.restore(abstract, items=("params", "state"), warn=warn)
+    finally:
+        checkpointer.close()
+    if found is None:
+        raise ConfigError(f"{workdir}: the run has no checkpoint yet.")
+    step, arrays, _, _ = found
+    return arrays, step

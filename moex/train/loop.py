@@ -1,0 +1,472 @@
+"""The training loop: the same for a laptop and for a pod.
+
+Each iteration dispatches a step and then looks at the metrics of the step before, so
+that logging never makes the device wait.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import signal
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from moex import accounting
+from moex import config as configs
+from moex.config import ConfigError
+from moex.data.report import compressor_bits_per_byte
+from moex.serve.decode import generate
+from moex.sharding import shard_batch
+from moex.train.checkpoint import Checkpointer, CheckpointError
+from moex.train.job import (
+    Job,
+    check_resume,
+    make_job,
+    restore_params,
+    save_config,
+    static_options,
+)
+from moex.train.log import RunLog, Stopwatch, clock, layer_rows, memory_bytes, moe_summary
+from moex.train.step import figures
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says why and what is intact."""
+
+
+def train(cfg, workdir, *, dry_run=False, say=None) -> dict:
+    """Train `cfg` in `workdir`, or continue what is there.
+
+    Args:
+      cfg: run config (keys of `run.RUN_KEYS`).
+      workdir: run directory; made if there is none.
+      dry_run: check everything, print the model table and stop.
+      say: called with each line before the run's own log exists.
+
+    Returns:
+      The last figures: {"step", "loss", "eval_nll", ...}; empty for a dry run.
+
+    Raises:
+      ConfigError: for a user's mistake, before anything is compiled.
+      CheckpointError: if a checkpoint cannot be written or read.
+      TrainingStopped: after `nan_limit` skipped updates in a row.
+    """
+    say = say or (print if jax.process_index() == 0 else lambda *_: None)
+    # 1. Check, prepare data, build the abstract model.
+    workdir = pathlib.Path(workdir)
+    if not dry_run:
+        _check_workdir(workdir)
+    job = make_job(cfg, log=say)
+    cost = accounting.model_cost(cfg.model, job.spec, cfg.seq_len)
+    say(accounting.model_table(cfg.model, job.spec, cfg.seq_len))
+    resuming = (workdir / "config.json").is_file()
+    if resuming:
+        for change in check_resume(cfg, workdir, job.data.tokenizer):
+            say(f"resuming with a changed config: {change}")
+    if dry_run:
+        say("dry run: the config is good; nothing was trained")
+        return {}
+    # 2. Parameters: from this run's checkpoint, from another run, or fresh.
+    checkpointer = Checkpointer(
+        workdir, keep=cfg.checkpoint.keep, keep_best=cfg.checkpoint.keep_best
+    )
+    run = _start(job, workdir, checkpointer, cost, say)
+    # 3. Train.
+    if jax.process_index() == 0:
+        save_config(cfg, workdir)
+        job.data.tokenizer.save(workdir / "tokenizer")
+    with jax.set_mesh(job.mesh), _stop_on_sigterm(run):
+        try:
+            return run.loop()
+        finally:
+            with contextlib.suppress(CheckpointError):
+                checkpointer.wait()
+            checkpointer.close()
+            run.log.close()
+
+
+def _check_workdir(workdir: pathlib.Path) -> None:
+    """Make the run directory and check that it can be written.
+
+    Raises:
+      ConfigError: if it cannot.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".write-test-{jax.process_index()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(
+            f"--workdir={workdir}: cannot be written ({e.strerror}); "
+            "choose a folder that you may write to."
+        ) from None
+
+
+def _start(job: Job, workdir, checkpointer, cost, say) -> "Run":
+    """Restore or make the train state."""
+    found = checkpointer.restore(job.abstract_state(), warn=say)
+    if found is not None:
+        step, state, data, _ = found
+        say(f"resuming {workdir} after step {step}")
+        consumed = data["sequences"]
+    else:
+        step, consumed, state = 0, 0, job.init_state()
+        if job.cfg.init_from:
+            arrays, at = restore_params(job.cfg.init_from, job.spec, job.mesh, warn=say)
+            state |= {"params": arrays["params"], "state": arrays["state"]}
+            say(f"starting from the parameters of {job.cfg.init_from} at step {at}")
+    log = RunLog(workdir, job.cfg, step=step, total_steps=job.cfg.steps)
+    return Run(job, workdir, checkpointer, cost, log, state, step, consumed)
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm(run: "Run"):
+    """SIGTERM asks the run to save and leave; the old handler comes back after.
+
+    With several processes JAX's own notice does this on all of them at one step.
+    """
+    if jax.process_count() > 1:
+        yield
+        return
+
+    def ask(signum, frame):
+        run.stop_asked = True
+
+    try:
+        old = signal.signal(signal.SIGTERM, ask)
+    except ValueError:  # not the main thread: nobody to ask
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+@dataclasses.dataclass
+class Run:
+    """A run in progress: the job, its arrays and where it stands."""
+
+    job: Job
+    workdir: pathlib.Path
+    checkpointer: Checkpointer
+    cost: accounting.Cost
+    log: RunLog
+    state: dict
+    step: int  # optimizer steps done
+    consumed: int  # training sequences consumed by the whole job
+    stop_asked: bool = False
+    last_eval: Any = None  # (step, figures) of the newest evaluation
+    last: Any = dataclasses.field(default_factory=dict)
+
+    def loop(self) -> dict:
+        """Train to the last step; returns the last figures."""
+        cfg, log = self.job.cfg, self.log
+        batches = self.job.batches(self.consumed)
+        key = jax.random.key(cfg.seed + 1)
+        self.eval_step = None
+        self.watch = Stopwatch()
+        self.logged = (self.step, 0.0)
+        pending, data_seconds = None, 0.0
+        train_step = None
+        while self.step < cfg.steps and not self._should_stop():
+            began = time.perf_counter()
+            batch = shard_batch(next(batches), self.job.mesh)
+            data_seconds += time.perf_counter() - began
+            if train_step is None:
+                train_step = self._compile(batch, key)
+            self.state, metrics = train_step(
+                self.state, np.int32(self.step), key, batch
+            )
+            self.step += 1
+            self.consumed += cfg.batch_size
+            if pending is not None:
+                self._look(*pending, data_seconds)
+            pending = (self.step, metrics)
+            if self._due(cfg.eval.every) or self._due(cfg.checkpoint.every):
+                self._look(*pending, data_seconds)
+                pending = None
+                self._pause()
+            elif self._due(cfg.log.sample_every):
+                self._aside(self._sample)
+        if pending is not None:
+            self._look(*pending, data_seconds)
+        if self.step < cfg.steps:
+            self._save()
+            self.checkpointer.wait()
+            log.line(
+                f"stopped at step {self.step} of {cfg.steps}: checkpoint saved; "
+                "the same command goes on from here"
+            )
+            return self.last | {"step": self.step, "stopped": True}
+        return self._finish()
+
+    def _should_stop(self) -> bool:
+        if jax.process_count() > 1:
+            return self.checkpointer.manager.reached_preemption(self.step)
+        return self.stop_asked
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0 and self.step < self.job.cfg.steps
+
+    def _compile(self, batch, key):
+        """Compile the train step; its time is reported apart and not counted."""
+        began = time.perf_counter()
+        args = (self.state, np.int32(self.step), key, batch)
+        compiled = self.job.train_step().lower(*args).compile()
+        seconds = time.perf_counter() - began
+        self.log.line(f"compiled the train step in {seconds:.1f} s")
+        self.log.record("compile", self.step, {"seconds": seconds})
+        self.watch.start()
+        return compiled
+
+    def _look(self, step: int, metrics, data_seconds: float) -> None:
+        """Look at the metrics of a finished step: guard, log line, scalars."""
+        cfg = self.job.cfg
+        in_row = int(metrics["skipped_in_row"])
+        if in_row:
+            loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+            self.log.line(
+                f"warning: update {step} skipped (loss {loss:.4g}, gradient norm "
+                f"{norm:.4g}); {in_row} in a row, {int(metrics['skipped'])} in all"
+            )
+        if in_row >= cfg.nan_limit:
+            self.checkpointer.wait()
+            kept = self.checkpointer.steps()
+            raise TrainingStopped(
+                f"{in_row} updates in a row had a loss or gradient that is not finite "
+                f"or spikes (config.nan_limit = {cfg.nan_limit}); stopped at step "
+                f"{step}. Last good checkpoint: {kept[-1] if kept else 'none'}."
+            )
+        if step % cfg.log.every and step != cfg.steps and step != 1:
+            self.log.advance()
+            return
+        metrics = jax.device_get(metrics)
+        self.log.advance(float(metrics["nll"]))
+        seconds = self.watch.read()
+        steps, elapsed = step - self.logged[0], seconds - self.logged[1]
+        self.logged = (step, seconds)
+        self._log_step(step, metrics, elapsed / max(steps, 1), data_seconds / step)
+
+    def _log_step(self, step, metrics, step_seconds, data_seconds):
+        cfg = self.job.cfg
+        rate = cfg.batch_size * cfg.seq_len / step_seconds
+        peak = accounting.device_peak_flops()
+        moe = moe_summary(cfg.model, metrics["layers"])
+        values = {
+            "loss": float(metrics["loss"]),
+            "nll": float(metrics["nll"]),
+            "bits_per_byte": float(metrics["bits_per_byte"]),
+            "grad_norm": float(metrics["grad_norm"]),
+            "lr": float(self.job.learning_rate(step - 1)),
+            "skipped": int(metrics["skipped"]),
+            "tokens_seen": step * cfg.batch_size * cfg.seq_len,
+            "perf/tokens_per_s": rate,
+            "perf/step_s": step_seconds,
+            "perf/data_s": data_seconds,
+            "perf/memory_gib": memory_bytes() / 2**30,
+        } | {f"moe/{k}": v for k, v in moe.items()}
+        for name, nll in zip(self.job.data.domains, metrics["domain_nll"], strict=True):
+            if len(self.job.data.domains) > 1:
+                values[f"nll/{name}"] = float(nll)
+        if peak is not None:
+            flops = rate * self.cost.train_flops
+            values["perf/mfu"] = flops / (peak * jax.device_count())
+        self.log.record("train", step, values)
+        image = cfg.log.images_every and step % cfg.log.images_every == 0
+        self.log.layers(step, metrics["layers"], image=bool(image) or step == cfg.steps)
+        self.last = values
+        self.log.line(step_line(step, cfg.steps, values, step_seconds))
+
+    def _pause(self) -> None:
+        """Evaluate and save if it is time, with the training clock stopped."""
+        cfg = self.job.cfg
+        if self._due(cfg.eval.every):
+            self._aside(lambda: self._evaluate(cfg.eval.sequences))
+        if self._due(cfg.log.sample_every):
+            self._aside(self._sample)
+        if self._due(cfg.checkpoint.every):
+            self._aside(self._save)
+
+    def _aside(self, work):
+        self.watch.stop()
+        try:
+            return work()
+        finally:
+            self.watch.start()
+
+    def _evaluate(self, limit) -> dict:
+        if self.eval_step is None:
+            self.eval_step = self.job.eval_step()
+        result = evaluate(self.job, self.state, self.eval_step, limit)
+        values = {k: result[k] for k in ("nll", "bits_per_byte", "tokens", "bytes")}
+        values |= {f"nll/{k}": v for k, v in result["domains"].items()}
+        if result["layers"]:
+            moe = moe_summary(self.job.cfg.model, result["layers"])
+            values["max_violation"] = moe["max_violation"]
+        self.log.record("eval", self.step, values)
+        self.last_eval = (self.step, result)
+        self.log.line(
+            f"held out at step {self.step}: {result['nll']:.4f} nats per token, "
+            f"{result['bits_per_byte']:.4f} bits per byte ({result['tokens']:,} tokens)"
+        )
+        return result
+
+    def _save(self) -> None:
+        cfg = self.job.cfg
+        scored = self.last_eval is not None and self.last_eval[0] == self.step
+        self.checkpointer.save(
+            self.step,
+            self.state,
+            data={"sequences": self.consumed},
+            meta={
+                "step": self.step,
+                "tokenizer": self.job.data.tokenizer.fingerprint,
+                "model": configs.to_dict(cfg.model),
+                "jax": jax.__version__,
+            },
+            metrics={"nll": self.last_eval[1]["nll"]} if scored else None,
+        )
+
+    def _sample(self) -> None:
+        cfg = self.job.cfg
+        # Text needs the parameters on one host; a sharded model samples with the CLI.
+        if cfg.log.sample_tokens == 0 or jax.process_count() > 1:
+            return
+        tokenizer = self.job.data.tokenizer
+        prompts = [tokenizer.encode(p) for p in cfg.log.sample_prompts]
+        prompts = [[tokenizer.doc_id, *p] for p in prompts]
+        static = static_options(cfg, train=False)
+        outputs = generate(
+            self.job.spec,
+            cfg.model,
+            self.state["params"],
+            self.state["state"],
+            prompts,
+            max_new_tokens=cfg.log.sample_tokens,
+            temperature=0.7,
+            seed=cfg.seed,
+            stop_token=tokenizer.doc_id,
+            dtype=static["dtype"],
+            kernels=static["kernels"],
+        )
+        texts = [
+            prompt + tokenizer.decode(out)
+            for prompt, out in zip(cfg.log.sample_prompts, outputs, strict=True)
+        ]
+        self.log.text("sample", self.step, "\n----\n".join(texts))
+        for text in texts:
+            shown = text.replace("\n", "\n  | ")
+            self.log.line(f"sample at step {self.step}:\n  | {shown}")
+
+    def _finish(self) -> dict:
+        """Score all held-out data, save, sample, and say where to look."""
+        cfg, log = self.job.cfg, self.log
+        if self.checkpointer.steps()[-1:] == [self.step] and not self.last:
+            log.line(f"the run is complete: step {self.step} of {cfg.steps}")
+        result = self._evaluate(None)
+        if self.checkpointer.steps()[-1:] != [self.step]:
+            self._save()
+        self.checkpointer.wait()
+        self._sample()
+        if self.last.get("moe/max_violation") is not None:
+            log.line(load_lines(cfg.model, result["layers"]))
+        beside = ""
+        if log.active and cfg.log.compressors and result["bytes"]:
+            reached = compressor_bits_per_byte(self.job.data, where="config.data")
+            beside = " beside " + ", ".join(f"{k} {v:.3f}" for k, v in reached.items())
+            log.record("compressors", self.step, reached)
+        log.hparams(
+            {"steps": cfg.steps, "lr": cfg.optim.lr, "batch_size": cfg.batch_size},
+            {"eval/final_bits_per_byte": result["bits_per_byte"]},
+        )
+        log.text("config", self.step, configs.describe(cfg))
+        log.line(
+            f"held-out bits per byte: {result['bits_per_byte']:.3f}{beside} "
+            f"(the same {result['bytes']:,} held-out bytes)\n"
+            f"training time {clock(self.watch.read())}; run directory {self.workdir}\n"
+            f"look at it:   tensorboard --logdir {self.workdir / 'tb'}\n"
+            f"let it write: moex generate {self.workdir} --prompt 'def '"
+        )
+        return self.last | {
+            "step": self.step,
+            "eval_nll": result["nll"],
+            "eval_bits_per_byte": result["bits_per_byte"],
+        }
+
+
+def evaluate(job: Job, state: dict, eval_step, limit: int | None) -> dict:
+    """Held-out figures: nats per token, bits per byte, perplexity, per domain, routing.
+
+    Args:
+      job: the job whose held-out data is scored.
+      state: {"params", "state"}.
+      eval_step: from `job.eval_step()`.
+      limit: sequences to score; None: all.
+
+    Raises:
+      ConfigError: if nothing is held out.
+    """
+    total = None
+    for batch in job.eval_batches(limit):
+        batch = shard_batch(batch, job.mesh)
+        sums = eval_step(state["params"], state["state"], batch)
+        total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
+    if total is None:
+        raise ConfigError("config.data: no data is held out; raise holdout.")
+    result = jax.device_get(figures(total))
+    return {
+        "nll": float(result["nll"]),
+        "perplexity": float(np.exp(result["nll"])),
+        "bits_per_byte": float(result["bits_per_byte"]),
+        "tokens": int(result["tokens"]),
+        "bytes": int(result["bytes"]),
+        "domains": {
+            name: float(nll)
+            for name, nll, n in zip(
+                job.data.domains,
+                result["domain_nll"],
+                result["domain_tokens"],
+                strict=True,
+            )
+            if n > 0
+        },
+        "layers": result["layers"],
+    }
+
+
+def step_line(step: int, total: int, values: dict, step_seconds: float) -> str:
+    """One line that says everything about a step."""
+    parts = [
+        f"step {step}/{total}",
+        f"loss {values['loss']:.4f}",
+        f"bpb {values['bits_per_byte']:.3f}",
+        f"grad {values['grad_norm']:.3g}",
+        f"lr {values['lr']:.2e}",
+        f"{values['perf/tokens_per_s']:,.0f} tok/s",
+        f"mem {values['perf/memory_gib']:.2f} GiB",
+    ]
+    if "perf/mfu" in values:
+        parts.append(f"mfu {100 * values['perf/mfu']:.1f}%")
+    if "moe/max_violation" in values:
+        parts.append(f"imbalance {values['moe/max_violation']:.2f}")
+    if values.get("moe/dropped_frac", 0) > 0:
+        parts.append(f"dropped {100 * values['moe/dropped_frac']:.1f}%")
+    if values["skipped"]:
+        parts.append(f"skipped {values['skipped']}")
+    parts.append(f"eta {clock((total - step) * step_seconds)}")
+    return " | ".join(parts)
+
+
+def load_lines(model, layers: dict) -> str:
+    """Expert load of each MoE layer as text: share of its slots per expert."""
+    lines = ["expert load on held-out data (share of slots, per MoE layer):"]
+    for number, frac in layer_rows(model, layers, "load_frac_E"):
+        shares = " ".join(f"{100 * f:4.1f}" for f in frac[:16])
+        more = f" ... ({len(frac)} experts)" if len(frac) > 16 else ""
+        lines.append(f"  layer {number:>3} | {shares}{more} %")
+    return "\n".join(lines)

@@ -1,0 +1,45 @@
+"""How every test runs: eight small CPU devices, and JAX at its strictest.
+
+MOEX_TEST_PLATFORM=gpu or =tpu runs on that platform instead, for `-m gpu`, `-m tpu`.
+"""
+
+import os
+
+PLATFORM = os.environ.get("MOEX_TEST_PLATFORM", "cpu")
+
+if PLATFORM == "cpu":
+    # Before JAX is imported. Compiling is most of the time of these tests and LLVM's
+    # optimisation half of that; worker processes share the cores already.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    flags = ["--xla_backend_optimization_level=0"]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        flags.append("--xla_cpu_multi_thread_eigen=false")
+    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from flax import nnx  # noqa: E402
+
+if PLATFORM == "cpu":
+    jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_enable_compilation_cache", False)
+nnx.set_graph_mode(False)  # a module reachable by two paths is an error
+
+hypothesis.settings.register_profile(
+    "moex", derandomize=True, deadline=None, max_examples=40, database=None
+)
+hypothesis.settings.load_profile("moex")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def moex_cache(tmp_path_factory):
+    """Prepared data and downloads of this process stay away from the user's."""
+    before = os.environ.get("MOEX_CACHE")
+    os.environ["MOEX_CACHE"] = str(tmp_path_factory.mktemp("moex_cache"))
+    yield
+    if before is None:
+        del os.environ["MOEX_CACHE"]
+    else:
+        os.environ["MOEX_CACHE"] = before

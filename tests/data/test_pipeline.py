@@ -1,0 +1,344 @@
+"""Prepared data: the cache, the order of training, held-out batches, the report."""
+
+import itertools
+import json
+import multiprocessing
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+
+from moex.config import ConfigError, check, from_dict, to_dict
+from moex.data import cache
+from moex.data import tokenizer as tokenizer_module
+from moex.data.files import unit_hash
+from moex.data.pipeline import Data, eval_batches, prepare, train_iterator
+from moex.data.report import compressor_bits_per_byte, inspect
+from moex.data.sources import PromptResponse, PythonStdlib, Text
+from moex.data.tokenizer import Bpe, Bytes, TokenizerFile
+
+L = 16
+
+
+def quiet(line):
+    """Drop a progress line."""
+
+
+def corpus(root, name, count=60):
+    """A delimited file of `count` different documents with multi-byte characters."""
+    parts = [f"{name} {i} é\u4e2d\U0001f600 " * (1 + i % 4) for i in range(count)]
+    (root / f"{name}.txt").write_text("<|>".join(parts))
+    return Text(paths=(str(root / f"{name}.txt"),), delimiter="<|>", holdout=0.3)
+
+
+def data(root, *sources, tokenizer=None):
+    return Data(
+        sources=sources or (corpus(root, "a"),),
+        tokenizer=tokenizer or Bytes(),
+        cache_dir=str(root / "cache"),
+    )
+
+
+def words(root):
+    """A tokenizer that is not byte-level and drops spaces."""
+    model = tokenizers.Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(special_tokens=["[DOC]", "[UNK]"])
+    model.train_from_iterator(["a 0 1 2 é"], trainer)
+    model.save(str(root / "words.json"))
+    return TokenizerFile(path=str(root / "words.json"), doc_token="[DOC]")
+
+
+def take(prepared, count, **kwargs):
+    """Some batches; `ids` per sequence: (domain, example_id)."""
+    return list(itertools.islice(train_iterator(prepared, **kwargs), count))
+
+
+def ids(batches):
+    return [
+        (int(d), int(e))
+        for b in batches
+        for d, e in zip(b["domain"], b["example_id"], strict=True)
+    ]
+
+
+def test_default_config_is_valid_and_serialises():
+    config = Data()
+    check(config, "data")
+    assert isinstance(config.sources[0], PythonStdlib)
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("overlap", [0, 5, L - 1])
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "words"])
+def test_held_out_bytes_are_exact(kind, overlap, tmp_path):
+    tokenizer = {"bytes": Bytes, "bpe": lambda: Bpe(vocab=300)}.get(kind)
+    config = data(tmp_path, tokenizer=tokenizer() if tokenizer else words(tmp_path))
+    prepared = prepare(config, L, overlap=overlap, log=quiet)
+    held_out = [d.value for d in config.sources[0].documents("eval")]
+    batches = list(eval_batches(prepared, batch_size=4))
+    total = sum((b["num_bytes"] * b["loss_mask"]).sum() for b in batches)
+    assert total == sum(len(t.encode()) for t in held_out) > 0
+    scored = sum(b["loss_mask"].sum() for b in batches)
+    coded = [prepared.tokenizer.encode(t) for t in held_out]
+    assert scored == sum(len(c) + 1 for c in coded)
+    counts = prepared.manifest["a"]["splits"]["eval"]
+    assert counts["bytes"] == total and counts["documents"] == len(held_out)
+
+
+def test_batch_form(tmp_path):
+    (batch,) = take(prepare(data(tmp_path), L, log=quiet), 1, batch_size=3, seed=0)
+    for name in ("tokens", "targets", "segment", "position", "num_bytes"):
+        assert batch[name].shape == (3, L) and batch[name].dtype == np.int32
+    assert batch["loss_mask"].shape == (3, L)
+    assert batch["loss_mask"].dtype == np.float32
+    for name in ("domain", "example_id"):
+        assert batch[name].shape == (3,) and batch[name].dtype == np.int32
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_any_number_of_processes_sees_the_same_batches(count, threads, tmp_path):
+    config = data(tmp_path, corpus(tmp_path, "a"), corpus(tmp_path, "b"))
+    prepared = prepare(config, L, log=quiet)
+    whole = take(prepared, 20, batch_size=8, seed=1)
+    config.threads = prepared.config.threads = threads
+    parts = [
+        take(prepared, 20, batch_size=8, seed=1, process_index=i, process_count=count)
+        for i in range(count)
+    ]
+    for expected, *got in zip(whole, *parts, strict=True):
+        for name, value in expected.items():
+            joined = np.concatenate([g[name] for g in got])
+            np.testing.assert_array_equal(joined, value)
+
+
+@pytest.mark.parametrize("start", [1, 8, 1000])
+def test_start_continues_the_same_order(start, tmp_path):
+    config = data(tmp_path, corpus(tmp_path, "a"), corpus(tmp_path, "b"))
+    prepared = prepare(config, L, log=quiet)
+    whole = ids(take(prepared, start + 12, batch_size=1, seed=1))
+    tail = take(prepared, 3, batch_size=4, seed=1, start=start)
+    assert ids(tail) == whole[start:]
+
+
+def test_epochs_cover_all_and_reshuffle(tmp_path):
+    prepared = prepare(data(tmp_path), L, log=quiet)
+    n = len(prepared.train[0])
+    seen = ids(take(prepared, 3 * n, batch_size=1, seed=0))
+    epochs = [seen[i * n : (i + 1) * n] for i in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == [(0, i) for i in range(n)]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    other = ids(take(prepared, n, batch_size=1, seed=1))
+    assert sorted(other) == sorted(epochs[0]) and other != epochs[0]
+
+
+def test_mixture_follows_the_weights(tmp_path):
+    a, b = corpus(tmp_path, "a"), corpus(tmp_path, "b", 20)
+    a.weight, b.weight = 1.0, 3.0
+    prepared = prepare(data(tmp_path, a, b), L, log=quiet)
+    assert prepared.domains == ("a", "b")
+    domains = [d for d, _ in ids(take(prepared, 50, batch_size=8, seed=0))]
+    assert domains.count(1) == 300
+
+
+def test_an_error_in_the_reading_thread_surfaces(tmp_path, monkeypatch):
+    prepared = prepare(data(tmp_path), L, log=quiet)
+
+    def broken(self, index):
+        raise OSError("disk is gone")
+
+    monkeypatch.setattr(type(prepared.train[0]), "__getitem__", broken)
+    with pytest.raises(OSError, match="disk is gone"):
+        take(prepared, 1, batch_size=2, seed=0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_eval_covers_each_sequence_once(count, tmp_path):
+    config = data(tmp_path, corpus(tmp_path, "a"), corpus(tmp_path, "b", 30))
+    prepared = prepare(config, L, log=quiet)
+    parts = [
+        list(eval_batches(prepared, batch_size=8, process_index=i, process_count=count))
+        for i in range(count)
+    ]
+    assert len({len(p) for p in parts}) == 1
+    order = [i for step in zip(*parts, strict=True) for i in ids(step)]
+    real = [(d, e) for d, e in order if e >= 0]
+    sizes = [len(e) for e in prepared.eval]
+    assert real == [(d, e) for d in (0, 1) for e in range(sizes[d])]
+    padding = [b for p in parts for b in p]
+    for batch in padding:
+        blank = batch["example_id"] < 0
+        assert not batch["segment"][blank].any()
+        assert not batch["loss_mask"][blank].any()
+    assert len(order) % 8 == 0
+
+
+def test_eval_limit_spreads_over_all_sources(tmp_path):
+    config = data(tmp_path, corpus(tmp_path, "a", 300), corpus(tmp_path, "b", 20))
+    prepared = prepare(config, L, log=quiet)
+    for limit in (2, 7, 30):
+        picked = ids(eval_batches(prepared, batch_size=1, limit=limit))
+        assert len(picked) == len(set(picked)) == limit
+        assert {d for d, _ in picked} == {0, 1}
+    everything = sum(len(e) for e in prepared.eval)
+    picked = ids(eval_batches(prepared, batch_size=1, limit=10**6))
+    assert len(picked) == everything
+
+
+def test_bad_batches(tmp_path):
+    prepared = prepare(data(tmp_path), L, log=quiet)
+    with pytest.raises(ConfigError, match="batch_size = 3.*multiple"):
+        take(prepared, 1, batch_size=3, seed=0, process_count=2)
+    with pytest.raises(ConfigError, match="process_index = 2"):
+        take(prepared, 1, batch_size=4, seed=0, process_index=2, process_count=2)
+    with pytest.raises(ConfigError, match="start = -1"):
+        take(prepared, 1, batch_size=4, seed=0, start=-1)
+
+
+def test_prompt_response(tmp_path):
+    rows = [{"prompt": f"q{i}? ", "response": f"r{i}"} for i in range(30)]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = PromptResponse(paths=(str(tmp_path / "qa.jsonl"),), holdout=0.3)
+    prepared = prepare(data(tmp_path, source), 32, log=quiet)
+    learned = []
+    for batch in eval_batches(prepared, batch_size=2):
+        targets = batch["targets"][batch["loss_mask"] == 1]
+        learned += prepared.tokenizer.decode(targets).replace("r", " r").split()
+    held_out = [d.value[1] for d in source.documents("eval")]
+    assert sorted(learned) == sorted(held_out)
+    with pytest.raises(ConfigError, match=r"data\.sources\[0\].*truncate=True"):
+        prepare(data(tmp_path, source), 4, log=quiet)
+
+
+def test_prepare_refusals(tmp_path):
+    config = data(tmp_path)
+    with pytest.raises(ConfigError, match=r"seq_len=100000 is longer.*tokens"):
+        prepare(config, 100_000, log=quiet)
+    with pytest.raises(ConfigError, match="overlap = 16"):
+        prepare(config, L, overlap=L, log=quiet)
+    twice = data(tmp_path, corpus(tmp_path, "a"), corpus(tmp_path, "a"))
+    with pytest.raises(ConfigError, match=r"sources\[1\]\.name = 'a'.*sources\[0\]"):
+        prepare(twice, L, log=quiet)
+    with pytest.raises(ConfigError, match="sources"):
+        check(Data(sources=()), "data")
+    with pytest.raises(ConfigError, match=r"sources\[0\].*a source"):
+        check(Data(sources=(Bytes(),)), "data")
+    with pytest.raises(ConfigError, match="tokenizer.*a tokenizer"):
+        check(Data(tokenizer=PythonStdlib()), "data")
+
+
+def test_nothing_held_out_is_a_warning(tmp_path):
+    (tmp_path / "one.txt").write_text("a" * 100)
+    name = next(n for n in "abcdefgh" if unit_hash(f"{n}.txt", "moex.holdout") > 0.05)
+    (tmp_path / "one.txt").rename(tmp_path / f"{name}.txt")
+    lines = []
+    source = Text(paths=(str(tmp_path / f"{name}.txt"),))
+    prepared = prepare(data(tmp_path, source), L, log=lines.append)
+    assert any("warning" in line and "held out" in line for line in lines)
+    assert list(eval_batches(prepared, batch_size=2)) == []
+    with pytest.raises(ConfigError, match="no text is held out"):
+        compressor_bits_per_byte(prepared)
+
+
+@pytest.mark.parametrize("delimiter", ["", " "])
+def test_bpe_learns_from_a_sample(delimiter, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "BPE_SAMPLE_BYTES", 1000)
+    (tmp_path / "a.txt").write_text(" ".join(f"word{i}" for i in range(5000)))
+    path = str(tmp_path / "a.txt")
+    source = Text(paths=(path,), delimiter=delimiter, holdout=0.0)
+    seen = []
+    train = tokenizer_module.train_bpe
+    monkeypatch.setattr(
+        tokenizer_module,
+        "train_bpe",
+        lambda texts, vocab: seen.extend(texts) or train(texts, vocab),
+    )
+    prepared = prepare(data(tmp_path, source, tokenizer=Bpe(vocab=300)), L, log=quiet)
+    assert 500 <= sum(map(len, seen)) <= 2000
+    assert prepared.tokenizer.token_bytes.max() >= 4
+
+
+def entries(root):
+    return sorted(p for p in (root / "cache").iterdir() if p.is_dir())
+
+
+def test_cache_is_used_and_follows_content(tmp_path):
+    config, lines = data(tmp_path), []
+    first = prepare(config, L, log=lines.append)
+    assert lines
+    lines.clear()
+    again = prepare(config, L, log=lines.append)
+    assert not lines and again.manifest == first.manifest
+    prepare(config, 2 * L, overlap=3, log=lines.append)
+    assert not lines  # windows are cut when read, so their length costs nothing
+    corpus(tmp_path, "a", 61)
+    prepare(config, L, log=lines.append)
+    assert lines and len(entries(tmp_path)) == 2
+    manifest = json.loads((entries(tmp_path)[0] / "manifest.json").read_text())
+    assert {"files", "splits", "held_out_sha256", "sha256", "seconds"} <= set(manifest)
+
+
+def test_a_failed_prepare_leaves_nothing(tmp_path, monkeypatch):
+    config = data(tmp_path)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "write_source", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, L, log=quiet)
+    assert entries(tmp_path) == []
+    monkeypatch.undo()
+    assert len(prepare(config, L, log=quiet).train[0])
+
+
+def test_a_damaged_entry_is_made_again(tmp_path):
+    config, lines = data(tmp_path), []
+    before = take(prepare(config, L, log=quiet), 3, batch_size=2, seed=0)
+    (entry,) = entries(tmp_path)
+    with open(entry / "train" / "tokens.bin", "r+b") as f:
+        f.truncate(10)
+    after = take(prepare(config, L, log=lines.append), 3, batch_size=2, seed=0)
+    assert lines
+    np.testing.assert_array_equal(before[2]["tokens"], after[2]["tokens"])
+
+
+def _prepare_quietly(config):
+    prepare(config, L, log=quiet)
+
+
+def test_processes_may_prepare_at_the_same_time(tmp_path):
+    config = data(tmp_path, tokenizer=Bpe(vocab=300))
+    context = multiprocessing.get_context("spawn")
+    running = [context.Process(target=_prepare_quietly, args=(config,)) for _ in "ab"]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(60)
+        assert process.exitcode == 0
+    assert len(entries(tmp_path)) == 1
+    assert len(prepare(config, L, log=pytest.fail).train[0])
+
+
+def test_report(tmp_path):
+    prepared = prepare(data(tmp_path), L, log=quiet)
+    text = inspect(prepared, tokens=4)
+    assert "B/token" in text and "segment  position  learn" in text
+    counts = prepared.manifest["a"]["splits"]
+    assert f"{counts['train']['bytes']:,}" in text
+    rates = compressor_bits_per_byte(prepared)
+    assert set(rates) == {"gzip", "bz2", "lzma"}
+    assert all(0 < r < 8 for r in rates.values())
+
+
+def test_standard_library_with_bytes(tmp_path):
+    prepared = prepare(data(tmp_path, PythonStdlib()), 256, log=quiet)
+    counts = prepared.manifest["python_stdlib"]["splits"]
+    assert counts["train"]["bytes"] > 5e6
+    share = counts["eval"]["bytes"] / counts["train"]["bytes"]
+    assert 0.02 < share < 0.1
+    (batch,) = take(prepared, 1, batch_size=4, seed=0)
+    assert batch["loss_mask"].all()

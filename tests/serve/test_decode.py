@@ -1,0 +1,171 @@
+"""Cached generation against the full forward pass, and the sampling rule by hand.
+
+B batch · L length · V vocabulary
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import VOCAB, built, context, split_module, tiny_lm, tiny_moe
+
+from moex.moe.routers.topk import TopK
+from moex.nn.attention import Attention
+from moex.nn.mlp import Dense
+from moex.nn.stack import Segment
+from moex.serve.decode import generate, sample
+
+PROMPT_LENGTHS = (1, 5, 16)
+NEW = 6
+GREEDY = {"max_new_tokens": NEW, "temperature": 0, "kernels": "xla"}
+MODELS = {
+    "dense": tiny_lm(
+        Segment(pattern=(Dense(hidden=24),), repeat=2),
+        attention=Attention(heads=2),
+        tied_embeddings=True,
+    ),
+    "moe, grouped queries, qk norm": tiny_lm(),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    """(cfg, arguments of `generate` that come first, prompts, their greedy ends)."""
+    cfg = MODELS[request.param]
+    spec, params, state = built(cfg)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, VOCAB, n).tolist() for n in PROMPT_LENGTHS]
+    args = (spec, cfg, params, state)
+    return args, prompts, generate(*args, prompts, **GREEDY)
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(model):
+    (spec, _, params, state), prompts, ends = model
+    rows = [p + e for p, e in zip(prompts, ends, strict=True)]
+    token_BL = jnp.array([r + [0] * (32 - len(r)) for r in rows], jnp.int32)
+    length_B1 = jnp.array([[len(r)] for r in rows])
+    position_BL = jnp.broadcast_to(jnp.arange(32)[None], token_BL.shape)
+    ctx = context(
+        *token_BL.shape,
+        token_BL=token_BL,
+        segment_BL=(position_BL < length_B1).astype(jnp.int32),
+        kernels="xla",
+    )
+    run = jax.jit(lambda params, state: spec.merge(params, state)(ctx)[0])
+    best_BL = np.argmax(run(params, state), axis=-1)
+    for prompt, end, best_L in zip(prompts, ends, best_BL, strict=True):
+        assert len(end) == NEW
+        assert end == best_L[len(prompt) - 1 :][:NEW].tolist()
+
+
+def test_a_row_does_not_see_the_rest_of_its_batch(model):
+    args, prompts, ends = model
+    alone = generate(*args, prompts[1:2], **GREEDY)
+    assert alone == ends[1:2]
+
+
+def test_a_stopped_row_ends_before_its_stop_token_and_changes_no_other(model):
+    args, prompts, ends = model
+    stop = ends[1][2]
+    stopped = generate(*args, prompts, **GREEDY, stop_token=stop)
+    cut = [end[: end.index(stop)] if stop in end else end for end in ends]
+    assert stopped == cut
+    assert min(map(len, cut)) < NEW
+
+
+def test_sampling_depends_on_the_seed_alone():
+    cfg = MODELS["dense"]
+    spec, params, state = built(cfg)
+
+    def run(seed):
+        return generate(
+            *(spec, cfg, params, state, [[1, 2], [3]]),
+            max_new_tokens=8,
+            temperature=1.5,
+            top_k=20,
+            top_p=0.95,
+            seed=seed,
+        )
+
+    assert run(0) == run(0) != run(1)
+
+
+def test_capacity_drops_nothing_while_decoding():
+    """Else a continuation would depend on the other prompts of its batch."""
+    crowded = tiny_moe(router=TopK(k=1, init_std=0.0), capacity_factor=0.1, shared=None)
+    graphdef, params, state = split_module(crowded.make(16, nnx.Rngs(params=0)))
+    x_BLD = jnp.ones((6, 1, 16))
+
+    def kept(mode):
+        ctx = context(6, 1, mode=mode, kernels="xla")
+        run = jax.jit(lambda p: nnx.merge(graphdef, p, state)(x_BLD, ctx))
+        return float(run(params)[1]["stats"]["num_kept"])
+
+    assert kept("train") == 1
+    assert kept("decode") == 6
+
+
+# Probabilities by hand: 0.5, 0.25, 0.15, 0.1 at tokens 2, 0, 3, 1.
+LOGITS = np.log(np.array([0.25, 0.1, 0.5, 0.15], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reachable"),
+    [
+        ((0.0, 0, 1.0), {2}),
+        ((1.0, 0, 1.0), {0, 1, 2, 3}),
+        ((1.0, 2, 1.0), {2, 0}),
+        ((1.0, 99, 1.0), {0, 1, 2, 3}),
+        ((1.0, 1, 1.0), {2}),
+        ((1.0, 0, 0.49), {2}),  # never empty
+        ((1.0, 0, 0.51), {2, 0}),
+        ((1.0, 0, 0.76), {2, 0, 3}),
+        # Among the first three the probabilities are 5/9, 2.5/9 and 1.5/9.
+        ((1.0, 3, 0.8), {2, 0}),
+        # A low temperature sharpens before top-p looks: 0.25 / 0.345 = 0.72.
+        ((0.5, 0, 0.7), {2}),
+        ((1e-20, 0, 1.0), {2}),
+    ],
+)
+def test_sample_reaches_exactly(settings, reachable):
+    logits_BV = jnp.tile(LOGITS, (2000, 1))
+    token_B = sample(logits_BV, jax.random.key(0), *settings)
+    assert token_B.dtype == jnp.int32
+    assert set(token_B.tolist()) == reachable
+
+
+def test_sample_frequencies_follow_the_kept_probabilities():
+    logits_BV = jnp.tile(LOGITS, (20_000, 1))
+    token_B = sample(logits_BV, jax.random.key(1), 1.0, 3, 1.0)
+    share_V = np.bincount(token_B, minlength=4) / 20_000
+    # Three standard errors of a share near one half: 3 * sqrt(0.25 / 20000) = 0.011.
+    np.testing.assert_allclose(share_V, [2.5 / 9, 0, 5 / 9, 1.5 / 9], atol=0.011)
+
+
+def test_ties_go_to_the_lowest_token():
+    equal_BV = jnp.zeros((500, 5))
+    assert set(sample(equal_BV, jax.random.key(0), 0.0).tolist()) == {0}
+    assert set(sample(equal_BV, jax.random.key(0), 1.0, 2).tolist()) == {0, 1}
+    assert set(sample(equal_BV, jax.random.key(0), 1.0, 0, 0.5).tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "change", "message"),
+    [
+        ([], {}, "at least one prompt"),
+        ([[1], []], {}, r"prompts\[1\] is empty"),
+        ([[1, VOCAB]], {}, rf"tokens in \[0, {VOCAB}\).*got {VOCAB} in prompts\[0\]"),
+        ([[-1]], {}, "got -1"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens >= 1; got 0"),
+        ([[1]], {"temperature": -0.1}, "temperature >= 0; got -0.1"),
+        ([[1]], {"temperature": float("nan")}, "temperature >= 0; got nan"),
+        ([[1]], {"top_k": -1}, "top_k >= 0; got -1"),
+        ([[1]], {"top_p": 0.0}, "0 < top_p <= 1; got 0.0"),
+        ([[1]], {"top_p": 1.1}, "0 < top_p <= 1; got 1.1"),
+    ],
+)
+def test_wrong_arguments(prompts, change, message):
+    cfg = MODELS["dense"]
+    with pytest.raises(ValueError, match=message):
+        generate(None, cfg, {}, {}, prompts, **{"max_new_tokens": 2} | change)
