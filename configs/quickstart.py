@@ -27,8 +27,12 @@ def get_config(arg=""):
     cfg.batch_size = 16
     cfg.seq_len = 256
     cfg.optim = Optim(
-        rule=Muon(adam_lr=1e-2), lr=2e-2, schedule="wsd", warmup_steps=20,
-        decay_frac=0.4, final_lr_frac=0.0,
+        rule=Muon(adam_lr=1e-2),
+        lr=2e-2,
+        schedule="wsd",
+        warmup_steps=20,
+        decay_frac=0.4,
+        final_lr_frac=0.0,
     )
     cfg.loss = Loss(load_balance=0.01, router_z=0.001)
     cfg.eval = Eval(every=50, sequences=64)

@@ -13,6 +13,7 @@ may overhang its group on either side, and `Tile.valid_R` says which rows count:
 Legend: M rows, G groups, R rows of one tile.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -36,6 +37,7 @@ def tile_sizes(num_rows, num_groups):
     backward). Measured on 2 CPU cores; the rows per group that count are the mean.
     """
     mean_rows = num_rows / num_groups
+    sizes: Iterable[int]
     if num_rows <= 16:  # decoding: bound by reading weights, one loop compiles fast
         sizes = (num_rows,)
     elif mean_rows <= 16:

@@ -6,6 +6,7 @@ many experts a token uses comes from the config.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 
@@ -81,7 +82,7 @@ def _active_frac(cfg: LM, path: str) -> float:
     if "experts" not in parts:
         return 1.0
     segment, block = int(parts[1]), int(parts[3])
-    moe = cfg.layers[segment].pattern[block]
+    moe: Any = cfg.layers[segment].pattern[block]
     return moe.router.slots(moe.num_experts) / moe.num_experts
 
 

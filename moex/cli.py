@@ -86,7 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_generate(command):
-    generate = command("generate", "Write text with the newest checkpoint of a run.", "")
+    generate = command(
+        "generate", "Write text with the newest checkpoint of a run.", ""
+    )
     generate.add_argument("run", type=pathlib.Path, help="run directory")
     generate.add_argument(
         "--prompt",
@@ -192,9 +194,7 @@ def _config(args, config_args):
 
     cfg = load_config(config_args)
     print(
-        json.dumps(config.to_dict(cfg), indent=1)
-        if args.json
-        else config.describe(cfg)
+        json.dumps(config.to_dict(cfg), indent=1) if args.json else config.describe(cfg)
     )
 
 

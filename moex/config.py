@@ -29,7 +29,7 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Config:
-    """Base of all configs: nested configs are copied, `validate` is called by `check`."""
+    """Base of all configs; nested configs are copied, `check` calls `validate`."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

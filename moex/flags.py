@@ -7,6 +7,7 @@ that names the field, the value, what is allowed and the nearest valid name.
 import dataclasses
 import pathlib
 import sys
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -62,7 +63,7 @@ def _load_file(arg: str):
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
         values(argv)
-        cfg = values["config"].value
+        cfg: Any = values["config"].value
         iter(cfg)  # a file that failed to load raises here
     except ConfigError:
         raise

@@ -6,6 +6,7 @@ Parameters are plain nested dicts; a path is written `segments/0/blocks/1/ffn/..
 
 import dataclasses
 import fnmatch
+from typing import Any
 
 import jax
 import optax
@@ -194,24 +195,25 @@ def make_optimizer(cfg: Optim, steps: int, params, info):
       ConfigError: if a pattern of `lr_factors` matches nothing.
     """
     frac = schedule_frac(cfg, steps)
+    rule_cfg: Any = cfg.rule
     factors = path_factors(cfg, params)
     if isinstance(cfg.rule, Muon):
         rule = muon(
             lambda step: cfg.lr * frac(step),
-            beta=cfg.rule.momentum,
-            ns_steps=cfg.rule.ns_steps,
+            beta=rule_cfg.momentum,
+            ns_steps=rule_cfg.ns_steps,
             weight_decay=cfg.weight_decay,
-            adam_b1=cfg.rule.b1,
-            adam_b2=cfg.rule.b2,
-            adam_learning_rate=lambda step: cfg.rule.adam_lr * frac(step),
+            adam_b1=rule_cfg.b1,
+            adam_b2=rule_cfg.b2,
+            adam_learning_rate=lambda step: rule_cfg.adam_lr * frac(step),
             muon_weight_dimension_numbers=lambda p: _muon_dims(p, info),
         )
     else:
         rule = optax.adamw(
             lambda step: cfg.lr * frac(step),
-            b1=cfg.rule.b1,
-            b2=cfg.rule.b2,
-            eps=cfg.rule.eps,
+            b1=rule_cfg.b1,
+            b2=rule_cfg.b2,
+            eps=rule_cfg.eps,
             weight_decay=cfg.weight_decay,
             mask=lambda p: jax.tree_util.tree_map_with_path(
                 lambda path, _: len(info[path_name(path)].axes) >= 2, p

@@ -22,7 +22,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Eval(Config):
-    """Scoring of held-out data while training; the last step always scores all of it."""
+    """Scoring of held-out data while training; the last step scores all of it."""
 
     every: int = 500  # optimizer steps between evaluations; 0: only at the end
     sequences: int | None = 256  # sequences per evaluation, >= 1; None: all
@@ -41,7 +41,7 @@ class Eval(Config):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Checkpoint(Config):
-    """When checkpoints are written and which are kept. The last step is always saved."""
+    """When checkpoints are written, which are kept; the last step is always saved."""
 
     every: int = 1000  # optimizer steps between checkpoints; 0: only at the end
     keep: int = 2  # latest checkpoints kept, >= 1

@@ -44,9 +44,7 @@ class MeshConfig(Config):
         if -1 in sizes and num_devices % fixed == 0:
             sizes[sizes.index(-1)] = num_devices // fixed
         if math.prod(sizes) != num_devices or -1 in sizes:
-            given = ", ".join(
-                f"{n}={getattr(self, n)}" for n in AXIS_NAMES
-            )
+            given = ", ".join(f"{n}={getattr(self, n)}" for n in AXIS_NAMES)
             raise ConfigError(
                 f"{path}: the axes ({given}) must multiply to the number of "
                 f"devices, which is {num_devices}."
@@ -85,9 +83,11 @@ def partition_spec(axes, rules: AxisRules = RULES) -> PartitionSpec:
       ValueError: if two logical axes land on one mesh axis.
     """
     spec = [None if a is None else getattr(rules, a) for a in axes]
-    seen = {}
+    seen: dict[str, str] = {}
     for logical, mesh_axes in zip(axes, spec, strict=True):
-        for mesh_axis in (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ():
+        for mesh_axis in (
+            (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+        ):
             if mesh_axis in seen:
                 raise ValueError(
                     f"logical axes {seen[mesh_axis]!r} and {logical!r} of one array "

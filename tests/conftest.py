@@ -4,6 +4,11 @@ MOEX_TEST_PLATFORM=gpu or =tpu runs on that platform instead, for `-m gpu`, `-m 
 """
 
 import os
+import pathlib
+import sys
+
+# So that tests can share `tests.helpers` however pytest was called.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 PLATFORM = os.environ.get("MOEX_TEST_PLATFORM", "cpu")
 

@@ -3,6 +3,8 @@
 B batch · L length · D model width · E experts
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +18,9 @@ from moex.nn.context import Context
 from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.optim import flat_paths
+from moex.optim import flat_paths, path_name
 from moex.sharding import MeshConfig
-from moex.train.state import init_params, model_spec
+from moex.train.state import model_spec
 
 VOCAB = 48
 
@@ -33,11 +35,11 @@ def tiny_moe(num_experts=8, **fields):
 
 
 def tiny_lm(*segments, **fields):
-    """Two dense layers and four MoE ones at most, unless `segments` are given."""
+    """A dense layer and two MoE layers, unless `segments` are given."""
     if not segments:
         segments = (
             Segment(pattern=(Dense(hidden=24),)),
-            Segment(pattern=(tiny_moe(), Dense(hidden=16)), repeat=2),
+            Segment(pattern=(tiny_moe(),), repeat=2),
         )
     defaults = {
         "dim": 16,
@@ -48,9 +50,25 @@ def tiny_lm(*segments, **fields):
 
 
 def built(cfg, seed=0):
-    """(spec, params, state) of a config."""
-    params, state = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(seed))
-    return model_spec(cfg), params, state
+    """(spec, params, state) of a config.
+
+    Random numbers of a plain kind: the real initialisation takes seconds to compile.
+    """
+    spec = model_spec(cfg)
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        info = spec.info[path_name(path)]
+        if len(info.axes) == 1:
+            return jnp.asarray(1 + 0.1 * rng.normal(size=leaf.shape), leaf.dtype)
+        own = leaf.shape[leaf.ndim - len(info.axes) :]
+        inputs = (0,) if info.matrix is None else info.matrix[0]
+        std = math.prod(own[i] for i in inputs) ** -0.5
+        return jnp.asarray(std * rng.normal(size=leaf.shape), leaf.dtype)
+
+    params = jax.tree_util.tree_map_with_path(fill, spec.params)
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), spec.state)
+    return spec, params, state
 
 
 def split_module(module):

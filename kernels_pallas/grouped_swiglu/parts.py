@@ -4,6 +4,8 @@ Legend: T tokens, K slots per token, N sorted rows (T*K), D model width, F exper
 hidden width, C pre-activation columns (2F: gate half, then up half).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -32,7 +34,7 @@ def combine(y_ND, plan, weight_TK=None):
     K gathers and no scatter. Rows of slots that are not kept must be zero, and so
     must their weights. The result has the dtype of `y_ND`, the sum is float32.
     """
-    total_TD = None
+    total_TD: Any = None
     for j in range(plan.row_TK.shape[1]):
         term_TD = take(y_ND, plan.row_TK[:, j]).astype(jnp.float32)
         if weight_TK is not None:

@@ -11,6 +11,7 @@ Shapes: L length of a sequence.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ OPEN_ROWS = 256  # rows that first-fit packing looks back over
 def blank_example(length: int, domain: int, example_id: int) -> dict[str, np.ndarray]:
     """A sequence of padding only: segment 0 and loss_mask 0 everywhere."""
     names = ("tokens", "targets", "segment", "position", "num_bytes")
-    example = {name: np.zeros(length, np.int32) for name in names}
+    example: dict[str, Any] = {name: np.zeros(length, np.int32) for name in names}
     example["loss_mask"] = np.zeros(length, np.float32)
     example["domain"] = np.int32(domain)
     example["example_id"] = np.int32(example_id)

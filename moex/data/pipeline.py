@@ -31,7 +31,7 @@ Batch = dict[str, np.ndarray]
 class Data(Config):
     """What a run reads: a mixture of sources, and how text becomes tokens."""
 
-    sources: tuple[Config, ...] = (PythonStdlib(),)
+    sources: tuple[Source, ...] = (PythonStdlib(),)
     tokenizer: Config = dataclasses.field(default_factory=Bpe)
     cache_dir: str | None = None  # None: $MOEX_CACHE, else ~/.cache/moex
     threads: int = 1  # threads that build batches ahead; 0 builds them when asked
@@ -40,9 +40,6 @@ class Data(Config):
     def validate(self, path: str) -> None:
         """Check the counts and the names of the sources."""
         require(len(self.sources) > 0, f"{path}.sources", self.sources, "not empty")
-        for i, source in enumerate(self.sources):
-            here = f"{path}.sources[{i}]"
-            require(isinstance(source, Source), here, source, "a source of moex.data")
         ok = hasattr(self.tokenizer, "make")
         require(ok, f"{path}.tokenizer", self.tokenizer, "a tokenizer of moex.data")
         require(self.threads >= 0, f"{path}.threads", self.threads, ">= 0")
@@ -110,7 +107,8 @@ def prepare(
     digest = cache.digest([s["sha256"] for s in scans])
     total = sum(s["bytes"] for s in scans)
     corpus = (lambda limit: _sample(named, total, limit), digest)
-    tokenizer = config.tokenizer.make(f"{where}.tokenizer", corpus, root, log)
+    choice: Any = config.tokenizer
+    tokenizer = choice.make(f"{where}.tokenizer", corpus, root, log)
     domains = tuple(s.label() for s in config.sources)
     prepared = Prepared(config, seq_len, tokenizer, [], [], domains, {})
     for i, ((here, source), scan) in enumerate(zip(named, scans, strict=True)):
@@ -118,7 +116,8 @@ def prepare(
         prepared.manifest[source.label()] = made.manifest
         streams = [Stream(made.directory / s, tokenizer.token_bytes) for s in SPLITS]
         if source.content() == "pairs":
-            train, held_out = (Rows(s, seq_len, domain=i) for s in streams)
+            train: Windows | Rows = Rows(streams[0], seq_len, domain=i)
+            held_out: Windows | Rows = Rows(streams[1], seq_len, domain=i)
         else:
             train = Windows(streams[0], seq_len, domain=i)
             held_out = Windows(

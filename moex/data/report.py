@@ -42,7 +42,7 @@ def compressor_bits_per_byte(
         if source.content() != "text":
             continue
         for document in source.documents("eval", f"{where}.sources[{i}]"):
-            if document.value is not None and size < max_bytes:
+            if isinstance(document.value, str) and size < max_bytes:
                 parts.append(document.value.encode())
                 size += len(parts[-1])
     data = b"".join(parts)[:max_bytes]
@@ -63,7 +63,7 @@ def inspect(prepared: Prepared, *, example: int = 0, tokens: int = 64) -> str:
       tokens: how many of its tokens to show.
     """
     head = ("source", "split", "documents", "bytes", "tokens", "sequences", "B/token")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for name, train, held_out in zip(
         prepared.domains, prepared.train, prepared.eval, strict=True
     ):

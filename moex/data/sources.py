@@ -49,7 +49,7 @@ class Source(Config):
 
     def label(self) -> str:
         """The name of the domain."""
-        paths = getattr(self, "paths", ())
+        paths: tuple[str, ...] = getattr(self, "paths", ())
         if self.name:
             return self.name
         if len(paths) == 1 and not glob.has_magic(paths[0]):
@@ -66,7 +66,7 @@ class Source(Config):
         Raises:
           ConfigError: for a path that matches no file, and for an empty file.
         """
-        return find_files(self.paths, f"{where}.paths")
+        return find_files(getattr(self, "paths"), f"{where}.paths")  # noqa: B009
 
     def check_file(self, file: File, where: str) -> None:
         """Raise `ConfigError` for what can be seen without reading all of a file."""

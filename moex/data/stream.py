@@ -36,7 +36,8 @@ class StreamWriter:
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._tokens = open(directory / "tokens.bin", "wb")  # noqa: SIM115
         self._sizes = open(directory / "bytes.bin", "wb") if with_bytes else None  # noqa: SIM115
-        self._starts, self._prompts = [], []
+        self._starts: list[int] = []
+        self._prompts: list[int] = []
         self._length = self._bytes = self._empty = self._skipped = 0
 
     def __enter__(self) -> "StreamWriter":

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -113,6 +114,21 @@ class TokenizerFile(Config):
         return Tokenizer(model, doc_id=doc_id)
 
 
+@dataclasses.dataclass(kw_only=True, slots=True)
+class SavedTokenizer(Config):
+    """The tokenizer that a run saved; what `Tokenizer.save` wrote."""
+
+    path: str  # the directory, usually RUN/tokenizer
+
+    def make(self, where: str, corpus: Corpus, cache: Path, log=print) -> "Tokenizer":
+        """Read it.
+
+        Raises:
+          ConfigError: if there is none, or if it was changed since.
+        """
+        return Tokenizer.load(self.path)
+
+
 def train_bpe(texts: Iterable[str], vocab: int) -> tokenizers.Tokenizer:
     """A byte-level BPE; the document token has id 0."""
     model = tokenizers.Tokenizer(models.BPE())
@@ -145,7 +161,7 @@ class Tokenizer:
         doc_id: int,
         vocab_size: int = 0,
     ):
-        self._model = model
+        self._model: Any = model
         self.doc_id = doc_id
         if model is None:
             self.vocab_size, spec = 257, {}

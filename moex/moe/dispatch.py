@@ -36,7 +36,7 @@ def drop_over_capacity(routing: Routing, num_experts, capacity) -> Routing:
 
 
 def dispatch(x_TD, plan: Plan):
-    """Rows of x in the order of the plan: `x_ND[i]` is the token of slot `order_N[i]`."""
+    """Rows of x in plan order: `x_ND[i]` is the token of slot `order_N[i]`."""
     K = plan.row_TK.shape[1]
     return x_TD.at[plan.order_N // K].get(mode="clip")
 

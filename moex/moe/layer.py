@@ -4,6 +4,7 @@ B batch · L length · T = B * L tokens · D model width · E experts · K slots
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,9 @@ class MoE(Config):
     router: Config  # how tokens choose, such as TopK(k=2)
     experts: Config  # what an expert is, such as Glu(hidden=512)
     shared: Config | None = None  # a feed-forward for every token, such as Dense(...)
-    capacity_factor: float | None = None  # rows per expert over the mean; None: dropless
+    capacity_factor: float | None = (
+        None  # rows per expert over the mean; None: dropless
+    )
 
     def validate(self, path):
         require(
@@ -41,7 +44,8 @@ class MoE(Config):
             type(self.router).__name__,
             "a router config such as TopK",
         )
-        self.router.validate_experts(self.num_experts, f"{path}.router")
+        router: Any = self.router
+        router.validate_experts(self.num_experts, f"{path}.router")
 
     def make(self, dim, rngs):
         return MoELayer(self, dim, rngs)

@@ -48,9 +48,7 @@ class Attention(Config):
             self.head_dim,
             "an even number >= 2, or None for dim / heads",
         )
-        require(
-            self.rope_theta > 1, f"{path}.rope_theta", self.rope_theta, "above 1"
-        )
+        require(self.rope_theta > 1, f"{path}.rope_theta", self.rope_theta, "above 1")
 
     def width(self, dim) -> int:
         """Width of one head for a model of width `dim`."""
@@ -112,7 +110,7 @@ class AttentionLayer(nnx.Module):
         q = jnp.einsum("bld,dgra->blgra", x_BLD, self.w_q_DGRA[...].astype(dtype))
         kv = jnp.einsum("bld,dcga->blcga", x_BLD, self.w_kv_D2GA[...].astype(dtype))
         q_BLHA, k, v = q.reshape(B, L, G * R, A), kv[:, :, 0], kv[:, :, 1]
-        if self.norm_q is not None:
+        if self.norm_q is not None and self.norm_k is not None:
             q_BLHA, k = self.norm_q(q_BLHA), self.norm_k(k)
         q_BLHA = rotary(q_BLHA, ctx.position_BL, self.rope_theta)
         k = rotary(k, ctx.position_BL, self.rope_theta)

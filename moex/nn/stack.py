@@ -43,9 +43,7 @@ class Segment(Config):
 
     def init_cache(self, attention, dim, batch, length, dtype):
         """A decoding cache: per pattern position, leading dim `repeat`."""
-        one = [
-            attention.init_cache(dim, batch, length, dtype) for _ in self.pattern
-        ]
+        one = [attention.init_cache(dim, batch, length, dtype) for _ in self.pattern]
         return jax.tree.map(
             lambda a: jax.numpy.broadcast_to(a, (self.repeat, *a.shape)), one
         )
@@ -74,7 +72,10 @@ class SegmentStack(nnx.Module):
             return x_BLD, ({"blocks": aux}, None if cache is None else caches)
 
         x_BLD, (aux, cache) = jax.lax.scan(
-            checkpointed(body, ctx.remat), x_BLD, (self.blocks, cache), unroll=ctx.unroll
+            checkpointed(body, ctx.remat),
+            x_BLD,
+            (self.blocks, cache),
+            unroll=ctx.unroll,
         )
         return x_BLD, aux, cache
 

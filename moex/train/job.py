@@ -220,14 +220,12 @@ def check_resume(cfg, workdir: pathlib.Path, tokenizer: Tokenizer) -> list[str]:
 
 
 def _flat(data, prefix="") -> dict:
-    if isinstance(data, dict):
-        items = data.items()
-    elif isinstance(data, list):
-        items = enumerate(data)
-    else:
+    if isinstance(data, list):
+        data = dict(enumerate(data))
+    if not isinstance(data, dict):
         return {prefix: data}
-    flat = {}
-    for key, value in items:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
 

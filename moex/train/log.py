@@ -10,6 +10,7 @@ import pathlib
 import resource
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -86,7 +87,9 @@ class RunLog:
         """Continue the logs of `workdir` after `step`; later lines are dropped."""
         self.active = jax.process_index() == 0
         self.cfg = cfg
-        self.tb, self.bar, self.jsonl = None, None, None
+        self.tb: Any = None
+        self.bar: Any = None
+        self.jsonl: Any = None
         if not self.active:
             return
         workdir = pathlib.Path(workdir)
@@ -211,7 +214,9 @@ def clock(seconds: float) -> str:
         return "?"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    return (
+        f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    )
 
 
 class Stopwatch:

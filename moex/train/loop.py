@@ -29,7 +29,14 @@ from moex.train.job import (
     save_config,
     static_options,
 )
-from moex.train.log import RunLog, Stopwatch, clock, layer_rows, memory_bytes, moe_summary
+from moex.train.log import (
+    RunLog,
+    Stopwatch,
+    clock,
+    layer_rows,
+    memory_bytes,
+    moe_summary,
+)
 from moex.train.step import figures
 
 

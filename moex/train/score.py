@@ -1,12 +1,13 @@
 """What is done with a finished run: score data with it, write text with it."""
 
 import dataclasses
+import sys
 
 import jax
 
 from moex.config import ConfigError, require
 from moex.data import pipeline
-from moex.data.tokenizer import TokenizerFile
+from moex.data.tokenizer import SavedTokenizer
 from moex.run import check_run
 from moex.serve.decode import generate
 from moex.train.job import Job, check_devices, load_run, static_options
@@ -32,12 +33,11 @@ def score_run(workdir, cfg, *, sequences=None) -> dict:
     cfg.model = run.cfg.model
     check_run(cfg)
     check_devices(cfg)
-    data_cfg = dataclasses.replace(cfg.data, tokenizer=_run_tokenizer(workdir, run))
+    tokenizer = SavedTokenizer(path=str(workdir / "tokenizer"))
+    data_cfg = dataclasses.replace(cfg.data, tokenizer=tokenizer)
     data = pipeline.prepare(
         data_cfg, cfg.seq_len, overlap=cfg.eval.overlap, log=_warn, where="config.data"
     )
-    if data.tokenizer.fingerprint != run.tokenizer.fingerprint:
-        raise ConfigError(f"{workdir}: the tokenizer of the run could not be reused.")
     job = Job(cfg, run.mesh, run.spec, None, None, data)
     state = {"params": run.params, "state": run.state}
     with jax.set_mesh(run.mesh):
@@ -47,15 +47,7 @@ def score_run(workdir, cfg, *, sequences=None) -> dict:
 
 
 def _warn(line: str) -> None:
-    import sys
-
     print(line, file=sys.stderr)
-
-
-def _run_tokenizer(workdir, run):
-    if run.tokenizer.model is None:
-        return run.cfg.data.tokenizer
-    return TokenizerFile(path=str(workdir / "tokenizer" / "tokenizer.json"))
 
 
 def write_text(workdir, prompts: list[str], *, max_new_tokens, seed, **sampling):

@@ -53,9 +53,8 @@ class ModelSpec:
         return nnx.merge(self.graphdef, params, state)
 
 
-def _split(model):
-    graphdef, params, state = nnx.split(model, nnx.Param, ...)
-    return graphdef, params, state
+def _split(model) -> tuple[Any, Any, Any]:
+    return nnx.split(model, nnx.Param, ...)  # type: ignore
 
 
 def model_spec(cfg: LM) -> ModelSpec:
@@ -98,9 +97,9 @@ def shardings(spec: ModelSpec, mesh: Mesh) -> tuple[dict, dict]:
         axes = spec.info[path_name(path)].axes
         return sharding.param_sharding(leaf.shape, axes, mesh)
 
-    return tuple(
-        jax.tree_util.tree_map_with_path(place, tree)
-        for tree in (spec.params, spec.state)
+    return (
+        jax.tree_util.tree_map_with_path(place, spec.params),
+        jax.tree_util.tree_map_with_path(place, spec.state),
     )
 
 

@@ -8,15 +8,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from flax import nnx
-from helpers import context, split_module
-from tolerances import assert_close
 
 from kernels_pallas import make_plan
 from moex.moe.dispatch import combine, dispatch
 from moex.moe.experts.glu import Glu
+from tests.helpers import context, split_module
+from tests.moe import oracle
+from tests.tolerances import assert_close
 
 # Each config with the float64 function of one row: (x_D, *weights of one expert).
 EXPERTS = {"glu": (Glu(hidden=3), oracle.glu)}
@@ -102,12 +102,19 @@ def test_values_and_gradients_are_those_of_the_loop(name, form, inputs, run):
 
     arguments = params | {k: inputs[k] for k in ("x_TD", "gate_TK")}
     assert_close(y_TD, true_y(arguments), "float32")
+
+    def true_loss(arguments):
+        return np.sum(inputs["dy_TD"] * true_y(arguments))
+
     rng = np.random.default_rng(1)
     for leaf, gradient in gradients.items():
         for _ in range(2):
             direction = rng.normal(size=gradient.shape)
             slope = oracle.slope(
-                lambda a: np.sum(inputs["dy_TD"] * true_y(a)), arguments, leaf, direction
+                lambda a: np.sum(inputs["dy_TD"] * true_y(a)),
+                arguments,
+                leaf,
+                direction,
             )
             assert_close(np.sum(gradient * direction), slope, "difference", leaf)
     for leaf in params:
@@ -130,9 +137,7 @@ def test_fused_is_the_definition(name, dtype, kind, run):
 @experts
 def test_bfloat16_is_near_float32(name, run):
     for form in (by_definition, fused):
-        assert_close(
-            run(name, form, "bfloat16")[0], run(name, form)[0], "bfloat16"
-        )
+        assert_close(run(name, form, "bfloat16")[0], run(name, form)[0], "bfloat16")
 
 
 @experts

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import VOCAB, built, context, split_module, tiny_lm, tiny_moe
 
 from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.serve.decode import generate, sample
+from tests.helpers import VOCAB, built, context, split_module, tiny_lm, tiny_moe
 
 PROMPT_LENGTHS = (1, 5, 16)
 NEW = 6

@@ -68,14 +68,11 @@ class TopKRouter(nnx.Module):
         self.score = cfg.score
         self.normalize = cfg.normalize
         self.scale = cfg.scale
-        self.w_DE = param(
-            rngs, (dim, num_experts), ("embed", None), std=cfg.init_std
-        )
+        self.w_DE = param(rngs, (dim, num_experts), ("embed", None), std=cfg.init_std)
+        self.bias_E: RouterBias | None = None
         if cfg.bias_rate > 0:
             zeros_E = jnp.zeros(num_experts, jnp.float32)
             self.bias_E = RouterBias(zeros_E, axes=(None,), rate=cfg.bias_rate)
-        else:
-            self.bias_E = None
 
     def __call__(self, x_TD, ctx) -> Routing:
         logits_TE = router_logits(x_TD, self.w_DE[...])

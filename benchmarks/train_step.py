@@ -1,0 +1,179 @@
+"""Where the time of a training step goes: data, forward and backward, optimizer.
+
+  python benchmarks/train_step.py --config=configs/quickstart.py [--config.a.b=value]
+      [--repeats=10] [--json=FILE]
+
+Prints a table and writes JSON: tokens/s, medians of the parts over `--repeats` steps
+(spread: 10th and 90th percentile), compile time, peak memory, device, versions, commit.
+The parts are timed interleaved in one process; the whole step is one program, so its
+time is below the sum of the parts.
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+from flax import nnx
+
+from moex import accounting
+from moex.cli import split_config_args
+from moex.config import ConfigError
+from moex.flags import load_config
+from moex.sharding import shard_batch
+from moex.train import losses
+from moex.train.job import make_job
+from moex.train.log import memory_bytes
+
+
+def parts(job):
+    """The programs that are timed: (name, function of (state, batch))."""
+    cfg, spec = job.cfg, job.spec
+
+    def loss(params, state, batch):
+        ctx = losses.make_context(batch, mode="train", **job.static(train=True))
+        model = spec.merge(params, state)
+        return losses.lm_loss(
+            model,
+            ctx,
+            batch,
+            cfg.loss,
+            num_tokens=float(cfg.batch_size * cfg.seq_len),
+            num_microbatches=1,
+            num_domains=len(job.data.domains),
+        )
+
+    gradient = jax.grad(loss, has_aux=True)
+    forward = jax.jit(lambda s, b: loss(s["params"], s["state"], b)[0])
+    backward = jax.jit(lambda s, b: gradient(s["params"], s["state"], b)[0])
+    update = jax.jit(lambda g, s: job.tx.update(g, s["opt"], s["params"]))
+    return forward, backward, update
+
+
+def timed(function, *args) -> float:
+    began = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    return time.perf_counter() - began
+
+
+def measure(job, repeats: int) -> dict:
+    """Seconds of every part, one list per part."""
+    state = job.init_state()
+    key = jax.random.key(0)
+    batches = job.batches(0)
+    batch = shard_batch(next(batches), job.mesh)
+    began = time.perf_counter()
+    step = job.train_step().lower(state, np.int32(0), key, batch).compile()
+    compile_s = time.perf_counter() - began
+    forward, backward, update = parts(job)
+    grads = backward(state, batch)
+    seconds = {n: [] for n in ("data", "step", "forward", "gradient", "optimizer")}
+    for i in range(repeats + 2):
+        began = time.perf_counter()
+        batch = shard_batch(next(batches), job.mesh)
+        data_s = time.perf_counter() - began
+        row = {
+            "data": data_s,
+            "forward": timed(forward, state, batch),
+            "gradient": timed(backward, state, batch),
+            "optimizer": timed(update, grads, state),
+        }
+        began = time.perf_counter()
+        state, metrics = step(state, np.int32(i), key, batch)
+        jax.block_until_ready((state, metrics))
+        row["step"] = time.perf_counter() - began
+        if i >= 2:  # the first two warm caches and compile
+            for name, value in row.items():
+                seconds[name].append(value)
+    return {"compile_s": compile_s, "seconds": seconds}
+
+
+def environment() -> dict:
+    """Device, versions and commit: what a figure is worth nothing without."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "processor": platform.processor() or platform.machine(),
+        "commit": commit,
+    }
+
+
+def report(job, measured: dict) -> dict:
+    """The figures as plain data."""
+    cfg = job.cfg
+    tokens = cfg.batch_size * cfg.seq_len
+    cost = accounting.model_cost(cfg.model, job.spec, cfg.seq_len)
+    spread = {
+        name: dict(
+            zip(
+                ("p10", "median", "p90"),
+                np.percentile(values, (10, 50, 90)).tolist(),
+                strict=True,
+            )
+        )
+        for name, values in measured["seconds"].items()
+    }
+    step_s = spread["step"]["median"]
+    flops = tokens / step_s * cost.train_flops
+    peak = accounting.device_peak_flops()
+    return {
+        "tokens_per_s": tokens / step_s,
+        "model_gflops_per_s": flops / 1e9,
+        "mfu": flops / peak / jax.device_count() if peak else None,
+        "seconds": spread,
+        "compile_s": measured["compile_s"],
+        "peak_memory_gib": memory_bytes() / 2**30,
+        "tokens_per_step": tokens,
+        "params": cost.num_params,
+        "active_params": cost.num_active,
+        "environment": environment(),
+    }
+
+
+def table(figures: dict) -> str:
+    """The figures for people."""
+    rows = [f"{'part':<12}{'p10 ms':>10}{'median ms':>12}{'p90 ms':>10}"]
+    for name, s in figures["seconds"].items():
+        values = (1e3 * s["p10"], 1e3 * s["median"], 1e3 * s["p90"])
+        rows.append("{:<12}{:>10.1f}{:>12.1f}{:>10.1f}".format(name, *values))
+    mfu = figures["mfu"]
+    rows += [
+        f"tokens/s         {figures['tokens_per_s']:,.0f}",
+        f"model GFLOP/s    {figures['model_gflops_per_s']:,.1f}",
+        f"MFU              {'peak not known' if mfu is None else f'{100 * mfu:.1f} %'}",
+        f"compile          {figures['compile_s']:.1f} s",
+        f"peak memory      {figures['peak_memory_gib']:.2f} GiB",
+    ]
+    return "\n".join(rows)
+
+
+def main() -> None:
+    rest, config_args = split_config_args(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--json", type=pathlib.Path)
+    args = parser.parse_args(rest)
+    nnx.set_graph_mode(False)
+    try:
+        job = make_job(load_config(config_args))
+    except ConfigError as e:
+        raise SystemExit(f"error: {e}") from None
+    with jax.set_mesh(job.mesh):
+        figures = report(job, measure(job, args.repeats))
+    print(table(figures))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Routing losses and the bias update, by hand.
+
+E experts
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moex.moe.losses import load_balance_loss, router_z_loss, update_bias
+from tests.tolerances import assert_close
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_uniform_routing_costs_one_for_any_k(k):
+    tokens, E = 30.0, 5
+    load_E = jnp.full(E, tokens * k / E)
+    prob_sum_E = jnp.full(E, tokens / E)
+    loss = load_balance_loss(load_E, prob_sum_E, jnp.float32(tokens))
+    assert_close(loss, 1.0, "float32")
+
+
+def test_load_balance_by_hand():
+    # 4 tokens, k = 1: f = (3/4, 1/4); P = (0.6, 0.4).
+    # 2 * (0.75 * 0.6 + 0.25 * 0.4) = 1.1.
+    loss = load_balance_loss(
+        jnp.array([3.0, 1.0]), jnp.array([2.4, 1.6]), jnp.float32(4)
+    )
+    assert_close(loss, 1.1, "float32")
+
+
+def test_all_tokens_to_one_expert_cost_the_number_of_experts():
+    loss = load_balance_loss(
+        jnp.array([7.0, 0.0, 0.0]), jnp.array([7.0, 0.0, 0.0]), jnp.float32(7)
+    )
+    assert_close(loss, 3.0, "float32")
+
+
+def test_no_token_costs_nothing():
+    zero = jnp.float32(0)
+    assert load_balance_loss(jnp.zeros(3), jnp.zeros(3), zero) == 0
+    assert router_z_loss(zero, zero) == 0
+
+
+def test_leading_dims_are_layers():
+    load = jnp.array([[3.0, 1.0], [2.0, 2.0]])
+    prob_sum = jnp.array([[2.4, 1.6], [2.0, 2.0]])
+    loss = load_balance_loss(load, prob_sum, jnp.array([4.0, 4.0]))
+    assert_close(loss, [1.1, 1.0], "float32")
+
+
+def test_z_loss_by_hand():
+    # Two tokens with logits (0, 0) and (log 3, 0): lse = log 2, log 4.
+    # (0.480453 + 1.921812) / 2 = 1.201133.
+    z_sum = jnp.float32(np.log(2) ** 2 + np.log(4) ** 2)
+    assert_close(router_z_loss(z_sum, jnp.float32(2)), 1.201133, "float32")
+
+
+def test_bias_moves_up_where_load_is_below_the_mean():
+    bias_E = update_bias(jnp.zeros(4), jnp.array([1.0, 3.0, 6.0, 2.0]), 0.5)
+    assert bias_E.tolist() == [0.5, 0.0, -0.5, 0.5]
+
+
+def test_bias_of_stacked_layers_compares_within_a_layer():
+    load = jnp.array([[1.0, 3.0], [300.0, 100.0]])
+    bias = update_bias(jnp.zeros((2, 2)), load, 1.0)
+    assert bias.tolist() == [[1, -1], [-1, 1]]
+
+
+def test_bias_stays_where_no_token_was_routed():
+    assert update_bias(jnp.ones(3), jnp.zeros(3), 1.0).tolist() == [1, 1, 1]

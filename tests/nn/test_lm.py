@@ -1,0 +1,144 @@
+"""The language model: shapes, tied embeddings, gradients everywhere.
+
+B batch · L length · D model width · V vocabulary
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moex.config import ConfigError, check
+from moex.nn.attention import Attention
+from moex.nn.mlp import Dense
+from moex.nn.norm import RMSNorm
+from moex.nn.stack import Segment
+from moex.optim import flat_paths
+from moex.train.losses import make_context, token_losses
+from moex.train.state import init_params, model_spec
+from tests.helpers import VOCAB, built, random_batch, tiny_lm, tiny_moe
+from tests.tolerances import assert_close
+
+BATCH = random_batch(4, 12)
+DENSE = (Segment(pattern=(Dense(hidden=8),)),)
+
+
+def gradients(cfg):
+    spec, params, state = built(cfg)
+    ctx = make_context(BATCH, kernels="xla")
+
+    def loss(params):
+        logits_BLV, aux = spec.merge(params, state)(ctx)
+        nll_BL, _ = token_losses(logits_BLV, jnp.asarray(BATCH["targets"]))
+        return jnp.sum(nll_BL * BATCH["loss_mask"])
+
+    return params, jax.jit(jax.grad(loss))(params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shapes_and_dtypes(dtype):
+    cfg = tiny_lm()
+    spec = model_spec(cfg)
+    ctx = make_context(BATCH, dtype=dtype)
+    run = lambda params, state: spec.merge(params, state)(ctx)  # noqa: E731
+    logits, aux = jax.eval_shape(run, spec.params, spec.state)
+    assert (logits.shape, logits.dtype) == ((4, 12, VOCAB), jnp.float32)
+    assert aux["segments"].keys() == {"0", "1"}
+    for leaf in jax.tree.leaves((spec.params, spec.state, aux)):
+        assert leaf.dtype == jnp.float32
+
+
+def test_every_parameter_gets_a_gradient():
+    params, grads = gradients(tiny_lm())
+    used = np.unique(BATCH["tokens"][BATCH["loss_mask"] > 0])
+    for path, gradient in flat_paths(grads).items():
+        assert gradient.shape == flat_paths(params)[path].shape
+        assert jnp.all(jnp.isfinite(gradient)), path
+        assert jnp.any(gradient != 0), path
+    embed_V = jnp.any(grads["w_embed_VD"] != 0, axis=1)
+    assert jnp.all(embed_V[used])
+
+
+def test_tied_embeddings_are_one_leaf_with_the_sum_of_both_gradients():
+    cfg, tied = (tiny_lm(*DENSE, tied_embeddings=t) for t in (False, True))
+    (spec, params, state), (tied_spec, _, _) = built(cfg), built(tied)
+    assert "w_logits_DV" not in tied_spec.params
+    params = params | {"w_logits_DV": params["w_embed_VD"].T}
+    tied_params = {k: v for k, v in params.items() if k != "w_logits_DV"}
+
+    def grad(spec, params):
+        def loss(params):
+            logits_BLV, _ = spec.merge(params, state)(make_context(BATCH))
+            nll_BL, _ = token_losses(logits_BLV, jnp.asarray(BATCH["targets"]))
+            return jnp.mean(nll_BL)
+
+        return jax.jit(jax.grad(loss))(params)
+
+    both, one = grad(spec, params), grad(tied_spec, tied_params)
+    expected_VD = both["w_embed_VD"] + both["w_logits_DV"].T
+    assert_close(one["w_embed_VD"], expected_VD, "step")
+    # The input side reaches only tokens of the batch.
+    unused = np.setdiff1d(np.arange(VOCAB), BATCH["tokens"])
+    assert len(unused)
+    assert jnp.all(both["w_embed_VD"][unused] == 0)
+
+
+def test_packed_documents_do_not_see_each_other():
+    """Changing the first document moves no logit of the others."""
+    spec, params, state = built(tiny_lm())
+    run = jax.jit(
+        lambda batch: spec.merge(params, state)(make_context(batch, kernels="xla"))[0]
+    )
+    changed = (BATCH["segment"] == 1).astype(np.int32)
+    other = dict(BATCH, tokens=(BATCH["tokens"] + changed) % VOCAB)
+    logits, moved = run(BATCH), run(other)
+    elsewhere = BATCH["segment"] > 1
+    assert_close(moved[elsewhere], logits[elsewhere], "order")
+    here = BATCH["segment"] == 1
+    assert jnp.all(jnp.any(moved[here] != logits[here], axis=-1))
+
+
+def test_initial_loss_is_nearly_that_of_a_uniform_guess():
+    cfg = tiny_lm(*DENSE, dim=64, vocab=500)
+    batch = random_batch(4, 32, vocab=500)
+    spec = model_spec(cfg)
+
+    @jax.jit
+    def nll(key):
+        logits_BLV, _ = spec.merge(*init_params(cfg, key))(make_context(batch))
+        return token_losses(logits_BLV, jnp.asarray(batch["targets"]))[0]
+
+    nll_BL = nll(jax.random.key(0))
+    mean = np.sum(nll_BL * batch["loss_mask"]) / batch["loss_mask"].sum()
+    # Logits of unit variance cost half a nat over log V.
+    assert np.log(500) < mean < np.log(500) + 1.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_norm_by_hand(dtype):
+    norm = RMSNorm(2, nnx.Rngs(params=0), eps=0.5)
+    norm.scale_D[...] = jnp.array([1.0, 2.0])
+    # mean square of (1, 2) is 2.5; 1 / sqrt(3) = 0.57735.
+    y = norm(jnp.array([[1.0, 2.0]], dtype))
+    assert y.dtype == dtype
+    assert_close(y, [[0.57735, 2.309401]], dtype)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dim": 0}, "config.model.dim = 0"),
+        ({"dim": 18}, r"dim = 18: must be heads = 4 times an even head width"),
+        ({"dim": 12}, r"dim = 12: must be heads = 4 times an even head width"),
+        ({"vocab": 1}, "vocab = 1: must be at least 2"),
+        ({"norm_eps": 0.0}, "norm_eps = 0.0: must be above 0"),
+        ({"layers": ()}, "layers = .*must be not empty"),
+    ],
+)
+def test_refusals(fields, message):
+    cfg = tiny_lm(Segment(pattern=(tiny_moe(),)), attention=Attention(heads=4))
+    for name, value in fields.items():
+        setattr(cfg, name, value)
+    with pytest.raises(ConfigError, match=message):
+        check(cfg, "config.model")

@@ -1,0 +1,337 @@
+"""The training step: accumulation, skipping, meshes, router biases.
+
+B batch · L length · V vocabulary · E experts
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moex.nn.mlp import Dense
+from moex.nn.stack import Segment
+from moex.optim import AdamW, Optim, flat_paths, make_optimizer
+from moex.run import Loss
+from moex.sharding import shard_batch
+from moex.train import state as states
+from moex.train.losses import lm_loss, make_context, token_losses
+from moex.train.step import SPIKE_WARMUP, guard_update, make_eval_step, make_train_step
+from tests.helpers import (
+    assert_equal_trees,
+    built,
+    mesh_of,
+    random_batch,
+    tiny_lm,
+    tiny_moe,
+)
+from tests.tolerances import assert_close
+
+# A large epsilon, because Adam's first step is otherwise the sign of the gradient and
+# turns rounding of a gradient near 0 into a step of full size. The gradient norm is
+# near 1 here, so that clipping at 0.1 acts.
+OPTIM = Optim(
+    rule=AdamW(eps=1e-3), lr=0.1, schedule="constant", weight_decay=0.1, clip=0.1
+)
+MODEL = tiny_lm(
+    Segment(pattern=(tiny_moe(8),)),
+    Segment(pattern=(tiny_moe(4, shared=None),), repeat=2),
+)
+SMALL = tiny_lm(Segment(pattern=(tiny_moe(4, shared=Dense(hidden=4)),)))
+BATCH = random_batch(8, 8)
+# The microbatches of an accumulated step get very different numbers of targets.
+UNEVEN = dict(BATCH, loss_mask=BATCH["loss_mask"] * (np.arange(8)[:, None] % 4 != 1))
+KEY = jax.random.key(0)
+
+
+@functools.cache
+def trainer(name, loss, grad_accum=1):
+    """(spec, fresh train state, jitted step) of one of the models above."""
+    cfg = {"model": MODEL, "small": SMALL}[name]
+    spec, params, state = built(cfg)
+    tx, _ = make_optimizer(OPTIM, 100, spec.params, spec.info)
+    train_state = {
+        "params": params,
+        "state": state,
+        "opt": tx.init(params),
+        "guard": states.init_guard(),
+    }
+    step = make_train_step(
+        spec,
+        tx,
+        Loss(**dict(loss)),
+        grad_accum=grad_accum,
+        num_domains=2,
+        optim=OPTIM,
+        static={"kernels": "xla"},
+    )
+    return spec, train_state, jax.jit(step)
+
+
+BALANCED = (("load_balance", 0.5), ("router_z", 0.1), ("z", 0.01))
+# Balance losses are means over a microbatch, so they are not equal by design.
+TOKEN_ONLY = (("load_balance", 0.0), ("router_z", 0.0), ("z", 0.1))
+
+
+@functools.cache
+def one_step():
+    spec, train_state, step = trainer("model", BALANCED)
+    return step(train_state, 0, KEY, BATCH)
+
+
+def compare(actual, expected, kind):
+    actual, expected = (_named(tree) for tree in (actual, expected))
+    assert actual.keys() == expected.keys()
+    for path, value in expected.items():
+        assert_close(actual[path], value, kind, path)
+
+
+def _named(tree):
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def test_microbatches_add_up_to_the_batch():
+    _, train_state, whole = trainer("small", TOKEN_ONLY)
+    _, _, accumulated = trainer("small", TOKEN_ONLY, grad_accum=4)
+    expected, expected_metrics = whole(train_state, 0, KEY, UNEVEN)
+    actual, metrics = accumulated(train_state, 0, KEY, UNEVEN)
+    compare(actual, expected, "step")
+    for metrics_of_layer in (metrics, expected_metrics):
+        for layer in metrics_of_layer["layers"].values():
+            # These are means over microbatches.
+            del layer["load_balance"], layer["router_z"]
+    compare(metrics, expected_metrics, "step")
+
+
+def test_clipping_and_decay_act_on_the_step():
+    (_, train_state, _), (_, metrics) = trainer("model", BALANCED), one_step()
+    assert metrics["grad_norm"] > 2 * OPTIM.clip
+    assert metrics["loss"] > metrics["nll"]
+    after = one_step()[0]
+    for path, before in flat_paths(train_state["params"]).items():
+        assert jnp.any(flat_paths(after["params"])[path] != before), path
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_counts(poison):
+    _, train_state, step = trainer("model", BALANCED)
+    mask = BATCH["loss_mask"].copy()
+    mask[2, 1] = poison
+    after, metrics = step(train_state, 0, KEY, dict(BATCH, loss_mask=mask))
+    for name in ("params", "state"):
+        assert_equal_trees(after[name], train_state[name])
+    jax.tree.map(np.testing.assert_array_equal, after["opt"], train_state["opt"])
+    assert not np.isfinite(metrics["loss"])
+    assert (metrics["skipped"], metrics["skipped_in_row"]) == (1, 1)
+    after, metrics = step(after, 1, KEY, BATCH)
+    assert (metrics["skipped"], metrics["skipped_in_row"]) == (1, 0)
+    compare(after["params"], one_step()[0]["params"], "order")
+
+
+def test_a_spike_is_skipped():
+    _, train_state, step = trainer("model", BALANCED)
+    usual = float(one_step()[1]["grad_norm"])
+    for factor, skipped in ((0.9, 1), (1.1, 0)):
+        guard = states.init_guard() | {
+            "accepted": jnp.int32(SPIKE_WARMUP),
+            "grad_norm_mean": jnp.float32(usual / OPTIM.spike_factor * factor),
+        }
+        after, metrics = step(train_state | {"guard": guard}, 0, KEY, BATCH)
+        assert metrics["skipped"] == skipped
+        equal = jnp.all(after["params"]["norm"]["scale_D"] == _scale(train_state))
+        assert equal == bool(skipped)
+
+
+def _scale(train_state):
+    return train_state["params"]["norm"]["scale_D"]
+
+
+def test_guard_by_hand():
+    guard = states.init_guard()
+    # The first means are plain: 1, then (1 + 3) / 2.
+    for norm, mean in ((1.0, 1.0), (3.0, 2.0)):
+        ok, guard = guard_update(guard, jnp.float32(0), jnp.float32(norm), 10.0)
+        assert ok
+        assert guard["grad_norm_mean"] == mean
+    for loss, norm in ((0.0, np.inf), (np.nan, 1.0), (np.inf, 1.0), (0.0, np.nan)):
+        ok, after = guard_update(guard, jnp.float32(loss), jnp.float32(norm), None)
+        assert not ok
+        assert after["grad_norm_mean"] == 2.0
+        assert (after["accepted"], after["skipped"]) == (2, 1)
+    # Too early to call a spike; then 20 is not above 10 * 2 and 20.1 is.
+    assert guard_update(guard, jnp.float32(0), jnp.float32(1e6), 10.0)[0]
+    guard = guard | {"accepted": jnp.int32(SPIKE_WARMUP)}
+    for norm, accepted in ((20.0, True), (20.1, False)):
+        ok, after = guard_update(guard, jnp.float32(0), jnp.float32(norm), 10.0)
+        assert ok == accepted
+    assert guard_update(guard, jnp.float32(0), jnp.float32(1e6), None)[0]
+    # From the hundredth on the mean is exponential: 2 + 0.01 * (12 - 2).
+    guard = guard | {"accepted": jnp.int32(5000)}
+    _, after = guard_update(guard, jnp.float32(0), jnp.float32(12), 10.0)
+    assert_close(after["grad_norm_mean"], 2.1, "float32")
+
+
+def test_each_router_bias_follows_the_load_of_its_own_layer():
+    """Two segments with 8 and 4 experts, the second with two layers."""
+    spec, train_state, _ = trainer("model", BALANCED)
+    after, metrics = one_step()
+    biases, before = flat_paths(after["state"]), flat_paths(train_state["state"])
+    assert len(biases) == 2
+    for path, bias in biases.items():
+        frac_E = metrics["layers"][path.removesuffix("/router/bias_E")]["load_frac_E"]
+        assert bias.shape == frac_E.shape
+        num_experts = bias.shape[-1]
+        # A share of exactly 1 / E stays; shares here are multiples of 1 / slots.
+        sign = np.sign(np.round(1 / num_experts - np.asarray(frac_E), 6))
+        assert spec.info[path].rate == 0.01
+        assert_close(bias, before[path] + 0.01 * sign, "float32", path)
+        assert np.any(sign != 0)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 8},
+        {"fsdp": 8},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"data": 2, "expert": 4},
+    ],
+    ids=str,
+)
+def test_a_clipped_step_is_the_same_on_every_mesh(sizes):
+    spec, train_state, _ = trainer("model", BALANCED)
+    expected, expected_metrics = one_step()
+    mesh = mesh_of(8, **sizes)
+    tx, _ = make_optimizer(OPTIM, 100, spec.params, spec.info)
+    placed = _placed(spec, tx, train_state, mesh)
+    step = make_train_step(
+        spec,
+        tx,
+        Loss(**dict(BALANCED)),
+        grad_accum=1,
+        num_domains=2,
+        optim=OPTIM,
+        static={"kernels": "xla"},
+    )
+    with jax.set_mesh(mesh):
+        after, metrics = jax.jit(step)(placed, 0, KEY, shard_batch(BATCH, mesh))
+    compare(metrics, expected_metrics, "step")
+    compare(after, expected, "step")
+    assert_equal_trees(after["state"], expected["state"])
+    for path, leaf in flat_paths({k: after[k] for k in ("params", "state")}).items():
+        assert_replicas_agree(path, leaf)
+
+
+def _placed(spec, tx, train_state, mesh):
+    param_shardings, state_shardings = states.shardings(spec, mesh)
+    return train_state | {
+        "params": jax.device_put(train_state["params"], param_shardings),
+        "state": jax.device_put(train_state["state"], state_shardings),
+        "opt": jax.device_put(
+            train_state["opt"], states.opt_shardings(tx, spec, param_shardings, mesh)
+        ),
+    }
+
+
+def assert_replicas_agree(path, array):
+    """Every device that holds a part of `array` holds the same part."""
+    parts = {}
+    assert len(array.addressable_shards) == 8, path
+    for shard in array.addressable_shards:
+        first = parts.setdefault(str(shard.index), shard.data)
+        np.testing.assert_array_equal(shard.data, first, err_msg=path)
+
+
+def test_parameters_are_made_in_their_places():
+    spec = states.model_spec(SMALL)
+    mesh = mesh_of(8, data=2, fsdp=2, tensor=2)
+    tx, _ = make_optimizer(OPTIM, 100, spec.params, spec.info)
+    train_state = states.init_train_state(SMALL, spec, tx, mesh, KEY)
+    expected, _ = states.shardings(spec, mesh)
+    for path, sharding in flat_paths(expected).items():
+        leaf = flat_paths(train_state["params"])[path]
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), path
+    split = [p for p, s in flat_paths(expected).items() if any(s.spec)]
+    assert "w_embed_VD" in split
+    moments = [
+        leaf
+        for leaf in jax.tree.leaves(train_state["opt"])
+        if leaf.shape == spec.params["w_embed_VD"].shape
+    ]
+    assert len(moments) == 2
+    for moment in moments:
+        assert moment.sharding.is_equivalent_to(expected["w_embed_VD"], 2)
+
+
+def test_losses_by_hand():
+    """Two rows of two tokens over V = 2, one target masked; a stub for the model."""
+    # Row 0: logits (0, 0), then (log 3, 0). Row 1: (0, 0), then masked.
+    logits = np.zeros((2, 2, 2), np.float32)
+    logits[0, 1, 0] = np.log(3)
+    logits[1, 1] = 77
+    batch = random_batch(2, 2) | {
+        "targets": np.array([[0, 0], [1, 1]], np.int32),
+        "loss_mask": np.array([[1, 1], [1, 0]], np.float32),
+        "num_bytes": np.array([[2, 3], [4, 100]], np.int32),
+    }
+    balance = jnp.array([1.5, 2.5])  # two stacked layers
+    layer = {
+        "load": jnp.ones(2),
+        "losses": {"load_balance": balance, "router_z": 2 * balance},
+        "stats": {},
+    }
+    aux = {"segments": {"0": {"blocks": {"0": {"ffn": layer}, "1": {"ffn": {}}}}}}
+    loss, sums = lm_loss(
+        lambda ctx: (jnp.asarray(logits), aux),
+        make_context(batch),
+        batch,
+        Loss(z=0.1, load_balance=0.01, router_z=0.001),
+        num_tokens=3.0,
+        num_microbatches=2,
+        num_domains=3,
+    )
+    # log 2, log 4 - log 3, log 2; log-normalisers log 2, log 4, log 2.
+    nll = 2 * np.log(2) + np.log(4 / 3)
+    z = 2 * np.log(2) ** 2 + np.log(4) ** 2
+    # Both stacked layers count: 0.01 * 4 + 0.001 * 8, over two microbatches.
+    assert_close(loss, (nll + 0.1 * z) / 3 + 0.048 / 2, "float32")
+    assert_close(sums["nll"], nll, "float32")
+    assert_close(sums["z"], z, "float32")
+    assert (sums["tokens"], sums["bytes"]) == (3, 9)
+    assert_close(sums["domain_nll"], [nll - np.log(2), np.log(2), 0], "float32")
+    assert sums["domain_tokens"].tolist() == [2, 1, 0]
+    assert sums["layers"].keys() == {"segments/0/blocks/0/ffn"}
+
+
+def test_token_losses_of_large_logits_are_finite():
+    logits_BLV = jnp.array([[[1e4, -1e4]]])
+    nll_BL, _ = token_losses(logits_BLV, jnp.array([[1]]))
+    assert nll_BL == 2e4
+
+
+def test_evaluation_scores_as_training_does():
+    spec, train_state, _ = trainer("model", BALANCED)
+    run = make_eval_step(
+        spec, Loss(**dict(BALANCED)), num_domains=2, static={"kernels": "xla"}
+    )
+    sums = jax.jit(run)(train_state["params"], train_state["state"], BATCH)
+    assert_close(sums["nll"] / sums["tokens"], one_step()[1]["nll"], "order")
+
+
+def test_a_batch_without_targets_is_harmless():
+    _, train_state, step = trainer("model", BALANCED)
+    batch = dict(BATCH, loss_mask=np.zeros_like(BATCH["loss_mask"]))
+    after, metrics = step(train_state, 0, KEY, batch)
+    assert metrics["nll"] == 0
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(after))
+
+
+def test_configs_of_these_tests_are_valid():
+    from moex.config import check
+
+    for cfg in (MODEL, SMALL, OPTIM, Loss(**dict(BALANCED))):
+        check(cfg)
+        assert dataclasses.is_dataclass(cfg)
