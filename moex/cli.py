@@ -64,6 +64,15 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check the config and the data, print the model table and stop",
     )
+    many = train.add_argument_group("several processes (one per host of a pod)")
+    many.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the processes of a TPU pod, Slurm, Kubernetes or Open MPI job",
+    )
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="join explicitly")
+    many.add_argument("--num-processes", type=_positive, metavar="N")
+    many.add_argument("--process-id", type=int, metavar="I", help="0 to N-1")
     config = command("config", "Print a resolved config, one field a line.")
     config.add_argument("--json", action="store_true", help="as JSON with type tags")
     evaluate = command(
@@ -185,7 +194,30 @@ def _train(args, config_args):
     if args.workdir is None and not args.dry_run:
         raise ConfigError("--workdir: missing; give a folder, such as runs/first.")
     cfg = load_config(config_args)
+    _join(args)
     train(cfg, args.workdir or pathlib.Path("."), dry_run=args.dry_run)
+
+
+def _join(args) -> None:
+    """Join the other processes of the job; before JAX sees any device.
+
+    Raises:
+      ConfigError: if the flags are incomplete or no cluster is found.
+    """
+    explicit = (args.coordinator, args.num_processes, args.process_id)
+    if not args.distributed and explicit == (None, None, None):
+        return
+    if explicit != (None, None, None) and None in explicit:
+        raise ConfigError(
+            "--coordinator, --num-processes and --process-id go together; give all "
+            "three, or --distributed alone to detect the cluster."
+        )
+    import jax
+
+    try:
+        jax.distributed.initialize(*explicit)
+    except (ValueError, RuntimeError) as e:
+        raise ConfigError(f"joining the processes of the job failed: {e}") from None
 
 
 def _config(args, config_args):

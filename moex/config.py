@@ -34,11 +34,14 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Config) or (
-                isinstance(value, (tuple, list))
-                and any(isinstance(v, Config) for v in value)
-            ):
+            if isinstance(value, Config):
                 setattr(self, field.name, copy.deepcopy(value))
+            elif isinstance(value, (tuple, list)) and any(
+                isinstance(v, Config) for v in value
+            ):
+                # One by one: a deep copy of the whole keeps `(moe, moe)` one config.
+                copies = type(value)(copy.deepcopy(v) for v in value)
+                setattr(self, field.name, copies)
 
     def validate(self, path: str) -> None:
         """Raise `ConfigError` if fields are out of range; `path` names this config."""

@@ -35,7 +35,8 @@ class Muon(Config):
     """Orthogonalised momentum for matrices, Adam for everything else.
 
     Every expert, projection and layer is its own matrix. Embeddings, logits, routers
-    and norms use Adam with `adam_lr`, without weight decay.
+    and norms use Adam with `adam_lr`, without weight decay. Both parts have Nesterov
+    momentum, as in optax.
 
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers", as in optax.
     """

@@ -49,7 +49,9 @@ class Job:
             optim=self.cfg.optim,
             static=self.static(train=True),
         )
-        return jax.jit(step, donate_argnums=0)
+        # Pinned, so that no step can move the state or leave figures on one device.
+        state = jax.tree.map(lambda a: a.sharding, self.abstract_state())
+        return jax.jit(step, donate_argnums=0, out_shardings=(state, self.whole))
 
     def eval_step(self):
         """The jitted evaluation step."""
@@ -59,7 +61,12 @@ class Job:
             num_domains=len(self.data.domains),
             static=self.static(train=False),
         )
-        return jax.jit(step)
+        return jax.jit(step, out_shardings=self.whole)
+
+    @property
+    def whole(self) -> NamedSharding:
+        """The sharding of what every device holds in full."""
+        return NamedSharding(self.mesh, PartitionSpec())
 
     def init_state(self):
         """A fresh train state on the mesh."""
@@ -74,12 +81,11 @@ class Job:
         params, state = states.shardings(spec, mesh)
         opt = states.opt_shardings(self.tx, spec, params, mesh)
         guard = jax.eval_shape(states.init_guard)
-        whole = NamedSharding(mesh, PartitionSpec())
         placed = {
             "params": (spec.params, params),
             "state": (spec.state, state),
             "opt": (jax.eval_shape(self.tx.init, spec.params), opt),
-            "guard": (guard, jax.tree.map(lambda _: whole, guard)),
+            "guard": (guard, jax.tree.map(lambda _: self.whole, guard)),
         }
         return {name: _with_shardings(*pair) for name, pair in placed.items()}
 

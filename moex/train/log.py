@@ -219,6 +219,39 @@ def clock(seconds: float) -> str:
     )
 
 
+def step_line(step: int, total: int, values: dict, step_seconds: float) -> str:
+    """One line that says everything about a step."""
+    parts = [
+        f"step {step}/{total}",
+        f"loss {values['loss']:.4f}",
+        f"bpb {values['bits_per_byte']:.3f}",
+        f"grad {values['grad_norm']:.3g}",
+        f"lr {values['lr']:.2e}",
+        f"{values['perf/tokens_per_s']:,.0f} tok/s",
+        f"mem {values['perf/memory_gib']:.2f} GiB",
+    ]
+    if "perf/mfu" in values:
+        parts.append(f"mfu {100 * values['perf/mfu']:.1f}%")
+    if "moe/max_violation" in values:
+        parts.append(f"imbalance {values['moe/max_violation']:.2f}")
+    if values.get("moe/dropped_frac", 0) > 0:
+        parts.append(f"dropped {100 * values['moe/dropped_frac']:.1f}%")
+    if values["skipped"]:
+        parts.append(f"skipped {values['skipped']}")
+    parts.append(f"eta {clock((total - step) * step_seconds)}")
+    return " | ".join(parts)
+
+
+def load_lines(model, layers: dict) -> str:
+    """Expert load of each MoE layer as text: share of its slots per expert."""
+    lines = ["expert load on held-out data (share of slots, per MoE layer):"]
+    for number, frac in layer_rows(model, layers, "load_frac_E"):
+        shares = " ".join(f"{100 * f:4.1f}" for f in frac[:16])
+        more = f" ... ({len(frac)} experts)" if len(frac) > 16 else ""
+        lines.append(f"  layer {number:>3} | {shares}{more} %")
+    return "\n".join(lines)
+
+
 class Stopwatch:
     """Wall time of the training steps alone: stop it around evaluation and saving."""
 

@@ -18,7 +18,7 @@ from moex import accounting
 from moex import config as configs
 from moex.config import ConfigError
 from moex.data.report import compressor_bits_per_byte
-from moex.serve.decode import generate
+from moex.run import check_run
 from moex.sharding import shard_batch
 from moex.train.checkpoint import Checkpointer, CheckpointError
 from moex.train.job import (
@@ -27,17 +27,17 @@ from moex.train.job import (
     make_job,
     restore_params,
     save_config,
-    static_options,
 )
 from moex.train.log import (
     RunLog,
     Stopwatch,
     clock,
-    layer_rows,
+    load_lines,
     memory_bytes,
     moe_summary,
+    step_line,
 )
-from moex.train.step import figures
+from moex.train.score import continue_texts, evaluate
 
 
 class TrainingStopped(RuntimeError):
@@ -63,6 +63,7 @@ def train(cfg, workdir, *, dry_run=False, say=None) -> dict:
     """
     say = say or (print if jax.process_index() == 0 else lambda *_: None)
     # 1. Check, prepare data, build the abstract model.
+    check_run(cfg)
     workdir = pathlib.Path(workdir)
     if not dry_run:
         _check_workdir(workdir)
@@ -344,27 +345,16 @@ class Run:
         # Text needs the parameters on one host; a sharded model samples with the CLI.
         if cfg.log.sample_tokens == 0 or jax.process_count() > 1:
             return
-        tokenizer = self.job.data.tokenizer
-        prompts = [tokenizer.encode(p) for p in cfg.log.sample_prompts]
-        prompts = [[tokenizer.doc_id, *p] for p in prompts]
-        static = static_options(cfg, train=False)
-        outputs = generate(
+        texts = continue_texts(
+            cfg,
             self.job.spec,
-            cfg.model,
-            self.state["params"],
-            self.state["state"],
-            prompts,
+            self.state,
+            self.job.data.tokenizer,
+            cfg.log.sample_prompts,
             max_new_tokens=cfg.log.sample_tokens,
             temperature=0.7,
             seed=cfg.seed,
-            stop_token=tokenizer.doc_id,
-            dtype=static["dtype"],
-            kernels=static["kernels"],
         )
-        texts = [
-            prompt + tokenizer.decode(out)
-            for prompt, out in zip(cfg.log.sample_prompts, outputs, strict=True)
-        ]
         self.log.text("sample", self.step, "\n----\n".join(texts))
         for text in texts:
             shown = text.replace("\n", "\n  | ")
@@ -404,76 +394,3 @@ class Run:
             "eval_nll": result["nll"],
             "eval_bits_per_byte": result["bits_per_byte"],
         }
-
-
-def evaluate(job: Job, state: dict, eval_step, limit: int | None) -> dict:
-    """Held-out figures: nats per token, bits per byte, perplexity, per domain, routing.
-
-    Args:
-      job: the job whose held-out data is scored.
-      state: {"params", "state"}.
-      eval_step: from `job.eval_step()`.
-      limit: sequences to score; None: all.
-
-    Raises:
-      ConfigError: if nothing is held out.
-    """
-    total = None
-    for batch in job.eval_batches(limit):
-        batch = shard_batch(batch, job.mesh)
-        sums = eval_step(state["params"], state["state"], batch)
-        total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
-    if total is None:
-        raise ConfigError("config.data: no data is held out; raise holdout.")
-    result = jax.device_get(figures(total))
-    return {
-        "nll": float(result["nll"]),
-        "perplexity": float(np.exp(result["nll"])),
-        "bits_per_byte": float(result["bits_per_byte"]),
-        "tokens": int(result["tokens"]),
-        "bytes": int(result["bytes"]),
-        "domains": {
-            name: float(nll)
-            for name, nll, n in zip(
-                job.data.domains,
-                result["domain_nll"],
-                result["domain_tokens"],
-                strict=True,
-            )
-            if n > 0
-        },
-        "layers": result["layers"],
-    }
-
-
-def step_line(step: int, total: int, values: dict, step_seconds: float) -> str:
-    """One line that says everything about a step."""
-    parts = [
-        f"step {step}/{total}",
-        f"loss {values['loss']:.4f}",
-        f"bpb {values['bits_per_byte']:.3f}",
-        f"grad {values['grad_norm']:.3g}",
-        f"lr {values['lr']:.2e}",
-        f"{values['perf/tokens_per_s']:,.0f} tok/s",
-        f"mem {values['perf/memory_gib']:.2f} GiB",
-    ]
-    if "perf/mfu" in values:
-        parts.append(f"mfu {100 * values['perf/mfu']:.1f}%")
-    if "moe/max_violation" in values:
-        parts.append(f"imbalance {values['moe/max_violation']:.2f}")
-    if values.get("moe/dropped_frac", 0) > 0:
-        parts.append(f"dropped {100 * values['moe/dropped_frac']:.1f}%")
-    if values["skipped"]:
-        parts.append(f"skipped {values['skipped']}")
-    parts.append(f"eta {clock((total - step) * step_seconds)}")
-    return " | ".join(parts)
-
-
-def load_lines(model, layers: dict) -> str:
-    """Expert load of each MoE layer as text: share of its slots per expert."""
-    lines = ["expert load on held-out data (share of slots, per MoE layer):"]
-    for number, frac in layer_rows(model, layers, "load_frac_E"):
-        shares = " ".join(f"{100 * f:4.1f}" for f in frac[:16])
-        more = f" ... ({len(frac)} experts)" if len(frac) > 16 else ""
-        lines.append(f"  layer {number:>3} | {shares}{more} %")
-    return "\n".join(lines)

@@ -1,17 +1,62 @@
-"""What is done with a finished run: score data with it, write text with it."""
+"""What is done with a model: score held-out data, write text.
+
+The loop does both while training; the command line does both with a run directory.
+"""
 
 import dataclasses
 import sys
 
 import jax
+import numpy as np
 
 from moex.config import ConfigError, require
 from moex.data import pipeline
 from moex.data.tokenizer import SavedTokenizer
 from moex.run import check_run
 from moex.serve.decode import generate
+from moex.sharding import shard_batch
 from moex.train.job import Job, check_devices, load_run, static_options
-from moex.train.loop import evaluate
+from moex.train.step import figures
+
+
+def evaluate(job: Job, state: dict, eval_step, limit: int | None) -> dict:
+    """Held-out figures: nats per token, bits per byte, perplexity, per domain, routing.
+
+    Args:
+      job: the job whose held-out data is scored.
+      state: {"params", "state"}.
+      eval_step: from `job.eval_step()`.
+      limit: sequences to score; None: all.
+
+    Raises:
+      ConfigError: if nothing is held out.
+    """
+    total = None
+    for batch in job.eval_batches(limit):
+        batch = shard_batch(batch, job.mesh)
+        sums = eval_step(state["params"], state["state"], batch)
+        total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
+    if total is None:
+        raise ConfigError("config.data: no data is held out; raise holdout.")
+    result = jax.device_get(figures(total))
+    return {
+        "nll": float(result["nll"]),
+        "perplexity": float(np.exp(result["nll"])),
+        "bits_per_byte": float(result["bits_per_byte"]),
+        "tokens": int(result["tokens"]),
+        "bytes": int(result["bytes"]),
+        "domains": {
+            name: float(nll)
+            for name, nll, n in zip(
+                job.data.domains,
+                result["domain_nll"],
+                result["domain_tokens"],
+                strict=True,
+            )
+            if n > 0
+        },
+        "layers": result["layers"],
+    }
 
 
 def score_run(workdir, cfg, *, sequences=None) -> dict:
@@ -58,25 +103,42 @@ def write_text(workdir, prompts: list[str], *, max_new_tokens, seed, **sampling)
     """
     require(len(prompts) >= 1, "--prompt", prompts, "given at least once")
     run = load_run(workdir, warn=_warn)
-    static = static_options(run.cfg, train=False)
-    tokens = [[run.tokenizer.doc_id, *run.tokenizer.encode(p)] for p in prompts]
     try:
-        outputs = generate(
+        return continue_texts(
+            run.cfg,
             run.spec,
-            run.cfg.model,
-            run.params,
-            run.state,
-            tokens,
+            {"params": run.params, "state": run.state},
+            run.tokenizer,
+            prompts,
             max_new_tokens=max_new_tokens,
             seed=seed,
-            stop_token=run.tokenizer.doc_id,
-            dtype=static["dtype"],
-            kernels=static["kernels"],
             **sampling,
         )
     except ValueError as e:
         raise ConfigError(str(e)) from None
-    return [
-        prompt + run.tokenizer.decode(out)
-        for prompt, out in zip(prompts, outputs, strict=True)
-    ]
+
+
+def continue_texts(cfg, spec, state, tokenizer, prompts, **sampling) -> list[str]:
+    """Each prompt with its continuation; documents end at the document token.
+
+    Args:
+      cfg: run config, for the model and the compute dtype.
+      spec: `ModelSpec`.
+      state: {"params", "state"}.
+      tokenizer: of the run.
+      prompts: texts.
+      **sampling: arguments of `serve.decode.generate`.
+    """
+    static = static_options(cfg, train=False)
+    outputs = generate(
+        spec,
+        cfg.model,
+        state["params"],
+        state["state"],
+        [[tokenizer.doc_id, *tokenizer.encode(p)] for p in prompts],
+        stop_token=tokenizer.doc_id,
+        dtype=static["dtype"],
+        kernels=static["kernels"],
+        **sampling,
+    )
+    return [p + tokenizer.decode(o) for p, o in zip(prompts, outputs, strict=True)]

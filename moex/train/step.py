@@ -61,7 +61,7 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
 
         (loss, sums), grads = _accumulate(micro, batch, grad_accum)
         with jax.named_scope("optimizer"):
-            grad_norm = optax.global_norm(grads)
+            grad_norm = optax.tree.norm(grads)
             updates, opt = tx.update(grads, train_state["opt"], params)
             new = {
                 "params": optax.apply_updates(params, updates),
@@ -95,13 +95,14 @@ def _accumulate(micro, batch, num):
     parts = jax.tree.map(
         lambda a: jnp.swapaxes(a.reshape(-1, num, *a.shape[1:]), 0, 1), batch
     )
-    first = micro((0, jax.tree.map(lambda a: a[0], parts)))
+    # Zeros, not the first microbatch: the model is then compiled once, not twice.
+    abstract = jax.eval_shape(micro, (0, jax.tree.map(lambda a: a[0], parts)))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
 
     def add(total, args):
         return jax.tree.map(jnp.add, total, micro(args)), None
 
-    rest = (jnp.arange(1, num), jax.tree.map(lambda a: a[1:], parts))
-    return jax.lax.scan(add, first, rest)[0]
+    return jax.lax.scan(add, zeros, (jnp.arange(num), parts))[0]
 
 
 def update_state(spec, state, layers):

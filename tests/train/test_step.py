@@ -3,7 +3,6 @@
 B batch · L length · V vocabulary · E experts
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moex.nn.mlp import Dense
+from moex.nn.attention import Attention
 from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim, flat_paths, make_optimizer
 from moex.run import Loss
@@ -35,11 +34,13 @@ from tests.tolerances import assert_close
 OPTIM = Optim(
     rule=AdamW(eps=1e-3), lr=0.1, schedule="constant", weight_decay=0.1, clip=0.1
 )
+ATTENTION = Attention(heads=4, kv_heads=2)
 MODEL = tiny_lm(
     Segment(pattern=(tiny_moe(8),)),
     Segment(pattern=(tiny_moe(4, shared=None),), repeat=2),
+    attention=ATTENTION,
 )
-SMALL = tiny_lm(Segment(pattern=(tiny_moe(4, shared=Dense(hidden=4)),)))
+SMALL = tiny_lm(Segment(pattern=(tiny_moe(4, shared=None),)), attention=ATTENTION)
 BATCH = random_batch(8, 8)
 # The microbatches of an accumulated step get very different numbers of targets.
 UNEVEN = dict(BATCH, loss_mask=BATCH["loss_mask"] * (np.arange(8)[:, None] % 4 != 1))
@@ -272,7 +273,7 @@ def test_losses_by_hand():
     logits = np.zeros((2, 2, 2), np.float32)
     logits[0, 1, 0] = np.log(3)
     logits[1, 1] = 77
-    batch = random_batch(2, 2) | {
+    batch = random_batch(2, 4) | {
         "targets": np.array([[0, 0], [1, 1]], np.int32),
         "loss_mask": np.array([[1, 1], [1, 0]], np.float32),
         "num_bytes": np.array([[2, 3], [4, 100]], np.int32),
@@ -327,11 +328,3 @@ def test_a_batch_without_targets_is_harmless():
     after, metrics = step(train_state, 0, KEY, batch)
     assert metrics["nll"] == 0
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(after))
-
-
-def test_configs_of_these_tests_are_valid():
-    from moex.config import check
-
-    for cfg in (MODEL, SMALL, OPTIM, Loss(**dict(BALANCED))):
-        check(cfg)
-        assert dataclasses.is_dataclass(cfg)

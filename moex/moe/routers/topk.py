@@ -69,10 +69,14 @@ class TopKRouter(nnx.Module):
         self.normalize = cfg.normalize
         self.scale = cfg.scale
         self.w_DE = param(rngs, (dim, num_experts), ("embed", None), std=cfg.init_std)
-        self.bias_E: RouterBias | None = None
-        if cfg.bias_rate > 0:
-            zeros_E = jnp.zeros(num_experts, jnp.float32)
-            self.bias_E = RouterBias(zeros_E, axes=(None,), rate=cfg.bias_rate)
+        # One assignment: nnx fixes at the first whether an attribute holds arrays.
+        self.bias_E: RouterBias | None = (
+            RouterBias(
+                jnp.zeros(num_experts, jnp.float32), axes=(None,), rate=cfg.bias_rate
+            )
+            if cfg.bias_rate > 0
+            else None
+        )
 
     def __call__(self, x_TD, ctx) -> Routing:
         logits_TE = router_logits(x_TD, self.w_DE[...])

@@ -1,0 +1,100 @@
+"""Rules of the house that a machine can check."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+from flax import nnx
+
+from moex.config import Config
+from tests.helpers import tiny_lm
+
+ROOT = pathlib.Path(__file__).parents[1]
+# A package may import those to its right, and itself.
+ORDER = ("experiments", "configs", "moex", "kernels_pallas")
+# What moex uses of nnx; transforms are JAX's own. See docs/decisions.
+NNX_NAMES = {
+    *("List", "Module", "Param", "Rngs", "Variable"),
+    *("eval_shape", "merge", "set_graph_mode", "split", "to_flat_state"),
+    "to_pure_dict",
+}
+TEXT = {"", ".cfg", ".html", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yml"}
+
+
+def sources(package):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(path):
+    """Top-level names of absolute imports, also of those inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_imports_point_one_way(package):
+    forbidden = {"tests", *ORDER[: ORDER.index(package)]}
+    for path in sources(package):
+        wrong = forbidden & set(imported(path))
+        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_the_packages_are_there():
+    assert sources("moex")
+    assert sources("kernels_pallas")
+
+
+def test_kernels_do_not_import_flax():
+    for path in sources("kernels_pallas"):
+        assert "flax" not in imported(path), path
+
+
+def test_only_the_agreed_part_of_nnx_is_used():
+    for path in sources("moex"):
+        text = path.read_text()
+        used = set(re.findall(r"\bnnx\.([A-Za-z_]+)", text))
+        assert used <= NNX_NAMES, f"{path.relative_to(ROOT)}: {used - NNX_NAMES}"
+        assert ".sow(" not in text, path
+
+
+def walk_modules(node, path=""):
+    """Every `(path, value)` under a module, through lists and dicts."""
+    yield path, node
+    if isinstance(node, nnx.List | list | tuple):
+        items = enumerate(node)
+    elif isinstance(node, nnx.Module):
+        items = vars(node).items()
+    elif isinstance(node, dict):
+        items = node.items()
+    else:
+        return
+    for name, child in items:
+        yield from walk_modules(child, f"{path}/{name}")
+
+
+def test_no_module_keeps_a_config():
+    model = nnx.eval_shape(lambda: tiny_lm().make(nnx.Rngs(params=0)))
+    seen = dict(walk_modules(model))
+    assert any(path.endswith("router/w_DE") for path in seen)
+    for path, value in seen.items():
+        assert not isinstance(value, Config), path
+
+
+def test_no_file_names_a_package_registry():
+    hosts = [".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"))]
+    hosts += ["index" + "-url", ".".join(("download", "pytorch", "org"))]
+    hidden = {".git", ".venv", "__pycache__", "build", "dist", "node_modules"}
+    for path in ROOT.rglob("*"):
+        parts = set(path.relative_to(ROOT).parts)
+        if parts & hidden or path.suffix not in TEXT or not path.is_file():
+            continue
+        if path.stat().st_size > 1_000_000:
+            continue
+        text = path.read_text(errors="ignore")
+        for host in hosts:
+            assert host not in text, f"{path.relative_to(ROOT)} names {host}"

@@ -1,0 +1,152 @@
+"""Configs as values: copies, checks, and the way to JSON and back."""
+
+import dataclasses
+import json
+
+import ml_collections
+import pytest
+
+from moex.config import (
+    TYPE_KEY,
+    Config,
+    ConfigError,
+    check,
+    describe,
+    from_dict,
+    nearest,
+    to_dict,
+    type_name,
+    walk,
+)
+from moex.moe.layer import MoE
+from moex.moe.routers.topk import TopK
+from moex.nn.mlp import Dense
+from moex.nn.stack import Segment
+from moex.optim import AdamW, Optim
+from tests.helpers import tiny_lm, tiny_moe
+
+
+def run_config():
+    optim = Optim(rule=AdamW(), lr=0.1, lr_factors=(("router", 0.1),))
+    values = {"seed": 3, "model": tiny_lm(), "optim": optim}
+    return ml_collections.ConfigDict(values, convert_dict=False)
+
+
+def test_round_trip_through_json():
+    cfg = run_config()
+    text = json.dumps(to_dict(cfg))
+    back = from_dict(json.loads(text))
+    assert isinstance(back, ml_collections.ConfigDict)
+    assert back.model == cfg.model
+    assert back.optim == cfg.optim
+    assert back.seed == 3
+    assert isinstance(back.model.layers, tuple)
+    assert json.dumps(to_dict(back)) == text
+    check(back)
+
+
+def test_the_tag_names_the_class():
+    assert to_dict(Dense(hidden=3)) == {TYPE_KEY: "moex.nn.mlp.Dense", "hidden": 3}
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Foreign(Config):
+    size: int = 1
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({TYPE_KEY: "moex.nn.mlp.Dnese", "hidden": 3}, "is not a config class of moex"),
+        ({TYPE_KEY: "moex.nn.none.Dense"}, "is not a config class of moex"),
+        ({TYPE_KEY: "moex.nn.mlp.DenseLayer"}, "is not a config class of moex"),
+        ({TYPE_KEY: "os.system", "command": "true"}, "'os.system' is not a config"),
+        ({TYPE_KEY: "moexevil.Config"}, "is not a config class of moex"),
+        ({TYPE_KEY: 3}, "'?3'? is not a config class of moex"),
+        (to_dict(Foreign()), "Foreign' is not a config class of moex"),
+        (
+            {TYPE_KEY: "moex.nn.mlp.Dense", "hiden": 3},
+            "Dense has no field 'hiden'. Did you mean 'hidden'",
+        ),
+        ({TYPE_KEY: "moex.nn.mlp.Dense"}, "Dense: .*missing.*hidden"),
+    ],
+)
+def test_json_that_is_refused(data, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict({"model": [data]})
+
+
+def test_nested_configs_are_copied():
+    moe = tiny_moe()
+    segment = Segment(pattern=(moe, moe))
+    moe.num_experts = 99
+    segment.pattern[0].router.k = 7
+    assert [m.num_experts for m in segment.pattern] == [8, 8]
+    assert [m.router.k for m in segment.pattern] == [7, 2]
+
+
+def test_unknown_fields_stop_at_assignment():
+    with pytest.raises(AttributeError):
+        TopK(k=1).kk = 2
+    with pytest.raises(TypeError):
+        TopK(1)
+
+
+def test_walk_names_every_node():
+    paths = dict(walk(tiny_lm(), "config.model"))
+    assert paths["config.model.layers[1].pattern[0].router.k"] == 2
+    assert isinstance(paths["config.model.layers[1].pattern[0]"], MoE)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("router.k", 99, r"router.k = 99: must be at most num_experts = 8; lower k"),
+        ("router.k", 2.5, r"router.k = 2.5: must be int, not float"),
+        ("router.k", True, r"router.k = True: must be int, not bool"),
+        ("router.scale", "1", r"router.scale = '1': must be float, not str"),
+        ("router.normalize", 1, r"normalize = 1: must be bool, not int"),
+        ("capacity_factor", "x", r"= 'x': must be float or None, not str"),
+        ("router", None, r"router = None: must be Config, not NoneType"),
+        ("router", Dense(hidden=1), r"router = 'Dense': must be a router config"),
+        ("num_experts", 0, r"num_experts = 0: must be at least 1"),
+        ("capacity_factor", 0.0, r"capacity_factor = 0.0: must be above 0, or None"),
+    ],
+)
+def test_check_names_field_value_and_what_is_allowed(path, value, message):
+    cfg = ml_collections.ConfigDict({"model": tiny_lm()}, convert_dict=False)
+    *parents, name = path.split(".")
+    node = cfg.model.layers[1].pattern[0]
+    for parent in parents:
+        node = getattr(node, parent)
+    setattr(node, name, value)
+    with pytest.raises(ConfigError, match=message) as error:
+        check(cfg)
+    assert str(error.value).startswith("config.model.layers[1].pattern[0].")
+    assert "\n" not in str(error.value)
+
+
+def test_ints_are_floats_and_lists_are_tuples():
+    segment = Segment(pattern=(Dense(hidden=1),))
+    segment.pattern = [Dense(hidden=1)]
+    check(segment)
+    check(TopK(k=1, scale=2))
+
+
+def test_describe():
+    text = describe(Optim(rule=AdamW(), lr=0.1, lr_factors=(("a", 0.5),)), "optim")
+    lines = text.splitlines()
+    assert lines[0] == "optim: Optim"
+    assert "  rule: AdamW" in lines
+    assert "    b1 = 0.9" in lines
+    assert "  lr = 0.1" in lines
+    deep = describe(run_config()).splitlines()
+    assert any(line.strip() == "[0]: MoE" for line in deep)
+
+
+def test_nearest_and_type_names():
+    assert nearest("lerning", ["learning", "decay"]) == " Did you mean 'learning'?"
+    assert nearest("zzz", ["learning"]) == ""
+    assert type_name(int | None) == "int or None"
+    assert type_name(tuple[str, ...]) == "tuple of str"
+    assert type_name(tuple[str, float]) == "tuple of str, float"

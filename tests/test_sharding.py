@@ -1,0 +1,115 @@
+"""The mesh, the rules, and where arrays land."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from moex.config import ConfigError, check
+from moex.sharding import (
+    BATCH_AXES,
+    AxisRules,
+    MeshConfig,
+    batch_shards,
+    constrain,
+    param_sharding,
+    partition_spec,
+    shard_batch,
+)
+from tests.helpers import mesh_of
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "expected"),
+    [
+        ({}, 8, (8, 1, 1, 1)),
+        ({"fsdp": 4}, 8, (2, 4, 1, 1)),
+        ({"data": 1, "tensor": -1, "expert": 2}, 8, (1, 1, 2, 4)),
+        ({"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}, 8, (2, 2, 1, 2)),
+        ({}, 1, (1, 1, 1, 1)),
+    ],
+)
+def test_sizes(sizes, devices, expected):
+    assert MeshConfig(**sizes).sizes(devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices"),
+    [({"fsdp": 3}, 8), ({"data": 2}, 8), ({"data": 16}, 8), ({"tensor": 16}, 8)],
+)
+def test_sizes_that_do_not_multiply_to_the_devices(sizes, devices):
+    message = r"config.mesh: the axes \(data=.*\) must multiply .* which is 8"
+    with pytest.raises(ConfigError, match=message):
+        MeshConfig(**sizes).sizes(devices)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 0}, "config.mesh.data = 0: must be >= 1, or -1"),
+        ({"fsdp": -2}, "config.mesh.fsdp = -2"),
+        ({"fsdp": -1}, r"\['data', 'fsdp'\]: must be at most one axis of size -1"),
+    ],
+)
+def test_refusals(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        check(MeshConfig(**sizes), "config.mesh")
+
+
+def test_mesh_axes_are_auto_and_named():
+    mesh = MeshConfig(fsdp=4).make()
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}
+    assert {t.name for t in mesh.axis_types} == {"Auto"}
+    assert mesh_of(1).devices.size == 1
+
+
+def test_rules():
+    spec = partition_spec(("expert", "embed", None, "mlp"))
+    assert spec == PartitionSpec("expert", "fsdp", None, "tensor")
+    assert partition_spec(("batch", None)) == PartitionSpec(BATCH_AXES, None)
+    assert partition_spec(("head_dim",)) == PartitionSpec(None)
+
+
+def test_two_logical_axes_on_one_mesh_axis_are_an_error():
+    with pytest.raises(ValueError, match="'heads' and 'mlp'.*both map to.*'tensor'"):
+        partition_spec(("heads", "mlp"))
+    with pytest.raises(ValueError, match="'batch' and 'embed'.*'fsdp'"):
+        partition_spec(("batch", "embed"))
+    rules = AxisRules(mlp=None)
+    assert partition_spec(("heads", "mlp"), rules) == PartitionSpec("tensor", None)
+
+
+def test_stacked_layers_lead_and_indivisible_dims_stay_whole():
+    mesh = mesh_of(8, fsdp=2, expert=2, tensor=2)
+    axes = ("expert", "embed", "mlp")
+    sharding = param_sharding((5, 4, 6, 8), axes, mesh)
+    assert sharding.spec == PartitionSpec(None, "expert", "fsdp", "tensor")
+    sharding = param_sharding((3, 6, 7), axes, mesh)
+    assert sharding.spec == PartitionSpec(None, "fsdp", None)
+
+
+def test_constrain_without_a_mesh_or_on_one_device_is_nothing():
+    x = jnp.ones((8, 3, 4))
+    assert constrain(x, "batch", None, "embed") is x
+    with jax.set_mesh(mesh_of(1)):
+        assert constrain(x, "batch", None, None) is x
+
+
+def test_constrain_places_the_dims_that_fit():
+    mesh = mesh_of(8, data=4, tensor=2)
+    with jax.set_mesh(mesh):
+        lay = jax.jit(lambda x: constrain(x, "batch", None, "vocab"))
+        assert lay(jnp.ones((8, 3, 4))).sharding.spec[2] == "tensor"
+        y = lay(jnp.ones((8, 3, 5)))
+    assert y.addressable_shards[0].data.shape == (2, 3, 5)
+
+
+def test_a_batch_is_split_over_three_axes():
+    mesh = mesh_of(8, data=2, expert=2, tensor=2)
+    assert batch_shards(mesh) == 4
+    tokens = np.arange(24).reshape(8, 3)
+    placed = shard_batch({"tokens": tokens}, mesh)["tokens"]
+    np.testing.assert_array_equal(placed, tokens)
+    assert {s.data.shape for s in placed.addressable_shards} == {(2, 3)}
+    assert len({str(s.index) for s in placed.addressable_shards}) == 4
