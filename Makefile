@@ -44,7 +44,7 @@ types: $(STAMP)
 check: lint types test
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/train_step.py --config=$(CONFIG)
+	$(BIN)/python -m benchmarks.train_step --config=$(CONFIG)
 
 clean:
 	rm -rf $(VENV)

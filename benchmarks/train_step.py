@@ -1,6 +1,6 @@
 """Where the time of a training step goes: data, forward and backward, optimizer.
 
-  python benchmarks/train_step.py --config=configs/quickstart.py [--config.a.b=value]
+  python -m benchmarks.train_step --config=configs/quickstart.py [--config.a.b=value]
       [--repeats=10] [--json=FILE]
 
 Prints a table and writes JSON: tokens/s, medians of the parts over `--repeats` steps

@@ -1,6 +1,6 @@
 """Does the quickstart's MoE beat a dense model with the same active parameters?
 
-  python experiments/quickstart/moe_vs_dense.py [--seeds=3] [--steps=N] [--out=DIR]
+  python -m experiments.quickstart.moe_vs_dense [--seeds=3] [--steps=N] [--out=DIR]
 
 Same data, order, steps, optimizer and attention; the dense feed-forward is as wide as
 the experts that one token uses. Runs that are already in --out are not repeated.

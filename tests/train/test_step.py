@@ -36,11 +36,11 @@ OPTIM = Optim(
 )
 ATTENTION = Attention(heads=4, kv_heads=2)
 MODEL = tiny_lm(
-    Segment(pattern=(tiny_moe(8),)),
+    Segment(pattern=(tiny_moe(8, shared=None),)),
     Segment(pattern=(tiny_moe(4, shared=None),), repeat=2),
     attention=ATTENTION,
 )
-SMALL = tiny_lm(Segment(pattern=(tiny_moe(4, shared=None),)), attention=ATTENTION)
+SMALL = tiny_lm(Segment(pattern=(tiny_moe(8),)), attention=ATTENTION)
 BATCH = random_batch(8, 8)
 # The microbatches of an accumulated step get very different numbers of targets.
 UNEVEN = dict(BATCH, loss_mask=BATCH["loss_mask"] * (np.arange(8)[:, None] % 4 != 1))
@@ -78,7 +78,7 @@ TOKEN_ONLY = (("load_balance", 0.0), ("router_z", 0.0), ("z", 0.1))
 
 @functools.cache
 def one_step():
-    spec, train_state, step = trainer("model", BALANCED)
+    spec, train_state, step = trainer("small", BALANCED)
     return step(train_state, 0, KEY, BATCH)
 
 
@@ -108,7 +108,7 @@ def test_microbatches_add_up_to_the_batch():
 
 
 def test_clipping_and_decay_act_on_the_step():
-    (_, train_state, _), (_, metrics) = trainer("model", BALANCED), one_step()
+    (_, train_state, _), (_, metrics) = trainer("small", BALANCED), one_step()
     assert metrics["grad_norm"] > 2 * OPTIM.clip
     assert metrics["loss"] > metrics["nll"]
     after = one_step()[0]
@@ -118,7 +118,7 @@ def test_clipping_and_decay_act_on_the_step():
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_nothing_but_counts(poison):
-    _, train_state, step = trainer("model", BALANCED)
+    _, train_state, step = trainer("small", BALANCED)
     mask = BATCH["loss_mask"].copy()
     mask[2, 1] = poison
     after, metrics = step(train_state, 0, KEY, dict(BATCH, loss_mask=mask))
@@ -133,7 +133,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts(poison):
 
 
 def test_a_spike_is_skipped():
-    _, train_state, step = trainer("model", BALANCED)
+    _, train_state, step = trainer("small", BALANCED)
     usual = float(one_step()[1]["grad_norm"])
     for factor, skipped in ((0.9, 1), (1.1, 0)):
         guard = states.init_guard() | {
@@ -177,8 +177,8 @@ def test_guard_by_hand():
 
 def test_each_router_bias_follows_the_load_of_its_own_layer():
     """Two segments with 8 and 4 experts, the second with two layers."""
-    spec, train_state, _ = trainer("model", BALANCED)
-    after, metrics = one_step()
+    spec, train_state, step = trainer("model", BALANCED)
+    after, metrics = step(train_state, 0, KEY, BATCH)
     biases, before = flat_paths(after["state"]), flat_paths(train_state["state"])
     assert len(biases) == 2
     for path, bias in biases.items():
@@ -203,7 +203,7 @@ def test_each_router_bias_follows_the_load_of_its_own_layer():
     ids=str,
 )
 def test_a_clipped_step_is_the_same_on_every_mesh(sizes):
-    spec, train_state, _ = trainer("model", BALANCED)
+    spec, train_state, _ = trainer("small", BALANCED)
     expected, expected_metrics = one_step()
     mesh = mesh_of(8, **sizes)
     tx, _ = make_optimizer(OPTIM, 100, spec.params, spec.info)
@@ -314,7 +314,7 @@ def test_token_losses_of_large_logits_are_finite():
 
 
 def test_evaluation_scores_as_training_does():
-    spec, train_state, _ = trainer("model", BALANCED)
+    spec, train_state, _ = trainer("small", BALANCED)
     run = make_eval_step(
         spec, Loss(**dict(BALANCED)), num_domains=2, static={"kernels": "xla"}
     )
@@ -323,7 +323,7 @@ def test_evaluation_scores_as_training_does():
 
 
 def test_a_batch_without_targets_is_harmless():
-    _, train_state, step = trainer("model", BALANCED)
+    _, train_state, step = trainer("small", BALANCED)
     batch = dict(BATCH, loss_mask=np.zeros_like(BATCH["loss_mask"]))
     after, metrics = step(train_state, 0, KEY, batch)
     assert metrics["nll"] == 0
