@@ -42,8 +42,8 @@ def get_config(arg=""):
         layers=(Segment(pattern=(FEED_FORWARDS[arg],), repeat=4),),
     )
     cfg.data = Data(tokenizer=Bpe(vocab=4096))
-    cfg.steps = 220
-    cfg.batch_size = 32
+    cfg.steps = 400
+    cfg.batch_size = 16
     cfg.seq_len = 128
     cfg.optim = Optim(
         rule=Muon(adam_lr=1e-2),
@@ -53,9 +53,9 @@ def get_config(arg=""):
         decay_frac=0.5,
         final_lr_frac=0.0,
     )
-    cfg.eval = Eval(every=50, sequences=256)
-    cfg.checkpoint = Checkpoint(every=50)
+    cfg.eval = Eval(every=100, sequences=256)
+    cfg.checkpoint = Checkpoint(every=100)
     cfg.log = Log(
-        images_every=50, sample_prompts=("def ", "class "), compressors=True
+        images_every=100, sample_prompts=("def ", "class "), compressors=True
     )
     return cfg

@@ -195,7 +195,7 @@ def _train(args, config_args):
         raise ConfigError("--workdir: missing; give a folder, such as runs/first.")
     cfg = load_config(config_args)
     _join(args)
-    train(cfg, args.workdir or pathlib.Path("."), dry_run=args.dry_run)
+    train(cfg, args.workdir, dry_run=args.dry_run)
 
 
 def _join(args) -> None:

@@ -135,6 +135,7 @@ def check_run(cfg: ml_collections.ConfigDict) -> None:
 def _check_values(cfg):
     for key in ("steps", "batch_size", "seq_len", "grad_accum", "nan_limit"):
         require(cfg[key] >= 1, f"config.{key}", cfg[key], "at least 1")
+    require(0 <= cfg.seed < 2**31, "config.seed", cfg.seed, "in [0, 2**31)")
     require_choice("config.precision", cfg.precision, PRECISIONS)
     require_choice("config.remat", cfg.remat, REMAT)
     require_choice("config.kernels", cfg.kernels, kernel_names())

@@ -48,3 +48,10 @@ def moex_cache(tmp_path_factory):
         del os.environ["MOEX_CACHE"]
     else:
         os.environ["MOEX_CACHE"] = before
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs of a file go with it: a worker stays below 2 GB."""
+    yield
+    jax.clear_caches()

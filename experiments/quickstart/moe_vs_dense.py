@@ -44,14 +44,12 @@ def run(kind: str, seed: int, steps: int | None, out: pathlib.Path) -> dict:
         train(cfg, workdir)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     evals = [line for line in lines if line["kind"] == "eval"]
-    steps_logged = [line for line in lines if line["kind"] == "train"]
     return {
         "seed": seed,
         "steps": cfg.steps,
         "nll": evals[-1]["nll"],
         "bits_per_byte": evals[-1]["bits_per_byte"],
         "curve": [[e["step"], e["nll"]] for e in evals],
-        "tokens_per_s": statistics.median(s["perf/tokens_per_s"] for s in steps_logged),
         "max_violation": evals[-1].get("max_violation"),
     }
 
@@ -75,7 +73,6 @@ def summary(runs: list[dict]) -> dict:
         "nll_mean": statistics.mean(values),
         "nll_std": statistics.stdev(values) if len(values) > 1 else None,
         "bits_per_byte_mean": statistics.mean(bpb),
-        "tokens_per_s_median": statistics.median(r["tokens_per_s"] for r in runs),
     }
 
 

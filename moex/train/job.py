@@ -100,6 +100,11 @@ class Job:
             process_count=jax.process_count(),
         )
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether any data is held out."""
+        return any(len(data) > 0 for data in self.data.eval)
+
     def eval_batches(self, limit: int | None):
         """Held-out batches of this process."""
         return pipeline.eval_batches(
@@ -223,6 +228,38 @@ def check_resume(cfg, workdir: pathlib.Path, tokenizer: Tokenizer) -> list[str]:
                 f"{workdir} to start a new run from its parameters."
             )
     return [f"config.{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed]
+
+
+def check_init_from(job: Job) -> None:
+    """Check that the run named by `init_from` has parameters for this model.
+
+    Raises:
+      ConfigError: if it is no run, or one of another architecture or vocabulary.
+    """
+    path = pathlib.Path(job.cfg.init_from)
+    try:
+        other, tokenizer = load_config(path), Tokenizer.load(path / "tokenizer")
+    except ConfigError as e:
+        raise ConfigError(f"config.init_from = {str(path)!r}: {e}") from None
+    if tokenizer.fingerprint != job.data.tokenizer.fingerprint:
+        raise ConfigError(
+            f"config.init_from = {str(path)!r}: has another tokenizer (vocabulary "
+            f"{tokenizer.vocab_size}, here {job.data.tokenizer.vocab_size}); set "
+            f"config.data.tokenizer to SavedTokenizer(path={str(path / 'tokenizer')!r})."
+        )
+    spec = states.model_spec(other.model)
+    old, new = (_shapes((s.params, s.state)) for s in (spec, job.spec))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            raise ConfigError(
+                f"config.init_from = {str(path)!r}: has another architecture: {name} "
+                f"has shape {old.get(name)} there, {new.get(name)} here (None: there "
+                "is none)."
+            )
+
+
+def _shapes(trees) -> dict[str, tuple]:
+    return {k: v.shape for tree in trees for k, v in optim.flat_paths(tree).items()}
 
 
 def _flat(data, prefix="") -> dict:

@@ -97,8 +97,9 @@ class RunLog:
         _trim(path, step)
         self.jsonl = path.open("a", buffering=1)
         if cfg.log.tensorboard:
+            # TensorBoard forgets what a killed session wrote from this step on.
             self.tb = SummaryWriter(
-                str(workdir / "tb"), purge_step=step or None, flush_secs=5
+                str(workdir / "tb"), purge_step=step + 1, flush_secs=5
             )
             self.tb.add_custom_scalars(LAYOUT)
         if sys.stderr.isatty():

@@ -23,6 +23,7 @@ from moex.sharding import shard_batch
 from moex.train.checkpoint import Checkpointer, CheckpointError
 from moex.train.job import (
     Job,
+    check_init_from,
     check_resume,
     make_job,
     restore_params,
@@ -49,7 +50,7 @@ def train(cfg, workdir, *, dry_run=False, say=None) -> dict:
 
     Args:
       cfg: run config (keys of `run.RUN_KEYS`).
-      workdir: run directory; made if there is none.
+      workdir: run directory; made if there is none. None only for a dry run.
       dry_run: check everything, print the model table and stop.
       say: called with each line before the run's own log exists.
 
@@ -64,16 +65,20 @@ def train(cfg, workdir, *, dry_run=False, say=None) -> dict:
     say = say or (print if jax.process_index() == 0 else lambda *_: None)
     # 1. Check, prepare data, build the abstract model.
     check_run(cfg)
-    workdir = pathlib.Path(workdir)
+    workdir = None if workdir is None else pathlib.Path(workdir)
     if not dry_run:
         _check_workdir(workdir)
     job = make_job(cfg, log=say)
     cost = accounting.model_cost(cfg.model, job.spec, cfg.seq_len)
     say(accounting.model_table(cfg.model, job.spec, cfg.seq_len))
-    resuming = (workdir / "config.json").is_file()
+    resuming = workdir is not None and (workdir / "config.json").is_file()
     if resuming:
         for change in check_resume(cfg, workdir, job.data.tokenizer):
             say(f"resuming with a changed config: {change}")
+    elif cfg.init_from:
+        check_init_from(job)
+    if not job.holds_out:
+        say("no data is held out: nothing will be evaluated")
     if dry_run:
         say("dry run: the config is good; nothing was trained")
         return {}
@@ -84,8 +89,9 @@ def train(cfg, workdir, *, dry_run=False, say=None) -> dict:
     run = _start(job, workdir, checkpointer, cost, say)
     # 3. Train.
     if jax.process_index() == 0:
-        save_config(cfg, workdir)
+        # The config comes last: with it a folder is a run, and a run has a tokenizer.
         job.data.tokenizer.save(workdir / "tokenizer")
+        save_config(cfg, workdir)
     with jax.set_mesh(job.mesh), _stop_on_sigterm(run):
         try:
             return run.loop()
@@ -178,7 +184,7 @@ class Run:
         key = jax.random.key(cfg.seed + 1)
         self.eval_step = None
         self.watch = Stopwatch()
-        self.logged = (self.step, 0.0)
+        self.first, self.logged = self.step, (self.step, 0.0)
         pending, data_seconds = None, 0.0
         train_step = None
         while self.step < cfg.steps and not self._should_stop():
@@ -204,7 +210,8 @@ class Run:
         if pending is not None:
             self._look(*pending, data_seconds)
         if self.step < cfg.steps:
-            self._save()
+            if self.step not in self.checkpointer.steps():
+                self._save()
             self.checkpointer.wait()
             log.line(
                 f"stopped at step {self.step} of {cfg.steps}: checkpoint saved; "
@@ -258,7 +265,8 @@ class Run:
         seconds = self.watch.read()
         steps, elapsed = step - self.logged[0], seconds - self.logged[1]
         self.logged = (step, seconds)
-        self._log_step(step, metrics, elapsed / max(steps, 1), data_seconds / step)
+        waited = data_seconds / (step - self.first)
+        self._log_step(step, metrics, elapsed / max(steps, 1), waited)
 
     def _log_step(self, step, metrics, step_seconds, data_seconds):
         cfg = self.job.cfg
@@ -293,7 +301,7 @@ class Run:
     def _pause(self) -> None:
         """Evaluate and save if it is time, with the training clock stopped."""
         cfg = self.job.cfg
-        if self._due(cfg.eval.every):
+        if self._due(cfg.eval.every) and self.job.holds_out:
             self._aside(lambda: self._evaluate(cfg.eval.sequences))
         if self._due(cfg.log.sample_every):
             self._aside(self._sample)
@@ -365,32 +373,40 @@ class Run:
         cfg, log = self.job.cfg, self.log
         if self.checkpointer.steps()[-1:] == [self.step] and not self.last:
             log.line(f"the run is complete: step {self.step} of {cfg.steps}")
-        result = self._evaluate(None)
+        scored = self._evaluate(None) if self.job.holds_out else None
         if self.checkpointer.steps()[-1:] != [self.step]:
             self._save()
         self.checkpointer.wait()
         self._sample()
-        if self.last.get("moe/max_violation") is not None:
-            log.line(load_lines(cfg.model, result["layers"]))
-        beside = ""
-        if log.active and cfg.log.compressors and result["bytes"]:
-            reached = compressor_bits_per_byte(self.job.data, where="config.data")
-            beside = " beside " + ", ".join(f"{k} {v:.3f}" for k, v in reached.items())
-            log.record("compressors", self.step, reached)
-        log.hparams(
-            {"steps": cfg.steps, "lr": cfg.optim.lr, "batch_size": cfg.batch_size},
-            {"eval/final_bits_per_byte": result["bits_per_byte"]},
-        )
+        figures = {} if scored is None else self._report(scored)
         log.text("config", self.step, configs.describe(cfg))
         log.line(
-            f"held-out bits per byte: {result['bits_per_byte']:.3f}{beside} "
-            f"(the same {result['bytes']:,} held-out bytes)\n"
             f"training time {clock(self.watch.read())}; run directory {self.workdir}\n"
             f"look at it:   tensorboard --logdir {self.workdir / 'tb'}\n"
             f"let it write: moex generate {self.workdir} --prompt 'def '"
         )
-        return self.last | {
-            "step": self.step,
-            "eval_nll": result["nll"],
-            "eval_bits_per_byte": result["bits_per_byte"],
+        return self.last | {"step": self.step} | figures
+
+    def _report(self, scored: dict) -> dict:
+        """Say what the held-out data tells; returns the figures of the run."""
+        cfg, log = self.job.cfg, self.log
+        if scored["layers"]:
+            log.line(load_lines(cfg.model, scored["layers"]))
+        score, what = scored["nll"], "held-out loss, nats per token"
+        beside = ""
+        if scored["bytes"]:
+            score, what = scored["bits_per_byte"], "held-out bits per byte"
+            if log.active and cfg.log.compressors:
+                reached = compressor_bits_per_byte(self.job.data, where="config.data")
+                log.record("compressors", self.step, reached)
+                beside = ", ".join(f"{k} {v:.3f}" for k, v in reached.items())
+                beside = f" beside {beside} on the same {scored['bytes']:,} bytes"
+        log.line(f"{what}: {score:.3f}{beside}")
+        log.hparams(
+            {"steps": cfg.steps, "lr": cfg.optim.lr, "batch_size": cfg.batch_size},
+            {"eval/final_nll": scored["nll"]},
+        )
+        return {
+            "eval_nll": scored["nll"],
+            "eval_bits_per_byte": scored["bits_per_byte"],
         }

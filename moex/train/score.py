@@ -14,7 +14,7 @@ from moex.data import pipeline
 from moex.data.tokenizer import SavedTokenizer
 from moex.run import check_run
 from moex.serve.decode import generate
-from moex.sharding import shard_batch
+from moex.sharding import MeshConfig, shard_batch
 from moex.train.job import Job, check_devices, load_run, static_options
 from moex.train.step import figures
 
@@ -75,7 +75,8 @@ def score_run(workdir, cfg, *, sequences=None) -> dict:
       CheckpointError: if no checkpoint is intact.
     """
     run = load_run(workdir, warn=_warn)
-    cfg.model = run.cfg.model
+    # Scored on the devices that there are, not on the mesh of the training.
+    cfg.model, cfg.mesh = run.cfg.model, MeshConfig()
     check_run(cfg)
     check_devices(cfg)
     tokenizer = SavedTokenizer(path=str(workdir / "tokenizer"))

@@ -22,6 +22,7 @@ from tests.tolerances import assert_close
 
 BATCH = random_batch(4, 12)
 DENSE = (Segment(pattern=(Dense(hidden=8),)),)
+SPARSE = (Segment(pattern=(tiny_moe(),)),)
 
 
 def gradients(cfg):
@@ -50,7 +51,7 @@ def test_shapes_and_dtypes(dtype):
 
 
 def test_every_parameter_gets_a_gradient():
-    params, grads = gradients(tiny_lm())
+    params, grads = gradients(tiny_lm(*SPARSE))
     used = np.unique(BATCH["tokens"][BATCH["loss_mask"] > 0])
     for path, gradient in flat_paths(grads).items():
         assert gradient.shape == flat_paths(params)[path].shape
@@ -86,7 +87,7 @@ def test_tied_embeddings_are_one_leaf_with_the_sum_of_both_gradients():
 
 def test_packed_documents_do_not_see_each_other():
     """Changing the first document moves no logit of the others."""
-    spec, params, state = built(tiny_lm())
+    spec, params, state = built(tiny_lm(*SPARSE))
     run = jax.jit(
         lambda batch: spec.merge(params, state)(make_context(batch, kernels="xla"))[0]
     )
