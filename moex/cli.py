@@ -11,7 +11,7 @@ import logging
 import pathlib
 import sys
 
-from moex.config import ConfigError
+from moex.config import ConfigError, nearest, require
 
 CONFIG_HELP = """\
 Configuration:
@@ -33,18 +33,26 @@ checkpoint and exits.
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake as one line, like every other mistake."""
+
+    def error(self, message):
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The argument parser; its help is the reference of the commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="moex",
         description="Train, score and sample mixture-of-experts language models.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, text, epilog=CONFIG_HELP):
+    def command(name, text, epilog=CONFIG_HELP, usage=""):
         return commands.add_parser(
             name,
+            usage=f"moex {name} {usage}" if usage else None,
             help=text[0].lower() + text[1:].split(".")[0],
             description=text,
             epilog=epilog,
@@ -55,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
         "train",
         "Train a model, or continue the run in --workdir.",
         CONFIG_HELP + TRAIN_EXAMPLES,
+        "--config=FILE[:arg] --workdir=RUN [--config.a.b=value ...] [options]",
     )
     train.add_argument(
         "--workdir", type=pathlib.Path, help="run directory: config, logs, checkpoints"
@@ -151,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
         rest, config_args = split_config_args(argv)
+        _check_command(rest)
         args = make_parser().parse_args(rest)
         _quiet()
         COMMANDS[args.command](args, config_args)
@@ -158,10 +168,20 @@ def main(argv: list[str] | None = None) -> None:
         _fail(e, 2)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last checkpoint", 130)
+    except OSError as e:  # such as a full disk; the text names the file
+        _fail(e, 1)
     except RuntimeError as e:
         if not _is_run_error(e):
             raise
         _fail(e, 1)
+
+
+def _check_command(argv: list[str]) -> None:
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        raise ConfigError(
+            f"{argv[0]!r}: no such command.{nearest(argv[0], COMMANDS)} "
+            f"Commands are {', '.join(COMMANDS)}."
+        )
 
 
 def _fail(error, code: int) -> None:
@@ -256,6 +276,7 @@ def _generate(args, config_args):
 
     if config_args:
         raise ConfigError(f"{config_args[0]}: generate takes the config of the run.")
+    require(0 <= args.seed < 2**31, "--seed", args.seed, "in [0, 2**31)")
     prompts = args.prompt or [sys.stdin.read()]
     texts = write_text(
         args.run,

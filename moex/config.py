@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import difflib
 import importlib
+import math
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -112,6 +113,8 @@ def check_types(config: Config, path: str) -> None:
                 f"{path}.{field.name} = {value!r}: must be "
                 f"{type_name(field.type)}, not {type(value).__name__}."
             )
+        if isinstance(value, float):
+            require(math.isfinite(value), f"{path}.{field.name}", value, "finite")
 
 
 def _fits(value: Any, annotation: Any) -> bool:

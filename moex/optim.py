@@ -221,9 +221,7 @@ def make_optimizer(cfg: Optim, steps: int, params, info):
             ),
         )
     # Clipping keeps its place when it is off: a run can be resumed with another value.
-    clip = (
-        optax.identity() if cfg.clip is None else optax.clip_by_global_norm(cfg.clip)
-    )
+    clip = optax.identity() if cfg.clip is None else optax.clip_by_global_norm(cfg.clip)
     chain = [clip, rule]
     if any(f not in (0.0, 1.0) for f in factors.values()):
         chain.append(

@@ -76,6 +76,13 @@ def content_key(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
 
+def atomic_write(path: Path, text: str) -> None:
+    """Write a small file so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
     """Wait for other processes that make the same thing; a killed one lets go."""

@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moex.config import Config, ConfigError, nearest, require
-from moex.data.files import locked
+from moex.data.files import atomic_write, locked
 from moex.data.words import encode_ascii
 
 DOC_TOKEN = "<|doc|>"
@@ -244,18 +244,18 @@ class Tokenizer:
         return self._model.decode(ids)
 
     def save(self, directory: str | Path) -> None:
-        """Write the tokenizer into a directory, for `load`."""
+        """Write the tokenizer into a directory, for `load`; survives a kill."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if self._model is not None:
-            (directory / MODEL).write_text(self._model.to_str())
+            atomic_write(directory / MODEL, self._model.to_str())
         meta = {
             "kind": "bytes" if self._model is None else "tokenizers",
             "doc_id": self.doc_id,
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
         }
-        (directory / META).write_text(json.dumps(meta, indent=2) + "\n")
+        atomic_write(directory / META, json.dumps(meta, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":

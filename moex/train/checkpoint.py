@@ -7,6 +7,7 @@ the devices from the global arrays: the same for any mesh and any number of host
 """
 
 import json
+import math
 import pathlib
 import shutil
 
@@ -73,7 +74,7 @@ class Checkpointer:
         if keep_best:
             keepers.append(
                 policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["nll"],
+                    get_metric_fn=_nll,
                     reverse=True,
                     n=keep_best,
                     keep_checkpoints_without_metrics=False,
@@ -81,6 +82,8 @@ class Checkpointer:
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keepers),
+            best_fn=_nll if keep_best else None,  # without it metrics stay in memory
+            best_mode="min",
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
@@ -108,6 +111,8 @@ class Checkpointer:
         meta = meta | {"checksums": {k: checksums(v) for k, v in items.items()}}
         args = {k: ocp.args.StandardSave(v) for k, v in items.items()}
         args |= {"data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(meta)}
+        if metrics is not None and not math.isfinite(metrics["nll"]):
+            metrics = None  # Orbax would rank NaN as the best
         try:
             self.manager.save(
                 step, args=ocp.args.Composite(**args), metrics=metrics, force=True
@@ -172,6 +177,8 @@ class Checkpointer:
         for step in reversed(steps):
             try:
                 return (step, *self._restore_step(step, abstract, items))
+            except jax.errors.JaxRuntimeError:
+                raise  # out of memory is no damage
             except Exception as e:  # Orbax and TensorStore raise plain Exceptions
                 reason = " ".join(str(e).split())[:300]
                 warn(f"warning: checkpoint {step} is damaged and set aside: {reason}")
@@ -210,19 +217,16 @@ class Checkpointer:
         self.manager.reload()
 
 
+def _nll(metrics) -> float:
+    return metrics["nll"]
+
+
 def _items(train_state) -> dict:
     """Orbax items of a train state; the guard travels with the model's state."""
     items = {k: train_state[k] for k in ("params", "opt") if k in train_state}
     if "state" in train_state:
         items["state"] = {k: train_state[k] for k in ("state", "guard")}
     return items
-
-
-def atomic_write(path: pathlib.Path, text: str) -> None:
-    """Write a small file so that a kill leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def read_json(path: pathlib.Path):

@@ -16,11 +16,12 @@ from moex import config as configs
 from moex import optim, sharding
 from moex.config import ConfigError, require
 from moex.data import pipeline
+from moex.data.files import atomic_write
 from moex.data.tokenizer import Tokenizer
 from moex.run import check_run
 from moex.train import state as states
 from moex.train import step as steps
-from moex.train.checkpoint import Checkpointer, atomic_write, read_json
+from moex.train.checkpoint import Checkpointer, read_json
 
 
 @dataclasses.dataclass
@@ -244,8 +245,8 @@ def check_init_from(job: Job) -> None:
     if tokenizer.fingerprint != job.data.tokenizer.fingerprint:
         raise ConfigError(
             f"config.init_from = {str(path)!r}: has another tokenizer (vocabulary "
-            f"{tokenizer.vocab_size}, here {job.data.tokenizer.vocab_size}); set "
-            f"config.data.tokenizer to SavedTokenizer(path={str(path / 'tokenizer')!r})."
+            f"{tokenizer.vocab_size}, here {job.data.tokenizer.vocab_size}); use "
+            f"SavedTokenizer(path='{path / 'tokenizer'}') as config.data.tokenizer."
         )
     spec = states.model_spec(other.model)
     old, new = (_shapes((s.params, s.state)) for s in (spec, job.spec))

@@ -64,7 +64,7 @@ def train(cfg, workdir, *, dry_run=False, say=None) -> dict:
     """
     say = say or (print if jax.process_index() == 0 else lambda *_: None)
     # 1. Check, prepare data, build the abstract model.
-    check_run(cfg)
+    check_run(cfg)  # before anything else, so that a mistake leaves no folder
     workdir = None if workdir is None else pathlib.Path(workdir)
     if not dry_run:
         _check_workdir(workdir)
@@ -123,8 +123,10 @@ def _check_workdir(workdir: pathlib.Path) -> None:
 def _start(job: Job, workdir, checkpointer, cost, say) -> "Run":
     """Restore or make the train state."""
     found = checkpointer.restore(job.abstract_state(), warn=say)
+    final = None
     if found is not None:
-        step, state, data, _ = found
+        step, state, data, meta = found
+        final = meta["final"]
         say(f"resuming {workdir} after step {step}")
         consumed = data["sequences"]
     else:
@@ -134,7 +136,7 @@ def _start(job: Job, workdir, checkpointer, cost, say) -> "Run":
             state |= {"params": arrays["params"], "state": arrays["state"]}
             say(f"starting from the parameters of {job.cfg.init_from} at step {at}")
     log = RunLog(workdir, job.cfg, step=step, total_steps=job.cfg.steps)
-    return Run(job, workdir, checkpointer, cost, log, state, step, consumed)
+    return Run(job, workdir, checkpointer, cost, log, state, step, consumed, final)
 
 
 @contextlib.contextmanager
@@ -173,6 +175,7 @@ class Run:
     state: dict
     step: int  # optimizer steps done
     consumed: int  # training sequences consumed by the whole job
+    final: dict | None = None  # figures of a complete run that was restored
     stop_asked: bool = False
     last_eval: Any = None  # (step, figures) of the newest evaluation
     last: Any = dataclasses.field(default_factory=dict)
@@ -180,6 +183,12 @@ class Run:
     def loop(self) -> dict:
         """Train to the last step; returns the last figures."""
         cfg, log = self.job.cfg, self.log
+        if self.step >= cfg.steps and self.final is not None:
+            log.line(
+                f"the run is complete: step {self.step} of {cfg.steps}, "
+                f"{self.final}; nothing to do. To go on, raise config.steps."
+            )
+            return {"step": self.step} | self.final
         batches = self.job.batches(self.consumed)
         key = jax.random.key(cfg.seed + 1)
         self.eval_step = None
@@ -332,7 +341,7 @@ class Run:
         )
         return result
 
-    def _save(self) -> None:
+    def _save(self, final: dict | None = None) -> None:
         cfg = self.job.cfg
         scored = self.last_eval is not None and self.last_eval[0] == self.step
         self.checkpointer.save(
@@ -344,6 +353,7 @@ class Run:
                 "tokenizer": self.job.data.tokenizer.fingerprint,
                 "model": configs.to_dict(cfg.model),
                 "jax": jax.__version__,
+                "final": final,
             },
             metrics={"nll": self.last_eval[1]["nll"]} if scored else None,
         )
@@ -371,14 +381,15 @@ class Run:
     def _finish(self) -> dict:
         """Score all held-out data, save, sample, and say where to look."""
         cfg, log = self.job.cfg, self.log
-        if self.checkpointer.steps()[-1:] == [self.step] and not self.last:
-            log.line(f"the run is complete: step {self.step} of {cfg.steps}")
         scored = self._evaluate(None) if self.job.holds_out else None
-        if self.checkpointer.steps()[-1:] != [self.step]:
-            self._save()
+        names = ("nll", "bits_per_byte")
+        figures = {f"eval_{n}": scored[n] for n in names} if scored else {}
+        if self.step not in self.checkpointer.steps():
+            self._save(final=figures)
         self.checkpointer.wait()
         self._sample()
-        figures = {} if scored is None else self._report(scored)
+        if scored is not None:
+            self._report(scored)
         log.text("config", self.step, configs.describe(cfg))
         log.line(
             f"training time {clock(self.watch.read())}; run directory {self.workdir}\n"
@@ -387,8 +398,8 @@ class Run:
         )
         return self.last | {"step": self.step} | figures
 
-    def _report(self, scored: dict) -> dict:
-        """Say what the held-out data tells; returns the figures of the run."""
+    def _report(self, scored: dict) -> None:
+        """Say what the held-out data tells."""
         cfg, log = self.job.cfg, self.log
         if scored["layers"]:
             log.line(load_lines(cfg.model, scored["layers"]))
@@ -406,7 +417,3 @@ class Run:
             {"steps": cfg.steps, "lr": cfg.optim.lr, "batch_size": cfg.batch_size},
             {"eval/final_nll": scored["nll"]},
         )
-        return {
-            "eval_nll": scored["nll"],
-            "eval_bits_per_byte": scored["bits_per_byte"],
-        }

@@ -1,0 +1,235 @@
+"""Tiny training runs, made the way a user makes them: a config file, a text file.
+
+Tests that train share compiled programs through JAX's compilation cache, and use one
+device: most of the time of such a run is compiling.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from moex.flags import load_config
+from moex.train import loop
+from moex.train.checkpoint import Checkpointer
+from moex.train.job import make_job
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+CONFIG = """
+from configs import base
+from moex.data.pipeline import Data
+from moex.data.sources import Text
+from moex.data.tokenizer import Bytes
+from moex.moe.experts.glu import Glu
+from moex.moe.layer import MoE
+from moex.moe.routers.topk import TopK
+from moex.nn.attention import Attention
+from moex.nn.lm import LM
+from moex.nn.mlp import Dense
+from moex.nn.stack import Segment
+from moex.optim import AdamW, Optim
+from moex.run import Checkpoint, Eval, Log
+
+
+def get_config(arg=""):
+    cfg = base.get_config()
+    moe = MoE(num_experts=4, router=TopK(k=2, bias_rate=0.01), experts=Glu(hidden=32))
+    cfg.model = LM(
+        dim=32,
+        attention=Attention(heads=2),
+        layers=(Segment(pattern=(Dense(hidden=64),)), Segment(pattern=(moe,))),
+    )
+    cfg.data = Data(
+        sources=(Text(paths=(CORPUS,), delimiter="\\n\\n", holdout=0.1),),
+        tokenizer=Bytes(),
+    )
+    cfg.steps = 8
+    cfg.batch_size = 4
+    cfg.seq_len = 32
+    cfg.kernels = "xla"  # the quickest to compile
+    cfg.optim = Optim(rule=AdamW(), lr=1e-2, schedule="constant", warmup_steps=2)
+    cfg.eval = Eval(every=4, sequences=6)
+    cfg.checkpoint = Checkpoint(every=2, keep=3, keep_best=0)
+    cfg.log = Log(every=1, images_every=0, sample_tokens=0, tensorboard=False)
+    return cfg
+"""
+
+# What is measured, not computed: free to differ between equal runs.
+MEASURED = "perf/"
+
+
+def write_corpus(path, num_documents=300, seed=0):
+    """Documents of a few sentences of six words, between empty lines."""
+    rng = random.Random(seed)
+    words = [
+        ("the cat", "a dog", "my old friend", "the small bird", "our teacher"),
+        ("sees", "likes", "follows", "hears", "finds"),
+        ("the red house", "a long river", "the quiet garden", "some bread"),
+    ]
+
+    def document():
+        lines = [" ".join(map(rng.choice, words)) for _ in range(rng.randint(2, 8))]
+        return ".\n".join(lines) + "."
+
+    path.write_text("\n\n".join(document() for _ in range(num_documents)))
+    return path
+
+
+def write_config(folder) -> pathlib.Path:
+    """A config file and its corpus in `folder`; the path of the config file."""
+    text = write_corpus(folder / "corpus.txt")
+    path = folder / "tiny.py"
+    path.write_text(CONFIG.replace("CORPUS", repr(str(text))))
+    return path
+
+
+def config(folder, *overrides):
+    """The run config of `write_config`, with overrides as on the command line."""
+    path = folder / "tiny.py"
+    if not path.exists():
+        write_config(folder)
+    return load_config([f"--config={path}", *(f"--config.{o}" for o in overrides)])
+
+
+def train(folder, workdir, *overrides, said=None, **options):
+    """Train in this process; lines before the run's own log are appended to `said`."""
+    say = (lambda line: None) if said is None else said.append
+    return loop.train(config(folder, *overrides), workdir, say=say, **options)
+
+
+def watch_batches(patch, poison=()):
+    """Record all training batches; those of these positions lose their numbers."""
+    seen = []
+
+    def shard(batch, mesh):
+        if len(seen) in poison:
+            batch = batch | {"loss_mask": batch["loss_mask"] * np.float32(np.nan)}
+        seen.append({k: np.array(v) for k, v in batch.items()})
+        return place(batch, mesh)
+
+    place = loop.shard_batch
+    patch.setattr(loop, "shard_batch", shard)
+    return seen
+
+
+def records(workdir, kind="train") -> list[dict]:
+    """Lines of metrics.jsonl of one kind, in order, without what was measured."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [
+        {k: v for k, v in line.items() if not k.startswith(MEASURED)}
+        for line in lines
+        if line["kind"] == kind
+    ]
+
+
+def saved_state(folder, workdir, *overrides, step=None):
+    """`(step, {"params", "opt", "state"} of numpy arrays, data)` of a checkpoint."""
+    job = make_job(config(folder, *overrides), log=lambda line: None)
+    checkpointer = Checkpointer(workdir, read_only=True)
+    try:
+        if step is None:
+            step = checkpointer.steps()[-1]
+        arrays, data, _ = checkpointer._restore_step(
+            step, job.abstract_state(), ("params", "opt", "state")
+        )
+    finally:
+        checkpointer.close()
+    return step, jax.tree.map(np.asarray, arrays), data
+
+
+def assert_same_state(actual, expected):
+    """Both from `saved_state`; bit for bit."""
+    assert actual[0] == expected[0]
+    assert actual[2] == expected[2]
+    paths, _ = jax.tree_util.tree_flatten_with_path(expected[1])
+    leaves = jax.tree.leaves(actual[1])
+    assert len(paths) == len(leaves)
+    for (path, value), leaf in zip(paths, leaves, strict=True):
+        name = jax.tree_util.keystr(path)
+        assert leaf.dtype == value.dtype, name
+        assert leaf.tobytes() == value.tobytes(), name
+
+
+def flip_bit(folder) -> None:
+    """Change one bit in the middle of the largest file under `folder`."""
+    file = max((p for p in folder.rglob("*") if p.is_file()), key=_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+def _size(path):
+    return path.stat().st_size
+
+
+@functools.cache
+def cache_folder() -> str:
+    """Where compiled programs of this test session are kept, for all workers."""
+    cache = pathlib.Path(os.environ["MOEX_CACHE"])
+    root = cache.parent.parent if "PYTEST_XDIST_WORKER" in os.environ else cache.parent
+    return str(root / "programs")
+
+
+CACHE_OPTIONS = {
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+@contextlib.contextmanager
+def shared_programs():
+    """Keep compiled programs on disk for the rest of the test session."""
+    options = CACHE_OPTIONS | {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": cache_folder(),
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def one_device():
+    """The world of a laptop: one of the eight fake devices."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: first)
+        patch.setattr(jax, "device_count", lambda: 1)
+        yield
+
+
+def environment(**extra) -> dict:
+    """Environment of a `moex` process: one device, programs from the cache."""
+    options = {name.upper(): str(value) for name, value in CACHE_OPTIONS.items()}
+    options |= {"JAX_COMPILATION_CACHE_DIR": cache_folder(), "JAX_PLATFORMS": "cpu"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | options | {"PYTHONPATH": path} | extra
+
+
+def start(*args, **popen) -> subprocess.Popen:
+    """`moex ARGS` as a process with piped output; wait for it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "moex.cli", *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        **popen,
+    )

@@ -1,0 +1,93 @@
+"""What only a GPU can show. `MOEX_TEST_PLATFORM=gpu pytest -m gpu`.
+
+T tokens · K slots · D model width · F expert width · E experts
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import grouped_swiglu, make_plan
+from moex.nn.attention import attend
+from moex.optim import AdamW, Optim, make_optimizer
+from moex.run import Loss
+from moex.train.state import init_train_state, model_spec
+from moex.train.step import make_train_step
+from tests.helpers import mesh_of, random_batch, tiny_lm
+from tests.tolerances import assert_close
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    if jax.default_backend() != "gpu":
+        pytest.fail("no GPU here: run with MOEX_TEST_PLATFORM=gpu on a GPU machine")
+
+
+def test_cudnn_attention_equals_einsum_on_packed_rows():
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, 256, 8, 64), jnp.bfloat16)
+    k, v = (jax.random.normal(i, (2, 256, 2, 64), jnp.bfloat16) for i in keys[1:])
+    segment = jnp.asarray(np.repeat([[1, 2, 3, 3]], 64, axis=1).repeat(2, 0), jnp.int32)
+    position = jnp.tile(jnp.arange(256, dtype=jnp.int32), (2, 1))
+
+    def run(name):
+        def loss(q, k, v):
+            y = attend(q, k, v, (segment,) * 2, (position,) * 2, implementation=name)
+            return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+        grads, y = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return y, *grads
+
+    for actual, expected in zip(run("cudnn"), run("einsum"), strict=True):
+        assert_close(actual, expected, "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_xla_experts_equal_the_definition_with_poisoned_tail(dtype):
+    """Rows of slots that are not kept are NaN and must not reach anything."""
+    T, K, D, F, E = 300, 2, 64, 96, 8
+    keys = jax.random.split(jax.random.key(1), 5)
+    x = jax.random.normal(keys[0], (T, D), dtype).at[-7:].set(jnp.nan)
+    w_in = (jax.random.normal(keys[1], (E, D, 2, F)) * D**-0.5).astype(dtype)
+    w_out = (jax.random.normal(keys[2], (E, F, D)) * F**-0.5).astype(dtype)
+    gate = jax.random.uniform(keys[3], (T, K))
+    expert = jnp.argsort(jax.random.normal(keys[4], (T, E)), axis=1)[:, :K]
+    keep = jnp.ones((T, K), bool).at[-7:].set(False)
+    plan = make_plan(expert.astype(jnp.int32), keep, E)
+
+    def run(name):
+        def loss(x, w_in, w_out, gate):
+            y = grouped_swiglu(x, w_in, w_out, gate, plan, implementation=name)
+            return jnp.sum(jnp.sin(y[:-7].astype(jnp.float32)))
+
+        with jax.default_matmul_precision("highest"):
+            return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(x, w_in, w_out, gate)
+
+    for actual, expected in zip(run("xla"), run("reference"), strict=True):
+        assert np.isfinite(np.asarray(actual, np.float32)).all()
+        scale = np.abs(np.asarray(expected, np.float32)).max()
+        assert_close(actual / scale, expected / scale, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_learns_one_batch(dtype):
+    model = tiny_lm()
+    spec = model_spec(model)
+    optim = Optim(rule=AdamW(), lr=1e-2)
+    tx, _ = make_optimizer(optim, 40, spec.params, spec.info)
+    state = init_train_state(model, spec, tx, mesh_of(), jax.random.key(0))
+    static = {"dtype": dtype, "kernels": None, "remat": "none"}
+    step = jax.jit(
+        make_train_step(
+            spec, tx, Loss(), grad_accum=1, num_domains=2, optim=optim, static=static
+        )
+    )
+    batch = random_batch(4, 32)
+    losses = []
+    for i in range(40):
+        state, metrics = step(state, np.int32(i), jax.random.key(0), batch)
+        losses.append(float(metrics["nll"]))
+    assert losses[-1] < 0.5 * losses[0]

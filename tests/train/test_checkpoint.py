@@ -1,0 +1,331 @@
+"""Checkpoints: every bit comes back, every damage is noticed, nothing is thrown away.
+
+E experts · D, F widths
+"""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moex.optim import AdamW, Muon, Optim, make_optimizer
+from moex.train.checkpoint import Checkpointer, CheckpointError
+from moex.train.state import ParamInfo, init_guard
+from tests import runs
+from tests.helpers import mesh_of
+
+INFO = {
+    "experts/w_EDF": ParamInfo(("expert", "embed", "mlp"), matrix=((1,), (2,))),
+    "norm/scale_D": ParamInfo(("embed",)),
+}
+RULES = {
+    "adamw": Optim(rule=AdamW(), lr=0.1),
+    "muon": Optim(rule=Muon(), lr=0.1, clip=None),
+    "frozen": Optim(rule=AdamW(), lr=0.1, lr_factors=(("norm", 0.0), ("w_E", 0.5))),
+}
+DTYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool")
+
+
+def train_state(rule="adamw", seed=0):
+    """A train state without a model: parameters, moments, router bias, guard."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "experts": {"w_EDF": jnp.asarray(rng.normal(size=(4, 8, 16)), jnp.float32)},
+        "norm": {"scale_D": jnp.asarray(rng.normal(size=8), jnp.float32)},
+    }
+    tx, _ = make_optimizer(RULES[rule], 10, params, INFO)
+    grads = jax.tree.map(lambda a: a * a, params)
+    _, opt = tx.update(grads, tx.init(params), params)
+    bias_E = jnp.asarray(rng.normal(size=4), jnp.float32)
+    state = {"router": {"bias_E": bias_E}}
+    return {"params": params, "opt": opt, "state": state, "guard": init_guard()}
+
+
+STATE = train_state()
+
+
+def abstract(tree, place=None):
+    """`ShapeDtypeStruct`s of a tree, all placed by `place(shape)`."""
+    whole = NamedSharding(mesh_of(), PartitionSpec())
+    place = place or (lambda shape: whole)
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(a.shape)), tree
+    )
+
+
+@pytest.fixture
+def opened():
+    """Opens checkpointers and closes them at the end of the test."""
+    made = []
+
+    def open_(workdir, **options):
+        made.append(Checkpointer(workdir, **options))
+        return made[-1]
+
+    yield open_
+    for checkpointer in made:
+        checkpointer.close()
+
+
+def save(checkpointer, *steps, state=None, nll=None):
+    """Save one state per step; the data position tells the step."""
+    for step in steps:
+        values = STATE if state is None else state
+        metrics = None if nll is None else {"nll": nll[step]}
+        checkpointer.save(
+            step, values, data={"sequences": 4 * step}, meta={"a": 1}, metrics=metrics
+        )
+    checkpointer.wait()
+
+
+def assert_same(actual, expected):
+    expected, structure = jax.tree.flatten(expected)
+    actual, found = jax.tree.flatten(actual)
+    assert found == structure
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+# Round trip.
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_optimizer_states_come_back(opened, tmp_path, rule):
+    state = train_state(rule)
+    checkpointer = opened(tmp_path)
+    save(checkpointer, 3, state=state)
+    step, arrays, data, meta = checkpointer.restore(abstract(state))
+    assert (step, data, meta["a"]) == (3, {"sequences": 12}, 1)
+    assert arrays.keys() == state.keys()
+    for name, tree in state.items():
+        assert_same(arrays[name], tree)
+
+
+def test_dtypes_and_special_values_come_back(opened, tmp_path):
+    bits = np.random.default_rng(0).integers(0, 256, 256).astype(np.uint8)
+    params = {}
+    for name in DTYPES:
+        dtype = jnp.dtype(name)
+        values = bits % 2 if name == "bool" else np.resize(bits, 64 * dtype.itemsize)
+        params[name] = jnp.asarray(values.view(dtype))  # NaNs with payloads among them
+    odd = {"scalar": -0.0, "inf": [np.inf, -np.inf], "subnormal": 1e-45}
+    params |= {k: jnp.asarray(v, jnp.float32) for k, v in odd.items()}
+    params |= {"nested": {"0": {"10": jnp.ones((1, 1, 2))}}}
+    state = STATE | {"params": params}
+    checkpointer = opened(tmp_path)
+    save(checkpointer, 1, state=state)
+    _, arrays, _, _ = checkpointer.restore(abstract(state))
+    assert_same(arrays["params"], params)
+
+
+def test_parts_can_be_read_alone(opened, tmp_path):
+    save(opened(tmp_path), 1)
+    reader = opened(tmp_path, read_only=True)
+    wanted = abstract({k: STATE[k] for k in ("params", "state", "guard")})
+    _, arrays, _, _ = reader.restore(wanted, items=("params", "state"))
+    assert arrays.keys() == {"params", "state", "guard"}
+    assert_same(arrays["state"], STATE["state"])
+
+
+def test_no_checkpoint_is_no_error(opened, tmp_path):
+    assert opened(tmp_path).restore(abstract(STATE)) is None
+    assert opened(tmp_path, read_only=True).restore(abstract(STATE)) is None
+
+
+def split_over(mesh, axis):
+    def place(shape):
+        fits = len(shape) > 1 and shape[1] % mesh.shape[axis] == 0
+        spec = PartitionSpec(None, axis) if fits else PartitionSpec()
+        return NamedSharding(mesh, spec)
+
+    return place
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 8), (8, 1), (8, 4)])
+def test_restore_onto_another_mesh(opened, tmp_path, before, after):
+    meshes = [mesh_of(n, fsdp=n) for n in (before, after)]
+    places = [split_over(mesh, "fsdp") for mesh in meshes]
+    state = jax.tree.map(lambda a: jax.device_put(a, places[0](a.shape)), STATE)
+    checkpointer = opened(tmp_path)
+    save(checkpointer, 1, state=state)
+    _, arrays, _, _ = checkpointer.restore(abstract(STATE, places[1]))
+    for name, tree in STATE.items():
+        assert_same(arrays[name], tree)
+    w_EDF = arrays["params"]["experts"]["w_EDF"]
+    assert w_EDF.sharding.shard_shape(w_EDF.shape) == (4, 8 // after, 16)
+
+
+# Which are kept.
+
+
+def test_the_latest_are_kept(opened, tmp_path):
+    checkpointer = opened(tmp_path, keep=2)
+    save(checkpointer, 1, 2, 3, 4)
+    assert checkpointer.steps() == [3, 4]
+
+
+def test_the_best_are_kept_besides(opened, tmp_path):
+    nll = {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: 2.5}
+    checkpointer = opened(tmp_path, keep=1, keep_best=2)
+    save(checkpointer, 1, 2, 3, 4, nll=nll)
+    assert checkpointer.steps() == [2, 3, 4]
+    save(checkpointer, 5, nll=nll)
+    save(checkpointer, 6)  # not scored
+    assert checkpointer.steps() == [2, 3, 6]
+    again = opened(tmp_path, keep=1, keep_best=2)
+    save(again, 7)
+    assert again.steps() == [2, 3, 7]
+
+
+# Damage.
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run directory with steps 1, 2 and 3."""
+    workdir = tmp_path_factory.mktemp("saved")
+    checkpointer = Checkpointer(workdir, keep=3)
+    save(checkpointer, 1, 2, 3)
+    checkpointer.close()
+    return workdir
+
+
+def largest(folder):
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return max(files, key=lambda p: p.stat().st_size)
+
+
+def truncate(folder):
+    file = largest(folder)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty_checksums(folder):
+    meta = folder / "meta" / "metadata"
+    meta.write_text(meta.read_text().replace('"checksums"', '"checksum"'))
+
+
+DAMAGES = {
+    "one bit of the parameters": lambda d: runs.flip_bit(d / "params"),
+    "one bit of the optimizer": lambda d: runs.flip_bit(d / "opt"),
+    "one bit of the state": lambda d: runs.flip_bit(d / "state"),
+    "a data file cut in two": lambda d: truncate(d / "params"),
+    "an empty data file": lambda d: largest(d / "params").write_bytes(b""),
+    "no data file": lambda d: largest(d / "params").unlink(),
+    "no meta": lambda d: shutil.rmtree(d / "meta"),
+    "a meta without checksums": empty_checksums,
+    "no position in the data": lambda d: shutil.rmtree(d / "data"),
+    "no optimizer": lambda d: shutil.rmtree(d / "opt"),
+    "nothing": lambda d: [shutil.rmtree(p) for p in d.iterdir() if p.is_dir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_noticed_and_the_step_before_is_taken(
+    opened, saved, tmp_path, damage
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    DAMAGES[damage](workdir / "checkpoints" / "3")
+    broken = sorted(p.name for p in (workdir / "checkpoints" / "3").rglob("*"))
+    warnings = []
+    checkpointer = opened(workdir, keep=3)
+    step, arrays, data, _ = checkpointer.restore(abstract(STATE), warn=warnings.append)
+    assert (step, data) == (2, {"sequences": 8})
+    assert_same(arrays["params"], STATE["params"])
+    (warning,) = warnings
+    assert warning.startswith("warning: checkpoint 3 is damaged and set aside: ")
+    assert "\n" not in warning
+    assert checkpointer.steps() == [1, 2]
+    kept = sorted(p.name for p in (workdir / "corrupt" / "3").rglob("*"))
+    assert kept == broken
+    # The step can be written again.
+    save(checkpointer, 3)
+    assert opened(workdir).restore(abstract(STATE))[0] == 3
+
+
+def test_the_checksum_names_the_array(opened, saved, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    # A consistent checkpoint of other parameters, as if bytes had changed on the way.
+    other = opened(tmp_path / "other")
+    save(other, 3, state=train_state(seed=1))
+    shutil.rmtree(workdir / "checkpoints" / "3" / "params")
+    shutil.copytree(
+        tmp_path / "other" / "checkpoints" / "3" / "params",
+        workdir / "checkpoints" / "3" / "params",
+    )
+    warnings = []
+    assert opened(workdir).restore(abstract(STATE), warn=warnings.append)[0] == 2
+    assert "checksum of params['experts']['w_EDF'] differs" in warnings[0]
+
+
+def test_a_reader_changes_nothing(opened, saved, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    runs.flip_bit(workdir / "checkpoints" / "3" / "params")
+    warnings = []
+    reader = opened(workdir, read_only=True)
+    assert reader.restore(abstract(STATE), warn=warnings.append)[0] == 2
+    assert len(warnings) == 1
+    assert sorted(p.name for p in workdir.iterdir()) == ["checkpoints"]
+    assert reader.steps() == [1, 2, 3]
+
+
+def test_set_aside_never_overwrites(opened, saved, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    for _ in range(2):
+        runs.flip_bit(workdir / "checkpoints" / "3" / "params")
+        checkpointer = opened(workdir, keep=3)
+        checkpointer.restore(abstract(STATE), warn=lambda line: None)
+        save(checkpointer, 3)
+    assert sorted(p.name for p in (workdir / "corrupt").iterdir()) == ["3", "3.1"]
+
+
+def test_if_all_are_damaged_it_is_an_error(opened, saved, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    for step in (1, 2, 3):
+        runs.flip_bit(workdir / "checkpoints" / str(step) / "params")
+    warnings = []
+    with pytest.raises(CheckpointError, match=r"no intact checkpoint .*\[1, 2, 3\]"):
+        opened(workdir).restore(abstract(STATE), warn=warnings.append)
+    assert len(warnings) == 3
+    assert len(list((workdir / "corrupt").iterdir())) == 3
+
+
+def test_half_written_folders_are_ignored(opened, saved, tmp_path):
+    """What a kill in the middle of a save leaves."""
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    checkpoints = workdir / "checkpoints"
+    shutil.copytree(checkpoints / "3", checkpoints / "4.orbax-checkpoint-tmp")
+    shutil.rmtree(checkpoints / "4.orbax-checkpoint-tmp" / "opt")
+    reader = opened(workdir, read_only=True)
+    assert reader.restore(abstract(STATE))[0] == 3
+    writer = opened(workdir, keep=3)
+    assert writer.restore(abstract(STATE))[0] == 3
+    save(writer, 4)
+    assert writer.steps() == [2, 3, 4]
+    assert not list(checkpoints.glob("*tmp*"))
+
+
+def test_a_save_that_fails_names_the_last_good_one(opened, tmp_path, monkeypatch):
+    checkpointer = opened(tmp_path)
+    save(checkpointer, 1)
+
+    def no_space(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpointer.manager, "save", no_space)
+    with pytest.raises(CheckpointError) as error:
+        save(checkpointer, 2)
+    assert "saving step 2" in str(error.value)
+    assert "No space left on device" in str(error.value)
+    assert "Last good checkpoint: step 1." in str(error.value)

@@ -1,0 +1,78 @@
+"""What happens to updates that would spoil the parameters: skipped, counted, stopped."""
+
+import jax
+import numpy as np
+import pytest
+
+from moex.train import step
+from moex.train.checkpoint import Checkpointer
+from moex.train.loop import TrainingStopped
+from tests import runs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def setting():
+    with runs.shared_programs(), runs.one_device():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("guard")
+
+
+@pytest.fixture
+def train(folder):
+    def train(workdir, *overrides):
+        return runs.train(folder, workdir, *overrides)
+
+    return train
+
+
+def test_bad_updates_are_skipped_and_counted(train, tmp_path, monkeypatch, capsys):
+    """The batch of step 3 has no finite loss: the run is as if there was no step 3."""
+    runs.watch_batches(monkeypatch, poison={2})
+    train(tmp_path, "steps=4", "eval.every=0")
+    found = runs.records(tmp_path)
+    assert [r["skipped"] for r in found] == [0, 0, 1, 1]
+    assert [np.isfinite(r["loss"]) for r in found] == [True, True, False, True]
+    assert (
+        "warning: update 3 skipped (loss nan, gradient norm nan); 1 in a row, 1 in all"
+        in capsys.readouterr().out
+    )
+    monkeypatch.undo()
+    watch = Checkpointer(tmp_path, read_only=True)
+    assert watch.steps() == [2, 4]
+    watch.close()
+
+
+def test_the_run_stops_after_nan_limit(train, folder, tmp_path, monkeypatch):
+    runs.watch_batches(monkeypatch, poison=set(range(3, 8)))
+    with pytest.raises(TrainingStopped) as stopped:
+        train(tmp_path, "nan_limit=4")
+    message = str(stopped.value)
+    assert "4 updates in a row had a loss or gradient that is not finite" in message
+    assert "config.nan_limit = 4" in message
+    assert "stopped at step 7. Last good checkpoint: 6." in message
+    # Checkpoints of steps 4 and 6 hold what step 3 made.
+    four, six = (runs.saved_state(folder, tmp_path, step=s) for s in (4, 6))
+    for name in ("params", "opt"):
+        jax.tree.map(np.testing.assert_array_equal, four[1][name], six[1][name])
+    assert [s[1]["guard"]["skipped_in_row"] for s in (four, six)] == [1, 3]
+    monkeypatch.undo()
+    # The same command goes on; good batches bring it to the end.
+    assert train(tmp_path, "nan_limit=4")["step"] == 8
+    assert [r["skipped"] for r in runs.records(tmp_path)] == [0, 0, 0, 1, 2, 3, 3, 3]
+
+
+def test_spikes_are_skipped(train, tmp_path, monkeypatch):
+    """With a factor below 1 all gradients are spikes, once two were accepted."""
+    monkeypatch.setattr(step, "SPIKE_WARMUP", 2)
+    limits = ("optim.spike_factor=0.5", "nan_limit=3", "checkpoint.every=1")
+    with pytest.raises(TrainingStopped, match="spikes .* stopped at step 5. .*: 4"):
+        train(tmp_path, *limits)
+    found = runs.records(tmp_path)
+    assert [r["skipped"] for r in found] == [0, 0, 1, 2]
+    assert all(np.isfinite(r["loss"]) for r in found)
+    mean = np.mean([r["grad_norm"] for r in found[:2]])
+    assert all(r["grad_norm"] > 0.5 * mean for r in found[2:])
