@@ -131,7 +131,7 @@ def schedule_frac(cfg: Optim, steps: int):
     return optax.join_schedules([ramp, main], [warmup])
 
 
-def flat_paths(tree) -> dict[str, object]:
+def flat_paths(tree) -> dict[str, Any]:
     """`{"a/b/c": leaf}` of nested dicts."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {path_name(path): leaf for path, leaf in leaves}
