@@ -55,7 +55,5 @@ def get_config(arg=""):
     )
     cfg.eval = Eval(every=100, sequences=256)
     cfg.checkpoint = Checkpoint(every=100)
-    cfg.log = Log(
-        images_every=100, sample_prompts=("def ", "class "), compressors=True
-    )
+    cfg.log = Log(images_every=100, sample_prompts=("def ", "class "), compressors=True)
     return cfg

@@ -197,14 +197,22 @@ def _is_run_error(error: RuntimeError) -> bool:
 
 
 def _quiet() -> None:
-    """Libraries report errors only: the run's own lines are what a person reads."""
+    """Libraries raise errors and print nothing: a person reads the run's own lines."""
     from absl import logging as absl_logging
     from flax import nnx
 
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.FATAL)
     for name in ("jax", "orbax", "grain"):
         logging.getLogger(name).setLevel(logging.ERROR)
     nnx.set_graph_mode(False)
+    report = sys.unraisablehook
+
+    def unraisable(args):
+        # After a failed save Tensorstore calls back into a loop that Orbax closed.
+        if str(args.exc_value) != "Event loop is closed":
+            report(args)
+
+    sys.unraisablehook = unraisable
 
 
 def _train(args, config_args):

@@ -64,18 +64,27 @@ def _load_file(arg: str):
     try:
         values(argv)
         cfg: Any = values["config"].value
-        iter(cfg)  # a file that failed to load raises here
-    except ConfigError:
-        raise
+        getattr(cfg, "keys", None)  # what stands for an unreadable file raises here
     except Exception as e:
-        reason = " ".join(str(e).split())
-        raise ConfigError(f"--config={name}: {type(e).__name__}: {reason}") from e
+        raise ConfigError(f"--config={name}: {_reason(e)}") from e
     if not isinstance(cfg, ml_collections.ConfigDict):
         raise ConfigError(
             f"--config={name}: get_config must return an ml_collections.ConfigDict, "
             f"not {type(cfg).__name__}."
         )
     return cfg
+
+
+def _reason(error: BaseException) -> str:
+    """What a config file raised, without the wrapping of absl and ml_collections."""
+    wrapped = error
+    while wrapped is not None and (
+        isinstance(wrapped, flags.Error) or "whilst parsing config file" in str(wrapped)
+    ):
+        wrapped = wrapped.__cause__ or wrapped.__context__
+    error = wrapped or error
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"
 
 
 def _apply(cfg, path: str, text: str) -> None:

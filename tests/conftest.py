@@ -19,6 +19,7 @@ if PLATFORM == "cpu":
     flags = ["--xla_backend_optimization_level=0"]
     if "PYTEST_XDIST_WORKER" in os.environ:
         flags.append("--xla_cpu_multi_thread_eigen=false")
+        flags.append("--xla_cpu_parallel_codegen_split_count=1")
     os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
 import hypothesis  # noqa: E402

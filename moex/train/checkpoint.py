@@ -133,7 +133,9 @@ class Checkpointer:
             raise self._failed("writing a checkpoint", e) from e
 
     def _failed(self, doing, error) -> CheckpointError:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())
+        if len(reason) > 300:  # the cause, such as a full disk, is at the end
+            reason = f"{reason[:100]} ... {reason[-200:]}"
         steps = [p.name for p in self.directory.glob("*") if p.name.isdigit()]
         kept = f"step {max(steps, key=int)}" if steps else "none"
         return CheckpointError(

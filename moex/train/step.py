@@ -12,7 +12,7 @@ import optax
 
 from moex.moe.losses import update_bias
 from moex.moe.metrics import layer_metrics
-from moex.optim import path_name
+from moex.optim import path_factors, path_name
 from moex.train.losses import lm_loss, make_context
 
 # Updates that must be accepted before a spike can be told from a start.
@@ -47,6 +47,7 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
         )
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    factors = path_factors(optim, spec.params)
 
     def train_step(train_state, step, key, batch):
         params, state = train_state["params"], train_state["state"]
@@ -60,6 +61,10 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
             return grad_fn(params, state, microbatch, key_i, num_tokens)
 
         (loss, sums), grads = _accumulate(micro, batch, grad_accum)
+        # Frozen parameters have no part in the norm, and XLA drops their gradients.
+        grads = jax.tree_util.tree_map_with_path(
+            lambda path, g: g if factors[path_name(path)] else jnp.zeros_like(g), grads
+        )
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             updates, opt = tx.update(grads, train_state["opt"], params)

@@ -224,7 +224,7 @@ def test_prepare_refusals(tmp_path):
         prepare(twice, L, log=quiet)
     with pytest.raises(ConfigError, match="sources"):
         check(Data(sources=()), "data")
-    with pytest.raises(ConfigError, match=r"sources\[0\].*a source"):
+    with pytest.raises(ConfigError, match=r"sources.*tuple of Source"):
         check(Data(sources=(Bytes(),)), "data")
     with pytest.raises(ConfigError, match="tokenizer.*a tokenizer"):
         check(Data(tokenizer=PythonStdlib()), "data")

@@ -196,18 +196,13 @@ def never(*args, **kwargs):
     raise AssertionError("must not be called")
 
 
-def test_a_complete_run_goes_on_with_more_steps(train, folder, straight, tmp_path):
+def test_a_complete_run_goes_on_with_more_steps(train, straight, tmp_path):
     workdir, said = tmp_path / "run", []
     shutil.copytree(straight[0], workdir)
     result = train(workdir, "steps=10", said=said)
     assert result["step"] == 10
     assert "resuming with a changed config: config.steps: 8 -> 10" in said
     assert [r["step"] for r in runs.records(workdir)] == list(range(1, 11))
-    once = tmp_path / "once"
-    train(once, "steps=10")
-    runs.assert_same_state(
-        runs.saved_state(folder, workdir), runs.saved_state(folder, once)
-    )
 
 
 def test_init_from_takes_parameters_only(
@@ -224,7 +219,7 @@ def test_init_from_takes_parameters_only(
 
     monkeypatch.setattr(loop, "_start", started)
     said = []
-    branch = ("steps=2", "optim.schedule=wsd", "optim.decay_frac=1.0", "seed=1")
+    branch = ("steps=2", "optim.schedule=wsd", "optim.decay_frac=1.0", "grad_accum=2")
     workdir = tmp_path / "branch"
     train(workdir, f"init_from={straight[0]}", *branch, said=said)
     assert began["step"] == 0
@@ -261,13 +256,6 @@ def test_init_from_what_is_no_run(train, tmp_path, monkeypatch):
     monkeypatch.setattr(Job, "init_state", never)
     with pytest.raises(ConfigError, match="config.init_from = .*not a run directory"):
         train(tmp_path / "run", f"init_from={tmp_path}")
-
-
-def test_microbatches_see_the_same_batch(train, straight, tmp_path):
-    result = train(tmp_path, "steps=1", "grad_accum=2", "optim.warmup_steps=1")
-    first = runs.records(straight[0])[0]
-    assert result["nll"] == pytest.approx(first["nll"], rel=1e-5)
-    assert result["tokens_seen"] == first["tokens_seen"]
 
 
 def test_a_dry_run_writes_nothing(train, tmp_path, monkeypatch):

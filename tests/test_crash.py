@@ -1,0 +1,97 @@
+"""Processes that end in the middle: killed, asked to stop, out of disk.
+
+`experiments/crash/kill9.py` is the long form of the first test.
+"""
+
+import os
+import random
+import signal
+
+import pytest
+
+from experiments.crash import kill9
+from moex.train.checkpoint import Checkpointer
+from tests import runs
+
+STEPS = 30
+OVERRIDES = (f"steps={STEPS}", "checkpoint.every=5", "eval.every=10")
+FILE_LIMIT_KB = 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("crash")
+    runs.write_config(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(folder):
+    """`command(workdir)`: the training command, as a list."""
+    return lambda workdir: kill9.train_command(folder / "tiny.py", workdir, *OVERRIDES)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, command):
+    """The log of a run that was left alone; its programs are kept for the others."""
+    kill9.finish(command(folder / "undisturbed"), runs.environment())
+    found = kill9.logged(folder / "undisturbed")
+    assert [key for key in found if key[0] == "train"][-1] == ("train", STEPS)
+    return found
+
+
+def steps(workdir):
+    reader = Checkpointer(workdir, read_only=True)
+    try:
+        return reader.steps()
+    finally:
+        reader.close()
+
+
+@pytest.mark.parametrize(
+    "kills", [2, pytest.param(8, marks=pytest.mark.slow)], ids=["2", "8"]
+)
+def test_kill_9_at_random_moments(undisturbed, command, tmp_path, kills):
+    made = kill9.kill_and_resume(
+        command(tmp_path),
+        runs.environment(),
+        steps=STEPS,
+        kills=kills,
+        rng=random.Random(kills),
+        startup_s=3.0,
+    )
+    assert sum(kill["hit"] for kill in made) == kills
+    assert kill9.logged(tmp_path) == undisturbed
+
+
+def test_sigterm_then_a_full_disk_then_the_end(undisturbed, command, tmp_path):
+    # SIGTERM: the step is saved and the exit code is 0.
+    process = kill9.start(command(tmp_path), runs.environment())
+    for line in process.stdout:
+        if kill9.step_of(line) == 6:
+            process.send_signal(signal.SIGTERM)
+            break
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "checkpoint saved; the same command goes on from here" in out
+    stopped_at = steps(tmp_path)[-1]
+    assert f"stopped at step {stopped_at} of {STEPS}" in out
+    assert 6 <= stopped_at < STEPS
+
+    # No file may grow larger: the next save fails, and says what is left.
+    limit = f'ulimit -f {FILE_LIMIT_KB * 1024 // 512} && exec "$@"'
+    limited = ["sh", "-c", limit, "sh", *command(tmp_path)]
+    process = kill9.start(limited, runs.environment())
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err
+    (line,) = err.strip().splitlines()
+    assert line.startswith("moex: error: ")
+    assert f"under {tmp_path / 'checkpoints'} failed: " in line
+    assert os.strerror(27) in line  # EFBIG
+    assert f"Last good checkpoint: step {stopped_at}." in line
+    assert steps(tmp_path)[-1] == stopped_at
+
+    # With room again the same command comes to the end of the undisturbed run.
+    kill9.finish(command(tmp_path), runs.environment())
+    assert kill9.logged(tmp_path) == undisturbed
+    assert not (tmp_path / "corrupt").exists()

@@ -1,0 +1,141 @@
+"""The run config: its keys, its checks, and every config file of this repository."""
+
+import dataclasses
+import importlib
+import pathlib
+
+import pytest
+
+from configs import base
+from moex import config
+from moex.config import Config, ConfigError
+from moex.run import RUN_KEYS, Checkpoint, Eval, Log, Loss, check_run, kernel_names
+from moex.train.state import model_spec
+from tests.helpers import tiny_lm
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
+RUNS = [n for n in NAMES if n not in ("__init__", "base", "lm_data")]
+
+
+def run_config(**keys):
+    cfg = base.get_config()
+    cfg.model = tiny_lm()
+    for key, value in keys.items():
+        cfg[key] = value
+    return cfg
+
+
+def test_the_keys_of_a_run():
+    """Adding a key is a decision: think about whether it belongs to a part instead."""
+    assert list(RUN_KEYS) == [
+        *("seed", "steps", "batch_size", "seq_len", "grad_accum", "eval", "checkpoint"),
+        *("log", "precision", "remat", "kernels", "nan_limit", "init_from", "model"),
+        *("optim", "data", "mesh", "loss"),
+    ]
+
+
+def test_base_has_every_key_but_the_model():
+    assert set(base.get_config()) == set(RUN_KEYS) - {"model"}
+    check_run(run_config())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_config_file_is_good(name):
+    """It passes its checks, survives JSON, and its model builds abstractly."""
+    cfg = importlib.import_module(f"configs.{name}").get_config()
+    check_run(cfg)
+    again = config.from_dict(config.to_dict(cfg))
+    assert all(again[key] == cfg[key] for key in RUN_KEYS)
+    cfg.model.vocab = cfg.model.vocab or 1000
+    spec = model_spec(cfg.model)
+    assert spec.params["w_embed_VD"].shape == (cfg.model.vocab, cfg.model.dim)
+
+
+def test_no_config_has_many_fields():
+    for owner in (Eval, Checkpoint, Log, Loss):
+        assert len(dataclasses.fields(owner)) <= 12
+        assert issubclass(owner, Config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "step",
+            3,
+            r"config.step: no such run key. Did you mean 'steps'\? Run keys are",
+        ),
+        ("steps", 3.0, "config.steps = 3.0: must be int, not float"),
+        ("steps", True, "config.steps = True: must be int, not bool"),
+        ("steps", 0, "config.steps = 0: must be at least 1"),
+        ("seed", -1, r"config.seed = -1: must be in \[0, 2\*\*31\)"),
+        ("seed", 2**31, "config.seed = 2147483648: must be in"),
+        ("nan_limit", 0, "config.nan_limit = 0: must be at least 1"),
+        ("precision", "bf16", "config.precision = 'bf16': must be one of 'auto', 'fl"),
+        ("precision", None, "config.precision = None: must be str, not NoneType"),
+        ("remat", "dot", "config.remat = 'dot': must be .* Did you mean 'dots'"),
+        (
+            "kernels",
+            "xl",
+            "config.kernels = 'xl': must be one of .* Did you mean 'xla'",
+        ),
+        (
+            "grad_accum",
+            3,
+            "config.batch_size = 64: must be a multiple of grad_accum = 3",
+        ),
+        ("seq_len", 0, "config.seq_len = 0: must be at least 1"),
+        ("eval", None, "config.eval = None: must be Eval, not NoneType"),
+        ("eval", Log(), "config.eval = .*: must be Eval, not Log"),
+        ("eval", Eval(every=-1), "config.eval.every = -1: must be >= 0"),
+        ("eval", Eval(sequences=0), "config.eval.sequences = 0: must be >= 1, or None"),
+        ("eval", Eval(batch_size=0), "config.eval.batch_size = 0: must be >= 1, or No"),
+        ("eval", Eval(overlap=512), "config.eval.overlap = 512: must be below seq_len"),
+        (
+            "checkpoint",
+            Checkpoint(keep=0),
+            "config.checkpoint.keep = 0: must be at lea",
+        ),
+        (
+            "checkpoint",
+            Checkpoint(keep_best=-1),
+            "checkpoint.keep_best = -1: must be >=",
+        ),
+        ("log", Log(every=0), "config.log.every = 0: must be at least 1"),
+        ("log", Log(sample_tokens=-1), "config.log.sample_tokens = -1: must be >= 0"),
+        (
+            "log",
+            Log(sample_prompts=(1,)),
+            "log.sample_prompts = .1,.: must be tuple of",
+        ),
+        ("loss", Loss(z=-0.1), "config.loss.z = -0.1: must be >= 0"),
+        ("loss", Loss(z=float("nan")), "config.loss.z = nan: must be"),
+    ],
+)
+def test_what_check_run_refuses(key, value, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        check_run(run_config(**{key: value}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["model", "steps", "optim"])
+def test_a_key_that_is_missing(key):
+    cfg = run_config()
+    del cfg[key]
+    kind = RUN_KEYS[key].__name__
+    with pytest.raises(ConfigError, match=f"config.{key}: missing; it must be {kind}."):
+        check_run(cfg)
+
+
+def test_warmup_longer_than_the_run():
+    cfg = run_config(steps=10)
+    with pytest.raises(
+        ConfigError, match="warmup_steps = 50: must be at most steps = 1"
+    ):
+        check_run(cfg)
+
+
+def test_names_of_kernels():
+    assert kernel_names()[0] == "auto"
+    assert "xla" in kernel_names()

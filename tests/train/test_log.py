@@ -1,0 +1,204 @@
+"""Logs: numbers of layers, lines that are dropped on resume, words for people."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from moex.nn.mlp import Dense
+from moex.nn.stack import Segment
+from moex.train.log import (
+    LAYER_SERIES,
+    LAYOUT,
+    RunLog,
+    Stopwatch,
+    clock,
+    layer_rows,
+    load_figure,
+    load_lines,
+    memory_bytes,
+    moe_summary,
+    step_line,
+)
+from tests.helpers import tiny_lm, tiny_moe
+from tests.test_run import run_config
+
+# Layers 0 | 1 2 3 4 5 6 | 7 8: dense; (MoE of 8, dense, MoE of 4) twice; MoE of 2.
+MODEL = tiny_lm(
+    Segment(pattern=(Dense(hidden=8),)),
+    Segment(pattern=(tiny_moe(8), Dense(hidden=8), tiny_moe(4)), repeat=2),
+    Segment(pattern=(tiny_moe(2),), repeat=2),
+)
+PATHS = {
+    "segments/1/blocks/0/ffn": (8, [1, 4]),
+    "segments/1/blocks/2/ffn": (4, [3, 6]),
+    "segments/2/blocks/0/ffn": (2, [7, 8]),
+}
+
+
+def layers():
+    """Metrics whose value is the number of the layer, and a load of one expert each."""
+    found = {}
+    for path, (num_experts, numbers) in PATHS.items():
+        load = np.zeros((2, num_experts), np.float32)
+        load[:, 0] = 1.0
+        figures = {name: np.array(numbers, np.float32) for name in LAYER_SERIES}
+        found[path] = figures | {"load_frac_E": load}
+    return found
+
+
+def test_layers_have_their_absolute_numbers():
+    rows = layer_rows(MODEL, layers(), "entropy")
+    assert rows == [(n, n) for n in (1, 3, 4, 6, 7, 8)]
+    loads = layer_rows(MODEL, layers(), "load_frac_E")
+    assert [(n, len(v)) for n, v in loads] == [
+        *((1, 8), (3, 4), (4, 8), (6, 4), (7, 2), (8, 2))
+    ]
+
+
+def test_the_order_of_paths_does_not_matter():
+    backwards = dict(reversed(layers().items()))
+    expected = layer_rows(MODEL, layers(), "entropy")
+    assert layer_rows(MODEL, backwards, "entropy") == expected
+
+
+def test_more_than_ten_segments():
+    """Segment 10 is not segment 1."""
+    model = tiny_lm(*[Segment(pattern=(tiny_moe(2),)) for _ in range(12)])
+    found = {
+        f"segments/{i}/blocks/0/ffn": {"entropy": np.array([float(i)])}
+        for i in range(12)
+    }
+    assert layer_rows(model, found, "entropy") == [(i, i) for i in range(12)]
+
+
+def test_summary_is_the_mean_and_the_worst():
+    summary = moe_summary(MODEL, layers())
+    assert summary["entropy"] == pytest.approx((1 + 3 + 4 + 6 + 7 + 8) / 6)
+    assert summary["max_violation_worst"] == 8.0
+    assert "load_frac_E" not in summary
+    assert moe_summary(MODEL, {}) == {}
+
+
+def open_log(workdir, step=0, **log):
+    cfg = run_config(model=MODEL)
+    cfg.log.tensorboard = log.pop("tensorboard", False)
+    return RunLog(workdir, cfg, step=step, total_steps=10)
+
+
+def test_lines_after_the_restored_step_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = open_log(tmp_path)
+    for step in range(1, 6):
+        log.record("train", step, {"loss": 1.0 / step})
+        log.record("eval", step, {"nll": float("nan")})
+    log.close()
+    whole = path.read_text().splitlines(keepends=True)
+    assert [json.loads(line)["step"] for line in whole[::2]] == [1, 2, 3, 4, 5]
+    path.write_text("".join(whole) + '{"kind": "train", "st')
+    log = open_log(tmp_path, step=3)
+    assert path.read_text() == "".join(whole[:6])
+    log.record("train", 4, {"loss": 0.0})
+    log.close()
+    assert [json.loads(s)["step"] for s in path.read_text().splitlines()][-2:] == [3, 4]
+
+
+def test_a_last_line_without_its_end_is_mended(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}')
+    log = open_log(tmp_path, step=1)
+    log.record("train", 2, {})
+    log.close()
+    assert [json.loads(s)["step"] for s in path.read_text().splitlines()] == [1, 2]
+
+
+def test_lines_are_on_disk_at_once(tmp_path):
+    log = open_log(tmp_path)
+    log.record("train", 1, {"loss": 1.0})
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line == {"kind": "train", "step": 1, "loss": 1.0}
+    log.close()
+
+
+def test_without_tensorboard_there_is_no_folder(tmp_path):
+    log = open_log(tmp_path)
+    log.layers(1, layers(), image=True)
+    log.text("sample", 1, "text")
+    log.hparams({"lr": 1.0}, {"nll": 1.0})
+    log.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_series_per_layer_do_not_grow_with_experts():
+    names = [pattern for page in LAYOUT.values() for _, pattern in page.values()]
+    for name in LAYER_SERIES:
+        assert [f"moe/{name}/.*"] in names
+
+
+def test_clock():
+    assert clock(0) == "0:00"
+    assert clock(59.6) == "1:00"
+    assert clock(3599.4) == "59:59"
+    assert clock(3723) == "1:02:03"
+    assert clock(100 * 3600) == "100:00:00"
+    assert clock(math.nan) == clock(math.inf) == "?"
+
+
+VALUES = {
+    "loss": 3.14159,
+    "bits_per_byte": 2.0,
+    "grad_norm": 0.5,
+    "lr": 1e-3,
+    "perf/tokens_per_s": 12345.6,
+    "perf/memory_gib": 1.5,
+    "skipped": 0,
+}
+
+
+def test_the_line_of_a_step():
+    assert step_line(5, 10, VALUES, 2.0) == (
+        "step 5/10 | loss 3.1416 | bpb 2.000 | grad 0.5 | lr 1.00e-03 | 12,346 tok/s "
+        "| mem 1.50 GiB | eta 0:10"
+    )
+    more = {"perf/mfu": 0.4, "moe/max_violation": 0.5, "moe/dropped_frac": 0.1}
+    line = step_line(5, 10, VALUES | more | {"skipped": 2}, math.nan)
+    for part in ("mfu 40.0%", "imbalance 0.50", "dropped 10.0%", "skipped 2", "eta ?"):
+        assert f"| {part}" in line
+
+
+def test_loads_as_text():
+    lines = load_lines(MODEL, layers()).splitlines()[1:]
+    assert lines[0] == "  layer   1 | 100.0" + "  0.0" * 7 + " %"
+    wide = {"segments/2/blocks/0/ffn": {"load_frac_E": np.full((2, 64), 1 / 64)}}
+    (_, first, _) = load_lines(MODEL, wide).splitlines()
+    assert first == "  layer   7 | " + " ".join([" 1.6"] * 16) + " ... (64 experts) %"
+
+
+def test_the_heat_map_has_a_row_per_layer():
+    figure = load_figure(layer_rows(MODEL, layers(), "load_frac_E"), step=3)
+    axes = figure.axes[0]
+    grid = axes.images[0].get_array()
+    assert grid.shape == (6, 8)
+    assert [t.get_text() for t in axes.get_yticklabels()] == list("134678")
+    # Load over its mean: all slots at one of E experts is E times the mean.
+    assert [row[0] for row in grid] == [8, 4, 8, 4, 2, 2]
+    assert np.ma.getmaskarray(grid).sum() + np.isnan(grid.data).sum() >= 4 + 4 + 6 + 6
+
+
+def test_the_stopwatch_leaves_out_what_is_between(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("moex.train.log.time.perf_counter", lambda: now[0])
+    watch = Stopwatch()
+    now[0] = 5.0
+    watch.start()  # compiling does not count
+    now[0] = 7.0
+    watch.stop()
+    now[0] = 100.0
+    watch.start()
+    now[0] = 101.0
+    assert watch.read() == 3.0
+
+
+def test_memory_is_known():
+    assert memory_bytes() > 1 << 20
