@@ -77,7 +77,7 @@ def _load_file(arg: str):
 
 def _reason(error: BaseException) -> str:
     """What a config file raised, without the wrapping of absl and ml_collections."""
-    wrapped = error
+    wrapped: BaseException | None = error
     while wrapped is not None and (
         isinstance(wrapped, flags.Error) or "whilst parsing config file" in str(wrapped)
     ):
