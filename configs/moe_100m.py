@@ -1,4 +1,4 @@
-"""100 M-class MoE (0.35 B parameters in all, 0.1 B active): one GPU.
+"""100 M-class MoE (0.40 B parameters in all, 93 M active): one GPU.
 
   moex train --config=configs/moe_100m.py --workdir=runs/moe_100m \\
       --config.data.sources[0].paths='("/data/text/*.txt",)'

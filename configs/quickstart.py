@@ -2,7 +2,8 @@
 
   moex train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Hardware: 2 CPU cores. Expected: QUICKSTART_EXPECT. `quickstart.py:ffn=dense` is the
+Hardware: 2 CPU cores. Expected: 4 to 5 minutes, 1.47 bits per byte on
+held-out files. `quickstart.py:ffn=dense` is the
 dense model with the same active parameters. How the sizes were found:
 experiments/quickstart.
 """

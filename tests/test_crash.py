@@ -58,7 +58,6 @@ def test_kill_9_at_random_moments(undisturbed, command, tmp_path, kills):
         steps=STEPS,
         kills=kills,
         rng=random.Random(kills),
-        startup_s=3.0,
     )
     assert sum(kill["hit"] for kill in made) == kills
     assert kill9.logged(tmp_path) == undisturbed

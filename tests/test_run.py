@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import pathlib
 
+import ml_collections
 import pytest
 
 from configs import base
@@ -20,10 +21,8 @@ RUNS = [n for n in NAMES if n not in ("__init__", "base", "lm_data")]
 
 def run_config(**keys):
     cfg = base.get_config()
-    cfg.model = tiny_lm()
-    for key, value in keys.items():
-        cfg[key] = value
-    return cfg
+    values = {key: cfg[key] for key in cfg} | {"model": tiny_lm()} | keys
+    return ml_collections.ConfigDict(values, convert_dict=False)
 
 
 def test_the_keys_of_a_run():

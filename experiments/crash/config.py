@@ -31,7 +31,7 @@ def get_config(arg=""):
         attention=Attention(heads=2),
         layers=(Segment(pattern=(Dense(hidden=64),)), Segment(pattern=(moe,))),
     )
-    source = Text(paths=(str(ROOT / "moex" / "**" / "*.py"),))
+    source = Text(paths=(str(ROOT / "moex" / "**" / "[a-z]*.py"),))
     cfg.data = Data(sources=(source,), tokenizer=Bytes())
     cfg.steps = 200
     cfg.batch_size = 4
