@@ -7,6 +7,7 @@ the devices from the global arrays: the same for any mesh and any number of host
 """
 
 import json
+import logging
 import math
 import pathlib
 import shutil
@@ -133,6 +134,9 @@ class Checkpointer:
             raise self._failed("writing a checkpoint", e) from e
 
     def _failed(self, doing, error) -> CheckpointError:
+        # The other arrays of the save fail too, and nobody awaits them: asyncio would
+        # print a traceback for each when they are collected, after our own line.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         reason = " ".join(str(error).split())
         if len(reason) > 300:  # the cause, such as a full disk, is at the end
             reason = f"{reason[:100]} ... {reason[-200:]}"
