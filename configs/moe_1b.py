@@ -23,7 +23,7 @@ def get_config(arg=""):
     cfg = base.get_config()
     moe = MoE(
         num_experts=64,
-        router=TopK(k=8, normalize=False),
+        router=TopK(k=8, normalize="none"),
         experts=Glu(hidden=1024),
     )
     cfg.model = LM(

@@ -1,7 +1,8 @@
 """What a model costs: parameters (total, active), FLOPs per token, device peaks.
 
-Counts are read off the abstract model, never from a formula of the config; only how
-many experts a token uses comes from the config.
+Counts are read off the abstract model, never from a formula of the config. How a token
+uses them (which share of a parameter it meets, and how often) is what the
+feed-forward's config says: its `param_use`.
 """
 
 import dataclasses
@@ -9,8 +10,10 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from moex.nn.lm import LM
+from moex.optim import flat_paths
 
 # Dense bfloat16 peak, FLOP/s per device as JAX counts devices, by substring of
 # `device_kind` (vendors' data sheets, without sparsity). First match wins.
@@ -30,22 +33,80 @@ PEAK_FLOPS = (
 )
 
 GROUPS = ("embedding", "attention", "router", "experts", "dense", "norms", "logits")
+# A name of a parameter that is added, scaled with or looked up, not multiplied.
+NO_MATMUL = ("bias", "scale", "logit_scale", "w_embed")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCost:
+    """What one layer costs, of `repeat` equal ones at one place of a pattern.
+
+    Attributes:
+      path: where the block is in the model, such as "segments/0/blocks/1".
+      ffn: the config of its feed-forward.
+      repeat: number of equal layers.
+      sizes: numbers of one layer by path inside the block.
+      score_flops: forward FLOPs per token of attention scores and values.
+    """
+
+    path: str
+    ffn: Any
+    repeat: int
+    sizes: dict[str, int]
+    score_flops: float
+
+    def total(self) -> dict[str, int]:
+        """Parameters of one layer, by group."""
+        return _by_group(self.sizes)
+
+    def active(self) -> dict[str, float]:
+        """Parameters of one layer that a token uses, each counted once, by group."""
+        return _by_group({n: v * self._use(n)[0] for n, v in self.sizes.items()})
+
+    def forward_flops(self, experts_per_token=None) -> float:
+        """Forward FLOPs per token of one layer.
+
+        Args:
+          experts_per_token: measured in this layer, one value or one per chain round;
+            None: as expected before training.
+        """
+        times = {n: self._use(n, experts_per_token)[1] for n in self.sizes}
+        met = sum(v * times[n] for n, v in self.sizes.items() if _is_multiplied(n))
+        return 2 * met + self.score_flops
+
+    def _use(self, name: str, experts_per_token=None) -> tuple[float, float]:
+        if name.startswith("ffn/") and hasattr(self.ffn, "param_use"):
+            return self.ffn.param_use(name.removeprefix("ffn/"), experts_per_token)
+        return 1.0, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """Size of a model and its work per token.
 
+    FLOPs are 2 per number of a matrix and evaluation of it, plus attention scores and
+    values over the causal half of the sequence; elementwise work and embedding look-ups
+    count 0. A backward pass is twice a forward one; recomputation counts 0.
+
     Attributes:
-      total: parameters by group of `GROUPS`.
-      active: parameters that one token's forward pass uses, by group.
-      train_flops: FLOPs per trained token (forward and backward, without remat) at
-        the sequence length it was asked for; an embedding look-up counts 0.
+      blocks: in order of depth, one per segment and place in its pattern.
+      outer: numbers outside of the blocks, by path.
+      outer_flops: their forward FLOPs per token.
     """
 
-    total: dict[str, int]
-    active: dict[str, float]
-    train_flops: float
+    blocks: tuple[BlockCost, ...]
+    outer: dict[str, int]
+    outer_flops: float
+
+    @property
+    def total(self) -> dict[str, int]:
+        """Parameters by group of `GROUPS`."""
+        return self._sum(BlockCost.total)
+
+    @property
+    def active(self) -> dict[str, float]:
+        """Parameters that one token's forward pass uses, by group."""
+        return self._sum(BlockCost.active)
 
     @property
     def num_params(self) -> int:
@@ -55,6 +116,41 @@ class Cost:
     def num_active(self) -> int:
         return round(sum(self.active.values()))
 
+    @property
+    def train_flops(self) -> float:
+        """FLOPs per trained token, forward and backward, as expected before training.
+
+        At the sequence length that `model_cost` was asked for.
+        """
+        return self.train_flops_at({})
+
+    def train_flops_at(self, layers: dict) -> float:
+        """`train_flops` with the experts that were really used.
+
+        Args:
+          layers: metrics by module path; "experts_per_token" is [repeat], or
+            [repeat, C] for a chain. Layers without any are charged as expected.
+        """
+        forward = self.outer_flops
+        for block in self.blocks:
+            measured = [
+                values["experts_per_token"]
+                for path, values in layers.items()
+                if path.startswith(f"{block.path}/")
+            ]
+            if measured:
+                forward += sum(map(block.forward_flops, np.asarray(measured[0])))
+            else:
+                forward += block.repeat * block.forward_flops()
+        return 3 * float(forward)
+
+    def _sum(self, figure) -> dict:
+        sums = _by_group(self.outer)
+        for block in self.blocks:
+            for group, value in figure(block).items():
+                sums[group] += block.repeat * value
+        return sums
+
 
 def device_peak_flops(device=None) -> float | None:
     """Dense bfloat16 FLOP/s of a device, or None where it is not known."""
@@ -62,66 +158,83 @@ def device_peak_flops(device=None) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS if name in kind), None)
 
 
+def _by_group(sizes: dict[str, Any]) -> dict[str, Any]:
+    sums = dict.fromkeys(GROUPS, 0)
+    for name, size in sizes.items():
+        sums[_group(name)] += size
+    return sums
+
+
 def _group(path: str) -> str:
-    parts = path.split("/")
-    if parts[-1] == "w_embed_VD":
+    *parts, name = path.split("/")
+    if name == "w_embed_VD":
         return "embedding"
-    if parts[-1] == "w_logits_DV":
+    if name == "w_logits_DV":
         return "logits"
-    if parts[-1].startswith("scale"):
+    if name.startswith("scale"):
         return "norms"
-    for group in ("attention", "router", "experts"):
-        if group in parts:
-            return group
-    return "dense"
+    owners = {"attention": "attention", "router": "router", "routers": "router"}
+    owners |= {"experts": "experts", "zero": "experts"}
+    return next((owners[part] for part in parts if part in owners), "dense")
 
 
-def _active_frac(cfg: LM, path: str) -> float:
-    """Share of a parameter that one token uses: k / E for experts, else 1."""
-    parts = path.split("/")
-    if "experts" not in parts:
-        return 1.0
-    segment, block = int(parts[1]), int(parts[3])
-    moe: Any = cfg.layers[segment].pattern[block]
-    return moe.router.slots(moe.num_experts) / moe.num_experts
+def _is_multiplied(path: str) -> bool:
+    return not path.split("/")[-1].startswith(NO_MATMUL)
 
 
 def model_cost(cfg: LM, spec, seq_len: int) -> Cost:
-    """Parameters and training FLOPs of a model.
+    """Parameters and FLOPs of a model at a sequence length.
 
-    FLOPs: 2 per active parameter of a matrix and token, plus attention scores and
-    values over the causal half of `seq_len`, times 3 for forward and backward.
+    Args:
+      cfg: with the vocabulary filled in.
+      spec: `ModelSpec` of it.
+      seq_len: tokens per sequence, for attention.
     """
-    total = dict.fromkeys(GROUPS, 0)
-    active = dict.fromkeys(GROUPS, 0.0)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(spec.params)
-    for path, leaf in leaves:
-        name = "/".join(str(k.key) for k in path)
-        size = math.prod(leaf.shape)
-        total[_group(name)] += size
-        active[_group(name)] += size * _active_frac(cfg, name)
-    matmul = sum(v for k, v in active.items() if k not in ("embedding", "norms"))
-    if cfg.tied_embeddings:
-        matmul += total["embedding"]
+    sizes = {n: math.prod(leaf.shape) for n, leaf in flat_paths(spec.params).items()}
     width = cfg.attention.heads * cfg.attention.width(cfg.dim)
-    scores = 4 * cfg.num_layers() * width * (seq_len / 2)
-    return Cost(total, active, 3 * (2 * matmul + scores))
+    # Scores and values: 2 FLOPs each per head width and visible position.
+    score_flops = 4 * width * seq_len / 2
+    blocks = []
+    for s, segment in enumerate(cfg.layers):
+        for i, ffn in enumerate(segment.pattern):
+            path = f"segments/{s}/blocks/{i}"
+            own = {
+                n.removeprefix(f"{path}/"): size // segment.repeat
+                for n, size in sizes.items()
+                if n.startswith(f"{path}/")
+            }
+            blocks.append(BlockCost(path, ffn, segment.repeat, own, score_flops))
+    outer = {n: v for n, v in sizes.items() if not n.startswith("segments/")}
+    multiplied = sum(v for n, v in outer.items() if _is_multiplied(n))
+    if cfg.tied_embeddings:
+        multiplied += outer["w_embed_VD"]
+    return Cost(tuple(blocks), outer, 2 * multiplied)
 
 
-def model_table(cfg: LM, spec, seq_len: int) -> str:
+def num_bytes(tree) -> int:
+    """Bytes of all leaves of a tree of arrays or `ShapeDtypeStruct`s."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves)
+
+
+def train_state_bytes(spec, tx) -> int:
+    """Bytes of weights, gradients and optimizer state."""
+    return 2 * num_bytes(spec.params) + num_bytes(jax.eval_shape(tx.init, spec.params))
+
+
+def model_table(cfg: LM, spec, tx, seq_len: int) -> str:
     """The model as a table for people: groups, parameters, bytes, FLOPs."""
     cost = model_cost(cfg, spec, seq_len)
+    total, active = cost.total, cost.active
     rows = [f"{'':<12}{'parameters':>16}{'active/token':>16}"]
     for group in GROUPS:
-        if cost.total[group]:
-            rows.append(
-                f"{group:<12}{cost.total[group]:>16,}{round(cost.active[group]):>16,}"
-            )
+        if total[group]:
+            rows.append(f"{group:<12}{total[group]:>16,}{round(active[group]):>16,}")
     rows.append(f"{'total':<12}{cost.num_params:>16,}{cost.num_active:>16,}")
-    gib = 16 * cost.num_params / 2**30
+    gib = train_state_bytes(spec, tx) / 2**30
     rows.append(
         f"{cfg.num_layers()} layers, width {cfg.dim}, vocabulary {cfg.vocab}; "
         f"{cost.train_flops / 1e9:.3g} GFLOP per trained token at length {seq_len}; "
-        f"{gib:.3g} GiB of weights, gradients and Adam moments in float32"
+        f"{gib:.3g} GiB of weights, gradients and optimizer state"
     )
     return "\n".join(rows)

@@ -32,6 +32,13 @@ The same command on the same --workdir goes on where the run stopped. SIGTERM sa
 checkpoint and exits.
 """
 
+PARAMS_EXAMPLES = """
+Examples:
+  moex params --config=configs/moe_8x7b.py
+  moex params --config=configs/quickstart.py --like=configs/quickstart.py:ffn=dense \\
+    --match=flops
+"""
+
 
 class Parser(argparse.ArgumentParser):
     """Reports a mistake as one line, like every other mistake."""
@@ -84,6 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
     many.add_argument("--process-id", type=int, metavar="I", help="0 to N-1")
     config = command("config", "Print a resolved config, one field a line.")
     config.add_argument("--json", action="store_true", help="as JSON with type tags")
+    _add_params(command)
     evaluate = command(
         "eval",
         "Score held-out data with the newest checkpoint of a run. Without --config the "
@@ -95,12 +103,35 @@ def make_parser() -> argparse.ArgumentParser:
         "--sequences", type=_positive, help="score at most this many sequences"
     )
     _add_generate(command)
+    _add_convert(command)
     data = command("data", "Prepare the data of a config, or look at it.")
     data.add_argument("action", choices=("prepare", "inspect"))
     data.add_argument(
         "--example", type=int, default=0, help="which training sequence to show"
     )
     return parser
+
+
+def _add_params(command):
+    params = command(
+        "params",
+        "Print what a model costs, layer by layer. Parameters, FLOPs, and bytes of "
+        "weights, gradients, optimizer state and of what the backward pass needs; no "
+        "data is read and no array is made.",
+        CONFIG_HELP + PARAMS_EXAMPLES,
+    )
+    params.add_argument("--json", action="store_true", help="print JSON")
+    params.add_argument(
+        "--like",
+        metavar="FILE[:arg]",
+        help="find hidden widths that give --config the cost of this config instead",
+    )
+    params.add_argument(
+        "--match",
+        choices=("params", "active", "flops"),
+        help="the cost that --like is about: all parameters, those that a token uses, "
+        "or FLOPs per trained token",
+    )
 
 
 def _add_generate(command):
@@ -125,6 +156,49 @@ def _add_generate(command):
         "--top-p", type=float, default=1.0, help="sample from this share of probability"
     )
     generate.add_argument("--seed", type=int, default=0)
+
+
+def _add_convert(command):
+    convert = command(
+        "convert",
+        "Write a run with other experts. latent: the experts of every MoE layer become "
+        "small factors behind projections that groups of experts share. The new run "
+        "starts at step 0 and can be scored, sampled and trained on.",
+        "",
+    )
+    convert.add_argument("run", type=pathlib.Path, help="run directory")
+    convert.add_argument("--to", choices=("latent",), required=True)
+    convert.add_argument(
+        "--workdir", type=pathlib.Path, required=True, help="the new run directory"
+    )
+    convert.add_argument(
+        "--group", type=_positive, required=True, help="experts that share a projection"
+    )
+    convert.add_argument(
+        "--latent", type=_positive, help="width of the projections; default: of experts"
+    )
+    convert.add_argument(
+        "--ops", default="gate,up", help="which of gate,up,down; default: gate,up"
+    )
+    convert.add_argument(
+        "--rank", type=_positive, help="cut every expert to this rank first"
+    )
+    convert.add_argument(
+        "--refit",
+        action="store_true",
+        help="own factors from the uncut experts",
+    )
+    convert.add_argument(
+        "--whiten",
+        action="store_true",
+        help="keep what matters on training data, not for inputs of all directions",
+    )
+    convert.add_argument(
+        "--calibration",
+        type=_positive,
+        metavar="SEQUENCES",
+        help="training sequences that --whiten looks at; default: 256",
+    )
 
 
 def _positive(text: str) -> int:
@@ -258,6 +332,25 @@ def _config(args, config_args):
     )
 
 
+def _params(args, config_args):
+    from moex import params
+    from moex.flags import load_config
+
+    cfg = load_config(config_args)
+    if (args.like is None) != (args.match is None):
+        raise ConfigError("--like and --match go together; give both.")
+    if args.like is not None:
+        like = load_config([f"--config={args.like}"])
+        result = params.matched(cfg, like, args.match)
+        print(json.dumps(result) if args.json else params.match_lines(result))
+        return
+    rows = params.model_rows(cfg)
+    if args.json:
+        print(json.dumps(params.rows_dict(cfg, rows)))
+    else:
+        print(params.rows_table(cfg, rows))
+
+
 def _eval(args, config_args):
     from moex.flags import load_config
     from moex.train.job import load_config as run_config
@@ -298,6 +391,28 @@ def _generate(args, config_args):
     print("\n--------\n".join(texts))
 
 
+def _convert(args, config_args):
+    from moex.compress.convert import ToLatent, convert_run, report_text
+
+    if config_args:
+        raise ConfigError(f"{config_args[0]}: convert takes the config of the run.")
+    if args.calibration and not args.whiten:
+        raise ConfigError("--calibration: is for --whiten; give both.")
+    options = ToLatent(
+        group=args.group,
+        latent=args.latent,
+        ops=tuple(args.ops.split(",")),
+        rank=args.rank,
+        refit=args.refit,
+        calibration=(args.calibration or 256) if args.whiten else 0,
+    )
+    print(report_text(convert_run(args.run, args.workdir, options)))
+    print(
+        f"go on training: moex train --config={args.workdir / 'config.py'} "
+        f"--workdir={args.workdir}"
+    )
+
+
 def _data(args, config_args):
     from moex.data.pipeline import prepare
     from moex.data.report import inspect
@@ -316,8 +431,10 @@ def _data(args, config_args):
 COMMANDS = {
     "train": _train,
     "config": _config,
+    "params": _params,
     "eval": _eval,
     "generate": _generate,
+    "convert": _convert,
     "data": _data,
 }
 

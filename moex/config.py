@@ -16,6 +16,7 @@ import importlib
 import math
 import types
 import typing
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,6 +27,10 @@ TYPE_KEY = "__config__"
 
 class ConfigError(ValueError):
     """A user's mistake in a config or on the command line: one line, no traceback."""
+
+
+class ConfigWarning(UserWarning):
+    """Something in a config that works and is probably not what was meant."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -58,6 +63,11 @@ def require(ok: bool, path: str, value: Any, allowed: str) -> None:
     """Raise a `ConfigError` that names the field, its value and what is allowed."""
     if not ok:
         raise ConfigError(f"{path} = {value!r}: must be {allowed}.")
+
+
+def caution(text: str) -> None:
+    """Warn of what works but is probably not meant; `text` begins with the field."""
+    warnings.warn(text, ConfigWarning, stacklevel=3)
 
 
 def require_choice(path: str, value: Any, allowed: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from moex.data.pipeline import Data
 from moex.nn.lm import LM
 from moex.nn.stack import REMAT
 from moex.optim import Optim
+from moex.schedule import Schedule, require_values
 from moex.sharding import MeshConfig
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -72,18 +73,41 @@ class Log(Config):
             require(value >= 0, f"{path}.{name}", value, ">= 0")
 
 
+BALANCE_SCOPES = ("microbatch", "sequence", "step")
+
+
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Loss(Config):
-    """Coefficients of the losses beside cross-entropy; applied in `train/losses.py`."""
+    """What the losses beside cross-entropy weigh; applied in `train/losses.py`.
 
-    z: float = 0.0  # squared log-normaliser of the logits, mean over tokens
-    load_balance: float = 0.01  # load-balance loss, summed over MoE layers
-    router_z: float = 0.001  # router z-loss, summed over MoE layers
+    Every coefficient is a number or a `Schedule` of the optimizer step.
+    """
+
+    z: float | Schedule = 0.0  # squared log-normaliser of the logits, mean over tokens
+    load_balance: float | Schedule = 0.01  # load-balance loss of MoE layers
+    router_z: float | Schedule = 0.001  # router z-loss of MoE layers
+    entropy: float | Schedule = 0.0  # entropy of the router probabilities
+    importance: float | Schedule = 0.0  # squared CV of the summed probabilities
+    # Whose load counts: of the whole "microbatch" (all devices), of each "sequence",
+    # or of all microbatches of the "step" so far.
+    balance_scope: str = "microbatch"
+    # "share": 1 at uniform routing. "count": times slots per token, as papers with
+    # f = share of tokens have it.
+    balance_scale: str = "share"
+    over_layers: str = "sum"  # or "mean", of MoE layers and chain rounds
 
     def validate(self, path):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            require(value >= 0, f"{path}.{field.name}", value, ">= 0")
+        for name in COEFFICIENTS:
+            value = getattr(self, name)
+            require_values(lambda v: v >= 0, f"{path}.{name}", value, ">= 0")
+        require_choice(f"{path}.balance_scope", self.balance_scope, BALANCE_SCOPES)
+        require_choice(
+            f"{path}.balance_scale", self.balance_scale, ("share", "count")
+        )
+        require_choice(f"{path}.over_layers", self.over_layers, ("sum", "mean"))
+
+
+COEFFICIENTS = ("z", "load_balance", "router_z", "entropy", "importance")
 
 
 RUN_KEYS = {

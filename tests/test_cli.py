@@ -82,6 +82,7 @@ def test_help_of_each_verb(verb, capsys):
         "config": ("--json", "--config=FILE"),
         "eval": ("run directory", "--sequences", "--json", "--config.data..."),
         "generate": ("--prompt", "--temperature", "--top-k", "--top-p", "--seed"),
+        "convert": ("--to", "--workdir", "--group", "--latent", "--ops", "--whiten"),
         "data": ("prepare", "inspect", "--example", "--config=FILE"),
     }
     for word in expected[verb]:

@@ -105,7 +105,7 @@ def test_walk_names_every_node():
         ("router.k", 2.5, r"router.k = 2.5: must be int, not float"),
         ("router.k", True, r"router.k = True: must be int, not bool"),
         ("router.scale", "1", r"router.scale = '1': must be float, not str"),
-        ("router.normalize", 1, r"normalize = 1: must be bool, not int"),
+        ("router.normalize", 1, r"normalize = 1: must be str, not int"),
         ("capacity_factor", "x", r"= 'x': must be float or None, not str"),
         ("router", None, r"router = None: must be Config, not NoneType"),
         ("router", Dense(hidden=1), r"router = 'Dense': must be a router config"),

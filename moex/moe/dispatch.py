@@ -27,12 +27,16 @@ def drop_over_capacity(routing: Routing, num_experts, capacity) -> Routing:
 
     First choices are served before second ones, and earlier tokens before later ones
     (Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1). Gates are not renormalised.
+    Zero-computation experts, with ids from `num_experts` on, take any number.
     """
     T, K = routing.expert_TK.shape
     by_choice = make_plan(routing.expert_TK.T, routing.keep_TK.T, num_experts)
     first_E = jnp.cumsum(by_choice.group_sizes_E) - by_choice.group_sizes_E
-    rank_TK = by_choice.row_TK.reshape(K, T).T - first_E[routing.expert_TK]
-    return routing.keep_only(rank_TK < capacity)
+    first_TK = first_E.at[routing.expert_TK].get(mode="clip")
+    rank_TK = by_choice.row_TK.reshape(K, T).T - first_TK
+    return routing.keep_only(
+        (rank_TK < capacity) | (routing.expert_TK >= num_experts)
+    )
 
 
 def dispatch(x_TD, plan: Plan):

@@ -14,6 +14,9 @@ from kernels_pallas import make_plan
 from moex.config import Config, require
 from moex.moe import losses, metrics
 from moex.moe.dispatch import combine, dispatch, drop_over_capacity, expert_capacity
+from moex.moe.experts.zero import Zero
+from moex.moe.routing import ExpertRouting
+from moex.nn.param import param
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -24,6 +27,8 @@ class MoE(Config):
     router: Config  # how tokens choose, such as TopK(k=2)
     experts: Config  # what an expert is, such as Glu(hidden=512)
     shared: Config | None = None  # a feed-forward for every token, such as Dense(...)
+    shared_gate: bool = False  # the shared output times sigmoid(x w), as in Qwen2-MoE
+    zero: Zero | None = None  # choices that cost nothing, beside the experts
     capacity_factor: float | None = (
         None  # rows per expert over the mean; None: dropless
     )
@@ -38,82 +43,236 @@ class MoE(Config):
             self.capacity_factor,
             "above 0, or None for dropless",
         )
+        check_router(self.router, self.num_choices(), f"{path}.router")
         require(
-            hasattr(self.router, "validate_experts"),
-            f"{path}.router",
-            type(self.router).__name__,
-            "a router config such as TopK",
+            self.capacity_factor is None or hasattr(self.router, "slots"),
+            f"{path}.capacity_factor",
+            self.capacity_factor,
+            f"None: {type(self.router).__name__} fills its experts evenly",
         )
+        require(
+            self.shared is not None or not self.shared_gate,
+            f"{path}.shared_gate",
+            self.shared_gate,
+            "False without a shared expert",
+        )
+
+    def validate_dim(self, dim, path):
+        """Checks that need the model width."""
+        experts: Any = self.experts
+        if hasattr(experts, "validate_sizes"):
+            experts.validate_sizes(self.num_experts, dim, f"{path}.experts")
+
+    def num_choices(self) -> int:
+        """What a router chooses among: experts and zero-computation experts."""
+        return self.num_experts + (self.zero.count() if self.zero else 0)
+
+    def expected_experts(self) -> float:
+        """Experts that compute for a token, before anything is trained.
+
+        All choices are alike then, so zero-computation experts get their share.
+        """
+        choices = self.num_choices()
         router: Any = self.router
-        router.validate_experts(self.num_experts, f"{path}.router")
+        return router.expected_slots(choices) * self.num_experts / choices
+
+    def param_use(self, name, experts_per_token=None) -> tuple[float, float]:
+        """How a token uses a parameter: the share it meets, the times it meets it.
+
+        Zero-computation experts are computed for every token.
+
+        Args:
+          name: path of the parameter in the layer, such as "experts/w_out_EFD".
+          experts_per_token: measured; None: as expected before training.
+        """
+        shared: Any = self.shared
+        if name.startswith("shared/") and hasattr(shared, "param_use"):
+            return shared.param_use(name.removeprefix("shared/"))
+        if not name.startswith("experts/"):
+            return 1.0, 1.0
+        if experts_per_token is None:
+            experts_per_token = self.expected_experts()
+        return self.expert_use(name, [float(experts_per_token)])
+
+    def expert_use(self, name, rounds: list[float]) -> tuple[float, float]:
+        """`param_use` of the experts when tokens come in `rounds` of so many slots."""
+        E = self.num_experts
+        experts: Any = self.experts
+
+        def frac(slots):
+            if hasattr(experts, "expert_frac"):
+                return experts.expert_frac(E, slots, name.split("/")[-1])
+            return slots / E
+
+        return frac(min(sum(rounds), E)), sum(map(frac, rounds))
 
     def make(self, dim, rngs):
         return MoELayer(self, dim, rngs)
 
 
-class MoELayer(nnx.Module):
-    """y = sum over kept slots of gate * expert(x), plus shared(x).
+def check_router(router: Any, num_choices: int, path: str) -> None:
+    """Check that a config is a router, and one for this number of choices."""
+    require(
+        hasattr(router, "validate_experts"),
+        path,
+        type(router).__name__,
+        "a router config such as TopK",
+    )
+    router.validate_experts(num_choices, path)
 
-    1. The router turns tokens into a `Routing` (float32).
-    2. Padding is not routed; a capacity, if set, drops slots, and they are counted.
-    3. One sort puts the kept slots in expert order (`Plan`).
-    4. The experts compute their rows; dropped slots cost nothing.
-    5. Rows come back to their tokens, weighted by the gates.
 
-    Returns (y_BLD, aux) with aux = {losses, load, stats}: unscaled float32.
+def split_experts(moe: MoE, parts: int) -> MoE:
+    """Fine-grained splitting: `parts` times the experts and k, of 1/`parts` the width.
+
+    The same parameters and FLOPs, and many more combinations.
+
+    Raises:
+      ValueError: if the width is not a multiple, or the router has no k.
+
+    Source: DeepSeekMoE, arXiv:2401.06066, section 3.1.
     """
+    router: Any = moe.router
+    experts: Any = moe.experts
+    if not hasattr(router, "k") or not hasattr(experts, "hidden"):
+        raise ValueError(
+            "split_experts needs a router with k and experts with a hidden width; got "
+            f"{type(router).__name__} and {type(experts).__name__}."
+        )
+    if parts < 1 or experts.hidden % parts:
+        raise ValueError(
+            f"split_experts needs parts >= 1 that divide the expert width; got "
+            f"parts={parts}, hidden={experts.hidden}."
+        )
+    return dataclasses.replace(
+        moe,
+        num_experts=moe.num_experts * parts,
+        router=dataclasses.replace(router, k=router.k * parts),
+        experts=dataclasses.replace(experts, hidden=experts.hidden // parts),
+    )
+
+
+class SparseLayer(nnx.Module):
+    """Everything of an MoE layer but its router: what a chain goes round with."""
 
     def __init__(self, cfg, dim, rngs):
         self.num_experts = cfg.num_experts
         self.capacity_factor = cfg.capacity_factor
-        self.router = cfg.router.make(dim, cfg.num_experts, rngs)
         self.experts = cfg.experts.make(dim, cfg.num_experts, rngs)
+        self.zero = None if cfg.zero is None else cfg.zero.make(dim, rngs)
         self.shared = None if cfg.shared is None else cfg.shared.make(dim, rngs)
+        self.w_shared_gate_D1: nnx.Param | None = (
+            param(rngs, (dim, 1), ("embed", None), std=0.02)
+            if cfg.shared_gate
+            else None
+        )
 
-    def __call__(self, x_BLD, ctx):
-        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+    def mix(self, x_BLD, router, ctx):
+        """`(y_BLD, aux)` of the routed experts alone."""
+        B, L, D = x_BLD.shape
+        x_TD = x_BLD.reshape(-1, D)
         valid_T = ctx.valid_BL.reshape(-1)
         with jax.named_scope("router"):
-            routing = self.router(x_TD, ctx).keep_only(valid_T[:, None])
+            routing = router(x_TD, ctx)
+            if not isinstance(routing, ExpertRouting):  # which takes no padding
+                routing = routing.keep_only(valid_T[:, None])
+            load_BE, real_T = metrics.loads(routing, (B, L), self.num_experts)
+        if isinstance(routing, ExpertRouting):
+            token_N, rows = routing.by_row()
+            y_ND, num_kept = self._compute(x_TD[token_N], rows, ctx)
+            y32_TD = jnp.zeros((B * L, D)).at[token_N].add(y_ND.astype(jnp.float32))
+            y_TD = y32_TD.astype(x_TD.dtype)
+        else:
+            y_TD, num_kept = self._compute(x_TD, routing, ctx)
+        stats = metrics.routing_stats(
+            routing,
+            valid_T,
+            jnp.sum(load_BE, axis=0),
+            real_T,
+            num_kept,
+            self.num_experts,
+        )
+        aux = {
+            "losses": _losses(stats, routing, load_BE, ctx.valid_BL),
+            "load": stats["load_E"],
+            "stats": stats,
+        }
+        if ctx.collect:
+            aux["trace"] = routing.trace()
+            aux["inputs"] = x_BLD
+        return y_TD.reshape(B, L, D), aux
+
+    def _compute(self, x_TD, routing, ctx):
+        """Gated sums over the slots of each row of x, and the rows computed."""
+        E = self.num_experts
         with jax.named_scope("dispatch"):
-            kept, plan, load_E = self._plan(routing, ctx.mode)
+            # Decoding drops nothing, or a row would depend on the rest of its batch.
+            if self.capacity_factor is not None and ctx.mode != "decode":
+                num_slots = routing.expert_TK.size
+                capacity = expert_capacity(self.capacity_factor, num_slots, E)
+                routing = drop_over_capacity(routing, E, capacity)
+            plan = make_plan(routing.expert_TK, routing.keep_TK, E)
         with jax.named_scope("experts"):
             if hasattr(self.experts, "fused"):
-                y_TD = self.experts.fused(x_TD, kept.gate_TK, plan, ctx)
+                y_TD = self.experts.fused(x_TD, routing.gate_TK, plan, ctx)
             else:
                 y_ND = self.experts(dispatch(x_TD, plan), plan.group_sizes_E, ctx)
-                y_TD = combine(y_ND, kept.gate_TK, plan)
-        y_BLD = y_TD.reshape(x_BLD.shape)
+                gate_TK = jnp.where(plan.kept_TK, routing.gate_TK, 0.0)
+                y_TD = combine(y_ND, gate_TK, plan)
+        if self.zero is not None:
+            with jax.named_scope("zero"):
+                y_TD += self.zero(x_TD, routing.expert_TK, routing.gate_TK, E)
+        return y_TD, jnp.sum(plan.group_sizes_E).astype(jnp.float32)
+
+    def shared_output(self, x_BLD, ctx):
+        """What the shared expert adds; call only if there is one."""
+        with jax.named_scope("shared"):
+            y_BLD = self.shared(x_BLD, ctx)[0]
+            if self.w_shared_gate_D1 is not None:
+                logit_BL1 = x_BLD.astype(jnp.float32) @ self.w_shared_gate_D1[...]
+                y_BLD = y_BLD * jax.nn.sigmoid(logit_BL1).astype(y_BLD.dtype)
+        return y_BLD
+
+
+class MoELayer(SparseLayer):
+    """y = sum over kept slots of gate * expert(x), plus shared(x).
+
+    1. The router turns tokens into a `Routing` (float32), or an `ExpertRouting`.
+    2. Padding is not routed; a capacity, if set, drops slots, and they are counted.
+    3. One sort puts the kept slots in expert order (`Plan`).
+    4. The experts compute their rows; dropped slots cost nothing.
+    5. Rows come back to their tokens, weighted by the gates; zero-computation experts
+       are added.
+
+    Returns (y_BLD, aux) with aux = {losses, load, stats}, unscaled float32, and trace
+    if the context collects it.
+    """
+
+    def __init__(self, cfg, dim, rngs):
+        self.router = cfg.router.make(dim, cfg.num_choices(), rngs)
+        super().__init__(cfg, dim, rngs)
+
+    def __call__(self, x_BLD, ctx):
+        y_BLD, aux = self.mix(x_BLD, self.router, ctx)
         if self.shared is not None:
-            with jax.named_scope("shared"):
-                y_BLD = y_BLD + self.shared(x_BLD, ctx)[0]
-        num_kept = jnp.sum(plan.group_sizes_E).astype(jnp.float32)
-        stats = metrics.routing_stats(routing, valid_T, load_E, num_kept)
-        return y_BLD, self._aux(stats)
+            y_BLD = y_BLD + self.shared_output(x_BLD, ctx)
+        return y_BLD, aux
 
-    def _plan(self, routing, mode):
-        """The routing after capacity, its plan, and the load before capacity."""
-        E = self.num_experts
-        plan = make_plan(routing.expert_TK, routing.keep_TK, E)
-        load_E = plan.group_sizes_E.astype(jnp.float32)
-        # Decoding drops nothing, or a row would depend on the rest of its batch.
-        if self.capacity_factor is None or mode == "decode":
-            return routing, plan, load_E
-        num_slots = routing.expert_TK.size
-        capacity = expert_capacity(self.capacity_factor, num_slots, E)
-        kept = drop_over_capacity(routing, E, capacity)
-        return kept, make_plan(kept.expert_TK, kept.keep_TK, E), load_E
 
-    def _aux(self, stats):
-        tokens = stats["num_tokens"]
-        load_E = jax.lax.stop_gradient(stats["load_E"])
-        return {
-            "losses": {
-                "load_balance": losses.load_balance_loss(
-                    load_E, stats["prob_sum_E"], tokens
-                ),
-                "router_z": losses.router_z_loss(stats["z_sum"], tokens),
-            },
-            "load": load_E,
-            "stats": jax.tree.map(jax.lax.stop_gradient, stats),
-        }
+def _losses(stats, routing, load_BE, valid_BL) -> dict:
+    """Every loss that a layer reports, unscaled."""
+    tokens = stats["num_tokens"]
+    probs_BLE = routing.probs_TE.reshape(*valid_BL.shape, -1)
+    valid_BL1 = valid_BL[:, :, None].astype(jnp.float32)
+    prob_sum_BE = jnp.sum(probs_BLE * valid_BL1, axis=1)
+    tokens_B = jnp.sum(valid_BL, axis=1, dtype=jnp.float32)
+    return {
+        "load_balance": losses.load_balance_loss(
+            stats["load_E"], stats["prob_sum_E"], tokens
+        ),
+        "sequence_balance": losses.sequence_balance_loss(
+            load_BE, prob_sum_BE, tokens_B
+        ),
+        "router_z": losses.router_z_loss(stats["z_sum"], tokens),
+        "entropy": losses.entropy_loss(stats["entropy_sum"], tokens),
+        "importance": losses.importance_loss(stats["prob_sum_E"]),
+    }

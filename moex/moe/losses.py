@@ -4,7 +4,7 @@ Coefficients are applied in `train/losses.py`. Arguments are sums over all token
 microbatch (over all devices, since the arrays are global), so the same functions serve
 any scope.
 
-E experts · ... any leading dims (layers, chain steps)
+E experts · ... any leading dims (layers, chain steps, sequences)
 """
 
 import jax.numpy as jnp
@@ -30,12 +30,43 @@ def load_balance_loss(load_E, prob_sum_E, num_tokens):
     return num_experts * jnp.sum(frac_E * prob_E, axis=-1)
 
 
+def sequence_balance_loss(load_BE, prob_sum_BE, num_tokens_B):
+    """The mean over sequences with any token of their load-balance losses.
+
+    Source: DeepSeek-V3, arXiv:2412.19437, equations 17 to 20; a sequence here is a row
+    of the batch, which may hold several packed documents.
+    """
+    loss_B = load_balance_loss(load_BE, prob_sum_BE, num_tokens_B)
+    any_B = (num_tokens_B > 0).astype(jnp.float32)
+    return jnp.sum(loss_B * any_B) / jnp.maximum(jnp.sum(any_B), 1.0)
+
+
 def router_z_loss(z_sum, num_tokens):
     """Mean over tokens of logsumexp(logits)^2.
 
     Source: Zoph et al. 2022, arXiv:2202.08906, equation 5.
     """
     return z_sum / jnp.maximum(num_tokens, 1.0)
+
+
+def entropy_loss(entropy_sum, num_tokens):
+    """Mean over tokens of the entropy of the whole routing distribution, nats.
+
+    Source: Huang et al. 2024, arXiv:2403.07652, L_d (dynamic loss): it keeps top-p
+    routing from buying experts by being unsure.
+    """
+    return entropy_sum / jnp.maximum(num_tokens, 1.0)
+
+
+def importance_loss(prob_sum_E):
+    """Squared coefficient of variation of the summed probabilities of the experts.
+
+    Source: Shazeer et al. 2017, arXiv:1701.06538, equations 6 and 7, with the variance
+    over E and the whole distribution in place of its top-k part (as in V-MoE).
+    """
+    mean = jnp.mean(prob_sum_E, axis=-1)
+    variance = jnp.mean((prob_sum_E - mean[..., None]) ** 2, axis=-1)
+    return variance / jnp.maximum(mean**2, 1e-10)
 
 
 def update_bias(bias_E, load_E, rate):

@@ -3,21 +3,51 @@
 Sums can be added over microbatches and devices; figures cannot. `routing_stats` makes
 the sums inside the layer, `layer_metrics` turns them into what is logged.
 
-T tokens · E experts · ... any leading dims (layers, chain steps)
+B batch · L length · T = B * L tokens · E experts (zero-computation ones included) ·
+K slots per token · C slots per expert · ... leading dims (layers, chain steps)
 """
 
 import jax
 import jax.numpy as jnp
 
+from moex.moe.routing import ExpertRouting
 
-def routing_stats(routing, valid_T, load_E, num_kept) -> dict:
-    """Float32 sums over the valid tokens of one layer call.
+
+def loads(routing, shape_BL, num_experts) -> tuple[jax.Array, jax.Array]:
+    """`(load_BE, real_T)`: slots per sequence and expert, and per token.
 
     Args:
-      routing: as the router returned it, before capacity.
+      routing: after padding was taken out, before capacity.
+      shape_BL: batch and length of the tokens.
+      num_experts: experts that compute; only their slots count in `real_T`.
+    """
+    B, L = shape_BL
+    E = routing.probs_TE.shape[-1]
+    if isinstance(routing, ExpertRouting):
+        keep_EC = routing.keep_EC.astype(jnp.float32)
+        expert_E1 = jnp.arange(E)[:, None]
+        row_EC = routing.token_EC // L
+        load_BE = jnp.zeros((B, E)).at[row_EC, expert_E1].add(keep_EC)
+        real_EC = jnp.where(expert_E1 < num_experts, keep_EC, 0.0)
+        return load_BE, jnp.zeros(B * L).at[routing.token_EC].add(real_EC)
+    # Compare and sum: fuses, needs no scatter, and stays where its sequences are.
+    expert_BSE = routing.expert_TK.reshape(B, -1, 1) == jnp.arange(E)[None, None]
+    kept_BSE = expert_BSE & routing.keep_TK.reshape(B, -1, 1)
+    load_BE = jnp.sum(kept_BSE, axis=1, dtype=jnp.float32)
+    real_TK = routing.keep_TK & (routing.expert_TK < num_experts)
+    return load_BE, jnp.sum(real_TK, axis=-1, dtype=jnp.float32)
+
+
+def routing_stats(routing, valid_T, load_E, real_T, num_kept, num_experts) -> dict:
+    """Float32 sums over the valid tokens of one layer call; differentiable.
+
+    Args:
+      routing: as the router returned it, without padding, before capacity.
       valid_T: bool[T], False at padding.
       load_E: float32[E], slots per expert before capacity.
-      num_kept: float32 scalar, slots left after capacity.
+      real_T: float32[T], slots per token at experts that compute.
+      num_kept: float32 scalar, rows that were computed.
+      num_experts: experts that compute.
     """
     valid_T1 = valid_T[:, None].astype(jnp.float32)
     probs_TE = jnp.where(valid_T[:, None], routing.probs_TE, 1.0)
@@ -28,11 +58,14 @@ def routing_stats(routing, valid_T, load_E, num_kept) -> dict:
         "prob_sum_E": jnp.sum(routing.probs_TE * valid_T1, axis=0),
         "num_tokens": jnp.sum(valid_T1),
         "num_slots": jnp.sum(load_E),
+        "num_zero": jnp.sum(load_E[num_experts:]),
         "num_kept": num_kept,
+        "real_sq_sum": jnp.sum(real_T**2),
+        "num_unrouted": jnp.sum(jnp.where(real_T == 0, valid_T1[:, 0], 0.0)),
         "entropy_sum": jnp.sum(entropy_TE * valid_T1),
         "z_sum": jnp.sum(lse_T**2 * valid_T1[:, 0]),
         "top_gate_sum": jnp.sum(jnp.max(routing.probs_TE, axis=-1) * valid_T1[:, 0]),
-    }
+    } | routing.sums
 
 
 def layer_metrics(stats: dict) -> dict:
@@ -45,7 +78,10 @@ def layer_metrics(stats: dict) -> dict:
       effective_frac [...]: exp(entropy of the load) / E; 1 is perfect balance.
       entropy [...]: mean over tokens of the entropy of router_probs, nats.
       confidence [...]: mean over tokens of the largest router probability.
-      experts_per_token [...]: kept slots per token.
+      experts_per_token [...]: computed slots per token.
+      experts_per_token_std [...]: their deviation over tokens, before capacity.
+      unrouted_frac [...]: share of tokens that no computing expert was chosen for.
+      zero_frac [...]: share of slots at zero-computation experts.
       dropped_frac [...]: share of slots dropped by capacity.
     """
     load_E = stats["load_E"]
@@ -54,6 +90,8 @@ def layer_metrics(stats: dict) -> dict:
     slots = jnp.maximum(stats["num_slots"], 1.0)
     frac_E = load_E / slots[..., None]
     load_entropy = -jnp.sum(frac_E * jnp.log(jnp.maximum(frac_E, 1e-30)), axis=-1)
+    mean_real = (stats["num_slots"] - stats["num_zero"]) / tokens
+    variance = jnp.maximum(stats["real_sq_sum"] / tokens - mean_real**2, 0.0)
     return {
         "load_frac_E": frac_E,
         "max_violation": jnp.max(frac_E, axis=-1) * num_experts - 1.0,
@@ -62,5 +100,8 @@ def layer_metrics(stats: dict) -> dict:
         "entropy": stats["entropy_sum"] / tokens,
         "confidence": stats["top_gate_sum"] / tokens,
         "experts_per_token": stats["num_kept"] / tokens,
-        "dropped_frac": 1.0 - stats["num_kept"] / slots,
+        "experts_per_token_std": jnp.sqrt(variance),
+        "unrouted_frac": stats["num_unrouted"] / tokens,
+        "zero_frac": stats["num_zero"] / slots,
+        "dropped_frac": 1.0 - (stats["num_kept"] + stats["num_zero"]) / slots,
     }

@@ -1,12 +1,18 @@
 """The contract between routers and everything after them.
 
-T tokens · E experts · K slots per token
+T tokens · E experts (zero-computation ones included) · K slots per token · C slots per
+expert
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+
+from moex.config import require_choice
+
+SCORES = ("softmax", "sigmoid", "sqrt_softplus")
+NORMALIZE = ("after", "before", "none")
 
 
 @jax.tree_util.register_dataclass
@@ -19,9 +25,11 @@ class Routing:
       gate_TK: float32 weight of each slot; 0 where not kept.
       keep_TK: bool, the slot is really used. K is static, so a router that chooses
         fewer experts for some tokens clears `keep`.
-      logits_TE: float32 router logits, before normalisation.
+      logits_TE: float32 router logits, before normalisation and without noise.
       probs_TE: float32 normalised scores; each row sums to 1. The load-balance loss
         averages these.
+      sums: what the router's own state update needs beside the load; float32 arrays
+        that may be added over microbatches.
     """
 
     expert_TK: jax.Array
@@ -29,12 +37,52 @@ class Routing:
     keep_TK: jax.Array
     logits_TE: jax.Array
     probs_TE: jax.Array
+    sums: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def keep_only(self, keep_TK) -> "Routing":
         """The same routing with only the slots that `keep_TK` also allows."""
         keep_TK = self.keep_TK & keep_TK
         gate_TK = jnp.where(keep_TK, self.gate_TK, 0.0)
         return dataclasses.replace(self, keep_TK=keep_TK, gate_TK=gate_TK)
+
+    def trace(self) -> dict:
+        """What a replay of this routing needs, and the gates."""
+        return {"expert": self.expert_TK, "gate": self.gate_TK, "keep": self.keep_TK}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertRouting:
+    """Which tokens each expert takes: the layout of routers in which experts choose.
+
+    Attributes:
+      token_EC: int32 in [0, T); the kept slots of an expert name different tokens.
+      gate_EC, keep_EC, logits_TE, probs_TE, sums: as in `Routing`.
+    """
+
+    token_EC: jax.Array
+    gate_EC: jax.Array
+    keep_EC: jax.Array
+    logits_TE: jax.Array
+    probs_TE: jax.Array
+    sums: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    def by_row(self) -> tuple[jax.Array, Routing]:
+        """`(token_N, routing)`: every slot as a token of its own with one expert."""
+        E, C = self.token_EC.shape
+        expert_EC = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[:, None], (E, C))
+        rows = Routing(
+            expert_TK=expert_EC.reshape(-1, 1),
+            gate_TK=self.gate_EC.reshape(-1, 1),
+            keep_TK=self.keep_EC.reshape(-1, 1),
+            logits_TE=self.logits_TE,
+            probs_TE=self.probs_TE,
+        )
+        return self.token_EC.reshape(-1), rows
+
+    def trace(self) -> dict:
+        """What a replay of this routing needs, and the gates."""
+        return {"token": self.token_EC, "gate": self.gate_EC, "keep": self.keep_EC}
 
 
 def router_logits(x_TD, w_DE) -> jax.Array:
@@ -49,9 +97,57 @@ def router_logits(x_TD, w_DE) -> jax.Array:
     )
 
 
+def router_scores(logits_TE, score) -> tuple[jax.Array, jax.Array]:
+    """`(score_TE, probs_TE)` of one of `SCORES`; probs are scores that sum to 1."""
+    if score == "softmax":
+        probs_TE = jax.nn.softmax(logits_TE, axis=-1)
+        return probs_TE, probs_TE
+    if score == "sigmoid":
+        score_TE = jax.nn.sigmoid(logits_TE)
+    else:
+        score_TE = jnp.sqrt(jax.nn.softplus(logits_TE))
+    total_T1 = jnp.sum(score_TE, axis=-1, keepdims=True)
+    return score_TE, score_TE / jnp.maximum(total_T1, 1e-20)
+
+
+def slot_gates(score_TE, probs_TE, expert_TK, keep_TK, normalize) -> jax.Array:
+    """float32[T, K] gates of the chosen experts; 0 where not kept.
+
+    Args:
+      normalize: "after" selection (the gates of a token sum to 1), "before" it (the
+        chosen entries of `probs_TE`), or "none" (the chosen entries of `score_TE`).
+    """
+    values_TE = probs_TE if normalize == "before" else score_TE
+    gate_TK = jnp.take_along_axis(values_TE, expert_TK, axis=-1)
+    if normalize == "after":
+        return normalize_gates(gate_TK, keep_TK)
+    return jnp.where(keep_TK, gate_TK, 0.0)
+
+
 def normalize_gates(gate_TK, keep_TK) -> jax.Array:
     """Gates scaled to sum to 1 over the kept slots of each token; none kept gives 0."""
     gate_TK = jnp.where(keep_TK, gate_TK, 0.0)
     total_T1 = jnp.sum(gate_TK, axis=-1, keepdims=True)
     # All gates can underflow to 0; the floor keeps the quotient finite then.
     return gate_TK / jnp.maximum(total_T1, 1e-20)
+
+
+def replayed(ctx, expert_TK, keep_TK):
+    """The recorded assignment of `ctx.forced` instead, if there is one.
+
+    Gates are then made from live scores, so gradients reach the router.
+    """
+    if ctx.forced is None:
+        return expert_TK, keep_TK
+    if ctx.forced["expert"].shape != expert_TK.shape:
+        raise ValueError(
+            "a replayed assignment needs the tokens and slots of this router, "
+            f"{expert_TK.shape}; it was recorded with {ctx.forced['expert'].shape}."
+        )
+    return ctx.forced["expert"], ctx.forced["keep"]
+
+
+def check_score_fields(cfg, path) -> None:
+    """Check the fields `score` and `normalize` that some routers share."""
+    require_choice(f"{path}.score", cfg.score, SCORES)
+    require_choice(f"{path}.normalize", cfg.normalize, NORMALIZE)

@@ -3,13 +3,24 @@
 B batch · L length · D model width
 """
 
+import dataclasses
+
 from flax import nnx
 
 from moex.nn.norm import RMSNorm
 
 
+# What a feed-forward's output y is added to: h, the residual stream before the norm,
+# z = norm(h), both, or nothing.
+RESIDUALS = ("prenorm", "released", "both", "none")
+
+
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)) (pre-norm).
+    """h = x + attention(norm(x)), then h + ffn(norm(h)) (pre-norm).
+
+    `residual="released"` is z + ffn(z) with z = norm(h): the block of the released
+    Chain-of-Experts code, whose residual stream is replaced by its normalised version.
+    "both" is h + z + ffn(z) (theirs with the outer residual); "none" is ffn(z).
 
     The feed-forward is whatever the pattern names: anything with
     `make(dim, rngs)` and `(x_BLD, ctx) -> (y_BLD, aux)`.
@@ -17,7 +28,8 @@ class Block(nnx.Module):
     Returns `(x_BLD, aux, cache)`; `aux` sits under "ffn", where the module sits.
     """
 
-    def __init__(self, ffn, attention, dim, rngs, *, norm_eps):
+    def __init__(self, ffn, attention, dim, rngs, *, norm_eps, residual="prenorm"):
+        self.residual = residual
         self.norm_attention = RMSNorm(dim, rngs, axis="embed", eps=norm_eps)
         self.attention = attention.make(dim, rngs)
         self.norm_ffn = RMSNorm(dim, rngs, axis="embed", eps=norm_eps)
@@ -26,5 +38,12 @@ class Block(nnx.Module):
     def __call__(self, x_BLD, ctx, cache):
         y_BLD, cache = self.attention(self.norm_attention(x_BLD), ctx, cache)
         h_BLD = x_BLD + y_BLD
-        z_BLD, aux = self.ffn(self.norm_ffn(h_BLD), ctx)
-        return h_BLD + z_BLD, {"ffn": aux}, cache
+        z_BLD = self.norm_ffn(h_BLD)
+        if ctx.forced is not None:
+            ctx = dataclasses.replace(ctx, forced=ctx.forced.get("ffn"))
+        y_BLD, aux = self.ffn(z_BLD, ctx)
+        if self.residual in ("prenorm", "both"):
+            y_BLD = h_BLD + y_BLD
+        if self.residual in ("released", "both"):
+            y_BLD = z_BLD + y_BLD
+        return y_BLD, {"ffn": aux}, cache

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """A frozen pytree; the fields after `forced` are static (they pick the program).
+    """A frozen pytree; the fields after `layer` are static (they pick the program).
 
     Attributes:
       segment_BL: int32, document number within the row from 1; 0 is padding. Tokens
@@ -22,8 +22,9 @@ class Context:
       key_segment_BS, key_position_BS: the same for the keys of a decoding cache; None
         when the keys are the queries.
       cache_index: int32 scalar, where in the cache this call's keys are written.
-      key: random key for router noise, or None for no noise.
-      forced: a recorded assignment to replay, or None.
+      key: random key for router noise, or None for no noise; every layer gets its own.
+      forced: a recorded assignment to replay (`moe/replay.py`), or None.
+      layer: int32 scalar, which copy of its segment a layer is; None outside a stack.
       mode: "train", "eval" or "decode".
       collect: return routing traces.
       dtype: compute dtype of the matmuls.
@@ -40,7 +41,8 @@ class Context:
     key_position_BS: jax.Array | None = None
     cache_index: jax.Array | None = None
     key: jax.Array | None = None
-    forced: jax.Array | None = None
+    forced: dict | None = None
+    layer: jax.Array | None = None
     mode: str = dataclasses.field(default="train", metadata={"static": True})
     collect: bool = dataclasses.field(default=False, metadata={"static": True})
     dtype: str = dataclasses.field(default="float32", metadata={"static": True})

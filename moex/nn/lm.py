@@ -5,6 +5,7 @@ B batch · L length · S cache length · D model width · V vocabulary
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -46,6 +47,8 @@ class LM(Config):
             f"heads = {self.attention.heads} times an even head width "
             f"(or set {path}.attention.head_dim)",
         )
+        for i, segment in enumerate(self.layers):
+            segment.validate_dim(self.dim, f"{path}.layers[{i}]")
 
     def make(self, rngs):
         return LanguageModel(self, rngs)
@@ -103,7 +106,7 @@ class LanguageModel(nnx.Module):
         x_BLD = constrain(x_BLD, "batch", None, None)
         aux, new_caches = {}, []
         for i, (segment, cache) in enumerate(zip(self.segments, caches, strict=True)):
-            x_BLD, aux[str(i)], cache = segment(x_BLD, ctx, cache)
+            x_BLD, aux[str(i)], cache = segment(x_BLD, _inside(ctx, i), cache)
             new_caches.append(cache)
         x_BLD = self.norm(x_BLD)
         if self.w_logits_DV is None:
@@ -118,3 +121,10 @@ class LanguageModel(nnx.Module):
         )
         logits_BLV = constrain(logits_BLV, "batch", None, "vocab")
         return logits_BLV, {"segments": aux}, new_caches
+
+
+def _inside(ctx, i):
+    """The context of segment `i`: its own random key, its part of a replay."""
+    key = None if ctx.key is None else jax.random.fold_in(ctx.key, i)
+    forced = None if ctx.forced is None else ctx.forced["segments"].get(str(i))
+    return dataclasses.replace(ctx, key=key, forced=forced)

@@ -13,8 +13,12 @@ from flax import nnx
 AXES = ("vocab", "embed", "heads", "head_dim", "mlp", "expert", "latent")
 
 
-class RouterBias(nnx.Variable):
-    """State that is not learned by gradient: a router's selection bias, float32 [E]."""
+class RouterState(nnx.Variable):
+    """State of a router that no gradient moves, such as its selection bias.
+
+    Its metadata are `axes`, as for parameters, and `rule`: a hashable callable
+    `(value, stats, step) -> value` that the train step applies (`moe/balance.py`).
+    """
 
 
 def param(

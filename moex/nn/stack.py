@@ -6,12 +6,14 @@ Write `repeat=1` segments where nothing repeats.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from moex.config import Config, require
-from moex.nn.block import Block
+from moex.config import Config, require, require_choice, walk
+from moex.nn.block import RESIDUALS, Block
 from moex.sharding import constrain
 
 
@@ -21,6 +23,7 @@ class Segment(Config):
 
     pattern: tuple[Config, ...]  # one feed-forward config per block, at least one
     repeat: int = 1  # copies, >= 1
+    residual: str = "prenorm"  # or "released", "both", "none": see `nn/block.py`
 
     def validate(self, path):
         require(len(self.pattern) >= 1, f"{path}.pattern", self.pattern, "not empty")
@@ -32,12 +35,23 @@ class Segment(Config):
                 type(ffn).__name__,
                 "a feed-forward config such as Dense or MoE",
             )
+            for where, node in walk(ffn, f"{path}.pattern[{i}]"):
+                if hasattr(node, "validate_repeat"):
+                    node.validate_repeat(self.repeat, where)
+        require_choice(f"{path}.residual", self.residual, RESIDUALS)
+
+    def validate_dim(self, dim, path):
+        """Checks that need the model width."""
+        for i, ffn in enumerate(self.pattern):
+            config: Any = ffn
+            if hasattr(config, "validate_dim"):
+                config.validate_dim(dim, f"{path}.pattern[{i}]")
 
     def make(self, attention, dim, rngs, *, norm_eps):
         """A `SegmentStack`; every parameter gets a leading `repeat` dim."""
 
         def make_one(key):
-            return SegmentStack(self.pattern, attention, dim, key, norm_eps=norm_eps)
+            return SegmentStack(self, attention, dim, key, norm_eps=norm_eps)
 
         return jax.vmap(make_one)(jax.random.split(rngs.params(), self.repeat))
 
@@ -45,39 +59,55 @@ class Segment(Config):
         """A decoding cache: per pattern position, leading dim `repeat`."""
         one = [attention.init_cache(dim, batch, length, dtype) for _ in self.pattern]
         return jax.tree.map(
-            lambda a: jax.numpy.broadcast_to(a, (self.repeat, *a.shape)), one
+            lambda a: jnp.broadcast_to(a, (self.repeat, *a.shape)), one
         )
 
 
 class SegmentStack(nnx.Module):
     """The blocks of one segment, each parameter stacked [repeat, ...]."""
 
-    def __init__(self, pattern, attention, dim, key, *, norm_eps):
+    def __init__(self, cfg, attention, dim, key, *, norm_eps):
         rngs = nnx.Rngs(params=key)
+        options = {"norm_eps": norm_eps, "residual": cfg.residual}
         self.blocks = nnx.List(
-            Block(ffn, attention, dim, rngs, norm_eps=norm_eps) for ffn in pattern
+            Block(ffn, attention, dim, rngs, **options) for ffn in cfg.pattern
         )
 
     def __call__(self, x_BLD, ctx, cache):
         """Returns `(x_BLD, aux, cache)`; aux and cache stacked over [repeat]."""
+        outer = dataclasses.replace(ctx, forced=None, key=None)
 
         def body(x_BLD, layer):
-            blocks, block_caches = layer
+            blocks, block_caches, number, forced = layer
             aux, caches = {}, []
             for i, block in enumerate(blocks):
                 block_cache = None if cache is None else block_caches[i]
-                x_BLD, aux[str(i)], new = block(x_BLD, ctx, block_cache)
+                own = dataclasses.replace(
+                    outer,
+                    layer=number,
+                    key=_fold(ctx.key, number * len(blocks) + i),
+                    forced=None if forced is None else forced.get(str(i)),
+                )
+                x_BLD, aux[str(i)], new = block(x_BLD, own, block_cache)
                 x_BLD = constrain(x_BLD, "batch", None, None)
                 caches.append(new)
             return x_BLD, ({"blocks": aux}, None if cache is None else caches)
 
+        repeat = jax.tree.leaves(self.blocks)[0].shape[0]
+        numbers = jnp.arange(repeat, dtype=jnp.int32)
+        forced = None if ctx.forced is None else ctx.forced["blocks"]
         x_BLD, (aux, cache) = jax.lax.scan(
             checkpointed(body, ctx.remat),
             x_BLD,
-            (self.blocks, cache),
+            (self.blocks, cache, numbers, forced),
             unroll=ctx.unroll,
         )
         return x_BLD, aux, cache
+
+
+def _fold(key, number):
+    """A key of its own for each layer; None stays None."""
+    return None if key is None else jax.random.fold_in(key, number)
 
 
 REMAT = ("none", "dots", "full")

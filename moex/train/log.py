@@ -25,10 +25,12 @@ LAYOUT = {
         "router entropy, nats": ["Multiline", ["moe/entropy/.*"]],
         "dead experts, share": ["Multiline", ["moe/dead_frac/.*"]],
         "experts per token": ["Multiline", ["moe/experts_per_token/.*"]],
+        "zero-computation slots, share": ["Multiline", ["moe/zero_frac.*"]],
         "dropped slots, share": ["Multiline", ["moe/dropped_frac.*"]],
     },
     "training": {
         "loss, nats per token": ["Multiline", ["train/nll", "eval/nll"]],
+        "weighted losses": ["Multiline", ["loss/.*"]],
         "bits per byte": ["Multiline", ["train/bits_per_byte", "eval/bits_per_byte"]],
         "gradient norm": ["Multiline", ["train/grad_norm"]],
         "tokens per second": ["Multiline", ["perf/tokens_per_s"]],
@@ -167,7 +169,7 @@ class RunLog:
 
 
 def _tag(kind, name):
-    if name.startswith(("perf/", "moe/")):
+    if name.startswith(("perf/", "moe/", "loss/")):
         return name
     return f"{kind}/{name}"
 

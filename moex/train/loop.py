@@ -19,6 +19,7 @@ from moex import config as configs
 from moex.config import ConfigError
 from moex.data.report import compressor_bits_per_byte
 from moex.run import check_run
+from moex.schedule import is_always_zero
 from moex.sharding import shard_batch
 from moex.train.checkpoint import Checkpointer, CheckpointError
 from moex.train.job import (
@@ -70,7 +71,7 @@ def train(cfg, workdir, *, dry_run=False, say=None) -> dict:
         _check_workdir(workdir)
     job = make_job(cfg, log=say)
     cost = accounting.model_cost(cfg.model, job.spec, cfg.seq_len)
-    say(accounting.model_table(cfg.model, job.spec, cfg.seq_len))
+    say(accounting.model_table(cfg.model, job.spec, job.tx, cfg.seq_len))
     resuming = workdir is not None and (workdir / "config.json").is_file()
     if resuming:
         for change in check_resume(cfg, workdir, job.data.tokenizer):
@@ -295,11 +296,14 @@ class Run:
             "perf/data_s": data_seconds,
             "perf/memory_gib": memory_bytes() / 2**30,
         } | {f"moe/{k}": v for k, v in moe.items()}
+        for name, value in metrics["weighted"].items():
+            if not is_always_zero(getattr(cfg.loss, name)):
+                values[f"loss/{name}"] = float(value)
         for name, nll in zip(self.job.data.domains, metrics["domain_nll"], strict=True):
             if len(self.job.data.domains) > 1:
                 values[f"nll/{name}"] = float(nll)
         if peak is not None:
-            flops = rate * self.cost.train_flops
+            flops = rate * self.cost.train_flops_at(metrics["layers"])
             values["perf/mfu"] = flops / (peak * jax.device_count())
         self.log.record("train", step, values)
         image = cfg.log.images_every and step % cfg.log.images_every == 0

@@ -6,7 +6,9 @@ B batch · L length · V vocabulary
 import jax
 import jax.numpy as jnp
 
+from moex.moe.losses import load_balance_loss
 from moex.nn.context import Context
+from moex.schedule import value_at
 
 
 def moe_layers(aux, path=()):
@@ -39,7 +41,18 @@ def make_context(batch, **static) -> Context:
     )
 
 
-def lm_loss(model, ctx, batch, coefs, *, num_tokens, num_microbatches, num_domains):
+def lm_loss(
+    model,
+    ctx,
+    batch,
+    coefs,
+    *,
+    step=0,
+    num_tokens,
+    num_microbatches,
+    num_domains,
+    load_before=None,
+):
     """The loss whose gradient trains the model, and the sums that metrics need.
 
     Args:
@@ -47,10 +60,13 @@ def lm_loss(model, ctx, batch, coefs, *, num_tokens, num_microbatches, num_domai
       ctx: `Context` of the microbatch.
       batch: microbatch of the data pipeline.
       coefs: `run.Loss`.
+      step: optimizer step, for coefficients that follow a schedule.
       num_tokens: float32, scored targets in the whole optimizer step, so that
         microbatches with unequal counts add up to the full batch.
       num_microbatches: int, over which per-microbatch losses are averaged.
       num_domains: int, sources of the data.
+      load_before: `{layer path: load_E}` of earlier microbatches of the step, for
+        `balance_scope="step"`; None: there are none.
 
     Returns:
       (float32 scalar, sums): sums add over microbatches.
@@ -60,12 +76,12 @@ def lm_loss(model, ctx, batch, coefs, *, num_tokens, num_microbatches, num_domai
     nll_BL, z_BL = token_losses(logits_BLV, batch["targets"])
     nll_sum = jnp.sum(nll_BL * mask_BL)
     z_sum = jnp.sum(z_BL * mask_BL)
-    loss = (nll_sum + coefs.z * z_sum) / num_tokens
-    layers = list(moe_layers(aux))
-    for _, layer in layers:
-        routing = coefs.load_balance * jnp.sum(layer["losses"]["load_balance"])
-        routing += coefs.router_z * jnp.sum(layer["losses"]["router_z"])
-        loss += routing / num_microbatches
+    layers = {"/".join(path): layer for path, layer in moe_layers(aux)}
+    weighted = {"z": value_at(coefs.z, step) * z_sum / num_tokens}
+    raw = routing_losses(layers, coefs, load_before)
+    for name, value in raw.items():
+        weighted[name] = value_at(getattr(coefs, name), step) * value / num_microbatches
+    loss = nll_sum / num_tokens + sum(weighted.values())
     domain_B = jax.nn.one_hot(batch["domain"], num_domains, dtype=jnp.float32).T
     sums = {
         "nll": nll_sum,
@@ -75,8 +91,43 @@ def lm_loss(model, ctx, batch, coefs, *, num_tokens, num_microbatches, num_domai
         "domain_nll": domain_B @ jnp.sum(nll_BL * mask_BL, axis=1),
         "domain_tokens": domain_B @ jnp.sum(mask_BL, axis=1),
         "layers": {
-            "/".join(path): {"losses": layer["losses"], "stats": layer["stats"]}
-            for path, layer in layers
+            path: {"losses": layer["losses"], "stats": layer["stats"]}
+            for path, layer in layers.items()
         },
+        "weighted": weighted,
     }
     return loss, sums
+
+
+def routing_losses(layers, coefs, load_before=None) -> dict:
+    """Unscaled routing losses of a microbatch, over all layers and chain rounds.
+
+    Args:
+      layers: `{path: aux of a layer}`; every array has leading dims [repeat] or
+        [repeat, C].
+      coefs: `run.Loss`, for scope, scale and how layers are put together.
+      load_before: as for `lm_loss`.
+    """
+    if not layers:
+        return {}
+    total = dict.fromkeys(("load_balance", "router_z", "entropy", "importance"), 0.0)
+    count = 0
+    for path, layer in layers.items():
+        own, stats = layer["losses"], layer["stats"]
+        values = {name: own[name] for name in total}
+        if coefs.balance_scope == "sequence":
+            values["load_balance"] = own["sequence_balance"]
+        elif coefs.balance_scope == "step" and load_before is not None:
+            values["load_balance"] = load_balance_loss(
+                stats["load_E"] + load_before[path],
+                stats["prob_sum_E"],
+                stats["num_tokens"],
+            )
+        if coefs.balance_scale == "count":
+            slots = stats["num_slots"] / jnp.maximum(stats["num_tokens"], 1.0)
+            values["load_balance"] *= slots
+        total = {name: total[name] + jnp.sum(values[name]) for name in total}
+        count += own["load_balance"].size
+    if coefs.over_layers == "mean":
+        total = {name: value / count for name, value in total.items()}
+    return total

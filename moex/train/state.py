@@ -25,12 +25,12 @@ class ParamInfo:
     Attributes:
       axes: logical axis names of its own dims (stacked layers come before).
       matrix: (input dims, output dims) among `axes`, or None.
-      rate: step of a router bias, or None.
+      rule: what moves a state variable, `(value, stats, step) -> value`, or None.
     """
 
     axes: tuple[str | None, ...]
     matrix: tuple | None = None
-    rate: float | None = None
+    rule: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def model_spec(cfg: LM) -> ModelSpec:
             info["/".join(map(str, path))] = ParamInfo(
                 axes=metadata["axes"],
                 matrix=metadata.get("matrix"),
-                rate=metadata.get("rate"),
+                rule=metadata.get("rule"),
             )
     return ModelSpec(graphdef, _pure(params), _pure(state), info)
 

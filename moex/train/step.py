@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moex.moe.losses import update_bias
 from moex.moe.metrics import layer_metrics
 from moex.optim import path_factors, path_name
 from moex.train.losses import lm_loss, make_context
@@ -33,7 +32,7 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
       static: static fields of `Context` (dtype, kernels, remat).
     """
 
-    def loss_fn(params, state, batch, key, num_tokens):
+    def loss_fn(params, state, batch, key, num_tokens, step, load_before):
         model = spec.merge(params, state)
         ctx = make_context(batch, key=key, mode="train", **static)
         return lm_loss(
@@ -41,9 +40,11 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
             ctx,
             batch,
             coefs,
+            step=step,
             num_tokens=num_tokens,
             num_microbatches=grad_accum,
             num_domains=num_domains,
+            load_before=load_before,
         )
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -55,10 +56,17 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
         num_tokens = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
         key = jax.random.fold_in(key, step)
 
-        def micro(args):
+        def micro(args, before):
+            """Loss, sums and gradients; `before` holds those of earlier microbatches."""
             i, microbatch = args
             key_i = jax.random.fold_in(key, i)
-            return grad_fn(params, state, microbatch, key_i, num_tokens)
+            load_before = None
+            if before is not None and coefs.balance_scope == "step":
+                (_, sums), _ = before
+                load_before = {k: v["stats"]["load_E"] for k, v in sums["layers"].items()}
+            return grad_fn(
+                params, state, microbatch, key_i, num_tokens, step, load_before
+            )
 
         (loss, sums), grads = _accumulate(micro, batch, grad_accum)
         # Frozen parameters have no part in the norm, and XLA drops their gradients.
@@ -70,7 +78,7 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
             updates, opt = tx.update(grads, train_state["opt"], params)
             new = {
                 "params": optax.apply_updates(params, updates),
-                "state": update_state(spec, state, sums["layers"]),
+                "state": update_state(spec, state, sums["layers"], step),
                 "opt": opt,
             }
             ok, guard = guard_update(
@@ -90,35 +98,51 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
 
 
 def _accumulate(micro, batch, num):
-    """Sum of `micro((i, microbatch))` over `num` microbatches of `batch`.
+    """Sum of `micro((i, microbatch), sum before)` over `num` microbatches of `batch`.
 
     Rows are dealt out in turn, not in runs, so that a batch split over devices stays
     where it is.
     """
     if num == 1:
-        return micro((0, batch))
+        return micro((0, batch), None)
     parts = jax.tree.map(
         lambda a: jnp.swapaxes(a.reshape(-1, num, *a.shape[1:]), 0, 1), batch
     )
     # Zeros, not the first microbatch: the model is then compiled once, not twice.
-    abstract = jax.eval_shape(micro, (0, jax.tree.map(lambda a: a[0], parts)))
+    first = (0, jax.tree.map(lambda a: a[0], parts))
+    abstract = jax.eval_shape(lambda: micro(first, None))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
 
     def add(total, args):
-        return jax.tree.map(jnp.add, total, micro(args)), None
+        return jax.tree.map(jnp.add, total, micro(args, total)), None
 
     return jax.lax.scan(add, zeros, (jnp.arange(num), parts))[0]
 
 
-def update_state(spec, state, layers):
-    """Move each router bias by the load of its layer, summed over the whole step."""
+def update_state(spec, state, layers, step):
+    """Move the state of each router by its rule, with the sums of the whole step."""
 
-    def update(path, bias_E):
+    def update(path, value):
         name = path_name(path)
-        layer = layers[name.removesuffix("/router/bias_E")]
-        return update_bias(bias_E, layer["stats"]["load_E"], spec.info[name].rate)
+        return spec.info[name].rule(value, router_sums(layers, name), step)
 
     return jax.tree_util.tree_map_with_path(update, state)
+
+
+def router_sums(layers, name) -> dict:
+    """Sums of the router that the state variable `name` belongs to.
+
+    `<layer>/router/x` is the only router of its layer: in a chain it takes part in
+    every round, so rounds are added. `<layer>/routers/t/x` is that of round t.
+    """
+    layer, _, rest = name.rpartition("/router")
+    stats = layers[layer]["stats"]
+    if rest.startswith("s/"):
+        t = int(rest.split("/")[1])
+        return {k: v[:, t] for k, v in stats.items()}
+    if stats["num_tokens"].ndim == 2:
+        return {k: jnp.sum(v, axis=1) for k, v in stats.items()}
+    return stats
 
 
 def guard_update(guard, loss, grad_norm, spike_factor):
@@ -165,6 +189,7 @@ def figures(sums, num_microbatches=1):
         "domain_nll": sums["domain_nll"] / jnp.maximum(sums["domain_tokens"], 1.0),
         "domain_tokens": sums["domain_tokens"],
         "layers": layers,
+        "weighted": sums["weighted"],
     }
 
 

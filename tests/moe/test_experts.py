@@ -13,16 +13,38 @@ from flax import nnx
 
 from kernels_pallas import make_plan
 from moex.moe.dispatch import combine, dispatch
+from moex.config import ConfigError, ConfigWarning, check
 from moex.moe.experts.glu import Glu
+from moex.moe.experts.latent import Latent, latent_ratio
+from moex.moe.experts.lowrank import LowRank
+from moex.moe.layer import MoE
+from moex.moe.routers.topk import TopK
 from tests.helpers import context, split_module
 from tests.moe import oracle
 from tests.tolerances import assert_close
 
-# Each config with the float64 function of one row: (x_D, *weights of one expert).
-EXPERTS = {"glu": (Glu(hidden=3), oracle.glu)}
+# What each one computes is said in float64 by `oracle.EXPERTS`.
+EXPERTS = {
+    "glu": Glu(hidden=3),
+    "glu, gelu, bias": Glu(hidden=3, activation="gelu", bias=True),
+    "glu, clamped": Glu(hidden=3, activation="clamped"),
+    "latent": Latent(hidden=3, latent=2, group=4),
+    "latent, all, pairs": Latent(
+        hidden=3, latent=2, group=3, ops=("gate", "up", "down")
+    ),
+    "latent, all, one group": Latent(
+        hidden=3, latent=2, group=4, ops=("gate", "up", "down")
+    ),
+    "latent, up, own": Latent(hidden=3, latent=3, group=1, ops=("up",)),
+    "lowrank": LowRank(rank=2, alpha=3.0),
+    "rank one": LowRank(rank=1),
+}
 T, K, D, E = 9, 2, 5, 4
 
 experts = pytest.mark.parametrize("name", EXPERTS)
+# The default kernels are compiled once; the others are quicker to compile.
+KERNELS = dict.fromkeys(EXPERTS, "xla") | {"glu": None}
+FUSED = [n for n, cfg in EXPERTS.items() if n == "glu" or isinstance(cfg, Latent)]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +63,16 @@ def inputs():
     }
 
 
+def built(name):
+    """(graphdef, params, state), biases not 0."""
+    graphdef, params, state = split_module(EXPERTS[name].make(D, E, nnx.Rngs(params=0)))
+    rng = np.random.default_rng(4)
+    for leaf, value in params.items():
+        if leaf.startswith("bias"):
+            params[leaf] = jnp.asarray(rng.normal(size=value.shape), jnp.float32)
+    return graphdef, params, state
+
+
 def by_definition(module, x_TD, gate_TK, plan, ctx):
     y_ND = module(dispatch(x_TD, plan), plan.group_sizes_E, ctx)
     return combine(y_ND, gate_TK, plan)
@@ -54,15 +86,15 @@ def fused(module, x_TD, gate_TK, plan, ctx):
 def outputs(name, form, dtype, inputs):
     """(y_TD, gradients of {params, x_TD, gate_TK}, params)."""
     inputs = dict(inputs)
-    cfg, _ = EXPERTS[name]
-    graphdef, params, state = split_module(cfg.make(D, E, nnx.Rngs(params=0)))
+    graphdef, params, state = built(name)
     x_TD = jnp.asarray(inputs["x_TD"], dtype)
     gate_TK = jnp.asarray(inputs["gate_TK"], jnp.float32)
     dy_TD = jnp.asarray(inputs["dy_TD"], jnp.float32)
 
     def loss(params, x_TD, gate_TK):
         module = nnx.merge(graphdef, params, state)
-        y_TD = form(module, x_TD, gate_TK, inputs["plan"], context(1, T, dtype=dtype))
+        ctx = context(1, T, dtype=dtype, kernels=KERNELS[name])
+        y_TD = form(module, x_TD, gate_TK, inputs["plan"], ctx)
         assert y_TD.dtype == x_TD.dtype
         return jnp.sum(dy_TD * y_TD.astype(jnp.float32)), y_TD
 
@@ -85,18 +117,21 @@ def run(inputs):
     return lambda name, form, dtype="float32": outputs(name, form, dtype, held)
 
 
-@experts
-@pytest.mark.parametrize("form", [by_definition, fused])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, by_definition) for name in EXPERTS] + [(name, fused) for name in FUSED],
+)
 def test_values_and_gradients_are_those_of_the_loop(name, form, inputs, run):
     y_TD, gradients, params = run(name, form)
-    one = EXPERTS[name][1]
+    cfg = EXPERTS[name]
+    one = oracle.EXPERTS[type(cfg).__name__]
 
     def true_y(arguments):
         y_TD = np.zeros((T, D))
+        weights = {k: np.asarray(arguments[k], np.float64) for k in params}
         for t, j in np.argwhere(inputs["keep_TK"]):
             e = inputs["expert_TK"][t, j]
-            weights = [np.asarray(arguments[k], np.float64)[e] for k in params]
-            row_D = one(np.asarray(arguments["x_TD"])[t], *weights)
+            row_D = one(cfg, np.asarray(arguments["x_TD"])[t], weights, e)
             y_TD[t] += np.asarray(arguments["gate_TK"])[t, j] * row_D
         return y_TD
 
@@ -118,12 +153,13 @@ def test_values_and_gradients_are_those_of_the_loop(name, form, inputs, run):
             )
             assert_close(np.sum(gradient * direction), slope, "difference", leaf)
     for leaf in params:
-        assert jnp.all(gradients[leaf][E - 1] == 0), "an idle expert has no gradient"
+        if not leaf.startswith("b_"):  # those belong to groups
+            assert jnp.all(gradients[leaf][E - 1] == 0), "an idle expert has a gradient"
 
 
-@experts
 @pytest.mark.parametrize(
-    ("dtype", "kind"), [("float32", "float32"), ("bfloat16", "bfloat16")]
+    ("name", "dtype", "kind"),
+    [(name, "float32", "float32") for name in FUSED] + [("glu", "bfloat16", "bfloat16")],
 )
 def test_fused_is_the_definition(name, dtype, kind, run):
     y_TD, gradients, _ = run(name, by_definition, dtype)
@@ -135,17 +171,28 @@ def test_fused_is_the_definition(name, dtype, kind, run):
 
 
 @experts
-def test_bfloat16_is_near_float32(name, run):
-    for form in (by_definition, fused):
-        assert_close(run(name, form, "bfloat16")[0], run(name, form)[0], "bfloat16")
+def test_bfloat16_is_near_float32(name, inputs, run):
+    form = fused if name in FUSED else by_definition
+    graphdef, params, state = built(name)
+    y_TD = jax.jit(form)(
+        nnx.merge(graphdef, params, state),
+        jnp.asarray(inputs["x_TD"], jnp.bfloat16),
+        jnp.asarray(inputs["gate_TK"], jnp.float32),
+        inputs["plan"],
+        context(1, T, dtype="bfloat16", kernels=KERNELS[name]),
+    )
+    assert y_TD.dtype == jnp.bfloat16
+    assert_close(y_TD, run(name, form)[0], "bfloat16")
 
 
 @experts
 def test_rows_past_the_groups_are_zero(name):
-    cfg, _ = EXPERTS[name]
-    module = cfg.make(D, E, nnx.Rngs(params=0))
+    graphdef, params, state = built(name)
+    module = nnx.merge(graphdef, params, state)
     sizes_E = jnp.array([1, 0, 2, 0], jnp.int32)
-    y_ND = module(jnp.full((5, D), 1.0).at[3:].set(jnp.nan), sizes_E, context(1, 5))
+    x_ND = jnp.full((5, D), 1.0).at[3:].set(jnp.nan)
+    ctx = context(1, 5, kernels=KERNELS[name])
+    y_ND = jax.jit(lambda x_ND: module(x_ND, sizes_E, ctx))(x_ND)
     assert jnp.all(y_ND[3:] == 0)
     assert jnp.all(jnp.isfinite(y_ND))
     np.testing.assert_array_equal(y_ND[1], y_ND[2])
@@ -154,16 +201,137 @@ def test_rows_past_the_groups_are_zero(name):
 @experts
 def test_permuting_experts_changes_nothing(name, inputs, run):
     """Weights and assignment move together; sums over a token's slots stay in order."""
-    cfg, _ = EXPERTS[name]
-    graphdef, params, state = split_module(cfg.make(D, E, nnx.Rngs(params=0)))
+    if EXPERTS[name] is EXPERTS["latent, all, pairs"]:
+        pytest.skip("experts of different groups are not alike")
+    graphdef, params, state = built(name)
     order_E = np.array([2, 0, 3, 1])
     renamed_TK = jnp.asarray(np.argsort(order_E)[inputs["expert_TK"]])
-    moved = nnx.merge(graphdef, {k: v[order_E] for k, v in params.items()}, state)
-    y_TD = fused(
-        moved,
+    moved = {k: v[order_E] if len(v) == E else v for k, v in params.items()}
+    form = fused if name in FUSED else by_definition
+    y_TD = form(
+        nnx.merge(graphdef, moved, state),
         jnp.asarray(inputs["x_TD"], jnp.float32),
         jnp.asarray(inputs["gate_TK"], jnp.float32),
         make_plan(renamed_TK, jnp.asarray(inputs["keep_TK"]), E),
-        context(1, T),
+        context(1, T, kernels=KERNELS[name]),
     )
-    assert_close(y_TD, run(name, fused)[0], "order")
+    assert_close(y_TD, run(name, form)[0], "order")
+
+
+def test_full_rank_latent_experts_are_glu_experts(inputs, run):
+    """Latent width D and orthogonal projections Q: A = Q^T W gives Q A = W."""
+    rng = np.random.default_rng(0)
+    params = run("glu", fused)[2]
+    cfg = Latent(hidden=3, latent=D, group=2, ops=("gate", "up", "down"))
+    graphdef, latent, state = split_module(cfg.make(D, E, nnx.Rngs(params=0)))
+    q_GDD = np.linalg.qr(rng.normal(size=(2, D, D)))[0]
+    q_EDD = q_GDD[np.arange(E) // 2]
+    w_in, w_out = (np.asarray(params[k]) for k in ("w_in_ED2F", "w_out_EFD"))
+    turned_ED2F = np.einsum("edz,edgf->ezgf", q_EDD, w_in)
+    values = {
+        "b_gate_GDZ": q_GDD,
+        "b_up_GDZ": q_GDD,
+        "a_gate_EZF": turned_ED2F[:, :, 0],
+        "a_up_EZF": turned_ED2F[:, :, 1],
+        "a_down_EFZ": np.einsum("efd,edz->efz", w_out, q_EDD),
+        "b_down_GZD": np.swapaxes(q_GDD, 1, 2),
+    }
+    assert values.keys() == latent.keys()
+    values = {k: jnp.asarray(v, jnp.float32) for k, v in values.items()}
+    y_TD = fused(
+        nnx.merge(graphdef, values, state),
+        jnp.asarray(inputs["x_TD"], jnp.float32),
+        jnp.asarray(inputs["gate_TK"], jnp.float32),
+        inputs["plan"],
+        context(1, T, kernels="xla"),
+    )
+    assert_close(y_TD, run("glu", fused)[0], "float32")
+
+
+def test_a_rank_of_zero_start_adds_nothing():
+    module = LowRank(rank=2, zero_init=True).make(D, E, nnx.Rngs(params=0))
+    sizes_E = jnp.array([1, 0, 2, 0], jnp.int32)
+    ctx = context(1, 3, kernels="xla")
+    assert jnp.all(module(jnp.ones((3, D)), sizes_E, ctx) == 0)
+
+
+# Ratios of core.md 3a: (experts, width, model width), group -> {ops: ratio}.
+RATIOS = [
+    ((60, 1408, 2048), 4, 0.958, 0.938),
+    ((60, 1408, 2048), 60, 0.803, 0.704),
+    ((64, 1408, 2048), 1, 1.458, 1.688),
+    ((256, 2048, 7168), 4, 0.690, 0.536),
+    ((256, 2048, 7168), 256, 0.526, 0.290),
+]
+
+
+@pytest.mark.parametrize(("sizes", "group", "two", "three"), RATIOS, ids=str)
+def test_published_ratios_of_latent_experts(sizes, group, two, three):
+    E, F, D = sizes
+    for ops, ratio in ((("gate", "up"), two), (("gate", "up", "down"), three)):
+        cfg = Latent(hidden=F, latent=F, group=group, ops=ops)
+        assert round(latent_ratio(E, D, cfg), 3) == ratio
+
+
+def test_the_ratio_is_that_of_the_parameters():
+    """With a short last group: 5 experts in groups of 2 are 3 groups."""
+    cfg = Latent(hidden=3, latent=2, group=2)
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(split_module(made)[1]))
+        for made in (c.make(D, 5, nnx.Rngs(params=0)) for c in (cfg, Glu(hidden=3)))
+    ]
+    assert latent_ratio(5, D, cfg) == pytest.approx(sizes[0] / sizes[1])
+
+
+def layer_of(experts):
+    return MoE(num_experts=E, router=TopK(k=2), experts=experts)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (Glu(hidden=0), r"experts.hidden = 0: must be at least 1"),
+        (Glu(hidden=1, activation="glu"), r"Did you mean '[gs][ei]lu'"),
+        (Latent(hidden=3, latent=0, group=2), r"experts.latent = 0: must be at least"),
+        (Latent(hidden=3, latent=2, group=0), r"experts.group = 0: must be at least 1"),
+        (Latent(hidden=3, latent=2, group=2, ops=()), r"experts.ops = \(\): must be"),
+        (Latent(hidden=3, latent=2, group=2, ops=("gat",)), r"Did you mean 'gate'"),
+        (
+            Latent(hidden=3, latent=2, group=2, ops=("up", "up")),
+            r"must be without repeats",
+        ),
+        (LowRank(rank=0), r"experts.rank = 0: must be at least 1"),
+        (LowRank(rank=1, alpha=0.0), r"experts.alpha = 0.0: must be above 0"),
+    ],
+    ids=str,
+)
+def test_refusals(cfg, message):
+    with pytest.raises(ConfigError, match=message):
+        check(layer_of(cfg), "config.ffn")
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (
+            Latent(hidden=3, latent=6, group=2),
+            r"experts.latent = 6: must be at most the model width, 5",
+        ),
+        (
+            Latent(hidden=3, latent=2, group=5),
+            r"experts.group = 5: must be at most num_experts = 4",
+        ),
+        (LowRank(rank=6), r"experts.rank = 6: must be at most the model width, 5"),
+    ],
+    ids=str,
+)
+def test_refusals_that_need_the_width(cfg, message):
+    with pytest.raises(ConfigError, match=message):
+        layer_of(cfg).validate_dim(D, "config.ffn")
+
+
+def test_a_caution_where_latent_experts_save_nothing():
+    """The rule of core.md 3a: with latent = hidden, group > D / (D - F)."""
+    with pytest.warns(ConfigWarning, match=r"1\.\d+ times .* group > 5 / \(5 - 3\)"):
+        layer_of(Latent(hidden=3, latent=3, group=2)).validate_dim(D, "config.ffn")
+    layer_of(Latent(hidden=3, latent=3, group=4)).validate_dim(D, "config.ffn")

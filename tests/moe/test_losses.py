@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moex.moe.losses import load_balance_loss, router_z_loss, update_bias
+from moex.moe.losses import (
+    entropy_loss,
+    importance_loss,
+    load_balance_loss,
+    router_z_loss,
+    sequence_balance_loss,
+    update_bias,
+)
 from tests.tolerances import assert_close
 
 
@@ -69,3 +76,27 @@ def test_bias_of_stacked_layers_compares_within_a_layer():
 
 def test_bias_stays_where_no_token_was_routed():
     assert update_bias(jnp.ones(3), jnp.zeros(3), 1.0).tolist() == [1, 1, 1]
+
+
+def test_sequence_balance_is_the_mean_of_the_sequences():
+    """One sequence all to expert 0 (loss 2), one balanced (1), one without tokens."""
+    load_BE = jnp.array([[4.0, 0.0], [2.0, 2.0], [0.0, 0.0]])
+    prob_sum_BE = jnp.array([[4.0, 0.0], [2.0, 2.0], [0.0, 0.0]])
+    tokens_B = jnp.array([4.0, 4.0, 0.0])
+    loss = sequence_balance_loss(load_BE, prob_sum_BE, tokens_B)
+    assert_close(loss, 1.5, "float32")
+    # Over the whole batch: f = P = (3/4, 1/4), 2 * (9 + 1) / 16.
+    whole = load_balance_loss(load_BE.sum(0), prob_sum_BE.sum(0), tokens_B.sum())
+    assert_close(whole, 1.25, "float32")
+
+
+def test_importance_is_the_squared_coefficient_of_variation():
+    # Mean 2, deviations -1, 0, 1: variance 2/3, over 4.
+    assert_close(importance_loss(jnp.array([1.0, 2.0, 3.0])), 1 / 6, "float32")
+    assert importance_loss(jnp.full(3, 2.0)) == 0
+    assert importance_loss(jnp.zeros(3)) == 0
+
+
+def test_entropy_is_a_mean():
+    assert_close(entropy_loss(jnp.float32(3), jnp.float32(2)), 1.5, "float32")
+    assert entropy_loss(jnp.float32(0), jnp.float32(0)) == 0

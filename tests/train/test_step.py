@@ -12,6 +12,7 @@ import pytest
 
 from moex.nn.attention import Attention
 from moex.nn.stack import Segment
+from moex.moe.balance import SignBias
 from moex.optim import AdamW, Optim, flat_paths, make_optimizer
 from moex.run import Loss
 from moex.sharding import shard_batch
@@ -187,7 +188,7 @@ def test_each_router_bias_follows_the_load_of_its_own_layer():
         num_experts = bias.shape[-1]
         # A share of exactly 1 / E stays; shares here are multiples of 1 / slots.
         sign = np.sign(np.round(1 / num_experts - np.asarray(frac_E), 6))
-        assert spec.info[path].rate == 0.01
+        assert spec.info[path].rule == SignBias(0.01)
         assert_close(bias, before[path] + 0.01 * sign, "float32", path)
         assert np.any(sign != 0)
 

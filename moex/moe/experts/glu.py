@@ -1,4 +1,4 @@
-"""Gated experts: each one a SwiGLU feed-forward.
+"""Gated experts: each one a feed-forward of two projections in and one out.
 
 T tokens · N routed rows · D model width · E experts · F expert width · K slots
 """
@@ -6,34 +6,65 @@ T tokens · N routed rows · D model width · E experts · F expert width · K s
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas import grouped_matmul, grouped_swiglu
-from moex.config import Config, require
+from moex.config import Config, require, require_choice
 from moex.nn.param import param
+
+# As in GPT-OSS: the sigmoid's slope, and the limit of both halves.
+CLAMP_SLOPE, CLAMP_LIMIT = 1.702, 7.0
+
+
+def silu_glu(gate, up):
+    """silu(gate) * up (SwiGLU; Shazeer 2020, arXiv:2002.05202, equation 6)."""
+    return jax.nn.silu(gate) * up
+
+
+def gelu_glu(gate, up):
+    """gelu(gate) * up, with the exact gelu (GEGLU; the same, equation 6)."""
+    return jax.nn.gelu(gate, approximate=False) * up
+
+
+def clamped_glu(gate, up):
+    """g sigmoid(1.702 g) (u + 1) with g <= 7 and |u| <= 7 (GPT-OSS, model code)."""
+    gate = jnp.minimum(gate, CLAMP_LIMIT)
+    up = jnp.clip(up, -CLAMP_LIMIT, CLAMP_LIMIT)
+    return gate * jax.nn.sigmoid(CLAMP_SLOPE * gate) * (up + 1)
+
+
+ACTIVATIONS = {"silu": silu_glu, "gelu": gelu_glu, "clamped": clamped_glu}
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Glu(Config):
-    """SwiGLU experts, all of one width."""
+    """Gated experts, all of one width."""
 
     hidden: int  # hidden width F of each expert, >= 1
+    activation: str = "silu"  # "silu" (SwiGLU), "gelu" (GEGLU) or "clamped" (GPT-OSS)
+    bias: bool = False  # biases of all three projections
 
     def validate(self, path):
         require(self.hidden >= 1, f"{path}.hidden", self.hidden, "at least 1")
+        require_choice(f"{path}.activation", self.activation, ACTIVATIONS)
 
     def make(self, dim, num_experts, rngs):
-        return GluExperts(self, dim, num_experts, rngs)
+        plain = self.activation == "silu" and not self.bias
+        kind = SwigluExperts if plain else GluExperts
+        return kind(self, dim, num_experts, rngs)
 
 
 class GluExperts(nnx.Module):
-    """E experts W_out (silu(W_gate x) * W_up x).
+    """E experts W_out act(W_gate x + b_gate, W_up x + b_up) + b_out.
 
-    Parameters: w_in_ED2F [E, D, 2, F] (gate, up), w_out_EFD [E, F, D].
+    Parameters: w_in_ED2F [E, D, 2, F] (gate, up), w_out_EFD [E, F, D]; with biases
+    bias_in_E2F [E, 2, F] and bias_out_ED [E, D].
     """
 
     def __init__(self, cfg, dim, num_experts, rngs):
         E, F = num_experts, cfg.hidden
+        self.activation = cfg.activation
         self.w_in_ED2F = param(
             rngs,
             (E, dim, 2, F),
@@ -48,23 +79,49 @@ class GluExperts(nnx.Module):
             fan_in=F,
             matrix=((1,), (2,)),
         )
+        self.bias_in_E2F: nnx.Param | None = (
+            param(rngs, (E, 2, F), ("expert", None, "mlp"), value=0.0)
+            if cfg.bias
+            else None
+        )
+        self.bias_out_ED: nnx.Param | None = (
+            param(rngs, (E, dim), ("expert", "embed"), value=0.0) if cfg.bias else None
+        )
 
     def __call__(self, x_ND, group_sizes_E, ctx):
         """The definition: rows sorted by expert; rows past the sum come back zero."""
         w_in, w_out = self._weights(x_ND.dtype)
         E, D, _, F = w_in.shape
-        h_N2F = grouped_matmul(
+        a_NC = grouped_matmul(
             x_ND, w_in.reshape(E, D, 2 * F), group_sizes_E, implementation=ctx.kernels
         )
-        h_NF = jax.nn.silu(h_N2F[:, :F]) * h_N2F[:, F:]
-        return grouped_matmul(h_NF, w_out, group_sizes_E, implementation=ctx.kernels)
+        if self.bias_in_E2F is not None:
+            a_NC += per_row(self.bias_in_E2F[...].reshape(E, 2 * F), a_NC, group_sizes_E)
+        h_NF = ACTIVATIONS[self.activation](a_NC[:, :F], a_NC[:, F:])
+        y_ND = grouped_matmul(h_NF, w_out, group_sizes_E, implementation=ctx.kernels)
+        if self.bias_out_ED is not None:
+            y_ND += per_row(self.bias_out_ED[...], y_ND, group_sizes_E)
+        return y_ND
+
+    def _weights(self, dtype):
+        return self.w_in_ED2F[...].astype(dtype), self.w_out_EFD[...].astype(dtype)
+
+
+class SwigluExperts(GluExperts):
+    """SwiGLU without biases: dispatch and combine can be part of the kernel."""
 
     def fused(self, x_TD, gate_TK, plan, ctx):
-        """The same with dispatch and combine inside: tokens in, gated sums out."""
+        """Tokens in, gated sums out; equal to the definition."""
         w_in, w_out = self._weights(x_TD.dtype)
         return grouped_swiglu(
             x_TD, w_in, w_out, gate_TK, plan, implementation=ctx.kernels
         )
 
-    def _weights(self, dtype):
-        return self.w_in_ED2F[...].astype(dtype), self.w_out_EFD[...].astype(dtype)
+
+def per_row(bias_EC, like_NC, group_sizes_E):
+    """Each row's expert's bias, in the dtype of `like_NC`; 0 past the last group."""
+    N = like_NC.shape[0]
+    end_E = jnp.cumsum(group_sizes_E)
+    expert_N = jnp.searchsorted(end_E, jnp.arange(N), side="right")
+    # Index E, of rows past the last group, reads as 0 and has no gradient.
+    return bias_EC.astype(like_NC.dtype).at[expert_N].get(mode="fill", fill_value=0)

@@ -1,6 +1,6 @@
-"""Top-k routing.
+"""Top-k routing, plain or limited to the best groups of experts.
 
-T tokens · D model width · E experts · K slots per token
+T tokens · D model width · E experts · K slots per token · G groups of experts
 """
 
 import dataclasses
@@ -10,10 +10,66 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moex.config import Config, require, require_choice
-from moex.moe.routing import Routing, normalize_gates, router_logits
-from moex.nn.param import RouterBias, param
+from moex.moe.balance import BIAS_RULES, bias_rule, check_rate
+from moex.moe.routing import (
+    Routing,
+    check_score_fields,
+    replayed,
+    router_logits,
+    router_scores,
+    slot_gates,
+)
+from moex.nn.param import RouterState, param
+from moex.schedule import Schedule, is_always_zero
 
-SCORES = ("softmax", "sigmoid")
+GROUP_SCORES = ("max", "top2")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Groups(Config):
+    """Group-limited selection: experts are chosen from each token's best groups.
+
+    With one group per node a token's rows travel to at most `keep` nodes.
+
+    Source: DeepSeek-V2, arXiv:2405.04434, section 2.2.2 (`score="max"`); DeepSeek-V3,
+    arXiv:2412.19437, section 2.1.2 (`score="top2"`: the sum of a group's best two).
+    """
+
+    num: int  # groups of equal size, neighbours together; divides the experts
+    keep: int  # groups that a token may use, 1 <= keep <= num
+    score: str = "max"  # of a group: "max" of its experts, or sum of its "top2"
+
+    def validate(self, path):
+        require(self.num >= 1, f"{path}.num", self.num, "at least 1")
+        require(
+            1 <= self.keep <= self.num,
+            f"{path}.keep",
+            self.keep,
+            f"in [1, num = {self.num}]",
+        )
+        require_choice(f"{path}.score", self.score, GROUP_SCORES)
+
+    def validate_experts(self, num_experts, k, path):
+        """Checks that need the number of experts and of slots."""
+        require(
+            num_experts % self.num == 0,
+            f"{path}.num",
+            self.num,
+            f"a divisor of num_experts = {num_experts}; groups have equal size",
+        )
+        size = num_experts // self.num
+        require(
+            k <= self.keep * size,
+            f"{path}.keep",
+            self.keep,
+            f"enough groups for k = {k}: a group has {size} experts",
+        )
+        require(
+            self.score != "top2" or size >= 2,
+            f"{path}.score",
+            self.score,
+            "'max' for groups of one expert",
+        )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -21,17 +77,24 @@ class TopK(Config):
     """Each token goes to its k best experts."""
 
     k: int  # slots per token, 1 <= k <= num_experts
-    score: str = "softmax"  # "softmax" over experts, or "sigmoid" of each logit
-    normalize: bool = True  # gates of a token sum to 1; False: the raw scores
+    score: str = "softmax"  # "softmax", "sigmoid" or "sqrt_softplus" of the logits
+    normalize: str = "after"  # gates sum to 1 "after" or "before" selection, or "none"
     scale: float = 1.0  # factor on the gates, after normalisation, > 0
-    bias_rate: float = 0.0  # step of the aux-free bias per optimizer step; 0: no bias
+    groups: Groups | None = None  # choose from each token's best groups only
+    bias_rate: float | Schedule = 0.0  # step of the loss-free bias; 0: no bias
+    bias_rule: str = "sign"  # "sign", or "quantile" (rate 1: all of the way at once)
+    jitter: float = 0.0  # training: inputs times a uniform of [1 - jitter, 1 + jitter]
+    noise: float = 0.0  # training: standard deviation of noise on the logits
     init_std: float = 0.02  # standard deviation of the initial router weights
 
     def validate(self, path):
         require(self.k >= 1, f"{path}.k", self.k, "at least 1")
-        require_choice(f"{path}.score", self.score, SCORES)
+        check_score_fields(self, path)
         require(self.scale > 0, f"{path}.scale", self.scale, "above 0")
-        require(self.bias_rate >= 0, f"{path}.bias_rate", self.bias_rate, ">= 0")
+        check_rate(f"{path}.bias_rate", self.bias_rate)
+        require_choice(f"{path}.bias_rule", self.bias_rule, BIAS_RULES)
+        require(0 <= self.jitter < 1, f"{path}.jitter", self.jitter, "in [0, 1)")
+        require(self.noise >= 0, f"{path}.noise", self.noise, ">= 0")
         require(self.init_std >= 0, f"{path}.init_std", self.init_std, ">= 0")
 
     def validate_experts(self, num_experts, path):
@@ -42,9 +105,15 @@ class TopK(Config):
             self.k,
             f"at most num_experts = {num_experts}; lower k or add experts",
         )
+        if self.groups is not None:
+            self.groups.validate_experts(num_experts, self.k, f"{path}.groups")
 
     def slots(self, num_experts) -> int:
         """K: slots per token."""
+        return self.k
+
+    def expected_slots(self, num_experts) -> float:
+        """Slots that a token really uses, before anything is trained."""
         return self.k
 
     def make(self, dim, num_experts, rngs):
@@ -52,15 +121,17 @@ class TopK(Config):
 
 
 class TopKRouter(nnx.Module):
-    """scores = softmax or sigmoid of x W; the k highest (scores + bias) are chosen.
+    """scores = f(x W); the k highest (scores + bias) are chosen.
 
     The bias, if there is one, only selects: gates are the scores without it, and no
-    gradient reaches it. Ties go to the lowest expert.
+    gradient reaches it. Ties go to the lowest expert. Noise moves selection and gates
+    of training steps; the reported logits are without it.
 
     Parameters: w_DE [D, E]; bias_E float32 [E], state that the train step moves.
 
-    Source: Shazeer et al. 2017, arXiv:1701.06538 (top-k gating; theirs normalises after
-    selection, as `normalize=True`); bias: Wang et al. 2024, arXiv:2408.15664.
+    Source: Shazeer et al. 2017, arXiv:1701.06538 (top-k gating; theirs normalises
+    "after" selection and has learned noise); jitter: Fedus et al. 2021,
+    arXiv:2101.03961; bias: Wang et al. 2024, arXiv:2408.15664.
     """
 
     def __init__(self, cfg, dim, num_experts, rngs):
@@ -68,36 +139,89 @@ class TopKRouter(nnx.Module):
         self.score = cfg.score
         self.normalize = cfg.normalize
         self.scale = cfg.scale
+        self.jitter, self.noise = cfg.jitter, cfg.noise
+        groups = cfg.groups
+        self.groups = groups and (groups.num, groups.keep, groups.score)
+        self.wants_margins = cfg.bias_rule == "quantile"
         self.w_DE = param(rngs, (dim, num_experts), ("embed", None), std=cfg.init_std)
         # One assignment: nnx fixes at the first whether an attribute holds arrays.
-        self.bias_E: RouterBias | None = (
-            RouterBias(
-                jnp.zeros(num_experts, jnp.float32), axes=(None,), rate=cfg.bias_rate
+        self.bias_E: RouterState | None = (
+            None
+            if is_always_zero(cfg.bias_rate)
+            else RouterState(
+                jnp.zeros(num_experts, jnp.float32),
+                axes=(None,),
+                rule=bias_rule(cfg.bias_rule, cfg.bias_rate),
             )
-            if cfg.bias_rate > 0
-            else None
         )
 
     def __call__(self, x_TD, ctx) -> Routing:
         logits_TE = router_logits(x_TD, self.w_DE[...])
-        if self.score == "softmax":
-            score_TE = probs_TE = jax.nn.softmax(logits_TE, axis=-1)
-        else:
-            score_TE = jax.nn.sigmoid(logits_TE)
-            total_T1 = jnp.sum(score_TE, axis=-1, keepdims=True)
-            probs_TE = score_TE / jnp.maximum(total_T1, 1e-20)
-        choice_TE = jax.lax.stop_gradient(score_TE)
+        score_TE, probs_TE = router_scores(logits_TE, self.score)
+        noisy = self._noisy(x_TD, logits_TE, ctx)
+        live_TE, live_probs_TE = (
+            (score_TE, probs_TE) if noisy is None else router_scores(noisy, self.score)
+        )
+        choice_TE = jax.lax.stop_gradient(live_TE)
         if self.bias_E is not None:
             choice_TE = choice_TE + self.bias_E[...][None]
-        _, expert_TK = jax.lax.top_k(choice_TE, self.k)
+        allowed_TE = choice_TE
+        if self.groups is not None:
+            allowed_TE = limit_to_groups(choice_TE, *self.groups)
+        _, expert_TK = jax.lax.top_k(allowed_TE, self.k)
         keep_TK = jnp.ones(expert_TK.shape, bool)
-        gate_TK = jnp.take_along_axis(score_TE, expert_TK, axis=-1)
-        if self.normalize:
-            gate_TK = normalize_gates(gate_TK, keep_TK)
+        expert_TK, keep_TK = replayed(ctx, expert_TK.astype(jnp.int32), keep_TK)
+        gate_TK = slot_gates(
+            live_TE, live_probs_TE, expert_TK, keep_TK, self.normalize
+        )
         return Routing(
-            expert_TK=expert_TK.astype(jnp.int32),
+            expert_TK=expert_TK,
             gate_TK=gate_TK * self.scale,
             keep_TK=keep_TK,
             logits_TE=logits_TE,
             probs_TE=probs_TE,
+            sums=self._margins(choice_TE, live_TE, ctx),
         )
+
+    def _noisy(self, x_TD, logits_TE, ctx):
+        """Logits with jitter and noise, or None where there is neither."""
+        if ctx.key is None or (self.jitter == 0 and self.noise == 0):
+            return None
+        for_jitter, for_noise = jax.random.split(ctx.key)
+        if self.jitter > 0:
+            x_TD = x_TD.astype(jnp.float32)
+            x_TD *= jax.random.uniform(
+                for_jitter, x_TD.shape, minval=1 - self.jitter, maxval=1 + self.jitter
+            )
+            logits_TE = router_logits(x_TD, self.w_DE[...])
+        if self.noise > 0:
+            noise_TE = jax.random.normal(for_noise, logits_TE.shape)
+            logits_TE = logits_TE + self.noise * noise_TE
+        return logits_TE
+
+    def _margins(self, choice_TE, score_TE, ctx) -> dict:
+        """What `QuantileBias` needs, over the valid tokens."""
+        if self.bias_E is None or not self.wants_margins:
+            return {}
+        E, k = choice_TE.shape[-1], self.k
+        best_TK, _ = jax.lax.top_k(choice_TE, min(k + 1, E))
+        margin_TE = jax.lax.stop_gradient(score_TE) - best_TK[:, -1:]
+        valid_T1 = ctx.valid_BL.reshape(-1, 1)
+        margin_TE = jnp.where(valid_T1, margin_TE, jnp.nan)
+        quantile_E = jnp.nanquantile(margin_TE, 1 - k / E, axis=0)
+        return {
+            "margin_sum_E": jnp.nan_to_num(quantile_E),
+            "margin_count": jnp.any(valid_T1).astype(jnp.float32),
+        }
+
+
+def limit_to_groups(choice_TE, num_groups, keep, score):
+    """`choice_TE` with -inf outside of each token's `keep` best groups."""
+    T, E = choice_TE.shape
+    by_group_TGE = choice_TE.reshape(T, num_groups, E // num_groups)
+    best, _ = jax.lax.top_k(by_group_TGE, 2 if score == "top2" else 1)
+    _, group_TJ = jax.lax.top_k(jnp.sum(best, axis=-1), keep)
+    kept_TG = jnp.any(
+        group_TJ[:, :, None] == jnp.arange(num_groups)[None, None], axis=1
+    )
+    return jnp.where(kept_TG[:, :, None], by_group_TGE, -jnp.inf).reshape(T, E)

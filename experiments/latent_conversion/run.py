@@ -1,0 +1,124 @@
+"""What does a trained MoE lose as latent experts, and what does tuning them give back?
+
+  python -m experiments.latent_conversion.run [--out=DIR]
+
+Trains a small MoE on the quickstart's data, converts it with groups of 2, 4 and 8
+experts, by the weights and whitened, and tunes the factors alone. Runs that are already
+in --out are not repeated. Writes results.json beside this file.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+
+import jax
+import ml_collections
+from flax import nnx
+
+from configs import quickstart
+from moex.compress.convert import ToLatent, convert_run
+from moex.moe.experts.glu import Glu
+from moex.moe.layer import MoE
+from moex.moe.routers.topk import TopK
+from moex.nn.stack import Segment
+from moex.optim import Muon, Optim
+from moex.run import Eval
+from moex.train.job import load_config
+from moex.train.loop import train
+from moex.train.score import score_run
+
+HERE = pathlib.Path(__file__).parent
+GROUPS = (2, 4, 8)
+STEPS, TUNE_STEPS = 500, 100
+SEQUENCES = 256  # held out, for every loss
+# The factors; of the plain experts that are tuned for comparison, gate and up too.
+TUNED = {"latent": ("*/experts/a_*", "*/experts/b_*"), "plain": ("*/experts/w_in*",)}
+
+
+def base_config() -> ml_collections.ConfigDict:
+    cfg = quickstart.get_config()
+    moe = MoE(num_experts=8, router=TopK(k=2), experts=Glu(hidden=32))
+    cfg.model.layers = (Segment(pattern=(moe,), repeat=2),)
+    cfg.steps, cfg.batch_size = STEPS, 8
+    return quiet(cfg)
+
+
+def quiet(cfg):
+    cfg.eval = Eval(every=0, sequences=SEQUENCES, batch_size=16)
+    cfg.checkpoint.every = 0
+    cfg.log.sample_tokens = 0
+    cfg.log.tensorboard = False
+    cfg.log.compressors = False
+    return cfg
+
+
+def tune(start: pathlib.Path, out: pathlib.Path, kind: str) -> float:
+    """Held-out loss after tuning only `TUNED[kind]` of the run `start`."""
+    cfg = load_config(start)
+    cfg.init_from, cfg.steps = str(start), TUNE_STEPS
+    cfg.optim = Optim(
+        rule=Muon(),
+        lr=5e-3,
+        warmup_steps=10,
+        final_lr_frac=0.0,
+        lr_factors=(("*", 0.0), *((pattern, 1.0) for pattern in TUNED[kind])),
+    )
+    train(cfg, out)
+    return score(out)
+
+
+def score(run: pathlib.Path) -> float:
+    return score_run(run, load_config(run), sequences=SEQUENCES)["nll"]
+
+
+def convert(base, out, group: int, calibration: int) -> dict:
+    """One row of the table: convert, then tune."""
+    name = f"group{group}" + ("-whiten" if calibration else "")
+    file = out / name / "convert.json"
+    if file.is_file():
+        report = json.loads(file.read_text())
+    else:
+        options = ToLatent(group=group, calibration=calibration, sequences=SEQUENCES)
+        report = convert_run(base, out / name, options)
+    sizes = report["expert_params"]
+    errors = [row["error"] for row in report["errors"]]
+    gaps = [abs(r["error"] - r["tail"]) for r in report["errors"]]
+    return {
+        "group": group,
+        "whiten": bool(calibration),
+        "ratio": sizes["after"] / sizes["before"],
+        "mean_error": sum(errors) / len(errors),
+        "max_error_minus_tail": None if calibration else max(gaps),
+        "converted": report["loss"]["after"],
+        "tuned": tune(out / name, out / f"{name}-tuned", "latent"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/latent"))
+    out = parser.parse_args().out.absolute()
+    nnx.set_graph_mode(False)
+    # The two conversions of a group are the same programs.
+    jax.config.update("jax_compilation_cache_dir", str(out / "programs"))
+    began = time.time()
+    base = out / "base"
+    train(base_config(), base)
+    results = {
+        "device": f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)",
+        "seed": 0,
+        "original": score(base),
+        "original_tuned": tune(base, out / "base-tuned", "plain"),
+        "rows": [],
+    }
+    for group in GROUPS:
+        for calibration in (0, SEQUENCES):
+            results["rows"].append(convert(base, out, group, calibration))
+            print(results["rows"][-1], flush=True)
+    results["seconds"] = round(time.time() - began)
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

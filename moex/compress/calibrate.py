@@ -1,0 +1,53 @@
+"""What the experts of a trained model see: second moments of their inputs.
+
+B batch · L length · T = B * L tokens · C chain rounds · R copies of a layer · D width
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moex.sharding import shard_batch
+from moex.train.job import Job, LoadedRun
+from moex.train.losses import make_context, moe_layers
+
+
+def input_moments(run: LoadedRun, job: Job, sequences: int) -> dict:
+    """Second moments of what the experts of each MoE see, over valid tokens.
+
+    Every token counts once for all experts of its layer, and once per round of a chain.
+
+    Args:
+      run: the trained model.
+      job: for its training batches, from the first on, and how to compute.
+      sequences: at least so many sequences, in whole batches.
+
+    Returns:
+      {path of a layer: float64[R, D, D]}.
+    """
+    static = job.static(train=False)
+
+    @jax.jit
+    def moments(params, state, batch):
+        ctx = make_context(batch, mode="eval", collect=True, **static)
+        _, aux = run.spec.merge(params, state)(ctx)
+        valid_T = ctx.valid_BL.reshape(-1).astype(jnp.float32)
+        sums = {}
+        for path, layer in moe_layers(aux):
+            x = layer["inputs"].astype(jnp.float32)
+            x_RCTD = x.reshape(x.shape[0], -1, valid_T.size, x.shape[-1])
+            sums["/".join(path)] = jnp.einsum(
+                "rctd,rcte,t->rde", x_RCTD, x_RCTD, valid_T, precision="highest"
+            ) / (x_RCTD.shape[1] * jnp.sum(valid_T))
+        return sums
+
+    num_batches = -(-sequences // job.cfg.batch_size)
+    total: dict[str, np.ndarray] = {}
+    with jax.set_mesh(job.mesh):
+        for batch in itertools.islice(job.batches(0), num_batches):
+            batch = shard_batch(batch, job.mesh)
+            for path, value in moments(run.params, run.state, batch).items():
+                total[path] = total.get(path, 0) + np.float64(value) / num_batches
+    return total

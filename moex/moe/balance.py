@@ -1,0 +1,118 @@
+"""State of routers that no gradient moves, and the rules that move it.
+
+A rule is a small frozen object kept with the variable (`RouterState(value, rule=...)`).
+The train step calls it once per optimizer step with the sums of all microbatches and
+devices, so neither remat nor the mesh can count anything twice.
+
+E experts · ... leading dims (layers)
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from moex.config import Config, require
+from moex.moe.losses import update_bias
+from moex.schedule import require_values, static_value, value_at
+
+
+@dataclasses.dataclass(frozen=True)
+class SignBias:
+    """Loss-free balancing by a fixed step: see `losses.update_bias`."""
+
+    rate: float | tuple
+
+    def __call__(self, bias_E, stats, step):
+        return update_bias(bias_E, stats["load_E"], value_at(self.rate, step))
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantileBias:
+    """Loss-free balancing by quantiles: `rate` of the way to the balancing bias.
+
+    The balancing bias of an expert is minus the (1 - k/E) quantile over tokens of its
+    margin, score - (k+1-th best biased score of the token), made to have mean 0: with
+    it, k/E of the tokens would choose the expert if thresholds stayed. Averaged over
+    the microbatches of a step.
+
+    Source: the quantile balancing of Kimi K3's report as described by third parties
+    (equation 14); its text was not available to us.
+    """
+
+    rate: float | tuple
+
+    def __call__(self, bias_E, stats, step):
+        count = jnp.maximum(stats["margin_count"], 1.0)[..., None]
+        target_E = -stats["margin_sum_E"] / count
+        target_E = target_E - jnp.mean(target_E, axis=-1, keepdims=True)
+        seen = stats["margin_count"][..., None] > 0
+        moved_E = bias_E + value_at(self.rate, step) * (target_E - bias_E)
+        return jnp.where(seen, moved_E, bias_E)
+
+
+BIAS_RULES = {"sign": SignBias, "quantile": QuantileBias}
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduledValue:
+    """A value that follows a schedule; it holds the value of the coming step."""
+
+    points: tuple
+
+    def __call__(self, value, stats, step):
+        return jnp.broadcast_to(value_at(self.points, step + 1), value.shape)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Controller(Config):
+    """Steers the p of a top-p router to a mean number of experts per token.
+
+    A PI controller in velocity form, so that it cannot wind up at its limits:
+    p += kp * (e - e before) + ki * e, with e = (target - mean experts) / experts.
+
+    Source: the idea is that of DTop-p (arXiv:2512.13996), known to us from its
+    abstract only; the form and the gains are ours.
+    """
+
+    target: float  # mean experts per token, above 0
+    kp: float = 0.2  # proportional gain, >= 0
+    ki: float = 0.05  # integral gain per optimizer step, > 0
+    shared: bool = False  # one p for all copies of a segment, steered by their mean
+
+    def validate(self, path):
+        require(self.target > 0, f"{path}.target", self.target, "above 0")
+        require(self.kp >= 0, f"{path}.kp", self.kp, ">= 0")
+        require(self.ki > 0, f"{path}.ki", self.ki, "above 0")
+
+
+# The smallest p that a controller may choose: top-1.
+P_MIN = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlP:
+    """The rule of `Controller`; the state is [..., 2]: p and the error before."""
+
+    target: float
+    kp: float
+    ki: float
+    shared: bool
+
+    def __call__(self, state, stats, step):
+        num_experts = stats["load_E"].shape[-1]
+        mean = stats["num_slots"] / jnp.maximum(stats["num_tokens"], 1.0)
+        if self.shared:
+            mean = jnp.broadcast_to(jnp.mean(mean), mean.shape)
+        error = (self.target - mean) / num_experts
+        p = state[..., 0] + self.kp * (error - state[..., 1]) + self.ki * error
+        return jnp.stack([jnp.clip(p, P_MIN, 1.0), error], axis=-1)
+
+
+def bias_rule(name, rate):
+    """The rule called `name` with a rate that is a number or a schedule."""
+    return BIAS_RULES[name](static_value(rate))
+
+
+def check_rate(path, rate) -> None:
+    """Rates are not negative, at any step."""
+    require_values(lambda v: v >= 0, path, rate, ">= 0")

@@ -1,0 +1,139 @@
+"""Chain of experts: the layer goes round several times with the same experts.
+
+B batch · L length · D model width · C iterations
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moex.config import Config, require
+from moex.moe.layer import MoE, SparseLayer, check_router
+
+ROUTERS = ("independent", "shared")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Chain(Config):
+    """`iterations` rounds through the experts of `moe`; k counts experts per round."""
+
+    moe: MoE  # the experts, held once, and the router of every round
+    iterations: int  # C, >= 1
+    routers: str | tuple[Config, ...] = "independent"  # or "shared"; or one per round
+    inner_residual: bool = True  # a round adds to its input
+    shared_once: bool = False  # the shared expert: in the first round only
+
+    def validate(self, path):
+        require(
+            self.iterations >= 1, f"{path}.iterations", self.iterations, "at least 1"
+        )
+        if not isinstance(self.routers, str):
+            require(
+                len(self.routers) == self.iterations,
+                f"{path}.routers",
+                f"{len(self.routers)} routers",
+                f"one router per round, iterations = {self.iterations}",
+            )
+            for i, router in enumerate(self.routers):
+                check_router(router, self.moe.num_choices(), f"{path}.routers[{i}]")
+        else:
+            require(
+                self.routers in ROUTERS,
+                f"{path}.routers",
+                self.routers,
+                "'independent', 'shared', or a tuple of router configs",
+            )
+
+    def validate_dim(self, dim, path):
+        """Checks that need the model width."""
+        self.moe.validate_dim(dim, f"{path}.moe")
+
+    def rounds(self) -> list:
+        """The router config of each round."""
+        if isinstance(self.routers, str):
+            return [self.moe.router] * self.iterations
+        return list(self.routers)
+
+    def param_use(self, name, experts_per_token=None) -> tuple[float, float]:
+        """As `MoE.param_use`; `experts_per_token` has a value per round.
+
+        The rounds share the experts: the share of them is taken as if no round chose
+        what another chose, and is at most 1.
+        """
+        if name.startswith("experts/"):
+            if experts_per_token is None:
+                moes = [dataclasses.replace(self.moe, router=r) for r in self.rounds()]
+                experts_per_token = [moe.expected_experts() for moe in moes]
+            return self.moe.expert_use(name, list(map(float, experts_per_token)))
+        share, times = self.moe.param_use(name)
+        once = self.shared_once and name.startswith(("shared/", "w_shared_gate"))
+        if once or name.startswith("routers/"):
+            return share, times
+        return share, times * self.iterations
+
+    def make(self, dim, rngs):
+        return ChainLayer(self, dim, rngs)
+
+
+class ChainLayer(SparseLayer):
+    """z_t = z_{t-1} + M_t(z_{t-1}) for t = 1 to C; returns z_C - z_0.
+
+    M_t is the whole MoE with the router of round t; with C = 1 this is the plain layer,
+    bit for bit. Without the inner residual z_t = M_t(z_{t-1}), and z_C is returned.
+    There is no norm between rounds. How the result meets the residual stream is the
+    block's (`Segment.residual`). Losses, load and stats have a leading dim [C].
+
+    Parameters: experts, zero and shared as in `MoE`, held once; `routers/t`, or one
+    `router` if they are shared.
+
+    Source: Chain-of-Experts, arXiv:2506.18945, and its code (modeling_coe.py).
+    """
+
+    def __init__(self, cfg, dim, rngs):
+        choices = cfg.moe.num_choices()
+        self.iterations = cfg.iterations
+        self.inner_residual = cfg.inner_residual
+        self.shared_once = cfg.shared_once
+        if cfg.routers == "shared":
+            self.router = cfg.moe.router.make(dim, choices, rngs)
+        else:
+            self.routers = nnx.List(r.make(dim, choices, rngs) for r in cfg.rounds())
+        super().__init__(cfg.moe, dim, rngs)
+
+    def __call__(self, x_BLD, ctx):
+        z_BLD, sum_BLD, rounds = x_BLD, None, []
+        for t in range(self.iterations):
+            router = self.router if hasattr(self, "router") else self.routers[t]
+            y_BLD, aux = self.mix(z_BLD, router, self._context(ctx, t))
+            if self.shared is not None and (t == 0 or not self.shared_once):
+                y_BLD = y_BLD + self.shared_output(z_BLD, ctx)
+            rounds.append(aux)
+            # The sum of rounds is kept, not z_C - z_0, which would round differently.
+            sum_BLD = y_BLD if sum_BLD is None else sum_BLD + y_BLD
+            z_BLD = x_BLD + sum_BLD if self.inner_residual else y_BLD
+        return (sum_BLD if self.inner_residual else z_BLD), stack_rounds(rounds)
+
+    def _context(self, ctx, t):
+        """The context of round t: its own noise, its part of a replay."""
+        key = None if ctx.key is None else jax.random.fold_in(ctx.key, t)
+        forced = None if ctx.forced is None else ctx.forced[str(t)]
+        return dataclasses.replace(ctx, key=key, forced=forced)
+
+
+def stack_rounds(rounds: list[dict]) -> dict:
+    """The aux of all rounds with a leading dim [C]; traces stay apart, by round.
+
+    Sums that only some routers report are 0 for the others.
+    """
+    traces = {str(t): aux.pop("trace") for t, aux in enumerate(rounds) if "trace" in aux}
+    names: dict[str, Any] = {}
+    for aux in rounds:
+        names |= {k: v for k, v in aux["stats"].items() if k not in names}
+    for aux in rounds:
+        missing = {k: jnp.zeros_like(v) for k, v in names.items()}
+        aux["stats"] = missing | aux["stats"]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rounds)
+    return stacked | ({"trace": traces} if traces else {})

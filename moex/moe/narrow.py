@@ -1,0 +1,82 @@
+"""Narrow: a whole feed-forward in a smaller width.
+
+B batch · L length · D model width · Z latent width
+"""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+
+from moex.config import Config, require
+from moex.nn.param import param
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Narrow(Config):
+    """`inner` between one projection to `latent` and one back, for every token.
+
+    Tokens are dispatched in the latent width, so traffic falls by latent / dim.
+    """
+
+    latent: int  # width Z of the inner layer, 1 <= latent <= model width
+    inner: Config  # a feed-forward: MoE, Chain, Dense, ...
+
+    def validate(self, path):
+        require(self.latent >= 1, f"{path}.latent", self.latent, "at least 1")
+        require(
+            hasattr(self.inner, "make"),
+            f"{path}.inner",
+            type(self.inner).__name__,
+            "a feed-forward config such as MoE",
+        )
+
+    def validate_dim(self, dim, path):
+        """Checks that need the model width."""
+        require(
+            self.latent <= dim,
+            f"{path}.latent",
+            self.latent,
+            f"at most the model width, {dim}",
+        )
+        inner: Any = self.inner
+        if hasattr(inner, "validate_dim"):
+            inner.validate_dim(self.latent, f"{path}.inner")
+
+    def param_use(self, name, experts_per_token=None) -> tuple[float, float]:
+        """As `MoE.param_use`."""
+        inner: Any = self.inner
+        if name.startswith("inner/") and hasattr(inner, "param_use"):
+            return inner.param_use(name.removeprefix("inner/"), experts_per_token)
+        return 1.0, 1.0
+
+    def make(self, dim, rngs):
+        return NarrowLayer(self, dim, rngs)
+
+
+class NarrowLayer(nnx.Module):
+    """y = inner(x W_down) W_up; router and shared expert see the latent tokens.
+
+    Parameters: w_down_DZ [D, Z], w_up_ZD [Z, D].
+
+    Source: the latent dispatch of LatentMoE, arXiv:2601.18089 (known to us from
+    secondary sources; there the router sees the full width).
+    """
+
+    def __init__(self, cfg, dim, rngs):
+        Z = cfg.latent
+        self.w_down_DZ = param(
+            rngs, (dim, Z), ("embed", "latent"), fan_in=dim, matrix=((0,), (1,))
+        )
+        self.inner = cfg.inner.make(Z, rngs)
+        self.w_up_ZD = param(
+            rngs, (Z, dim), ("latent", "embed"), fan_in=Z, matrix=((0,), (1,))
+        )
+
+    def __call__(self, x_BLD, ctx):
+        dtype = x_BLD.dtype
+        if ctx.forced is not None:
+            ctx = dataclasses.replace(ctx, forced=ctx.forced.get("inner"))
+        y_BLZ, aux = self.inner(x_BLD @ self.w_down_DZ[...].astype(dtype), ctx)
+        y_BLD = y_BLZ @ self.w_up_ZD[...].astype(dtype)
+        return y_BLD, {"inner": aux} if aux else {}

@@ -1,0 +1,105 @@
+"""Forced routing: a load of one's choice, for benchmarks, with live gates.
+
+T tokens · D model width · E experts · K slots per token
+
+Replay of a recorded assignment is no router of its own: every router replays what
+`Context.forced` holds.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moex.config import Config, require, require_choice
+from moex.moe.routing import Routing, replayed, router_logits, router_scores, slot_gates
+from moex.nn.param import param
+
+LOADS = ("balanced", "random", "skewed", "adversarial")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Forced(Config):
+    """Experts are assigned, whatever the tokens say; gates are those of top-k."""
+
+    k: int  # slots per token, 1 <= k <= num_experts
+    load: str = "balanced"  # "balanced", "random", "skewed" or "adversarial"
+    skew: float = 1.0  # "skewed": expert e is drawn with weight (e + 1)^-skew, >= 0
+    seed: int = 0  # of "random" and "skewed"
+    init_std: float = 0.02  # standard deviation of the initial router weights
+
+    def validate(self, path):
+        require(self.k >= 1, f"{path}.k", self.k, "at least 1")
+        require_choice(f"{path}.load", self.load, LOADS)
+        require(self.skew >= 0, f"{path}.skew", self.skew, ">= 0")
+        require(0 <= self.seed < 2**31, f"{path}.seed", self.seed, "in [0, 2**31)")
+        require(self.init_std >= 0, f"{path}.init_std", self.init_std, ">= 0")
+
+    def validate_experts(self, num_experts, path):
+        """Checks that need the number of experts, which only the layer knows."""
+        require(
+            self.k <= num_experts,
+            f"{path}.k",
+            self.k,
+            f"at most num_experts = {num_experts}; lower k or add experts",
+        )
+
+    def slots(self, num_experts) -> int:
+        """K: slots per token."""
+        return self.k
+
+    def expected_slots(self, num_experts) -> float:
+        """Slots that a token really uses."""
+        return self.k
+
+    def make(self, dim, num_experts, rngs):
+        return ForcedRouter(self, dim, num_experts, rngs)
+
+
+class ForcedRouter(nnx.Module):
+    """The assignment depends on the token's place in the batch only.
+
+    "balanced": slot j of token t goes to expert (t k + j) mod E. "random": k different
+    experts, all equally likely; "skewed": drawn in turn with falling weights.
+    "adversarial": all tokens to experts 0 to k - 1, the worst that a device can get.
+    Gates are normalised softmax scores of x W at these experts, so the cost of a real
+    router is there, and its gradients.
+
+    Parameters: w_DE [D, E].
+
+    Source: the forced loads of Megatron Core and OLMo-core; "skewed" is ours.
+    """
+
+    def __init__(self, cfg, dim, num_experts, rngs):
+        self.k, self.load, self.skew, self.seed = cfg.k, cfg.load, cfg.skew, cfg.seed
+        self.w_DE = param(rngs, (dim, num_experts), ("embed", None), std=cfg.init_std)
+
+    def __call__(self, x_TD, ctx) -> Routing:
+        logits_TE = router_logits(x_TD, self.w_DE[...])
+        score_TE, probs_TE = router_scores(logits_TE, "softmax")
+        T, E = logits_TE.shape
+        expert_TK = forced_experts(T, E, self.k, self.load, self.skew, self.seed)
+        expert_TK, keep_TK = replayed(ctx, expert_TK, jnp.ones((T, self.k), bool))
+        return Routing(
+            expert_TK=expert_TK,
+            gate_TK=slot_gates(score_TE, probs_TE, expert_TK, keep_TK, "after"),
+            keep_TK=keep_TK,
+            logits_TE=logits_TE,
+            probs_TE=probs_TE,
+        )
+
+
+def forced_experts(num_tokens, num_experts, k, load, skew=1.0, seed=0) -> jax.Array:
+    """int32[T, k], one of `LOADS`."""
+    T, E = num_tokens, num_experts
+    slot_TK = jnp.arange(T * k, dtype=jnp.int32).reshape(T, k)
+    if load == "balanced":
+        return slot_TK % E
+    if load == "adversarial":
+        return slot_TK % k
+    # The k largest of log-weight + Gumbel noise are k draws without replacement.
+    noise_TE = jax.random.gumbel(jax.random.key(seed), (T, E))
+    if load == "skewed":
+        noise_TE -= skew * jnp.log1p(jnp.arange(E, dtype=jnp.float32))[None]
+    return jax.lax.top_k(noise_TE, k)[1].astype(jnp.int32)

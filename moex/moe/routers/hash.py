@@ -1,0 +1,94 @@
+"""Hash routing: a token's experts follow from its id, and nothing is learned.
+
+T tokens · E experts · K slots per token
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moex.config import Config, require
+from moex.moe.routing import Routing, replayed
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Hash(Config):
+    """Each token id has k fixed experts, with equal gates."""
+
+    k: int  # slots per token, 1 <= k <= num_experts
+    seed: int = 0  # of the hash; layers with different seeds hash differently
+
+    def validate(self, path):
+        require(self.k >= 1, f"{path}.k", self.k, "at least 1")
+        require(0 <= self.seed < 2**31, f"{path}.seed", self.seed, "in [0, 2**31)")
+
+    def validate_experts(self, num_experts, path):
+        """Checks that need the number of experts, which only the layer knows."""
+        require(
+            self.k <= num_experts,
+            f"{path}.k",
+            self.k,
+            f"at most num_experts = {num_experts}; lower k or add experts",
+        )
+
+    def slots(self, num_experts) -> int:
+        """K: slots per token."""
+        return self.k
+
+    def expected_slots(self, num_experts) -> float:
+        """Slots that a token really uses."""
+        return self.k
+
+    def make(self, dim, num_experts, rngs):
+        return HashRouter(self, num_experts)
+
+
+class HashRouter(nnx.Module):
+    """The k experts with the largest hash of (token id, expert); gates are 1/k.
+
+    No parameters. Logits are 0, and probs are 1/k at the chosen experts, so that load
+    and entropy mean what they mean for other routers; the router z-loss is a constant.
+
+    Source: Roller et al. 2021, arXiv:2106.04426 (random hash; theirs has k = 1).
+    """
+
+    def __init__(self, cfg, num_experts):
+        self.k, self.seed = cfg.k, cfg.seed
+        self.num_experts = num_experts
+
+    def __call__(self, x_TD, ctx) -> Routing:
+        T, E, k = x_TD.shape[0], self.num_experts, self.k
+        token_T = ctx.token_BL.reshape(-1)
+        expert_TK = hashed_experts(token_T, E, k, self.seed)
+        expert_TK, keep_TK = replayed(ctx, expert_TK, jnp.ones((T, k), bool))
+        here_TKE = expert_TK[:, :, None] == jnp.arange(E)[None, None]
+        chosen_TKE = here_TKE & keep_TK[:, :, None]
+        return Routing(
+            expert_TK=expert_TK,
+            gate_TK=jnp.where(keep_TK, 1.0 / k, 0.0),
+            keep_TK=keep_TK,
+            logits_TE=jnp.zeros((T, E), jnp.float32),
+            probs_TE=jnp.sum(chosen_TKE, axis=1, dtype=jnp.float32) / k,
+        )
+
+
+def hashed_experts(token_T, num_experts, k, seed=0) -> jax.Array:
+    """int32[T, k] different experts per token id, uniform over experts."""
+    expert_1E = jnp.arange(num_experts, dtype=jnp.uint32)[None]
+    salt = mixed(jnp.uint32(seed))
+    token_T1 = mixed(token_T.astype(jnp.uint32)[:, None] ^ salt)
+    # 24 bits are exact in float32, which top_k likes on every platform.
+    value_TE = mixed(token_T1 + expert_1E * jnp.uint32(0x9E3779B9)) >> 8
+    return jax.lax.top_k(value_TE.astype(jnp.float32), k)[1].astype(jnp.int32)
+
+
+def mixed(h):
+    """A bijection of uint32 in which every input bit moves every output bit.
+
+    Source: the finalizer of MurmurHash3 (Appleby, public domain).
+    """
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)

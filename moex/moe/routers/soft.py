@@ -1,0 +1,68 @@
+"""Soft routing: every token uses every expert, weighted by the router.
+
+T tokens · D model width · E experts
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+
+from moex.config import Config, require, require_choice
+from moex.moe.routing import SCORES, Routing, replayed, router_logits, router_scores
+from moex.nn.param import param
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Soft(Config):
+    """The dense mixture: no selection, no savings; gates sum to 1."""
+
+    score: str = "softmax"  # "softmax", "sigmoid" or "sqrt_softplus" of the logits
+    init_std: float = 0.02  # standard deviation of the initial router weights
+
+    def validate(self, path):
+        require_choice(f"{path}.score", self.score, SCORES)
+        require(self.init_std >= 0, f"{path}.init_std", self.init_std, ">= 0")
+
+    def validate_experts(self, num_experts, path):
+        """Any number of experts will do."""
+
+    def slots(self, num_experts) -> int:
+        """K: slots per token."""
+        return num_experts
+
+    def expected_slots(self, num_experts) -> float:
+        """Slots that a token really uses."""
+        return num_experts
+
+    def make(self, dim, num_experts, rngs):
+        return SoftRouter(self, dim, num_experts, rngs)
+
+
+class SoftRouter(nnx.Module):
+    """Gates of all experts are probs = scores of x W that sum to 1.
+
+    Parameters: w_DE [D, E].
+
+    Source: Jacobs et al. 1991, "Adaptive mixtures of local experts"; the routing of
+    LoRAMoE, arXiv:2312.09979.
+    """
+
+    def __init__(self, cfg, dim, num_experts, rngs):
+        self.score = cfg.score
+        self.w_DE = param(rngs, (dim, num_experts), ("embed", None), std=cfg.init_std)
+
+    def __call__(self, x_TD, ctx) -> Routing:
+        logits_TE = router_logits(x_TD, self.w_DE[...])
+        _, probs_TE = router_scores(logits_TE, self.score)
+        T, E = logits_TE.shape
+        expert_TK = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[None], (T, E))
+        expert_TK, keep_TK = replayed(ctx, expert_TK, jnp.ones((T, E), bool))
+        gate_TK = jnp.take_along_axis(probs_TE, expert_TK, axis=-1)
+        return Routing(
+            expert_TK=expert_TK,
+            gate_TK=jnp.where(keep_TK, gate_TK, 0.0),
+            keep_TK=keep_TK,
+            logits_TE=logits_TE,
+            probs_TE=probs_TE,
+        )

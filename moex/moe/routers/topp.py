@@ -1,0 +1,199 @@
+"""Dynamic-confidence (top-p) routing: as many experts as the router needs to be sure.
+
+T tokens · D model width · E experts · K = k_max slots per token
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moex.config import Config, caution, require, require_choice
+from moex.moe.balance import Controller, ControlP, ScheduledValue
+from moex.moe.routing import Routing, replayed, router_logits, slot_gates
+from moex.nn.param import RouterState, param
+from moex.schedule import Schedule, points_of, require_values
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class TopP(Config):
+    """Each token goes to its best experts until their probability exceeds p."""
+
+    p: float | tuple[float, ...] | Schedule  # in (0, 1]; a tuple: per segment copy
+    k_max: int | None = None  # most experts of a token; None: all of them
+    k_min: int = 1  # fewest experts of a token
+    normalize: str = "none"  # "none": gates are raw probabilities; or "after" selection
+    control: Controller | None = None  # moves p, from the given one, to a mean count
+    logit_norm: bool = False  # logits to mean 0 and deviation 1, times a learned scale
+    init_std: float = 0.02  # standard deviation of the initial router weights
+
+    def validate(self, path):
+        for p in self.p if isinstance(self.p, (tuple, list)) else (self.p,):
+            require_values(lambda v: 0 < v <= 1, f"{path}.p", p, "in (0, 1]")
+        require(self.k_min >= 1, f"{path}.k_min", self.k_min, "at least 1")
+        if self.k_max is None:
+            caution(
+                f"{path}.k_max = None: rows for all experts of every token are kept "
+                "in memory; set the most experts that a token may use."
+            )
+        else:
+            require(
+                self.k_max >= self.k_min,
+                f"{path}.k_max",
+                self.k_max,
+                f"at least k_min = {self.k_min}",
+            )
+        require_choice(f"{path}.normalize", self.normalize, ("none", "after"))
+        require(
+            self.control is None or isinstance(self.p, (int, float)),
+            f"{path}.p",
+            self.p,
+            "one number, where a controller starts",
+        )
+        require(self.init_std >= 0, f"{path}.init_std", self.init_std, ">= 0")
+
+    def validate_experts(self, num_experts, path):
+        """Checks that need the number of experts, which only the layer knows."""
+        for name in ("k_min", "k_max"):
+            k = getattr(self, name)
+            require(
+                k is None or k <= num_experts,
+                f"{path}.{name}",
+                k,
+                f"at most num_experts = {num_experts}",
+            )
+        if self.control is not None:
+            K = self.slots(num_experts)
+            require(
+                self.k_min <= self.control.target <= K,
+                f"{path}.control.target",
+                self.control.target,
+                f"in [k_min, k_max] = [{self.k_min}, {K}]",
+            )
+
+    def validate_repeat(self, repeat, path):
+        """Checks that need the number of copies of the segment."""
+        require(
+            not isinstance(self.p, (tuple, list)) or len(self.p) == repeat,
+            f"{path}.p",
+            self.p,
+            f"one p per copy of the segment, repeat = {repeat}",
+        )
+
+    def slots(self, num_experts) -> int:
+        """K: most slots per token."""
+        return num_experts if self.k_max is None else self.k_max
+
+    def expected_slots(self, num_experts) -> float:
+        """Experts per token of uniform routing, floor(p E) + 1, or the target."""
+        if self.control is not None:
+            return self.control.target
+        points = points_of(self.p) if isinstance(self.p, Schedule) else None
+        ps = self.p if isinstance(self.p, (tuple, list)) else (self.p,)
+        ps = (points[-1][1],) if points is not None else ps
+        K = self.slots(num_experts)
+        # The nudge keeps 0.3 * 10 from being 2.9999999999999996.
+        counts = [math.floor(p * num_experts + 1e-9) + 1 for p in ps]
+        return sum(min(max(n, self.k_min), K) for n in counts) / len(counts)
+
+    def make(self, dim, num_experts, rngs):
+        return TopPRouter(self, dim, num_experts, rngs)
+
+
+class TopPRouter(nnx.Module):
+    """Experts in falling order of probability, until those before hold more than p.
+
+    Expert j of the order is kept if the sum of the j - 1 before it is not above p, so
+    at least one is kept. The sums are inclusive ones, shifted, as in the authors' code,
+    so that rounding agrees with it; p = 1 keeps all K whatever the rounding. Ties go to
+    the lowest expert. Gates are the raw probabilities unless `normalize="after"`.
+
+    Parameters: w_DE [D, E]; logit_scale [] with `logit_norm`. State: p_and_error [2]
+    (controlled), p [] (scheduled).
+
+    Source: Huang et al. 2024, "Harder Tasks Need More Experts", arXiv:2403.07652
+    (routing is in float32 here; theirs runs in the model's dtype). Control of p and
+    normalised logits: after DTop-p, arXiv:2512.13996 (abstract).
+    """
+
+    def __init__(self, cfg, dim, num_experts, rngs):
+        self.num_slots = cfg.slots(num_experts)
+        self.k_min = cfg.k_min
+        self.normalize = cfg.normalize
+        self.w_DE = param(rngs, (dim, num_experts), ("embed", None), std=cfg.init_std)
+        self.logit_scale: nnx.Param | None = (
+            param(rngs, (), (), value=1.0) if cfg.logit_norm else None
+        )
+        scheduled = isinstance(cfg.p, Schedule)
+        fixed = not scheduled and cfg.control is None
+        self.p_fixed = cfg.p if fixed else None
+        self.p: RouterState | None = (
+            RouterState(
+                jnp.float32(points_of(cfg.p)[0][1]),
+                axes=(),
+                rule=ScheduledValue(points_of(cfg.p)),
+            )
+            if scheduled
+            else None
+        )
+        control = cfg.control
+        self.p_and_error: RouterState | None = (
+            None
+            if control is None
+            else RouterState(
+                jnp.array([cfg.p, 0.0], jnp.float32),
+                axes=(None,),
+                rule=ControlP(control.target, control.kp, control.ki, control.shared),
+            )
+        )
+
+    def __call__(self, x_TD, ctx) -> Routing:
+        logits_TE = router_logits(x_TD, self.w_DE[...])
+        if self.logit_scale is not None:
+            logits_TE = self.logit_scale[...] * standardize(logits_TE)
+        probs_TE = jax.nn.softmax(logits_TE, axis=-1)
+        choice_TK, expert_TK = jax.lax.top_k(
+            jax.lax.stop_gradient(probs_TE), self.num_slots
+        )
+        keep_TK = keep_until(choice_TK, self._p(ctx), self.k_min)
+        expert_TK, keep_TK = replayed(ctx, expert_TK.astype(jnp.int32), keep_TK)
+        return Routing(
+            expert_TK=expert_TK,
+            gate_TK=slot_gates(probs_TE, probs_TE, expert_TK, keep_TK, self.normalize),
+            keep_TK=keep_TK,
+            logits_TE=logits_TE,
+            probs_TE=probs_TE,
+        )
+
+    def _p(self, ctx):
+        if self.p is not None:
+            return self.p[...]
+        if self.p_and_error is not None:
+            return self.p_and_error[..., 0]
+        if isinstance(self.p_fixed, (tuple, list)):
+            layer = 0 if ctx.layer is None else ctx.layer
+            return jnp.array(self.p_fixed, jnp.float32)[layer]
+        return jnp.float32(self.p_fixed)
+
+
+def keep_until(choice_TK, p, k_min=1):
+    """bool[T, K]: slots until the probability of those before exceeds p (strictly).
+
+    Args:
+      choice_TK: float32, probabilities in falling order.
+      p: float32 scalar; at 1 or above all slots are kept.
+      k_min: slots that are kept in any case, >= 1.
+    """
+    total_TK = jnp.cumsum(choice_TK, axis=-1)
+    keep_TK = jnp.pad(total_TK[:, :-1] <= p, ((0, 0), (1, 0)), constant_values=True)
+    first_K = jnp.arange(choice_TK.shape[-1]) < max(k_min, 1)
+    return keep_TK | first_K[None] | (p >= 1)
+
+
+def standardize(logits_TE):
+    """Each row with mean 0 and deviation 1; a constant row gives 0."""
+    centred_TE = logits_TE - jnp.mean(logits_TE, axis=-1, keepdims=True)
+    variance_T1 = jnp.mean(centred_TE**2, axis=-1, keepdims=True)
+    return centred_TE * jax.lax.rsqrt(variance_T1 + 1e-6)

@@ -1,0 +1,294 @@
+"""What `moex params` says: cost and memory of a model, layer by layer.
+
+Everything is abstract: no array is made. Parameters and FLOPs are those of
+`accounting`, bytes kept for the backward pass those of `activations`; bytes of the
+optimizer are read off its abstract state.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moex.accounting import model_cost, num_bytes
+from moex.activations import block_activation_bytes, model_activation_bytes
+from moex.config import Config, ConfigError
+from moex.matching import match
+from moex.optim import flat_paths, make_optimizer
+from moex.run import check_run
+from moex.train.job import static_options
+from moex.train.state import ModelSpec, model_spec
+
+FIGURES = (
+    *("params", "active", "forward_flops", "backward_flops"),
+    *("weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes"),
+)
+HEADS = (
+    *("params", "active", "FLOP fwd", "FLOP bwd"),
+    *("weights", "gradients", "optimizer", "kept/token"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kind of layer, or one part of the model that is no layer.
+
+    Attributes:
+      name: of the part; empty for layers.
+      kind: what the feed-forward is.
+      layers: absolute numbers of the layers that this row describes.
+      figures: of ONE such layer, by name of `FIGURES`; FLOPs and activations per token.
+    """
+
+    name: str
+    kind: str
+    layers: tuple[int, ...]
+    figures: dict[str, float]
+
+    @property
+    def copies(self) -> int:
+        return max(len(self.layers), 1)
+
+    @property
+    def label(self) -> str:
+        return self.name or "layers " + number_ranges(self.layers)
+
+    def to_dict(self) -> dict:
+        """The row as plain data."""
+        names = {"name": self.label, "kind": self.kind, "copies": self.copies}
+        return names | {"layers": list(self.layers)} | self.figures
+
+
+def fill_vocab(cfg) -> None:
+    """Set `cfg.model.vocab` from the tokenizer's config, without preparing any data.
+
+    Raises:
+      ConfigError: if neither says it.
+    """
+    if cfg.model.vocab is not None:
+        return
+    tokenizer = cfg.data.tokenizer
+    if hasattr(tokenizer, "vocab"):  # trained to this size
+        cfg.model.vocab = tokenizer.vocab
+        return
+    where = "config.data.tokenizer"
+
+    def no_text(size):
+        raise ConfigError(
+            f"config.model.vocab = None: and {type(tokenizer).__name__} has no size "
+            "before it was trained; give --config.model.vocab=N."
+        )
+
+    cfg.model.vocab = tokenizer.make(where, (no_text, ""), Path()).vocab_size
+
+
+def model_rows(cfg) -> list[Row]:
+    """The rows of a run config, layers first; fills in its vocabulary.
+
+    Raises:
+      ConfigError: for any mistake of the config.
+    """
+    check_run(cfg)
+    fill_vocab(cfg)
+    spec = model_spec(cfg.model)
+    tx, _ = make_optimizer(cfg.optim, cfg.steps, spec.params, spec.info)
+    cost = model_cost(cfg.model, spec, cfg.seq_len)
+    weights = _bytes_by_path(spec.params, spec)
+    optimizer = _bytes_by_path(jax.eval_shape(tx.init, spec.params), spec)
+    rows, start = [], 0
+    costs = iter(cost.blocks)
+    for segment in cfg.model.layers:
+        pattern, repeat = segment.pattern, segment.repeat
+        for i, ffn in enumerate(pattern):
+            block = next(costs)
+            forward = block.forward_flops()
+            held = [_below(block.path, b) / repeat for b in (weights, optimizer)]
+            kept = block_activation_bytes(cfg, segment, i)
+            figures = (
+                *(sum(block.total().values()), sum(block.active().values())),
+                *(forward, 2 * forward, held[0], held[0], held[1], kept),
+            )
+            numbers = tuple(start + r * len(pattern) + i for r in range(repeat))
+            rows.append(Row("", describe_kind(ffn), numbers, _named(figures)))
+        start += repeat * len(pattern)
+    in_layers = sum(r.copies * r.figures["activation_bytes"] for r in rows)
+    rest = (
+        *(sum(cost.outer.values()), sum(cost.outer.values())),
+        *(cost.outer_flops, 2 * cost.outer_flops),
+        *2 * (sum(weights.values()) - _below("segments", weights),),
+        sum(optimizer.values()) - _below("segments", optimizer),
+        model_activation_bytes(cfg, spec) - in_layers,
+    )
+    return merged(rows) + [
+        Row("rest", "embedding, last norm, logits, loss", (), _named(rest))
+    ]
+
+
+def _named(figures) -> dict[str, float]:
+    return dict(zip(FIGURES, map(_plain, figures), strict=True))
+
+
+def _plain(value: float) -> float:
+    return int(value) if value == int(value) else float(value)
+
+
+def merged(rows: list[Row]) -> list[Row]:
+    """Rows of equal kind and figures as one, in the order of their first layers."""
+    by_content: dict[Any, Row] = {}
+    for row in rows:
+        key = (row.kind, *row.figures.values())
+        if key in by_content:
+            layers = tuple(sorted(by_content[key].layers + row.layers))
+            row = dataclasses.replace(row, layers=layers)
+        by_content[key] = row
+    return list(by_content.values())
+
+
+def totals(rows: list[Row]) -> dict[str, float]:
+    """The sum of every figure over all layers and the rest."""
+    return {
+        name: _plain(sum(r.copies * r.figures[name] for r in rows)) for name in FIGURES
+    }
+
+
+def _bytes_by_path(tree, spec: ModelSpec) -> dict[str, int]:
+    """Bytes by parameter path; what belongs to no parameter is under "".
+
+    A leaf of the optimizer state belongs to the parameter whose path ends its own.
+    """
+    known, sums = flat_paths(spec.params), dict[str, int]()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        keys = [str(getattr(k, "key", "")) for k in path]
+        tails = ("/".join(keys[i:]) for i in range(len(keys)))
+        owner = next((tail for tail in tails if tail in known), "")
+        sums[owner] = sums.get(owner, 0) + num_bytes(leaf)
+    return sums
+
+
+def _below(path: str, sizes: dict[str, int]) -> int:
+    return sum(v for name, v in sizes.items() if name.startswith(f"{path}/"))
+
+
+def describe_kind(ffn: Config) -> str:
+    """The feed-forward in a few words: `MoE(8, TopK, Glu)`, `Chain(2, MoE(...))`."""
+    inside: Any = ffn
+    name = type(ffn).__name__
+    if hasattr(inside, "num_experts"):
+        kinds = (type(inside.router).__name__, type(inside.experts).__name__)
+        return f"{name}({inside.num_experts}, {', '.join(kinds)})"
+    if hasattr(inside, "moe"):
+        return f"{name}({inside.iterations}, {describe_kind(inside.moe)})"
+    if hasattr(inside, "inner"):
+        return f"{name}({inside.latent}, {describe_kind(inside.inner)})"
+    return name
+
+
+def rows_dict(cfg, rows: list[Row]) -> dict:
+    """The rows, their sum and what they hold for, as plain data."""
+    setting = static_options(cfg, train=True) | {
+        "seq_len": cfg.seq_len,
+        "vocab": cfg.model.vocab,
+        "backend": jax.default_backend(),
+    }
+    return {
+        "rows": [row.to_dict() for row in rows],
+        "total": totals(rows),
+        "setting": setting,
+    }
+
+
+def rows_table(cfg, rows: list[Row]) -> str:
+    """The rows as a table for people; figures of one copy, totals of all."""
+    lines: list[tuple[str, ...]] = [("", "copies", *HEADS)]
+    for row in rows:
+        copies = f"{row.copies} x" if row.layers else ""
+        lines.append((row.label, copies, *_cells(row.figures)))
+    lines.append(("total", "", *_cells(totals(rows))))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    kinds = ["", *(row.kind for row in rows), ""]
+    text = [
+        "  ".join(
+            [line[0].ljust(widths[0])]
+            + [cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)]
+            + [kind]
+        ).rstrip()
+        for line, kind in zip(lines, kinds, strict=True)
+    ]
+    options = static_options(cfg, train=True)
+    text.append(
+        "Rows are of one copy. FLOP and kept bytes are per token at length "
+        f"{cfg.seq_len}; kept: for the backward pass, in {options['dtype']}, "
+        f"remat = {cfg.remat!r}, kernels = {cfg.kernels!r} on "
+        f"{jax.default_backend()}."
+    )
+    return "\n".join(text)
+
+
+def matched(cfg, like, by: str) -> dict:
+    """Hidden widths that give the model of `cfg` the cost of the model of `like`.
+
+    Returns:
+      Plain data: {"by", "overrides": {path: width}, "cost", "target", "difference"}.
+
+    Raises:
+      ConfigError: if there are none, or for a mistake in either config.
+    """
+    for one in (cfg, like):
+        check_run(one)
+        fill_vocab(one)
+    found = match(cfg.model, like.model, by=by, seq_len=cfg.seq_len)
+    return {
+        "by": by,
+        "overrides": {f"config.{path}": n for path, n in found.hidden.items()},
+        "cost": found.cost,
+        "target": found.target,
+        "difference": found.difference,
+    }
+
+
+def match_lines(result: dict) -> str:
+    """What `matched` found, as flags to copy and one line on how close it is."""
+    flags = [f"--{path}={width}" for path, width in result["overrides"].items()]
+    what = {
+        "params": "parameters",
+        "active": "parameters per token",
+        "flops": "FLOPs per trained token",
+    }[result["by"]]
+    flags.append(
+        f"{result['cost']:,.0f} {what} beside {result['target']:,.0f}: "
+        f"{100 * result['difference']:+.3g} %"
+    )
+    return "\n".join(flags)
+
+
+def _cells(figures: dict[str, float]) -> list[str]:
+    return [
+        scaled(figures[name], 1024, "B") if name.endswith("bytes") else scaled(value)
+        for name, value in figures.items()
+    ]
+
+
+def scaled(value: float, base: int = 1000, unit: str = "") -> str:
+    """A number with a prefix: `1.45 G`, or in steps of 1024 `5.41 GiB`."""
+    prefixes = ("", "k", "M", "G", "T", "P") if base == 1000 else _BINARY
+    power = 0
+    while power < len(prefixes) - 1 and abs(value) >= 999.5 * base**power:
+        power += 1
+    number = value / base**power
+    digits = 0 if power == 0 else max(0, 2 - int(math.log10(max(number, 1))))
+    return f"{number:.{digits}f} {prefixes[power]}{unit}".rstrip()
+
+
+_BINARY = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
+
+
+def number_ranges(numbers: tuple[int, ...]) -> str:
+    """`0-3`, `1-9 by 2`, or `0, 3, 4`."""
+    steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+    if len(numbers) > 2 and len(steps) == 1 or steps == {1}:
+        step = steps.pop()
+        by = "" if step == 1 else f" by {step}"
+        return f"{numbers[0]}-{numbers[-1]}{by}"
+    return ", ".join(map(str, numbers))

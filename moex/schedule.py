@@ -1,0 +1,74 @@
+"""Numbers that may change while training: a float, or a `Schedule` of the step."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from moex.config import Config, require
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Schedule(Config):
+    """Straight lines between points, constant outside of them.
+
+    `Schedule(points=((0, 0.01), (1000, 0.0)))` falls to 0 over 1000 optimizer steps; two
+    points one step apart make a jump.
+    """
+
+    points: tuple[tuple[float, float], ...]  # (optimizer step, value), steps rising
+
+    def validate(self, path):
+        require(len(self.points) >= 1, f"{path}.points", self.points, "not empty")
+        steps = [step for step, _ in self.points]
+        require(
+            all(a < b for a, b in zip(steps, steps[1:], strict=False)),
+            f"{path}.points",
+            self.points,
+            "(step, value) pairs with rising steps",
+        )
+
+
+def value_at(value, step):
+    """The number that `value` stands for at an optimizer step.
+
+    Args:
+      value: a float, a `Schedule`, or the points of one.
+      step: int or int32 scalar, from 0; it may be traced.
+    """
+    points = points_of(value)
+    if points is None:
+        return value
+    steps, values = zip(*points, strict=True)
+    at = jnp.asarray(step, jnp.float32)
+    return jnp.interp(at, jnp.array(steps, jnp.float32), jnp.array(values, jnp.float32))
+
+
+def static_value(value) -> Any:
+    """A float, or the points of a schedule as nested tuples: both can be hashed."""
+    return value if points_of(value) is None else points_of(value)
+
+
+def points_of(value) -> tuple | None:
+    """The points of a `Schedule` (or points themselves); None for a plain number."""
+    points = value.points if isinstance(value, Schedule) else value
+    if not isinstance(points, (tuple, list)):
+        return None
+    return tuple((float(step), float(v)) for step, v in points)
+
+
+def values_of(value) -> list[float]:
+    """All values that a number or the corners of a schedule take."""
+    points = points_of(value)
+    return [float(value)] if points is None else [v for _, v in points]
+
+
+def is_always_zero(value) -> bool:
+    """Whether it is 0 at every step."""
+    return all(v == 0 for v in values_of(value))
+
+
+def require_values(ok, path, value, allowed) -> None:
+    """`require` for each value that a number or a schedule takes."""
+    for v in values_of(value):
+        require(ok(v), path, v, allowed)

@@ -1,0 +1,256 @@
+"""`moex params`: rows by layer, bytes by hand, and the command itself."""
+
+import json
+
+import jax
+import pytest
+
+from moex import activations, cli, params
+from moex.accounting import model_cost, num_bytes
+from moex.config import ConfigError
+from moex.data.tokenizer import Bytes, TokenizerFile
+from moex.moe.chain import Chain
+from moex.nn.mlp import Dense
+from moex.nn.stack import Segment
+from moex.optim import AdamW, Muon, make_optimizer
+from moex.train.state import model_spec
+from tests import runs
+from tests.helpers import tiny_lm, tiny_moe
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("params")
+    runs.write_config(folder)
+    return folder
+
+
+@pytest.fixture
+def run_config(folder):
+    """`run_config(*segments, **run keys)`: a tiny run config of other layers."""
+
+    def run_config(*segments, **fields):
+        cfg = runs.config(folder, f"seq_len={LENGTH}")
+        if segments:
+            cfg.model = tiny_lm(*segments)
+        for name, value in fields.items():
+            cfg[name] = value
+        return cfg
+
+    return run_config
+
+
+@pytest.fixture
+def moex(capsys):
+    """`moex(*args)`: what it prints."""
+
+    def moex(*args):
+        capsys.readouterr()
+        cli.main([str(a) for a in args])
+        return capsys.readouterr().out
+
+    return moex
+
+
+# Activations. D = 16, 4 query and 2 key/value heads of 4, a dense layer of width 24.
+
+
+def test_kept_by_full_recomputation(run_config):
+    """The input of each layer, and nothing else."""
+    segment = Segment(pattern=(tiny_moe(),), repeat=3)
+    cfg = run_config(segment, remat="full")
+    assert activations.block_activation_bytes(cfg, segment, 0) == 4 * 16
+    cfg.precision = "bfloat16"
+    assert activations.block_activation_bytes(cfg, segment, 0) == 2 * 16
+
+
+def test_kept_when_matmuls_are_kept(run_config):
+    segment = Segment(pattern=(Dense(hidden=24),))
+    cfg = run_config(segment, remat="dots")
+    # The input, queries, keys and values, attention's output, and both halves of the
+    # hidden layer; the last matmul is only added to something.
+    floats = 16 + 16 + (8 + 8) + 16 + 2 * 24
+    assert activations.block_activation_bytes(cfg, segment, 0) == 4 * floats
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_kept_by_a_pattern_is_kept_by_its_layers(run_config, remat):
+    pair = Segment(pattern=(Dense(hidden=24), tiny_moe()))
+    cfg = run_config(pair, remat=remat)
+    layers = [activations.block_activation_bytes(cfg, pair, i) for i in (0, 1)]
+
+    def kept(repeat, batch):
+        segment = Segment(pattern=pair.pattern, repeat=repeat)
+        return activations._segment_bytes(cfg, segment, batch)
+
+    both = kept(2, 2) - kept(2, 1) - kept(1, 2) + kept(1, 1)
+    assert sum(layers) == both / LENGTH
+    assert layers[1] > 0 or remat == "full"
+
+
+def test_kept_grows_with_rounds(run_config):
+    """Not with experts: those take turns, rounds all have to be gone back through."""
+
+    def kept(ffn):
+        segment = Segment(pattern=(ffn,))
+        return activations.block_activation_bytes(run_config(segment), segment, 0)
+
+    chains = [kept(Chain(moe=tiny_moe(), iterations=C)) for C in (1, 2, 3)]
+    assert chains[2] - chains[1] == pytest.approx(chains[1] - chains[0], rel=0.05)
+    assert chains[1] > chains[0] + 4 * 2 * 2 * 8  # pre-activations of two slots
+    assert kept(tiny_moe(16)) < 1.3 * kept(tiny_moe(8))
+
+
+# Rows.
+
+
+def test_rows_add_up(run_config):
+    """Six layers of three kinds; totals are those of the whole model."""
+    dense = Dense(hidden=24)
+    cfg = run_config(
+        Segment(pattern=(dense,)),
+        Segment(pattern=(tiny_moe(), dense), repeat=2),
+        Segment(pattern=(dense,)),
+    )
+    rows = params.model_rows(cfg)
+    assert [(row.label, row.copies, row.kind) for row in rows] == [
+        ("layers 0, 2, 4, 5", 4, "Dense"),
+        ("layers 1, 3", 2, "MoE(8, TopK, Glu)"),
+        ("rest", 1, "embedding, last norm, logits, loss"),
+    ]
+    total = params.totals(rows)
+    spec = model_spec(cfg.model)
+    cost = model_cost(cfg.model, spec, LENGTH)
+    tx, _ = make_optimizer(cfg.optim, cfg.steps, spec.params, spec.info)
+    assert total["params"] == cost.num_params
+    assert total["active"] == cost.num_active
+    assert total["forward_flops"] * 3 == cost.train_flops
+    assert total["backward_flops"] == 2 * total["forward_flops"]
+    assert total["weight_bytes"] == total["gradient_bytes"] == 4 * cost.num_params
+    assert total["optimizer_bytes"] == num_bytes(jax.eval_shape(tx.init, spec.params))
+    kept = activations.model_activation_bytes(cfg, spec)
+    assert total["activation_bytes"] == pytest.approx(kept)
+    # What the loss needs of the logits, at least.
+    assert rows[-1].figures["activation_bytes"] >= 4 * cfg.model.vocab
+
+
+@pytest.mark.parametrize(("rule", "moments"), [(AdamW(), 2), (Muon(), 1)])
+def test_optimizer_state_is_that_of_the_optimizer(run_config, rule, moments):
+    """Muon keeps one moment of matrices, and two of embeddings and norms."""
+    cfg = run_config(Segment(pattern=(Dense(hidden=24),)))
+    cfg.optim.rule = rule
+    layer, rest = (row.figures for row in params.model_rows(cfg))
+    norms = 16 + 16 + 4 + 4
+    matrices = layer["params"] - norms
+    assert layer["optimizer_bytes"] == 4 * (moments * matrices + 2 * norms)
+    counters = rest["optimizer_bytes"] - 4 * 2 * rest["params"]
+    assert 0 <= counters <= 32
+
+
+def test_vocabulary_without_data(run_config, tmp_path):
+    cfg = run_config()
+    cfg.model.vocab = None
+    cfg.data.tokenizer = Bytes()
+    params.fill_vocab(cfg)
+    assert cfg.model.vocab == 257
+    cfg.model.vocab = None
+    cfg.data.tokenizer = TokenizerFile(path=str(tmp_path / "none.json"))
+    with pytest.raises(ConfigError, match=r"config\.data\.tokenizer\.path = .*no such"):
+        params.fill_vocab(cfg)
+    cfg.model.vocab = 100
+    params.fill_vocab(cfg)
+    assert cfg.model.vocab == 100
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ((3,), "3"),
+        ((0, 1), "0-1"),
+        ((0, 1, 2), "0-2"),
+        ((1, 3), "1, 3"),
+        ((1, 3, 5), "1-5 by 2"),
+        ((0, 2, 3), "0, 2, 3"),
+    ],
+)
+def test_layer_numbers(numbers, text):
+    assert params.number_ranges(numbers) == text
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        ((0,), "0"),
+        ((999,), "999"),
+        ((999.6,), "1.00 k"),
+        ((46.7e9,), "46.7 G"),
+        ((123_456_789,), "123 M"),
+        ((5.4 * 2**30, 1024, "B"), "5.40 GiB"),
+        ((20, 1024, "B"), "20 B"),
+    ],
+)
+def test_scaled_numbers(args, text):
+    assert params.scaled(*args) == text
+
+
+# The command.
+
+
+def test_the_command(moex, folder):
+    arg = f"--config={folder / 'tiny.py'}"
+    out = moex("params", arg).splitlines()
+    assert out[0].split()[:3] == ["copies", "params", "active"]
+    assert out[1].endswith("Dense")
+    assert out[2].startswith("layers 1 ")
+    assert out[2].endswith("MoE(4, TopK, Glu)")
+    assert out[-2].startswith("total")
+    made = json.loads(moex("params", arg, "--json"))
+    assert made["setting"]["vocab"] == 257
+    rows = made["rows"]
+    assert [row["layers"] for row in rows] == [[0], [1], []]
+    assert rows[1]["active"] == rows[1]["params"] - 2 * 3 * 32 * 32  # two of four
+    assert made["total"]["params"] == sum(row["params"] for row in rows)
+
+
+def test_matching_from_the_command_line(moex, folder):
+    """The flags it prints, given back, are a match."""
+    file = folder / "tiny.py"
+    dense = folder / "dense.py"
+    text = file.read_text().replace("pattern=(moe,)", "pattern=(Dense(hidden=50),)")
+    dense.write_text(text)
+    ask = ["params", f"--config={file}", f"--like={dense}", "--match=active"]
+    *flags, line = moex(*ask).splitlines()
+    assert [flag.split("=")[0] for flag in flags] == [
+        "--config.model.layers[0].pattern[0].hidden",
+        "--config.model.layers[1].pattern[0].experts.hidden",
+    ]
+    assert "parameters per token beside" in line
+    made = json.loads(moex(*ask, "--json"))
+    again = json.loads(moex("params", f"--config={file}", *flags, "--json"))
+    other = json.loads(moex("params", f"--config={dense}", "--json"))
+    assert again["total"]["active"] == made["cost"]
+    assert other["total"]["active"] == made["target"]
+    assert abs(made["difference"]) < 0.005
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["--like=configs/quickstart.py"],
+            "--like and --match go together; give both.",
+        ),
+        (["--match=size"], "--match: invalid choice: 'size'"),
+        (["--like=none.py", "--match=flops"], "there is no file none.py"),
+    ],
+)
+def test_mistakes(folder, capsys, args, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["params", f"--config={folder / 'tiny.py'}", *args])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("moex: error: ")
+    assert err.count("\n") == 1
+    assert message in err
