@@ -32,6 +32,7 @@ PEAK_FLOPS = (
     ("TPU v4", 275e12),
 )
 
+# Zero-computation experts are in "experts", projections and shared experts in "dense".
 GROUPS = ("embedding", "attention", "router", "experts", "dense", "norms", "logits")
 # A name of a parameter that is added, scaled with or looked up, not multiplied.
 NO_MATMUL = ("bias", "scale", "logit_scale", "w_embed")

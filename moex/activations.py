@@ -23,45 +23,65 @@ from moex.train.job import static_options
 from moex.train.losses import lm_loss, make_context, moe_layers
 from moex.train.state import ModelSpec
 
+# Copies of a segment that is only looked at: a prime, unlike any other dim
+COPIES = 1_000_003
+
 
 def block_activation_bytes(cfg, segment: Segment, place: int) -> float:
     """Bytes per token that one layer keeps from its forward to its backward pass.
 
-    The layer is scanned once and twice, at batch sizes 1 and 2: the second difference
-    leaves out weights, and what all layers share (masks, rotary angles).
+    Args:
+      cfg: run config, for the sequence length and how to compute.
+      segment: where the layer is.
+      place: which of its pattern it is; the others matter under recomputation, which
+        keeps the input of a pattern and not those of the blocks inside it.
     """
-    one = dataclasses.replace(segment, pattern=(segment.pattern[place],))
-
-    def kept(repeat, batch):
-        stack = dataclasses.replace(one, repeat=repeat)
-        return _segment_bytes(cfg, stack, batch)
-
-    growth = kept(2, 2) - kept(2, 1) - kept(1, 2) + kept(1, 1)
-    # A checkpointed pattern keeps its input, not those of the blocks inside it.
-    inner = place > 0 and cfg.remat != "none"
-    options = static_options(cfg, train=True)
-    own_input = cfg.model.dim * jnp.dtype(options["dtype"]).itemsize if inner else 0
-    return growth / cfg.seq_len - own_input
+    one = segment.pattern[place : place + 1]
+    before = segment.pattern[max(place - 1, 0) : place]
+    if cfg.remat == "none" or not before:
+        return _pattern_bytes(cfg, segment, one)
+    with_one = _pattern_bytes(cfg, segment, before + one)
+    return with_one - _pattern_bytes(cfg, segment, before)
 
 
-def _segment_bytes(cfg, segment: Segment, batch: int) -> int:
+def _pattern_bytes(cfg, segment: Segment, pattern) -> float:
+    """Bytes per token that one copy of a pattern keeps.
+
+    What scan stacks is of each copy; the rest (masks, rotary angles) is shared by all.
+    Batch sizes 1 and 2 tell activations from weights.
+    """
     model: LM = cfg.model
-
-    def residuals(x_BLD, key, ctx):
-        stack = segment.make(
-            model.attention, model.dim, nnx.Rngs(params=key), norm_eps=model.norm_eps
+    segment = dataclasses.replace(segment, pattern=tuple(pattern), repeat=1)
+    stack = nnx.eval_shape(
+        lambda: segment.make(
+            model.attention, model.dim, nnx.Rngs(params=0), norm_eps=model.norm_eps
         )
-        graphdef, params, state = nnx.split(stack, nnx.Param, ...)  # type: ignore
+    )
+    graphdef, params, state = nnx.split(stack, nnx.Param, ...)  # type: ignore
+    params, state = _copies(params), _copies(state)
 
+    def residuals(params, state, x_BLD, ctx):
         def run(params, x_BLD):
             y_BLD, aux, _ = nnx.merge(graphdef, params, state)(x_BLD, ctx, None)
             return y_BLD, [layer["losses"] for _, layer in moe_layers(aux)]
 
         return jax.vjp(run, params, x_BLD)[1]
 
-    ctx = _abstract_context(cfg, _abstract_batch(batch, cfg.seq_len))
-    x_BLD = jax.ShapeDtypeStruct((batch, cfg.seq_len, model.dim), ctx.compute_dtype)
-    return num_bytes(jax.eval_shape(residuals, x_BLD, _abstract_key(), ctx))
+    def kept(batch_size: int) -> int:
+        ctx = _abstract_context(cfg, _abstract_batch(batch_size, cfg.seq_len))
+        shape = (batch_size, cfg.seq_len, model.dim)
+        x_BLD = jax.ShapeDtypeStruct(shape, ctx.compute_dtype)
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, state, x_BLD, ctx))
+        return num_bytes([a for a in leaves if a.shape[:1] == (COPIES,)])
+
+    return (kept(2) - kept(1)) / COPIES / cfg.seq_len
+
+
+def _copies(tree):
+    """The abstract parameters of a segment of one copy as those of `COPIES`."""
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((COPIES, *a.shape[1:]), a.dtype), tree
+    )
 
 
 def model_activation_bytes(cfg, spec: ModelSpec) -> float:

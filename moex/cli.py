@@ -10,8 +10,9 @@ import json
 import logging
 import pathlib
 import sys
+import warnings
 
-from moex.config import ConfigError, nearest, require
+from moex.config import ConfigError, ConfigWarning, nearest, require
 
 CONFIG_HELP = """\
 Configuration:
@@ -279,6 +280,15 @@ def _quiet() -> None:
     for name in ("jax", "orbax", "grain"):
         logging.getLogger(name).setLevel(logging.ERROR)
     nnx.set_graph_mode(False)
+    show = warnings.showwarning
+
+    def showwarning(message, category, *where, **options):
+        if issubclass(category, ConfigWarning):
+            print(f"moex: warning: {message}", file=sys.stderr)
+        else:
+            show(message, category, *where, **options)
+
+    warnings.showwarning = showwarning
     report = sys.unraisablehook
 
     def unraisable(args):

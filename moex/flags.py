@@ -6,6 +6,7 @@ that names the field, the value, what is allowed and the nearest valid name.
 
 import dataclasses
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -83,8 +84,27 @@ def _reason(error: BaseException) -> str:
     ):
         wrapped = wrapped.__cause__ or wrapped.__context__
     error = wrapped or error
+    unknown = UNKNOWN_ARGUMENT.match(str(error))
+    if isinstance(error, TypeError) and unknown:
+        owner, name = unknown.groups()
+        for kind in _subclasses(Config):
+            if kind.__name__ == owner:
+                names = [field.name for field in dataclasses.fields(kind)]
+                return (
+                    f"{owner} has no field {name!r}.{nearest(name, names)} "
+                    f"It has {', '.join(names)}."
+                )
     text = " ".join(str(error).split())
     return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"
+
+
+UNKNOWN_ARGUMENT = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword .*'(.+)'")
+
+
+def _subclasses(kind) -> list:
+    return [
+        found for sub in kind.__subclasses__() for found in (sub, *_subclasses(sub))
+    ]
 
 
 def _apply(cfg, path: str, text: str) -> None:

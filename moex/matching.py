@@ -58,7 +58,7 @@ def match(cfg: LM, like: LM, *, by: str, seq_len: int) -> Match:
     Raises:
       ConfigError: if no widths of at least 1 can do it.
     """
-    require_choice("--match", by, MEASURES)
+    require_choice("match by", by, MEASURES)
 
     def cost_of(model: LM) -> float:
         return MEASURES[by](model_cost(model, model_spec(model), seq_len))
@@ -66,14 +66,14 @@ def match(cfg: LM, like: LM, *, by: str, seq_len: int) -> Match:
     target = cost_of(like)
     widths = sorted(set(hidden_widths(cfg).values()))
     if not widths:
-        raise ConfigError("--match: no feed-forward of the model has a hidden width.")
+        raise ConfigError("match: no feed-forward of the model has a hidden width.")
     base = cost_of(cfg)
     slopes = {w: (cost_of(_with_widths(cfg, {w: 2 * w})) - base) / w for w in widths}
     fixed = base - sum(slopes[w] * w for w in widths)
     lowest = fixed + sum(slopes.values())
     if target < lowest:
         raise ConfigError(
-            f"--match={by}: the other model costs {target:,.0f}, and this one costs "
+            f"match by {by}: the other model costs {target:,.0f}, and this one costs "
             f"{lowest:,.0f} with hidden widths of 1."
         )
     scale = (target - fixed) / (base - fixed)

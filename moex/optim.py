@@ -13,6 +13,13 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from moex.config import Config, ConfigError, nearest, require, require_choice
+from moex.schedule import (
+    Schedule,
+    is_always_zero,
+    require_values,
+    static_value,
+    value_at,
+)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -71,7 +78,8 @@ class Optim(Config):
     weight_decay: float = 0.0  # times the learning rate; matrices only, >= 0
     clip: float | None = 1.0  # largest global gradient norm, > 0; None: no clipping
     spike_factor: float | None = 10.0  # skip updates of norm > factor * mean; None: no
-    lr_factors: tuple[tuple[str, float], ...] = ()  # (path pattern, factor); 0 freezes
+    # (path pattern, factor of the learning rate); 0 freezes, a Schedule does so in time.
+    lr_factors: tuple[tuple[str, float | Schedule], ...] = ()
 
     def validate(self, path):
         require(
@@ -103,7 +111,8 @@ class Optim(Config):
                 value is None or value > 0, f"{path}.{name}", value, "above 0, or None"
             )
         for pattern, factor in self.lr_factors:
-            require(factor >= 0, f"{path}.lr_factors[{pattern!r}]", factor, ">= 0")
+            where = f"{path}.lr_factors[{pattern!r}]"
+            require_values(lambda v: v >= 0, where, factor, ">= 0")
 
 
 def schedule_frac(cfg: Optim, steps: int):
@@ -142,8 +151,10 @@ def path_name(path) -> str:
     return "/".join(str(k.key) for k in path)
 
 
-def path_factors(cfg: Optim, params, path: str = "config.optim") -> dict[str, float]:
+def path_factors(cfg: Optim, params, path: str = "config.optim") -> dict[str, Any]:
     """The learning-rate factor of each parameter; the last matching pattern wins.
+
+    A factor is a float, or the points of a schedule.
 
     A pattern is a shell pattern against the whole path, or any part of it when it has
     no `*`: `router` matches every router, `segments/0/*` the first segment.
@@ -162,7 +173,7 @@ def path_factors(cfg: Optim, params, path: str = "config.optim") -> dict[str, fl
                 f"{path}.lr_factors: pattern {pattern!r} matches no parameter."
                 f"{nearest(pattern, parts)} Parameters are named like {names[0]!r}."
             )
-        factors.update(dict.fromkeys(matched, float(factor)))
+        factors.update(dict.fromkeys(matched, static_value(factor)))
     return factors
 
 
@@ -178,6 +189,21 @@ def _muon_dims(params, info):
         return MuonDimensionNumbers(reduction_axis=reduction, output_axis=output)
 
     return jax.tree_util.tree_map_with_path(dims, params)
+
+
+def _scale(factor, factors):
+    """Multiply the updates of the parameters that have this factor."""
+
+    def mask(tree):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: factors[path_name(path)] == factor, tree
+        )
+
+    if isinstance(factor, tuple):
+        scale = optax.scale_by_schedule(lambda step: value_at(factor, step))
+    else:
+        scale = optax.scale(factor)
+    return optax.masked(scale, mask)
 
 
 def make_optimizer(cfg: Optim, steps: int, params, info):
@@ -223,18 +249,13 @@ def make_optimizer(cfg: Optim, steps: int, params, info):
     # Clipping keeps its place when it is off: a run can be resumed with another value.
     clip = optax.identity() if cfg.clip is None else optax.clip_by_global_norm(cfg.clip)
     chain = [clip, rule]
-    if any(f not in (0.0, 1.0) for f in factors.values()):
-        chain.append(
-            optax.stateless(
-                lambda updates, _: jax.tree_util.tree_map_with_path(
-                    lambda path, u: u * factors[path_name(path)], updates
-                )
-            )
-        )
+    chain += [_scale(f, factors) for f in sorted({*factors.values()} - {0, 1}, key=str)]
     tx = optax.chain(*chain)
-    if any(f == 0.0 for f in factors.values()):
+    if any(map(is_always_zero, factors.values())):
         labels = jax.tree_util.tree_map_with_path(
-            lambda path, _: "freeze" if factors[path_name(path)] == 0 else "train",
+            lambda path, _: (
+                "freeze" if is_always_zero(factors[path_name(path)]) else "train"
+            ),
             params,
         )
         tx = optax.partition({"train": tx, "freeze": optax.set_to_zero()}, labels)

@@ -97,7 +97,7 @@ def model_rows(cfg) -> list[Row]:
     cost = model_cost(cfg.model, spec, cfg.seq_len)
     weights = _bytes_by_path(spec.params, spec)
     optimizer = _bytes_by_path(jax.eval_shape(tx.init, spec.params), spec)
-    rows, start = [], 0
+    rows, start, kept = [], 0, dict[str, float]()
     costs = iter(cost.blocks)
     for segment in cfg.model.layers:
         pattern, repeat = segment.pattern, segment.repeat
@@ -105,10 +105,12 @@ def model_rows(cfg) -> list[Row]:
             block = next(costs)
             forward = block.forward_flops()
             held = [_below(block.path, b) / repeat for b in (weights, optimizer)]
-            kept = block_activation_bytes(cfg, segment, i)
+            same = repr((segment.residual, pattern[max(i - 1, 0) : i + 1]))
+            if same not in kept:
+                kept[same] = block_activation_bytes(cfg, segment, i)
             figures = (
                 *(sum(block.total().values()), sum(block.active().values())),
-                *(forward, 2 * forward, held[0], held[0], held[1], kept),
+                *(forward, 2 * forward, held[0], held[0], held[1], kept[same]),
             )
             numbers = tuple(start + r * len(pattern) + i for r in range(repeat))
             rows.append(Row("", describe_kind(ffn), numbers, _named(figures)))

@@ -101,9 +101,7 @@ class Loss(Config):
             value = getattr(self, name)
             require_values(lambda v: v >= 0, f"{path}.{name}", value, ">= 0")
         require_choice(f"{path}.balance_scope", self.balance_scope, BALANCE_SCOPES)
-        require_choice(
-            f"{path}.balance_scale", self.balance_scale, ("share", "count")
-        )
+        require_choice(f"{path}.balance_scale", self.balance_scale, ("share", "count"))
         require_choice(f"{path}.over_layers", self.over_layers, ("sum", "mean"))
 
 
@@ -169,6 +167,13 @@ def _check_values(cfg):
         cfg.batch_size,
         f"a multiple of grad_accum = {cfg.grad_accum}",
     )
+    where = not_causal(cfg.model)
+    require(
+        where is None or cfg.log.sample_tokens == 0,
+        "config.log.sample_tokens",
+        cfg.log.sample_tokens,
+        f"0: {where} chooses tokens by those that follow, so the model cannot generate",
+    )
     require(
         cfg.eval.overlap < cfg.seq_len,
         "config.eval.overlap",
@@ -181,6 +186,14 @@ def _check_values(cfg):
         cfg.optim.warmup_steps,
         f"at most steps = {cfg.steps}",
     )
+
+
+def not_causal(model: LM, path: str = "config.model") -> str | None:
+    """Where a model looks at later tokens (and so cannot decode); None: nowhere."""
+    for where, node in configs.walk(model, path):
+        if not getattr(node, "causal", True):
+            return where
+    return None
 
 
 def kernel_names() -> tuple[str, ...]:

@@ -134,7 +134,12 @@ def records(workdir, kind="train") -> list[dict]:
 
 def saved_state(folder, workdir, *overrides, step=None):
     """`(step, {"params", "opt", "state"} of numpy arrays, data)` of a checkpoint."""
-    job = make_job(config(folder, *overrides), log=lambda line: None)
+    return saved_state_of(config(folder, *overrides), workdir, step=step)
+
+
+def saved_state_of(cfg, workdir, *, step=None):
+    """The same for any run config."""
+    job = make_job(cfg, log=lambda line: None)
     checkpointer = Checkpointer(workdir, read_only=True)
     try:
         if step is None:
@@ -151,8 +156,13 @@ def assert_same_state(actual, expected):
     """Both from `saved_state`; bit for bit."""
     assert actual[0] == expected[0]
     assert actual[2] == expected[2]
-    paths, _ = jax.tree_util.tree_flatten_with_path(expected[1])
-    leaves = jax.tree.leaves(actual[1])
+    assert_same_arrays(actual[1], expected[1])
+
+
+def assert_same_arrays(actual, expected):
+    """Trees of arrays; bit for bit."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(expected)
+    leaves = jax.tree.leaves(actual)
     assert len(paths) == len(leaves)
     for (path, value), leaf in zip(paths, leaves, strict=True):
         name = jax.tree_util.keystr(path)

@@ -111,7 +111,7 @@ def test_what_cannot_be_matched():
     with pytest.raises(ConfigError, match="no feed-forward of the model has a hidden"):
         match(low_rank, tiny_lm(), by="params", seq_len=LENGTH)
     large = dataclasses.replace(lm(moe(8)), vocab=10_000)
-    message = r"--match=params: the other model costs .* with hidden widths of 1\."
+    message = r"match by params: the other model costs .* with hidden widths of 1\."
     with pytest.raises(ConfigError, match=message):
         match(large, tiny_lm(), by="params", seq_len=LENGTH)
     with pytest.raises(ConfigError, match="Did you mean 'flops'"):

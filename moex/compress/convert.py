@@ -33,7 +33,6 @@ from moex.train import state as states
 from moex.train.checkpoint import Checkpointer
 from moex.train.job import (
     Job,
-    LoadedRun,
     load_config,
     load_run,
     make_job,
@@ -134,7 +133,7 @@ def convert_run(run, workdir, options: ToLatent, *, say=print) -> dict:
         say(f"second moments of {options.calibration} training sequences")
         moments = input_moments(loaded, job, options.calibration)
     params, errors = convert_params(loaded.params, cfg.model, options, moments)
-    _write(job, cfg, params, loaded, workdir)
+    write_run(job, cfg, {"params": params, "state": loaded.state}, workdir)
     report = {
         "to": "latent",
         "from": str(run),
@@ -271,13 +270,20 @@ def _job(run: pathlib.Path, cfg, say) -> Job:
     return make_job(cfg, log=say)
 
 
-def _write(job: Job, cfg, params, run: LoadedRun, workdir: pathlib.Path) -> None:
-    """A run directory that training can go on in, at step 0."""
+def write_run(job: Job, cfg, arrays: dict, workdir: pathlib.Path) -> None:
+    """Write a run directory at step 0 that training can go on in.
+
+    Args:
+      job: whose model, optimizer and tokenizer it has.
+      cfg: the run config that is saved.
+      arrays: {"params", "state"}; the optimizer starts afresh.
+      workdir: made if there is none.
+    """
     at = jax.tree.map(lambda a: a.sharding, job.abstract_state())
-    params = jax.device_put(params, at["params"])
+    params = jax.device_put(arrays["params"], at["params"])
     state = {
         "params": params,
-        "state": jax.device_put(run.state, at["state"]),
+        "state": jax.device_put(arrays["state"], at["state"]),
         "opt": jax.jit(job.tx.init, out_shardings=at["opt"])(params),
         "guard": jax.device_put(states.init_guard(), at["guard"]),
     }
@@ -290,7 +296,7 @@ def _write(job: Job, cfg, params, run: LoadedRun, workdir: pathlib.Path) -> None
         checkpointer.wait()
     finally:
         checkpointer.close()
-    run.tokenizer.save(workdir / "tokenizer")
+    job.data.tokenizer.save(workdir / "tokenizer")
     atomic_write(workdir / "config.py", CONFIG_FILE)
     save_config(cfg, workdir)  # last: with it a folder is a run
 

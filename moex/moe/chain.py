@@ -128,7 +128,9 @@ def stack_rounds(rounds: list[dict]) -> dict:
 
     Sums that only some routers report are 0 for the others.
     """
-    traces = {str(t): aux.pop("trace") for t, aux in enumerate(rounds) if "trace" in aux}
+    traces = {
+        str(t): aux.pop("trace") for t, aux in enumerate(rounds) if "trace" in aux
+    }
     names: dict[str, Any] = {}
     for aux in rounds:
         names |= {k: v for k, v in aux["stats"].items() if k not in names}

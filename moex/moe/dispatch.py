@@ -34,9 +34,7 @@ def drop_over_capacity(routing: Routing, num_experts, capacity) -> Routing:
     first_E = jnp.cumsum(by_choice.group_sizes_E) - by_choice.group_sizes_E
     first_TK = first_E.at[routing.expert_TK].get(mode="clip")
     rank_TK = by_choice.row_TK.reshape(K, T).T - first_TK
-    return routing.keep_only(
-        (rank_TK < capacity) | (routing.expert_TK >= num_experts)
-    )
+    return routing.keep_only((rank_TK < capacity) | (routing.expert_TK >= num_experts))
 
 
 def dispatch(x_TD, plan: Plan):

@@ -9,6 +9,7 @@ from typing import Any
 from flax import nnx
 
 from moex.config import Config, require
+from moex.nn.block import is_feed_forward
 from moex.nn.param import param
 
 
@@ -25,7 +26,7 @@ class Narrow(Config):
     def validate(self, path):
         require(self.latent >= 1, f"{path}.latent", self.latent, "at least 1")
         require(
-            hasattr(self.inner, "make"),
+            is_feed_forward(self.inner),
             f"{path}.inner",
             type(self.inner).__name__,
             "a feed-forward config such as MoE",

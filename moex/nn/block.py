@@ -4,6 +4,8 @@ B batch · L length · D model width
 """
 
 import dataclasses
+from inspect import signature
+from typing import Any
 
 from flax import nnx
 
@@ -13,6 +15,15 @@ from moex.nn.norm import RMSNorm
 # What a feed-forward's output y is added to: h, the residual stream before the norm,
 # z = norm(h), both, or nothing.
 RESIDUALS = ("prenorm", "released", "both", "none")
+
+
+def is_feed_forward(config: Any) -> bool:
+    """Whether a config can stand in a pattern: `make(dim, rngs)`, no more, no less.
+
+    Routers and experts are made with the number of experts too.
+    """
+    make = getattr(config, "make", None)
+    return make is not None and list(signature(make).parameters) == ["dim", "rngs"]
 
 
 class Block(nnx.Module):

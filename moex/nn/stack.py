@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moex.config import Config, require, require_choice, walk
-from moex.nn.block import RESIDUALS, Block
+from moex.nn.block import RESIDUALS, Block, is_feed_forward
 from moex.sharding import constrain
 
 
@@ -30,7 +30,7 @@ class Segment(Config):
         require(self.repeat >= 1, f"{path}.repeat", self.repeat, "at least 1")
         for i, ffn in enumerate(self.pattern):
             require(
-                hasattr(ffn, "make"),
+                is_feed_forward(ffn),
                 f"{path}.pattern[{i}]",
                 type(ffn).__name__,
                 "a feed-forward config such as Dense or MoE",
@@ -58,9 +58,7 @@ class Segment(Config):
     def init_cache(self, attention, dim, batch, length, dtype):
         """A decoding cache: per pattern position, leading dim `repeat`."""
         one = [attention.init_cache(dim, batch, length, dtype) for _ in self.pattern]
-        return jax.tree.map(
-            lambda a: jnp.broadcast_to(a, (self.repeat, *a.shape)), one
-        )
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.repeat, *a.shape)), one)
 
 
 class SegmentStack(nnx.Module):

@@ -47,12 +47,15 @@ def memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def layer_rows(model, layers: dict, name: str) -> list[tuple[int, np.ndarray]]:
-    """`(absolute layer number, value)` of one figure of every MoE layer, in order.
+def layer_rows(model, layers: dict, name: str) -> list[tuple[str, np.ndarray]]:
+    """`(label, value)` of one figure of every MoE layer, in order.
+
+    The label is the absolute layer number, such as "003"; the rounds of a chain are
+    layers of their own, "003.1", "003.2" and so on.
 
     Args:
       model: `LM` config, whose segments give the numbers.
-      layers: metrics by module path, each stacked [repeat, ...].
+      layers: metrics by module path, each stacked [repeat, ...] or [repeat, C, ...].
       name: key of the figure.
     """
     rows, start = [], 0
@@ -61,11 +64,21 @@ def layer_rows(model, layers: dict, name: str) -> list[tuple[int, np.ndarray]]:
             parts = path.split("/")
             if parts[:2] != ["segments", str(s)]:
                 continue
+            chained = np.ndim(values.get("experts_per_token", 0.0)) == 2
             for r, value in enumerate(np.asarray(values[name])):
                 number = start + r * len(segment.pattern) + int(parts[3])
-                rows.append((number, value))
+                if chained:
+                    rows += [(f"{number:03d}.{c}", v) for c, v in enumerate(value, 1)]
+                else:
+                    rows.append((f"{number:03d}", value))
         start += segment.repeat * len(segment.pattern)
     return sorted(rows, key=lambda row: row[0])
+
+
+def shown(label: str) -> str:
+    """A label for people: "3", or "3.1" for the first round of a chain."""
+    number, dot, chain_round = label.partition(".")
+    return f"{int(number)}{dot}{chain_round}"
 
 
 def moe_summary(model, layers: dict) -> dict[str, float]:
@@ -140,8 +153,8 @@ class RunLog:
         if self.tb is None or not layers:
             return
         for name in LAYER_SERIES:
-            for number, value in layer_rows(self.cfg.model, layers, name):
-                self.tb.add_scalar(f"moe/{name}/layer_{number:03d}", value, step)
+            for label, value in layer_rows(self.cfg.model, layers, name):
+                self.tb.add_scalar(f"moe/{name}/layer_{label}", value, step)
         if image:
             rows = layer_rows(self.cfg.model, layers, "load_frac_E")
             self.tb.add_figure("moe/expert_load", load_figure(rows, step), step)
@@ -206,7 +219,7 @@ def load_figure(rows, step: int):
     axes = figure.subplots()
     image = axes.imshow(grid, aspect="auto", cmap="coolwarm", vmin=0, vmax=2)
     axes.set(xlabel="expert", ylabel="layer", title=f"load / mean, step {step}")
-    axes.set_yticks(range(len(rows)), [str(number) for number, _ in rows])
+    axes.set_yticks(range(len(rows)), [shown(label) for label, _ in rows])
     figure.colorbar(image)
     return figure
 
@@ -237,6 +250,8 @@ def step_line(step: int, total: int, values: dict, step_seconds: float) -> str:
         parts.append(f"mfu {100 * values['perf/mfu']:.1f}%")
     if "moe/max_violation" in values:
         parts.append(f"imbalance {values['moe/max_violation']:.2f}")
+    if values.get("moe/experts_per_token_std", 0) > 0:
+        parts.append(f"experts {values['moe/experts_per_token']:.2f}")
     if values.get("moe/dropped_frac", 0) > 0:
         parts.append(f"dropped {100 * values['moe/dropped_frac']:.1f}%")
     if values["skipped"]:
@@ -248,10 +263,10 @@ def step_line(step: int, total: int, values: dict, step_seconds: float) -> str:
 def load_lines(model, layers: dict) -> str:
     """Expert load of each MoE layer as text: share of its slots per expert."""
     lines = ["expert load on held-out data (share of slots, per MoE layer):"]
-    for number, frac in layer_rows(model, layers, "load_frac_E"):
+    for label, frac in layer_rows(model, layers, "load_frac_E"):
         shares = " ".join(f"{100 * f:4.1f}" for f in frac[:16])
         more = f" ... ({len(frac)} experts)" if len(frac) > 16 else ""
-        lines.append(f"  layer {number:>3} | {shares}{more} %")
+        lines.append(f"  layer {shown(label):>3} | {shares}{more} %")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from moex.config import ConfigError, require
 from moex.data import pipeline
 from moex.data.tokenizer import SavedTokenizer
-from moex.run import check_run
+from moex.run import check_run, not_causal
 from moex.serve.decode import generate
 from moex.sharding import MeshConfig, shard_batch
 from moex.train.job import Job, check_devices, load_run, static_options
@@ -104,6 +104,12 @@ def write_text(workdir, prompts: list[str], *, max_new_tokens, seed, **sampling)
     """
     require(len(prompts) >= 1, "--prompt", prompts, "given at least once")
     run = load_run(workdir, warn=_warn)
+    where = not_causal(run.cfg.model)
+    if where is not None:
+        raise ConfigError(
+            f"{workdir}: {where} is ExpertChoice, which chooses tokens by those that "
+            "follow: the model cannot generate."
+        )
     try:
         return continue_texts(
             run.cfg,

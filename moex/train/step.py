@@ -12,6 +12,7 @@ import optax
 
 from moex.moe.metrics import layer_metrics
 from moex.optim import path_factors, path_name
+from moex.schedule import is_always_zero
 from moex.train.losses import lm_loss, make_context
 
 # Updates that must be accepted before a spike can be told from a start.
@@ -63,7 +64,9 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
             load_before = None
             if before is not None and coefs.balance_scope == "step":
                 (_, sums), _ = before
-                load_before = {k: v["stats"]["load_E"] for k, v in sums["layers"].items()}
+                load_before = {
+                    k: v["stats"]["load_E"] for k, v in sums["layers"].items()
+                }
             return grad_fn(
                 params, state, microbatch, key_i, num_tokens, step, load_before
             )
@@ -71,7 +74,10 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
         (loss, sums), grads = _accumulate(micro, batch, grad_accum)
         # Frozen parameters have no part in the norm, and XLA drops their gradients.
         grads = jax.tree_util.tree_map_with_path(
-            lambda path, g: g if factors[path_name(path)] else jnp.zeros_like(g), grads
+            lambda path, g: (
+                jnp.zeros_like(g) if is_always_zero(factors[path_name(path)]) else g
+            ),
+            grads,
         )
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)

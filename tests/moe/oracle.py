@@ -80,7 +80,7 @@ def soft(cfg, logit_E, **_):
 
 
 def forced(cfg, logit_E, t, **_):
-    """"balanced" and "adversarial" only; the others are random."""
+    """ "balanced" and "adversarial" only; the others are random."""
     E = len(logit_E)
     prob_E = softmax(logit_E)
     base = {"balanced": E, "adversarial": cfg.k}[cfg.load]
@@ -363,9 +363,7 @@ def chain(cfg, x_TD, params, **batch):
         else:
             router = cfg.moe.router if cfg.routers == "independent" else cfg.routers[t]
             own = params.get("routers", {}).get(t, {})
-        y_TD, found = routed(
-            cfg.moe, router, z_TD, params | {"router": own}, **batch
-        )
+        y_TD, found = routed(cfg.moe, router, z_TD, params | {"router": own}, **batch)
         if t == 0 or not cfg.shared_once:
             y_TD = y_TD + shared(cfg.moe, z_TD, params)
         z_TD = z_TD + y_TD if cfg.inner_residual else y_TD

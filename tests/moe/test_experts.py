@@ -159,7 +159,8 @@ def test_values_and_gradients_are_those_of_the_loop(name, form, inputs, run):
 
 @pytest.mark.parametrize(
     ("name", "dtype", "kind"),
-    [(name, "float32", "float32") for name in FUSED] + [("glu", "bfloat16", "bfloat16")],
+    [(name, "float32", "float32") for name in FUSED]
+    + [("glu", "bfloat16", "bfloat16")],
 )
 def test_fused_is_the_definition(name, dtype, kind, run):
     y_TD, gradients, _ = run(name, by_definition, dtype)

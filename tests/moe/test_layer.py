@@ -198,8 +198,7 @@ def truth(case, x_TD, params):
         x_TD,
         params,
         shape=case.shape,
-        valid_T=np.arange(len(x_TD)) % case.shape[1]
-        < case.shape[1] - case.num_padding,
+        valid_T=np.arange(len(x_TD)) % case.shape[1] < case.shape[1] - case.num_padding,
         token_T=np.arange(len(x_TD)),
         state=None if case.bias is None else {"bias_E": case.bias},
         capacity=capacity,
@@ -450,7 +449,10 @@ def test_split_experts_keep_parameters_and_work():
         (other(TopK(k=2), zero=Zero()), r"zero = 0: must be at least one expert"),
         (other(TopK(k=2), zero=Zero(null=-1)), r"zero.null = -1: must be >= 0"),
         (other(TopK(k=2), shared_gate=True), r"shared_gate = True: must be False wit"),
-        (other(TopK(k=6), zero=Zero(null=1)), r"k = 6: must be at most num_experts = 5"),
+        (
+            other(TopK(k=6), zero=Zero(null=1)),
+            r"k = 6: must be at most num_experts = 5",
+        ),
     ],
     ids=str,
 )

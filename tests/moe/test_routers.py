@@ -308,9 +308,7 @@ def test_noise_is_for_training_only(field):
         module(tokens(), context(1, T, key=jax.random.key(n))) for n in (0, 0, 1)
     )
     plain = TopK(k=2, init_std=0.5).make(D, E, nnx.Rngs(params=0))
-    np.testing.assert_array_equal(
-        quiet.gate_TK, plain(tokens(), context(1, T)).gate_TK
-    )
+    np.testing.assert_array_equal(quiet.gate_TK, plain(tokens(), context(1, T)).gate_TK)
     np.testing.assert_array_equal(loud.gate_TK, again.gate_TK)
     assert jnp.any(loud.gate_TK != quiet.gate_TK)
     assert jnp.any(loud.gate_TK != other.gate_TK)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from moex.moe.chain import Chain
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.train.log import (
@@ -19,6 +20,7 @@ from moex.train.log import (
     load_lines,
     memory_bytes,
     moe_summary,
+    shown,
     step_line,
 )
 from tests.helpers import tiny_lm, tiny_moe
@@ -50,9 +52,9 @@ def layers():
 
 def test_layers_have_their_absolute_numbers():
     rows = layer_rows(MODEL, layers(), "entropy")
-    assert rows == [(n, n) for n in (1, 3, 4, 6, 7, 8)]
+    assert rows == [(f"00{n}", n) for n in (1, 3, 4, 6, 7, 8)]
     loads = layer_rows(MODEL, layers(), "load_frac_E")
-    assert [(n, len(v)) for n, v in loads] == [
+    assert [(int(n), len(v)) for n, v in loads] == [
         *((1, 8), (3, 4), (4, 8), (6, 4), (7, 2), (8, 2))
     ]
 
@@ -70,7 +72,26 @@ def test_more_than_ten_segments():
         f"segments/{i}/blocks/0/ffn": {"entropy": np.array([float(i)])}
         for i in range(12)
     }
-    assert layer_rows(model, found, "entropy") == [(i, i) for i in range(12)]
+    assert layer_rows(model, found, "entropy") == [(f"{i:03d}", i) for i in range(12)]
+
+
+def test_rounds_of_a_chain_are_layers_of_their_own():
+    """Two copies of a chain of two rounds among 3 experts."""
+    model = tiny_lm(
+        Segment(pattern=(Dense(hidden=8),)),
+        Segment(pattern=(Chain(moe=tiny_moe(3), iterations=2),), repeat=2),
+    )
+    found = {
+        "segments/1/blocks/0/ffn": {
+            "experts_per_token": np.array([[1.0, 2.0], [3.0, 4.0]]),
+            "load_frac_E": np.zeros((2, 2, 3)),
+        }
+    }
+    assert layer_rows(model, found, "experts_per_token") == [
+        *(("001.1", 1), ("001.2", 2), ("002.1", 3), ("002.2", 4))
+    ]
+    assert "layer 2.1 |" in load_lines(model, found)
+    assert [shown(label) for label in ("000", "010.2")] == ["0", "10.2"]
 
 
 def test_summary_is_the_mean_and_the_worst():

@@ -96,7 +96,9 @@ class GluExperts(nnx.Module):
             x_ND, w_in.reshape(E, D, 2 * F), group_sizes_E, implementation=ctx.kernels
         )
         if self.bias_in_E2F is not None:
-            a_NC += per_row(self.bias_in_E2F[...].reshape(E, 2 * F), a_NC, group_sizes_E)
+            a_NC += per_row(
+                self.bias_in_E2F[...].reshape(E, 2 * F), a_NC, group_sizes_E
+            )
         h_NF = ACTIVATIONS[self.activation](a_NC[:, :F], a_NC[:, F:])
         y_ND = grouped_matmul(h_NF, w_out, group_sizes_E, implementation=ctx.kernels)
         if self.bias_out_ED is not None:

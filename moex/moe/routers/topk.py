@@ -171,9 +171,7 @@ class TopKRouter(nnx.Module):
         _, expert_TK = jax.lax.top_k(allowed_TE, self.k)
         keep_TK = jnp.ones(expert_TK.shape, bool)
         expert_TK, keep_TK = replayed(ctx, expert_TK.astype(jnp.int32), keep_TK)
-        gate_TK = slot_gates(
-            live_TE, live_probs_TE, expert_TK, keep_TK, self.normalize
-        )
+        gate_TK = slot_gates(live_TE, live_probs_TE, expert_TK, keep_TK, self.normalize)
         return Routing(
             expert_TK=expert_TK,
             gate_TK=gate_TK * self.scale,

@@ -1,0 +1,173 @@
+"""Every kind of layer in one model: it learns, resumes to the bit, and generates.
+
+One model, because compiling is most of the time; experiments/variants trains each kind
+alone.
+"""
+
+import pytest
+
+from configs import quickstart
+from moex.config import ConfigError, ConfigWarning
+from moex.moe.balance import Controller
+from moex.moe.chain import Chain
+from moex.moe.experts.glu import Glu
+from moex.moe.experts.latent import Latent
+from moex.moe.experts.lowrank import LowRank
+from moex.moe.experts.zero import Zero
+from moex.moe.layer import MoE
+from moex.moe.narrow import Narrow
+from moex.moe.routers.expert_choice import ExpertChoice
+from moex.moe.routers.hash import Hash
+from moex.moe.routers.soft import Soft
+from moex.moe.routers.topk import Groups, TopK
+from moex.moe.routers.topp import TopP
+from moex.nn.mlp import Dense
+from moex.nn.stack import Segment
+from moex.run import Loss, check_run, not_causal
+from moex.schedule import Schedule
+from moex.train import loop
+from moex.train.score import write_text
+from tests import runs
+
+STEPS = 8
+STEERED = MoE(
+    num_experts=4,
+    router=TopP(p=0.5, k_max=4, control=Controller(target=2.0)),
+    experts=Latent(hidden=16, latent=8, group=4),
+    zero=Zero(null=1, copy=1, constant=1),
+    shared=Dense(hidden=16),
+    shared_gate=True,
+)
+CHAINED = Chain(
+    moe=MoE(
+        num_experts=4,
+        router=TopK(
+            k=2,
+            score="sigmoid",
+            groups=Groups(num=2, keep=1, score="top2"),
+            bias_rate=Schedule(points=((0, 1.0), (6, 0.0))),
+            bias_rule="quantile",
+            jitter=0.01,
+            noise=0.1,
+        ),
+        experts=Glu(hidden=16, activation="gelu", bias=True),
+    ),
+    iterations=2,
+)
+HASHED = Narrow(
+    latent=16, inner=MoE(num_experts=4, router=Hash(k=2), experts=LowRank(rank=4))
+)
+SOFT = MoE(
+    num_experts=3,
+    router=Soft(),
+    experts=Glu(hidden=16, activation="clamped"),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def setting():
+    with runs.shared_programs(), runs.one_device():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("variants")
+
+
+def config(folder, *overrides):
+    cfg = runs.config(folder, *overrides)
+    cfg.model.layers = (
+        Segment(pattern=(STEERED, CHAINED)),
+        Segment(pattern=(HASHED, SOFT), residual="released"),
+    )
+    cfg.loss = Loss(
+        load_balance=Schedule(points=((0, 0.02), (8, 0.01))),
+        entropy=1e-3,
+        importance=0.01,
+        balance_scope="step",
+        balance_scale="count",
+        over_layers="mean",
+    )
+    cfg.grad_accum = 2
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def straight(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("straight")
+    loop.train(config(folder), workdir, say=lambda line: None)
+    return workdir
+
+
+def test_it_learns_and_every_layer_reports(straight):
+    records = runs.records(straight)
+    assert len(records) == STEPS
+    first, last = (r["nll"] for r in (records[0], records[-1]))
+    assert last < first - 0.5
+    for name in ("load_balance", "router_z", "entropy", "importance"):
+        assert all(r[f"loss/{name}"] > 0 for r in records), name
+        assert all(f"moe/{name}" in r for r in records), name
+    assert records[-1]["moe/zero_frac"] > 0
+
+
+def test_resume_is_exact(folder, straight, tmp_path):
+    """Controller, quantile bias, schedules and noise all go on where they were."""
+    for steps in (4, STEPS):
+        loop.train(config(folder, f"steps={steps}"), tmp_path, say=lambda line: None)
+    assert runs.records(tmp_path) == runs.records(straight)
+    _, expected, _ = runs.saved_state_of(config(folder), straight)
+    _, actual, _ = runs.saved_state_of(config(folder), tmp_path)
+    runs.assert_same_arrays(actual, expected)
+
+
+def test_it_generates(straight):
+    (text,) = write_text(straight, ["the cat"], max_new_tokens=6, seed=0)
+    assert text.startswith("the cat")
+
+
+def test_expert_choice_is_not_asked_to_generate(folder, straight, monkeypatch):
+    cfg = config(folder)
+    cfg.model.layers[0].pattern[0].router = ExpertChoice(k=1.0)
+    where = "config.model.layers[0].pattern[0].router"
+    assert not_causal(cfg.model) == where
+    check_run_quietly(cfg)
+    cfg.log.sample_tokens = 4
+    with pytest.raises(ConfigError, match=r"sample_tokens = 4: must be 0: .*router"):
+        check_run_quietly(cfg)
+
+
+def check_run_quietly(cfg):
+    with pytest.warns(ConfigWarning, match="ExpertChoice"):
+        check_run(cfg)
+
+
+VARIANTS = [
+    *(f"router={name}" for name in quickstart.ROUTERS if name != "expert_choice"),
+    *(f"experts={name}" for name in quickstart.EXPERTS),
+    *("chain=2", "chain=3,residual=released", "zero=4", "narrow=64", "shared=gated"),
+    *("ffn=dense", "router=topp,experts=latent,chain=2,zero=3,match=active"),
+]
+
+
+@pytest.mark.parametrize("arg", VARIANTS)
+def test_quickstart_variants_are_good(arg):
+    check_run(quickstart.get_config(arg))
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        (
+            "router=top",
+            r"'router=top': must be one of topk, .* Did you mean 'topp'|topk",
+        ),
+        ("rooter=topp", r"a key among ffn, router.*Did you mean 'router'"),
+        ("chain=0", r"'chain=0': must be an integer from 1 to 8"),
+        ("chain=2,chain=3", r"chain is given twice"),
+        ("topp", r"'topp': must be KEY=VALUE"),
+    ],
+)
+def test_quickstart_arguments_that_are_refused(arg, message):
+    with pytest.raises(ConfigError, match=message):
+        quickstart.get_config(arg)
