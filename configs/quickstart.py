@@ -8,7 +8,8 @@ How the sizes were found: experiments/quickstart.
 Every layer of moex by argument, alone or together (experiments/variants trains each):
 
   quickstart.py:ffn=dense                the dense model of equal active parameters
-  quickstart.py:router=topp              topk topp steered expert_choice hash soft forced
+  quickstart.py:router=topp              topk topp steered expert_choice hash
+                                         soft forced
   quickstart.py:experts=latent           glu gelu clamped latent lowrank
   quickstart.py:chain=2                  rounds; each uses k = 2 experts
   quickstart.py:residual=released        prenorm released both none

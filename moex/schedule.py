@@ -12,8 +12,8 @@ from moex.config import Config, require
 class Schedule(Config):
     """Straight lines between points, constant outside of them.
 
-    `Schedule(points=((0, 0.01), (1000, 0.0)))` falls to 0 over 1000 optimizer steps; two
-    points one step apart make a jump.
+    `Schedule(points=((0, 0.01), (1000, 0.0)))` falls to 0 over 1000 optimizer steps;
+    two points one step apart make a jump.
     """
 
     points: tuple[tuple[float, float], ...]  # (optimizer step, value), steps rising

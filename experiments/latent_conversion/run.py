@@ -10,7 +10,6 @@ in --out are not repeated. Writes results.json beside this file.
 import argparse
 import json
 import pathlib
-import time
 
 import jax
 import ml_collections
@@ -72,17 +71,19 @@ def score(run: pathlib.Path) -> float:
     return score_run(run, load_config(run), sequences=SEQUENCES)["nll"]
 
 
-def convert(base, out, group: int, calibration: int) -> dict:
+def converted(base, out, **options) -> dict:
+    """The report of a conversion to `out`, made now or before."""
+    if (out / "convert.json").is_file():
+        return json.loads((out / "convert.json").read_text())
+    return convert_run(base, out, ToLatent(sequences=SEQUENCES, **options))
+
+
+def row(base, out, group: int, calibration: int) -> dict:
     """One row of the table: convert, then tune."""
     name = f"group{group}" + ("-whiten" if calibration else "")
-    file = out / name / "convert.json"
-    if file.is_file():
-        report = json.loads(file.read_text())
-    else:
-        options = ToLatent(group=group, calibration=calibration, sequences=SEQUENCES)
-        report = convert_run(base, out / name, options)
+    report = converted(base, out / name, group=group, calibration=calibration)
     sizes = report["expert_params"]
-    errors = [row["error"] for row in report["errors"]]
+    errors = [r["error"] for r in report["errors"]]
     gaps = [abs(r["error"] - r["tail"]) for r in report["errors"]]
     return {
         "group": group,
@@ -102,7 +103,6 @@ def main() -> None:
     nnx.set_graph_mode(False)
     # The two conversions of a group are the same programs.
     jax.config.update("jax_compilation_cache_dir", str(out / "programs"))
-    began = time.time()
     base = out / "base"
     train(base_config(), base)
     results = {
@@ -110,13 +110,14 @@ def main() -> None:
         "seed": 0,
         "original": score(base),
         "original_tuned": tune(base, out / "base-tuned", "plain"),
+        # One direction for all experts: how much is there to lose?
+        "latent1": converted(base, out / "latent1", group=8, latent=1)["loss"]["after"],
         "rows": [],
     }
     for group in GROUPS:
         for calibration in (0, SEQUENCES):
-            results["rows"].append(convert(base, out, group, calibration))
+            results["rows"].append(row(base, out, group, calibration))
             print(results["rows"][-1], flush=True)
-    results["seconds"] = round(time.time() - began)
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 

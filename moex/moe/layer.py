@@ -225,6 +225,7 @@ class SparseLayer(nnx.Module):
 
     def shared_output(self, x_BLD, ctx):
         """What the shared expert adds; call only if there is one."""
+        assert self.shared is not None
         with jax.named_scope("shared"):
             y_BLD = self.shared(x_BLD, ctx)[0]
             if self.w_shared_gate_D1 is not None:

@@ -11,7 +11,6 @@ from flax import nnx
 
 from moex.nn.norm import RMSNorm
 
-
 # What a feed-forward's output y is added to: h, the residual stream before the norm,
 # z = norm(h), both, or nothing.
 RESIDUALS = ("prenorm", "released", "both", "none")

@@ -3,6 +3,8 @@
 B batch · L length · V vocabulary
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -110,7 +112,8 @@ def routing_losses(layers, coefs, load_before=None) -> dict:
     """
     if not layers:
         return {}
-    total = dict.fromkeys(("load_balance", "router_z", "entropy", "importance"), 0.0)
+    names = ("load_balance", "router_z", "entropy", "importance")
+    total: dict[str, Any] = dict.fromkeys(names, 0.0)
     count = 0
     for path, layer in layers.items():
         own, stats = layer["losses"], layer["stats"]

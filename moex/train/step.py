@@ -58,7 +58,7 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
         key = jax.random.fold_in(key, step)
 
         def micro(args, before):
-            """Loss, sums and gradients; `before` holds those of earlier microbatches."""
+            """Loss, sums, gradients; `before` holds those of earlier microbatches."""
             i, microbatch = args
             key_i = jax.random.fold_in(key, i)
             load_before = None

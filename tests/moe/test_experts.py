@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 from kernels_pallas import make_plan
-from moex.moe.dispatch import combine, dispatch
 from moex.config import ConfigError, ConfigWarning, check
+from moex.moe.dispatch import combine, dispatch
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent, latent_ratio
 from moex.moe.experts.lowrank import LowRank

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moex.moe.balance import SignBias
 from moex.nn.attention import Attention
 from moex.nn.stack import Segment
-from moex.moe.balance import SignBias
 from moex.optim import AdamW, Optim, flat_paths, make_optimizer
 from moex.run import Loss
 from moex.sharding import shard_batch

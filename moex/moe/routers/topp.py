@@ -14,7 +14,7 @@ from moex.config import Config, caution, require, require_choice
 from moex.moe.balance import Controller, ControlP, ScheduledValue
 from moex.moe.routing import Routing, replayed, router_logits, slot_gates
 from moex.nn.param import RouterState, param
-from moex.schedule import Schedule, points_of, require_values
+from moex.schedule import Schedule, points_of, require_values, value_at
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -126,17 +126,14 @@ class TopPRouter(nnx.Module):
         self.logit_scale: nnx.Param | None = (
             param(rngs, (), (), value=1.0) if cfg.logit_norm else None
         )
-        scheduled = isinstance(cfg.p, Schedule)
-        fixed = not scheduled and cfg.control is None
-        self.p_fixed = cfg.p if fixed else None
+        points = points_of(cfg.p) if isinstance(cfg.p, Schedule) else None
+        self.p_fixed = cfg.p if points is None and cfg.control is None else None
         self.p: RouterState | None = (
-            RouterState(
-                jnp.float32(points_of(cfg.p)[0][1]),
-                axes=(),
-                rule=ScheduledValue(points_of(cfg.p)),
+            None
+            if points is None
+            else RouterState(
+                jnp.float32(value_at(points, 0)), axes=(), rule=ScheduledValue(points)
             )
-            if scheduled
-            else None
         )
         control = cfg.control
         self.p_and_error: RouterState | None = (
