@@ -2,6 +2,10 @@
 
   python -m benchmarks.moe_layer [--shape=4096,2,256,512,8] [--loads=random,zipf,two]
       [--implementations=cpu,xla] [--dtype=float32] [--repeats=7] [--json=FILE]
+  python -m benchmarks.moe_layer --variants [--shape=2048,8,512,128,32] ...
+
+With `--variants`, whole layers, router included, over the top-k layer: top-p with p
+set so that it computes as many experts, latent experts, two rounds of half the k.
 
 `--shape` is T,K,D,F,E. The ratio is fwd or fwd+bwd of `grouped_swiglu`, plan included,
 over a dense SwiGLU of width K * F on the same tokens; medians of interleaved repeats in
@@ -12,6 +16,7 @@ T tokens · K slots per token · D model width · F expert width · E experts
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -20,9 +25,17 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from benchmarks.train_step import environment
 from kernels_pallas import IMPLEMENTATIONS, grouped_swiglu, make_plan
+from moex.moe.chain import Chain
+from moex.moe.experts.glu import Glu
+from moex.moe.experts.latent import Latent
+from moex.moe.layer import MoE
+from moex.moe.routers.topk import TopK
+from moex.moe.routers.topp import TopP
+from moex.nn.context import Context
 
 LOADS = ("balanced", "random", "zipf", "two")
 
@@ -75,6 +88,94 @@ def functions(args, shape):
     return out
 
 
+def layers(args, shape):
+    """`({name: layer config}, x_BLD, ctx)` of `--variants`."""
+    T, K, D, F, E = shape
+    x_BLD = jax.random.normal(jax.random.key(1), (1, T, D), jnp.dtype(args.dtype))
+    index = jnp.arange(T, dtype=jnp.int32)[None]
+    ctx = Context(
+        segment_BL=jnp.ones_like(index),
+        position_BL=index,
+        token_BL=index,
+        kernels=args.implementations.split(",")[0],
+    )
+    glu, std = Glu(hidden=F), D**-0.5
+    top_k = MoE(num_experts=E, router=TopK(k=K, init_std=std), experts=glu)
+    p, mean = p_for(K, x_BLD[0], E, std, ctx)
+    half = dataclasses.replace(top_k, router=TopK(k=K // 2, init_std=std))
+
+    def latent(ops):
+        experts = Latent(hidden=F, latent=F, group=E, ops=ops)
+        return dataclasses.replace(top_k, experts=experts)
+
+    return (
+        {
+            f"top-k, k = {K}": top_k,
+            f"top-p, {mean:.2f} experts": dataclasses.replace(
+                top_k, router=TopP(p=p, k_max=min(2 * K, E), init_std=std)
+            ),
+            "latent gate, up": latent(("gate", "up")),
+            "latent gate, up, down": latent(("gate", "up", "down")),
+            f"chain C = 2, k = {K // 2}": Chain(moe=half, iterations=2),
+        },
+        x_BLD,
+        ctx,
+    )
+
+
+def p_for(target, x_TD, E, std, ctx):
+    """`(p, mean)`: the p at which a fresh top-p router keeps about `target` experts."""
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        p = (low + high) / 2
+        router = TopP(p=p, k_max=min(2 * target, E), init_std=std)
+        keep_TK = router.make(x_TD.shape[1], E, nnx.Rngs(params=0))(x_TD, ctx).keep_TK
+        mean = float(jnp.mean(jnp.sum(keep_TK, axis=1)))
+        low, high = (p, high) if mean < target else (low, p)
+    return p, mean
+
+
+def variants(args, shape):
+    """`({name: (forward, both)}, {name: {"weight_bytes", "temp_bytes"}})`."""
+    configs, x_BLD, ctx = layers(args, shape)
+    pairs, sizes = {}, {}
+    for name, config in configs.items():
+        module = config.make(shape[2], nnx.Rngs(params=0))
+        graphdef, params, state = nnx.split(module, nnx.Param, ...)
+
+        def run(params, x_BLD, graphdef=graphdef, state=state):
+            return nnx.merge(graphdef, params, state)(x_BLD, ctx)[0]
+
+        def loss(params, x_BLD, run=run):
+            return jnp.sum(run(params, x_BLD).astype(jnp.float32) ** 2)
+
+        forward = jax.jit(run).lower(params, x_BLD).compile()
+        backward = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x_BLD)
+        backward = backward.compile()
+        pairs[name] = (
+            lambda f=forward, p=params: f(p, x_BLD),
+            lambda f=backward, p=params: f(p, x_BLD),
+        )
+        sizes[name] = {
+            "weight_bytes": sum(a.nbytes for a in jax.tree.leaves(params)),
+            "temp_bytes": backward.memory_analysis().temp_size_in_bytes,
+        }
+    return pairs, sizes
+
+
+def print_variants(medians, sizes) -> None:
+    """The table of `--variants`; ratios are over the first row."""
+    first = next(iter(medians.values()))
+    print(f"{'':<26}{'fwd ms':>9}{'fwd+bwd ms':>12}{'fwd x':>8}{'fwd+bwd x':>11}"
+          f"{'weights MB':>12}{'temp MB':>9}")  # fmt: skip
+    for name, (forward, both) in medians.items():
+        size = sizes[name]
+        print(f"{name:<26}{1e3 * forward:>9.2f}{1e3 * both:>12.2f}"
+              f"{forward / first[0]:>8.2f}{both / first[1]:>11.2f}"
+              f"{size['weight_bytes'] / 1e6:>12.2f}"
+              f"{size['temp_bytes'] / 1e6:>9.1f}")  # fmt: skip
+
+
 def measure(pairs: dict, repeats: int) -> dict:
     """Median seconds of (forward, forward and backward) of each name."""
     seconds = {name: ([], []) for name in pairs}
@@ -90,7 +191,8 @@ def measure(pairs: dict, repeats: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="4096,2,256,512,8")
+    parser.add_argument("--variants", action="store_true", help="whole layers")
+    parser.add_argument("--shape", help="T,K,D,F,E")
     parser.add_argument("--loads", default="random,zipf,two")
     default = "cpu,xla" if jax.default_backend() == "cpu" else "xla"
     parser.add_argument("--implementations", default=default)
@@ -98,6 +200,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
+    default = "2048,8,512,128,32" if args.variants else "4096,2,256,512,8"
+    args.shape = args.shape or default
     for name in args.implementations.split(","):
         if name not in IMPLEMENTATIONS:
             parser.error(
@@ -107,6 +211,12 @@ def main() -> None:
         if name not in LOADS:
             parser.error(f"unknown load {name!r}: {', '.join(LOADS)}")
     shape = tuple(int(n) for n in args.shape.split(","))
+    if args.variants:
+        pairs, sizes = variants(args, shape)
+        medians = measure(pairs, args.repeats)
+        print_variants(medians, sizes)
+        write(args, shape, medians, sizes=sizes)
+        return
     medians = measure(functions(args, shape), args.repeats)
     T, K, D, F, _ = shape
     flops = 6 * T * K * D * F
@@ -117,11 +227,17 @@ def main() -> None:
         print(f"{name:<24}{1e3 * forward:>9.2f}{1e3 * both:>12.2f}"
               f"{forward / dense[0]:>8.2f}{both / dense[1]:>11.2f}"
               f"{3 * flops / both / 1e12:>9.3f}")  # fmt: skip
+    write(args, shape, medians)
+
+
+def write(args, shape, medians, **more) -> None:
+    """The figures as JSON, if a file is named."""
     if args.json:
         figures = {
             "shape_TKDFE": shape,
             "dtype": args.dtype,
             "median_s": {n: {"fwd": f, "fwd_bwd": b} for n, (f, b) in medians.items()},
+            **more,
             "environment": environment(),
         }
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
