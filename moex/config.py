@@ -118,7 +118,7 @@ def check_types(config: Config, path: str) -> None:
     """Check each field of one config against its annotation."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if not _fits(value, field.type):
+        if not fits(value, field.type):
             raise ConfigError(
                 f"{path}.{field.name} = {value!r}: must be "
                 f"{type_name(field.type)}, not {type(value).__name__}."
@@ -127,20 +127,21 @@ def check_types(config: Config, path: str) -> None:
             require(math.isfinite(value), f"{path}.{field.name}", value, "finite")
 
 
-def _fits(value: Any, annotation: Any) -> bool:
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of the type that a field is annotated with."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
         return True
     if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, a) for a in args)
+        return any(fits(value, a) for a in args)
     if annotation is None or annotation is type(None):
         return value is None
     if origin is tuple:
         if not isinstance(value, (tuple, list)):
             return False
         if len(args) == 2 and args[1] is Ellipsis:
-            return all(_fits(v, args[0]) for v in value)
-        return len(args) == len(value) and all(map(_fits, value, args))
+            return all(fits(v, args[0]) for v in value)
+        return len(args) == len(value) and all(map(fits, value, args))
     if origin is dict:
         return isinstance(value, (dict, ml_collections.ConfigDict))
     if annotation is float:

@@ -4,17 +4,21 @@ ml_collections does the work; this file turns its many kinds of failure into one
 that names the field, the value, what is allowed and the nearest valid name.
 """
 
+import ast
+import contextlib
 import dataclasses
 import pathlib
 import re
 import sys
+import types
+import typing
 from typing import Any
 
 import ml_collections
 from absl import flags
 from ml_collections.config_flags import config_flags, config_path
 
-from moex.config import Config, ConfigError, children, nearest, type_name
+from moex.config import Config, ConfigError, children, fits, nearest, type_name
 
 NONE_WORDS = ("None", "none", "null")
 
@@ -114,6 +118,9 @@ def _apply(cfg, path: str, text: str) -> None:
     if text in NONE_WORDS and annotation is not None and _optional(holder, name):
         config_path.set_value(path, cfg, None)
         return
+    if _is_choice(annotation) and not _is_branch(config_path.get_value(path, cfg)):
+        config_path.set_value(path, cfg, _literal(path, text, annotation))
+        return
     values = flags.FlagValues()
     argv = ["moex", f"--config.{path}={text}"]
     try:
@@ -133,6 +140,26 @@ def _apply(cfg, path: str, text: str) -> None:
     # The flag works on a copy; only the parsed value is wanted.
     value = config_path.get_value(path, values["config"].value)
     config_path.set_value(path, cfg, value)
+
+
+def _is_choice(annotation) -> bool:
+    """Whether a field takes several types, None apart; ml_collections takes one."""
+    if not isinstance(annotation, types.UnionType):
+        return False
+    return len([a for a in typing.get_args(annotation) if a is not type(None)]) > 1
+
+
+def _literal(path: str, text: str, annotation):
+    """The Python literal that `text` is, or `text` itself, whichever fits."""
+    with contextlib.suppress(ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+        if fits(value, annotation):
+            # As everywhere else, an int for a float field becomes a float.
+            is_int = type(value) is int and int not in typing.get_args(annotation)
+            return float(value) if is_int else value
+    if fits(text, annotation):
+        return text
+    raise ConfigError(f"config.{path} = {text!r}: must be {type_name(annotation)}.")
 
 
 def _is_branch(value) -> bool:

@@ -3,10 +3,14 @@
 import pathlib
 import shutil
 import sys
+import types
+import warnings
 
 import pytest
 
 from moex import cli
+from moex.moe.routers.expert_choice import ExpertChoice
+from moex.train import score
 from moex.train.job import Job
 from tests import runs
 
@@ -112,6 +116,14 @@ FIELDS = [
         f"{MOE}.router.kk=1",
         f"router.kk: no such field. Did you mean 'k'? {MOE}.router (TopK) has k, ",
     ),
+    (
+        f"{MOE}.router.bias_rat=1",
+        "router.bias_rat: no such field. Did you mean 'bias_rate'? ",
+    ),
+    ("config.loss.z=big", "config.loss.z = 'big': must be float or Schedule."),
+    (f"{MOE}.router.bias_rate=-1", f"{MOE}.router.bias_rate = -1.0: must be >= 0."),
+    ("config.loss.balance_scope=steps", "Did you mean 'step'?"),
+    ("config.model.layers[1].residual=relased", "Did you mean 'released'?"),
     ("config.model.layers[7].repeat=2", "config.model.layers[7]: no such entry;"),
     ("config.steps.every=2", "config.steps.every: no such field. config.steps has no"),
     ("config.steps=3.5", "config.steps = '3.5': must be int."),
@@ -202,6 +214,38 @@ def test_a_file_shorter_than_a_sequence(mistake, tmp_path):
         "--config.data.sources[0].holdout=0.0",
     )
     assert "config.data.sources[0] ('text'): seq_len=32 is longer than the" in error
+
+
+def test_an_option_that_the_chosen_router_does_not_have(mistake, folder, tmp_path):
+    path = tmp_path / "other.py"
+    text = (folder / "tiny.py").read_text()
+    text = text.replace("TopK(k=2, bias_rate=0.01)", "TopP(p=0.5, kmax=2)")
+    path.write_text(text.replace(".topk import TopK", ".topp import TopP"))
+    error = mistake("config", f"--config={path}", cfg=False)
+    assert "TopP has no field 'kmax'. Did you mean 'k_max'? It has p, k_max, " in error
+
+
+def test_a_caution_is_one_line_and_no_error(folder, tmp_path, capsys):
+    path = tmp_path / "other.py"
+    text = (folder / "tiny.py").read_text()
+    text = text.replace("TopK(k=2, bias_rate=0.01)", "TopP(p=0.5)")
+    path.write_text(text.replace(".topk import TopK", ".topp import TopP"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        cli.main(["train", f"--config={path}", "--dry-run"])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("moex: warning: config.model.layers[1].pattern[0].router.k_")
+
+
+def test_generation_with_expert_choice(mistake, folder, tmp_path, monkeypatch):
+    cfg = runs.config(folder)
+    cfg.model.layers[1].pattern[0].router = ExpertChoice(k=1.0)
+    loaded = types.SimpleNamespace(cfg=cfg)
+    monkeypatch.setattr(score, "load_run", lambda *args, **options: loaded)
+    error = mistake("generate", str(tmp_path), "--prompt=a", cfg=False)
+    assert (
+        "layers[1].pattern[0].router is ExpertChoice, which chooses tokens by" in error
+    )
 
 
 def with_tokenizer(folder, tmp_path, kind, argument):

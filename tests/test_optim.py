@@ -1,5 +1,7 @@
 """Schedules, decay mask, factors by path, Muon on stacks of matrices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from moex.optim import (
     path_factors,
     schedule_frac,
 )
+from moex.schedule import Schedule
 from moex.train.state import ParamInfo
 from tests.helpers import assert_equal_trees
 from tests.tolerances import assert_close
@@ -158,6 +161,22 @@ def test_a_factor_scales_the_update(rule):
     for path, step in moved(plain).items():
         factor = 0.5 if "experts" in path else 1.0
         assert_close(moved(halved)[path], factor * step, "order", path)
+
+
+def test_a_scheduled_factor_freezes_for_a_while():
+    """Factor 1 at steps 0 and 1, then 0; experts go on."""
+    stop = Schedule(points=((1, 1.0), (2, 0.0)))
+    two, _ = update(steps=2, weight_decay=0.1)
+    frozen, _ = update(steps=4, weight_decay=0.1, lr_factors=(("router", stop),))
+    four, _ = update(steps=4, weight_decay=0.1)
+    router = ("layer", "router", "w_DE")
+    for tree, expected, path in (
+        (frozen, two, router),
+        (frozen, four, ("layer", "experts", "w_EDF")),
+    ):
+        a, b = (functools.reduce(dict.get, path, t) for t in (tree, expected))
+        np.testing.assert_array_equal(a, b)
+    assert jnp.any(four["layer"]["router"]["w_DE"] != two["layer"]["router"]["w_DE"])
 
 
 def test_the_last_pattern_wins_and_globs_match_whole_paths():

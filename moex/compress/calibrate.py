@@ -17,8 +17,6 @@ from moex.train.losses import make_context, moe_layers
 def input_moments(run: LoadedRun, job: Job, sequences: int) -> dict:
     """Second moments of what the experts of each MoE see, over valid tokens.
 
-    Every token counts once for all experts of its layer, and once per round of a chain.
-
     Args:
       run: the trained model.
       job: for its training batches, from the first on, and how to compute.
@@ -33,15 +31,7 @@ def input_moments(run: LoadedRun, job: Job, sequences: int) -> dict:
     def moments(params, state, batch):
         ctx = make_context(batch, mode="eval", collect=True, **static)
         _, aux = run.spec.merge(params, state)(ctx)
-        valid_T = ctx.valid_BL.reshape(-1).astype(jnp.float32)
-        sums = {}
-        for path, layer in moe_layers(aux):
-            x = layer["inputs"].astype(jnp.float32)
-            x_RCTD = x.reshape(x.shape[0], -1, valid_T.size, x.shape[-1])
-            sums["/".join(path)] = jnp.einsum(
-                "rctd,rcte,t->rde", x_RCTD, x_RCTD, valid_T, precision="highest"
-            ) / (x_RCTD.shape[1] * jnp.sum(valid_T))
-        return sums
+        return second_moments(aux, ctx.valid_BL)
 
     num_batches = -(-sequences // job.cfg.batch_size)
     total: dict[str, np.ndarray] = {}
@@ -51,3 +41,24 @@ def input_moments(run: LoadedRun, job: Job, sequences: int) -> dict:
             for path, value in moments(run.params, run.state, batch).items():
                 total[path] = total.get(path, 0) + np.float64(value) / num_batches
     return total
+
+
+def second_moments(aux, valid_BL) -> dict:
+    """Mean of x^T x over the valid tokens of one batch, by path of a layer: [R, D, D].
+
+    Every token counts once for all experts of its layer, and once per round of a chain.
+
+    Args:
+      aux: of a model that ran with `Context(collect=True)`.
+      valid_BL: bool[B, L].
+    """
+    valid_T = valid_BL.reshape(-1).astype(jnp.float32)
+    means = {}
+    for path, layer in moe_layers(aux):
+        x = layer["inputs"].astype(jnp.float32)  # [R, B, L, D], or [R, C, B, L, D]
+        x_RCTD = x.reshape(x.shape[0], -1, valid_T.size, x.shape[-1])
+        sum_RDD = jnp.einsum(
+            "rctd,rcte,t->rde", x_RCTD, x_RCTD, valid_T, precision="highest"
+        )
+        means["/".join(path)] = sum_RDD / (x_RCTD.shape[1] * jnp.sum(valid_T))
+    return means

@@ -5,7 +5,6 @@ B batch · L length · D model width · R copies of a layer · C chain rounds
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import pytest
 
 from moex import cli
 from moex.compress import convert
-from moex.compress.calibrate import input_moments
+from moex.compress.calibrate import second_moments
 from moex.compress.convert import ToLatent, convert_params, latent_model, write_run
 from moex.config import ConfigError, to_dict
 from moex.moe.chain import Chain
@@ -24,7 +23,7 @@ from moex.moe.narrow import Narrow
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.optim import flat_paths
-from moex.train.job import LoadedRun, load_config, load_run, make_job
+from moex.train.job import load_config, load_run, make_job
 from moex.train.losses import make_context
 from moex.train.state import model_spec
 from tests import runs
@@ -32,11 +31,11 @@ from tests.helpers import (
     assert_equal_trees,
     built,
     context,
-    mesh_of,
     random_batch,
     tiny_lm,
     tiny_moe,
 )
+from tests.tolerances import assert_close
 
 # The tiny run's experts are as wide as its model: latent ones save nothing.
 pytestmark = pytest.mark.filterwarnings("ignore::moex.config.ConfigWarning")
@@ -178,42 +177,28 @@ def test_what_is_kept_and_what_is_written(moex, folder, tmp_path, monkeypatch):
 def test_second_moments_are_those_of_the_inputs():
     """Of all valid tokens, per copy of a layer, over all rounds of a chain."""
     moe = tiny_moe(4, shared=None)
-    cfg = tiny_lm(
-        Segment(pattern=(Chain(moe=moe, iterations=2),), repeat=2),
-        Segment(pattern=(Narrow(latent=8, inner=tiny_moe(4)),)),
-    )
+    narrow = Narrow(latent=8, inner=moe)
+    cfg = tiny_lm(Segment(pattern=(Chain(moe=moe, iterations=2), narrow), repeat=2))
     spec, params, state = built(cfg)
     batch = random_batch(2, 16)
     batch["segment"][1, 3:] = 0
 
-    def record(params, state):
+    @jax.jit
+    def run(params, state):
         ctx = make_context(batch, mode="eval", collect=True, kernels="xla")
-        return spec.merge(params, state)(ctx)[1]
+        aux = spec.merge(params, state)(ctx)[1]
+        return aux["segments"]["0"]["blocks"], second_moments(aux, ctx.valid_BL)
 
-    aux = jax.jit(record)(params, state)["segments"]
+    blocks, found = run(params, state)
     valid_BL = batch["segment"] > 0
-
-    class OneBatch:
-        cfg = SimpleNamespace(batch_size=2)
-        mesh = mesh_of()
-
-        def static(self, *, train):
-            return {"kernels": "xla"}
-
-        def batches(self, start):
-            return iter([batch, batch, batch])
-
-    run = LoadedRun(None, None, spec, None, 0, params, state)
-    found = input_moments(run, OneBatch(), 3)
-    chain = np.float64(aux["0"]["blocks"]["0"]["ffn"]["inputs"])  # [R, C, B, L, D]
-    assert chain.shape == (2, 2, 2, 16, 16)
-    x_ND = chain[1][:, valid_BL].reshape(-1, 16)
-    path = "segments/0/blocks/0/ffn"
-    np.testing.assert_allclose(found[path][1], x_ND.T @ x_ND / len(x_ND), rtol=1e-4)
-    narrow = np.float64(aux["1"]["blocks"]["0"]["ffn"]["inner"]["inputs"])
-    x_NZ = narrow[0][valid_BL]
-    path = "segments/1/blocks/0/ffn/inner"
-    np.testing.assert_allclose(found[path][0], x_NZ.T @ x_NZ / len(x_NZ), rtol=1e-4)
+    x_CBLD = np.float64(blocks["0"]["ffn"]["inputs"][1])
+    assert x_CBLD.shape == (2, 2, 16, 16)
+    x_ND = x_CBLD[:, valid_BL].reshape(-1, 16)
+    moment_DD = found["segments/0/blocks/0/ffn"][1]
+    assert_close(moment_DD, x_ND.T @ x_ND / len(x_ND), "float32")
+    x_NZ = np.float64(blocks["1"]["ffn"]["inner"]["inputs"][0])[valid_BL]
+    moment_ZZ = found["segments/0/blocks/1/ffn/inner"][0]
+    assert_close(moment_ZZ, x_NZ.T @ x_NZ / len(x_NZ), "float32")
 
 
 def test_chains_and_narrow_layers_are_converted():
