@@ -18,7 +18,6 @@ from moex.moe.layer import MoE
 from moex.moe.narrow import Narrow
 from moex.moe.routers.expert_choice import ExpertChoice
 from moex.moe.routers.hash import Hash
-from moex.moe.routers.soft import Soft
 from moex.moe.routers.topk import Groups, TopK
 from moex.moe.routers.topp import TopP
 from moex.nn.mlp import Dense
@@ -53,14 +52,10 @@ CHAINED = Chain(
         experts=Glu(hidden=16, activation="gelu", bias=True),
     ),
     iterations=2,
+    routers="shared",
 )
 HASHED = Narrow(
     latent=16, inner=MoE(num_experts=4, router=Hash(k=2), experts=LowRank(rank=4))
-)
-SOFT = MoE(
-    num_experts=3,
-    router=Soft(),
-    experts=Glu(hidden=16, activation="clamped"),
 )
 
 
@@ -79,7 +74,7 @@ def config(folder, *overrides):
     cfg = runs.config(folder, *overrides)
     cfg.model.layers = (
         Segment(pattern=(STEERED, CHAINED)),
-        Segment(pattern=(HASHED, SOFT), residual="released"),
+        Segment(pattern=(HASHED,), residual="released"),
     )
     cfg.loss = Loss(
         load_balance=Schedule(points=((0, 0.02), (8, 0.01))),
