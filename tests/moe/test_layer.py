@@ -151,6 +151,22 @@ ON_A_MESH = Case(
 )
 
 
+# Top-p, latent and zero-computation experts, a gated shared expert.
+RICH_ON_A_MESH = Case(
+    moe=MoE(
+        num_experts=8,
+        router=TopP(p=0.3, k_max=3, init_std=0.7),
+        experts=Latent(hidden=4, latent=2, group=4, ops=ALL),
+        zero=Zero(null=1, copy=1, constant=2),
+        shared=Dense(hidden=4),
+        shared_gate=True,
+        capacity_factor=0.9,
+    ),
+    shape=(8, 5),
+    num_padding=1,
+)
+
+
 def inputs(case, dtype="float32"):
     """(graphdef, params, state, x_BLD, dy_BLD, ctx)."""
     graphdef, params, state = split_module(case.moe.make(D, nnx.Rngs(params=0)))
@@ -308,17 +324,22 @@ def test_counts_are_not_doubled_by_rematerialisation():
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [{"data": 8}, {"data": 2, "expert": 4}, {"fsdp": 4, "tensor": 2}],
-    ids=str,
+    ("case", "sizes"),
+    [
+        (ON_A_MESH, {"data": 8}),
+        (ON_A_MESH, {"data": 2, "expert": 4}),
+        (ON_A_MESH, {"fsdp": 4, "tensor": 2}),
+        (RICH_ON_A_MESH, {"data": 2, "expert": 2, "tensor": 2}),
+    ],
+    ids=lambda value: "" if isinstance(value, Case) else str(value),
 )
-def test_sharded_is_unsharded(sizes):
-    """Values, losses, counts and gradients, with the default kernels."""
-    graphdef, params, state, x_BLD, dy_BLD, ctx = inputs(ON_A_MESH)
-    expected = outputs(ON_A_MESH)
+def test_sharded_is_unsharded(case, sizes):
+    """Values, losses, counts and gradients."""
+    graphdef, params, state, x_BLD, dy_BLD, ctx = inputs(case)
+    expected = outputs(case)
     mesh = mesh_of(8, **sizes)
     batch = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    module = ON_A_MESH.moe.make(D, nnx.Rngs(params=0))
+    module = case.moe.make(D, nnx.Rngs(params=0))
     axes = {
         "/".join(map(str, path)): variable.get_metadata()["axes"]
         for path, variable in nnx.to_flat_state(nnx.state(module))

@@ -165,6 +165,18 @@ def test_values_are_those_of_the_oracle(name):
 
 
 @routers
+def test_bfloat16_tokens_are_routed_in_float32(name):
+    """Rounded tokens, exact arithmetic: bfloat16 logits would be off by 2**-8."""
+    cfg, run, params, state = make(name)
+    rounded = tokens().astype(jnp.bfloat16)
+    routing = run(params, biased(state), rounded)
+    expected = truth(cfg, np.asarray(rounded, np.float64), params, biased(state))
+    np.testing.assert_array_equal(dense(routing)[1], expected[1])
+    assert_close(dense(routing)[0], expected[0], "float32")
+    assert_close(routing.logits_TE, expected[2], "float32")
+
+
+@routers
 def test_gradients_are_those_of_the_oracle(name):
     cfg, run, params, state = make(name)
     if not params:
