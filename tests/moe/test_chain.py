@@ -23,9 +23,8 @@ from moex.moe.routers.expert_choice import ExpertChoice
 from moex.moe.routers.topk import TopK
 from moex.moe.routers.topp import TopP
 from moex.nn.attention import Attention
-from moex.nn.block import RESIDUALS
+from moex.nn.block import RESIDUALS, Block
 from moex.nn.mlp import Dense
-from moex.nn.stack import Segment
 from tests.helpers import context, split_module
 from tests.moe import oracle
 from tests.moe.test_layer import flat, nested
@@ -161,30 +160,33 @@ def test_experts_are_held_once():
     assert three - one == 4 * D  # one more router
 
 
-@pytest.mark.parametrize("residual", RESIDUALS)
-def test_block_forms(residual):
+def test_block_forms():
     """core.md 1a: what is added to the output of the chain, with C = 2."""
     cfg = Chain(moe=moe(RAW), iterations=2)
-    segment = Segment(pattern=(cfg,), residual=residual)
-    stack = segment.make(
-        Attention(heads=1, head_dim=4), D, nnx.Rngs(params=0), norm_eps=1e-6
-    )
+    attention = Attention(heads=1, head_dim=4)
+    block = Block(cfg, attention, D, nnx.Rngs(params=0), norm_eps=1e-6)
     x_BLD, _, ctx = inputs()
-    y_BLD, aux, _ = jax.jit(lambda s, x: s(x, ctx, None))(stack, x_BLD)
-    graphdef, params, state = nnx.split(stack, nnx.Param, ...)
-    one = jax.tree.map(lambda a: a[0], params)
-    block = nnx.merge(graphdef, one, state).blocks[0]
-    h_BLD = x_BLD + block.attention(block.norm_attention(x_BLD), ctx, None)[0]
-    z_BLD = block.norm_ffn(h_BLD)
-    delta_BLD, _ = block.ffn(z_BLD, ctx)
+
+    @jax.jit
+    def run(block, x_BLD):
+        h_BLD = x_BLD + block.attention(block.norm_attention(x_BLD), ctx, None)[0]
+        z_BLD = block.norm_ffn(h_BLD)
+        found = {}
+        for block.residual in RESIDUALS:
+            found[block.residual], aux, _ = block(x_BLD, ctx, None)
+        return h_BLD, z_BLD, block.ffn(z_BLD, ctx)[0], found, aux
+
+    h_BLD, z_BLD, delta_BLD, found, aux = run(block, x_BLD)
     expected = {
         "prenorm": h_BLD + delta_BLD,
         "released": z_BLD + delta_BLD,  # z_C itself: the raw residual h is gone
         "both": h_BLD + z_BLD + delta_BLD,
         "none": delta_BLD,
     }
-    assert_close(y_BLD, expected[residual], "order")
-    assert aux["blocks"]["0"]["ffn"]["load"].shape == (1, 2, 4)  # [repeat, C, E]
+    assert found.keys() == set(RESIDUALS)
+    for residual, y_BLD in found.items():
+        assert_close(y_BLD, expected[residual], "order", residual)
+    assert aux["ffn"]["load"].shape == (2, 4)  # [C, E]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from tests.moe.test_chain import string_keys
 from tests.moe.test_layer import WEIGHTS, flat, nested
 from tests.tolerances import assert_close
 
-FEW = range(4)
+FEW = range(3)
 MANY = range(100, 180)
 
 

@@ -24,8 +24,7 @@ from moex.moe.layer import MoE, split_experts
 from moex.moe.routers.expert_choice import ExpertChoice
 from moex.moe.routers.forced import Forced
 from moex.moe.routers.hash import Hash
-from moex.moe.routers.soft import Soft
-from moex.moe.routers.topk import Groups, TopK
+from moex.moe.routers.topk import TopK
 from moex.moe.routers.topp import TopP
 from moex.nn.mlp import Dense
 from moex.sharding import BATCH_AXES, param_sharding
@@ -111,12 +110,6 @@ CASES = {
         ),
         num_padding=1,
     ),
-    "top-p, all, own latents": Case(
-        moe=other(
-            TopP(p=1.0, k_max=4, init_std=0.7),
-            Latent(hidden=3, latent=3, group=1, ops=("gate",)),
-        ),
-    ),
     "expert choice": Case(
         moe=other(ExpertChoice(k=1.5, init_std=0.7), shared=Dense(hidden=2)),
         num_padding=2,
@@ -128,19 +121,12 @@ CASES = {
         moe=other(Hash(k=2), Glu(hidden=3, activation="gelu", bias=True)),
         num_padding=1,
     ),
-    "soft, rank one": Case(moe=other(Soft(init_std=0.7), LowRank(rank=1))),
     "forced, clamped": Case(
         moe=other(
             Forced(k=2, load="adversarial", init_std=0.7),
             Glu(hidden=3, activation="clamped"),
         ),
         num_padding=1,
-    ),
-    "groups, latent down": Case(
-        moe=other(
-            TopK(k=3, groups=Groups(num=2, keep=2), init_std=0.7),
-            Latent(hidden=3, latent=2, group=4, ops=("down",)),
-        ),
     ),
 }
 ON_A_MESH = Case(
