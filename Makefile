@@ -29,7 +29,7 @@ train: $(STAMP)
 	$(BIN)/moex train --config=$(CONFIG) --workdir=$(WORKDIR)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m slow

@@ -56,3 +56,25 @@ def forget_programs():
     """Compiled programs of a file go with it: a worker stays below 2 GB."""
     yield
     jax.clear_caches()
+
+
+# The files that take longest go first, or one worker waits for the other at the end.
+LONGEST = (
+    *("moe/test_layer", "train/test_step", "test_crash", "train/test_variants"),
+    *("kernels/test_grouped_swiglu", "moe/test_routers", "train/test_loop"),
+    *("moe/test_chain", "moe/test_experts", "serve/test_decode"),
+    *("compress/test_convert", "nn/test_stack", "test_cli_verbs", "test_params"),
+    *("moe/test_replay", "train/test_guard", "nn/test_lm", "moe/test_combinations"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Order files by `LONGEST`; `make test` keeps this order."""
+    root = pathlib.Path(__file__).parent
+    rank = {name: i for i, name in enumerate(LONGEST)}
+
+    def place(item):
+        name = item.path.relative_to(root).with_suffix("").as_posix()
+        return rank.get(name, len(LONGEST))
+
+    items.sort(key=place)

@@ -77,14 +77,11 @@ ALL = ("gate", "up", "down")
 
 CASES = {
     "odd sizes, padding, shared": Case(
-        moe=layer(5, 2, shared=Dense(hidden=4)), num_padding=2, kernels=None
+        moe=layer(5, 2, shared=Dense(hidden=4)), num_padding=2
     ),
     "one expert": Case(moe=layer(1, 1)),
     "k = E": Case(moe=layer(3, 3)),
     "one token": Case(moe=layer(7, 2), shape=(1, 1)),
-    "sigmoid, raw, scaled": Case(
-        moe=layer(4, 2, score="sigmoid", normalize="none", scale=2.5)
-    ),
     "idle expert": Case(moe=layer(4, 2, bias_rate=0.1), bias=(0, -9, 0, 0)),
     "all to one": Case(moe=layer(4, 1, bias_rate=0.1), bias=(0, 0, 9, 0)),
     "all padding": Case(moe=layer(4, 2), num_padding=7),
@@ -119,13 +116,6 @@ CASES = {
     ),
     "hash, biases": Case(
         moe=other(Hash(k=2), Glu(hidden=3, activation="gelu", bias=True)),
-        num_padding=1,
-    ),
-    "forced, clamped": Case(
-        moe=other(
-            Forced(k=2, load="adversarial", init_std=0.7),
-            Glu(hidden=3, activation="clamped"),
-        ),
         num_padding=1,
     ),
 }
