@@ -55,7 +55,10 @@ class Config:
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the closest of `allowed`, or an empty string."""
-    match = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0.5)
+    allowed, name = list(allowed), str(name)
+    match = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    # A short name is close to nothing: `k` to `k_max` neither.
+    match = match or [a for a in allowed if name and a.startswith(f"{name}_")]
     return f" Did you mean {match[0]!r}?" if match else ""
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moex.config import require_choice
+from moex.config import Config, require, require_choice
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 NORMALIZE = ("after", "before", "none")
@@ -83,6 +83,33 @@ class ExpertRouting:
     def trace(self) -> dict:
         """What a replay of this routing needs, and the gates."""
         return {"token": self.token_EC, "gate": self.gate_EC, "keep": self.keep_EC}
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class FixedK(Config):
+    """Base of the routers that give every token the same number of experts."""
+
+    k: int  # slots per token, 1 <= k <= num_experts
+
+    def validate(self, path):
+        require(self.k >= 1, f"{path}.k", self.k, "at least 1")
+
+    def validate_experts(self, num_experts, path):
+        """Checks that need the number of experts, which only the layer knows."""
+        require(
+            self.k <= num_experts,
+            f"{path}.k",
+            self.k,
+            f"at most num_experts = {num_experts}; lower k or add experts",
+        )
+
+    def slots(self, num_experts) -> int:
+        """K: slots per token."""
+        return self.k
+
+    def expected_slots(self, num_experts) -> float:
+        """Slots that a token uses, before anything is trained."""
+        return self.k
 
 
 def router_logits(x_TD, w_DE) -> jax.Array:

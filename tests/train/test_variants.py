@@ -10,6 +10,7 @@ import pytest
 
 from configs import quickstart
 from moex.config import ConfigError, ConfigWarning
+from moex.flags import load_config
 from moex.moe.balance import Controller
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
@@ -171,3 +172,50 @@ def test_quickstart_variants_are_good(arg):
 def test_quickstart_arguments_that_are_refused(arg, message):
     with pytest.raises(ConfigError, match=message):
         quickstart.get_config(arg)
+
+
+ROUTER = "--config.model.layers[0].pattern[0].router"
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        (f"{ROUTER}.p=0.5", lambda cfg: router(cfg).p == 0.5),
+        (f"{ROUTER}.p=1", lambda cfg: isinstance(router(cfg).p, float)),
+        (
+            f"{ROUTER}.p=(.1,.2,.3,.4)",
+            lambda cfg: router(cfg).p == (0.1, 0.2, 0.3, 0.4),
+        ),
+        ("--config.loss.z=1", lambda cfg: cfg.loss.z == 1.0),
+        ("--config.loss.entropy=1e-3", lambda cfg: cfg.loss.entropy == 1e-3),
+    ],
+)
+def test_a_field_of_several_types_takes_each(monkeypatch, override, found):
+    monkeypatch.chdir(runs.ROOT)
+    cfg = load_config(["--config=configs/quickstart.py:router=topp", override])
+    assert found(cfg)
+    check_run(cfg)
+
+
+def router(cfg):
+    return cfg.model.layers[0].pattern[0].router
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("p=(.1,.2)", r"router.p = \(0.1, 0.2\): must be one p per .*repeat = 4"),
+        ("p=half", r"router.p = 'half': must be float or tuple of float or Schedule"),
+        ("p=True", r"router.p = 'True': must be float or tuple"),
+        ("p=1.5", r"router.p = 1.5: must be in \(0, 1\]"),
+        ("k=2", r"router.k: no such field. Did you mean .*\(TopP\) has p, k_max"),
+    ],
+)
+def test_fields_of_several_types_that_are_refused(monkeypatch, override, message):
+    monkeypatch.chdir(runs.ROOT)
+    with pytest.raises(ConfigError, match=message):
+        check_run(
+            load_config(
+                ["--config=configs/quickstart.py:router=topp", f"{ROUTER}.{override}"]
+            )
+        )

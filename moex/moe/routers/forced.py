@@ -12,46 +12,35 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moex.config import Config, require, require_choice
-from moex.moe.routing import Routing, replayed, router_logits, router_scores, slot_gates
+from moex.config import require, require_choice
+from moex.moe.routing import (
+    FixedK,
+    Routing,
+    replayed,
+    router_logits,
+    router_scores,
+    slot_gates,
+)
 from moex.nn.param import param
 
 LOADS = ("balanced", "random", "skewed", "adversarial")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Forced(Config):
+class Forced(FixedK):
     """Experts are assigned, whatever the tokens say; gates are those of top-k."""
 
-    k: int  # slots per token, 1 <= k <= num_experts
     load: str = "balanced"  # "balanced", "random", "skewed" or "adversarial"
     skew: float = 1.0  # "skewed": expert e is drawn with weight (e + 1)^-skew, >= 0
     seed: int = 0  # of "random" and "skewed"
     init_std: float = 0.02  # standard deviation of the initial router weights
 
     def validate(self, path):
-        require(self.k >= 1, f"{path}.k", self.k, "at least 1")
+        FixedK.validate(self, path)
         require_choice(f"{path}.load", self.load, LOADS)
         require(self.skew >= 0, f"{path}.skew", self.skew, ">= 0")
         require(0 <= self.seed < 2**31, f"{path}.seed", self.seed, "in [0, 2**31)")
         require(self.init_std >= 0, f"{path}.init_std", self.init_std, ">= 0")
-
-    def validate_experts(self, num_experts, path):
-        """Checks that need the number of experts, which only the layer knows."""
-        require(
-            self.k <= num_experts,
-            f"{path}.k",
-            self.k,
-            f"at most num_experts = {num_experts}; lower k or add experts",
-        )
-
-    def slots(self, num_experts) -> int:
-        """K: slots per token."""
-        return self.k
-
-    def expected_slots(self, num_experts) -> float:
-        """Slots that a token really uses."""
-        return self.k
 
     def make(self, dim, num_experts, rngs):
         return ForcedRouter(self, dim, num_experts, rngs)

@@ -9,37 +9,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moex.config import Config, require
-from moex.moe.routing import Routing, replayed
+from moex.config import require
+from moex.moe.routing import FixedK, Routing, replayed
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Hash(Config):
+class Hash(FixedK):
     """Each token id has k fixed experts, with equal gates."""
 
-    k: int  # slots per token, 1 <= k <= num_experts
     seed: int = 0  # of the hash; layers with different seeds hash differently
 
     def validate(self, path):
-        require(self.k >= 1, f"{path}.k", self.k, "at least 1")
+        FixedK.validate(self, path)
         require(0 <= self.seed < 2**31, f"{path}.seed", self.seed, "in [0, 2**31)")
-
-    def validate_experts(self, num_experts, path):
-        """Checks that need the number of experts, which only the layer knows."""
-        require(
-            self.k <= num_experts,
-            f"{path}.k",
-            self.k,
-            f"at most num_experts = {num_experts}; lower k or add experts",
-        )
-
-    def slots(self, num_experts) -> int:
-        """K: slots per token."""
-        return self.k
-
-    def expected_slots(self, num_experts) -> float:
-        """Slots that a token really uses."""
-        return self.k
 
     def make(self, dim, num_experts, rngs):
         return HashRouter(self, num_experts)

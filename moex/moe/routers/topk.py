@@ -12,6 +12,7 @@ from flax import nnx
 from moex.config import Config, require, require_choice
 from moex.moe.balance import BIAS_RULES, bias_rule, check_rate
 from moex.moe.routing import (
+    FixedK,
     Routing,
     check_score_fields,
     replayed,
@@ -73,10 +74,9 @@ class Groups(Config):
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class TopK(Config):
+class TopK(FixedK):
     """Each token goes to its k best experts."""
 
-    k: int  # slots per token, 1 <= k <= num_experts
     score: str = "softmax"  # "softmax", "sigmoid" or "sqrt_softplus" of the logits
     normalize: str = "after"  # gates sum to 1 "after" or "before" selection, or "none"
     scale: float = 1.0  # factor on the gates, after normalisation, > 0
@@ -88,7 +88,7 @@ class TopK(Config):
     init_std: float = 0.02  # standard deviation of the initial router weights
 
     def validate(self, path):
-        require(self.k >= 1, f"{path}.k", self.k, "at least 1")
+        FixedK.validate(self, path)
         check_score_fields(self, path)
         require(self.scale > 0, f"{path}.scale", self.scale, "above 0")
         check_rate(f"{path}.bias_rate", self.bias_rate)
@@ -99,22 +99,9 @@ class TopK(Config):
 
     def validate_experts(self, num_experts, path):
         """Checks that need the number of experts, which only the layer knows."""
-        require(
-            self.k <= num_experts,
-            f"{path}.k",
-            self.k,
-            f"at most num_experts = {num_experts}; lower k or add experts",
-        )
+        FixedK.validate_experts(self, num_experts, path)
         if self.groups is not None:
             self.groups.validate_experts(num_experts, self.k, f"{path}.groups")
-
-    def slots(self, num_experts) -> int:
-        """K: slots per token."""
-        return self.k
-
-    def expected_slots(self, num_experts) -> float:
-        """Slots that a token really uses, before anything is trained."""
-        return self.k
 
     def make(self, dim, num_experts, rngs):
         return TopKRouter(self, dim, num_experts, rngs)
