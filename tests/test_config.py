@@ -147,6 +147,7 @@ def test_describe():
 def test_nearest_and_type_names():
     assert nearest("lerning", ["learning", "decay"]) == " Did you mean 'learning'?"
     assert nearest("zzz", ["learning"]) == ""
+    assert nearest("k", ["p", "k_max"]) == " Did you mean 'k_max'?"
     assert type_name(int | None) == "int or None"
     assert type_name(tuple[str, ...]) == "tuple of str"
     assert type_name(tuple[str, float]) == "tuple of str, float"
