@@ -114,6 +114,12 @@ def _subclasses(kind) -> list:
 def _apply(cfg, path: str, text: str) -> None:
     """Set one field of `cfg` from text, in place."""
     holder, name = _find(cfg, path)
+    if isinstance(holder, (tuple, list)) and not _is_branch(holder[name]):
+        whole = path.rpartition("[")[0]
+        raise ConfigError(
+            f"config.{path}: one value of a tuple cannot be set alone; set all of it, "
+            f"such as --config.{whole}='{tuple(holder)!r}'."
+        )
     annotation = _annotation(holder, name)
     if text in NONE_WORDS and annotation is not None and _optional(holder, name):
         config_path.set_value(path, cfg, None)
@@ -153,10 +159,11 @@ def _literal(path: str, text: str, annotation):
     """The Python literal that `text` is, or `text` itself, whichever fits."""
     with contextlib.suppress(ValueError, SyntaxError):
         value = ast.literal_eval(text)
+        value = tuple(value) if isinstance(value, list) else value
         if fits(value, annotation):
             # As everywhere else, an int for a float field becomes a float.
             is_int = type(value) is int and int not in typing.get_args(annotation)
-            return float(value) if is_int else value
+            return float(value) if is_int else value  # type: ignore
     if fits(text, annotation):
         return text
     raise ConfigError(f"config.{path} = {text!r}: must be {type_name(annotation)}.")

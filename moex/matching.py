@@ -1,7 +1,8 @@
 """Variants of equal size: hidden widths of one model that give it the cost of another.
 
-Only the `hidden` widths of feed-forwards are changed (dense, gated and latent experts,
-shared experts), all by about one factor; places with equal widths keep equal widths.
+Only the widths of feed-forwards are changed (`hidden` of dense layers, gated and latent
+experts, shared experts; `rank` of low-rank ones), all by about one factor; places with
+equal widths keep equal widths.
 """
 
 import copy
@@ -91,20 +92,26 @@ def match(cfg: LM, like: LM, *, by: str, seq_len: int) -> Match:
 
 def hidden_widths(cfg: LM, path: str = "model") -> dict[str, int]:
     """Every hidden width of a model by its path."""
-    return {f"{where}.hidden": node.hidden for where, node in _holders(cfg, path)}
+    return {
+        f"{where}.{name}": getattr(node, name)
+        for where, node, name in _holders(cfg, path)
+    }
 
 
-def _holders(cfg: LM, path: str = "model") -> list[tuple[str, Any]]:
+def _holders(cfg: LM, path: str = "model") -> list[tuple[str, Any, str]]:
+    """(path, config, name of its width); the width of low-rank experts is their rank."""
     return [
-        (where, node)
+        (where, node, name)
         for where, node in walk(cfg, path)
-        if isinstance(node, Config) and hasattr(node, "hidden")
+        for name in ("hidden", "rank")
+        if isinstance(node, Config) and hasattr(node, name)
     ]
 
 
 def _with_widths(cfg: LM, new: dict[int, int]) -> LM:
     """A copy in which every hidden width w is `new[w]`, where it has one."""
     cfg = copy.deepcopy(cfg)
-    for _, node in _holders(cfg):
-        node.hidden = new.get(node.hidden, node.hidden)
+    for _, node, name in _holders(cfg):
+        width = getattr(node, name)
+        setattr(node, name, new.get(width, width))
     return cfg

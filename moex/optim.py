@@ -191,6 +191,12 @@ def _muon_dims(params, info):
     return jax.tree_util.tree_map_with_path(dims, params)
 
 
+def decays(name: str, info) -> bool:
+    """Whether weight decay is for this parameter: for matrices, not stacked vectors."""
+    is_vector = name.split("/")[-1].startswith(("bias", "v_"))
+    return len(info[name].axes) >= 2 and not is_vector
+
+
 def _scale(factor, factors):
     """Multiply the updates of the parameters that have this factor."""
 
@@ -243,7 +249,7 @@ def make_optimizer(cfg: Optim, steps: int, params, info):
             eps=rule_cfg.eps,
             weight_decay=cfg.weight_decay,
             mask=lambda p: jax.tree_util.tree_map_with_path(
-                lambda path, _: len(info[path_name(path)].axes) >= 2, p
+                lambda path, _: decays(path_name(path), info), p
             ),
         )
     # Clipping keeps its place when it is off: a run can be resumed with another value.

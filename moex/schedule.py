@@ -1,6 +1,7 @@
 """Numbers that may change while training: a float, or a `Schedule` of the step."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +21,12 @@ class Schedule(Config):
 
     def validate(self, path):
         require(len(self.points) >= 1, f"{path}.points", self.points, "not empty")
+        require(
+            all(math.isfinite(v) for point in self.points for v in point),
+            f"{path}.points",
+            self.points,
+            "finite",
+        )
         steps = [step for step, _ in self.points]
         require(
             all(a < b for a, b in zip(steps, steps[1:], strict=False)),

@@ -9,6 +9,7 @@ import warnings
 import pytest
 
 from moex import cli
+from moex.config import ConfigWarning
 from moex.moe.routers.expert_choice import ExpertChoice
 from moex.train import score
 from moex.train.job import Job
@@ -124,6 +125,10 @@ FIELDS = [
     (f"{MOE}.router.bias_rate=-1", f"{MOE}.router.bias_rate = -1.0: must be >= 0."),
     ("config.loss.balance_scope=steps", "Did you mean 'step'?"),
     ("config.model.layers[1].residual=relased", "Did you mean 'released'?"),
+    (
+        "config.log.sample_prompts[0]=x",
+        "one value of a tuple cannot be set alone; set all of it, such as --config.lo",
+    ),
     ("config.model.layers[7].repeat=2", "config.model.layers[7]: no such entry;"),
     ("config.steps.every=2", "config.steps.every: no such field. config.steps has no"),
     ("config.steps=3.5", "config.steps = '3.5': must be int."),
@@ -231,7 +236,7 @@ def test_a_caution_is_one_line_and_no_error(folder, tmp_path, capsys):
     text = text.replace("TopK(k=2, bias_rate=0.01)", "TopP(p=0.5)")
     path.write_text(text.replace(".topk import TopK", ".topp import TopP"))
     with warnings.catch_warnings():
-        warnings.simplefilter("default")
+        warnings.simplefilter("default", ConfigWarning)
         cli.main(["train", f"--config={path}", "--dry-run"])
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("moex: warning: config.model.layers[1].pattern[0].router.k_")

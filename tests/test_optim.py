@@ -14,6 +14,7 @@ from moex.optim import (
     AdamW,
     Muon,
     Optim,
+    decays,
     flat_paths,
     make_optimizer,
     path_factors,
@@ -113,6 +114,16 @@ def test_adamw_is_that_of_optax_with_decay_on_matrices_only():
             step, state = tx.update(flat_paths(GRADS)[path], state, value)
             value = value + step
         assert_close(flat_paths(params)[path], value, "order", path)
+
+
+def test_stacked_vectors_do_not_decay():
+    info = {
+        "ffn/experts/bias_in_E2F": ParamInfo(("expert", None, "mlp")),
+        "ffn/zero/v_JD": ParamInfo((None, "embed")),
+        "ffn/zero/w_JD2": ParamInfo((None, "embed", None)),
+        "ffn/norm/scale_D": ParamInfo(("embed",)),
+    }
+    assert [decays(name, info) for name in info] == [False, False, True, False]
 
 
 def test_first_adamw_step_by_hand():

@@ -68,7 +68,10 @@ class Controller(Config):
     """Steers the p of a top-p router to a mean number of experts per token.
 
     A PI controller in velocity form, so that it cannot wind up at its limits:
-    p += kp * (e - e before) + ki * e, with e = (target - mean experts) / experts.
+    p += kp * (e - e before) + ki * e, with e = (target - mean slots) / experts. Divided
+    by the experts, because with even probabilities p moves the mean by that much; a
+    router that is sure answers more slowly, so with many experts raise `ki`. Slots at
+    zero-computation experts count.
 
     Source: the idea is that of DTop-p (arXiv:2512.13996), known to us from its
     abstract only; the form and the gains are ours.
@@ -85,8 +88,9 @@ class Controller(Config):
         require(self.ki > 0, f"{path}.ki", self.ki, "above 0")
 
 
-# The smallest p that a controller may choose: top-1.
-P_MIN = 1e-3
+# The limits of a controller. At 1 top-p turns to all experts at once: a router that is
+# sure would be thrown from one expert to all and back.
+P_MIN, P_MAX = 1e-3, 1 - 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +109,8 @@ class ControlP:
             mean = jnp.broadcast_to(jnp.mean(mean), mean.shape)
         error = (self.target - mean) / num_experts
         p = state[..., 0] + self.kp * (error - state[..., 1]) + self.ki * error
-        return jnp.stack([jnp.clip(p, P_MIN, 1.0), error], axis=-1)
+        moved = jnp.stack([jnp.clip(p, P_MIN, P_MAX), error], axis=-1)
+        return jnp.where(stats["num_tokens"][..., None] > 0, moved, state)
 
 
 def bias_rule(name, rate):

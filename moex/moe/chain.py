@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moex.config import Config, require
-from moex.moe.layer import MoE, SparseLayer, check_router
+from moex.moe.layer import MoE, SparseLayer, check_capacity, check_router
 
 ROUTERS = ("independent", "shared")
 
@@ -38,7 +38,9 @@ class Chain(Config):
                 f"one router per round, iterations = {self.iterations}",
             )
             for i, router in enumerate(self.routers):
-                check_router(router, self.moe.num_choices(), f"{path}.routers[{i}]")
+                where = f"{path}.routers[{i}]"
+                check_router(router, self.moe.num_choices(), where)
+                check_capacity(self.moe, router, f"{path}.moe.capacity_factor")
         else:
             require(
                 self.routers in ROUTERS,
@@ -118,9 +120,11 @@ class ChainLayer(SparseLayer):
 
     def _context(self, ctx, t):
         """The context of round t: its own noise, its part of a replay."""
-        key = None if ctx.key is None else jax.random.fold_in(ctx.key, t)
+        # The first round keeps the key: a chain of one round is the plain layer.
+        plain = ctx.key is None or t == 0
+        key = ctx.key if plain else jax.random.fold_in(ctx.key, t)
         forced = None if ctx.forced is None else ctx.forced[str(t)]
-        return dataclasses.replace(ctx, key=key, forced=forced)
+        return dataclasses.replace(ctx, key=key, forced=forced, chain_round=t)
 
 
 def stack_rounds(rounds: list[dict]) -> dict:

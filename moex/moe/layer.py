@@ -4,6 +4,7 @@ B batch · L length · T = B * L tokens · D model width · E experts · K slots
 """
 
 import dataclasses
+from inspect import signature
 from typing import Any
 
 import jax
@@ -11,11 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas import make_plan
-from moex.config import Config, require
+from moex.config import Config, require, walk
 from moex.moe import losses, metrics
 from moex.moe.dispatch import combine, dispatch, drop_over_capacity, expert_capacity
+from moex.moe.experts.glu import Glu
 from moex.moe.experts.zero import Zero
 from moex.moe.routing import ExpertRouting
+from moex.nn.block import is_feed_forward
 from moex.nn.param import param
 
 
@@ -30,7 +33,7 @@ class MoE(Config):
     shared_gate: bool = False  # the shared output times sigmoid(x w), as in Qwen2-MoE
     zero: Zero | None = None  # choices that cost nothing, beside the experts
     capacity_factor: float | None = (
-        None  # rows per expert over the mean; None: dropless
+        None  # rows per expert over the mean if all slots are used; None: dropless
     )
 
     def validate(self, path):
@@ -44,11 +47,20 @@ class MoE(Config):
             "above 0, or None for dropless",
         )
         check_router(self.router, self.num_choices(), f"{path}.router")
+        check_capacity(self, self.router, f"{path}.capacity_factor")
         require(
-            self.capacity_factor is None or hasattr(self.router, "slots"),
-            f"{path}.capacity_factor",
-            self.capacity_factor,
-            f"None: {type(self.router).__name__} fills its experts evenly",
+            _makes(self.experts, "dim", "num_experts", "rngs")
+            and not hasattr(self.experts, "validate_experts"),
+            f"{path}.experts",
+            type(self.experts).__name__,
+            "an experts config such as Glu",
+        )
+        require(
+            self.shared is None
+            or (is_feed_forward(self.shared) and not _has_router(self.shared)),
+            f"{path}.shared",
+            type(self.shared).__name__,
+            "a dense feed-forward config such as Dense, or None",
         )
         require(
             self.shared is not None or not self.shared_gate,
@@ -62,6 +74,9 @@ class MoE(Config):
         experts: Any = self.experts
         if hasattr(experts, "validate_sizes"):
             experts.validate_sizes(self.num_experts, dim, f"{path}.experts")
+        shared: Any = self.shared
+        if hasattr(shared, "validate_dim"):
+            shared.validate_dim(dim, f"{path}.shared")
 
     def num_choices(self) -> int:
         """What a router chooses among: experts and zero-computation experts."""
@@ -113,12 +128,33 @@ class MoE(Config):
 def check_router(router: Any, num_choices: int, path: str) -> None:
     """Check that a config is a router, and one for this number of choices."""
     require(
-        hasattr(router, "validate_experts"),
+        hasattr(router, "validate_experts")
+        and _makes(router, "dim", "num_experts", "rngs"),
         path,
         type(router).__name__,
         "a router config such as TopK",
     )
     router.validate_experts(num_choices, path)
+
+
+def check_capacity(moe: MoE, router: Any, path: str) -> None:
+    """A capacity is for routers in which tokens choose."""
+    require(
+        moe.capacity_factor is None or hasattr(router, "slots"),
+        path,
+        moe.capacity_factor,
+        f"None: {type(router).__name__} fills its experts evenly",
+    )
+
+
+def _makes(config: Any, *names: str) -> bool:
+    """Whether a config has `make` with exactly these parameters."""
+    make = getattr(config, "make", None)
+    return make is not None and tuple(signature(make).parameters) == names
+
+
+def _has_router(config) -> bool:
+    return any(hasattr(node, "validate_experts") for _, node in walk(config, ""))
 
 
 def split_experts(moe: MoE, parts: int) -> MoE:
@@ -133,10 +169,10 @@ def split_experts(moe: MoE, parts: int) -> MoE:
     """
     router: Any = moe.router
     experts: Any = moe.experts
-    if not hasattr(router, "k") or not hasattr(experts, "hidden"):
+    if not hasattr(router, "k") or not isinstance(experts, Glu) or experts.bias:
         raise ValueError(
-            "split_experts needs a router with k and experts with a hidden width; got "
-            f"{type(router).__name__} and {type(experts).__name__}."
+            "split_experts needs a router with k and Glu experts without biases; got "
+            f"{type(router).__name__} and {experts}."
         )
     if parts < 1 or experts.hidden % parts:
         raise ValueError(
@@ -208,7 +244,8 @@ class SparseLayer(nnx.Module):
             # Decoding drops nothing, or a row would depend on the rest of its batch.
             if self.capacity_factor is not None and ctx.mode != "decode":
                 num_slots = routing.expert_TK.size
-                capacity = expert_capacity(self.capacity_factor, num_slots, E)
+                choices = routing.probs_TE.shape[-1]
+                capacity = expert_capacity(self.capacity_factor, num_slots, choices)
                 routing = drop_over_capacity(routing, E, capacity)
             plan = make_plan(routing.expert_TK, routing.keep_TK, E)
         with jax.named_scope("experts"):

@@ -5,6 +5,7 @@ expert
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,39 +125,66 @@ def router_logits(x_TD, w_DE) -> jax.Array:
     )
 
 
-def router_scores(logits_TE, score) -> tuple[jax.Array, jax.Array]:
-    """`(score_TE, probs_TE)` of one of `SCORES`; probs are scores that sum to 1."""
+class Scores(NamedTuple):
+    """Router scores of one kind, float32.
+
+    Attributes:
+      log_TE: their logarithms, up to a constant per token.
+      score_TE: the scores; they select, and are the raw gates.
+      probs_TE: scores that sum to 1 over the experts.
+    """
+
+    log_TE: jax.Array
+    score_TE: jax.Array
+    probs_TE: jax.Array
+
+
+def router_scores(logits_TE, score) -> Scores:
+    """`Scores` of one of `SCORES`.
+
+    Normalised in log space: a quotient of scores needs a floor, and a router can push
+    all of its sigmoids below any floor, where the balance loss vanishes
+    (NVIDIA/Megatron-LM#1545) and the root of a softplus has no finite gradient.
+    """
     if score == "softmax":
         probs_TE = jax.nn.softmax(logits_TE, axis=-1)
-        return probs_TE, probs_TE
+        return Scores(logits_TE, probs_TE, probs_TE)
     if score == "sigmoid":
-        score_TE = jax.nn.sigmoid(logits_TE)
+        log_TE = jax.nn.log_sigmoid(logits_TE)
     else:
-        score_TE = jnp.sqrt(jax.nn.softplus(logits_TE))
-    total_T1 = jnp.sum(score_TE, axis=-1, keepdims=True)
-    return score_TE, score_TE / jnp.maximum(total_T1, 1e-20)
+        low_TE = logits_TE < -20.0  # there softplus(x) = exp(x) in float32
+        softplus_TE = jax.nn.softplus(jnp.where(low_TE, 0.0, logits_TE))
+        log_TE = 0.5 * jnp.where(low_TE, logits_TE, jnp.log(softplus_TE))
+    return Scores(log_TE, jnp.exp(log_TE), jax.nn.softmax(log_TE, axis=-1))
 
 
-def slot_gates(score_TE, probs_TE, expert_TK, keep_TK, normalize) -> jax.Array:
+def slot_gates(scores: Scores, expert_TK, keep_TK, normalize) -> jax.Array:
     """float32[T, K] gates of the chosen experts; 0 where not kept.
 
     Args:
       normalize: "after" selection (the gates of a token sum to 1), "before" it (the
         chosen entries of `probs_TE`), or "none" (the chosen entries of `score_TE`).
     """
-    values_TE = probs_TE if normalize == "before" else score_TE
-    gate_TK = jnp.take_along_axis(values_TE, expert_TK, axis=-1)
+    values_TE = {
+        "after": scores.log_TE,
+        "before": scores.probs_TE,
+        "none": scores.score_TE,
+    }[normalize]
+    value_TK = jnp.take_along_axis(values_TE, expert_TK, axis=-1)
     if normalize == "after":
-        return normalize_gates(gate_TK, keep_TK)
-    return jnp.where(keep_TK, gate_TK, 0.0)
+        return kept_softmax(value_TK, keep_TK)
+    return jnp.where(keep_TK, value_TK, 0.0)
 
 
-def normalize_gates(gate_TK, keep_TK) -> jax.Array:
-    """Gates scaled to sum to 1 over the kept slots of each token; none kept gives 0."""
-    gate_TK = jnp.where(keep_TK, gate_TK, 0.0)
-    total_T1 = jnp.sum(gate_TK, axis=-1, keepdims=True)
-    # All gates can underflow to 0; the floor keeps the quotient finite then.
-    return gate_TK / jnp.maximum(total_T1, 1e-20)
+def kept_softmax(log_TK, keep_TK) -> jax.Array:
+    """Softmax over the kept slots of each token; 0 elsewhere, and if none is kept."""
+    kept_TK = jnp.where(keep_TK, log_TK, -jnp.inf)
+    top_T1 = jax.lax.stop_gradient(jnp.max(kept_TK, axis=-1, keepdims=True))
+    top_T1 = jnp.where(jnp.isfinite(top_T1), top_T1, 0.0)
+    # Masked before the exponential too: what overflows there has no finite gradient.
+    exp_TK = jnp.exp(jnp.where(keep_TK, log_TK - top_T1, 0.0))
+    exp_TK = jnp.where(keep_TK, exp_TK, 0.0)
+    return exp_TK / jnp.maximum(jnp.sum(exp_TK, axis=-1, keepdims=True), 1e-20)
 
 
 def replayed(ctx, expert_TK, keep_TK):
@@ -166,10 +194,11 @@ def replayed(ctx, expert_TK, keep_TK):
     """
     if ctx.forced is None:
         return expert_TK, keep_TK
-    if ctx.forced["expert"].shape != expert_TK.shape:
+    shape = ctx.forced.get("expert", expert_TK[:0]).shape
+    if shape != expert_TK.shape:
         raise ValueError(
             "a replayed assignment needs the tokens and slots of this router, "
-            f"{expert_TK.shape}; it was recorded with {ctx.forced['expert'].shape}."
+            f"{expert_TK.shape}; it was recorded with {shape}."
         )
     return ctx.forced["expert"], ctx.forced["keep"]
 

@@ -25,6 +25,7 @@ class Context:
       key: random key for router noise, or None for no noise; every layer gets its own.
       forced: a recorded assignment to replay (`moe/replay.py`), or None.
       layer: int32 scalar, which copy of its segment a layer is; None outside a stack.
+      chain_round: which round of a chain this is, from 0.
       mode: "train", "eval" or "decode".
       collect: return routing traces.
       dtype: compute dtype of the matmuls.
@@ -43,6 +44,7 @@ class Context:
     key: jax.Array | None = None
     forced: dict | None = None
     layer: jax.Array | None = None
+    chain_round: int = dataclasses.field(default=0, metadata={"static": True})
     mode: str = dataclasses.field(default="train", metadata={"static": True})
     collect: bool = dataclasses.field(default=False, metadata={"static": True})
     dtype: str = dataclasses.field(default="float32", metadata={"static": True})

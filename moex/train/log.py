@@ -72,7 +72,7 @@ def layer_rows(model, layers: dict, name: str) -> list[tuple[str, np.ndarray]]:
                 else:
                     rows.append((f"{number:03d}", value))
         start += segment.repeat * len(segment.pattern)
-    return sorted(rows, key=lambda row: row[0])
+    return sorted(rows, key=lambda row: [int(part) for part in row[0].split(".")])
 
 
 def shown(label: str) -> str:

@@ -18,6 +18,8 @@ from moex import accounting
 from moex import config as configs
 from moex.config import ConfigError
 from moex.data.report import compressor_bits_per_byte
+from moex.moe.balance import QuantileBias, SignBias
+from moex.optim import path_name
 from moex.run import check_run
 from moex.schedule import is_always_zero
 from moex.sharding import shard_batch
@@ -134,10 +136,22 @@ def _start(job: Job, workdir, checkpointer, cost, say) -> "Run":
         step, consumed, state = 0, 0, job.init_state()
         if job.cfg.init_from:
             arrays, at = restore_params(job.cfg.init_from, job.spec, job.mesh, warn=say)
-            state |= {"params": arrays["params"], "state": arrays["state"]}
+            # What follows this run's own schedule or target starts as configured.
+            fresh, info = state["state"], job.spec.info
+            carried = jax.tree_util.tree_map_with_path(
+                lambda path, old, new: old if keeps_value(info, path) else new,
+                arrays["state"],
+                fresh,
+            )
+            state |= {"params": arrays["params"], "state": carried}
             say(f"starting from the parameters of {job.cfg.init_from} at step {at}")
     log = RunLog(workdir, job.cfg, step=step, total_steps=job.cfg.steps)
     return Run(job, workdir, checkpointer, cost, log, state, step, consumed, final)
+
+
+def keeps_value(info, path) -> bool:
+    """Whether a router state means the same in another run: biases do."""
+    return isinstance(info[path_name(path)].rule, (SignBias, QuantileBias))
 
 
 @contextlib.contextmanager

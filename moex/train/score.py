@@ -31,14 +31,15 @@ def evaluate(job: Job, state: dict, eval_step, limit: int | None) -> dict:
     Raises:
       ConfigError: if nothing is held out.
     """
-    total = None
+    total, count = None, 0
     for batch in job.eval_batches(limit):
         batch = shard_batch(batch, job.mesh)
         sums = eval_step(state["params"], state["state"], batch)
         total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
+        count += 1
     if total is None:
         raise ConfigError("config.data: no data is held out; raise holdout.")
-    result = jax.device_get(figures(total))
+    result = jax.device_get(figures(total, count))
     return {
         "nll": float(result["nll"]),
         "perplexity": float(np.exp(result["nll"])),

@@ -12,7 +12,7 @@ import optax
 
 from moex.moe.metrics import layer_metrics
 from moex.optim import path_factors, path_name
-from moex.schedule import is_always_zero
+from moex.schedule import is_always_zero, points_of, value_at
 from moex.train.losses import lm_loss, make_context
 
 # Updates that must be accepted before a spike can be told from a start.
@@ -72,12 +72,9 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
             )
 
         (loss, sums), grads = _accumulate(micro, batch, grad_accum)
-        # Frozen parameters have no part in the norm, and XLA drops their gradients.
+        # Frozen parameters have no part in the norm; XLA drops gradients of constants.
         grads = jax.tree_util.tree_map_with_path(
-            lambda path, g: (
-                jnp.zeros_like(g) if is_always_zero(factors[path_name(path)]) else g
-            ),
-            grads,
+            lambda path, g: _unless_frozen(g, factors[path_name(path)], step), grads
         )
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
@@ -101,6 +98,15 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
         return new | {"guard": guard}, metrics
 
     return train_step
+
+
+def _unless_frozen(gradient, factor, step):
+    """0 where the learning-rate factor is 0, for good or at this step."""
+    if is_always_zero(factor):
+        return jnp.zeros_like(gradient)
+    if points_of(factor) is None:
+        return gradient
+    return jnp.where(value_at(factor, step) == 0, 0.0, gradient)
 
 
 def _accumulate(micro, batch, num):
@@ -183,9 +189,9 @@ def figures(sums, num_microbatches=1):
     tokens = jnp.maximum(sums["tokens"], 1.0)
     layers = {}
     for path, layer in sums["layers"].items():
-        layers[path] = layer_metrics(layer["stats"]) | {
-            name: value / num_microbatches for name, value in layer["losses"].items()
-        }
+        means = {k: v / num_microbatches for k, v in layer["losses"].items()}
+        # Figures of all tokens come last: `entropy` is exact there.
+        layers[path] = means | layer_metrics(layer["stats"])
     return {
         "nll": sums["nll"] / tokens,
         "z": sums["z"] / tokens,

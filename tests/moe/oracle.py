@@ -148,7 +148,7 @@ def expert_choice(cfg, logits_TE, valid_T):
     gates = [{} for _ in range(T)]
     for e in range(E):
         wanted_T = np.where(valid_T, probs_TE[:, e], -1)
-        for t in best(wanted_T, min(math.ceil(cfg.k * T / E), T)):
+        for t in best(wanted_T, min(math.ceil(cfg.k * valid_T.sum() / E), T)):
             if valid_T[t]:
                 gates[t][e] = probs_TE[t, e]
     return gates, logits_TE, probs_TE

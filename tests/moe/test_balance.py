@@ -19,7 +19,7 @@ from moex.moe.balance import (
     bias_rule,
 )
 from moex.moe.routers.topk import TopK
-from moex.moe.routers.topp import TopP
+from moex.moe.routers.topp import TopP, keep_until
 from moex.schedule import Schedule, value_at
 from moex.train.step import router_sums, update_state
 from tests.helpers import context
@@ -89,6 +89,24 @@ def test_the_controller_by_hand():
     for p, limit in ((0.0, 1e-3), (1.5, 1.0)):
         clipped = rule(state.at[:, 0].set(p).at[0, 1].set(-0.5), stats, 0)
         assert abs(clipped[0, 0] - limit) < 0.06
+
+
+def test_a_controller_never_turns_to_all_experts():
+    """A router that is sure keeps one expert below p = 1 and all of them at 1."""
+    rule = ControlP(target=2.0, kp=0.2, ki=0.5, shared=False)
+    state, mean = jnp.array([0.9, 0.0]), 1.0
+    for _ in range(50):
+        stats = {
+            "load_E": jnp.zeros(8),
+            "num_slots": jnp.float32(mean * 100),
+            "num_tokens": jnp.float32(100),
+        }
+        state = rule(state, stats, 0)
+        sure_TK = jnp.array([[1 - 7e-7, *[1e-7] * 7]])
+        mean = float(jnp.sum(keep_until(sure_TK, state[0])))
+        assert mean < 8
+    still = rule(state, jax.tree.map(jnp.zeros_like, stats), 0)
+    np.testing.assert_array_equal(still, state)
 
 
 def closed_loop(cfg, num_experts, steps, key=0):

@@ -261,6 +261,14 @@ def test_narrow_of_a_dense_layer_has_no_aux():
             Chain(moe=moe(RAW), iterations=1, routers=(TopK(k=9),)),
             r"f.routers\[0\].k = 9: must be at most num_experts = 4",
         ),
+        (
+            Chain(
+                moe=moe(RAW, capacity_factor=1.0),
+                iterations=1,
+                routers=(ExpertChoice(k=1.0),),
+            ),
+            r"f.moe.capacity_factor = 1.0: must be None: ExpertChoice fills",
+        ),
         (Chain(moe=moe(TopK(k=0)), iterations=1), r"f.moe.router.k = 0: must be at l"),
         (Narrow(latent=0, inner=Dense(hidden=1)), r"f.latent = 0: must be at least 1"),
         (Narrow(latent=1, inner=RAW), r"f.inner = 'TopK': must be a feed-forward"),

@@ -120,7 +120,7 @@ def truth(cfg, x_TD, params, batch):
     capacity = None
     if moe.capacity_factor is not None:
         slots = len(x_TD) * moe.router.slots(moe.num_choices())
-        capacity = expert_capacity(moe.capacity_factor, slots, moe.num_experts)
+        capacity = expert_capacity(moe.capacity_factor, slots, moe.num_choices())
     if isinstance(cfg, Chain):
         routers = {int(t): w for t, w in params.get("routers", {}).items()}
         params = {"router": {}} | params | {"routers": routers}

@@ -24,7 +24,7 @@ from moex.moe.layer import MoE, split_experts
 from moex.moe.routers.expert_choice import ExpertChoice
 from moex.moe.routers.forced import Forced
 from moex.moe.routers.hash import Hash
-from moex.moe.routers.topk import TopK
+from moex.moe.routers.topk import Groups, TopK
 from moex.moe.routers.topp import TopP
 from moex.nn.mlp import Dense
 from moex.sharding import BATCH_AXES, param_sharding
@@ -184,7 +184,7 @@ def truth(case, x_TD, params):
     moe, capacity = case.moe, None
     if moe.capacity_factor is not None:
         slots = len(x_TD) * moe.router.slots(moe.num_choices())
-        capacity = expert_capacity(moe.capacity_factor, slots, moe.num_experts)
+        capacity = expert_capacity(moe.capacity_factor, slots, moe.num_choices())
     return oracle.moe(
         moe,
         x_TD,
@@ -440,6 +440,14 @@ def test_split_experts_keep_parameters_and_work():
 @pytest.mark.parametrize(
     ("moe", "message"),
     [
+        (
+            other(TopK(k=2), Dense(hidden=1)),
+            r"experts = 'Dense': must be an experts",
+        ),
+        (other(TopK(k=2), TopK(k=2)), r"experts = 'TopK': must be an experts config"),
+        (other(Groups(num=2, keep=1)), r"router = 'Groups': must be a router config"),
+        (other(TopK(k=2), shared=Glu(hidden=1)), r"shared = 'Glu': must be a dense"),
+        (other(TopK(k=2), shared=other(TopK(k=2))), r"shared = 'MoE': must be a dense"),
         (other(TopK(k=2), num_experts=0), r"num_experts = 0: must be at least 1"),
         (other(TopK(k=2), capacity_factor=0.0), r"capacity_factor = 0.0: must be abo"),
         (other(Glu(hidden=1)), r"router = 'Glu': must be a router config such as TopK"),

@@ -25,7 +25,7 @@ from moex.moe.routers.hash import Hash, hashed_experts
 from moex.moe.routers.soft import Soft
 from moex.moe.routers.topk import Groups, TopK
 from moex.moe.routers.topp import TopP, keep_until
-from moex.moe.routing import ExpertRouting, Routing, normalize_gates, router_scores
+from moex.moe.routing import ExpertRouting, Routing, kept_softmax, router_scores
 from moex.schedule import Schedule
 from tests.helpers import context, split_module
 from tests.moe import oracle
@@ -301,8 +301,8 @@ def test_the_bias_selects_and_does_nothing_else():
     assert jnp.all(routing.expert_TK[:, 0] == 4)
     score_TE = jax.nn.sigmoid(routing.logits_TE)
     gate_TK = jnp.take_along_axis(score_TE, routing.expert_TK, axis=1)
-    gate_TK = cfg.scale * normalize_gates(gate_TK, routing.keep_TK)
-    assert_close(routing.gate_TK, gate_TK, "order")
+    gate_TK = cfg.scale * gate_TK / jnp.sum(gate_TK, axis=1, keepdims=True)
+    assert_close(routing.gate_TK, gate_TK, "float32")
 
     def loss(state):
         routing = run(params, state, tokens())
@@ -446,9 +446,11 @@ def test_hashes_are_spread_and_fixed():
 
 
 def test_forced_loads():
-    tokens, E, k = 4096, 8, 2
+    tokens, E, k, key = 4096, 8, 2, jax.random.key(0)
     loads = {
-        load: np.bincount(np.ravel(forced_experts(tokens, E, k, load)), minlength=E)
+        load: np.bincount(
+            np.ravel(forced_experts(tokens, E, k, load, key=key)), minlength=E
+        )
         for load in ("balanced", "random", "skewed", "adversarial")
     }
     assert np.all(loads["balanced"] == tokens * k / E)
@@ -456,15 +458,35 @@ def test_forced_loads():
     # Each expert is one of k = 2 of 8: 1024 expected, deviation sqrt(4096 * 3/16) = 28.
     assert np.all(abs(loads["random"] - 1024) < 5 * 28)
     assert np.all(np.diff(loads["skewed"]) < 0), loads["skewed"]
-    flat = np.bincount(np.ravel(forced_experts(tokens, E, k, "skewed", skew=0.0)))
+    flat = np.ravel(forced_experts(tokens, E, k, "skewed", skew=0.0, key=key))
+    flat = np.bincount(flat)
     assert np.all(abs(flat - 1024) < 5 * 28)
 
 
-def test_gates_that_underflow_stay_finite():
-    gate_TK = normalize_gates(jnp.zeros((1, 2)), jnp.ones((1, 2), bool))
-    assert gate_TK.tolist() == [[0, 0]]
-    score_TE, probs_TE = router_scores(jnp.full((1, 3), -200.0), "sigmoid")
-    assert jnp.all(jnp.isfinite(probs_TE))
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_scores_far_below_zero_stay_normalised(score):
+    """A floor in a quotient would let a router switch its balance loss off."""
+    low_TE = jnp.array(
+        [[-120.0, -119.0, -118.0], [-60.0, -60.0, -60.0], [90.0, 0, -90]]
+    )
+
+    def total(logits_TE):
+        scores = router_scores(logits_TE, score)
+        return jnp.sum(scores.probs_TE[:, 0] + scores.score_TE[:, 1]), scores
+
+    gradient_TE, scores = jax.grad(total, has_aux=True)(low_TE)
+    assert jnp.all(jnp.isfinite(gradient_TE))
+    assert_close(jnp.sum(scores.probs_TE, axis=1), np.ones(3), "float32")
+    assert_close(scores.probs_TE[1], np.full(3, 1 / 3), "float32")
+    assert scores.probs_TE[0, 2] > scores.probs_TE[0, 0]
+
+
+def test_softmax_over_kept_slots():
+    log_TK = jnp.array([[-300.0, -300.0, 500.0], [0.0, 1.0, 2.0]])
+    keep_TK = jnp.array([[True, True, False], [False, False, False]])
+    assert kept_softmax(log_TK, keep_TK).tolist() == [[0.5, 0.5, 0], [0, 0, 0]]
+    gradient_TK = jax.grad(lambda x: kept_softmax(x, keep_TK)[0, 0])(log_TK)
+    assert gradient_TK.tolist() == [[0.25, -0.25, 0], [0, 0, 0]]
 
 
 def test_by_row_is_every_slot_with_its_token():
@@ -541,9 +563,33 @@ def test_refusals(router, message):
             check(MoE(num_experts=4, router=router, experts=Glu(hidden=2)), "config.f")
 
 
+def test_layers_and_rounds_draw_their_own_assignment():
+    module = Forced(k=2, load="random").make(D, E, nnx.Rngs(params=0))
+    hashing = Hash(k=2).make(D, E, nnx.Rngs(params=0))
+
+    def choice(router, **fields):
+        ctx = context(1, T, token_BL=TOKEN_T[None], **fields)
+        return router(tokens(), ctx).expert_TK
+
+    first = choice(module)
+    np.testing.assert_array_equal(choice(module), first)
+    assert jnp.any(choice(module, layer=jnp.int32(1)) != first)
+    assert jnp.any(choice(module, chain_round=1) != first)
+    assert jnp.any(choice(hashing, chain_round=1) != choice(hashing))
+
+
+def test_expert_choice_takes_its_share_of_real_tokens():
+    """k = 1.5 of 7 real tokens among 6 experts: ceil(1.75) = 2 each, not 3 of 11."""
+    module = ExpertChoice(k=1.5, init_std=0.5).make(D, E, nnx.Rngs(params=0))
+    routing = module(tokens(), context(1, T, num_padding=4))
+    assert jnp.sum(routing.keep_EC, axis=1).tolist() == [2] * E
+    assert jnp.all(routing.token_EC[:, :2] < 7)
+
+
 @pytest.mark.parametrize(
     ("router", "message"),
     [
+        (TopK(k=1), r"normalize = 'after': with k = 1 every gate is 1"),
         (TopP(p=0.5), r"k_max = None: rows for all experts"),
         (ExpertChoice(k=1.0), r"ExpertChoice reads later tokens"),
     ],

@@ -57,8 +57,8 @@ class ExpertChoice(Config):
 class ExpertChoiceRouter(nnx.Module):
     """probs = softmax(x W) over experts; expert e takes its C most probable tokens.
 
-    C = ceil(k T / E), at most T. Gates are the probabilities, not normalised. Padding
-    is never taken. Ties go to the first token.
+    C = ceil(k T / E), at most T, with T the tokens that are no padding. Gates are the
+    probabilities, not normalised. Ties go to the first token.
 
     Parameters: w_DE [D, E].
 
@@ -84,8 +84,17 @@ class ExpertChoiceRouter(nnx.Module):
         wanted_TE = jnp.where(valid_T[:, None], jax.lax.stop_gradient(probs_TE), -1.0)
         _, token_EC = jax.lax.top_k(wanted_TE.T, C)
         token_EC = token_EC.astype(jnp.int32)
-        keep_EC = valid_T[token_EC]
+        # Padding takes no share: of C slots, as many are kept as real tokens give.
+        num_kept = jnp.ceil(self.k * jnp.sum(valid_T, dtype=jnp.float32) / E)
+        in_share_C = jnp.arange(C, dtype=jnp.float32) < num_kept
+        keep_EC = valid_T[token_EC] & in_share_C[None]
         if ctx.forced is not None:
+            shape = ctx.forced.get("token", keep_EC[:0]).shape
+            if shape != (E, C):
+                raise ValueError(
+                    "a replayed assignment needs the experts and slots of this router, "
+                    f"{(E, C)}; it was recorded with {shape}."
+                )
             token_EC, keep_EC = ctx.forced["token"], ctx.forced["keep"]
         gate_EC = jnp.take_along_axis(probs_TE.T, token_EC, axis=1)
         return ExpertRouting(

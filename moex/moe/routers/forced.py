@@ -52,8 +52,9 @@ class ForcedRouter(nnx.Module):
     "balanced": slot j of token t goes to expert (t k + j) mod E. "random": k different
     experts, all equally likely; "skewed": drawn in turn with falling weights.
     "adversarial": all tokens to experts 0 to k - 1, the worst that a device can get.
-    Gates are normalised softmax scores of x W at these experts, so the cost of a real
-    router is there, and its gradients.
+    Gates are normalised softmax scores of x W at these experts (raw ones for k = 1), so
+    the cost of a real router is there, and its gradients. Layers and rounds of a chain
+    draw differently.
 
     Parameters: w_DE [D, E].
 
@@ -66,21 +67,26 @@ class ForcedRouter(nnx.Module):
 
     def __call__(self, x_TD, ctx) -> Routing:
         logits_TE = router_logits(x_TD, self.w_DE[...])
-        score_TE, probs_TE = router_scores(logits_TE, "softmax")
+        scores = router_scores(logits_TE, "softmax")
         T, E = logits_TE.shape
-        expert_TK = forced_experts(T, E, self.k, self.load, self.skew, self.seed)
+        key = jax.random.fold_in(jax.random.key(self.seed), ctx.chain_round)
+        if ctx.layer is not None:
+            key = jax.random.fold_in(key, ctx.layer)
+        expert_TK = forced_experts(T, E, self.k, self.load, self.skew, key)
+        # One gate that is made to be 1 would have no gradient.
+        normalize = "after" if self.k > 1 else "none"
         expert_TK, keep_TK = replayed(ctx, expert_TK, jnp.ones((T, self.k), bool))
         return Routing(
             expert_TK=expert_TK,
-            gate_TK=slot_gates(score_TE, probs_TE, expert_TK, keep_TK, "after"),
+            gate_TK=slot_gates(scores, expert_TK, keep_TK, normalize),
             keep_TK=keep_TK,
             logits_TE=logits_TE,
-            probs_TE=probs_TE,
+            probs_TE=scores.probs_TE,
         )
 
 
-def forced_experts(num_tokens, num_experts, k, load, skew=1.0, seed=0) -> jax.Array:
-    """int32[T, k], one of `LOADS`."""
+def forced_experts(num_tokens, num_experts, k, load, skew=1.0, key=None) -> jax.Array:
+    """int32[T, k], one of `LOADS`; "random" and "skewed" need a random key."""
     T, E = num_tokens, num_experts
     slot_TK = jnp.arange(T * k, dtype=jnp.int32).reshape(T, k)
     if load == "balanced":
@@ -88,7 +94,7 @@ def forced_experts(num_tokens, num_experts, k, load, skew=1.0, seed=0) -> jax.Ar
     if load == "adversarial":
         return slot_TK % k
     # The k largest of log-weight + Gumbel noise are k draws without replacement.
-    noise_TE = jax.random.gumbel(jax.random.key(seed), (T, E))
+    noise_TE = jax.random.gumbel(key, (T, E))
     if load == "skewed":
         noise_TE -= skew * jnp.log1p(jnp.arange(E, dtype=jnp.float32))[None]
     return jax.lax.top_k(noise_TE, k)[1].astype(jnp.int32)

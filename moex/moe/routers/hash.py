@@ -30,8 +30,9 @@ class Hash(FixedK):
 class HashRouter(nnx.Module):
     """The k experts with the largest hash of (token id, expert); gates are 1/k.
 
-    No parameters. Logits are 0, and probs are 1/k at the chosen experts, so that load
-    and entropy mean what they mean for other routers; the router z-loss is a constant.
+    Round t of a chain hashes with seed + t. No parameters. Logits are 0, and probs are
+    1/k at the chosen experts, so that load and entropy mean what they mean for other
+    routers; the router z-loss is a constant.
 
     Source: Roller et al. 2021, arXiv:2106.04426 (random hash; theirs has k = 1).
     """
@@ -43,7 +44,7 @@ class HashRouter(nnx.Module):
     def __call__(self, x_TD, ctx) -> Routing:
         T, E, k = x_TD.shape[0], self.num_experts, self.k
         token_T = ctx.token_BL.reshape(-1)
-        expert_TK = hashed_experts(token_T, E, k, self.seed)
+        expert_TK = hashed_experts(token_T, E, k, self.seed + ctx.chain_round)
         expert_TK, keep_TK = replayed(ctx, expert_TK, jnp.ones((T, k), bool))
         here_TKE = expert_TK[:, :, None] == jnp.arange(E)[None, None]
         chosen_TKE = here_TKE & keep_TK[:, :, None]

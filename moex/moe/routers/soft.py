@@ -54,7 +54,7 @@ class SoftRouter(nnx.Module):
 
     def __call__(self, x_TD, ctx) -> Routing:
         logits_TE = router_logits(x_TD, self.w_DE[...])
-        _, probs_TE = router_scores(logits_TE, self.score)
+        probs_TE = router_scores(logits_TE, self.score).probs_TE
         T, E = logits_TE.shape
         expert_TK = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[None], (T, E))
         expert_TK, keep_TK = replayed(ctx, expert_TK, jnp.ones((T, E), bool))

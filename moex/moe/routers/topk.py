@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moex.config import Config, require, require_choice
+from moex.config import Config, caution, require, require_choice
 from moex.moe.balance import BIAS_RULES, bias_rule, check_rate
 from moex.moe.routing import (
     FixedK,
@@ -90,6 +90,11 @@ class TopK(FixedK):
     def validate(self, path):
         FixedK.validate(self, path)
         check_score_fields(self, path)
+        if self.k == 1 and self.normalize == "after":
+            caution(
+                f"{path}.normalize = 'after': with k = 1 every gate is 1, and the loss "
+                "of the language model has no gradient to the router; use 'none'."
+            )
         require(self.scale > 0, f"{path}.scale", self.scale, "above 0")
         check_rate(f"{path}.bias_rate", self.bias_rate)
         require_choice(f"{path}.bias_rule", self.bias_rule, BIAS_RULES)
@@ -144,12 +149,11 @@ class TopKRouter(nnx.Module):
 
     def __call__(self, x_TD, ctx) -> Routing:
         logits_TE = router_logits(x_TD, self.w_DE[...])
-        score_TE, probs_TE = router_scores(logits_TE, self.score)
+        scores = live = router_scores(logits_TE, self.score)
         noisy = self._noisy(x_TD, logits_TE, ctx)
-        live_TE, live_probs_TE = (
-            (score_TE, probs_TE) if noisy is None else router_scores(noisy, self.score)
-        )
-        choice_TE = jax.lax.stop_gradient(live_TE)
+        if noisy is not None:
+            live = router_scores(noisy, self.score)
+        choice_TE = jax.lax.stop_gradient(live.score_TE)
         if self.bias_E is not None:
             choice_TE = choice_TE + self.bias_E[...][None]
         allowed_TE = choice_TE
@@ -158,14 +162,14 @@ class TopKRouter(nnx.Module):
         _, expert_TK = jax.lax.top_k(allowed_TE, self.k)
         keep_TK = jnp.ones(expert_TK.shape, bool)
         expert_TK, keep_TK = replayed(ctx, expert_TK.astype(jnp.int32), keep_TK)
-        gate_TK = slot_gates(live_TE, live_probs_TE, expert_TK, keep_TK, self.normalize)
+        gate_TK = slot_gates(live, expert_TK, keep_TK, self.normalize)
         return Routing(
             expert_TK=expert_TK,
             gate_TK=gate_TK * self.scale,
             keep_TK=keep_TK,
             logits_TE=logits_TE,
-            probs_TE=probs_TE,
-            sums=self._margins(choice_TE, live_TE, ctx),
+            probs_TE=scores.probs_TE,
+            sums=self._margins(choice_TE, live.score_TE, ctx),
         )
 
     def _noisy(self, x_TD, logits_TE, ctx):

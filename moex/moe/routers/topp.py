@@ -12,7 +12,13 @@ from flax import nnx
 
 from moex.config import Config, caution, require, require_choice
 from moex.moe.balance import Controller, ControlP, ScheduledValue
-from moex.moe.routing import Routing, replayed, router_logits, slot_gates
+from moex.moe.routing import (
+    Routing,
+    replayed,
+    router_logits,
+    router_scores,
+    slot_gates,
+)
 from moex.nn.param import RouterState, param
 from moex.schedule import Schedule, points_of, require_values, value_at
 
@@ -150,7 +156,8 @@ class TopPRouter(nnx.Module):
         logits_TE = router_logits(x_TD, self.w_DE[...])
         if self.logit_scale is not None:
             logits_TE = self.logit_scale[...] * standardize(logits_TE)
-        probs_TE = jax.nn.softmax(logits_TE, axis=-1)
+        scores = router_scores(logits_TE, "softmax")
+        probs_TE = scores.probs_TE
         choice_TK, expert_TK = jax.lax.top_k(
             jax.lax.stop_gradient(probs_TE), self.num_slots
         )
@@ -158,7 +165,7 @@ class TopPRouter(nnx.Module):
         expert_TK, keep_TK = replayed(ctx, expert_TK.astype(jnp.int32), keep_TK)
         return Routing(
             expert_TK=expert_TK,
-            gate_TK=slot_gates(probs_TE, probs_TE, expert_TK, keep_TK, self.normalize),
+            gate_TK=slot_gates(scores, expert_TK, keep_TK, self.normalize),
             keep_TK=keep_TK,
             logits_TE=logits_TE,
             probs_TE=probs_TE,
