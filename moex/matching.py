@@ -99,7 +99,7 @@ def hidden_widths(cfg: LM, path: str = "model") -> dict[str, int]:
 
 
 def _holders(cfg: LM, path: str = "model") -> list[tuple[str, Any, str]]:
-    """(path, config, name of its width); the width of low-rank experts is their rank."""
+    """(path, config, name of its width); that of low-rank experts is their rank."""
     return [
         (where, node, name)
         for where, node in walk(cfg, path)
