@@ -130,7 +130,7 @@ def test_ints_are_floats_and_lists_are_tuples():
     segment = Segment(pattern=(Dense(hidden=1),))
     segment.pattern = [Dense(hidden=1)]
     check(segment)
-    check(TopK(k=1, scale=2))
+    check(TopK(k=2, scale=2))
 
 
 def test_describe():
