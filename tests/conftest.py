@@ -3,6 +3,7 @@
 MOEX_TEST_PLATFORM=gpu or =tpu runs on that platform instead, for `-m gpu`, `-m tpu`.
 """
 
+import importlib.metadata
 import os
 import pathlib
 import sys
@@ -17,6 +18,10 @@ if PLATFORM == "cpu":
     # optimisation half of that; worker processes share the cores already.
     os.environ["JAX_PLATFORMS"] = "cpu"
     flags = ["--xla_backend_optimization_level=0"]
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        # The whole suite in 4:50 min instead of 8:40 (2 CPU cores, JAX 0.10.2). Later
+        # versions do not have the flag, and an unknown one ends the process.
+        flags.append("--xla_cpu_use_fusion_emitters=false")
     if "PYTEST_XDIST_WORKER" in os.environ:
         flags.append("--xla_cpu_multi_thread_eigen=false")
         flags.append("--xla_cpu_parallel_codegen_split_count=1")
