@@ -90,10 +90,11 @@ def test_rematerialisation_and_unrolling_change_nothing(stack, scanned, change):
     ctx = dataclasses.replace(stack[-1], **change)
     (loss, (y_BLD, aux)), grads = loss_and_aux(stack, ctx)
     (expected_loss, (expected_BLD, expected_aux)), expected_grads = scanned
-    assert_close(loss, expected_loss, "order")
-    assert_close(y_BLD, expected_BLD, "order")
+    # Six blocks deep, each with its sums in another order (JAX 0.12 unrolls so).
+    assert_close(loss, expected_loss, "step")
+    assert_close(y_BLD, expected_BLD, "step")
     for a, b in zip(jax.tree.leaves(aux), jax.tree.leaves(expected_aux), strict=True):
-        assert_close(a, b, "order")
+        assert_close(a, b, "step")
     for path, gradient in flat_paths(grads).items():
         assert_close(gradient, flat_paths(expected_grads)[path], "step", path)
 
