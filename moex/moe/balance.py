@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from moex.config import Config, require
 from moex.moe.losses import update_bias
-from moex.schedule import require_values, static_value, value_at
+from moex.schedule import static_value, value_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +116,3 @@ class ControlP:
 def bias_rule(name, rate):
     """The rule called `name` with a rate that is a number or a schedule."""
     return BIAS_RULES[name](static_value(rate))
-
-
-def check_rate(path, rate) -> None:
-    """Rates are not negative, at any step."""
-    require_values(lambda v: v >= 0, path, rate, ">= 0")

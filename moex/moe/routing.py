@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moex.config import Config, require, require_choice
+from moex.config import Config, require
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 NORMALIZE = ("after", "before", "none")
@@ -187,23 +187,25 @@ def kept_softmax(log_TK, keep_TK) -> jax.Array:
     return exp_TK / jnp.maximum(jnp.sum(exp_TK, axis=-1, keepdims=True), 1e-20)
 
 
-def replayed(ctx, expert_TK, keep_TK):
-    """The recorded assignment of `ctx.forced` instead, if there is one.
+def replayed(ctx, name, ids, keep):
+    """The recorded `(ids, keep)` of `ctx.forced` instead, if there is one.
 
     Gates are then made from live scores, so gradients reach the router.
+
+    Args:
+      ctx: `Context`.
+      name: of the ids in `trace()`, "expert" or "token".
+      ids, keep: what the router would choose.
+
+    Raises:
+      ValueError: if it was recorded with another layout or other sizes.
     """
     if ctx.forced is None:
-        return expert_TK, keep_TK
-    shape = ctx.forced.get("expert", expert_TK[:0]).shape
-    if shape != expert_TK.shape:
+        return ids, keep
+    shape = ctx.forced[name].shape if name in ctx.forced else None
+    if shape != ids.shape:
         raise ValueError(
-            "a replayed assignment needs the tokens and slots of this router, "
-            f"{expert_TK.shape}; it was recorded with {shape}."
+            f"a replayed assignment needs the {name} ids of this router, of shape "
+            f"{ids.shape}; it was recorded with {shape}."
         )
-    return ctx.forced["expert"], ctx.forced["keep"]
-
-
-def check_score_fields(cfg, path) -> None:
-    """Check the fields `score` and `normalize` that some routers share."""
-    require_choice(f"{path}.score", cfg.score, SCORES)
-    require_choice(f"{path}.normalize", cfg.normalize, NORMALIZE)
+    return ctx.forced[name], ctx.forced["keep"]

@@ -275,6 +275,9 @@ def test_a_replay_of_another_shape_is_refused():
     forced = {"expert": jnp.zeros((T, 3), jnp.int32), "keep": jnp.ones((T, 3), bool)}
     with pytest.raises(ValueError, match=r"\(11, 2\); it was recorded with \(11, 3\)"):
         run(params, state, tokens(), forced=forced)
+    _, run, params, state = make("expert choice")
+    with pytest.raises(ValueError, match=r"token ids .* it was recorded with None"):
+        run(params, state, tokens(), forced=forced)
 
 
 # Top-k.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moex.config import Config, caution, require
-from moex.moe.routing import ExpertRouting, router_logits
+from moex.moe.routing import ExpertRouting, replayed, router_logits
 from moex.nn.param import param
 
 
@@ -88,14 +88,7 @@ class ExpertChoiceRouter(nnx.Module):
         num_kept = jnp.ceil(self.k * jnp.sum(valid_T, dtype=jnp.float32) / E)
         in_share_C = jnp.arange(C, dtype=jnp.float32) < num_kept
         keep_EC = valid_T[token_EC] & in_share_C[None]
-        if ctx.forced is not None:
-            shape = ctx.forced.get("token", keep_EC[:0]).shape
-            if shape != (E, C):
-                raise ValueError(
-                    "a replayed assignment needs the experts and slots of this router, "
-                    f"{(E, C)}; it was recorded with {shape}."
-                )
-            token_EC, keep_EC = ctx.forced["token"], ctx.forced["keep"]
+        token_EC, keep_EC = replayed(ctx, "token", token_EC, keep_EC)
         gate_EC = jnp.take_along_axis(probs_TE.T, token_EC, axis=1)
         return ExpertRouting(
             token_EC=token_EC,

@@ -75,7 +75,9 @@ class ForcedRouter(nnx.Module):
         expert_TK = forced_experts(T, E, self.k, self.load, self.skew, key)
         # One gate that is made to be 1 would have no gradient.
         normalize = "after" if self.k > 1 else "none"
-        expert_TK, keep_TK = replayed(ctx, expert_TK, jnp.ones((T, self.k), bool))
+        expert_TK, keep_TK = replayed(
+            ctx, "expert", expert_TK, jnp.ones((T, self.k), bool)
+        )
         return Routing(
             expert_TK=expert_TK,
             gate_TK=slot_gates(scores, expert_TK, keep_TK, normalize),

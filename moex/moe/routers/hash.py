@@ -45,7 +45,7 @@ class HashRouter(nnx.Module):
         T, E, k = x_TD.shape[0], self.num_experts, self.k
         token_T = ctx.token_BL.reshape(-1)
         expert_TK = hashed_experts(token_T, E, k, self.seed + ctx.chain_round)
-        expert_TK, keep_TK = replayed(ctx, expert_TK, jnp.ones((T, k), bool))
+        expert_TK, keep_TK = replayed(ctx, "expert", expert_TK, jnp.ones((T, k), bool))
         here_TKE = expert_TK[:, :, None] == jnp.arange(E)[None, None]
         chosen_TKE = here_TKE & keep_TK[:, :, None]
         return Routing(

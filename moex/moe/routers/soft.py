@@ -57,7 +57,7 @@ class SoftRouter(nnx.Module):
         probs_TE = router_scores(logits_TE, self.score).probs_TE
         T, E = logits_TE.shape
         expert_TK = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[None], (T, E))
-        expert_TK, keep_TK = replayed(ctx, expert_TK, jnp.ones((T, E), bool))
+        expert_TK, keep_TK = replayed(ctx, "expert", expert_TK, jnp.ones((T, E), bool))
         gate_TK = jnp.take_along_axis(probs_TE, expert_TK, axis=-1)
         return Routing(
             expert_TK=expert_TK,

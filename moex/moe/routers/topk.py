@@ -10,18 +10,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moex.config import Config, caution, require, require_choice
-from moex.moe.balance import BIAS_RULES, bias_rule, check_rate
+from moex.moe.balance import BIAS_RULES, bias_rule
 from moex.moe.routing import (
+    NORMALIZE,
+    SCORES,
     FixedK,
     Routing,
-    check_score_fields,
     replayed,
     router_logits,
     router_scores,
     slot_gates,
 )
 from moex.nn.param import RouterState, param
-from moex.schedule import Schedule, is_always_zero
+from moex.schedule import Schedule, is_always_zero, require_values
 
 GROUP_SCORES = ("max", "top2")
 
@@ -89,14 +90,16 @@ class TopK(FixedK):
 
     def validate(self, path):
         FixedK.validate(self, path)
-        check_score_fields(self, path)
+        require_choice(f"{path}.score", self.score, SCORES)
+        require_choice(f"{path}.normalize", self.normalize, NORMALIZE)
         if self.k == 1 and self.normalize == "after":
             caution(
                 f"{path}.normalize = 'after': with k = 1 every gate is 1, and the loss "
                 "of the language model has no gradient to the router; use 'none'."
             )
         require(self.scale > 0, f"{path}.scale", self.scale, "above 0")
-        check_rate(f"{path}.bias_rate", self.bias_rate)
+        rate_path = f"{path}.bias_rate"
+        require_values(lambda v: v >= 0, rate_path, self.bias_rate, ">= 0")
         require_choice(f"{path}.bias_rule", self.bias_rule, BIAS_RULES)
         require(0 <= self.jitter < 1, f"{path}.jitter", self.jitter, "in [0, 1)")
         require(self.noise >= 0, f"{path}.noise", self.noise, ">= 0")
@@ -161,7 +164,9 @@ class TopKRouter(nnx.Module):
             allowed_TE = limit_to_groups(choice_TE, *self.groups)
         _, expert_TK = jax.lax.top_k(allowed_TE, self.k)
         keep_TK = jnp.ones(expert_TK.shape, bool)
-        expert_TK, keep_TK = replayed(ctx, expert_TK.astype(jnp.int32), keep_TK)
+        expert_TK, keep_TK = replayed(
+            ctx, "expert", expert_TK.astype(jnp.int32), keep_TK
+        )
         gate_TK = slot_gates(live, expert_TK, keep_TK, self.normalize)
         return Routing(
             expert_TK=expert_TK,

@@ -162,7 +162,9 @@ class TopPRouter(nnx.Module):
             jax.lax.stop_gradient(probs_TE), self.num_slots
         )
         keep_TK = keep_until(choice_TK, self._p(ctx), self.k_min)
-        expert_TK, keep_TK = replayed(ctx, expert_TK.astype(jnp.int32), keep_TK)
+        expert_TK, keep_TK = replayed(
+            ctx, "expert", expert_TK.astype(jnp.int32), keep_TK
+        )
         return Routing(
             expert_TK=expert_TK,
             gate_TK=slot_gates(scores, expert_TK, keep_TK, self.normalize),
