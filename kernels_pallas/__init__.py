@@ -3,19 +3,28 @@
 This package knows nothing of moex. Its public names:
 
   Plan, make_plan    which slot goes to which row, sorted by expert
+  dispatch, combine  rows into that order and back, by gathers alone
   grouped_matmul     one matmul per group of rows
-  grouped_swiglu     gather, expert SwiGLU and weighted combine as one operation
-  IMPLEMENTATIONS    the backends and where each one is the default
+  grouped_glu        gather, gated expert and weighted combine as one operation
+  grouped_swiglu     the same with silu
+  ACTIVATIONS        of grouped_glu
+  IMPLEMENTATIONS    the backends
 """
 
+from kernels_pallas.activations import ACTIVATIONS
+from kernels_pallas.grouped_glu.api import grouped_glu, grouped_swiglu
 from kernels_pallas.grouped_matmul.api import grouped_matmul
-from kernels_pallas.grouped_swiglu.api import grouped_swiglu
 from kernels_pallas.implementations import IMPLEMENTATIONS
+from kernels_pallas.permute import combine, dispatch
 from kernels_pallas.plan import Plan, make_plan
 
 __all__ = [
+    "ACTIVATIONS",
     "IMPLEMENTATIONS",
     "Plan",
+    "combine",
+    "dispatch",
+    "grouped_glu",
     "grouped_matmul",
     "grouped_swiglu",
     "make_plan",

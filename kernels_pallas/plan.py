@@ -7,7 +7,7 @@ Legend: T tokens, K slots per token, N slots or sorted rows (T*K), E experts.
 Slot t*K + j is the j-th choice of token t.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,19 @@ class Plan:
 
     Attributes:
       order_N: int32, the slot of each sorted row; slots not kept come last.
-      group_sizes_E: int32, kept rows per expert; the sum may be less than N.
+      bounds: int32[E + 1]; expert e owns the rows bounds[e] to bounds[e + 1] - 1.
+        Rows from bounds[E] on are those of slots not kept.
       row_TK: int32, the sorted row of each slot, the inverse of `order_N`.
     """
 
     order_N: jax.Array
-    group_sizes_E: jax.Array
+    bounds: jax.Array
     row_TK: jax.Array
+
+    @property
+    def group_sizes_E(self):
+        """int32, kept rows per expert; the sum may be less than N."""
+        return self.bounds[1:] - self.bounds[:-1]
 
     @property
     def token_N(self):
@@ -41,7 +47,16 @@ class Plan:
         Read off the row, never off a gate of zero: a kept slot whose gate
         underflows to 0 still has a gate gradient.
         """
-        return self.row_TK < jnp.sum(self.group_sizes_E, dtype=jnp.int32)
+        return self.row_TK < self.bounds[-1]
+
+    @property
+    def safe_row_TK(self):
+        """`row_TK`, with some row there is for slots not kept."""
+        return jnp.minimum(self.row_TK, self.order_N.shape[0] - 1)
+
+    def first_rows(self, num_rows):
+        """The plan with `num_rows` rows; right where bounds[E] <= num_rows."""
+        return replace(self, order_N=self.order_N[:num_rows])
 
 
 def make_plan(expert_TK, keep_TK, num_experts):
@@ -86,7 +101,7 @@ def make_plan(expert_TK, keep_TK, num_experts):
     )
     return Plan(
         order_N=order_N,
-        group_sizes_E=bounds[1:] - bounds[:-1],
+        bounds=bounds,
         row_TK=row_N.reshape(expert_TK.shape),
     )
 

@@ -160,7 +160,8 @@ def _check_values(cfg):
     require(0 <= cfg.seed < 2**31, "config.seed", cfg.seed, "in [0, 2**31)")
     require_choice("config.precision", cfg.precision, PRECISIONS)
     require_choice("config.remat", cfg.remat, REMAT)
-    require_choice("config.kernels", cfg.kernels, kernel_names())
+    for name in cfg.kernels.split(","):
+        require_choice("config.kernels", name.strip(), kernel_names(cfg.kernels))
     require(
         cfg.batch_size % cfg.grad_accum == 0,
         "config.batch_size",
@@ -196,8 +197,8 @@ def not_causal(model: LM, path: str = "config.model") -> str | None:
     return None
 
 
-def kernel_names() -> tuple[str, ...]:
-    """Allowed values of `config.kernels`."""
+def kernel_names(value: str) -> tuple[str, ...]:
+    """What `config.kernels` may name: "auto" alone, or implementations."""
     from kernels_pallas import IMPLEMENTATIONS
 
-    return ("auto", *IMPLEMENTATIONS)
+    return tuple(IMPLEMENTATIONS) if "," in value else ("auto", *IMPLEMENTATIONS)

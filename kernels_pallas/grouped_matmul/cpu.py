@@ -1,16 +1,16 @@
 """grouped_matmul for CPU: a dense matmul per tile of one group's rows.
 
-Legend: M rows, K contraction, N columns, G groups, R rows of one tile.
+Legend: M rows, K contraction, N columns, G groups, R rows of one tile. `bounds` is
+int32[G + 1]: rows bounds[g] to bounds[g + 1] are those of group g.
 """
 
 import jax.numpy as jnp
 
-from kernels_pallas import tiles
-from kernels_pallas.grouped_matmul.vjp import differentiable
+from kernels_pallas import cpu_tiles as tiles
 
 
-def product(lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs, out_dtype):
-    """Rows times the matrix of their group, zero past the last group."""
+def product(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype):
+    """Rows times the matrix of their group; rows of no group are zero."""
     num_rows = lhs_MK.shape[0]
     num_columns = rhs_GKN.shape[1 if transpose_rhs else 2]
 
@@ -21,10 +21,10 @@ def product(lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs, out_dtype):
         return tiles.write(out_MN, tile, tiles.dot(tiles.read(lhs_MK, tile), rhs_KN))
 
     out_MN = jnp.zeros((num_rows, num_columns), out_dtype)
-    return tiles.for_each_tile(group_sizes_G, num_rows, body, out_MN)
+    return _for_each_tile(bounds, num_rows, body, out_MN)
 
 
-def weight_product(lhs_MK, rhs_MN, group_sizes_G, out_dtype):
+def weight_product(lhs_MK, rhs_MN, bounds, out_dtype):
     """For each group the sum over its rows of outer products, [G, K, N]."""
     num_rows = lhs_MK.shape[0]
 
@@ -33,10 +33,14 @@ def weight_product(lhs_MK, rhs_MN, group_sizes_G, out_dtype):
         rhs_RN = tiles.mask(tiles.read(rhs_MN, tile), tile)
         return tiles.add(out_GKN, tile, tiles.dot(lhs_RK.T, rhs_RN))
 
-    shape = (group_sizes_G.shape[0], lhs_MK.shape[1], rhs_MN.shape[1])
+    shape = (bounds.shape[0] - 1, lhs_MK.shape[1], rhs_MN.shape[1])
     out_GKN = jnp.zeros(shape, jnp.float32)
-    out_GKN = tiles.for_each_tile(group_sizes_G, num_rows, body, out_GKN)
-    return out_GKN.astype(out_dtype)
+    return _for_each_tile(bounds, num_rows, body, out_GKN).astype(out_dtype)
 
 
-grouped_matmul = differentiable(product, weight_product)
+def _for_each_tile(bounds, num_rows, body, out):
+    sizes = tiles.tile_sizes(num_rows, bounds.shape[0] - 1)
+    sizes = tuple(sorted({min(size, num_rows) for size in sizes}))
+    return tiles.for_each_tile(
+        bounds[:-1], bounds[1:] - bounds[:-1], sizes, body, out, num_rows
+    )

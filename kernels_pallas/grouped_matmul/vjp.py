@@ -12,32 +12,29 @@ def differentiable(product, weight_product):
     """A differentiable grouped matmul out of two that are not.
 
     Args:
-      product: (lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs, out_dtype) -> [M, N],
-        zero past the last group.
-      weight_product: (lhs_MK, rhs_MN, group_sizes_G, out_dtype) -> [G, K, N], for
-        each group the sum over its rows of outer products.
+      product: (lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype) -> [M, N]; rows of
+        no group are zero.
+      weight_product: (lhs_MK, rhs_MN, bounds, out_dtype) -> [G, K, N], for each group
+        the sum over its rows of outer products.
 
     Returns:
       A function with the signature of `product`, safe to call outside of jit.
     """
 
     @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-    def grouped_matmul(lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs, out_dtype):
-        return product(lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs, out_dtype)
+    def grouped_matmul(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype):
+        return product(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype)
 
-    def forward(lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs, out_dtype):
-        out_MN = product(lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs, out_dtype)
-        return out_MN, (lhs_MK, rhs_GKN, group_sizes_G)
+    def forward(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype):
+        out_MN = product(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype)
+        return out_MN, (lhs_MK, rhs_GKN, bounds)
 
     def backward(transpose_rhs, out_dtype, saved, dout_MN):
-        lhs_MK, rhs_GKN, group_sizes_G = saved
+        lhs_MK, rhs_GKN, bounds = saved
         dout_MN = dout_MN.astype(lhs_MK.dtype)
-        dlhs_MK = product(
-            dout_MN, rhs_GKN, group_sizes_G, not transpose_rhs, lhs_MK.dtype
-        )
+        dlhs_MK = product(dout_MN, rhs_GKN, bounds, not transpose_rhs, lhs_MK.dtype)
         pair = (dout_MN, lhs_MK) if transpose_rhs else (lhs_MK, dout_MN)
-        drhs_GKN = weight_product(*pair, group_sizes_G, rhs_GKN.dtype)
-        return dlhs_MK, drhs_GKN, None
+        return dlhs_MK, weight_product(*pair, bounds, rhs_GKN.dtype), None
 
     grouped_matmul.defvjp(forward, backward)
     return jax.jit(grouped_matmul, static_argnums=(3, 4))

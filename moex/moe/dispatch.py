@@ -1,16 +1,15 @@
-"""From a routing decision to rows sorted by expert, and back.
+"""Expert capacity: which slots are dropped. Without it the layer is dropless.
 
-Dropless unless a capacity is given. Pure functions; the sort itself is
-`kernels_pallas.make_plan`.
+The sort by expert, and rows there and back, are `kernels_pallas`.
 
-T tokens · K slots per token · N = T * K routed rows · E experts · D model width
+T tokens · K slots per token · E experts
 """
 
 import math
 
 import jax.numpy as jnp
 
-from kernels_pallas import Plan, make_plan
+from kernels_pallas import make_plan
 from moex.moe.routing import Routing
 
 
@@ -35,15 +34,3 @@ def drop_over_capacity(routing: Routing, num_experts, capacity) -> Routing:
     first_TK = first_E.at[routing.expert_TK].get(mode="clip")
     rank_TK = by_choice.row_TK.reshape(K, T).T - first_TK
     return routing.keep_only((rank_TK < capacity) | (routing.expert_TK >= num_experts))
-
-
-def dispatch(x_TD, plan: Plan):
-    """Rows of x in plan order: `x_ND[i]` is the token of slot `order_N[i]`."""
-    K = plan.row_TK.shape[1]
-    return x_TD.at[plan.order_N // K].get(mode="clip")
-
-
-def combine(y_ND, gate_TK, plan: Plan):
-    """Sum over the slots of each token of gate * row; y_TD in the dtype of y."""
-    y_TKD = y_ND.at[plan.row_TK].get(mode="clip")
-    return jnp.einsum("tkd,tk->td", y_TKD, gate_TK.astype(y_ND.dtype))

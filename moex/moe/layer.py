@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas import make_plan
+from kernels_pallas import combine, dispatch, make_plan
 from moex.config import Config, require, walk
 from moex.moe import losses, metrics
-from moex.moe.dispatch import combine, dispatch, drop_over_capacity, expert_capacity
+from moex.moe.dispatch import drop_over_capacity, expert_capacity
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.zero import Zero
 from moex.moe.routing import ExpertRouting
@@ -253,8 +253,7 @@ class SparseLayer(nnx.Module):
                 y_TD = self.experts.fused(x_TD, routing.gate_TK, plan, ctx)
             else:
                 y_ND = self.experts(dispatch(x_TD, plan), plan.group_sizes_E, ctx)
-                gate_TK = jnp.where(plan.kept_TK, routing.gate_TK, 0.0)
-                y_TD = combine(y_ND, gate_TK, plan)
+                y_TD = combine(y_ND, routing.gate_TK, plan)
         if self.zero is not None:
             with jax.named_scope("zero"):
                 y_TD += self.zero(x_TD, routing.expert_TK, routing.gate_TK, E)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import IMPLEMENTATIONS, grouped_matmul
-from kernels_pallas.tiles import tile_sizes
+from kernels_pallas.cpu_tiles import tile_sizes
 
 K, N = 5, 7
 
@@ -198,10 +198,11 @@ def test_gradient_through_scan_and_checkpoint():
 
 @pytest.mark.parametrize("num_rows", [1, 16, 17, 100, 2048, 8192])
 @pytest.mark.parametrize("num_groups", [1, 8, 512])
-def test_tile_sizes_rise_and_fit(num_rows, num_groups):
+def test_tile_sizes_rise_in_steps(num_rows, num_groups):
     sizes = tile_sizes(num_rows, num_groups)
     assert list(sizes) == sorted(set(sizes))
-    assert sizes[0] >= 1 and sizes[-1] <= num_rows and len(sizes) <= 16
+    assert sizes[0] >= 1 and len(sizes) <= 16
+    assert all(size % sizes[0] == 0 for size in sizes)
 
 
 @pytest.mark.parametrize(

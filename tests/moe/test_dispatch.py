@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels_pallas import make_plan
-from moex.moe.dispatch import combine, dispatch, drop_over_capacity, expert_capacity
+from kernels_pallas import combine, dispatch, make_plan
+from moex.moe.dispatch import drop_over_capacity, expert_capacity
 from moex.moe.routing import Routing
 from tests.tolerances import assert_close
 

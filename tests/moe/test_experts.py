@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kernels_pallas import make_plan
+from kernels_pallas import combine, dispatch, make_plan
 from moex.config import ConfigError, ConfigWarning, check
-from moex.moe.dispatch import combine, dispatch
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent, latent_ratio
 from moex.moe.experts.lowrank import LowRank

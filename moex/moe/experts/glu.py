@@ -5,37 +5,12 @@ T tokens · N routed rows · D model width · E experts · F expert width · K s
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas import grouped_matmul, grouped_swiglu
+from kernels_pallas import ACTIVATIONS, grouped_glu, grouped_matmul
 from moex.config import Config, require, require_choice
 from moex.nn.param import param
-
-# As in GPT-OSS: the sigmoid's slope, and the limit of both halves.
-CLAMP_SLOPE, CLAMP_LIMIT = 1.702, 7.0
-
-
-def silu_glu(gate, up):
-    """silu(gate) * up (SwiGLU; Shazeer 2020, arXiv:2002.05202, equation 6)."""
-    return jax.nn.silu(gate) * up
-
-
-def gelu_glu(gate, up):
-    """gelu(gate) * up, with the exact gelu (GEGLU; the same, equation 6)."""
-    return jax.nn.gelu(gate, approximate=False) * up
-
-
-def clamped_glu(gate, up):
-    """g sigmoid(1.702 g) (u + 1) with g <= 7 and |u| <= 7 (GPT-OSS, model code)."""
-    gate = jnp.minimum(gate, CLAMP_LIMIT)
-    up = jnp.clip(up, -CLAMP_LIMIT, CLAMP_LIMIT)
-    return gate * jax.nn.sigmoid(CLAMP_SLOPE * gate) * (up + 1)
-
-
-ACTIVATIONS = {"silu": silu_glu, "gelu": gelu_glu, "clamped": clamped_glu}
-
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Glu(Config):
@@ -50,8 +25,7 @@ class Glu(Config):
         require_choice(f"{path}.activation", self.activation, ACTIVATIONS)
 
     def make(self, dim, num_experts, rngs):
-        plain = self.activation == "silu" and not self.bias
-        kind = SwigluExperts if plain else GluExperts
+        kind = GluExperts if self.bias else FusedGluExperts
         return kind(self, dim, num_experts, rngs)
 
 
@@ -99,7 +73,9 @@ class GluExperts(nnx.Module):
             a_NC += per_row(
                 self.bias_in_E2F[...].reshape(E, 2 * F), a_NC, group_sizes_E
             )
-        h_NF = ACTIVATIONS[self.activation](a_NC[:, :F], a_NC[:, F:])
+        a32_NC = a_NC.astype(jnp.float32)
+        h_NF = ACTIVATIONS[self.activation].value(a32_NC[:, :F], a32_NC[:, F:])
+        h_NF = h_NF.astype(x_ND.dtype)
         y_ND = grouped_matmul(h_NF, w_out, group_sizes_E, implementation=ctx.kernels)
         if self.bias_out_ED is not None:
             y_ND += per_row(self.bias_out_ED[...], y_ND, group_sizes_E)
@@ -109,14 +85,20 @@ class GluExperts(nnx.Module):
         return self.w_in_ED2F[...].astype(dtype), self.w_out_EFD[...].astype(dtype)
 
 
-class SwigluExperts(GluExperts):
-    """SwiGLU without biases: dispatch and combine can be part of the kernel."""
+class FusedGluExperts(GluExperts):
+    """Without biases, dispatch and combine can be part of the kernel."""
 
     def fused(self, x_TD, gate_TK, plan, ctx):
         """Tokens in, gated sums out; equal to the definition."""
         w_in, w_out = self._weights(x_TD.dtype)
-        return grouped_swiglu(
-            x_TD, w_in, w_out, gate_TK, plan, implementation=ctx.kernels
+        return grouped_glu(
+            x_TD,
+            w_in,
+            w_out,
+            gate_TK,
+            plan,
+            activation=self.activation,
+            implementation=ctx.kernels,
         )
 
 

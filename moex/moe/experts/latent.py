@@ -9,10 +9,8 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas import grouped_matmul
+from kernels_pallas import ACTIVATIONS, combine, grouped_matmul
 from moex.config import Config, caution, require, require_choice
-from moex.moe.dispatch import combine
-from moex.moe.experts.glu import silu_glu
 from moex.nn.param import param
 
 OPS = ("gate", "up", "down")
@@ -196,6 +194,6 @@ class LatentExperts(nnx.Module):
             else by_expert(x_N, f"w_{op}_EDF")
             for op in ("gate", "up")
         ]
-        h_NF = silu_glu(*halves)
+        h_NF = ACTIVATIONS["silu"].value(*halves)
         own = "a_down_EFZ" if hasattr(self, "a_down_EFZ") else "w_down_EFD"
         return by_expert(h_NF, own)

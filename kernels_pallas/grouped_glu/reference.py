@@ -1,4 +1,4 @@
-"""The definition of grouped_swiglu: every expert on every token, then select.
+"""The definition of grouped_glu: every expert on every token, then select.
 
 Costs E times the work of one expert. Its gradient is JAX's own, in float32.
 
@@ -6,23 +6,25 @@ Legend: T tokens, K slots per token, D model width, F expert hidden width, E exp
 2 is the pair of input projections (gate, up).
 """
 
-import jax
 import jax.numpy as jnp
 
+from kernels_pallas.activations import ACTIVATIONS
 
-def grouped_swiglu(x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan):
-    """See `api.grouped_swiglu`."""
-    end_E = jnp.cumsum(plan.group_sizes_E, dtype=jnp.int32)
+
+def grouped_glu(x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan, activation, buffer_rows):
+    """See `api.grouped_glu`; `buffer_rows` does not matter here."""
+    del buffer_rows
     y_TD = jnp.zeros(x_TD.shape, jnp.float32)
     for e in range(w_in_ED2F.shape[0]):
-        begin = end_E[e] - plan.group_sizes_E[e]
-        mine_TK = (plan.row_TK >= begin) & (plan.row_TK < end_E[e])
+        mine_TK = (plan.row_TK >= plan.bounds[e]) & (plan.row_TK < plan.bounds[e + 1])
         mine_T1 = jnp.any(mine_TK, axis=1, keepdims=True)
         gate_T1 = jnp.sum(jnp.where(mine_TK, gate_TK, 0), axis=1, keepdims=True)
         # Selecting on both sides keeps other experts' NaN out of the gradients.
         mine_TD = jnp.where(mine_T1, x_TD, 0).astype(jnp.float32)
         w_in_D2F = w_in_ED2F[e].astype(jnp.float32)
         w_out_FD = w_out_EFD[e].astype(jnp.float32)
-        hidden_TF = jax.nn.silu(mine_TD @ w_in_D2F[:, 0]) * (mine_TD @ w_in_D2F[:, 1])
+        hidden_TF = ACTIVATIONS[activation].value(
+            mine_TD @ w_in_D2F[:, 0], mine_TD @ w_in_D2F[:, 1]
+        )
         y_TD += jnp.where(mine_T1, gate_T1 * (hidden_TF @ w_out_FD), 0)
     return y_TD.astype(x_TD.dtype)

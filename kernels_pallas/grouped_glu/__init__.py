@@ -1,0 +1,1 @@
+"""Gated experts through a routing plan. The public function is in `api`."""

@@ -1,0 +1,86 @@
+"""The VJP around a grouped_glu backend, and buffers smaller than all slots.
+
+Legend: T tokens, K slots per token, N sorted rows, D model width, F expert hidden
+width, C pre-activation columns (2F), E experts.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def differentiable(forward, backward):
+    """A differentiable grouped_glu out of a forward and a backward pass.
+
+    Args:
+      forward: (x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, save) -> (y_TD,
+        a), where `a` is whatever `backward` needs again; None unless `save`.
+      backward: (a, x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, dy_TD) ->
+        (dx_TD, dw_in_EDC, dw_out_EFD, dgate_TK).
+
+    Returns:
+      (x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan, activation, buffer_rows) -> y_TD,
+      safe to call outside of jit.
+    """
+
+    @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+    def run(x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, buffer_rows):
+        inputs = (x_TD, w_in_EDC, w_out_EFD, gate_TK)
+        return _within(
+            plan, buffer_rows, lambda p: forward(*inputs, p, activation, False)[0]
+        )
+
+    def run_forward(x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, buffer_rows):
+        inputs = (x_TD, w_in_EDC, w_out_EFD, gate_TK)
+
+        def small(plan):
+            return forward(*inputs, plan, activation, True)
+
+        def large(plan):  # keeps nothing, so that the two agree on what is kept
+            y_TD, _ = forward(*inputs, plan, activation, False)
+            _, kept = jax.eval_shape(small, plan.first_rows(buffer_rows))
+            return y_TD, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kept)
+
+        y_TD, a = _within(plan, buffer_rows, small, large)
+        return y_TD, (a, *inputs, plan)
+
+    def run_backward(activation, buffer_rows, saved, dy_TD):
+        a, *inputs, plan = saved
+
+        def small(plan):
+            return backward(a, *inputs, plan, activation, dy_TD)
+
+        def large(plan):
+            _, a = forward(*inputs, plan, activation, True)
+            return backward(a, *inputs, plan, activation, dy_TD)
+
+        return *_within(plan, buffer_rows, small, large), None
+
+    run.defvjp(run_forward, run_backward)
+
+    @partial(jax.jit, static_argnums=(5, 6))
+    def grouped_glu(
+        x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan, activation, buffer_rows
+    ):
+        num_experts, dim = w_in_ED2F.shape[:2]
+        w_in_EDC = w_in_ED2F.reshape(num_experts, dim, -1)
+        return run(x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, buffer_rows)
+
+    return grouped_glu
+
+
+def _within(plan, buffer_rows, small, large=None):
+    """`small` of the plan's first rows if they hold every kept slot, else `large`.
+
+    The branch is taken here, inside the custom VJP: outside of it differentiation
+    would keep what either branch needs.
+    """
+    if buffer_rows is None or buffer_rows >= plan.order_N.shape[0]:
+        return small(plan)
+    return lax.cond(
+        plan.bounds[-1] <= buffer_rows,
+        lambda: small(plan.first_rows(buffer_rows)),
+        lambda: (large or small)(plan),
+    )

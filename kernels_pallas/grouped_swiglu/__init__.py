@@ -1,1 +1,0 @@
-"""Expert SwiGLU through a routing plan. The public function is in `api`."""
