@@ -131,8 +131,8 @@ def choose(name: str | None, request: Request) -> Implementation:
         refusals.append(f"{candidate!r} cannot do {request.operation}: {reason}")
     able = [n for n in IMPLEMENTATIONS if why_not(n, request, here) is None]
     raise ValueError(
-        f"{'; '.join(refusals)}. These can: {', '.join(map(repr, able))}; several names "
-        "separated by commas allow a fallback."
+        f"{'; '.join(refusals)}. These can: {', '.join(map(repr, able))}. "
+        "Several names with commas between them allow a fallback."
     )
 
 

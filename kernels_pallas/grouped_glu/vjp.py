@@ -61,9 +61,7 @@ def differentiable(forward, backward):
     run.defvjp(run_forward, run_backward)
 
     @partial(jax.jit, static_argnums=(5, 6))
-    def grouped_glu(
-        x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan, activation, buffer_rows
-    ):
+    def grouped_glu(x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan, activation, buffer_rows):
         num_experts, dim = w_in_ED2F.shape[:2]
         w_in_EDC = w_in_ED2F.reshape(num_experts, dim, -1)
         return run(x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, buffer_rows)

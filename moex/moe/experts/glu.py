@@ -12,6 +12,7 @@ from kernels_pallas import ACTIVATIONS, grouped_glu, grouped_matmul
 from moex.config import Config, require, require_choice
 from moex.nn.param import param
 
+
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Glu(Config):
     """Gated experts, all of one width."""
