@@ -1,246 +1,301 @@
-"""Time of one MoE feed-forward against a dense SwiGLU of equal FLOPs.
+"""Time of a whole MoE feed-forward, router and dispatch included, over the dense limit.
 
-  python -m benchmarks.moe_layer [--shape=4096,2,256,512,8] [--loads=random,zipf,two]
+  python -m benchmarks.moe_layer [--shape=cpu] [--loads=balanced,random,zipf,two]
       [--implementations=cpu,xla] [--dtype=float32] [--repeats=7] [--json=FILE]
   python -m benchmarks.moe_layer --variants [--shape=2048,8,512,128,32] ...
 
-With `--variants`, whole layers, router included, over the top-k layer: top-p with p
-set so that it computes as many experts, latent experts, two rounds of half the k.
+`--shape` is a name in kernels_pallas/grouped_matmul/shapes.py, or T,K,D,F,E. The limit
+is three (forward) or nine (forward and backward) dense matmuls with the same FLOPs,
+without anything between them. Ratios are of minima over interleaved repeats in one
+process, by the wall clock and by the process's CPU time. TFLOP/s count 6 T K D F
+forward and 12 T K D F backward.
 
-`--shape` is T,K,D,F,E. The ratio is fwd or fwd+bwd of `grouped_swiglu`, plan included,
-over a dense SwiGLU of width K * F on the same tokens; medians of interleaved repeats in
-one process. Loads: balanced, random, zipf (popularity 1 / rank), two (all tokens to two
-experts).
+Beside moex's implementations, each under every load: `ragged_dot` is the layer as one
+writes it in plain JAX, `all experts` computes every expert on every token, `dense` is
+one expert of width F on T * K rows, `grouped_mm` is torch's, where torch is installed,
+and `tokamax` its ragged dot. "router out" is the same with the choice given.
+
+With `--variants`, whole layers of moex over the top-k layer: top-p with p set so that
+it computes as many experts, latent experts, two rounds of half the k.
 
 T tokens · K slots per token · D model width · F expert width · E experts
 """
 
 import argparse
-import dataclasses
-import json
+import itertools
 import pathlib
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from benchmarks.train_step import environment
+from benchmarks import common, peers
+from benchmarks.variants import variants
 from kernels_pallas import IMPLEMENTATIONS, grouped_swiglu, make_plan
-from moex.moe.chain import Chain
-from moex.moe.experts.glu import Glu
-from moex.moe.experts.latent import Latent
-from moex.moe.layer import MoE
-from moex.moe.routers.topk import TopK
-from moex.moe.routers.topp import TopP
-from moex.nn.context import Context
 
-LOADS = ("balanced", "random", "zipf", "two")
+OTHERS = ("ragged_dot", "all experts", "dense", "grouped_mm", "tokamax")
 
 
-def experts_of(load: str, T: int, K: int, E: int) -> np.ndarray:
-    """int32[T, K]: different experts per token, drawn as `load` says."""
-    rng = np.random.default_rng(0)
-    if load == "balanced":
-        return (np.arange(T * K, dtype=np.int32) % E).reshape(T, K)
-    if load == "two":
-        return np.tile(np.arange(K, dtype=np.int32) % max(E, 1), (T, 1))
-    weight = np.ones(E) if load == "random" else 1 / np.arange(1, E + 1)
-    score = np.log(weight) + rng.gumbel(size=(T, E))  # K draws without replacement
-    return np.argsort(-score, axis=1)[:, :K].astype(np.int32)
+def inputs(shape, dtype):
+    """`(x_TD, w_router_DE, w_in_ED2F, w_out_EFD, dy_TD)`."""
+    T, _, D, F, E = shape
+    keys = jax.random.split(jax.random.key(0), 5)
+
+    def normal(key, *size, scale=1.0):
+        return (scale * jax.random.normal(key, size)).astype(dtype)
+
+    return (
+        normal(keys[0], T, D),
+        normal(keys[1], D, E, scale=0.02),
+        normal(keys[2], E, D, 2, F, scale=D**-0.5),
+        normal(keys[3], E, F, D, scale=F**-0.5),
+        normal(keys[4], T, D),
+    )
 
 
-def functions(args, shape):
-    """`{name: (forward, forward and backward)}`, jitted, of the same inputs."""
+def route(x_TD, w_router_DE, bias_TE, K):
+    """`(expert_TK, gate_TK)` of softmax top-k; `bias_TE` forces the choice."""
+    logits_TE = (x_TD @ w_router_DE).astype(jnp.float32)
+    probs_TE = jax.nn.softmax(logits_TE)
+    _, expert_TK = jax.lax.top_k(jax.lax.stop_gradient(probs_TE) + bias_TE, K)
+    gate_TK = jnp.take_along_axis(probs_TE, expert_TK, axis=1)
+    return expert_TK, gate_TK / jnp.sum(gate_TK, axis=1, keepdims=True)
+
+
+def bias_of(expert_TK, E):
+    """float32[T, E]: added to probabilities it makes top-k choose `expert_TK`."""
+    bias_TE = np.zeros((expert_TK.shape[0], E), np.float32)
+    np.put_along_axis(bias_TE, expert_TK, 10.0, axis=1)
+    return jnp.asarray(bias_TE)
+
+
+def moex_experts(implementation):
+    """`(x, w_in, w_out, expert, gate) -> y` by one implementation."""
+
+    def experts(x_TD, w_in, w_out, expert_TK, gate_TK):
+        plan = make_plan(expert_TK, jnp.ones(expert_TK.shape, bool), w_in.shape[0])
+        return grouped_swiglu(
+            x_TD, w_in, w_out, gate_TK, plan, implementation=implementation
+        )
+
+    return experts
+
+
+def all_experts(x_TD, w_in, w_out, expert_TK, gate_TK):
+    """Every expert on every token, then the weighted sum."""
+    h_TE2F = jnp.einsum("td,edgf->tegf", x_TD, w_in)
+    h_TEF = jax.nn.silu(h_TE2F[:, :, 0]) * h_TE2F[:, :, 1]
+    y_TED = jnp.einsum("tef,efd->ted", h_TEF, w_out)
+    combine_TE = jnp.zeros(y_TED.shape[:2], y_TED.dtype)
+    row_T1 = jnp.arange(x_TD.shape[0])[:, None]
+    combine_TE = combine_TE.at[row_T1, expert_TK].set(gate_TK.astype(y_TED.dtype))
+    return jnp.einsum("ted,te->td", y_TED, combine_TE)
+
+
+def both(f, *args):
+    """`(forward, forward and backward)` jobs of f, whose last argument is dy."""
+    *primals, dy = args
+
+    def backward(*primals_and_dy):
+        *primals, dy = primals_and_dy
+        y, pull = jax.vjp(f, *primals)
+        return y, *pull(dy)
+
+    forward, backward = jax.jit(f), jax.jit(backward)
+    return (lambda: forward(*primals)), (lambda: backward(*primals, dy))
+
+
+def router_out(experts, arrays, expert_TK, dy_TD):
+    """The jobs of a layer whose choice and gates are given."""
+    gate_TK = jnp.full(expert_TK.shape, 1 / expert_TK.shape[1], jnp.float32)
+    forward = jax.jit(experts)
+    backward = jax.jit(
+        lambda x, wi, wo, expert, gate, dy: _value_and_pull(
+            lambda x, wi, wo, gate: experts(x, wi, wo, expert, gate),
+            (x, wi, wo, gate),
+            dy,
+        )
+    )
+    return (
+        lambda: forward(*arrays, expert_TK, gate_TK),
+        lambda: backward(*arrays, expert_TK, gate_TK, dy_TD),
+    )
+
+
+def limit(shape, dtype):
+    """The dense matmuls of equal FLOPs, as `(forward, forward and backward)`."""
+    T, K, D, F, _ = shape
+    keys = jax.random.split(jax.random.key(1), 6)
+    x, a, h, b, da, g = (
+        jax.random.normal(key, size).astype(dtype)
+        for key, size in zip(
+            keys,
+            ((T * K, D), (D, 2 * F), (T * K, F), (F, D), (T * K, 2 * F), (T * K, D)),
+            strict=True,
+        )
+    )
+    forward = jax.jit(lambda x, a, h, b: (x @ a, h @ b))
+    backward = jax.jit(
+        lambda x, a, h, b, da, g: (x @ a, h @ b, da @ a.T, x.T @ da, g @ b.T, h.T @ g)
+    )
+    return (lambda: forward(x, a, h, b)), (lambda: backward(x, a, h, b, da, g))
+
+
+def jobs_of(args, shape):
+    """`{name: (forward, forward and backward)}`."""
     T, K, D, F, E = shape
     dtype = jnp.dtype(args.dtype)
-    keys = jax.random.split(jax.random.key(0), 5)
-    x = jax.random.normal(keys[0], (T, D), dtype)
-    w_in = jax.random.normal(keys[1], (E, D, 2, F), dtype) * D**-0.5
-    w_out = jax.random.normal(keys[2], (E, F, D), dtype) * F**-0.5
-    dense_in = jax.random.normal(keys[3], (D, 2, K * F), dtype) * D**-0.5
-    dense_out = jax.random.normal(keys[4], (K * F, D), dtype) * F**-0.5
-    gate = jnp.full((T, K), 1.0 / K, jnp.float32)
-    keep = jnp.ones((T, K), bool)
+    x, w_router, w_in, w_out, dy = inputs(shape, dtype)
+    out = {"limit": limit(shape, dtype)}
+    kinds = {f"moex {n}": moex_experts(n) for n in args.implementations.split(",")}
+    wanted = [n for n in args.others.split(",") if n]
+    if "ragged_dot" in wanted:
+        kinds["ragged_dot"] = peers.ragged_dot_experts(jax.lax.ragged_dot)
+    if "tokamax" in wanted and (ragged_dot := peers.tokamax_ragged_dot()):
+        kinds["tokamax"] = peers.ragged_dot_experts(ragged_dot)
+    if "all experts" in wanted:
+        kinds["all experts"] = all_experts
+    if "dense" in wanted:
+        rows = jnp.tile(x, (K, 1))
 
-    def dense(x, w_in, w_out):
-        h = jnp.einsum("td,dgf->tgf", x, w_in)
-        return (jax.nn.silu(h[:, 0]) * h[:, 1]) @ w_out
+        def dense(rows, w_in, w_out):
+            h = jnp.einsum("nd,dgf->ngf", rows, w_in)
+            return (jax.nn.silu(h[:, 0]) * h[:, 1]) @ w_out
 
-    def pair(f, inputs):
-        loss = lambda *a: jnp.sum(f(*a).astype(jnp.float32) ** 2)  # noqa: E731
-        backward = jax.jit(jax.grad(loss, argnums=tuple(range(len(inputs)))))
-        forward = jax.jit(f)
-        return (lambda: forward(*inputs)), (lambda: backward(*inputs))
-
-    out = {"dense": pair(dense, (x, dense_in, dense_out))}
+        out["dense"] = both(dense, rows, w_in[0], w_out[0], jnp.tile(dy, (K, 1)))
     for load in args.loads.split(","):
-        expert = jnp.asarray(experts_of(load, T, K, E))
-        for name in args.implementations.split(","):
+        seeds = range(common.NUM_CHANGING if load == "changing" else 1)
+        choices = [common.experts_of(load, T, K, E, seed) for seed in seeds]
+        for name, experts in kinds.items():
 
-            def sparse(x, w_in, w_out, expert=expert, name=name):
-                plan = make_plan(expert, keep, E)
-                return grouped_swiglu(x, w_in, w_out, gate, plan, implementation=name)
+            def layer(x, w_router, w_in, w_out, bias, experts=experts):
+                expert, gate = route(x, w_router, bias, K)
+                return experts(x, w_in, w_out, expert, gate)
 
-            out[f"{name}, {load}"] = pair(sparse, (x, w_in, w_out))
+            forward = jax.jit(layer)
+            backward = jax.jit(
+                lambda x, wr, wi, wo, bias, dy, layer=layer: _value_and_pull(
+                    lambda *a: layer(*a, bias), (x, wr, wi, wo), dy
+                )
+            )
+            biases = itertools.cycle([bias_of(choice, E) for choice in choices])
+            again = itertools.cycle([bias_of(choice, E) for choice in choices])
+            out[f"{name}, {load}"] = (
+                lambda f=forward, b=biases: f(x, w_router, w_in, w_out, next(b)),
+                lambda f=backward, b=again: f(x, w_router, w_in, w_out, next(b), dy),
+            )
+            if name == f"moex {args.implementations.split(',')[0]}":
+                out[f"{name}, {load}, router out"] = router_out(
+                    experts, (x, w_in, w_out), jnp.asarray(choices[0]), dy
+                )
+        if "grouped_mm" in wanted and (
+            job := peers.torch_grouped_mm((x, w_router, w_in, w_out, dy), choices[0])
+        ):
+            out[f"grouped_mm, {load}"] = job
     return out
 
 
-def layers(args, shape):
-    """`({name: layer config}, x_BLD, ctx)` of `--variants`."""
-    T, K, D, F, E = shape
-    x_BLD = jax.random.normal(jax.random.key(1), (1, T, D), jnp.dtype(args.dtype))
-    index = jnp.arange(T, dtype=jnp.int32)[None]
-    ctx = Context(
-        segment_BL=jnp.ones_like(index),
-        position_BL=index,
-        token_BL=index,
-        kernels=args.implementations.split(",")[0],
-    )
-    glu, std = Glu(hidden=F), D**-0.5
-    top_k = MoE(num_experts=E, router=TopK(k=K, init_std=std), experts=glu)
-    p, mean = p_for(K, x_BLD[0], E, std, ctx)
-    half = dataclasses.replace(top_k, router=TopK(k=K // 2, init_std=std))
-
-    def latent(ops):
-        experts = Latent(hidden=F, latent=F, group=E, ops=ops)
-        return dataclasses.replace(top_k, experts=experts)
-
-    return (
-        {
-            f"top-k, k = {K}": top_k,
-            f"top-p, {mean:.2f} experts": dataclasses.replace(
-                top_k, router=TopP(p=p, k_max=min(2 * K, E), init_std=std)
-            ),
-            "latent gate, up": latent(("gate", "up")),
-            "latent gate, up, down": latent(("gate", "up", "down")),
-            f"chain C = 2, k = {K // 2}": Chain(moe=half, iterations=2),
-        },
-        x_BLD,
-        ctx,
-    )
+def _value_and_pull(f, primals, dy):
+    y, pull = jax.vjp(f, *primals)
+    return y, *pull(dy)
 
 
-def p_for(target, x_TD, E, std, ctx):
-    """`(p, mean)`: the p at which a fresh top-p router keeps about `target` experts."""
-    low, high = 0.0, 1.0
-    for _ in range(20):
-        p = (low + high) / 2
-        router = TopP(p=p, k_max=min(2 * target, E), init_std=std)
-        keep_TK = router.make(x_TD.shape[1], E, nnx.Rngs(params=0))(x_TD, ctx).keep_TK
-        mean = float(jnp.mean(jnp.sum(keep_TK, axis=1)))
-        low, high = (p, high) if mean < target else (low, p)
-    return p, mean
+def sizes_of(args, shape):
+    """`{"temp_bytes", "pre_activation_bytes"}` of the first implementation."""
+    T, K, _, F, E = shape
+    dtype = jnp.dtype(args.dtype)
+    structs = jax.eval_shape(lambda: inputs(shape, dtype))
+    x, w_router, w_in, w_out, dy = structs
+    experts = moex_experts(args.implementations.split(",")[0])
+
+    def run(x, w_router, w_in, w_out, dy):
+        def layer(x, w_router, w_in, w_out):
+            return experts(x, w_in, w_out, *route(x, w_router, 0.0, K))
+
+        return _value_and_pull(layer, (x, w_router, w_in, w_out), dy)
+
+    compiled = jax.jit(run).lower(x, w_router, w_in, w_out, dy).compile()
+    return {
+        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "pre_activation_bytes": T * K * 2 * F * dtype.itemsize,
+    }
 
 
-def variants(args, shape):
-    """`({name: (forward, both)}, {name: {"weight_bytes", "temp_bytes"}})`."""
-    configs, x_BLD, ctx = layers(args, shape)
-    pairs, sizes = {}, {}
-    for name, config in configs.items():
-        module = config.make(shape[2], nnx.Rngs(params=0))
-        graphdef, params, state = nnx.split(module, nnx.Param, ...)
-
-        def run(params, x_BLD, graphdef=graphdef, state=state):
-            return nnx.merge(graphdef, params, state)(x_BLD, ctx)[0]
-
-        def loss(params, x_BLD, run=run):
-            return jnp.sum(run(params, x_BLD).astype(jnp.float32) ** 2)
-
-        forward = jax.jit(run).lower(params, x_BLD).compile()
-        backward = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x_BLD)
-        backward = backward.compile()
-        pairs[name] = (
-            lambda f=forward, p=params: f(p, x_BLD),
-            lambda f=backward, p=params: f(p, x_BLD),
+def table(rows: dict, shape, published: dict | None) -> str:
+    """The figures for people."""
+    T, K, D, F, _ = shape
+    flops = {"fwd": 6 * T * K * D * F, "bwd": 12 * T * K * D * F}
+    lines = [f"{'':<34}{'fwd ms':>9}{'f+b ms':>9}{'fwd x':>7}{'f+b x':>7}"
+             f"{'cpu f+b x':>10}{'fwd TF/s':>10}{'bwd TF/s':>10}"]  # fmt: skip
+    for name, row in rows.items():
+        fwd, bwd = row["fwd"]["min_s"], row["fwd_bwd"]["min_s"]
+        lines.append(
+            f"{name:<34}{1e3 * fwd:>9.2f}{1e3 * bwd:>9.2f}{row['fwd']['ratio']:>7.2f}"
+            f"{row['fwd_bwd']['ratio']:>7.2f}{row['fwd_bwd']['cpu_ratio']:>10.2f}"
+            f"{flops['fwd'] / fwd / 1e12:>10.3f}"
+            f"{flops['bwd'] / max(bwd - fwd, 1e-9) / 1e12:>10.3f}"
         )
-        sizes[name] = {
-            "weight_bytes": sum(a.nbytes for a in jax.tree.leaves(params)),
-            "temp_bytes": backward.memory_analysis().temp_size_in_bytes,
-        }
-    return pairs, sizes
+    for name, (fwd, bwd) in (published or {}).items():
+        both = "" if bwd is None else f"{bwd:>10.0f}"
+        label = f"{name} (published)"
+        lines.append(f"{label:<34}{'':>42}{fwd:>10.0f}{both}")
+    return "\n".join(lines)
 
 
-def print_variants(medians, sizes) -> None:
-    """The table of `--variants`; ratios are over the first row."""
-    first = next(iter(medians.values()))
-    print(f"{'':<26}{'fwd ms':>9}{'fwd+bwd ms':>12}{'fwd x':>8}{'fwd+bwd x':>11}"
-          f"{'weights MB':>12}{'temp MB':>9}")  # fmt: skip
-    for name, (forward, both) in medians.items():
-        size = sizes[name]
-        print(f"{name:<26}{1e3 * forward:>9.2f}{1e3 * both:>12.2f}"
-              f"{forward / first[0]:>8.2f}{both / first[1]:>11.2f}"
-              f"{size['weight_bytes'] / 1e6:>12.2f}"
-              f"{size['temp_bytes'] / 1e6:>9.1f}")  # fmt: skip
-
-
-def measure(pairs: dict, repeats: int) -> dict:
-    """Median seconds of (forward, forward and backward) of each name."""
-    seconds = {name: ([], []) for name in pairs}
-    for i in range(repeats + 1):
-        for name, pair in pairs.items():
-            for which, call in enumerate(pair):
-                began = time.perf_counter()
-                jax.block_until_ready(call())
-                if i:  # the first round compiles
-                    seconds[name][which].append(time.perf_counter() - began)
-    return {n: [statistics.median(s) for s in both] for n, both in seconds.items()}
+def run(args, shape) -> dict:
+    """Rows of the table, as plain data."""
+    jobs = jobs_of(args, shape)
+    flat = {}
+    for name, (forward, both_) in jobs.items():
+        flat[name, "fwd"], flat[name, "fwd_bwd"] = forward, both_
+    seconds = common.measure(flat, args.repeats)
+    rows: dict = {name: {} for name in jobs}
+    for which in ("fwd", "fwd_bwd"):
+        part = {n: s for (n, w), s in seconds.items() if w == which}
+        for name, row in common.summary(part, "limit").items():
+            rows[name][which] = row
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--variants", action="store_true", help="whole layers")
-    parser.add_argument("--shape", help="T,K,D,F,E")
-    parser.add_argument("--loads", default="random,zipf,two")
-    default = "cpu,xla" if jax.default_backend() == "cpu" else "xla"
+    parser.add_argument("--shape", default=None, help="a name, or T,K,D,F,E")
+    parser.add_argument("--loads", default="balanced,random,zipf,two")
+    default = "cpu" if on_cpu else "triton,mosaic"
     parser.add_argument("--implementations", default=default)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--others", default="dense", help=", ".join(OTHERS))
+    parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
-    default = "2048,8,512,128,32" if args.variants else "4096,2,256,512,8"
-    args.shape = args.shape or default
-    for name in args.implementations.split(","):
-        if name not in IMPLEMENTATIONS:
-            parser.error(
-                f"unknown implementation {name!r}: {', '.join(IMPLEMENTATIONS)}"
-            )
-    for name in args.loads.split(","):
-        if name not in LOADS:
-            parser.error(f"unknown load {name!r}: {', '.join(LOADS)}")
-    shape = tuple(int(n) for n in args.shape.split(","))
+    try:
+        shape = common.shape_of(
+            args.shape or ("2048,8,512,128,32" if args.variants else "cpu")
+        )
+        for given, known in (
+            (args.implementations, IMPLEMENTATIONS),
+            (args.loads, common.LOADS),
+            (args.others, OTHERS),
+        ):
+            common.check_names(given, known)
+    except ValueError as e:
+        parser.error(str(e))
+    figures = {"shape_TKDFE": shape, "dtype": args.dtype}
     if args.variants:
-        pairs, sizes = variants(args, shape)
-        medians = measure(pairs, args.repeats)
-        print_variants(medians, sizes)
-        write(args, shape, medians, sizes=sizes)
-        return
-    medians = measure(functions(args, shape), args.repeats)
-    T, K, D, F, _ = shape
-    flops = 6 * T * K * D * F
-    dense = medians["dense"]
-    print(f"{'T,K,D,F,E = ' + args.shape:<24}{'fwd ms':>9}{'fwd+bwd ms':>12}"
-          f"{'fwd x':>8}{'fwd+bwd x':>11}{'TFLOP/s':>9}")  # fmt: skip
-    for name, (forward, both) in medians.items():
-        print(f"{name:<24}{1e3 * forward:>9.2f}{1e3 * both:>12.2f}"
-              f"{forward / dense[0]:>8.2f}{both / dense[1]:>11.2f}"
-              f"{3 * flops / both / 1e12:>9.3f}")  # fmt: skip
-    write(args, shape, medians)
-
-
-def write(args, shape, medians, **more) -> None:
-    """The figures as JSON, if a file is named."""
-    if args.json:
-        figures = {
-            "shape_TKDFE": shape,
-            "dtype": args.dtype,
-            "median_s": {n: {"fwd": f, "fwd_bwd": b} for n, (f, b) in medians.items()},
-            **more,
-            "environment": environment(),
-        }
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        figures["rows"] = variants(args, shape)
+    else:
+        figures["rows"] = run(args, shape)
+        figures["memory"] = sizes_of(args, shape)
+        published = peers.published(args.shape)
+        figures["published_tflops"] = published
+        print(table(figures["rows"], shape, published))
+        memory = figures["memory"]
+        ratio = memory["temp_bytes"] / memory["pre_activation_bytes"]
+        print(f"temporary memory {memory['temp_bytes'] / 2**20:.1f} MiB, "
+              f"{ratio:.2f} times the pre-activations")  # fmt: skip
+    common.write_json(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ time is below the sum of the parts.
 import argparse
 import json
 import pathlib
-import platform
-import subprocess
 import sys
 import time
 
@@ -21,6 +19,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from benchmarks.common import environment
 from moex import accounting
 from moex.cli import split_config_args
 from moex.config import ConfigError
@@ -91,21 +90,6 @@ def measure(job, repeats: int) -> dict:
             for name, value in row.items():
                 seconds[name].append(value)
     return {"compile_s": compile_s, "seconds": seconds}
-
-
-def environment() -> dict:
-    """Device, versions and commit: what a figure is worth nothing without."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "device": jax.devices()[0].device_kind,
-        "num_devices": jax.device_count(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
-        "commit": commit,
-    }
 
 
 def report(job, measured: dict) -> dict:

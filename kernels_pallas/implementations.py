@@ -22,6 +22,7 @@ from kernels_pallas.grouped_matmul import vjp as matmul_vjp
 from kernels_pallas.grouped_matmul import xla as matmul_xla
 
 PLATFORMS = ("cpu", "gpu", "tpu")
+INTERPRETED = "_interpret"  # ends the names of kernels run by Pallas' interpreters
 
 
 class ImplementationFallback(UserWarning):
@@ -156,6 +157,15 @@ def why_not(name: str, request: Request, where: str) -> str | None:
     if where not in entry.platforms:
         return f"it runs on {' and '.join(entry.platforms)}, not on {where}"
     return entry.unsupported(request)
+
+
+def runnable() -> list[str]:
+    """Names of the implementations that run, and not only interpreted, right here."""
+    return [
+        name
+        for name, entry in IMPLEMENTATIONS.items()
+        if platform() in entry.platforms and not name.endswith(INTERPRETED)
+    ]
 
 
 def platform() -> str:

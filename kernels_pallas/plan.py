@@ -51,8 +51,8 @@ class Plan:
 
     @property
     def safe_row_TK(self):
-        """`row_TK`, with some row there is for slots not kept."""
-        return jnp.minimum(self.row_TK, self.order_N.shape[0] - 1)
+        """`row_TK`, with row 0, which is there and in the cache, for slots not kept."""
+        return jnp.where(self.kept_TK, self.row_TK, 0)
 
     def first_rows(self, num_rows):
         """The plan with `num_rows` rows; right where bounds[E] <= num_rows."""

@@ -19,7 +19,7 @@ import tempfile
 import jax
 from flax import nnx
 
-from benchmarks.train_step import environment
+from benchmarks.common import environment
 from configs import quickstart
 from moex.accounting import model_cost
 from moex.config import ConfigError

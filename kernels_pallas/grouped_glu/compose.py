@@ -13,11 +13,7 @@ int32[E + 1]: rows bounds[e] to bounds[e + 1] are those of expert e.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jax.ad_checkpoint import checkpoint_name
-
 from kernels_pallas.permute import slot_values, sum_rows, take
-
-PRE_ACTIVATIONS = "expert_pre_activations"  # for rematerialisation policies
 
 
 class Kernels(NamedTuple):
@@ -55,8 +51,6 @@ def compose(kernels: Kernels):
         a, h_NF = kernels.up(
             x_TD, w_in_EDC, plan.token_N, plan.bounds, activation, save
         )
-        if save:
-            a = checkpoint_name(a, PRE_ACTIVATIONS)
         y_ND = kernels.down(h_NF, w_out_EFD, plan.bounds)
         return sum_rows(y_ND, plan, weight_TK), a
 

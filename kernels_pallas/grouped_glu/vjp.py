@@ -9,6 +9,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels_pallas.names import PRE_ACTIVATIONS
 
 
 def differentiable(forward, backward):
@@ -44,6 +47,7 @@ def differentiable(forward, backward):
             return y_TD, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kept)
 
         y_TD, a = _within(plan, buffer_rows, small, large)
+        a = jax.tree.map(lambda leaf: checkpoint_name(leaf, PRE_ACTIVATIONS), a)
         return y_TD, (a, *inputs, plan)
 
     def run_backward(activation, buffer_rows, saved, dy_TD):

@@ -15,7 +15,7 @@ def product(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype):
     num_columns = rhs_GKN.shape[1 if transpose_rhs else 2]
 
     def body(out_MN, tile):
-        rhs_KN = tiles.read_group(rhs_GKN, tile)
+        rhs_KN = tiles.read_group(rhs_GKN, tile).astype(lhs_MK.dtype)
         if transpose_rhs:
             rhs_KN = rhs_KN.T
         return tiles.write(out_MN, tile, tiles.dot(tiles.read(lhs_MK, tile), rhs_KN))

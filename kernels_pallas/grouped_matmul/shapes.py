@@ -21,15 +21,19 @@ REAL = {
     "cpu_small": LayerShape(1024, 2, 256, 512, 8),
     "cpu": LayerShape(4096, 2, 256, 512, 8),
     "cpu_fine": LayerShape(4096, 2, 256, 512, 64),
+    "cpu_finest": LayerShape(4096, 2, 256, 512, 128),
     "cpu_wide": LayerShape(4096, 2, 512, 1024, 16),
-    "1b_fine": LayerShape(40960, 8, 768, 256, 128),
-    "7b_fine": LayerShape(24576, 8, 1536, 256, 128),
-    "7b_coarse": LayerShape(24576, 2, 1536, 1024, 32),
-    "30b_extreme": LayerShape(32768, 16, 4096, 256, 256),
-    "120b": LayerShape(32768, 8, 4096, 1024, 128),
-    "120b_coarse": LayerShape(32768, 4, 4096, 2048, 64),
-    "qwen3_30b_a3b": LayerShape(32768, 8, 2048, 768, 128),
-    "qwen3_next": LayerShape(32768, 10, 2048, 512, 512),
+    "H1": LayerShape(24576, 8, 1536, 256, 128),  # 7b_fine
+    "H2": LayerShape(24576, 2, 1536, 1024, 32),  # 7b_coarse
+    "H3": LayerShape(40960, 8, 768, 256, 128),  # 1b_fine
+    "H4": LayerShape(32768, 16, 4096, 256, 256),  # 30b_extreme
+    "H5": LayerShape(32768, 8, 4096, 1024, 128),  # 120b
+    "H6": LayerShape(32768, 4, 4096, 2048, 64),  # 120b_coarse
+    "H7": LayerShape(32768, 8, 2048, 768, 128),  # qwen3_30b_a3b
+    "H8": LayerShape(32768, 10, 2048, 512, 512),  # qwen3_next
+    # One of 8 expert-parallel ranks of DeepSeek-V3 sees its rows as tokens.
+    "H9": LayerShape(32768, 1, 7168, 2048, 4),  # deepseek_v3_rank
+    "H10": LayerShape(2048, 2, 256, 512, 8),  # the CPU case
 }
 
 AWKWARD = {

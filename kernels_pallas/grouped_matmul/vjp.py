@@ -6,6 +6,9 @@ Legend: M rows, K contraction, N columns, G groups.
 from functools import partial
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels_pallas.names import GROUPED_MATMUL
 
 
 def differentiable(product, weight_product):
@@ -27,13 +30,15 @@ def differentiable(product, weight_product):
 
     def forward(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype):
         out_MN = product(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype)
-        return out_MN, (lhs_MK, rhs_GKN, bounds)
+        return checkpoint_name(out_MN, GROUPED_MATMUL), (lhs_MK, rhs_GKN, bounds)
 
     def backward(transpose_rhs, out_dtype, saved, dout_MN):
         lhs_MK, rhs_GKN, bounds = saved
         dout_MN = dout_MN.astype(lhs_MK.dtype)
         dlhs_MK = product(dout_MN, rhs_GKN, bounds, not transpose_rhs, lhs_MK.dtype)
         pair = (dout_MN, lhs_MK) if transpose_rhs else (lhs_MK, dout_MN)
+        if rhs_GKN.dtype != lhs_MK.dtype:  # quantised weights are constants
+            return dlhs_MK, None, None
         return dlhs_MK, weight_product(*pair, bounds, rhs_GKN.dtype), None
 
     grouped_matmul.defvjp(forward, backward)

@@ -20,7 +20,7 @@ def product(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype):
     )
     out_MN = lax.ragged_dot_general(
         _to_front(lhs_MK, bounds),
-        rhs_GKN,
+        rhs_GKN.astype(lhs_MK.dtype),
         bounds[1:] - bounds[:-1],
         dims,
         preferred_element_type=jnp.float32,

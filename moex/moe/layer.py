@@ -4,6 +4,7 @@ B batch · L length · T = B * L tokens · D model width · E experts · K slots
 """
 
 import dataclasses
+import math
 from inspect import signature
 from typing import Any
 
@@ -35,6 +36,9 @@ class MoE(Config):
     capacity_factor: float | None = (
         None  # rows per expert over the mean if all slots are used; None: dropless
     )
+    buffer_slots: float | None = (
+        None  # kept slots per token that buffers are made for; None: all there are
+    )
 
     def validate(self, path):
         require(
@@ -54,6 +58,19 @@ class MoE(Config):
             f"{path}.experts",
             type(self.experts).__name__,
             "an experts config such as Glu",
+        )
+        require(
+            self.buffer_slots is None or self.buffer_slots > 0,
+            f"{path}.buffer_slots",
+            self.buffer_slots,
+            "above 0, or None for buffers that hold all slots",
+        )
+        require(
+            self.buffer_slots is None
+            or (isinstance(self.experts, Glu) and not self.experts.bias),
+            f"{path}.buffer_slots",
+            self.buffer_slots,
+            f"None with {type(self.experts).__name__}: for Glu without biases",
         )
         require(
             self.shared is None
@@ -193,6 +210,7 @@ class SparseLayer(nnx.Module):
     def __init__(self, cfg, dim, rngs):
         self.num_experts = cfg.num_experts
         self.capacity_factor = cfg.capacity_factor
+        self.buffer_slots = cfg.buffer_slots
         self.experts = cfg.experts.make(dim, cfg.num_experts, rngs)
         self.zero = None if cfg.zero is None else cfg.zero.make(dim, rngs)
         self.shared = None if cfg.shared is None else cfg.shared.make(dim, rngs)
@@ -249,7 +267,10 @@ class SparseLayer(nnx.Module):
                 routing = drop_over_capacity(routing, E, capacity)
             plan = make_plan(routing.expert_TK, routing.keep_TK, E)
         with jax.named_scope("experts"):
-            if hasattr(self.experts, "fused"):
+            if self.buffer_slots is not None:
+                rows = math.ceil(self.buffer_slots * x_TD.shape[0])
+                y_TD = self.experts.fused(x_TD, routing.gate_TK, plan, ctx, rows)
+            elif hasattr(self.experts, "fused"):
                 y_TD = self.experts.fused(x_TD, routing.gate_TK, plan, ctx)
             else:
                 y_ND = self.experts(dispatch(x_TD, plan), plan.group_sizes_E, ctx)

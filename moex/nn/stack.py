@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.names import GROUPED_MATMUL, PRE_ACTIVATIONS
 from moex.config import Config, require, require_choice, walk
 from moex.nn.block import RESIDUALS, Block, is_feed_forward
 from moex.sharding import constrain
@@ -118,7 +119,11 @@ def checkpointed(body, remat):
     """
     if remat == "none":
         return body
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policies = jax.checkpoint_policies
+    dots = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable,
+        policies.save_only_these_names(GROUPED_MATMUL, PRE_ACTIVATIONS),
+    )
     return jax.checkpoint(
-        body, prevent_cse=False, policy=policy if remat == "dots" else None
+        body, prevent_cse=False, policy=dots if remat == "dots" else None
     )

@@ -4,6 +4,7 @@ Legend: T tokens, K slots per token, D model width, F expert hidden width, E exp
 2 is the pair of input projections (gate, up).
 """
 
+import math
 import zlib
 from functools import partial
 
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import IMPLEMENTATIONS, grouped_swiglu, make_plan
+from kernels_pallas import grouped_glu, grouped_swiglu, make_plan
 from kernels_pallas.grouped_matmul.shapes import AWKWARD
+from kernels_pallas.implementations import runnable
 
 # float32: sums of at most 101 products. bfloat16: the activations between the two
 # matmuls are rounded as well, 2**-8 relative each.
@@ -22,7 +24,7 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
 # Compiling is nearly all the time these tests take; half of it is LLVM optimising.
 QUICK = {"xla_backend_optimization_level": 0}
 
-implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+implementations = pytest.mark.parametrize("implementation", runnable())
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +36,25 @@ def strict_promotion():
         yield
 
 
-def oracle(x_TD, w_in_ED2F, w_out_EFD, gate_TK, dy_TD, expert_TK, keep_TK):
+def unit(activation, a_F, up_F):
+    """(h, dh/da, dh/dup) of one row, in float64 and from the definitions."""
+    if activation == "gelu":
+        cdf_F = np.array([0.5 * math.erfc(-a / math.sqrt(2)) for a in a_F])
+        density_F = np.exp(-0.5 * a_F**2) / math.sqrt(2 * math.pi)
+        return a_F * cdf_F * up_F, (cdf_F + a_F * density_F) * up_F, a_F * cdf_F
+    slope = 1.0
+    inside_F, up_inside_F = np.ones(a_F.shape), np.ones(a_F.shape)
+    if activation == "clamped":
+        slope, inside_F, up_inside_F = 1.702, a_F <= 7, np.abs(up_F) <= 7
+        a_F, up_F = np.minimum(a_F, 7), np.clip(up_F, -7, 7) + 1
+    s_F = 1 / (1 + np.exp(-slope * a_F))
+    da_F = (s_F + slope * a_F * s_F * (1 - s_F)) * up_F * inside_F
+    return a_F * s_F * up_F, da_F, a_F * s_F * up_inside_F
+
+
+def oracle(
+    x_TD, w_in_ED2F, w_out_EFD, gate_TK, dy_TD, expert_TK, keep_TK, activation="silu"
+):
     """(y, dx, dw_in, dw_out, dgate), slot by slot in float64."""
     x_TD, w_in_ED2F, w_out_EFD, gate_TK, dy_TD = (
         np.asarray(a, np.float64) for a in (x_TD, w_in_ED2F, w_out_EFD, gate_TK, dy_TD)
@@ -45,13 +65,11 @@ def oracle(x_TD, w_in_ED2F, w_out_EFD, gate_TK, dy_TD, expert_TK, keep_TK):
     for t, j in np.argwhere(keep_TK):
         e, x_D, dy_D = expert_TK[t, j], x_TD[t], dy_TD[t]
         a_F, up_F = x_D @ w_in_ED2F[e, :, 0], x_D @ w_in_ED2F[e, :, 1]
-        sigmoid_F = 1 / (1 + np.exp(-a_F))
-        h_F = a_F * sigmoid_F * up_F
+        h_F, slope_a_F, slope_up_F = unit(activation, a_F, up_F)
         y_TD[t] += gate_TK[t, j] * (h_F @ w_out_EFD[e])
         dgate_TK[t, j] = dy_D @ (h_F @ w_out_EFD[e])
         dh_F = gate_TK[t, j] * (w_out_EFD[e] @ dy_D)
-        da_F = dh_F * up_F * sigmoid_F * (1 + a_F * (1 - sigmoid_F))
-        dup_F = dh_F * a_F * sigmoid_F
+        da_F, dup_F = dh_F * slope_a_F, dh_F * slope_up_F
         dx_TD[t] += w_in_ED2F[e, :, 0] @ da_F + w_in_ED2F[e, :, 1] @ dup_F
         dw_in[e] += np.stack([np.outer(x_D, da_F), np.outer(x_D, dup_F)], axis=1)
         dw_out[e] += np.outer(gate_TK[t, j] * h_F, dy_D)
@@ -73,13 +91,17 @@ def draw(shape, dtype="float32", keep=0.8, to_one=False):
     return x, w_in, w_out, gate_TK, dy_TD, expert_TK, keep_TK
 
 
-@partial(jax.jit, static_argnames="implementation", compiler_options=QUICK)
+@partial(
+    jax.jit,
+    static_argnames=("implementation", "activation", "buffer_rows"),
+    compiler_options=QUICK,
+)
 def value_and_gradients(
-    x, w_in, w_out, gate, dy, expert_TK, keep_TK, implementation=None
+    x, w_in, w_out, gate, dy, expert_TK, keep_TK, implementation=None, **options
 ):
     plan = make_plan(expert_TK, keep_TK, w_in.shape[0])
     y_TD, pull = jax.vjp(
-        lambda *a: grouped_swiglu(*a, plan, implementation=implementation),
+        lambda *a: grouped_glu(*a, plan, implementation=implementation, **options),
         x,
         w_in,
         w_out,
@@ -110,6 +132,40 @@ def test_equals_the_loop(name, implementation):
     ):
         case = draw(AWKWARD[name], **routing)
         check(value_and_gradients(*case, implementation), oracle(*case))
+
+
+@implementations
+@pytest.mark.parametrize("activation", ["gelu", "clamped"])
+def test_other_activations(activation, implementation):
+    x, *rest = draw(AWKWARD["small"])
+    case = (4 * x, *rest)  # far enough to be clamped
+    actual = value_and_gradients(*case, implementation, activation=activation)
+    assert np.any(np.abs(np.einsum("td,edgf->tegf", case[0], case[1])) > 7)
+    check(actual, oracle(*case, activation=activation))
+
+
+@implementations
+@pytest.mark.parametrize("buffer_rows", [1, 13])
+def test_small_buffers_change_nothing(buffer_rows, implementation):
+    # 14 slots, of which all, some or none are kept: they fit and overflow.
+    for routing in ({"keep": 1.0}, {"keep": 0.6}, {"keep": 0.0}):
+        case = draw(AWKWARD["small"], **routing)
+        actual = value_and_gradients(*case, implementation, buffer_rows=buffer_rows)
+        check(actual, oracle(*case))
+
+
+def test_buffers_bound_what_is_kept():
+    shape = AWKWARD["small"]._replace(tokens=64, k=4, dim=16, hidden=64)
+    x, w_in, w_out, gate_TK, _, expert_TK, keep_TK = draw(shape, keep=0.3)
+    plan = make_plan(expert_TK, keep_TK, shape.num_experts)
+
+    def kept(buffer_rows):
+        run = partial(grouped_swiglu, plan=plan, buffer_rows=buffer_rows)
+        _, pull = jax.vjp(run, x, w_in, w_out, gate_TK)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
+
+    row_bytes = 2 * shape.hidden * 4
+    assert kept(None) - kept(128) >= 0.9 * 128 * row_bytes
 
 
 @implementations
@@ -226,13 +282,14 @@ def test_under_a_mesh_with_auto_axes():
 
 
 def test_saves_the_pre_activations_and_no_other_large_array():
-    shape = AWKWARD["small"]._replace(dim=16, hidden=64)
+    shape = AWKWARD["small"]._replace(tokens=128, dim=16, hidden=64)
     x, w_in, w_out, gate_TK, _, expert_TK, keep_TK = draw(shape)
     plan = make_plan(expert_TK, keep_TK, shape.num_experts)
     inputs = (x, w_in, w_out, gate_TK)
     _, pull = jax.vjp(lambda *a: grouped_swiglu(*a, plan), *inputs)
     saved = sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
-    pre_activations = shape.tokens * shape.k * 2 * shape.hidden * 4
+    padded_rows = shape.tokens * shape.k + 15 * shape.num_experts
+    pre_activations = padded_rows * 2 * shape.hidden * 4
     bookkeeping = sum(leaf.nbytes for leaf in jax.tree.leaves(plan)) + 64
     allowed = sum(a.nbytes for a in inputs) + pre_activations + bookkeeping
     assert saved <= allowed
@@ -258,8 +315,14 @@ def test_errors_name_what_was_given(index, replacement, message):
         grouped_swiglu(*arrays, make_plan(expert_TK, keep_TK, 5))
 
 
-def test_unknown_implementation_lists_the_known():
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "relu"}, "activation among silu, gelu, clamped; got 'relu'"),
+        ({"buffer_rows": 0}, "buffer_rows >= 1; got 0"),
+    ],
+)
+def test_errors_of_options(options, message):
     *arrays, _, expert_TK, keep_TK = draw(AWKWARD["prime"])
-    plan = make_plan(expert_TK, keep_TK, 5)
-    with pytest.raises(ValueError, match="'reference', 'xla', 'cpu'.*mean 'xla'"):
-        grouped_swiglu(*arrays, plan, implementation="xlaa")
+    with pytest.raises(ValueError, match=message):
+        grouped_glu(*arrays, make_plan(expert_TK, keep_TK, 5), **options)

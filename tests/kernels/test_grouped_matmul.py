@@ -3,6 +3,7 @@
 Legend: M rows, K contraction, N columns, G groups.
 """
 
+import re
 import zlib
 from functools import partial
 
@@ -10,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
-from kernels_pallas import IMPLEMENTATIONS, grouped_matmul
+from kernels_pallas import grouped_matmul
 from kernels_pallas.cpu_tiles import tile_sizes
+from kernels_pallas.grouped_matmul.api import WEIGHT_DTYPES
+from kernels_pallas.implementations import runnable
 
 K, N = 5, 7
 
@@ -33,7 +37,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 # Compiling is nearly all the time these tests take; half of it is LLVM optimising.
 QUICK = {"xla_backend_optimization_level": 0}
 
-implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+implementations = pytest.mark.parametrize("implementation", runnable())
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +161,55 @@ def test_nan_of_one_group_stays_there(implementation):
 
 
 @implementations
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_group_offset_computes_a_shard(offset, implementation):
+    case = "prime, empty groups, tail"
+    lhs_MK, rhs_GKN, dout_MN, sizes_G = draw(case)
+    mine = slice(offset, offset + 2)
+    before, end = int(sizes_G[:offset].sum()), int(sizes_G[: offset + 2].sum())
+    other = np.r_[0:before, end : lhs_MK.shape[0]]
+    expected = oracle(lhs_MK, rhs_GKN, dout_MN, CASES[case][1])
+    out_MN, dlhs_MK, drhs_GKN = value_and_gradients(
+        lhs_MK.at[other].set(jnp.nan),
+        rhs_GKN[mine],
+        dout_MN.at[other].set(jnp.nan),
+        sizes_G,
+        group_offset=jnp.int32(offset),
+        implementation=implementation,
+    )
+    for actual, whole in ((out_MN, expected[0]), (dlhs_MK, expected[1])):
+        check([actual[before:end]], [whole[before:end]])
+        assert not np.any(np.asarray(actual)[other])
+    check([drhs_GKN], [expected[2][mine]])
+
+
+@implementations
+@pytest.mark.parametrize("transpose_rhs", [False, True])
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_quantised_weights_are_constants_with_a_scale(
+    dtype, transpose_rhs, implementation
+):
+    case = "prime, empty groups, tail"
+    lhs_MK, rhs_GKN, dout_MN, sizes_G = draw(case)
+    rhs_GKN = (4 * rhs_GKN).astype(dtype)
+    scale_GN = 0.1 + jnp.arange(5 * N, dtype=jnp.float32).reshape(5, N)
+    weights = np.asarray(rhs_GKN.astype(jnp.float32)) * np.asarray(scale_GN)[:, None]
+    out_MN, pull = jax.vjp(
+        lambda lhs: grouped_matmul(
+            lhs,
+            jnp.swapaxes(rhs_GKN, 1, 2) if transpose_rhs else rhs_GKN,
+            sizes_G,
+            transpose_rhs=transpose_rhs,
+            rhs_scale_GN=scale_GN,
+            implementation=implementation,
+        ),
+        lhs_MK,
+    )
+    expected = oracle(lhs_MK, weights, dout_MN, CASES[case][1])
+    check((out_MN, *pull(dout_MN)), expected[:2])
+
+
+@implementations
 def test_sums_in_float32(implementation):
     # 1 + 256 * 2**-8 = 2 exactly; a bfloat16 sum that meets 1 first stays at 1.
     lhs_MK = jnp.full((1, 257), 2.0**-8, jnp.bfloat16).at[0, 0].set(1)
@@ -213,6 +266,10 @@ def test_tile_sizes_rise_in_steps(num_rows, num_groups):
         ({"rhs": jnp.ones((3, 5, 7), jnp.bfloat16)}, "one dtype.*float32.*bfloat16"),
         ({"lhs": jnp.ones(5)}, "rank 2"),
         ({"sizes": jnp.ones(3)}, "int32 group_sizes"),
+        ({"sizes": jnp.array([3, -1, 2])}, r">= 0; got \[ 3 -1  2\]"),
+        ({"sizes": jnp.array([3, 4, 2])}, r"8 rows; got group_sizes \[3 4 2\] for 9"),
+        ({"offset": 1}, r"group_offset in \[0, 0\], for 3 of 3 groups; got 1"),
+        ({"scale": jnp.ones((3, 7))}, "rhs_scale needs lhs .* and rhs among"),
     ],
 )
 def test_errors_name_what_was_given(change, message):
@@ -221,10 +278,44 @@ def test_errors_name_what_was_given(change, message):
         "rhs": jnp.ones((3, 5, 7)),
         "sizes": jnp.ones(3, jnp.int32),
     } | change
+    options = {
+        "group_offset": given.pop("offset", None),
+        "rhs_scale_GN": given.pop("scale", None),
+    }
     with pytest.raises(ValueError, match=message):
-        grouped_matmul(*given.values())
+        grouped_matmul(*given.values(), **options)
 
 
-def test_unknown_implementation_lists_the_known():
-    with pytest.raises(ValueError, match="'reference', 'xla', 'cpu'.*mean 'cpu'"):
-        grouped_matmul(*draw("one group")[:2], jnp.ones(1), implementation="cpuu")
+def test_errors_of_scales_and_shards():
+    lhs_MK, rhs_GKN = jnp.ones((8, 5)), jnp.ones((3, 5, 7), jnp.int8)
+    sizes_G = jnp.ones(3, jnp.int32)
+    with pytest.raises(ValueError, match=r"\(3, 7\); got \(3, 5\)"):
+        grouped_matmul(lhs_MK, rhs_GKN, sizes_G, rhs_scale_GN=jnp.ones((3, 5)))
+    with pytest.raises(ValueError, match="give rhs_scale with weights among"):
+        grouped_matmul(lhs_MK, rhs_GKN, sizes_G)
+    with pytest.raises(ValueError, match="of the shard; got 2 from group_sizes"):
+        grouped_matmul(lhs_MK, jnp.ones((3, 5, 7)), sizes_G[:2], group_offset=0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "offset", "message"),
+    [
+        ((3, -1, 2, 0), 0, "group_sizes >= 0; got .*-1"),
+        ((3, 4, 2, 0), 0, "8 rows; got group_sizes .*3 4 2"),
+        ((3, 1, 2, 0), 3, r"group_offset in \[0, 2\]; got 3"),
+        ((3, 1, 2, 2), 2, None),
+    ],
+)
+def test_checkify_finds_what_a_trace_cannot(sizes, offset, message):
+    lhs_MK, rhs_GKN = jnp.ones((8, K)), jnp.ones((2, K, N))
+
+    def loss(lhs_MK, sizes, offset):
+        out = grouped_matmul(lhs_MK, rhs_GKN, sizes, group_offset=offset)
+        return out.sum()
+
+    run = jax.jit(jax.grad(loss))
+    arguments = (lhs_MK, jnp.array(sizes, jnp.int32), jnp.int32(offset))
+    run(*arguments)  # nothing is checked, and nothing is paid
+    error, _ = jax.jit(checkify.checkify(run, checkify.user_checks))(*arguments)
+    assert (error.get() is None) == (message is None)
+    assert message is None or re.search(message, error.get())

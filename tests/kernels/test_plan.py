@@ -84,7 +84,7 @@ def test_plan_is_a_pytree_of_int32():
     plan = jax.eval_shape(lambda e, k: make_plan(e, k, 5), shape, keep)
     assert isinstance(plan, Plan)
     assert {leaf.dtype for leaf in jax.tree.leaves(plan)} == {jnp.dtype("int32")}
-    shapes = (plan.order_N.shape, plan.group_sizes_E.shape, plan.row_TK.shape)
+    shapes = (plan.order_N.shape, plan.bounds.shape, plan.row_TK.shape)
     assert shapes == ((21,), (5,), (7, 3))
 
 

@@ -89,7 +89,7 @@ class GluExperts(nnx.Module):
 class FusedGluExperts(GluExperts):
     """Without biases, dispatch and combine can be part of the kernel."""
 
-    def fused(self, x_TD, gate_TK, plan, ctx):
+    def fused(self, x_TD, gate_TK, plan, ctx, buffer_rows=None):
         """Tokens in, gated sums out; equal to the definition."""
         w_in, w_out = self._weights(x_TD.dtype)
         return grouped_glu(
@@ -99,6 +99,7 @@ class FusedGluExperts(GluExperts):
             gate_TK,
             plan,
             activation=self.activation,
+            buffer_rows=buffer_rows,
             implementation=ctx.kernels,
         )
 

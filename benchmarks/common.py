@@ -1,0 +1,149 @@
+"""What the benchmarks share: interleaved timing, loads, shapes, environment.
+
+T tokens · K slots per token · E experts
+"""
+
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import time
+
+import jax
+import numpy as np
+
+from kernels_pallas.grouped_matmul.shapes import REAL, LayerShape
+
+LOADS = {
+    "balanced": "W0: every expert has the same number of rows",
+    "random": "W1: uniform draws",
+    "trained": "W2: popularity log-normal, sigma 0.5, as trained routers show",
+    "zipf": "W3: popularity 1 / rank",
+    "half": "W4: one expert has one slot of every second token, the rest uniform",
+    "one": "W5: one expert has a slot of every token (with K = 1 all rows)",
+    "empty": "W6: only K experts, or an eighth of them, have rows, evenly",
+    "changing": "W7: another random popularity at every call",
+    "two": "all slots of all tokens to the same K experts",
+}
+NUM_CHANGING = 4  # routings that "changing" goes through
+
+
+def experts_of(load: str, T: int, K: int, E: int, seed: int = 0) -> np.ndarray:
+    """int32[T, K]: different experts for each token, drawn as LOADS says."""
+    rng = np.random.default_rng(seed)
+    if load == "balanced":
+        return (np.arange(T * K, dtype=np.int32) % E).reshape(T, K)
+    if load == "two":
+        return np.tile(np.arange(K, dtype=np.int32), (T, 1))
+    log_popularity = np.zeros(E)
+    if load == "trained":
+        log_popularity = 0.5 * rng.normal(size=E)
+    elif load == "zipf":
+        log_popularity = rng.permutation(-np.log(np.arange(1, E + 1)))
+    elif load == "changing":
+        log_popularity = rng.normal(size=E)
+    elif load == "empty":
+        log_popularity[rng.permutation(E)[max(K, E // 8) :]] = -np.inf
+    # K draws without replacement by the Gumbel trick, in blocks to spare memory.
+    expert_TK = np.empty((T, K), np.int32)
+    for start in range(0, T, 4096):
+        rows = slice(start, min(start + 4096, T))
+        score = log_popularity + rng.gumbel(size=(rows.stop - start, E))
+        if load == "half":
+            score[::2, 0] = np.inf
+        elif load == "one":
+            score[:, 0] = np.inf
+        expert_TK[rows] = np.argpartition(-score, K - 1, axis=1)[:, :K]
+    return expert_TK
+
+
+def check_names(given: str, known) -> None:
+    """Raises ValueError if one of the names with commas between them is unknown."""
+    for name in filter(None, given.split(",")):
+        if name not in known:
+            raise ValueError(f"{name!r} is none of {', '.join(known)}.")
+
+
+def shape_of(text: str) -> LayerShape:
+    """A name in `shapes.REAL`, or T,K,D,F,E; raises ValueError on anything else."""
+    if text in REAL:
+        return REAL[text]
+    try:
+        return LayerShape(*(int(n) for n in text.split(",")))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{text!r} is neither T,K,D,F,E nor one of {', '.join(REAL)}."
+        ) from None
+
+
+def measure(jobs: dict, repeats: int) -> dict:
+    """Seconds of each job, interleaved, so that a busy spell meets all alike.
+
+    Args:
+      jobs: {name: function without arguments}; called twice before they count.
+      repeats: of each.
+
+    Returns:
+      {name: {"wall": [...], "cpu": [...]}}; "cpu" is the time of all threads.
+    """
+    seconds: dict = {name: {"wall": [], "cpu": []} for name in jobs}
+    for i in range(repeats + 2):
+        for name, job in jobs.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            result = jax.block_until_ready(job())
+            wall = time.perf_counter() - wall
+            cpu = time.process_time() - cpu
+            del result  # its pages are taken again by the next
+            if i >= 2:
+                seconds[name]["wall"].append(wall)
+                seconds[name]["cpu"].append(cpu)
+    return seconds
+
+
+def summary(seconds: dict, limit: str | None = None) -> dict:
+    """Minimum, median and spread of each job, and ratios of minima to a limit.
+
+    Args:
+      seconds: of `measure`.
+      limit: name of the job that ratios are over.
+    """
+    out = {}
+    for name, times in seconds.items():
+        row = {
+            "min_s": min(times["wall"]),
+            "median_s": statistics.median(times["wall"]),
+            "max_s": max(times["wall"]),
+            "cpu_min_s": min(times["cpu"]),
+        }
+        if limit is not None:
+            row["ratio"] = row["min_s"] / min(seconds[limit]["wall"])
+            row["cpu_ratio"] = row["cpu_min_s"] / min(seconds[limit]["cpu"])
+        out[name] = row
+    return out
+
+
+def environment() -> dict:
+    """Device, versions and commit: what a figure is worth nothing without."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "huge_pages": "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""),
+        "commit": commit,
+    }
+
+
+def write_json(path: pathlib.Path | None, figures: dict) -> None:
+    """Figures with their environment, if a file is named."""
+    if path is not None:
+        figures = {**figures, "environment": environment()}
+        path.write_text(json.dumps(figures, indent=1) + "\n")
