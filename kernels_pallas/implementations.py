@@ -118,7 +118,7 @@ def choose(name: str | None, request: Request) -> Implementation:
     """
     here = platform()
     names = DEFAULTS.get(here, ("xla",)) if name is None else split_names(name)
-    refusals = []
+    refusals: list[str] = []
     for candidate in names:
         reason = why_not(candidate, request, here)
         if reason is None:

@@ -85,7 +85,7 @@ def test_plan_is_a_pytree_of_int32():
     assert isinstance(plan, Plan)
     assert {leaf.dtype for leaf in jax.tree.leaves(plan)} == {jnp.dtype("int32")}
     shapes = (plan.order_N.shape, plan.bounds.shape, plan.row_TK.shape)
-    assert shapes == ((21,), (5,), (7, 3))
+    assert shapes == ((21,), (6,), (7, 3))
 
 
 def test_no_array_of_tokens_times_experts():
