@@ -334,8 +334,8 @@ def test_a_config_file_that_is_broken(mistake, tmp_path, monkeypatch, body):
 def test_the_argument_of_a_config_file(mistake):
     file = f"{runs.ROOT}/configs/moe_1b.py:data=stdlb"
     assert mistake("config", f"--config={file}", cfg=False) == (
-        f"--config={file}: config argument 'data=stdlb': must be one of data=text, "
-        "data=stdlib. Did you mean 'data=stdlib'?"
+        f"--config={file}: config argument 'data=stdlb': must be one of text, stdlib. "
+        "Did you mean 'stdlib'?"
     )
 
 

@@ -21,6 +21,7 @@ class SignBias:
     """Loss-free balancing by a fixed step: see `losses.update_bias`."""
 
     rate: float | tuple
+    keeps_value = True  # in a run that starts from the parameters of another
 
     def __call__(self, bias_E, stats, step):
         return update_bias(bias_E, stats["load_E"], value_at(self.rate, step))
@@ -40,6 +41,7 @@ class QuantileBias:
     """
 
     rate: float | tuple
+    keeps_value = True
 
     def __call__(self, bias_E, stats, step):
         count = jnp.maximum(stats["margin_count"], 1.0)[..., None]
@@ -58,6 +60,7 @@ class ScheduledValue:
     """A value that follows a schedule; it holds the value of the coming step."""
 
     points: tuple
+    keeps_value = False
 
     def __call__(self, value, stats, step):
         return jnp.broadcast_to(value_at(self.points, step + 1), value.shape)
@@ -101,6 +104,7 @@ class ControlP:
     kp: float
     ki: float
     shared: bool
+    keeps_value = False
 
     def __call__(self, state, stats, step):
         num_experts = stats["load_E"].shape[-1]

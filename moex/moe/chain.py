@@ -12,6 +12,7 @@ from flax import nnx
 
 from moex.config import Config, require
 from moex.moe.layer import MoE, SparseLayer, check_capacity, check_router
+from moex.nn.context import fold_key
 
 ROUTERS = ("independent", "shared")
 
@@ -121,8 +122,7 @@ class ChainLayer(SparseLayer):
     def _context(self, ctx, t):
         """The context of round t: its own noise, its part of a replay."""
         # The first round keeps the key: a chain of one round is the plain layer.
-        plain = ctx.key is None or t == 0
-        key = ctx.key if plain else jax.random.fold_in(ctx.key, t)
+        key = ctx.key if t == 0 else fold_key(ctx.key, t)
         forced = None if ctx.forced is None else ctx.forced[str(t)]
         return dataclasses.replace(ctx, key=key, forced=forced, chain_round=t)
 

@@ -61,3 +61,8 @@ class Context:
     @property
     def compute_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
+
+
+def fold_key(key, number):
+    """A random key of its own for a part of the model; None, no noise, stays None."""
+    return None if key is None else jax.random.fold_in(key, number)

@@ -5,12 +5,12 @@ B batch · L length · S cache length · D model width · V vocabulary
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moex.config import Config, require
 from moex.nn.attention import Attention
+from moex.nn.context import fold_key
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
 from moex.nn.stack import Segment
@@ -125,6 +125,6 @@ class LanguageModel(nnx.Module):
 
 def _inside(ctx, i):
     """The context of segment `i`: its own random key, its part of a replay."""
-    key = None if ctx.key is None else jax.random.fold_in(ctx.key, i)
+    key = fold_key(ctx.key, i)
     forced = None if ctx.forced is None else ctx.forced["segments"].get(str(i))
     return dataclasses.replace(ctx, key=key, forced=forced)

@@ -15,6 +15,7 @@ from flax import nnx
 from kernels_pallas.names import GROUPED_MATMUL, PRE_ACTIVATIONS
 from moex.config import Config, require, require_choice, walk
 from moex.nn.block import RESIDUALS, Block, is_feed_forward
+from moex.nn.context import fold_key
 from moex.sharding import constrain
 
 
@@ -84,7 +85,7 @@ class SegmentStack(nnx.Module):
                 own = dataclasses.replace(
                     outer,
                     layer=number,
-                    key=_fold(ctx.key, number * len(blocks) + i),
+                    key=fold_key(ctx.key, number * len(blocks) + i),
                     forced=None if forced is None else forced.get(str(i)),
                 )
                 x_BLD, aux[str(i)], new = block(x_BLD, own, block_cache)
@@ -102,11 +103,6 @@ class SegmentStack(nnx.Module):
             unroll=ctx.unroll,
         )
         return x_BLD, aux, cache
-
-
-def _fold(key, number):
-    """A key of its own for each layer; None stays None."""
-    return None if key is None else jax.random.fold_in(key, number)
 
 
 REMAT = ("none", "dots", "full")

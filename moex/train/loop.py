@@ -18,7 +18,6 @@ from moex import accounting
 from moex import config as configs
 from moex.config import ConfigError
 from moex.data.report import compressor_bits_per_byte
-from moex.moe.balance import QuantileBias, SignBias
 from moex.optim import path_name
 from moex.run import check_run
 from moex.schedule import is_always_zero
@@ -151,7 +150,7 @@ def _start(job: Job, workdir, checkpointer, cost, say) -> "Run":
 
 def keeps_value(info, path) -> bool:
     """Whether a router state means the same in another run: biases do."""
-    return isinstance(info[path_name(path)].rule, (SignBias, QuantileBias))
+    return info[path_name(path)].rule.keeps_value
 
 
 @contextlib.contextmanager
