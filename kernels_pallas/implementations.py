@@ -8,16 +8,26 @@ import difflib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
 
+from kernels_pallas import mosaic_tiles
+from kernels_pallas.device import platform
+from kernels_pallas.grouped_glu import compose
 from kernels_pallas.grouped_glu import cpu as glu_cpu
+from kernels_pallas.grouped_glu import mosaic as glu_mosaic
 from kernels_pallas.grouped_glu import reference as glu_reference
+from kernels_pallas.grouped_glu import tpu as glu_tpu
+from kernels_pallas.grouped_glu import triton as glu_triton
 from kernels_pallas.grouped_glu import vjp as glu_vjp
 from kernels_pallas.grouped_glu import xla as glu_xla
 from kernels_pallas.grouped_matmul import cpu as matmul_cpu
+from kernels_pallas.grouped_matmul import mosaic as matmul_mosaic
 from kernels_pallas.grouped_matmul import reference as matmul_reference
+from kernels_pallas.grouped_matmul import tpu as matmul_tpu
+from kernels_pallas.grouped_matmul import triton as matmul_triton
 from kernels_pallas.grouped_matmul import vjp as matmul_vjp
 from kernels_pallas.grouped_matmul import xla as matmul_xla
 
@@ -77,6 +87,59 @@ def _made_of(matmul, glu, **options) -> Implementation:
     )
 
 
+class Pallas(NamedTuple):
+    """A backend of Pallas kernels, whose functions take `interpret`."""
+
+    matmul: ModuleType
+    glu: ModuleType
+    platform: str
+    purpose: str
+    interpreter: Callable = lambda: True  # what `interpret` is without the device
+    interpretable: bool = True  # by the version of JAX that there is
+
+
+PALLAS = {
+    "triton": Pallas(
+        matmul_triton,
+        glu_triton,
+        "gpu",
+        "NVIDIA GPUs from Ampere on; rows gathered inside the kernels",
+    ),
+    "mosaic": Pallas(
+        matmul_mosaic,
+        glu_mosaic,
+        "gpu",
+        "NVIDIA Hopper: TMA and WGMMA; weight gradients by Triton",
+        mosaic_tiles.interpreter,
+        interpretable=jax.__version_info__ >= (0, 11),
+    ),
+    "tpu": Pallas(matmul_tpu, glu_tpu, "tpu", "TPUs: prefetched group metadata"),
+}
+
+
+def _interpreted(backend: Pallas) -> Implementation:
+    """A backend's kernels run by Pallas' interpreter: slow, and on any platform."""
+
+    def here(function):
+        return lambda *args: function(*args, interpret=backend.interpreter())
+
+    def unsupported(request):
+        if not backend.interpretable:
+            return f"JAX {jax.__version__} cannot interpret it; later versions can"
+        return backend.matmul.unsupported(request)
+
+    kernels = compose.Kernels(*(here(kernel) for kernel in backend.glu.KERNELS))
+    return Implementation(
+        matmul_vjp.differentiable(
+            here(backend.matmul.product), here(backend.matmul.weight_product)
+        ),
+        glu_vjp.differentiable(*compose.compose(kernels)),
+        platforms=PLATFORMS,
+        purpose="the same, interpreted, to debug a kernel on a laptop",
+        unsupported=unsupported,
+    )
+
+
 IMPLEMENTATIONS = {
     "reference": Implementation(
         matmul_vjp.differentiable(
@@ -99,9 +162,20 @@ IMPLEMENTATIONS = {
         purpose="a loop over tiles of one expert's rows",
     ),
 }
+for _name, _backend in PALLAS.items():
+    IMPLEMENTATIONS[_name] = _made_of(
+        _backend.matmul,
+        _backend.glu,
+        platforms=(_backend.platform,),
+        purpose=_backend.purpose,
+        unsupported=_backend.matmul.unsupported,
+    )
+for _name, _backend in PALLAS.items():
+    IMPLEMENTATIONS[_name + INTERPRETED] = _interpreted(_backend)
 
-# What None means on each platform: the first that can do what is asked for.
-DEFAULTS = {"cpu": ("cpu",), "gpu": ("xla",), "tpu": ("xla",)}
+# What None means on each platform: the first that can do what is asked for. Of the two
+# for GPUs the one that runs on more of them, until both were timed.
+DEFAULTS = {"cpu": ("cpu",), "gpu": ("triton", "xla"), "tpu": ("tpu", "xla")}
 
 
 def choose(name: str | None, request: Request) -> Implementation:
@@ -166,21 +240,3 @@ def runnable() -> list[str]:
         for name, entry in IMPLEMENTATIONS.items()
         if platform() in entry.platforms and not name.endswith(INTERPRETED)
     ]
-
-
-def platform() -> str:
-    """The platform traced for: of the mesh in use, else of this process.
-
-    A mesh of devices that are described and not there (ahead-of-time compilation)
-    counts too. JAX's trace caches know of the mesh, so a cached trace is never of
-    another platform.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = device.platform if device is not None else jax.default_backend()
-    return "gpu" if name in ("cuda", "rocm") else name
-
-
-def device_kind() -> str:
-    """The kind of device traced for, such as "NVIDIA H100 80GB HBM3" or "TPU v5e"."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind if device is not None else jax.devices()[0].device_kind

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.device import platform
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -92,7 +94,10 @@ def make_plan(expert_TK, keep_TK, num_experts):
         sorted_id_N, order_N = lax.sort((id_N, slot_N), num_keys=1, is_stable=True)
 
     bounds = jnp.searchsorted(
-        sorted_id_N, jnp.arange(num_experts + 1, dtype=jnp.int32)
+        sorted_id_N,
+        jnp.arange(num_experts + 1, dtype=jnp.int32),
+        # A loop on an accelerator is one launch for each step, and not one in all.
+        method="scan" if platform() == "cpu" else "scan_unrolled",
     ).astype(jnp.int32)
     row_N = (
         jnp.zeros(num_slots, jnp.int32)

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 from kernels_pallas import IMPLEMENTATIONS, grouped_matmul
+from kernels_pallas.device import platform
 from kernels_pallas.implementations import (
     DEFAULTS,
     PLATFORMS,
     ImplementationFallback,
     Request,
     choose,
-    platform,
     why_not,
 )
 

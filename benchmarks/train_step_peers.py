@@ -1,0 +1,250 @@
+"""A training step of moex beside that of Hugging Face transformers, sizes alike.
+
+  python -m benchmarks.train_step_peers [--experts=8|64] [--repeats=7] [--threads=N]
+      [--attention=sdpa,eager] [--optimizer=fused,foreach] [--json=FILE]
+
+Forward, backward and AdamW in float32, with 8 experts (top-2, width 512) and with 64
+(top-8, width 64). moex runs the train step of a job with all its figures; torch runs
+Mixtral with each experts implementation of transformers, plain and compiled, with the
+fastest pair of the attentions and AdamWs named. Load-balance loss and gradient clipping
+are off on both sides; a GPU may use TF32 on both. Steps alternate in one process; each
+side trains on one random batch over and over, so that its loss must fall. What cannot
+run is a row with the reason. Needs the extra `hf`, and a C++ compiler on a CPU.
+
+B batch · L length · D model width · V vocabulary · E experts · K slots · F expert width
+"""
+
+import argparse
+import math
+import os
+import pathlib
+import sys
+import tempfile
+from itertools import product
+
+import jax
+import numpy as np
+import torch
+import transformers
+from flax import nnx
+
+from benchmarks import common
+from configs import base
+from moex import accounting
+from moex.data.packing import blank_example
+from moex.data.pipeline import Data, stack
+from moex.data.sources import Text
+from moex.data.tokenizer import Bytes
+from moex.moe.experts.glu import Glu
+from moex.moe.layer import MoE
+from moex.moe.routers.topk import TopK
+from moex.nn.attention import Attention
+from moex.nn.lm import LM
+from moex.nn.stack import Segment
+from moex.optim import AdamW, Optim
+from moex.run import Loss
+from moex.sharding import shard_batch
+from moex.train.job import make_job
+
+B, L, D, V, LAYERS, HEADS = 8, 256, 256, 8192, 4, 4
+SETTINGS = {8: (2, 512), 64: (8, 64)}  # E: K and F
+TARGETS = {8: 1.0, 64: 1.3}  # E: how much faster moex is to be
+LR, DECAY, BETAS, EPS = 1e-3, 0.1, (0.9, 0.95), 1e-8
+GPU = jax.default_backend() == "gpu" and torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+
+def random_batch() -> dict:
+    """One document of random tokens per row, as the data pipeline has it."""
+    ids = np.random.default_rng(0).integers(V, size=(B, L + 1), dtype=np.int32)
+    return stack([blank_example(L, 0, i) for i in range(B)]) | {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "segment": np.ones((B, L), np.int32),
+        "position": np.tile(np.arange(L, dtype=np.int32), (B, 1)),
+        "loss_mask": np.ones((B, L), np.float32),
+    }
+
+
+def moex_job(E: int):
+    """The job whose step is timed; its text is a stand-in for the random batch."""
+    K, F = SETTINGS[E]
+    moe = MoE(num_experts=E, router=TopK(k=K), experts=Glu(hidden=F))
+    layers = (Segment(pattern=(moe,), repeat=LAYERS),)
+    cfg = base.get_config()
+    cfg.model = LM(dim=D, vocab=V, attention=Attention(heads=HEADS), layers=layers)
+    cfg.batch_size, cfg.seq_len, cfg.precision = B, L, "float32"
+    rule = AdamW(b1=BETAS[0], b2=BETAS[1], eps=EPS)
+    options = {"schedule": "constant", "weight_decay": DECAY, "clip": None}
+    cfg.optim = Optim(rule=rule, lr=LR, **options)
+    cfg.loss = Loss(load_balance=0.0, router_z=0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        text = Text(paths=(__file__,), holdout=0.0)
+        cfg.data = Data(sources=(text,), tokenizer=Bytes(), cache_dir=folder)
+        return make_job(cfg, log=lambda line: None)
+
+
+def moex_step(job, losses: list):
+    """A function that trains one step and notes its loss."""
+    key, step = jax.random.key(0), job.train_step()
+    batch = shard_batch(random_batch(), job.mesh)
+    held = {"state": job.init_state()}
+
+    def run():
+        held["state"], metrics = step(held["state"], np.int32(len(losses)), key, batch)
+        jax.block_until_ready(held["state"])
+        losses.append(float(metrics["loss"]))
+
+    return run
+
+
+def torch_model(E: int, attention: str, experts: str, device: str = DEVICE):
+    K, F = SETTINGS[E]
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS}
+    widths = {"vocab_size": V, "hidden_size": D, "intermediate_size": F}
+    sizes = {"num_local_experts": E, "num_experts_per_tok": K, **heads, **widths}
+    config = transformers.MixtralConfig(num_hidden_layers=LAYERS, **sizes)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, experts_implementation=experts
+        )
+    return model.float().train()
+
+
+def torch_step(model, optimizer: str, compiled: bool, losses: list):
+    """The same of a torch model; `optimizer` is "fused" or "foreach"."""
+    batch = {k: torch.tensor(v, device=DEVICE) for k, v in random_batch().items()}
+    options = {"weight_decay": DECAY, "betas": BETAS, "eps": EPS, optimizer: True}
+    adamw = torch.optim.AdamW(model.parameters(), lr=LR, **options)
+
+    def loss_of(tokens, targets):
+        logits = model(input_ids=tokens, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.view(-1, V), targets.view(-1))
+
+    loss_of = torch.compile(loss_of) if compiled else loss_of
+
+    def run():
+        loss = loss_of(batch["tokens"].long(), batch["targets"].long())
+        loss.backward()
+        adamw.step()
+        adamw.zero_grad()
+        losses.append(loss.item())  # waits for all of it
+
+    return run
+
+
+def check_memory(E: int, experts: str) -> None:
+    """Raises MemoryError where a copy of the weights per slot would not fit."""
+    K, F = SETTINGS[E]
+    # Kept for the backward pass in every layer; in one, its gradients too.
+    need = (LAYERS + 1) * B * L * K * 3 * D * F * 4
+    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = torch.cuda.mem_get_info()[0] if GPU else host
+    if experts == "batched_mm" and need > 0.7 * free:
+        text = "copies weights per slot: needs {:.0f} GiB, {:.0f} are free"
+        raise MemoryError(text.format(need / 2**30, free / 2**30))
+
+
+def torch_jobs(E: int, args, losses: dict) -> tuple[dict, dict]:
+    """`({name: step}, {name: why it cannot run})`; every step has run once."""
+    jobs: dict = {}
+    reasons: dict = {}
+
+    def add(experts, mode, attention, optimizer):
+        name, noted = f"{experts} {mode}, {attention}, {optimizer}", []
+        print(f"preparing {name}", file=sys.stderr, flush=True)
+        try:
+            check_memory(E, experts)
+            model = torch_model(E, attention, experts)
+            job = torch_step(model, optimizer, mode == "compiled", noted)
+            job()  # compiles
+        except Exception as e:  # whatever a library raises is what the row says
+            reasons[name] = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        else:
+            jobs[name], losses[name] = job, noted
+        return name
+
+    def fastest(kinds, mode):
+        """The fastest (attention, optimizer) with grouped_mm; only its job stays."""
+        named = {add("grouped_mm", mode, *kind): kind for kind in kinds}
+        ran = {name: jobs.pop(name) for name in named if name in jobs}
+        if not ran:
+            return kinds[0]
+        times = common.measure(ran, 2)
+        best = min(ran, key=lambda name: min(times[name]["wall"]))
+        jobs[best] = ran[best]
+        return named[best]
+
+    torch.compiler.reset()
+    attentions = args.attention.split(",")
+    plain = fastest([*product(attentions, args.optimizer.split(","))], "plain")
+    compiled = fastest([*product(attentions, plain[1:])], "compiled")
+    for experts in ("eager", "batched_mm"):
+        add(experts, "plain", *plain)
+        add(experts, "compiled", *compiled)
+    return jobs, reasons
+
+
+def run(E: int, args) -> dict:
+    """The figures of one setting."""
+    losses: dict = {"moex": []}
+    job, theirs = moex_job(E), torch_model(E, "eager", "eager", "meta")
+    jobs, reasons = torch_jobs(E, args, losses)
+    with jax.set_mesh(job.mesh):
+        jobs = {"moex": moex_step(job, losses["moex"])} | jobs
+        rows = common.summary(common.measure(jobs, args.repeats), "moex")
+    for name, row in rows.items():
+        row["median_ratio"] = row["median_s"] / rows["moex"]["median_s"]
+        row["losses"] = noted = losses[name][-args.repeats :]
+        row["falls"] = all(map(math.isfinite, noted)) and noted[-1] < noted[0]
+    cost = accounting.model_cost(job.cfg.model, job.spec, L)
+    params = (cost.num_params, sum(p.numel() for p in theirs.parameters()))
+    assert abs(params[0] / params[1] - 1) < 0.02, params
+    return {"params": params, "rows": rows, "cannot_run": reasons}
+
+
+def table(E: int, figures: dict) -> str:
+    """The figures of one setting for people; x says how much faster moex is."""
+    params = "parameters: moex {:,}, transformers {:,}".format(*figures["params"])
+    lines = ["{} experts, top-{}, width {}; {}".format(E, *SETTINGS[E], params)]
+    head = ("min ms", "median", "CPU ms", "tokens/s", "min x", "median x", "CPU x")
+    lines.append(" " * 34 + "".join(f"{text:>10}" for text in head) + "  loss")
+    cells = "{:<34}{:>10.0f}{:>10.0f}{:>10.0f}{:>10,.0f}{:>10.2f}{:>10.2f}{:>10.2f}"
+    for name, row in figures["rows"].items():
+        ms = [1e3 * row[key] for key in ("min_s", "median_s", "cpu_min_s")]
+        ratios = [row[key] for key in ("ratio", "median_ratio", "cpu_ratio")]
+        line = cells.format(name, *ms, B * L / row["min_s"], *ratios)
+        line += "  {:.3f} to {:.3f}".format(row["losses"][0], row["losses"][-1])
+        lines.append(line + ("" if row["falls"] else ": DOES NOT FALL"))
+    lines += [f"{name:<34}  {why}" for name, why in figures["cannot_run"].items()]
+    ratios = {n: r["ratio"] for n, r in figures["rows"].items() if n != "moex"}
+    if ratios:
+        best = min(ratios, key=lambda name: ratios[name])
+        lines.append(f"over {best}: {ratios[best]:.2f}, target {TARGETS[E]}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experts", type=int, choices=SETTINGS, help="default: both")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
+    parser.add_argument("--attention", default="sdpa,eager")
+    parser.add_argument("--optimizer", default="fused,foreach")
+    parser.add_argument("--json", type=pathlib.Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    torch.set_float32_matmul_precision("high" if GPU else "highest")
+    nnx.set_graph_mode(False)
+    figures = {"torch": torch.__version__, "transformers": transformers.__version__}
+    figures |= {"threads": args.threads, "settings": {}}
+    for E in [args.experts] if args.experts else SETTINGS:
+        figures["settings"][E] = run(E, args)
+        print(table(E, figures["settings"][E]), flush=True)
+    common.write_json(args.json, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""The device that a program is traced for."""
+
+import jax
+
+
+def platform() -> str:
+    """One of "cpu", "gpu", "tpu": of the mesh in use, else of this process.
+
+    A mesh of devices that are described and not there (ahead-of-time compilation)
+    counts too. JAX's trace caches know of the mesh, so a cached trace is never of
+    another platform.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = device.platform if device is not None else jax.default_backend()
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def device_kind() -> str:
+    """The kind of device, such as "NVIDIA H100 80GB HBM3" or "TPU v5e"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None else jax.devices()[0].device_kind
