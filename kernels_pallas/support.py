@@ -41,19 +41,21 @@ def table() -> str:
 
 
 def _cell(name, operation, dtype, weights, where) -> str:
+    K, N, G = EVEN
     if weights == dtype:
-        request = Request(operation, dtype, *EVEN, "silu", dtype)
+        request = Request(operation, dtype, K, N, G, "silu", dtype)
         return "F B" if why_not(name, request, where) is None else ""
     if operation == "grouped_glu":
         return ""
-    requests = (Request(operation, dtype, *EVEN, None, w) for w in WEIGHT_DTYPES)
+    requests = (Request(operation, dtype, K, N, G, None, w) for w in WEIGHT_DTYPES)
     able = all(why_not(name, request, where) is None for request in requests)
     return "F B" if able else ""
 
 
 def _takes(name, dtype, sizes) -> bool:
+    K, N, G = sizes
     where = IMPLEMENTATIONS[name].platforms[0]
-    request = Request("grouped_glu", dtype, *sizes, "silu", dtype)
+    request = Request("grouped_glu", dtype, K, N, G, "silu", dtype)
     return why_not(name, request, where) is None
 
 

@@ -28,8 +28,8 @@ from kernels_pallas.grouped_glu import triton
 from kernels_pallas.grouped_glu.compose import Kernels, compose
 from kernels_pallas.grouped_matmul.mosaic import (
     check_tiling,
-    default_tiling,
     product,
+    tiling_for,
 )
 from kernels_pallas.permute import take
 
@@ -43,7 +43,7 @@ def up(
     """
     (E, D, C), N, dtype = w_in_EDC.shape, token_N.shape[0], x_TD.dtype
     F = C // 2
-    tiling = tiling or default_tiling("up", N, D, F, E, dtype)
+    tiling = tiling or tiling_for("up", N, D, F, E, dtype)
     check_tiling(tiling, "up", D, F)
     columns = tiles.store_columns(dtype)
     act = ACTIVATIONS[activation].value
@@ -110,7 +110,7 @@ def down_vjp(
     copies of them are aligned and need no masks.
     """
     (E, F, D), N, dtype = w_out_EFD.shape, token_N.shape[0], a_NC.dtype
-    tiling = tiling or default_tiling("down_vjp", N, D, F, E, dtype)
+    tiling = tiling or tiling_for("down_vjp", N, D, F, E, dtype)
     check_tiling(tiling, "down_vjp", D, F)
     m, wg_rows, columns = tiling.m, tiling.m // 2, tiles.store_columns(dtype)
     blocks = tuple(tiles.blocks_of(tiling, dtype))

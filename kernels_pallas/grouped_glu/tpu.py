@@ -27,7 +27,12 @@ from jax.experimental import pallas as pl
 from kernels_pallas import tpu_rows
 from kernels_pallas.activations import ACTIVATIONS
 from kernels_pallas.grouped_glu.compose import Kernels, compose
-from kernels_pallas.grouped_matmul.tpu import default_tiling, divisor, weight_product
+from kernels_pallas.grouped_matmul.tpu import (
+    default_tiling,
+    divisor,
+    tiling_for,
+    weight_product,
+)
 from kernels_pallas.permute import take
 from kernels_pallas.tpu_rows import LANES, Tiling
 
@@ -39,7 +44,7 @@ def up(
     x_ND = _gather(x_TD, token_N)
     (N, D), (E, _, C) = x_ND.shape, w_in_EDC.shape
     F = C // 2
-    tiling = tiling or default_tiling("up", N, D, F, E, x_TD.dtype)
+    tiling = tiling or tiling_for("up", N, D, F, E, x_TD.dtype)
     tiling = _within(tiling, N, D, F)
 
     def write(visits, v, column_tile, sums, extra_refs, output_refs):
@@ -72,7 +77,7 @@ def up(
 def down(h_NF, w_out_EFD, bounds, *, tiling=None, interpret=False):
     """`Kernels.down`: each row times the output projection of its expert."""
     (N, F), (E, _, D) = h_NF.shape, w_out_EFD.shape
-    tiling = tiling or default_tiling("product", N, F, D, E, h_NF.dtype)
+    tiling = tiling or tiling_for("product", N, F, D, E, h_NF.dtype)
     options = {"transpose": False, "name": "grouped_glu_down", "interpret": interpret}
     return _plain(h_NF, [(w_out_EFD, 0)], bounds, D, _within(tiling, N, F, D), options)
 
@@ -96,7 +101,7 @@ def down_vjp(
     """
     dy_ND = _gather(dy_TD, token_N)
     (N, D), (E, F, _) = dy_ND.shape, w_out_EFD.shape
-    tiling = tiling or default_tiling("down_vjp", N, D, F, E, dy_TD.dtype)
+    tiling = tiling or tiling_for("down_vjp", N, D, F, E, dy_TD.dtype)
     tiling = _within(tiling, N, D, F)
     m, n = tiling.m, tiling.n
     num_tiles = pl.cdiv(F, n)

@@ -27,8 +27,8 @@ from kernels_pallas import triton_tiles as tiles
 from kernels_pallas.activations import ACTIVATIONS, Activation
 from kernels_pallas.grouped_glu.compose import Kernels, compose
 from kernels_pallas.grouped_matmul.triton import (
-    default_tiling,
     product,
+    tiling_for,
     weight_product,
 )
 
@@ -73,7 +73,7 @@ def up(
     """
     (E, D, C), N, dtype = w_in_EDC.shape, token_N.shape[0], x_TD.dtype
     F = C // 2
-    tiling = tiling or default_tiling("up", N, D, F, E, dtype)
+    tiling = tiling or tiling_for("up", N, D, F, E, dtype)
     blocks = tiles.row_blocks(bounds, N, tiling.rows, cover=False)
     num_blocks = blocks.group_B.shape[0]
     out_shape = [jax.ShapeDtypeStruct((N, F), dtype)]
@@ -150,7 +150,7 @@ def down_vjp(
 ):
     """(da_NC, weighted_NF, dweight_N); see `compose.Kernels`."""
     (E, F, D), N, dtype = w_out_EFD.shape, token_N.shape[0], a_NC.dtype
-    tiling = tiling or default_tiling("down_vjp", N, D, F, E, dtype)
+    tiling = tiling or tiling_for("down_vjp", N, D, F, E, dtype)
     blocks = tiles.row_blocks(bounds, N, tiling.rows, cover=False)
     num_blocks, num_columns = blocks.group_B.shape[0], pl.cdiv(F, tiling.columns)
     da_NC, weighted_NF, dweight_JN = tiles.call(

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import mosaic_tiles as tiles
+from kernels_pallas.device import device_kind
 from kernels_pallas.grouped_matmul import triton
+from kernels_pallas.tuned import lookup
 
 OPERATIONS = ("product", "product_t", "weight", "up", "down_vjp")
 
@@ -66,7 +68,7 @@ def product(
       bounds: int32[G + 1].
       transpose_rhs: whether `rhs_GKN` has its last two axes swapped.
       out_dtype: float32 or bfloat16.
-      tiling: Tiling; None: `default_tiling`.
+      tiling: Tiling; None: `tiling_for`.
       interpret: False, or InterpretGPUParams.
       every_row: False to leave rows of no group as the memory was.
 
@@ -79,7 +81,7 @@ def product(
     (M, K), dtype = lhs_MK.shape, jnp.dtype(out_dtype)
     G, N = rhs_GKN.shape[0], rhs_GKN.shape[1 if transpose_rhs else 2]
     operation = "product_t" if transpose_rhs else "product"
-    tiling = tiling or default_tiling(operation, M, K, N, G, lhs_MK.dtype)
+    tiling = tiling or tiling_for(operation, M, K, N, G, lhs_MK.dtype)
     check_tiling(tiling, operation, K, N)
     columns = tiles.store_columns(dtype)
 
@@ -117,6 +119,14 @@ def weight_product(lhs_MK, rhs_MN, bounds, out_dtype, *, tiling=None, interpret=
     return triton.weight_product(
         lhs_MK, rhs_MN, bounds, out_dtype, tiling=tiling, interpret=bool(interpret)
     )
+
+
+def tiling_for(operation, M, K, N, G, dtype):
+    """The Tiling measured for these sizes on this device, else `default_tiling`."""
+    found = lookup(device_kind(), "mosaic", operation, M, K, N, G, jnp.dtype(dtype))
+    if found is not None:
+        return Tiling(**found)
+    return default_tiling(operation, M, K, N, G, dtype)
 
 
 def default_tiling(operation, M, K, N, G, dtype):

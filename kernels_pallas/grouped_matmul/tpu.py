@@ -15,13 +15,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tpu_rows
+from kernels_pallas.device import device_kind
 from kernels_pallas.tpu_rows import BUDGET_BYTES, LANES, Tiling, Visits
+from kernels_pallas.tuned import lookup
 
 __all__ = [
     "Tiling",
     "candidates",
     "default_tiling",
     "product",
+    "tiling_for",
     "unsupported",
     "weight_product",
 ]
@@ -38,7 +41,7 @@ def product(
       bounds: int32[G + 1].
       transpose_rhs: whether the last two axes of `rhs_GKN` are swapped.
       out_dtype: dtype of the result.
-      tiling: Tiling; None means `default_tiling`.
+      tiling: Tiling; None means `tiling_for`.
       interpret: whether to run in Python, on any platform.
 
     Returns:
@@ -48,7 +51,7 @@ def product(
     N = rhs_GKN.shape[1 if transpose_rhs else 2]
     if tiling is None:
         operation = "product_t" if transpose_rhs else "product"
-        tiling = default_tiling(operation, M, K, N, G, lhs_MK.dtype)
+        tiling = tiling_for(operation, M, K, N, G, lhs_MK.dtype)
     tiling = Tiling(min(tiling.m, M), min(tiling.k, K), min(tiling.n, N))
 
     def write(visits, v, column_tile, sums, extra_refs, output_refs):
@@ -81,14 +84,14 @@ def weight_product(lhs_MK, rhs_MN, bounds, out_dtype, *, tiling=None, interpret=
         where `tiling.n` divides a half.
       bounds: int32[G + 1].
       out_dtype: dtype of the result.
-      tiling: Tiling; None means `default_tiling`.
+      tiling: Tiling; None means `tiling_for`.
       interpret: whether to run in Python, on any platform.
     """
     (M, K), G = lhs_MK.shape, bounds.shape[0] - 1
     num_halves = 2 if rhs_MN.ndim == 3 else 1
     N = rhs_MN.shape[-1] * num_halves
     if tiling is None:
-        tiling = default_tiling("weight", M, K, N, G, lhs_MK.dtype)
+        tiling = tiling_for("weight", M, K, N, G, lhs_MK.dtype)
     m, k, n = min(tiling.m, M), min(tiling.k, K), min(tiling.n, N)
     visits = tpu_rows.make_visits(bounds, M, m, empty=True)
 
@@ -172,6 +175,14 @@ def unsupported(request) -> str | None:
     if request.weights not in (None, request.dtype):
         return f"it has no weights of {request.weights} with tokens of {request.dtype}"
     return None
+
+
+def tiling_for(operation, M, K, N, G, dtype):
+    """The Tiling measured for these sizes on this device, else `default_tiling`."""
+    found = lookup(device_kind(), "tpu", operation, M, K, N, G, jnp.dtype(dtype))
+    if found is not None:
+        return Tiling(**found)
+    return default_tiling(operation, M, K, N, G, dtype)
 
 
 def default_tiling(operation, M, K, N, G, dtype):

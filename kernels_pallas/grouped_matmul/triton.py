@@ -24,7 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kernels_pallas import triton_tiles as tiles
+from kernels_pallas.device import device_kind
 from kernels_pallas.triton_tiles import Tiling
+from kernels_pallas.tuned import lookup
 
 DTYPES = ("float32", "bfloat16")
 PROCESSORS = 132  # of an H100; only guides how far weight gradients are cut
@@ -58,7 +60,7 @@ def product(
       bounds: int32[G + 1].
       transpose_rhs: whether `rhs_GKN` has its last two axes swapped.
       out_dtype: dtype of the result; sums are float32.
-      tiling: Tiling; None means that of `default_tiling`.
+      tiling: Tiling; None means that of `tiling_for`.
       interpret: whether to run on the CPU, for tests.
       cover: False leaves rows of no group unwritten.
     """
@@ -66,7 +68,7 @@ def product(
     N = rhs_GKN.shape[1 if transpose_rhs else 2]
     if tiling is None:
         operation = "product_t" if transpose_rhs else "product"
-        tiling = default_tiling(operation, M, K, N, G, lhs_MK.dtype)
+        tiling = tiling_for(operation, M, K, N, G, lhs_MK.dtype)
     blocks = tiles.row_blocks(bounds, M, tiling.rows, cover)
     num_blocks, num_columns = blocks.group_B.shape[0], pl.cdiv(N, tiling.columns)
     kernel = partial(
@@ -129,7 +131,7 @@ def weight_product(
       rhs_MN: of the same dtype.
       bounds: int32[G + 1].
       out_dtype: dtype of the result; sums are float32.
-      tiling: Tiling; None means that of `default_tiling`.
+      tiling: Tiling; None means that of `tiling_for`.
       interpret: whether to run on the CPU, for tests.
       lhs_row_M: int32, the row of `lhs_MK` to take for each row; None: the same one.
       rhs_row_M: the same for `rhs_MN`.
@@ -138,7 +140,7 @@ def weight_product(
     M = indices[0].shape[0] if indices else lhs_MK.shape[0]
     K, N, G = lhs_MK.shape[1], rhs_MN.shape[1], bounds.shape[0] - 1
     if tiling is None:
-        tiling = default_tiling("weight", M, K, N, G, lhs_MK.dtype)
+        tiling = tiling_for("weight", M, K, N, G, lhs_MK.dtype)
     if indices:
         # Triton shares its stages between the loads of indices and those that wait for
         # them; with these, operands are as many steps ahead as without indices.
@@ -248,6 +250,14 @@ def _add_kernel(group_C, nth_C, pieces_C, sums, whole, out, *, tiling):
         zero_1x = jnp.zeros((1, tiling.columns), jnp.float32)
         sum_1x = lax.fori_loop(0, pieces, step, zero_1x)
         tiles.store(out, tiles.span(group_C[chunk], 1), at_x, None, x_ok, sum_1x)
+
+
+def tiling_for(operation, M, K, N, G, dtype):
+    """The Tiling measured for these sizes on this device, else `default_tiling`."""
+    found = lookup(device_kind(), "triton", operation, M, K, N, G, jnp.dtype(dtype))
+    if found is not None:
+        return Tiling(**found)
+    return default_tiling(operation, M, K, N, G, dtype)
 
 
 def default_tiling(operation, M, K, N, G, dtype):

@@ -161,8 +161,9 @@ def test_buffers_bound_what_is_kept():
 
     def kept(buffer_rows):
         run = partial(grouped_swiglu, plan=plan, buffer_rows=buffer_rows)
-        _, pull = jax.vjp(run, x, w_in, w_out, gate_TK)
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
+        pull = jax.eval_shape(lambda *a: jax.vjp(run, *a)[1], x, w_in, w_out, gate_TK)
+        leaves = jax.tree.leaves(pull)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     row_bytes = 2 * shape.hidden * 4
     assert kept(None) - kept(128) >= 0.9 * 128 * row_bytes
@@ -293,6 +294,36 @@ def test_saves_the_pre_activations_and_no_other_large_array():
     bookkeeping = sum(leaf.nbytes for leaf in jax.tree.leaves(plan)) + 64
     allowed = sum(a.nbytes for a in inputs) + pre_activations + bookkeeping
     assert saved <= allowed
+
+
+def test_what_is_kept_is_flat_in_granularity():
+    """At equal K * F: one expert of 64 is four of 16, but for the plan and gates."""
+
+    def kept(K, F):
+        T, D, E = 256, 32, 8
+        structs = (
+            jax.ShapeDtypeStruct((T, D), "bfloat16"),
+            jax.ShapeDtypeStruct((E // 4 * K, D, 2, F), "bfloat16"),
+            jax.ShapeDtypeStruct((E // 4 * K, F, D), "bfloat16"),
+            jax.ShapeDtypeStruct((T, K), "float32"),
+            jax.ShapeDtypeStruct((T, K), "int32"),
+        )
+
+        def residuals(x, w_in, w_out, gate, expert_TK):
+            keep = jnp.ones(expert_TK.shape, bool)
+            plan = make_plan(expert_TK, keep, w_in.shape[0])
+            run = partial(grouped_glu, plan=plan, implementation="xla")
+            return jax.vjp(run, x, w_in, w_out, gate)[1]
+
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, *structs))
+        sizes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        slots, experts = T * K, E // 4 * K
+        weights = 3 * experts * D * F * 2
+        return sizes - weights - slots * (4 + 4 + 4) - (experts + 1) * 4, T * D * 2
+
+    fine, inputs = kept(4, 16)
+    coarse, _ = kept(1, 64)
+    assert fine == coarse == inputs + 256 * 64 * 2 * 2
 
 
 @pytest.mark.parametrize(

@@ -412,11 +412,16 @@ def test_the_layer_notices_when_a_mask_is_missing(mask, wrong, monkeypatch):
     shape, activation, dtype, tilings = GLU_CASES["ragged"]
     arrays = draw_layer(shape, dtype)
     actual = layer(tilings, activation)(*arrays)
-    expected = layer_oracle(*arrays, activation)
-    check_only(actual, expected, wrong, "bfloat16 glu")
+    check_only(actual, layer_oracle(*arrays, activation), wrong, "bfloat16 glu")
 
 
 # Lowering, tilings, refusals
+
+LOWERED = REAL | {
+    "unaligned": LayerShape(300, 2, 333, 1100, 6),
+    "odd": LayerShape(7, 2, 5, 3, 4),
+    "one row": LayerShape(1, 1, 5, 3, 4),
+}
 
 
 def lowered(function, *shapes):
@@ -428,11 +433,7 @@ def lowered(function, *shapes):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", ["H1", "H4", "H6", "H9", "unaligned", "odd"])
 def test_layers_lower_for_tpu(name, dtype):
-    unaligned = {
-        "unaligned": LayerShape(300, 2, 333, 1100, 6),
-        "odd": LayerShape(7, 2, 5, 3, 4),
-    }
-    T, K, D, F, E = {**REAL, **unaligned}[name]
+    T, K, D, F, E = LOWERED[name]
     S = jax.ShapeDtypeStruct
     run = differentiable_glu(glu_tpu.forward, glu_tpu.backward)
 
@@ -455,11 +456,7 @@ def test_layers_lower_for_tpu(name, dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", ["H4", "H9", "unaligned", "one row"])
 def test_products_lower_for_tpu(name, dtype):
-    unaligned = {
-        "unaligned": LayerShape(300, 2, 333, 1100, 6),
-        "one row": LayerShape(1, 1, 5, 3, 4),
-    }
-    T, k, K, N, G = {**REAL, **unaligned}[name]
+    T, k, K, N, G = LOWERED[name]
     run = differentiable(product, weight_product)
     S = jax.ShapeDtypeStruct
 
