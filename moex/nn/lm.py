@@ -5,9 +5,11 @@ B batch · L length · S cache length · D model width · V vocabulary
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.device import platform
 from moex.config import Config, require
 from moex.nn.attention import Attention
 from moex.nn.context import fold_key
@@ -113,12 +115,7 @@ class LanguageModel(nnx.Module):
             w_DV = self.w_embed_VD[...].T
         else:
             w_DV = self.w_logits_DV[...]
-        logits_BLV = jnp.einsum(
-            "bld,dv->blv",
-            x_BLD,
-            w_DV.astype(dtype),
-            preferred_element_type=jnp.float32,
-        )
+        logits_BLV = logits(x_BLD, w_DV.astype(dtype))
         logits_BLV = constrain(logits_BLV, "batch", None, "vocab")
         return logits_BLV, {"segments": aux}, new_caches
 
@@ -128,3 +125,39 @@ def _inside(ctx, i):
     key = fold_key(ctx.key, i)
     forced = None if ctx.forced is None else ctx.forced["segments"].get(str(i))
     return dataclasses.replace(ctx, key=key, forced=forced)
+
+
+def logits(x_BLD, w_DV):
+    """float32[B, L, V]: the product, with a quick weight gradient on a CPU.
+
+    XLA:CPU makes one dot of two transposed operands of that gradient, at a third of the
+    speed of one whose first operand was transposed before (measured on 2 cores, JAX
+    0.10.2: [2048, 256] and [2048, 8192], 23 and 73 GFLOP/s).
+    """
+    if platform() == "cpu" and x_BLD.dtype == jnp.float32:
+        return _logits_on_cpu(x_BLD, w_DV)
+    return _product(x_BLD, w_DV)
+
+
+def _product(x_BLD, w_DV):
+    return jnp.einsum("bld,dv->blv", x_BLD, w_DV, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _logits_on_cpu(x_BLD, w_DV):
+    return _product(x_BLD, w_DV)
+
+
+def _logits_forward(x_BLD, w_DV):
+    return _product(x_BLD, w_DV), (x_BLD, w_DV)
+
+
+def _logits_backward(saved, dlogits_BLV):
+    x_BLD, w_DV = saved
+    D, V = w_DV.shape
+    dlogits_TV = dlogits_BLV.reshape(-1, V)
+    x_DT = jax.lax.optimization_barrier(x_BLD.reshape(-1, D).T)
+    return (dlogits_TV @ w_DV.T).reshape(x_BLD.shape), x_DT @ dlogits_TV
+
+
+_logits_on_cpu.defvjp(_logits_forward, _logits_backward)
