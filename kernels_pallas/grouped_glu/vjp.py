@@ -28,30 +28,35 @@ def differentiable(forward, backward):
       safe to call outside of jit.
     """
 
-    @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-    def run(x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, buffer_rows):
-        inputs = (x_TD, w_in_EDC, w_out_EFD, gate_TK)
-        return _within(
-            plan, buffer_rows, lambda p: forward(*inputs, p, activation, False)[0]
-        )
-
-    def run_forward(x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, buffer_rows):
-        inputs = (x_TD, w_in_EDC, w_out_EFD, gate_TK)
+    def run_forward(
+        x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan, activation, buffer_rows, save
+    ):
+        inputs = (x_TD, _merge(w_in_ED2F), w_out_EFD, gate_TK)
 
         def small(plan):
-            return forward(*inputs, plan, activation, True)
+            return forward(*inputs, plan, activation, save)
 
         def large(plan):  # keeps nothing, so that the two agree on what is kept
             y_TD, _ = forward(*inputs, plan, activation, False)
             _, kept = jax.eval_shape(small, plan.first_rows(buffer_rows))
             return y_TD, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kept)
 
-        y_TD, a = _within(plan, buffer_rows, small, large)
+        return _within(plan, buffer_rows, small, large)
+
+    @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+    def run(x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan, activation, buffer_rows):
+        arrays = (x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan)
+        return run_forward(*arrays, activation, buffer_rows, save=False)[0]
+
+    def run_and_save(*args):
+        y_TD, a = run_forward(*args, save=True)
         a = jax.tree.map(lambda leaf: checkpoint_name(leaf, PRE_ACTIVATIONS), a)
-        return y_TD, (a, *inputs, plan)
+        # Weights as they came: a scan over layers would keep a reshaped copy of each.
+        return y_TD, (a, *args[:5])
 
     def run_backward(activation, buffer_rows, saved, dy_TD):
-        a, *inputs, plan = saved
+        a, x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan = saved
+        inputs = (x_TD, _merge(w_in_ED2F), w_out_EFD, gate_TK)
 
         def small(plan):
             return backward(a, *inputs, plan, activation, dy_TD)
@@ -60,20 +65,20 @@ def differentiable(forward, backward):
             _, a = forward(*inputs, plan, activation, True)
             return backward(a, *inputs, plan, activation, dy_TD)
 
-        return *_within(plan, buffer_rows, small, large), None
+        dx, dw_in, dw_out, dgate = _within(plan, buffer_rows, small, large)
+        return dx, dw_in.reshape(w_in_ED2F.shape), dw_out, dgate, None
 
-    run.defvjp(run_forward, run_backward)
-
-    @partial(jax.jit, static_argnums=(5, 6))
-    def grouped_glu(x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan, activation, buffer_rows):
-        num_experts, dim = w_in_ED2F.shape[:2]
-        w_in_EDC = w_in_ED2F.reshape(num_experts, dim, -1)
-        return run(x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, buffer_rows)
-
-    return grouped_glu
+    run.defvjp(run_and_save, run_backward)
+    return jax.jit(run, static_argnums=(5, 6))
 
 
-def _within(plan, buffer_rows, small, large=None):
+def _merge(w_in_ED2F):
+    """[E, D, C]: the gate half of the columns, then the up half."""
+    num_experts, dim = w_in_ED2F.shape[:2]
+    return w_in_ED2F.reshape(num_experts, dim, -1)
+
+
+def _within(plan, buffer_rows, small, large):
     """`small` of the plan's first rows if they hold every kept slot, else `large`.
 
     The branch is taken here, inside the custom VJP: outside of it differentiation
@@ -84,5 +89,5 @@ def _within(plan, buffer_rows, small, large=None):
     return lax.cond(
         plan.bounds[-1] <= buffer_rows,
         lambda: small(plan.first_rows(buffer_rows)),
-        lambda: (large or small)(plan),
+        lambda: large(plan),
     )
