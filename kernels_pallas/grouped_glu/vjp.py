@@ -29,7 +29,7 @@ def differentiable(forward, backward):
     """
 
     def run_forward(
-        x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan, activation, buffer_rows, save
+        save, x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan, activation, buffer_rows
     ):
         inputs = (x_TD, _merge(w_in_ED2F), w_out_EFD, gate_TK)
 
@@ -46,10 +46,10 @@ def differentiable(forward, backward):
     @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
     def run(x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan, activation, buffer_rows):
         arrays = (x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan)
-        return run_forward(*arrays, activation, buffer_rows, save=False)[0]
+        return run_forward(False, *arrays, activation, buffer_rows)[0]
 
     def run_and_save(*args):
-        y_TD, a = run_forward(*args, save=True)
+        y_TD, a = run_forward(True, *args)
         a = jax.tree.map(lambda leaf: checkpoint_name(leaf, PRE_ACTIVATIONS), a)
         # Weights as they came: a scan over layers would keep a reshaped copy of each.
         return y_TD, (a, *args[:5])
