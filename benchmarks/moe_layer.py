@@ -22,6 +22,7 @@ T tokens · K slots per token · D model width · F expert width · E experts
 """
 
 import argparse
+import functools
 import itertools
 import pathlib
 
@@ -105,20 +106,35 @@ def both(f, *args):
     return (lambda: forward(*primals)), (lambda: backward(*primals, dy))
 
 
-def router_out(experts, arrays, expert_TK, dy_TD):
-    """The jobs of a layer whose choice and gates are given."""
-    gate_TK = jnp.full(expert_TK.shape, 1 / expert_TK.shape[1], jnp.float32)
+def whole_layer(experts, K):
+    """`(forward, forward and backward)` programs, router included."""
+
+    def layer(x, w_router, w_in, w_out, bias):
+        expert, gate = route(x, w_router, bias, K)
+        return experts(x, w_in, w_out, expert, gate)
+
+    def backward(*arrays):
+        *arrays, bias, dy = arrays
+        return _value_and_pull(lambda *a: layer(*a, bias), arrays, dy)
+
+    return jax.jit(layer), jax.jit(backward)
+
+
+def router_out(experts, arrays, K, dy_TD):
+    """The same for a layer whose choice, the argument, and gates are given."""
+    gate_TK = jnp.full((dy_TD.shape[0], K), 1 / K, jnp.float32)
     forward = jax.jit(experts)
-    backward = jax.jit(
-        lambda x, wi, wo, expert, gate, dy: _value_and_pull(
-            lambda x, wi, wo, gate: experts(x, wi, wo, expert, gate),
-            (x, wi, wo, gate),
-            dy,
-        )
-    )
+
+    @jax.jit
+    def backward(x, w_in, w_out, expert, gate, dy):
+        def run(x, w_in, w_out, gate):
+            return experts(x, w_in, w_out, expert, gate)
+
+        return _value_and_pull(run, (x, w_in, w_out, gate), dy)
+
     return (
-        lambda: forward(*arrays, expert_TK, gate_TK),
-        lambda: backward(*arrays, expert_TK, gate_TK, dy_TD),
+        lambda expert: forward(*arrays, expert, gate_TK),
+        lambda expert: backward(*arrays, expert, gate_TK, dy_TD),
     )
 
 
@@ -163,30 +179,22 @@ def jobs_of(args, shape):
             return (jax.nn.silu(h[:, 0]) * h[:, 1]) @ w_out
 
         out["dense"] = both(dense, rows, w_in[0], w_out[0], jnp.tile(dy, (K, 1)))
+    programs = {name: whole_layer(experts, K) for name, experts in kinds.items()}
+    first = next(iter(kinds))
+    outside = router_out(kinds[first], (x, w_in, w_out), K, dy)
     for load in args.loads.split(","):
         seeds = range(common.NUM_CHANGING if load == "changing" else 1)
         choices = [common.experts_of(load, T, K, E, seed) for seed in seeds]
-        for name, experts in kinds.items():
-
-            def layer(x, w_router, w_in, w_out, bias, experts=experts):
-                expert, gate = route(x, w_router, bias, K)
-                return experts(x, w_in, w_out, expert, gate)
-
-            forward = jax.jit(layer)
-            backward = jax.jit(
-                lambda x, wr, wi, wo, bias, dy, layer=layer: _value_and_pull(
-                    lambda *a: layer(*a, bias), (x, wr, wi, wo), dy
-                )
-            )
+        for name, (forward, backward) in programs.items():
             biases = itertools.cycle([bias_of(choice, E) for choice in choices])
-            again = itertools.cycle([bias_of(choice, E) for choice in choices])
             out[f"{name}, {load}"] = (
                 lambda f=forward, b=biases: f(x, w_router, w_in, w_out, next(b)),
-                lambda f=backward, b=again: f(x, w_router, w_in, w_out, next(b), dy),
+                lambda f=backward, b=biases: f(x, w_router, w_in, w_out, next(b), dy),
             )
-            if name == f"moex {args.implementations.split(',')[0]}":
-                out[f"{name}, {load}, router out"] = router_out(
-                    experts, (x, w_in, w_out), jnp.asarray(choices[0]), dy
+            if name == first:
+                expert = jnp.asarray(choices[0])
+                out[f"{name}, {load}, router out"] = tuple(
+                    functools.partial(f, expert) for f in outside
                 )
         if "grouped_mm" in wanted and (
             job := peers.torch_grouped_mm((x, w_router, w_in, w_out, dy), choices[0])

@@ -1,0 +1,85 @@
+"""The benchmarks run: small shapes, one repeat, kernels interpreted where need be."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import common, grouped_matmul, moe_layer, tune
+from kernels_pallas import tuned
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    def call(module, *args):
+        path = tmp_path / "out.json"
+        monkeypatch.setattr("sys.argv", [module.__name__, *args, f"--json={path}"])
+        module.main()
+        return json.loads(path.read_text())
+
+    return call
+
+
+def test_whole_layers_under_every_load(run, capsys):
+    loads = ",".join(common.LOADS)
+    figures = run(moe_layer, "--shape=32,2,8,16,8", f"--loads={loads}", "--repeats=1")
+    assert f"moex cpu, {loads.split(',')[-1]}" in figures["rows"]
+    assert figures["rows"]["limit"]["fwd"]["ratio"] == 1
+    assert figures["memory"]["temp_bytes"] > 0
+    assert figures["environment"]["device"] == "cpu"
+    assert "router out" in capsys.readouterr().out
+
+
+def test_published_figures_stand_beside_ours():
+    assert moe_layer.peers.published("H1")["ScatterMoE"] == [205, 211]
+    assert moe_layer.peers.published("cpu") == {}
+
+
+def test_grouped_matmuls(run):
+    args = ("--shape=32,2,8,16,4", "--loads=zipf", "--repeats=1")
+    rows = run(grouped_matmul, *args)["rows"]
+    assert set(rows) == {"first", "second"}
+    assert set(rows["first"]["moex cpu"]["zipf"]) == {"fwd", "dx", "dw"}
+    assert "ragged_dot" in rows["second"]
+
+
+def test_the_tuner_without_a_device_compares_and_writes_nothing(monkeypatch, capsys):
+    before = tuned.PATH.read_text()
+    args = ["tune", "--dry-run", "--implementations=tpu", "--operations=product"]
+    monkeypatch.setattr("sys.argv", args)
+    tune.main()
+    assert "product" in capsys.readouterr().out
+    assert tuned.PATH.read_text() == before
+
+
+def test_the_tuner_refuses_wrong_results():
+    good = [np.ones((2, 2), np.float32)]
+    tune.check(good, good, 1e-3)
+    with pytest.raises(AssertionError):
+        tune.check([good[0] + 0.1], good, 1e-3)
+
+
+@pytest.mark.parametrize("module", [moe_layer, grouped_matmul])
+@pytest.mark.parametrize("wrong", ["--loads=zip", "--shape=1,2", "--others=mega"])
+def test_typos_are_one_line(monkeypatch, capsys, module, wrong):
+    monkeypatch.setattr("sys.argv", ["x", wrong])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "one of" in (error := capsys.readouterr().err) or "none of" in error
+
+
+@pytest.mark.parametrize("load", common.LOADS)
+def test_loads_have_no_repeats_and_the_skew_they_say(load):
+    T, K, E = 512, 2, 16
+    expert_TK = common.experts_of(load, T, K, E)
+    assert expert_TK.shape == (T, K) and expert_TK.min() >= 0 and expert_TK.max() < E
+    assert (expert_TK[:, 0] != expert_TK[:, 1]).all()
+    share = np.bincount(expert_TK.ravel(), minlength=E).max() / T
+    low, high = {
+        "balanced": (0.125, 0.125),
+        "half": (0.5, 0.75),
+        "one": (1.0, 1.0),
+        "two": (1.0, 1.0),
+        "empty": (1.0, 1.0),
+    }.get(load, (0.125, 0.8))
+    assert low <= share <= high
