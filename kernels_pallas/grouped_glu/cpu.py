@@ -136,13 +136,14 @@ def backward(a_PC, x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, dy_TD):
 
 
 def _rows_dot(a_RK, b_RN):
-    """a.T @ b, by way of a transposed copy where b is wide.
+    """a.T @ b, by way of a transposed copy where both are large.
 
     XLA:CPU's own dot of a transposed operand misses its quick path: 39 and 75 GFLOP/s
-    for 256 rows, K = 256 and N = 1024 (one core, JAX 0.10.2); slower if N is 128.
+    for 256 rows, K = 256 and N = 1024 (one core, JAX 0.10.2). With N = 128, or tiles of
+    128 rows, the copy costs more than it gains.
     """
-    wide = b_RN.shape[1] >= 512
-    return dot(lax.optimization_barrier(a_RK.T) if wide else a_RK.T, b_RN)
+    large = a_RK.shape[0] >= 256 and b_RN.shape[1] >= 512
+    return dot(lax.optimization_barrier(a_RK.T) if large else a_RK.T, b_RN)
 
 
 def _halves(a_RC):
