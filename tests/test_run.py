@@ -135,6 +135,8 @@ def test_warmup_longer_than_the_run():
         check_run(cfg)
 
 
-def test_names_of_kernels():
-    assert kernel_names()[0] == "auto"
-    assert "xla" in kernel_names()
+@pytest.mark.parametrize("value", ["auto", "cpu", "triton,xla", "mosaic, triton,xla"])
+def test_kernels_are_auto_or_names(value):
+    for name in value.split(","):
+        assert name.strip() in kernel_names(value)
+    assert ("auto" in kernel_names(value)) == ("," not in value)
