@@ -151,6 +151,7 @@ FIELDS = [
     ("config.optim.schedule=cosin", "Did you mean 'cosine'?"),
     ("config.remat=all", "config.remat = 'all': must be one of 'none', 'dots', 'full'"),
     ("config.kernels=cuda", "config.kernels = 'cuda': must be one of 'auto', "),
+    ("config.kernels=triton", "config.kernels = 'triton': must be 'auto' or have one"),
     ("config.mesh.fsdp=3", "config.mesh: the axes (data=-1, fsdp=3, expert=1, "),
     (f"{MOE}.num_experts=0", f"{MOE}.num_experts = 0: must be at least 1."),
     (

@@ -12,9 +12,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kernels_pallas.device import platform
+from kernels_pallas.implementations import IMPLEMENTATIONS, runnable, split_names
 from moex import config as configs
 from moex import optim, sharding
-from moex.config import ConfigError, require
+from moex.config import ConfigError, caution, require
 from moex.data import pipeline
 from moex.data.files import atomic_write
 from moex.data.tokenizer import Tokenizer
@@ -132,11 +134,23 @@ def compute_dtype(cfg) -> str:
 
 def static_options(cfg, *, train: bool) -> dict:
     """Static fields of `Context` from a run config."""
+    kernels = None if cfg.kernels == "auto" else cfg.kernels
+    if not train and not kernels_here(cfg):
+        caution(f"config.kernels = {kernels!r} do not run here; 'auto' is used.")
+        kernels = None
     return {
         "dtype": compute_dtype(cfg),
-        "kernels": None if cfg.kernels == "auto" else cfg.kernels,
+        "kernels": kernels,
         "remat": cfg.remat if train else "none",
     }
+
+
+def kernels_here(cfg) -> bool:
+    """Whether one at least of the kernels that a run names runs on this platform."""
+    return cfg.kernels == "auto" or any(
+        platform() in IMPLEMENTATIONS[name].platforms
+        for name in split_names(cfg.kernels)
+    )
 
 
 def eval_batch_size(cfg) -> int:
@@ -178,6 +192,12 @@ def make_job(cfg, *, log=print) -> Job:
     """
     check_run(cfg)
     check_devices(cfg)
+    require(
+        kernels_here(cfg),
+        "config.kernels",
+        cfg.kernels,
+        f"'auto' or have one among {', '.join(runnable())} on a {platform()}",
+    )
     data = pipeline.prepare(
         cfg.data, cfg.seq_len, overlap=cfg.eval.overlap, log=log, where="config.data"
     )
