@@ -1,7 +1,7 @@
 """Finds the fastest tiles on this device, for kernels_pallas/tilings.json.
 
   python -m benchmarks.tune [--implementations=triton,mosaic] [--shapes=H1,H2,...]
-      [--operations=up,product,...] [--dtype=bfloat16] [--load=random] [--repeats=5]
+      [--operations=up,product,...] [--dtype=bfloat16] [--load=random]
       [--dry-run]
 
 Every candidate of every operation of the layer (`candidates` of each backend) is
