@@ -11,6 +11,10 @@ import json
 import math
 import pathlib
 
+import jax.numpy as jnp
+
+from kernels_pallas.device import device_kind
+
 PATH = pathlib.Path(__file__).parent / "tilings.json"
 FACTOR = 2  # an entry serves mean group sizes up to this many times larger or smaller
 
@@ -43,3 +47,14 @@ def lookup(device, backend, operation, M, K, N, G, dtype) -> dict | None:
         if far <= distance:
             best, distance = entry["tiling"], far
     return best
+
+
+def measured_or(backend, tiling_type, default_tiling):
+    """A backend's `default_tiling`, but for sizes that were measured on this device."""
+
+    def tiling_for(operation, M, K, N, G, dtype):
+        sizes = (operation, M, K, N, G, jnp.dtype(dtype))
+        found = lookup(device_kind(), backend, *sizes)
+        return default_tiling(*sizes) if found is None else tiling_type(**found)
+
+    return tiling_for

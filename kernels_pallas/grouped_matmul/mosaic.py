@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import mosaic_tiles as tiles
-from kernels_pallas.device import device_kind
 from kernels_pallas.grouped_matmul import triton
-from kernels_pallas.tuned import lookup
+from kernels_pallas.tuned import measured_or
 
 OPERATIONS = ("product", "product_t", "weight", "up", "down_vjp")
 
@@ -121,14 +120,6 @@ def weight_product(lhs_MK, rhs_MN, bounds, out_dtype, *, tiling=None, interpret=
     )
 
 
-def tiling_for(operation, M, K, N, G, dtype):
-    """The Tiling measured for these sizes on this device, else `default_tiling`."""
-    found = lookup(device_kind(), "mosaic", operation, M, K, N, G, jnp.dtype(dtype))
-    if found is not None:
-        return Tiling(**found)
-    return default_tiling(operation, M, K, N, G, dtype)
-
-
 def default_tiling(operation, M, K, N, G, dtype):
     """A Tiling that fits.
 
@@ -203,3 +194,6 @@ def shared_bytes(tiling, operation):
     # Both halves of `a` in bfloat16; weights and their gradients in float32.
     epilogue = m * n * 2 * 2 + m * 4 * 2 if operation == "down_vjp" else 0
     return stages * (m + halves * n) * k * 2 + staging + epilogue
+
+
+tiling_for = measured_or("mosaic", Tiling, default_tiling)

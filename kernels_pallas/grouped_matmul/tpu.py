@@ -15,9 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tpu_rows
-from kernels_pallas.device import device_kind
 from kernels_pallas.tpu_rows import BUDGET_BYTES, LANES, Tiling, Visits
-from kernels_pallas.tuned import lookup
+from kernels_pallas.tuned import measured_or
 
 __all__ = [
     "Tiling",
@@ -177,14 +176,6 @@ def unsupported(request) -> str | None:
     return None
 
 
-def tiling_for(operation, M, K, N, G, dtype):
-    """The Tiling measured for these sizes on this device, else `default_tiling`."""
-    found = lookup(device_kind(), "tpu", operation, M, K, N, G, jnp.dtype(dtype))
-    if found is not None:
-        return Tiling(**found)
-    return default_tiling(operation, M, K, N, G, dtype)
-
-
 def default_tiling(operation, M, K, N, G, dtype):
     """The Tiling of one operation, by the arithmetic of VMEM and of HBM traffic.
 
@@ -284,3 +275,6 @@ def _even(size, limit):
         return size
     num_tiles = pl.cdiv(size, limit)
     return pl.cdiv(pl.cdiv(size, num_tiles), LANES) * LANES
+
+
+tiling_for = measured_or("tpu", Tiling, default_tiling)

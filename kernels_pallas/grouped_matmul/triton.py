@@ -24,9 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kernels_pallas import triton_tiles as tiles
-from kernels_pallas.device import device_kind
 from kernels_pallas.triton_tiles import Tiling
-from kernels_pallas.tuned import lookup
+from kernels_pallas.tuned import measured_or
 
 DTYPES = ("float32", "bfloat16")
 PROCESSORS = 132  # of an H100; only guides how far weight gradients are cut
@@ -252,14 +251,6 @@ def _add_kernel(group_C, nth_C, pieces_C, sums, whole, out, *, tiling):
         tiles.store(out, tiles.span(group_C[chunk], 1), at_x, None, x_ok, sum_1x)
 
 
-def tiling_for(operation, M, K, N, G, dtype):
-    """The Tiling measured for these sizes on this device, else `default_tiling`."""
-    found = lookup(device_kind(), "triton", operation, M, K, N, G, jnp.dtype(dtype))
-    if found is not None:
-        return Tiling(**found)
-    return default_tiling(operation, M, K, N, G, dtype)
-
-
 def default_tiling(operation, M, K, N, G, dtype):
     """A Tiling that fits and is near what was found best for such kernels.
 
@@ -343,3 +334,6 @@ def candidates(operation, M, K, N, G, dtype):
             if tiling not in found:
                 found.append(tiling)
     return found
+
+
+tiling_for = measured_or("triton", Tiling, default_tiling)
