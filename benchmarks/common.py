@@ -78,12 +78,14 @@ def shape_of(text: str) -> LayerShape:
         ) from None
 
 
-def measure(jobs: dict, repeats: int) -> dict:
+def measure(jobs: dict, repeats: int, pause_s: float = 0.0) -> dict:
     """Seconds of each job, interleaved, so that a busy spell meets all alike.
 
     Args:
       jobs: {name: function without arguments}; called twice before they count.
       repeats: of each.
+      pause_s: seconds of sleep before every run, for the threads of one library to stop
+        waiting busily (OpenMP's do for 0.2 s) where another one's are timed next.
 
     Returns:
       {name: {"wall": [...], "cpu": [...]}}; "cpu" is the time of all threads.
@@ -91,6 +93,7 @@ def measure(jobs: dict, repeats: int) -> dict:
     seconds: dict = {name: {"wall": [], "cpu": []} for name in jobs}
     for i in range(repeats + 2):
         for name, job in jobs.items():
+            time.sleep(pause_s)
             cpu, wall = time.process_time(), time.perf_counter()
             result = jax.block_until_ready(job())
             wall = time.perf_counter() - wall

@@ -22,6 +22,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     cfg.grad_accum = 1  # microbatches per optimizer step
     cfg.precision = "auto"  # compute: bfloat16 on accelerators, float32 on CPU
     cfg.remat = "none"  # recompute in the backward pass: "none", "dots" or "full"
+    cfg.scan_layers = True  # False compiles each layer: longer, for quicker steps
     cfg.kernels = "auto"  # or kernel implementations, the first that can: "triton,xla"
     cfg.nan_limit = 10  # skipped updates in a row before the run stops
     cfg.init_from = ""  # run directory whose parameters start this run

@@ -119,6 +119,7 @@ RUN_KEYS = {
     "log": Log,
     "precision": str,
     "remat": str,
+    "scan_layers": bool,
     "kernels": str,
     "nan_limit": int,
     "init_from": str,
@@ -145,7 +146,8 @@ def check_run(cfg: ml_collections.ConfigDict) -> None:
     for key, kind in RUN_KEYS.items():
         if key not in cfg:
             raise ConfigError(f"config.{key}: missing; it must be {kind.__name__}.")
-        if not isinstance(cfg[key], kind) or isinstance(cfg[key], bool):
+        is_bool = isinstance(cfg[key], bool)
+        if not isinstance(cfg[key], kind) or is_bool != (kind is bool):
             raise ConfigError(
                 f"config.{key} = {cfg[key]!r}: must be {kind.__name__}, "
                 f"not {type(cfg[key]).__name__}."

@@ -61,7 +61,7 @@ def flops_over_ours(names, *, compiled):
     )
     spec = model_spec(model)
     run = jax.jit(lambda p, s, ctx: spec.merge(p, s)(ctx)[0])
-    ctx = jax.eval_shape(lambda: context(1, LENGTH, kernels="xla"))
+    ctx = jax.eval_shape(lambda: context(1, LENGTH, kernels="xla", attention="einsum"))
     program = run.lower(spec.params, spec.state, ctx)
     program = program.compile() if compiled else program
     cost = model_cost(model, spec, LENGTH)

@@ -1,8 +1,7 @@
 """Grouped-query self-attention with rotary positions, and the one function behind it.
 
 `attend` picks the fastest exact implementation for the platform: a flash kernel on
-accelerators, a plain einsum on CPU (where XLA's fused attention is slower: 1.3x in our
-measurements). The mask is always "same segment, not later": packed documents do not
+accelerators, blocks of queries on CPU. The mask is always "same segment, not later": packed documents do not
 see each other, and a decoding cache is only another set of keys.
 
 B batch · L queries · S keys · D model width · H query heads · G key/value heads
@@ -17,10 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moex.config import Config, require, require_choice
+from moex.nn.attention_blocks import attend_in_blocks
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
 
-IMPLEMENTATIONS = ("einsum", "cudnn", "splash")
+IMPLEMENTATIONS = ("einsum", "blocks", "cudnn", "splash")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -161,7 +161,7 @@ def choose(name, q_BLHA, *, cached) -> str:
     # The TPU kernel wants whole 128-wide blocks and has no cache of another length.
     if backend == "tpu" and not cached and L % 128 == 0 and A % 128 == 0:
         return "splash"
-    return "einsum"
+    return "blocks" if backend == "cpu" and not cached else "einsum"
 
 
 def attend(q_BLHA, k_BSGA, v_BSGA, segments, positions, *, implementation):
@@ -170,7 +170,9 @@ def attend(q_BLHA, k_BSGA, v_BSGA, segments, positions, *, implementation):
     Args:
       q_BLHA: queries; k_BSGA, v_BSGA: keys and values, G divides H.
       segments: int32 (queries [B, L], keys [B, S]).
-      positions: int32 (queries [B, L], keys [B, S]) inside the segments.
+      positions: int32 (queries [B, L], keys [B, S]) inside the segments. "blocks" and
+        "splash" take queries and keys of the same rows, with positions that rise along
+        the row inside a segment.
       implementation: one of `IMPLEMENTATIONS`.
 
     Returns:
@@ -179,6 +181,8 @@ def attend(q_BLHA, k_BSGA, v_BSGA, segments, positions, *, implementation):
     """
     if implementation == "splash":
         return _splash(q_BLHA, k_BSGA, v_BSGA, segments)
+    if implementation == "blocks":
+        return attend_in_blocks(q_BLHA, k_BSGA, v_BSGA, segments[0], positions[0])
     mask_BLS = (segments[0][:, :, None] == segments[1][:, None, :]) & (
         positions[0][:, :, None] >= positions[1][:, None, :]
     )

@@ -32,7 +32,7 @@ class Context:
       kernels: name of the grouped-matmul implementation, or None to choose.
       attention: name of the attention implementation, or None to choose.
       remat: "none", "dots" (keep matmul results) or "full".
-      unroll: layers of a segment that are unrolled per scan step.
+      scan_layers: one compiled body for all layers of a segment; False: one each.
     """
 
     segment_BL: jax.Array
@@ -51,7 +51,7 @@ class Context:
     kernels: str | None = dataclasses.field(default=None, metadata={"static": True})
     attention: str | None = dataclasses.field(default=None, metadata={"static": True})
     remat: str = dataclasses.field(default="none", metadata={"static": True})
-    unroll: int = dataclasses.field(default=1, metadata={"static": True})
+    scan_layers: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def valid_BL(self) -> jax.Array:

@@ -1,8 +1,9 @@
 """Depth: `Segment(pattern, repeat)`. The only file that knows scan and remat.
 
 A pattern is a tuple of feed-forward configs; `repeat` copies of it are built by vmap
-over keys and run by one `lax.scan`, so that the program does not grow with depth.
-Write `repeat=1` segments where nothing repeats.
+over keys and run by one `lax.scan`, so that the program does not grow with depth; or
+one after the other where the context says so. Write `repeat=1` segments where nothing
+repeats.
 """
 
 import dataclasses
@@ -96,24 +97,28 @@ class SegmentStack(nnx.Module):
         repeat = jax.tree.leaves(self.blocks)[0].shape[0]
         numbers = jnp.arange(repeat, dtype=jnp.int32)
         forced = None if ctx.forced is None else ctx.forced["blocks"]
-        x_BLD, (aux, cache) = jax.lax.scan(
-            checkpointed(body, ctx.remat),
-            x_BLD,
-            (self.blocks, cache, numbers, forced),
-            unroll=ctx.unroll,
-        )
+        body, layers = checkpointed(body, ctx), (self.blocks, cache, numbers, forced)
+        if ctx.scan_layers:
+            x_BLD, (aux, cache) = jax.lax.scan(body, x_BLD, layers)
+            return x_BLD, aux, cache
+        # Not the scan's own `unroll`, which still stacks what the backward pass needs.
+        outs = []
+        for i in range(repeat):
+            x_BLD, out = body(x_BLD, jax.tree.map(lambda a, i=i: a[i], layers))
+            outs.append(out)
+        aux, cache = jax.tree.map(lambda *a: jnp.stack(a), *outs)
         return x_BLD, aux, cache
 
 
 REMAT = ("none", "dots", "full")
 
 
-def checkpointed(body, remat):
-    """`body` under `jax.checkpoint` as `remat` says: one of `REMAT`.
+def checkpointed(body, ctx):
+    """`body` under `jax.checkpoint` as `ctx.remat` says: one of `REMAT`.
 
-    `prevent_cse=False` is safe inside scan and saves its barriers.
+    Outside of a scan, barriers must keep XLA from sharing what is computed again.
     """
-    if remat == "none":
+    if ctx.remat == "none":
         return body
     policies = jax.checkpoint_policies
     dots = policies.save_from_both_policies(
@@ -121,5 +126,7 @@ def checkpointed(body, remat):
         policies.save_only_these_names(GROUPED_MATMUL, PRE_ACTIVATIONS),
     )
     return jax.checkpoint(
-        body, prevent_cse=False, policy=dots if remat == "dots" else None
+        body,
+        prevent_cse=not ctx.scan_layers,
+        policy=dots if ctx.remat == "dots" else None,
     )

@@ -142,6 +142,7 @@ def static_options(cfg, *, train: bool) -> dict:
         "dtype": compute_dtype(cfg),
         "kernels": kernels,
         "remat": cfg.remat if train else "none",
+        "scan_layers": cfg.scan_layers,
     }
 
 

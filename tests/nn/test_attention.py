@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from moex.config import ConfigError, check
-from moex.nn import attention
+from moex.nn import attention, attention_blocks
 from moex.nn.attention import Attention, attend, choose, rotary
 from tests.helpers import context, split_module
 from tests.tolerances import assert_close
@@ -49,23 +49,63 @@ def loop(q_BLHA, k_BSGA, v_BSGA, segment, position):
     return y
 
 
-def einsum(q_BLHA, k_BSGA, v_BSGA, segment=SEGMENT, position=POSITION):
-    return attend(
-        q_BLHA,
-        k_BSGA,
-        v_BSGA,
-        (jnp.asarray(segment),) * 2,
-        (jnp.asarray(position),) * 2,
-        implementation="einsum",
-    )
+def run(q_BLHA, k_BSGA, v_BSGA, segment=SEGMENT, position=POSITION, name="einsum"):
+    pairs = (jnp.asarray(segment),) * 2, (jnp.asarray(position),) * 2
+    return attend(q_BLHA, k_BSGA, v_BSGA, *pairs, implementation=name)
+
+
+@pytest.fixture(params=[4, 3, 9], ids=lambda rows: f"blocks of {rows}")
+def block_rows(request, monkeypatch):
+    """Rows per block; 9 is one block, and 4 leaves a last one of a single row."""
+    monkeypatch.setattr(attention_blocks, "MIN_ROWS", request.param)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_einsum_is_the_loop(dtype):
     q, k, v = arrays(dtype=dtype)
-    y = einsum(q, k, v)
+    y = run(q, k, v)
     assert y.dtype == q.dtype
     assert_close(y, loop(q, k, v, SEGMENT, POSITION), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_are_the_loop(dtype, block_rows):
+    q, k, v = arrays(dtype=dtype)
+    y = run(q, k, v, name="blocks")
+    assert y.dtype == q.dtype
+    assert_close(y, loop(q, k, v, SEGMENT, POSITION), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("G", [1, 2, 4])
+def test_gradients_of_blocks_are_those_of_the_einsum(dtype, G, block_rows):
+    q, k, v = arrays(G=G, dtype=dtype)
+    dy = arrays(seed=1, dtype=dtype)[0]
+
+    def gradients(name, dtype):
+        qkv = (a.astype(dtype) for a in (q, k, v))
+        _, pull = jax.vjp(lambda *a: run(*a, name=name), *qkv)
+        return pull(dy.astype(dtype))
+
+    for a, b in zip(
+        gradients("blocks", dtype), gradients("einsum", "float32"), strict=True
+    ):
+        assert a.dtype == dtype
+        assert_close(a, b, "step" if dtype == "float32" else dtype)
+
+
+def test_blocks_keep_nothing_of_the_size_of_the_scores():
+    """What the backward pass of 512 rows is given, in bytes over the inputs'."""
+    q, k, v = arrays(L=512, H=2, G=2)
+    rows = np.arange(512, dtype=np.int32)[None].repeat(B, 0)
+    inputs = sum(a.nbytes for a in (q, k, v))
+    kept = {}
+    for name in ("einsum", "blocks"):
+        _, pull = jax.vjp(
+            lambda *a, name=name: run(*a, np.ones_like(rows), rows, name), q, k, v
+        )
+        kept[name] = sum(a.nbytes for a in jax.tree.leaves(pull)) / inputs
+    assert kept["blocks"] < 2 < 20 < kept["einsum"]
 
 
 def test_large_scores_and_queries_without_keys_stay_finite():
@@ -76,11 +116,13 @@ def test_large_scores_and_queries_without_keys_stay_finite():
     assert jnp.all(jnp.isfinite(y))
 
 
-def test_a_query_sees_its_own_document_up_to_itself_and_nothing_else():
+@pytest.mark.parametrize("name", ["einsum", "blocks"])
+def test_a_query_sees_its_own_document_up_to_itself_and_nothing_else(name, monkeypatch):
     """Through the gradient: which keys and values move output (b, i)?"""
+    monkeypatch.setattr(attention_blocks, "MIN_ROWS", 4)
     q, k, v = arrays()
-    run = jax.jit(lambda k, v: jnp.sum(einsum(q, k, v) ** 2, axis=(2, 3)))
-    for gradient in jax.jacrev(run, argnums=(0, 1))(k, v):
+    f = jax.jit(lambda k, v: jnp.sum(run(q, k, v, name=name) ** 2, axis=(2, 3)))
+    for gradient in jax.jacrev(f, argnums=(0, 1))(k, v):
         moves = np.any(np.asarray(gradient) != 0, axis=(4, 5))
         for b, i, c, j in np.ndindex(*moves.shape):
             seen = (
@@ -97,7 +139,7 @@ def test_a_query_sees_its_own_document_up_to_itself_and_nothing_else():
 def test_grouped_queries_are_repeated_heads():
     q, k, v = arrays(H=6, G=3)
     repeated = (jnp.repeat(a, 2, axis=2) for a in (k, v))
-    assert_close(einsum(q, k, v), einsum(q, *repeated), "order")
+    assert_close(run(q, k, v), run(q, *repeated), "order")
 
 
 def test_rotary_keeps_norms_and_position_zero():
@@ -159,7 +201,8 @@ def test_layer_shapes_and_explicit_head_width():
 @pytest.mark.parametrize(
     ("backend", "dtype", "L", "A", "cached", "expected"),
     [
-        ("cpu", "bfloat16", 128, 128, False, "einsum"),
+        ("cpu", "bfloat16", 128, 128, False, "blocks"),
+        ("cpu", "float32", 1, 64, True, "einsum"),
         ("gpu", "bfloat16", 100, 64, False, "cudnn"),
         ("gpu", "bfloat16", 1, 64, True, "cudnn"),
         ("gpu", "float32", 128, 64, False, "einsum"),
@@ -234,4 +277,4 @@ def test_refusals(fields, message):
 
 
 def test_the_implementations_are_these():
-    assert attention.IMPLEMENTATIONS == ("einsum", "cudnn", "splash")
+    assert attention.IMPLEMENTATIONS == ("einsum", "blocks", "cudnn", "splash")
