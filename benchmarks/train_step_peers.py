@@ -7,7 +7,9 @@ Forward, backward and AdamW in float32, with 8 experts (top-2, width 512) and wi
 (top-8, width 64). moex runs the train step of a job with all its figures; torch runs
 Mixtral with each experts implementation of transformers, plain and compiled, with the
 fastest pair of the attentions and AdamWs named. Load-balance loss and gradient clipping
-are off on both sides; a GPU may use TF32 on both. Steps alternate in one process; each
+are off on both sides; a GPU may use TF32 on both. "matmuls alone" is the floor of what
+XLA can do: plain dense products of the same FLOPs as the step's (attention at half of
+its square), with nothing between them. Steps alternate in one process; each
 side trains on one random batch over and over, so that its loss must fall. What cannot
 run is a row with the reason. Needs the extra `hf`, and a C++ compiler on a CPU.
 
@@ -23,6 +25,7 @@ import tempfile
 from itertools import product
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -52,6 +55,7 @@ TARGETS = {8: 1.0, 64: 1.3}  # E: how much faster moex is to be
 LR, DECAY, BETAS, EPS = 1e-3, 0.1, (0.9, 0.95), 1e-8
 GPU = jax.default_backend() == "gpu" and torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+ALONE = "matmuls alone (XLA)"
 PAUSE_S = 0.5  # torch's threads spin for a while after each step, on moex's cores
 
 
@@ -98,6 +102,33 @@ def moex_step(job, losses: list):
         losses.append(float(metrics["loss"]))
 
     return run
+
+
+def matmuls_alone(E: int):
+    """A function that runs dense products with the FLOPs of one training step."""
+    K, F = SETTINGS[E]
+    T, A, causal = B * L, D // HEADS, L // 2
+    # (batch, rows, inner, columns) of each forward product; the backward has two each.
+    layer = [(1, T, D, 3 * D), (1, T, D, D), (1, T * K, D, 2 * F), (1, T * K, F, D)]
+    layer += [(B * HEADS, L, A, causal), (B * HEADS, L, causal, A)]
+    sizes = layer * LAYERS + [(1, T, D, V)]
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape[shape[0] == 1 :]), jnp.float32)
+
+    arrays = [(normal(b, m, k), normal(b, k, n), normal(b, m, n))
+              for b, m, k, n in sizes]  # fmt: skip
+
+    @jax.jit
+    def products(arrays):
+        out = []
+        for x, w, dy in arrays:
+            x_T = jax.lax.optimization_barrier(jnp.matrix_transpose(x))
+            out += [x @ w, dy @ jnp.matrix_transpose(w), x_T @ dy]
+        return out
+
+    return lambda: products(arrays)
 
 
 def torch_model(E: int, attention: str, experts: str, device: str = DEVICE):
@@ -195,10 +226,13 @@ def run(E: int, args) -> dict:
     jobs, reasons = torch_jobs(E, args, losses)
     with jax.set_mesh(job.mesh):
         jobs = {"moex": moex_step(job, losses["moex"])} | jobs
+        jobs |= {ALONE: matmuls_alone(E)}
         seconds = common.measure(jobs, args.repeats, PAUSE_S)
         rows = common.summary(seconds, "moex")
     for name, row in rows.items():
         row["median_ratio"] = row["median_s"] / rows["moex"]["median_s"]
+        if name == ALONE:
+            continue
         row["losses"] = noted = losses[name][-args.repeats :]
         row["falls"] = all(map(math.isfinite, noted)) and noted[-1] < noted[0]
     cost = accounting.model_cost(job.cfg.model, job.spec, L)
@@ -218,10 +252,13 @@ def table(E: int, figures: dict) -> str:
         ms = [1e3 * row[key] for key in ("min_s", "median_s", "cpu_min_s")]
         ratios = [row[key] for key in ("ratio", "median_ratio", "cpu_ratio")]
         line = cells.format(name, *ms, B * L / row["min_s"], *ratios)
-        line += "  {:.3f} to {:.3f}".format(row["losses"][0], row["losses"][-1])
-        lines.append(line + ("" if row["falls"] else ": DOES NOT FALL"))
+        if name != ALONE:
+            line += "  {:.3f} to {:.3f}".format(row["losses"][0], row["losses"][-1])
+            line += "" if row["falls"] else ": DOES NOT FALL"
+        lines.append(line)
     lines += [f"{name:<34}  {why}" for name, why in figures["cannot_run"].items()]
-    ratios = {n: r["ratio"] for n, r in figures["rows"].items() if n != "moex"}
+    theirs = figures["rows"].keys() - {"moex", ALONE}
+    ratios = {name: figures["rows"][name]["ratio"] for name in theirs}
     if ratios:
         best = min(ratios, key=lambda name: ratios[name])
         lines.append(f"over {best}: {ratios[best]:.2f}, target {TARGETS[E]}")

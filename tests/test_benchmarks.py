@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import common, grouped_matmul, moe_layer, tune
+from benchmarks import attention, common, grouped_matmul, moe_layer, tune
 from kernels_pallas import tuned
 
 
@@ -41,6 +41,11 @@ def test_grouped_matmuls(run):
     assert set(rows) == {"first", "second"}
     assert set(rows["first"]["moex cpu"]["zipf"]) == {"fwd", "dx", "dw"}
     assert "ragged_dot" in rows["second"]
+
+
+def test_attention(run):
+    rows = run(attention, "--shape=1,128,4,2,8", "--repeats=1")["rows"]
+    assert rows["einsum"]["ratio"] == 1 and rows["blocks"]["min_s"] > 0
 
 
 def test_the_tuner_without_a_device_compares_and_writes_nothing(monkeypatch, capsys):

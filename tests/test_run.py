@@ -29,8 +29,8 @@ def test_the_keys_of_a_run():
     """Adding a key is a decision: think about whether it belongs to a part instead."""
     assert list(RUN_KEYS) == [
         *("seed", "steps", "batch_size", "seq_len", "grad_accum", "eval", "checkpoint"),
-        *("log", "precision", "remat", "scan_layers", "kernels", "nan_limit", "init_from"),
-        *("model", "optim", "data", "mesh", "loss"),
+        *("log", "precision", "remat", "scan_layers", "kernels", "nan_limit"),
+        *("init_from", "model", "optim", "data", "mesh", "loss"),
     ]
 
 

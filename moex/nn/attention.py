@@ -1,8 +1,8 @@
 """Grouped-query self-attention with rotary positions, and the one function behind it.
 
 `attend` picks the fastest exact implementation for the platform: a flash kernel on
-accelerators, blocks of queries on CPU. The mask is always "same segment, not later": packed documents do not
-see each other, and a decoding cache is only another set of keys.
+accelerators, blocks of queries on CPU. The mask is always "same segment, not later":
+packed documents do not see each other, and a decoding cache is only another set of keys.
 
 B batch · L queries · S keys · D model width · H query heads · G key/value heads
 · R = H / G · A head width
@@ -109,7 +109,9 @@ class AttentionLayer(nnx.Module):
         _, G, R, A = self.w_q_DGRA[...].shape
         q = jnp.einsum("bld,dgra->blgra", x_BLD, self.w_q_DGRA[...].astype(dtype))
         kv = jnp.einsum("bld,dcga->blcga", x_BLD, self.w_kv_D2GA[...].astype(dtype))
-        q_BLHA, k, v = q.reshape(B, L, G * R, A), kv[:, :, 0], kv[:, :, 1]
+        q_BLHA = q.reshape(B, L, G * R, A)
+        # A split, whose gradient is one concatenation; that of slices is padding twice.
+        k, v = (jnp.squeeze(part, 2) for part in jnp.split(kv, 2, axis=2))
         if self.norm_q is not None and self.norm_k is not None:
             q_BLHA, k = self.norm_q(q_BLHA), self.norm_k(k)
         q_BLHA = rotary(q_BLHA, ctx.position_BL, self.rope_theta)

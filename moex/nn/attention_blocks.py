@@ -4,14 +4,12 @@ A block of queries meets only the keys up to its own end, so that about half of 
 masked products are never computed, and nothing of size L x L outlives its block: the
 backward pass computes the weights again from the log-normalisers (Dao et al. 2022,
 arXiv:2205.14135, without tiling over keys). Matmuls are written so that no operand of
-the size of the scores is transposed, which XLA:CPU does by a copy. Beside a plain einsum, forward and backward: 2.3 to 3 times as fast for 256
-and 1024 rows (float32, 2 cores; `benchmarks/attention.py`).
+the size of the scores is transposed, which XLA:CPU does by a copy. Less than half the
+time of a plain einsum, forward and backward (`benchmarks/attention.py`).
 
 B batch · L length · H query heads · G key/value heads · R = H / G · A head width
 · N queries of one block · S keys up to its end
 """
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +55,8 @@ def _backward(saved, dy_BLHA):
     q, k, v = _heads_first(q_BLHA, k_BLGA, v_BLGA)
     G = k.shape[1]
     dy, y = _grouped(dy_BLHA, G), _grouped(y_BLHA, G)
-    dq, dk_T, dv_T = [], 0.0, 0.0
+    dq = []
+    dk_T = dv_T = jnp.zeros((*k.shape[:2], k.shape[3], k.shape[2]), jnp.float32)
     for rows, norm in zip(_blocks(q_BLHA.shape[1]), norms, strict=True):
         seen, behind = rows.stop, q_BLHA.shape[1] - rows.stop
         weight = jnp.exp(_scores(q, k, rows, masks) - norm)
