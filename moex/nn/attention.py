@@ -2,7 +2,7 @@
 
 `attend` picks the fastest exact implementation for the platform: a flash kernel on
 accelerators, blocks of queries on CPU. The mask is always "same segment, not later":
-packed documents do not see each other, and a decoding cache is only another set of keys.
+packed documents do not see each other; a decoding cache is only another set of keys.
 
 B batch · L queries · S keys · D model width · H query heads · G key/value heads
 · R = H / G · A head width
