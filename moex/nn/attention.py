@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.device import platform
 from moex.config import Config, require, require_choice
-from moex.nn.attention_blocks import attend_in_blocks
+from moex.nn.attention_blocks import FLOOR, attend_in_blocks, visible
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
 
@@ -154,7 +155,7 @@ def choose(name, q_BLHA, *, cached) -> str:
     if name is not None:
         require_choice("attention", name, IMPLEMENTATIONS)
         return name
-    backend = jax.default_backend()
+    backend = platform()
     L, A = q_BLHA.shape[1], q_BLHA.shape[-1]
     half_precision = q_BLHA.dtype in (jnp.bfloat16, jnp.float16)
     # cuDNN's flash kernel takes 16-bit inputs and head widths up to 128, in eights.
@@ -185,9 +186,7 @@ def attend(q_BLHA, k_BSGA, v_BSGA, segments, positions, *, implementation):
         return _splash(q_BLHA, k_BSGA, v_BSGA, segments)
     if implementation == "blocks":
         return attend_in_blocks(q_BLHA, k_BSGA, v_BSGA, segments[0], positions[0])
-    mask_BLS = (segments[0][:, :, None] == segments[1][:, None, :]) & (
-        positions[0][:, :, None] >= positions[1][:, None, :]
-    )
+    mask_BLS = visible(segments, positions)
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(
             q_BLHA, k_BSGA, v_BSGA, mask=mask_BLS[:, None], implementation="cudnn"
@@ -202,8 +201,7 @@ def _einsum(q_BLHA, k_BSGA, v_BSGA, mask_BLS):
     score = jnp.einsum(
         "blgra,bsga->bgrls", q, k_BSGA, preferred_element_type=jnp.float32
     )
-    # A finite floor: a row with no visible key stays free of NaN.
-    score = jnp.where(mask_BLS[:, None, None], score, -1e30)
+    score = jnp.where(mask_BLS[:, None, None], score, FLOOR)
     weight = jax.nn.softmax(score, axis=-1).astype(v_BSGA.dtype)
     y = jnp.einsum("bgrls,bsga->blgra", weight, v_BSGA)
     return y.reshape(B, L, H, A)

@@ -30,11 +30,19 @@ def attend_in_blocks(q_BLHA, k_BLGA, v_BLGA, segment_BL, position_BL):
 
     Returns:
       [B, L, H, A] in the dtype of q.
+
+    Raises:
+      ValueError: if there are more keys than queries, or fewer, as in decoding.
     """
     return _forward(q_BLHA, k_BLGA, v_BLGA, segment_BL, position_BL)[0]
 
 
 def _forward(q_BLHA, k_BLGA, v_BLGA, segment_BL, position_BL):
+    if q_BLHA.shape[1] != k_BLGA.shape[1]:
+        raise ValueError(
+            "attention in blocks needs the keys of the queries' own rows; got "
+            f"{q_BLHA.shape[1]} queries and {k_BLGA.shape[1]} keys."
+        )
     q, k, v = _heads_first(q_BLHA, k_BLGA, v_BLGA)
     masks = (segment_BL, position_BL)
     parts, norms = [], []
@@ -80,6 +88,16 @@ def _backward(saved, dy_BLHA):
 attend_in_blocks.defvjp(_forward, _backward)
 
 
+def visible(segments, positions):
+    """bool[B, N, S]: whether a key is in the query's segment and not later.
+
+    Both are int32 pairs (queries [B, N], keys [B, S]).
+    """
+    return (segments[0][:, :, None] == segments[1][:, None, :]) & (
+        positions[0][:, :, None] >= positions[1][:, None, :]
+    )
+
+
 def _blocks(length):
     """Slices of the rows, in order."""
     rows = max(MIN_ROWS, -(-length // MAX_BLOCKS))
@@ -108,11 +126,8 @@ def _heads_last(parts):
 
 def _scores(q, k, rows, masks):
     """float32[B, G, R, N, S], masked."""
-    segment, position = masks
     keys = slice(0, rows.stop)
-    mask_BNS = (segment[:, rows, None] == segment[:, None, keys]) & (
-        position[:, rows, None] >= position[:, None, keys]
-    )
+    mask_BNS = visible(*((of_BL[:, rows], of_BL[:, keys]) for of_BL in masks))
     score = _matmul(q[:, :, :, rows], k[:, :, keys], transpose=True)
     return jnp.where(mask_BNS[:, None, None], score, FLOOR)
 

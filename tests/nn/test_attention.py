@@ -94,6 +94,18 @@ def test_gradients_of_blocks_are_those_of_the_einsum(dtype, G, block_rows):
         assert_close(a, b, "step" if dtype == "float32" else dtype)
 
 
+def test_blocks_are_what_they_say(block_rows):
+    parts = attention_blocks._blocks(L)
+    assert [row for part in parts for row in range(L)[part]] == list(range(L))
+    assert len(parts) == -(-L // attention_blocks.MIN_ROWS)
+
+
+def test_blocks_refuse_a_cache():
+    q, k, v = arrays()
+    with pytest.raises(ValueError, match="4 queries and 9 keys"):
+        run(q[:, :4], k, v, name="blocks")
+
+
 def test_blocks_keep_nothing_of_the_size_of_the_scores():
     """What the backward pass of 512 rows is given, in bytes over the inputs'."""
     q, k, v = arrays(L=512, H=2, G=2)
