@@ -15,7 +15,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from benchmarks import common
+from benchmarks import common, moe_layer
 from moex.nn.attention import IMPLEMENTATIONS, attend
 
 
@@ -33,15 +33,10 @@ def job(shape, dtype, implementation):
     position_BL = jnp.where(segment_BL == 2, row_BL - L // 3, row_BL)
     pairs = (segment_BL,) * 2, (position_BL,) * 2
 
-    @jax.jit
-    def both(q, k, v, dy):
-        def run(q, k, v):
-            return attend(q, k, v, *pairs, implementation=implementation)
+    def run(q, k, v):
+        return attend(q, k, v, *pairs, implementation=implementation)
 
-        y, pull = jax.vjp(run, q, k, v)
-        return y, *pull(dy)
-
-    return lambda: both(*arrays)
+    return moe_layer.both(run, *arrays)[1]
 
 
 def main() -> None:
@@ -52,8 +47,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
-    shape, names = tuple(map(int, args.shape.split(","))), args.implementations
+    names = args.implementations
     try:
+        shape = tuple(int(n) for n in args.shape.split(","))
+        if len(shape) != 5:
+            raise ValueError(f"--shape={args.shape}: must be B,L,H,G,A.")
         common.check_names(names, IMPLEMENTATIONS)
     except ValueError as e:
         parser.error(str(e))

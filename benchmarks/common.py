@@ -85,7 +85,7 @@ def measure(jobs: dict, repeats: int, pause_s: float = 0.0) -> dict:
       jobs: {name: function without arguments}; called twice before they count.
       repeats: of each.
       pause_s: seconds of sleep before every run, for the threads of one library to stop
-        waiting busily (OpenMP's do for 0.2 s) where another one's are timed next.
+        waiting busily where another one's are timed next.
 
     Returns:
       {name: {"wall": [...], "cpu": [...]}}; "cpu" is the time of all threads.

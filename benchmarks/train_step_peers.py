@@ -231,10 +231,9 @@ def run(E: int, args) -> dict:
         rows = common.summary(seconds, "moex")
     for name, row in rows.items():
         row["median_ratio"] = row["median_s"] / rows["moex"]["median_s"]
-        if name == ALONE:
-            continue
-        row["losses"] = noted = losses[name][-args.repeats :]
-        row["falls"] = all(map(math.isfinite, noted)) and noted[-1] < noted[0]
+        if name in losses:
+            row["losses"] = noted = losses[name][-args.repeats :]
+            row["falls"] = all(map(math.isfinite, noted)) and noted[-1] < noted[0]
     cost = accounting.model_cost(job.cfg.model, job.spec, L)
     params = (cost.num_params, sum(p.numel() for p in theirs.parameters()))
     assert abs(params[0] / params[1] - 1) < 0.02, params
@@ -252,7 +251,7 @@ def table(E: int, figures: dict) -> str:
         ms = [1e3 * row[key] for key in ("min_s", "median_s", "cpu_min_s")]
         ratios = [row[key] for key in ("ratio", "median_ratio", "cpu_ratio")]
         line = cells.format(name, *ms, B * L / row["min_s"], *ratios)
-        if name != ALONE:
+        if "losses" in row:
             line += "  {:.3f} to {:.3f}".format(row["losses"][0], row["losses"][-1])
             line += "" if row["falls"] else ": DOES NOT FALL"
         lines.append(line)

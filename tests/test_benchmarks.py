@@ -46,6 +46,10 @@ def test_grouped_matmuls(run):
 def test_attention(run):
     rows = run(attention, "--shape=1,128,4,2,8", "--repeats=1")["rows"]
     assert rows["einsum"]["ratio"] == 1 and rows["blocks"]["min_s"] > 0
+    with pytest.raises(SystemExit):
+        run(attention, "--shape=1,128")
+    with pytest.raises(SystemExit):
+        run(attention, "--implementations=block")
 
 
 def test_the_tuner_without_a_device_compares_and_writes_nothing(monkeypatch, capsys):
