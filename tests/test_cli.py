@@ -150,6 +150,7 @@ FIELDS = [
     ("config.precision=float8", "must be one of 'auto', 'float32', 'bfloat16'."),
     ("config.optim.schedule=cosin", "Did you mean 'cosine'?"),
     ("config.remat=all", "config.remat = 'all': must be one of 'none', 'dots', 'full'"),
+    ("config.scan_layers=maybe", "config.scan_layers = 'maybe': must be bool."),
     ("config.kernels=cuda", "config.kernels = 'cuda': must be one of 'auto', "),
     ("config.kernels=triton", "config.kernels = 'triton': must be 'auto' or have one"),
     ("config.mesh.fsdp=3", "config.mesh: the axes (data=-1, fsdp=3, expert=1, "),

@@ -97,7 +97,8 @@ class SegmentStack(nnx.Module):
         repeat = jax.tree.leaves(self.blocks)[0].shape[0]
         numbers = jnp.arange(repeat, dtype=jnp.int32)
         forced = None if ctx.forced is None else ctx.forced["blocks"]
-        body, layers = checkpointed(body, ctx), (self.blocks, cache, numbers, forced)
+        body = checkpointed(body, ctx)
+        layers = (self.blocks, cache, numbers, forced)
         if ctx.scan_layers:
             x_BLD, (aux, cache) = jax.lax.scan(body, x_BLD, layers)
             return x_BLD, aux, cache
