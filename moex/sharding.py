@@ -1,30 +1,44 @@
 """Where arrays live: the mesh, the rules from logical to mesh axes, placement.
 
-The mesh has four axes, all Auto (XLA propagates): `data` (copies of the model),
-`fsdp` (parameters split, gathered where used), `expert` and `tensor`. A batch is split
-over the first three. Every figure of sharding comes from `AxisRules`.
+The mesh has five axes, all Auto (XLA propagates): `data` (copies of the model), `fsdp`
+(parameters split, gathered where used), `expert`, `seq` (the length of sequences) and
+`tensor`. A batch is split over the first three. Every figure of sharding comes from
+`AxisRules`; what travels between experts is `moe/parallel.py`.
 """
 
 import dataclasses
 import math
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moex.config import Config, ConfigError, require
+from moex.config import Config, ConfigError, require, require_choice
 
-AXIS_NAMES = ("data", "fsdp", "expert", "tensor")
+AXIS_NAMES = ("data", "fsdp", "expert", "seq", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
+TOKEN_AXES = (*BATCH_AXES, "seq")
+EXCHANGES = ("auto", "all_to_all", "gather")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class MeshConfig(Config):
-    """Sizes of the mesh axes; one may be -1: whatever devices are left."""
+    """Sizes of the mesh axes; one may be -1: whatever devices are left.
+
+    TPU slices are told apart by the devices themselves: the `data` axis goes over the
+    data-centre network between them, all others stay inside a slice.
+    """
 
     data: int = -1  # copies of the model, the batch split between them
     fsdp: int = 1  # parameters and optimizer state split over this axis
     expert: int = 1  # experts split over this axis
+    seq: int = 1  # the length of sequences split over this axis
     tensor: int = 1  # heads and hidden widths split over this axis
+    exchange: str = "auto"  # rows to experts by "all_to_all", or "gather" of all tokens
+    exchange_buffer: float | None = (
+        None  # all_to_all in training: rows received over their mean; None: worst case
+    )
 
     def validate(self, path):
         for name in AXIS_NAMES:
@@ -32,6 +46,14 @@ class MeshConfig(Config):
             require(size >= 1 or size == -1, f"{path}.{name}", size, ">= 1, or -1")
         free = [n for n in AXIS_NAMES if getattr(self, n) == -1]
         require(len(free) <= 1, path, free, "at most one axis of size -1")
+        require_choice(f"{path}.exchange", self.exchange, EXCHANGES)
+        buffer = self.exchange_buffer
+        require(
+            buffer is None or buffer >= 1,
+            f"{path}.exchange_buffer",
+            buffer,
+            "at least 1, or None for buffers that hold the worst case",
+        )
 
     def sizes(self, num_devices: int, path: str = "config.mesh") -> tuple[int, ...]:
         """The axis sizes on `num_devices` devices.
@@ -52,11 +74,41 @@ class MeshConfig(Config):
         return tuple(sizes)
 
     def make(self, devices=None) -> Mesh:
-        """A mesh over `devices` (default: all)."""
+        """A mesh over `devices` (default: all).
+
+        Raises:
+          ConfigError: if the sizes do not fit the devices or their slices.
+        """
         devices = jax.devices() if devices is None else devices
         sizes = self.sizes(len(devices))
         auto = (AxisType.Auto,) * len(AXIS_NAMES)
-        return jax.make_mesh(sizes, AXIS_NAMES, axis_types=auto, devices=devices)
+        slices = num_slices(devices)
+        if slices == 1:
+            return jax.make_mesh(sizes, AXIS_NAMES, axis_types=auto, devices=devices)
+        data, *inside = sizes
+        require(
+            data % slices == 0,
+            "config.mesh.data",
+            data,
+            f"a multiple of the number of TPU slices = {slices}; only copies of the "
+            "model talk over the data-centre network",
+        )
+        between = (slices, *(1 for _ in inside))
+        array = mesh_utils.create_hybrid_device_mesh(
+            (data // slices, *inside), between, devices
+        )
+        return Mesh(array, AXIS_NAMES, axis_types=auto)
+
+
+def num_slices(devices) -> int:
+    """TPU slices among `devices`; 1 on any other platform.
+
+    GPUs have such a number too, one per node or NVLink domain; there any axis may go
+    over the network, and the order of devices keeps the last axes inside a node.
+    """
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(d, "slice_index", 0) for d in devices})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +116,8 @@ class AxisRules:
     """Logical axis -> mesh axis (or several, or None: not split)."""
 
     batch: tuple[str, ...] = BATCH_AXES
+    length: str | None = "seq"
+    tokens: tuple[str, ...] = TOKEN_AXES
     vocab: str | None = "tensor"
     embed: str | None = "fsdp"
     heads: str | None = "tensor"
@@ -98,18 +152,47 @@ def partition_spec(axes, rules: AxisRules = RULES) -> PartitionSpec:
 
 
 def param_sharding(shape, axes, mesh: Mesh, rules: AxisRules = RULES) -> NamedSharding:
-    """Sharding of one parameter; leading dims beyond `axes` are stacked layers.
-
-    A dim that the mesh axis does not divide is left whole: a layer with 3 experts on
-    an expert axis of 2 still runs, replicated.
-    """
+    """Sharding of one parameter; leading dims beyond `axes` are stacked layers."""
     full = (None,) * (len(shape) - len(axes)) + tuple(axes)
-    spec = partition_spec(full, rules)
-    fitted = [
-        axis if axis is not None and size % _extent(mesh, axis) == 0 else None
-        for size, axis in zip(shape, spec, strict=True)
-    ]
-    return NamedSharding(mesh, PartitionSpec(*fitted))
+    return NamedSharding(mesh, partition_spec(full, rules))
+
+
+def check_divides(leaves, sizes: dict[str, int], path: str = "config.mesh") -> None:
+    """Check that every mesh axis divides the dims that it splits.
+
+    Args:
+      leaves: (name, shape, logical axes) of each parameter; the last dims have axes.
+      sizes: of the mesh axes by name.
+      path: of the mesh in the config.
+
+    Raises:
+      ConfigError: with the mesh axis, the parameter, its dim and both sizes.
+    """
+    for name, shape, axes in leaves:
+        own = shape[len(shape) - len(axes) :]
+        for size, logical in zip(own, axes, strict=True):
+            mesh_axis = None if logical is None else getattr(RULES, logical)
+            parts = sizes.get(mesh_axis, 1)
+            if size % parts:
+                raise ConfigError(
+                    f"{path}.{mesh_axis} = {parts}: must divide the {logical!r} dim of "
+                    f"every parameter; that of {name} is {size} "
+                    f"({_describe(logical, own, axes)})."
+                )
+
+
+WHAT_AXES_ARE = {
+    "expert": "num_experts",
+    "embed": "model width, or the width of a head or a latent space",
+    "heads": "key/value heads",
+    "mlp": "hidden width",
+    "vocab": "vocabulary; config.model.vocab may be larger than the tokenizer's",
+}
+
+
+def _describe(logical, shape, axes) -> str:
+    what = WHAT_AXES_ARE.get(logical, logical)
+    return f"{what}; its shape is {tuple(shape)}, axes {tuple(axes)}"
 
 
 def _extent(mesh, axis) -> int:
@@ -138,9 +221,43 @@ def constrain(x: jax.Array, *axes):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitted))
 
 
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """Of one array of a batch: [B], or [B, L]."""
+    return NamedSharding(mesh, partition_spec(("batch", "length")[:ndim]))
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that the devices of this process hold, rising.
+
+    Processes whose devices hold the same rows (split over `seq` or `tensor` only) read
+    the same data.
+    """
+    shards = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,))
+    rows = np.arange(batch_size)
+    return np.unique(np.concatenate([rows[index] for index in shards.values()]))
+
+
 def shard_batch(batch: dict, mesh: Mesh) -> dict:
-    """Host arrays of this process -> global arrays split over the batch axes."""
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    return {
-        k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()
-    }
+    """Host arrays of this process -> global arrays split over batch and length.
+
+    Args:
+      batch: [b, L] and [b] arrays with the rows `process_rows`, all of their length.
+      mesh: of the job.
+    """
+    parts = batch_shards(mesh)
+    held = len(process_rows(mesh, parts))  # of the parts of a batch, by this process
+
+    def place(local):
+        local = np.asarray(local)
+        step = len(local) // held
+        rows = process_rows(mesh, step * parts)
+
+        def piece(index):
+            first = np.searchsorted(rows, index[0].start or 0)
+            return local[(slice(first, first + step), *index[1:])]
+
+        shape = (step * parts, *local.shape[1:])
+        sharding = batch_sharding(mesh, local.ndim)
+        return jax.make_array_from_callback(shape, sharding, piece)
+
+    return {k: place(v) for k, v in batch.items()}

@@ -12,9 +12,12 @@ from moex.sharding import (
     AxisRules,
     MeshConfig,
     batch_shards,
+    check_divides,
     constrain,
+    num_slices,
     param_sharding,
     partition_spec,
+    process_rows,
     shard_batch,
 )
 from tests.helpers import mesh_of
@@ -23,11 +26,12 @@ from tests.helpers import mesh_of
 @pytest.mark.parametrize(
     ("sizes", "devices", "expected"),
     [
-        ({}, 8, (8, 1, 1, 1)),
-        ({"fsdp": 4}, 8, (2, 4, 1, 1)),
-        ({"data": 1, "tensor": -1, "expert": 2}, 8, (1, 1, 2, 4)),
-        ({"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}, 8, (2, 2, 1, 2)),
-        ({}, 1, (1, 1, 1, 1)),
+        ({}, 8, (8, 1, 1, 1, 1)),
+        ({"fsdp": 4}, 8, (2, 4, 1, 1, 1)),
+        ({"data": 1, "tensor": -1, "expert": 2}, 8, (1, 1, 2, 1, 4)),
+        ({"data": 2, "fsdp": 2, "seq": 1, "tensor": 2}, 8, (2, 2, 1, 1, 2)),
+        ({"seq": 2}, 8, (4, 1, 1, 2, 1)),
+        ({}, 1, (1, 1, 1, 1, 1)),
     ],
 )
 def test_sizes(sizes, devices, expected):
@@ -50,6 +54,14 @@ def test_sizes_that_do_not_multiply_to_the_devices(sizes, devices):
         ({"data": 0}, "config.mesh.data = 0: must be >= 1, or -1"),
         ({"fsdp": -2}, "config.mesh.fsdp = -2"),
         ({"fsdp": -1}, r"\['data', 'fsdp'\]: must be at most one axis of size -1"),
+        (
+            {"exchange": "all-to-all"},
+            "exchange = 'all-to-all'.*Did you mean 'all_to_all'",
+        ),
+        (
+            {"exchange_buffer": 0.5},
+            "config.mesh.exchange_buffer = 0.5: must be at least 1",
+        ),
     ],
 )
 def test_refusals(sizes, message):
@@ -59,7 +71,10 @@ def test_refusals(sizes, message):
 
 def test_mesh_axes_are_auto_and_named():
     mesh = MeshConfig(fsdp=4).make()
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}
+    assert dict(mesh.shape) == {
+        **{"data": 2, "fsdp": 4},
+        **{"expert": 1, "seq": 1, "tensor": 1},
+    }
     assert {t.name for t in mesh.axis_types} == {"Auto"}
     assert mesh_of(1).devices.size == 1
 
@@ -80,13 +95,41 @@ def test_two_logical_axes_on_one_mesh_axis_are_an_error():
     assert partition_spec(("heads", "mlp"), rules) == PartitionSpec("tensor", None)
 
 
-def test_stacked_layers_lead_and_indivisible_dims_stay_whole():
+def test_stacked_layers_lead():
     mesh = mesh_of(8, fsdp=2, expert=2, tensor=2)
-    axes = ("expert", "embed", "mlp")
-    sharding = param_sharding((5, 4, 6, 8), axes, mesh)
+    sharding = param_sharding((5, 4, 6, 8), ("expert", "embed", "mlp"), mesh)
     assert sharding.spec == PartitionSpec(None, "expert", "fsdp", "tensor")
-    sharding = param_sharding((3, 6, 7), axes, mesh)
-    assert sharding.spec == PartitionSpec(None, "fsdp", None)
+
+
+def test_an_axis_that_does_not_divide_is_named_with_the_parameter():
+    sizes = {"data": 1, "fsdp": 2, "expert": 8, "seq": 1, "tensor": 1}
+    leaf = ("segments/0/w_in", (5, 12, 6, 8), ("expert", "embed", "mlp"))
+    message = (
+        r"config.mesh.expert = 8: must divide the 'expert' dim of every parameter; "
+        r"that of segments/0/w_in is 12 \(num_experts; its shape is \(12, 6, 8\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_divides([leaf], sizes)
+    check_divides([leaf], sizes | {"expert": 4})
+
+
+class Slice:
+    """A described TPU chip of a 2x2 slice."""
+
+    platform = "tpu"
+
+    def __init__(self, number):
+        self.id, self.slice_index = number, number // 4
+
+    def __repr__(self):
+        return f"chip {self.id}"
+
+
+def test_slices_are_on_the_data_axis():
+    chips = [Slice(i) for i in range(8)]
+    assert num_slices(chips) == 2 and num_slices(jax.devices()) == 1
+    with pytest.raises(ConfigError, match="data = 1: must be a multiple .* slices = 2"):
+        MeshConfig(data=1, fsdp=-1).make(chips)
 
 
 def test_constrain_without_a_mesh_or_on_one_device_is_nothing():
@@ -103,6 +146,16 @@ def test_constrain_places_the_dims_that_fit():
         assert lay(jnp.ones((8, 3, 4))).sharding.spec[2] == "tensor"
         y = lay(jnp.ones((8, 3, 5)))
     assert y.addressable_shards[0].data.shape == (2, 3, 5)
+
+
+def test_a_batch_is_split_over_length_too():
+    mesh = mesh_of(8, data=2, fsdp=2, seq=2)
+    batch = {"tokens": np.arange(48).reshape(4, 12), "domain": np.arange(4)}
+    placed = shard_batch(batch, mesh)
+    jax.tree.map(np.testing.assert_array_equal, placed, batch)
+    assert {s.data.shape for s in placed["tokens"].addressable_shards} == {(1, 6)}
+    assert {s.data.shape for s in placed["domain"].addressable_shards} == {(1,)}
+    assert process_rows(mesh, 4).tolist() == [0, 1, 2, 3]
 
 
 def test_a_batch_is_split_over_three_axes():

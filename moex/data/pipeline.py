@@ -10,7 +10,7 @@ Shapes: B batch (of this process) · L length.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -181,28 +181,26 @@ def train_iterator(
     batch_size: int,
     seed: int,
     start: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Endless training batches, from the global sequence index `start` on.
 
     Sequence g of the whole job depends on `seed` and g alone. Global batch b is the
-    sequences `start + b * batch_size ...`; each process gets its contiguous rows. Each
-    source is reshuffled every epoch; sources are mixed by their weights.
+    sequences `start + b * batch_size ...`; each process gets the rows that its devices
+    hold. Each source is reshuffled every epoch; sources are mixed by their weights.
 
     Args:
       prepared: from `prepare`.
       batch_size: sequences per batch over all processes.
       seed: of the order, >= 0.
       start: sequences that the whole job consumed before.
-      process_index: of this process, in [0, process_count).
-      process_count: must divide batch_size.
+      rows: which rows of each batch to read, rising; None: all.
 
     Returns:
-      Iterator of dicts: [B, L] arrays, and [B] for domain and example_id. An error in
-      the reading thread is raised by `next`.
+      Iterator of dicts: [b, L] arrays, and [b] for domain and example_id, of the b rows
+      read. An error in the reading thread is raised by `next`.
     """
-    rows = _local_rows(batch_size, process_index, process_count)
+    rows = _checked_rows(rows, batch_size)
     require(start >= 0, "start", start, ">= 0")
     parts = [
         grain.MapDataset.source(data).seed(seed + i).shuffle().repeat()
@@ -210,8 +208,10 @@ def train_iterator(
     ]
     weights = [source.weight for source in prepared.config.sources]
     mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
-    batches = mixed[start:].batch(rows, drop_remainder=True, batch_fn=stack)
-    local = batches[process_index::process_count]
+    local = mixed[start:]
+    if len(rows) < batch_size:
+        local = grain.MapDataset.source(_Rows(local, batch_size, rows))
+    local = local.batch(len(rows), drop_remainder=True, batch_fn=stack)
     options = grain.ReadOptions(
         num_threads=prepared.config.threads,
         prefetch_buffer_size=prepared.config.prefetch,
@@ -224,14 +224,31 @@ def stack(examples: list[dict[str, np.ndarray]]) -> Batch:
     return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
 
-def _local_rows(batch_size: int, process_index: int, process_count: int) -> int:
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Only these rows of every run of `batch_size` examples, as a Grain source."""
+
+    examples: Any
+    batch_size: int
+    rows: tuple[int, ...]
+
+    def __len__(self):
+        return len(self.examples) // self.batch_size * len(self.rows)
+
+    def __getitem__(self, i):
+        batch, row = divmod(i, len(self.rows))
+        return self.examples[batch * self.batch_size + self.rows[row]]
+
+
+def _checked_rows(rows: Sequence[int] | None, batch_size: int) -> tuple[int, ...]:
     require(batch_size >= 1, "batch_size", batch_size, ">= 1")
-    allowed = f"in [0, process_count={process_count})"
-    ok = 0 <= process_index < process_count
-    require(ok, "process_index", process_index, allowed)
-    allowed = f"a multiple of the number of processes ({process_count})"
-    require(batch_size % process_count == 0, "batch_size", batch_size, allowed)
-    return batch_size // process_count
+    if rows is None:
+        return tuple(range(batch_size))
+    rows = tuple(map(int, rows))
+    rising = all(a < b for a, b in zip(rows, rows[1:], strict=False))
+    ok = bool(rows) and rising and rows[0] >= 0 and rows[-1] < batch_size
+    require(ok, "rows", rows, f"rising, in [0, batch_size={batch_size})")
+    return rows
 
 
 def eval_batches(
@@ -239,32 +256,30 @@ def eval_batches(
     *,
     batch_size: int,
     limit: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Batches of every held-out sequence exactly once, in a fixed order.
 
     The last batch is filled up with rows of segment 0, loss_mask 0 and example_id -1.
-    All processes get the same number of batches; each gets its contiguous rows.
+    All processes get the same number of batches; each gets the rows of its devices.
 
     Args:
       prepared: from `prepare`.
       batch_size: sequences per batch over all processes.
       limit: at most so many sequences, spread evenly over all sources; None: all.
-      process_index: of this process, in [0, process_count).
-      process_count: must divide batch_size.
+      rows: which rows of each batch to read, rising; None: all.
     """
-    rows = _local_rows(batch_size, process_index, process_count)
+    rows = _checked_rows(rows, batch_size)
     chosen = [
         (data, int(i))
         for data, take in zip(prepared.eval, _quotas(prepared.eval, limit), strict=True)
         for i in np.arange(take) * len(data) // max(take, 1)
     ]
     for first in range(0, len(chosen), batch_size):
-        at = first + process_index * rows
-        examples = [data[i] for data, i in chosen[at : min(at + rows, len(chosen))]]
+        here = [first + row for row in rows if first + row < len(chosen)]
+        examples = [data[i] for data, i in (chosen[at] for at in here)]
         blank = blank_example(prepared.seq_len, 0, -1)
-        yield stack(examples + [blank] * (rows - len(examples)))
+        yield stack(examples + [blank] * (len(rows) - len(examples)))
 
 
 def _quotas(datasets: list, limit: int | None) -> list[int]:

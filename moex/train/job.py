@@ -99,8 +99,7 @@ class Job:
             batch_size=self.cfg.batch_size,
             seed=self.cfg.seed,
             start=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.process_rows(self.mesh, self.cfg.batch_size),
         )
 
     @property
@@ -110,12 +109,12 @@ class Job:
 
     def eval_batches(self, limit: int | None):
         """Held-out batches of this process."""
+        batch_size = eval_batch_size(self.cfg)
         return pipeline.eval_batches(
             self.data,
-            batch_size=eval_batch_size(self.cfg),
+            batch_size=batch_size,
             limit=limit,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.process_rows(self.mesh, batch_size),
         )
 
 
@@ -159,14 +158,26 @@ def eval_batch_size(cfg) -> int:
     return cfg.eval.batch_size or cfg.batch_size // cfg.grad_accum
 
 
-def check_devices(cfg) -> None:
-    """Check that the batches divide over the devices.
+def check_devices(cfg, mesh: Mesh) -> None:
+    """Check that batches and sequences divide over the devices of a mesh.
 
     Raises:
       ConfigError: naming the field and the number it must be a multiple of.
     """
-    cfg.mesh.sizes(jax.device_count())
-    shards = sharding.batch_shards(cfg.mesh.make())
+    shards = sharding.batch_shards(mesh)
+    parts = mesh.shape["seq"]
+    require(
+        cfg.seq_len % parts == 0,
+        "config.seq_len",
+        cfg.seq_len,
+        f"a multiple of config.mesh.seq = {parts}",
+    )
+    require(
+        parts == 1 or mesh.devices.flat[0].platform in ("cpu", "tpu"),
+        "config.mesh.seq",
+        parts,
+        "1 on a GPU, whose attention is not split along the sequence; use fsdp",
+    )
     micro = cfg.batch_size // cfg.grad_accum
     require(
         micro % shards == 0,
@@ -192,7 +203,8 @@ def make_job(cfg, *, log=print) -> Job:
       ConfigError: for any mistake of the user, before anything is compiled.
     """
     check_run(cfg)
-    check_devices(cfg)
+    mesh = cfg.mesh.make()
+    check_devices(cfg, mesh)
     require(
         kernels_here(cfg),
         "config.kernels",
@@ -212,10 +224,11 @@ def make_job(cfg, *, log=print) -> Job:
         f"at least the vocabulary of the tokenizer, {vocab} (or None to take it)",
     )
     spec = states.model_spec(cfg.model)
+    states.check_mesh(spec, mesh)
     tx, learning_rate = optim.make_optimizer(
         cfg.optim, cfg.steps, spec.params, spec.info
     )
-    return Job(cfg, cfg.mesh.make(), spec, tx, learning_rate, data)
+    return Job(cfg, mesh, spec, tx, learning_rate, data)
 
 
 # Changing these would make a checkpoint of the old config unusable.

@@ -79,7 +79,7 @@ def score_run(workdir, cfg, *, sequences=None) -> dict:
     # Scored on the devices that there are, not on the mesh of the training.
     cfg.model, cfg.mesh = run.cfg.model, MeshConfig()
     check_run(cfg)
-    check_devices(cfg)
+    check_devices(cfg, run.mesh)
     tokenizer = SavedTokenizer(path=str(workdir / "tokenizer"))
     data_cfg = dataclasses.replace(cfg.data, tokenizer=tokenizer)
     data = pipeline.prepare(

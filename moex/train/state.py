@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moex import sharding
 from moex.nn.lm import LM
-from moex.optim import path_name
+from moex.optim import flat_paths, path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +100,15 @@ def shardings(spec: ModelSpec, mesh: Mesh) -> tuple[dict, dict]:
     return (
         jax.tree_util.tree_map_with_path(place, spec.params),
         jax.tree_util.tree_map_with_path(place, spec.state),
+    )
+
+
+def check_mesh(spec: ModelSpec, mesh: Mesh) -> None:
+    """Check that a mesh divides every parameter it splits: see `check_divides`."""
+    leaves = flat_paths(spec.params) | flat_paths(spec.state)
+    sharding.check_divides(
+        [(name, leaf.shape, spec.info[name].axes) for name, leaf in leaves.items()],
+        dict(mesh.shape),
     )
 
 

@@ -97,21 +97,27 @@ def test_batch_form(tmp_path):
         assert batch[name].shape == (3,) and batch[name].dtype == np.int32
 
 
+# Which rows of a batch of 8 each process reads: in runs, in turn, some twice.
+PARTS = [
+    (range(8),),
+    (range(4), range(4, 8)),
+    ((0, 1, 4, 5), (2, 3, 6, 7)),
+    ((0, 1), (2, 3), (4, 5), (6, 7), (6, 7)),
+]
+
+
 @pytest.mark.parametrize("threads", [0, 1, 3])
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_any_number_of_processes_sees_the_same_batches(count, threads, tmp_path):
+@pytest.mark.parametrize("parts", PARTS)
+def test_any_parts_of_the_rows_make_the_same_batches(parts, threads, tmp_path):
     config = data(tmp_path, corpus(tmp_path, "a"), corpus(tmp_path, "b"))
     prepared = prepare(config, L, log=quiet)
     whole = take(prepared, 20, batch_size=8, seed=1)
     config.threads = prepared.config.threads = threads
-    parts = [
-        take(prepared, 20, batch_size=8, seed=1, process_index=i, process_count=count)
-        for i in range(count)
-    ]
-    for expected, *got in zip(whole, *parts, strict=True):
+    read = [take(prepared, 20, batch_size=8, seed=1, rows=rows) for rows in parts]
+    for expected, *got in zip(whole, *read, strict=True):
         for name, value in expected.items():
-            joined = np.concatenate([g[name] for g in got])
-            np.testing.assert_array_equal(joined, value)
+            for rows, batch in zip(parts, got, strict=True):
+                np.testing.assert_array_equal(batch[name], value[list(rows)])
 
 
 @pytest.mark.parametrize("start", [1, 8, 1000])
@@ -160,8 +166,8 @@ def test_eval_covers_each_sequence_once(count, tmp_path):
     config = data(tmp_path, corpus(tmp_path, "a"), corpus(tmp_path, "b", 30))
     prepared = prepare(config, L, log=quiet)
     parts = [
-        list(eval_batches(prepared, batch_size=8, process_index=i, process_count=count))
-        for i in range(count)
+        list(eval_batches(prepared, batch_size=8, rows=rows))
+        for rows in np.split(np.arange(8), count)
     ]
     assert len({len(p) for p in parts}) == 1
     order = [i for step in zip(*parts, strict=True) for i in ids(step)]
@@ -190,10 +196,9 @@ def test_eval_limit_spreads_over_all_sources(tmp_path):
 
 def test_bad_batches(tmp_path):
     prepared = prepare(data(tmp_path), L, log=quiet)
-    with pytest.raises(ConfigError, match="batch_size = 3.*multiple"):
-        take(prepared, 1, batch_size=3, seed=0, process_count=2)
-    with pytest.raises(ConfigError, match="process_index = 2"):
-        take(prepared, 1, batch_size=4, seed=0, process_index=2, process_count=2)
+    for rows in ((), (1, 0), (2, 3), (-1, 0)):
+        with pytest.raises(ConfigError, match="rows = .*rising, in .0, batch_size=3"):
+            take(prepared, 1, batch_size=3, seed=0, rows=rows)
     with pytest.raises(ConfigError, match="start = -1"):
         take(prepared, 1, batch_size=4, seed=0, start=-1)
 
