@@ -226,15 +226,15 @@ def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch", "length")[:ndim]))
 
 
-def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of a global batch that the devices of this process hold, rising.
 
     Processes whose devices hold the same rows (split over `seq` or `tensor` only) read
     the same data.
     """
     shards = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,))
-    rows = np.arange(batch_size)
-    return np.unique(np.concatenate([rows[index] for index in shards.values()]))
+    rows = range(batch_size)
+    return sorted({row for index in shards.values() for row in rows[index[0]]})
 
 
 def shard_batch(batch: dict, mesh: Mesh) -> dict:

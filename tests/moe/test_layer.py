@@ -304,7 +304,6 @@ def test_counts_are_not_doubled_by_rematerialisation():
     [
         (ON_A_MESH, {"data": 8}),
         (ON_A_MESH, {"data": 2, "expert": 4}),
-        (ON_A_MESH, {"data": 4, "tensor": 2}),
         (RICH_ON_A_MESH, {"data": 2, "expert": 2, "tensor": 2}),
     ],
     ids=lambda value: "" if isinstance(value, Case) else str(value),
