@@ -140,14 +140,11 @@ MESHES = {
 
 
 def model(layer) -> LM:
-    """A dense layer and two of the layers in question."""
+    """Two of the layers in question."""
     return LM(
         dim=16,
         attention=Attention(heads=4, kv_heads=2, qk_norm=True),
-        layers=(
-            Segment(pattern=(Dense(hidden=16),)),
-            Segment(pattern=(layer,), repeat=2),
-        ),
+        layers=(Segment(pattern=(layer,), repeat=2),),
         vocab=VOCAB,
     )
 
