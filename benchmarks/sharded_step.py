@@ -46,7 +46,7 @@ MESHES = {
 }
 COLLECTIVE = re.compile(
     r"= (\(.*?\)|\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|"
-    r"collective-permute)(?:-start)?\(.*?replica_groups=(\{\{.*?\}\}|\[[^ ]*)"
+    r"collective-permute)(?:-start)?\(.*?(?:replica_groups|source_target_pairs)=(\S+)"
 )
 ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1}
 
@@ -104,7 +104,7 @@ def collective_bytes(text: str) -> dict[str, int]:
     """{kind: bytes of the results on one device}; groups of one device send nothing."""
     sums: dict[str, int] = collections.Counter()
     for shapes, kind, groups in COLLECTIVE.findall(text):
-        if re.fullmatch(r"(\{\{\d+\}.*|\[\d+,1\].*)", groups):
+        if re.match(r"\{\{\d+\}|\[\d+,1\]", groups):
             continue
         for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
             numbers = int(np.prod([int(n) for n in dims.split(",") if n]))
