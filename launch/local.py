@@ -3,12 +3,12 @@
   python -m launch.local --processes 2 --devices-per-process 4 --restarts 3 -- \\
       --config=configs/quickstart.py --workdir=runs/two
 
-What follows `--` is the command line of `moex train`. When a process dies the others are
-given a moment to end, what is left is killed, and all are started again: the same command
-goes on from the last checkpoint. A mistake in the command (exit code 2) is not retried.
-SIGTERM and SIGINT are passed on; SIGTERM saves. It shows what process 0 prints, and the
-errors of the others. Only for tests and for trying things out: the processes share the
-cores of one machine.
+What follows `--` is the command line of `moex train`. When a process dies the others
+are given a moment to end, what is left is killed, and all are started again: the same
+command goes on from the last checkpoint. A mistake in the command (exit code 2) is not
+retried. SIGTERM and SIGINT are passed on; SIGTERM saves. It shows what process 0
+prints, and the errors of the others. Only for tests and for trying things out: the
+processes share the cores of one machine.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import threading
 import time
 
 MISTAKE = 2  # the exit code of `moex` for a mistake of the user
-# What libraries in C++ print: connections made, and the stack of a process that JAX ends.
+# Printed by libraries in C++: connections, and the stack of a process that JAX ends.
 NOISE = re.compile(r"\[Gloo\] Rank|[IWEF]\d{4} |\*\*\* |\s+@ +0x|RPC: /xla|$")
 
 

@@ -72,9 +72,9 @@ def meet(address: str, index: int, count: int, facts: dict, timeout: float) -> "
 def _gather(port: int, count: int, facts: dict, timeout: float) -> "Line":
     """Process 0: wait for the others, answer all of them."""
     arrived: dict[int, socket.socket] = {}
-    deadline, refusal = time.monotonic() + timeout, None
+    deadline, refusal, came = time.monotonic() + timeout, None, 0
     with _listen(port) as server:
-        while len(arrived) < count - 1 or refusal:
+        while came < count - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 connection, _ = server.accept()
@@ -84,6 +84,7 @@ def _gather(port: int, count: int, facts: dict, timeout: float) -> "Line":
             if hello is None:  # a scan of ports, or a process that ended
                 connection.close()
                 continue
+            came += 1
             wrong = _refusal(hello, arrived, count, facts)
             if wrong and not refusal:
                 refusal, deadline = wrong, time.monotonic() + LINGER_S
@@ -178,10 +179,11 @@ def _receive(connection: socket.socket, timeout: float) -> dict | None:
     try:
         while not data.endswith(b"\n") and len(data) < LIMIT:
             connection.settimeout(max(deadline - time.monotonic(), 0.001))
-            piece = connection.recv(65536)
+            piece = connection.recv(65536, socket.MSG_PEEK)
             if not piece:
                 return None
-            data += piece
+            # No byte more than this message: the next one may be there already.
+            data += connection.recv(piece.find(b"\n") + 1 or len(piece))
         message = json.loads(data)
         return message if isinstance(message, dict) else None
     except (OSError, ValueError):

@@ -34,7 +34,7 @@ def main(argv) -> None:
 
 
 def read(folder, attempt: int, count: int) -> list[list[int]]:
-    """The ids of each global batch of an attempt that all processes placed, in order."""
+    """The ids of each global batch that all processes placed in an attempt."""
     parts = [
         map(json.loads, (folder / f"ids.{i}.{attempt}").read_text().splitlines())
         for i in range(count)

@@ -30,7 +30,11 @@ OTHER_ORDER = {"rtol": 1e-4}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    runs.write_config(folder)
+    path = runs.write_config(folder)
+    dense = "Segment(pattern=(Dense(hidden=64),)), "  # one layer is quicker to compile
+    text = path.read_text()
+    assert dense in text
+    path.write_text(text.replace(dense, "").replace("(moe,)))", "(moe,)),)"))
     return folder
 
 
@@ -189,8 +193,8 @@ def test_another_config_on_one_process_is_refused_on_both(folder):
         assert code == 2
         (line,) = error.splitlines()
         assert line == (
-            "moex: error: all processes of a job must have the same config.optim.lr: it "
-            "is 0.01 on process 0 and 0.02 on process 1."
+            "moex: error: all processes of a job must have the same config.optim.lr: "
+            "it is 0.01 on process 0 and 0.02 on process 1."
         )
     assert not workdir.exists()
 
@@ -204,11 +208,12 @@ def test_signals_of_the_launcher_reach_its_processes(tmp_path):
     )
     path = os.pathsep.join([str(tmp_path), str(runs.ROOT)])
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.local", "--module=sleeper", "--", "-"],
+        [sys.executable, "-m", "launch.local", "--processes=1", "--module=sleeper"]
+        + ["--", "-"],
         stdout=subprocess.PIPE,
         text=True,
         env=runs.environment(PYTHONPATH=path),
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) in (0, 128 + signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
