@@ -140,6 +140,7 @@ def _refusal(hello: dict, arrived, count: int, facts: dict) -> str | None:
 
 def disagreement(ours, theirs, index: int) -> str | None:
     """The first fact in which process `index` differs from process 0, in words."""
+    ours = json.loads(json.dumps(ours))  # as theirs came: tuples are lists
     found = _first_difference(ours, theirs, "")
     if found is None:
         return None

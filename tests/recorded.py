@@ -1,8 +1,9 @@
 """`moex train` that writes down which examples it reads, and ends itself when told to.
 
-Run by `tests/test_distributed.py` in the place of `moex.cli`, with two variables:
+Run by `tests/test_distributed.py` in the place of `moex.cli`, with three variables:
 RECORD, a folder; DISTURB, "process signal batch": send that signal to that process when
-it places that batch, once.
+it places that batch, once; DAMAGE: flip a bit of the newest checkpoint before the
+second start.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 
 from moex import cli
 from moex.train import loop
+from tests import runs
 
 
 def main(argv) -> None:
@@ -19,6 +21,9 @@ def main(argv) -> None:
     folder = pathlib.Path(os.environ["RECORD"])
     attempt = len(list(folder.glob(f"ids.{index}.*")))
     who, number, batch = map(int, os.environ.get("DISTURB", "-1 0 0").split())
+    if os.environ.get("DAMAGE") and index == 0 and attempt == 1:
+        steps = [p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
+        runs.flip_bit(max(steps, key=lambda p: int(p.name)) / "params")
     place, seen = loop.shard_batch, []
 
     def shard(rows, mesh):

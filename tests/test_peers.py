@@ -16,7 +16,9 @@ import pytest
 
 from launch.local import free_port
 from moex import cli, distributed, peers
+from moex.arguments import make_parser
 from moex.config import ConfigError
+from moex.flags import load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 FACTS = {"config": {"optim": {"lr": 0.1}, "layers": [1, 2]}, "code": "abc"}
@@ -213,6 +215,18 @@ def test_facts_that_differ_later_end_all():
     assert "must have the same data: it is 0 on process 0 and 1 on process 2." in line
 
 
+def test_an_exception_that_nobody_expects_ends_all():
+    body = (
+        "from moex import distributed\n"
+        "distributed.LINE, sys.excepthook = line, distributed._unexpected\n"
+        "raise RuntimeError('a bug')"
+    )
+    (code, error), (other, traceback) = processes(WAIT, body)
+    assert (code, other) == (1, 1)
+    assert error == "moex: error: process 1 of 2: RuntimeError: a bug\n"
+    assert traceback.startswith("Traceback") and traceback.endswith("a bug\n")
+
+
 SLURM = {
     **{"SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": "node[07-08]"},
     **{"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"},
@@ -381,3 +395,26 @@ def test_a_coordinator_that_cannot_be_reached(clean, capsys):
         "Connection refused, after 1 s. Check that process 0 was started"
     )
     assert not pathlib.Path("never").exists()
+
+
+def test_another_config_is_refused_on_both_in_one_line(clean, capsys):
+    address, ended = f"localhost:{free_port()}", []
+    command = ["train", "--config=configs/quickstart.py", "--workdir=never"]
+    args = make_parser().parse_args(["train", "--workdir=never"])
+    cfg = load_config([command[1], "--config.optim.lr=0.5"])
+
+    def first():
+        try:
+            peers.meet(address, 0, 2, cli._told(cfg, args), 30)
+        except ConfigError as e:
+            ended.append(str(e))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    place = (f"--coordinator={address}", "--num-processes=2", "--process-id=1")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, *place])
+    thread.join(10)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"moex: error: {ended[0]}\n"
+    assert "must have the same config.optim.lr: it is 0.5 on process 0 and" in ended[0]
