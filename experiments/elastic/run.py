@@ -31,8 +31,8 @@ from experiments.crash.kill9 import environment, logged, step_of  # noqa: E402
 
 VICTIM = 2
 HEARTBEAT_S = 10
-# Processes and devices of each: the same mesh of four devices, then smaller ones.
-RESTARTS = ((4, 1), (2, 2), (1, 4), (2, 1), (1, 1))
+# Processes and devices of each: three times the same mesh of four devices, then one.
+RESTARTS = ((4, 1), (2, 2), (1, 4), (1, 1))
 
 
 def start(workdir, env, processes: int, devices: int, *train) -> subprocess.Popen:
