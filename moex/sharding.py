@@ -172,7 +172,7 @@ def check_divides(leaves, sizes: dict[str, int], path: str = "config.mesh") -> N
         own = shape[len(shape) - len(axes) :]
         for size, logical in zip(own, axes, strict=True):
             mesh_axis = None if logical is None else getattr(RULES, logical)
-            parts = sizes.get(mesh_axis, 1)
+            parts = 1 if mesh_axis is None else sizes[mesh_axis]
             if size % parts:
                 raise ConfigError(
                     f"{path}.{mesh_axis} = {parts}: must divide the {logical!r} dim of "
@@ -221,6 +221,25 @@ def constrain(x: jax.Array, *axes):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitted))
 
 
+def by_rows(function, x_TC):
+    """`function` of the rows of an array, computed where the rows are.
+
+    XLA does not split every operation by rows that it could: it brings all rows to all
+    devices for a top_k.
+
+    Args:
+      function: [t, C] -> arrays whose first dim is t, each row of its own.
+      x_TC: rows of tokens, split over `TOKEN_AXES` if these divide T.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in TOKEN_AXES)
+    if parts == 1 or x_TC.shape[0] % parts:
+        return function(x_TC)
+    rows = PartitionSpec(TOKEN_AXES)
+    run = jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)
+    return run(x_TC)
+
+
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """Of one array of a batch: [B], or [B, L]."""
     return NamedSharding(mesh, partition_spec(("batch", "length")[:ndim]))
@@ -234,7 +253,7 @@ def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """
     shards = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,))
     rows = range(batch_size)
-    return sorted({row for index in shards.values() for row in rows[index[0]]})
+    return sorted({row for i in shards.values() if i for row in rows[i[0]]})
 
 
 def shard_batch(batch: dict, mesh: Mesh) -> dict:

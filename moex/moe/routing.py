@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moex.config import Config, require
+from moex.sharding import by_rows
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 NORMALIZE = ("after", "before", "none")
@@ -81,6 +82,19 @@ class ExpertRouting:
         )
         return self.token_EC.reshape(-1), rows
 
+    def by_token(self) -> Routing:
+        """The same choices as slots of tokens: slot e of a token is expert e's."""
+        T, E = self.logits_TE.shape
+        at = (self.token_EC, jnp.arange(E)[:, None])
+        gate_EC = jnp.where(self.keep_EC, self.gate_EC, 0.0)
+        return Routing(
+            expert_TK=jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[None], (T, E)),
+            gate_TK=jnp.zeros((T, E)).at[at].add(gate_EC),
+            keep_TK=jnp.zeros((T, E), bool).at[at].max(self.keep_EC),
+            logits_TE=self.logits_TE,
+            probs_TE=self.probs_TE,
+        )
+
     def trace(self) -> dict:
         """What a replay of this routing needs, and the gates."""
         return {"token": self.token_EC, "gate": self.gate_EC, "keep": self.keep_EC}
@@ -123,6 +137,11 @@ def router_logits(x_TD, w_DE) -> jax.Array:
         w_DE.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
+
+
+def top_k(value_TE, k) -> tuple[jax.Array, jax.Array]:
+    """The k largest values of every row and int32 places, ties to the first."""
+    return by_rows(lambda rows: tuple(jax.lax.top_k(rows, k)), value_TE)
 
 
 class Scores(NamedTuple):
