@@ -75,15 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check the config and the data, print the model table and stop",
     )
-    many = train.add_argument_group("several processes (one per host of a pod)")
-    many.add_argument(
-        "--distributed",
-        action="store_true",
-        help="join the processes of a TPU pod, Slurm, Kubernetes or Open MPI job",
-    )
-    many.add_argument("--coordinator", metavar="HOST:PORT", help="join explicitly")
-    many.add_argument("--num-processes", type=_positive, metavar="N")
-    many.add_argument("--process-id", type=int, metavar="I", help="0 to N-1")
+    _add_many(train)
     config = command("config", "Print a resolved config, one field a line.")
     config.add_argument("--json", action="store_true", help="as JSON with type tags")
     _add_params(command)
@@ -105,6 +97,37 @@ def make_parser() -> argparse.ArgumentParser:
         "--example", type=int, default=0, help="which training sequence to show"
     )
     return parser
+
+
+def _add_many(train):
+    many = train.add_argument_group(
+        "several processes (one per host, or one per GPU)",
+        "Open MPI, Slurm's srun and TPU pods on GKE are found in the environment.",
+    )
+    many.add_argument(
+        "--distributed",
+        action=argparse.BooleanOptionalAction,
+        help="ask TPU metadata and Kubernetes too; --no-distributed joins nobody",
+    )
+    many.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0, to join explicitly"
+    )
+    many.add_argument("--num-processes", type=_positive, metavar="N")
+    many.add_argument("--process-id", type=int, metavar="I", help="0 to N-1")
+    many.add_argument(
+        "--join-timeout",
+        type=_positive,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for the other processes (300)",
+    )
+    many.add_argument(
+        "--heartbeat-timeout",
+        type=_positive,
+        default=100,
+        metavar="SECONDS",
+        help="a host that is silent for so long ends the job (100)",
+    )
 
 
 def _add_params(command):

@@ -10,8 +10,10 @@ import logging
 import sys
 import warnings
 
+from moex import distributed
 from moex.arguments import make_parser
 from moex.config import ConfigError, ConfigWarning, nearest, require
+from moex.peers import say
 
 
 def split_config_args(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -65,7 +67,8 @@ def _check_command(argv: list[str]) -> None:
 
 
 def _fail(error, code: int) -> None:
-    print(f"moex: error: {' '.join(str(error).split())}", file=sys.stderr)
+    distributed.fail(str(error), code)  # in a job of several processes said once
+    say(str(error))
     raise SystemExit(code)
 
 
@@ -111,30 +114,24 @@ def _train(args, config_args):
     if args.workdir is None and not args.dry_run:
         raise ConfigError("--workdir: missing; give a folder, such as runs/first.")
     cfg = load_config(config_args)
-    _join(args)
+    distributed.join(args, _told(cfg, args))
     train(cfg, args.workdir, dry_run=args.dry_run)
+    distributed.leave()
 
 
-def _join(args) -> None:
-    """Join the other processes of the job; before JAX sees any device.
-
-    Raises:
-      ConfigError: if the flags are incomplete or no cluster is found.
-    """
-    explicit = (args.coordinator, args.num_processes, args.process_id)
-    if not args.distributed and explicit == (None, None, None):
-        return
-    if explicit != (None, None, None) and None in explicit:
-        raise ConfigError(
-            "--coordinator, --num-processes and --process-id go together; give all "
-            "three, or --distributed alone to detect the cluster."
-        )
+def _told(cfg, args) -> dict:
+    """What all processes of a job must be told alike."""
     import jax
 
-    try:
-        jax.distributed.initialize(*explicit)
-    except (ValueError, RuntimeError) as e:
-        raise ConfigError(f"joining the processes of the job failed: {e}") from None
+    from moex import config
+
+    return {
+        "config": config.to_dict(cfg),
+        "code of moex (a hash)": distributed.code_hash(),
+        "version of JAX": jax.__version__,
+        "--workdir": str(args.workdir),
+        "--dry-run": args.dry_run,
+    }
 
 
 def _config(args, config_args):

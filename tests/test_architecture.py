@@ -12,7 +12,7 @@ from tests.helpers import tiny_lm
 
 ROOT = pathlib.Path(__file__).parents[1]
 # A package may import those to its right, and itself.
-ORDER = ("experiments", "configs", "moex", "kernels_pallas")
+ORDER = ("experiments", "configs", "launch", "moex", "kernels_pallas")
 # What moex uses of nnx; transforms are JAX's own. See docs/decisions.
 NNX_NAMES = {
     *("List", "Module", "Param", "Rngs", "Variable"),
@@ -47,6 +47,12 @@ def test_imports_point_one_way(package):
 def test_the_packages_are_there():
     assert sources("moex")
     assert sources("kernels_pallas")
+
+
+def test_the_launcher_starts_moex_and_imports_nothing_of_it():
+    assert sources("launch")
+    for path in sources("launch"):
+        assert not set(ORDER) & set(imported(path)), path
 
 
 def test_kernels_do_not_import_flax():

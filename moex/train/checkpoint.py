@@ -6,19 +6,24 @@ verifies nothing on restore, so `meta` carries a checksum of every array, comput
 the devices from the global arrays: the same for any mesh and any number of hosts.
 """
 
+import contextlib
 import json
 import logging
 import math
 import pathlib
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 ARRAY_ITEMS = ("params", "opt", "state")
+
+
+class ChecksumError(ValueError):
+    """Bytes were read that were not written; all processes find the same ones."""
 
 
 class CheckpointError(RuntimeError):
@@ -187,6 +192,8 @@ class Checkpointer:
                 raise  # out of memory is no damage
             except Exception as e:  # Orbax and TensorStore raise plain Exceptions
                 reason = " ".join(str(e).split())[:300]
+                if jax.process_count() > 1 and not isinstance(e, ChecksumError):
+                    self._give_up(step, reason)
                 warn(f"warning: checkpoint {step} is damaged and set aside: {reason}")
                 self._set_aside(step)
         if steps:
@@ -205,22 +212,44 @@ class Checkpointer:
             found = checksums(tree)
             bad = [k for k in found if found[k] != expected.get(k)]
             if bad or len(found) != len(expected):
-                raise ValueError(f"checksum of {name}{(bad or ['?'])[0]} differs")
+                raise ChecksumError(f"checksum of {name}{(bad or ['?'])[0]} differs")
         if "state" in arrays:
             arrays |= arrays["state"]
         return arrays, about["data"], about["meta"]
 
     def _set_aside(self, step):
-        if self.read_only or jax.process_index() != 0:
+        """Move a step to `corrupt/`; with several processes all come here at once."""
+        if self.read_only:
             return
+        if jax.process_index() == 0:
+            self._move(step)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"moex: step {step} is set aside")
+        self.manager.reload()
+
+    def _give_up(self, step, reason):
+        """One process of several could not read a step: perhaps it alone.
+
+        The others may wait for it inside Orbax, so the job ends; the next start takes
+        the step before.
+        """
+        done = "look at the disk, or move the step away"
+        if not self.read_only:
+            self._move(step)
+            done = "it is set aside; the same command takes the one before it"
+        raise CheckpointError(
+            f"checkpoint {step} under {self.directory} cannot be read: {reason}; {done}"
+        )
+
+    def _move(self, step):
         self.quarantine.mkdir(exist_ok=True)
         target = self.quarantine / str(step)
         for n in range(1, 1000):
             if not target.exists():
                 break
             target = self.quarantine / f"{step}.{n}"
-        shutil.move(str(self.directory / str(step)), str(target))
-        self.manager.reload()
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            (self.directory / str(step)).rename(target)
 
 
 def _nll(metrics) -> float:

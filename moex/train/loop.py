@@ -8,13 +8,15 @@ import contextlib
 import dataclasses
 import pathlib
 import signal
+import sys
 import time
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from moex import accounting
+from moex import accounting, distributed
 from moex import config as configs
 from moex.config import ConfigError
 from moex.data.report import compressor_bits_per_byte
@@ -41,6 +43,8 @@ from moex.train.log import (
     step_line,
 )
 from moex.train.score import continue_texts, evaluate
+
+SEEN_S = 60.0  # a network file system may show a new file late
 
 
 class TrainingStopped(RuntimeError):
@@ -74,6 +78,13 @@ def train(cfg, workdir, *, dry_run=False, say=None) -> dict:
     cost = accounting.model_cost(cfg.model, job.spec, cfg.seq_len)
     say(accounting.model_table(cfg.model, job.spec, job.tx, cfg.seq_len))
     resuming = workdir is not None and (workdir / "config.json").is_file()
+    distributed.agree(
+        {
+            "data": {k: v["sha256"] for k, v in job.data.manifest.items()},
+            "tokenizer": job.data.tokenizer.fingerprint,
+            "answer to whether --workdir holds a run": resuming,
+        }
+    )
     if resuming:
         for change in check_resume(cfg, workdir, job.data.tokenizer):
             say(f"resuming with a changed config: {change}")
@@ -98,10 +109,13 @@ def train(cfg, workdir, *, dry_run=False, say=None) -> dict:
         try:
             return run.loop()
         finally:
-            with contextlib.suppress(CheckpointError):
-                checkpointer.wait()
-            checkpointer.close()
             run.log.close()
+            # After an error of one process of several the others do not come here, and
+            # Orbax would wait for them.
+            if jax.process_count() == 1 or sys.exception() is None:
+                with contextlib.suppress(CheckpointError):
+                    checkpointer.wait()
+                checkpointer.close()
 
 
 def _check_workdir(workdir: pathlib.Path) -> None:
@@ -110,16 +124,36 @@ def _check_workdir(workdir: pathlib.Path) -> None:
     Raises:
       ConfigError: if it cannot.
     """
+    probe = workdir / f".write-test-{jax.process_index()}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".write-test-{jax.process_index()}"
         probe.write_bytes(b"x")
+        if jax.process_count() > 1:
+            _check_shared(workdir)
         probe.unlink()
     except OSError as e:
         raise ConfigError(
             f"--workdir={workdir}: cannot be written ({e.strerror}); "
             "choose a folder that you may write to."
         ) from None
+
+
+def _check_shared(workdir: pathlib.Path) -> None:
+    """Check that the processes of a job write to one folder, not to disks of their own.
+
+    Raises:
+      ConfigError: if this one does not see the file of process 0.
+    """
+    multihost_utils.sync_global_devices("moex: probes are written")
+    first, deadline = workdir / ".write-test-0", time.monotonic() + SEEN_S
+    while not first.exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"--workdir={workdir}: must be one folder that all hosts share; "
+                f"process {jax.process_index()} does not see what process 0 wrote."
+            )
+        time.sleep(0.5)
+    multihost_utils.sync_global_devices("moex: probes are seen")
 
 
 def _start(job: Job, workdir, checkpointer, cost, say) -> "Run":

@@ -1,0 +1,53 @@
+#!/bin/bash
+# Plain machines that SSH reaches: one process on each, all started again when one fails.
+#
+#   HOSTS="node1 node2" launch/ssh.sh --config=configs/moe_1b.py --workdir=/shared/first
+#
+# Environment: HOSTS; the first one is the coordinator, by a name that all others know.
+# FOLDER (this one): the repository with its .venv, the same path on all hosts. PORT
+# (8476), open between them. RESTARTS (10). SSH without passwords. --workdir is a folder
+# that all hosts share (NFS). Data may lie on disks of their own if it is the same.
+# Resume: the same line, with other HOSTS if need be. Ctrl-C or SIGTERM saves on all.
+set -u
+read -ra hosts <<<"${HOSTS:?names of the hosts, such as HOSTS="node1 node2"}"
+folder=${FOLDER:-$PWD} port=${PORT:-8476} restarts=${RESTARTS:-10} asked=0
+pidfile="/tmp/moex-$USER-$port.pid"
+
+# shellcheck disable=SC2329
+stop() { # SIGTERM to one process: JAX tells the others, and all save at one step
+  asked=1
+  # shellcheck disable=SC2029
+  ssh "${hosts[0]}" "kill -TERM \$(cat $pidfile)"
+}
+trap stop INT TERM
+
+for ((attempt = 0; attempt <= restarts; attempt++)); do
+  [ "$attempt" = 0 ] || echo "ssh.sh: restart $attempt of $restarts" >&2
+  processes=()
+  for i in "${!hosts[@]}"; do
+    train=$(printf '%q ' .venv/bin/moex train "$@" \
+      "--coordinator=${hosts[0]}:$port" "--num-processes=${#hosts[@]}" "--process-id=$i")
+    # A session of its own: Ctrl-C comes to this script alone.
+    setsid ssh -o ServerAliveInterval=15 -o ServerAliveCountMax=4 "${hosts[i]}" \
+      "cd $(printf '%q' "$folder") && echo \$\$ >$pidfile && exec $train" &
+    processes+=($!)
+  done
+  failed=0 mistake=1
+  for i in "${!hosts[@]}"; do
+    wait "${processes[i]}"
+    code=$?
+    while kill -0 "${processes[i]}" 2>/dev/null; do # a signal ended the wait
+      wait "${processes[i]}"
+      code=$?
+    done
+    [ "$code" = 0 ] && continue
+    echo "ssh.sh: ${hosts[i]} ended with exit code $code" >&2
+    failed=$code
+    [ "$code" = 2 ] || mistake=0
+  done
+  [ "$failed" = 0 ] && exit 0
+  [ "$mistake" = 1 ] && exit 2
+  [ "$asked" = 1 ] && exit "$failed"
+  sleep 5
+done
+exit "$failed"

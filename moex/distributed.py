@@ -1,0 +1,236 @@
+"""Several hosts: find out that this process is one of several, and join the others.
+
+`join` is called before JAX sees any device. The flags say where the others are, or the
+environment does (Open MPI, Slurm, TPU pods); `--distributed` asks JAX, which can also
+ask the TPU's metadata server and Kubernetes. The other functions do nothing in a job of
+one process.
+"""
+
+import hashlib
+import os
+import pathlib
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from moex import peers
+from moex.config import ConfigError, require
+
+LINE: peers.Line | None = None
+
+
+class Place(NamedTuple):
+    """Where this process stands in its job."""
+
+    by: str  # who said so
+    count: Any  # int, of processes; None where only JAX can find out
+    index: Any  # int, of this process, or None
+    coordinator: Any = None  # HOST:PORT of process 0, or None
+    devices: Any = None  # list of local devices to use; None: all
+
+
+# Variables that hold the number of processes and the index of this one. Open MPI comes
+# first: under `mpirun` in a Slurm job Slurm's variables are those of mpirun's own step.
+SCHEDULERS = (
+    ("environment", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+    ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    # Of the step, not of the job: a shell in an allocation is one process.
+    ("Slurm", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+)
+
+
+def detect(environ: Mapping[str, str]) -> Place | None:
+    """The place of this process by its environment; None if it is alone.
+
+    Raises:
+      ConfigError: if a variable is no number, or only one of a pair is set.
+    """
+
+    def number(name: str) -> int:
+        try:
+            return int(environ[name])
+        except (KeyError, ValueError):
+            raise ConfigError(
+                f"{name} = {environ.get(name)!r} in the environment: must be a whole "
+                "number; set it, or use --no-distributed for a process of its own."
+            ) from None
+
+    coordinator = environ.get("JAX_COORDINATOR_ADDRESS")
+    for by, size, rank in SCHEDULERS:
+        if size in environ and number(size) > 1:
+            return Place(by, number(size), number(rank), coordinator)
+    names = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
+    hosts = len(names.split(",")) if names else 0
+    slices = number("MEGASCALE_NUM_SLICES") if "MEGASCALE_NUM_SLICES" in environ else 1
+    if hosts * slices > 1:
+        index = number("TPU_WORKER_ID")
+        if slices > 1:
+            index += hosts * number("MEGASCALE_SLICE_ID")
+        return Place("TPU pod", hosts * slices, index, coordinator)
+    return None
+
+
+def _complete(place: Place, timeout: int) -> Place:
+    """Ask JAX for what the environment does not say plainly.
+
+    Raises:
+      ConfigError: if it does not know either.
+    """
+    found: tuple = (place.coordinator, place.count, place.index, None)
+    if place.by != "environment":
+        # The function behind `jax.distributed.initialize()`, which does not tell what
+        # it found; we meet at that address before JAX does.
+        from jax._src.clusters import ClusterEnv
+
+        try:
+            found = ClusterEnv.auto_detect_unset_distributed_params(
+                place.coordinator, place.count, place.index, None, None, timeout
+            )
+        except (RuntimeError, KeyError, ValueError, OSError) as e:
+            raise ConfigError(f"joining by {place.by} failed: {e}") from None
+    coordinator, count, index, devices = found
+    if None in (coordinator, count, index):
+        raise ConfigError(
+            f"several processes (by {place.by}): the coordinator's address, the number "
+            "of processes or the index of this one was not found; give --coordinator="
+            "HOST:PORT --num-processes=N --process-id=I (or JAX_COORDINATOR_ADDRESS)."
+        )
+    devices = None if devices is None else list(devices)
+    return Place(place.by, count, index, coordinator, devices)
+
+
+def _place(flags, environ: Mapping[str, str]) -> Place | None:
+    """From the flags if they say it, else from the environment."""
+    explicit = (flags.num_processes, flags.process_id, flags.coordinator)
+    if explicit != (None, None, None):
+        if None in explicit:
+            raise ConfigError(
+                "--coordinator, --num-processes and --process-id go together; give "
+                "all three, or --distributed alone to detect the cluster."
+            )
+        if flags.distributed is not None:
+            raise ConfigError(
+                "--distributed and --no-distributed are about detection; leave them "
+                "out where --coordinator is given."
+            )
+        return Place("flags", *explicit)
+    if flags.distributed is False:
+        return None
+    place = detect(environ)
+    if place is None and flags.distributed:
+        place = Place("--distributed", None, None)
+    return None if place is None else _complete(place, flags.join_timeout)
+
+
+def _check(place: Place) -> None:
+    index, count = place.index, place.count
+    if not 0 <= index < count:
+        raise ConfigError(
+            f"--process-id = {index}: must be in [0, --num-processes = {count})."
+        )
+    host, _, port = place.coordinator.rpartition(":")
+    good = host and port.isdigit() and 0 < int(port) < 65536
+    require(good, "--coordinator", place.coordinator, "HOST:PORT, such as node1:8476")
+
+
+def join(flags, facts: dict) -> None:
+    """Join the other processes of the job, if there are any.
+
+    Args:
+      flags: `moex train`'s: coordinator, num_processes, process_id, distributed,
+        join_timeout and heartbeat_timeout, both in seconds.
+      facts: JSON data that must be the same on all processes.
+
+    Raises:
+      ConfigError: for flags that are wrong or incomplete, a coordinator that is not
+        reached, processes that do not come or were told other facts.
+    """
+    global LINE
+    place = _place(flags, os.environ)
+    if place is None or place.count == 1:
+        _check_alone()
+        return
+    _check(place)
+    LINE = peers.meet(
+        place.coordinator, place.index, place.count, facts, flags.join_timeout
+    )
+    sys.excepthook = _unexpected
+    import jax
+
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.count,
+            place.index,
+            place.devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=flags.join_timeout,
+            heartbeat_timeout_seconds=flags.heartbeat_timeout,
+        )
+    except (ValueError, RuntimeError) as e:
+        raise ConfigError(f"joining the processes of the job failed: {e}") from None
+    devices = jax.device_count()  # all processes exchange their devices here
+    if place.index == 0:
+        print(
+            f"joined {place.count} processes (by {place.by}; process 0 at "
+            f"{place.coordinator}), {devices} devices",
+            flush=True,
+        )
+
+
+def _check_alone() -> None:
+    """On a TPU pod each process sees all devices even if it joined nobody.
+
+    Raises:
+      ConfigError: if so.
+    """
+    import jax
+
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ConfigError(
+            f"this host is one of {jax.process_count()} of a pod; run the same command "
+            "with --distributed on each."
+        )
+
+
+def code_hash() -> str:
+    """Of the source text of moex and its kernels: other code computes other things."""
+    root, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
+    for package in ("moex", "kernels_pallas"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def agree(facts: dict) -> None:
+    """Wait for all processes to come here, and check that their facts are the same.
+
+    Raises:
+      ConfigError: if they are not.
+    """
+    if LINE is not None:
+        LINE.agree(facts)
+
+
+def leave() -> None:
+    """This process is through; call it at the end of a good run."""
+    if LINE is not None:
+        LINE.leave()
+
+
+def fail(text: str, code: int) -> None:
+    """End all processes with this error, which is said once; alone: returns."""
+    if LINE is not None:
+        LINE.fail(text, code)
+
+
+def _unexpected(kind, error, trace) -> None:
+    """Of an exception that nobody expects: the traceback here, one line for all."""
+    # A collective breaks in many ways when a process is lost. The line tells which one
+    # it was and ends this process, before it shows a traceback.
+    time.sleep(1.0)
+    traceback.print_exception(kind, error, trace)
+    fail(f"{kind.__name__}: {str(error)[:300]}", 1)

@@ -1,0 +1,131 @@
+"""The recipes of launch/: syntax, and their loops with programs that only pretend."""
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch"])
+ARGS = ["--config=configs/a.py:x=1,y=2", "--config.model.layers[0].repeat=2"]
+
+
+def test_the_recipes_are_there():
+    assert {path.stem for path in SCRIPTS} == {
+        *("gke_xpk", "queued_resources", "slurm", "ssh")
+    }
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_syntax_and_the_parts_of_a_recipe(script):
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    text = script.read_text()
+    assert text.startswith("#!/bin/bash\n")
+    assert "moex train" in text
+    for part in ("# Environment: ", "# Resume: ", "RESTARTS"):
+        assert part in text, part
+
+
+def test_slurm_reads_its_options_before_any_command():
+    lines = (ROOT / "launch" / "slurm.sbatch").read_text().splitlines()
+    options = [i for i, line in enumerate(lines) if line.startswith("#SBATCH")]
+    assert options == list(range(1, len(options) + 1))  # below #! and without a gap
+    given = {}
+    for i in options:
+        match = re.fullmatch(r"#SBATCH --([a-z-]+)(?:=(\S+))?", lines[i])
+        assert match, lines[i]
+        given[match[1]] = match[2]
+    assert given["ntasks-per-node"] == given["gpus-per-node"]  # one process each
+    assert re.fullmatch(r"B:USR1@\d+", given["signal"])
+    assert "requeue" in given and given["open-mode"] == "append"
+
+
+def pretend(folder, **programs):
+    """An environment with these shell scripts on the PATH; each logs its arguments."""
+    for name, body in programs.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!/bin/bash\necho {name} "$@" >>"$CALLS"\n{body}\n')
+        path.chmod(0o755)
+    return os.environ | {
+        "CALLS": str(folder / "calls"),
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_SUBMIT_DIR": str(folder),
+    }
+
+
+def calls(folder):
+    return (folder / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "exit_code", "requeued"),
+    [(0, 0, 0, False), (2, 0, 2, False), (1, 0, 0, True), (137, 10, 137, False)],
+)
+def test_slurm_queues_again_what_failed(tmp_path, code, restarts, exit_code, requeued):
+    env = pretend(tmp_path, srun=f"exit {code}", scontrol="", scancel="")
+    env["SLURM_RESTART_COUNT"] = str(restarts)
+    script = ROOT / "launch" / "slurm.sbatch"
+    done = subprocess.run(["bash", script, *ARGS], env=env, timeout=30)
+    assert done.returncode == exit_code
+    srun, *rest = calls(tmp_path)
+    assert srun == " ".join(["srun --kill-on-bad-exit=1 moex train", *ARGS])
+    assert rest == (["scontrol requeue 7"] if requeued else [])
+
+
+def test_slurm_saves_and_queues_again_when_the_time_is_up(tmp_path):
+    wait = "echo $$ >step; trap 'exit 0' TERM; for ((;;)); do sleep 0.1; done"
+    env = pretend(tmp_path, srun=wait, scancel="kill -TERM $(cat step)", scontrol="")
+    env["SLURM_RESTART_COUNT"] = "99"  # the limit is about failures
+    process = subprocess.Popen(
+        ["bash", ROOT / "launch" / "slurm.sbatch", *ARGS], env=env
+    )
+    try:
+        for _ in range(200):
+            if (tmp_path / "step").is_file() and (tmp_path / "step").read_text():
+                break
+            time.sleep(0.05)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+    assert calls(tmp_path)[1:] == ["scancel --signal=TERM 7.0", "scontrol requeue 7"]
+
+
+SSH = 'while [ "$1" = -o ]; do shift 2; done\nexport NODE=$1; shift; eval "$@"'
+
+
+@pytest.mark.parametrize(
+    ("moex", "code", "starts"),
+    [
+        ("exit 0", 0, 2),
+        ("exit 2", 2, 2),
+        # One host fails once, and the other ends because of it.
+        ("[ -e once.$NODE ] || { touch once.$NODE; exit 1; }", 0, 4),
+        ("exit 3", 3, 4),
+    ],
+)
+def test_ssh_starts_one_process_on_each_host(tmp_path, moex, code, starts):
+    env = pretend(tmp_path, ssh=SSH, **{".venv/bin/moex": moex})
+    env |= {"HOSTS": "a b", "FOLDER": str(tmp_path), "RESTARTS": "1", "PORT": "81"}
+    env |= {"USER": f"test{os.getpid()}"}
+    args = [*ARGS, "--workdir=a b"]
+    done = subprocess.run(
+        ["bash", ROOT / "launch" / "ssh.sh", *args], env=env, timeout=60
+    )
+    pathlib.Path(f"/tmp/moex-test{os.getpid()}-81.pid").unlink()
+    assert done.returncode == code
+    started = [c for c in calls(tmp_path) if c.startswith(".venv/bin/moex")]
+    assert len(started) == starts
+    assert sorted(started[:2]) == [
+        f".venv/bin/moex train {' '.join(args)} --coordinator=a:81 --num-processes=2 "
+        f"--process-id={i}"
+        for i in range(2)
+    ]
