@@ -9,16 +9,19 @@ if any pair is further than `LIMIT` or two replicas differ.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import pathlib
 import sys
 
-# Before JAX is imported: compiling is nearly all of the time.
+# Before JAX is imported: compiling is nearly all of the time. Later versions do not
+# have the second flag.
+FLAGS = ["--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
-)
+os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
 
 import jax  # noqa: E402
 
