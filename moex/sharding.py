@@ -84,7 +84,7 @@ class MeshConfig(Config):
         auto = (AxisType.Auto,) * len(AXIS_NAMES)
         slices = num_slices(devices)
         if slices == 1:
-            return jax.make_mesh(sizes, AXIS_NAMES, axis_types=auto, devices=devices)
+            return Mesh(_device_array(sizes, devices), AXIS_NAMES, axis_types=auto)
         data, *inside = sizes
         require(
             data % slices == 0,
@@ -95,9 +95,25 @@ class MeshConfig(Config):
         )
         between = (slices, *(1 for _ in inside))
         array = mesh_utils.create_hybrid_device_mesh(
-            (data // slices, *inside), between, devices
+            (data // slices, *inside),
+            between,
+            devices,
+            allow_split_physical_axes=True,
         )
         return Mesh(array, AXIS_NAMES, axis_types=auto)
+
+
+def _device_array(sizes, devices) -> np.ndarray:
+    """Devices in the shape of a mesh; on a torus axes lie along whole dimensions.
+
+    Where none do, such as 8 of a 4x4x4 torus, an axis takes a part of a dimension.
+    """
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:
+        return mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
+        )
 
 
 def num_slices(devices) -> int:

@@ -12,6 +12,7 @@ import pytest
 
 from experiments.sharding import matrix
 from moex.config import ConfigError
+from moex.optim import flat_paths
 from moex.sharding import MeshConfig
 from moex.train import state as states
 
@@ -45,6 +46,17 @@ def test_sharded_is_unsharded(layer, mesh):
     if layer != "expert choice":  # balanced by design
         load = next(v for k, v in expected.metrics.items() if "load_frac" in k)
         assert np.max(load) > 1.2 * np.mean(load)
+
+
+def test_an_update_that_lost_rows_is_skipped():
+    mesh = MeshConfig(data=1, expert=8, exchange="all_to_all", exchange_buffer=1.0)
+    outcome = matrix.outcome("forced, all to two", mesh, jax.devices())
+    _, params, _ = matrix.initial("forced, all to two")
+    assert outcome.metrics["lost_rows"] > 0
+    assert outcome.metrics["skipped"] == 1
+    for path, value in flat_paths(params).items():
+        np.testing.assert_array_equal(outcome.params[path], value, err_msg=path)
+    assert max(np.max(v) for k, v in outcome.metrics.items() if "lost_frac" in k) > 0
 
 
 def test_experts_that_the_axis_does_not_divide_are_refused():

@@ -27,6 +27,7 @@ LAYOUT = {
         "experts per token": ["Multiline", ["moe/experts_per_token/.*"]],
         "zero-computation slots, share": ["Multiline", ["moe/zero_frac.*"]],
         "dropped slots, share": ["Multiline", ["moe/dropped_frac.*"]],
+        "slots lost on their way, share": ["Multiline", ["moe/lost_frac.*"]],
     },
     "training": {
         "loss, nats per token": ["Multiline", ["train/nll", "eval/nll"]],
