@@ -68,7 +68,7 @@ def _pattern_bytes(cfg, segment: Segment, pattern) -> float:
         return jax.vjp(run, params, x_BLD)[1]
 
     def kept(batch_size: int) -> int:
-        ctx = _abstract_context(cfg, _abstract_batch(batch_size, cfg.seq_len))
+        ctx = _abstract_context(cfg, abstract_batch(batch_size, cfg.seq_len))
         shape = (batch_size, cfg.seq_len, model.dim)
         x_BLD = jax.ShapeDtypeStruct(shape, ctx.compute_dtype)
         leaves = jax.tree.leaves(jax.eval_shape(residuals, params, state, x_BLD, ctx))
@@ -84,8 +84,14 @@ def _copies(tree):
     )
 
 
-def model_activation_bytes(cfg, spec: ModelSpec) -> float:
-    """Bytes per token that the whole training loss keeps for its backward pass."""
+def model_activation_bytes(cfg, spec: ModelSpec, sequences: int = 1) -> float:
+    """Bytes per token that the whole training loss keeps for its backward pass.
+
+    Args:
+      cfg: run config.
+      spec: of its model.
+      sequences: the two batches that are compared have so many, and twice as many.
+    """
 
     def kept(batch_size):
         def residuals(params, state, batch, key):
@@ -104,11 +110,12 @@ def model_activation_bytes(cfg, spec: ModelSpec) -> float:
 
             return jax.vjp(loss, params)[1]
 
-        batch = _abstract_batch(batch_size, cfg.seq_len)
+        batch = abstract_batch(batch_size, cfg.seq_len)
         args = (spec.params, spec.state, batch, _abstract_key())
         return num_bytes(jax.eval_shape(residuals, *args))
 
-    return (kept(2) - kept(1)) / cfg.seq_len
+    grown = kept(2 * sequences) - kept(sequences)
+    return grown / sequences / cfg.seq_len
 
 
 def _abstract_key():
@@ -121,7 +128,7 @@ def _abstract_context(cfg, batch) -> Context:
     return jax.eval_shape(make, batch, key=_abstract_key())
 
 
-def _abstract_batch(batch_size: int, seq_len: int) -> dict:
+def abstract_batch(batch_size: int, seq_len: int) -> dict:
     """The shapes of a batch of the data pipeline."""
 
     def array(dtype, *shape):
