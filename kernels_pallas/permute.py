@@ -1,7 +1,8 @@
 """Rows into expert order and back, by gathers alone, forward and backward.
 
 Every slot has one row, so that the transpose of either direction is again a gather: no
-scatter-add, and the same sums in the same order in every run.
+scatter-add, and the same sums in the same order in every run. A `plan` here is a `Plan`
+or a `Layout`.
 
 Legend: T tokens, K slots per token, N sorted rows, D row width.
 """
@@ -50,13 +51,11 @@ def _combine_forward(y_ND, gate_TK, plan):
 
 def _combine_backward(saved, dy_TD):
     y_ND, gate_TK, plan = saved
-    row_N1 = jnp.arange(y_ND.shape[0], dtype=jnp.int32)[:, None]
     dy_ND = take(dy_TD, plan.token_N).astype(jnp.float32)
     gate_N1 = take(gate_TK.reshape(-1, 1), plan.order_N)
-    real_N1 = row_N1 < plan.bounds[-1]
     dgate_N = jnp.sum(dy_ND * y_ND.astype(jnp.float32), axis=1)
     return (
-        jnp.where(real_N1, gate_N1 * dy_ND, 0).astype(y_ND.dtype),
+        jnp.where(plan.real_N[:, None], gate_N1 * dy_ND, 0).astype(y_ND.dtype),
         slot_values(dgate_N, plan),
         None,
     )

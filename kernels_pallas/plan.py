@@ -56,9 +56,49 @@ class Plan:
         """`row_TK`, with row 0, which is there and in the cache, for slots not kept."""
         return jnp.where(self.kept_TK, self.row_TK, 0)
 
+    @property
+    def real_N(self):
+        """bool, whether the sorted row is of a kept slot."""
+        return jnp.arange(self.order_N.shape[0], dtype=jnp.int32) < self.bounds[-1]
+
     def first_rows(self, num_rows):
         """The plan with `num_rows` rows; right where bounds[E] <= num_rows."""
         return replace(self, order_N=self.order_N[:num_rows])
+
+    def truncated(self, num_rows):
+        """The plan with at most `num_rows` rows; slots of later rows are not kept."""
+        if num_rows >= self.order_N.shape[0]:
+            return self
+        bounds = jnp.minimum(self.bounds, num_rows)
+        return replace(self, order_N=self.order_N[:num_rows], bounds=bounds)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Layout:
+    """Where slots lie in a buffer with gaps: what `dispatch` and `combine` read.
+
+    Attributes:
+      order_N: int32, the slot of each buffer row; any slot in a gap.
+      row_TK: int32, the buffer row of each slot; any row for slots not kept.
+      kept_TK: bool, whether the slot has a row.
+      real_N: bool, False in gaps.
+    """
+
+    order_N: jax.Array
+    row_TK: jax.Array
+    kept_TK: jax.Array
+    real_N: jax.Array
+
+    @property
+    def token_N(self):
+        """int32, the token that each buffer row reads."""
+        return self.order_N // self.row_TK.shape[1]
+
+    @property
+    def safe_row_TK(self):
+        """`row_TK`, with row 0 for slots not kept."""
+        return jnp.where(self.kept_TK, self.row_TK, 0)
 
 
 def make_plan(expert_TK, keep_TK, num_experts):

@@ -172,7 +172,7 @@ def check_divides(leaves, sizes: dict[str, int], path: str = "config.mesh") -> N
         own = shape[len(shape) - len(axes) :]
         for size, logical in zip(own, axes, strict=True):
             mesh_axis = None if logical is None else getattr(RULES, logical)
-            parts = sizes.get(mesh_axis, 1)
+            parts = 1 if mesh_axis is None else sizes[mesh_axis]
             if size % parts:
                 raise ConfigError(
                     f"{path}.{mesh_axis} = {parts}: must divide the {logical!r} dim of "
@@ -234,7 +234,7 @@ def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """
     shards = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,))
     rows = range(batch_size)
-    return sorted({row for index in shards.values() for row in rows[index[0]]})
+    return sorted({row for i in shards.values() if i for row in rows[i[0]]})
 
 
 def shard_batch(batch: dict, mesh: Mesh) -> dict:

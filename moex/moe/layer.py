@@ -4,7 +4,6 @@ B batch · L length · T = B * L tokens · D model width · E experts · K slots
 """
 
 import dataclasses
-import math
 from inspect import signature
 from typing import Any
 
@@ -12,15 +11,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas import combine, dispatch, make_plan
 from moex.config import Config, require, walk
 from moex.moe import losses, metrics
 from moex.moe.dispatch import drop_over_capacity, expert_capacity
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.zero import Zero
+from moex.moe.parallel import Rows, on_a_mesh, run_experts
 from moex.moe.routing import ExpertRouting
 from moex.nn.block import is_feed_forward
 from moex.nn.param import param
+from moex.sharding import constrain
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -223,7 +223,7 @@ class SparseLayer(nnx.Module):
     def mix(self, x_BLD, router, ctx):
         """`(y_BLD, aux)` of the routed experts alone."""
         B, L, D = x_BLD.shape
-        x_TD = x_BLD.reshape(-1, D)
+        x_TD = constrain(x_BLD.reshape(-1, D), "tokens", None)
         valid_T = ctx.valid_BL.reshape(-1)
         with jax.named_scope("router"):
             routing = router(x_TD, ctx)
@@ -231,18 +231,16 @@ class SparseLayer(nnx.Module):
                 routing = routing.keep_only(valid_T[:, None])
             load_BE, real_T = metrics.loads(routing, (B, L), self.num_experts)
         if isinstance(routing, ExpertRouting):
-            token_N, rows = routing.by_row()
-            y_ND, num_kept = self._compute(x_TD[token_N], rows, ctx)
-            y32_TD = jnp.zeros((B * L, D)).at[token_N].add(y_ND.astype(jnp.float32))
-            y_TD = y32_TD.astype(x_TD.dtype)
+            y_TD, num_kept, num_lost = self._sums_of_experts(x_TD, routing, ctx)
         else:
-            y_TD, num_kept = self._compute(x_TD, routing, ctx)
+            y_TD, num_kept, num_lost = self._sums(x_TD, routing, ctx)
         stats = metrics.routing_stats(
             routing,
             valid_T,
             jnp.sum(load_BE, axis=0),
             real_T,
             num_kept,
+            num_lost,
             self.num_experts,
         )
         aux = {
@@ -255,30 +253,33 @@ class SparseLayer(nnx.Module):
             aux["inputs"] = x_BLD
         return y_TD.reshape(B, L, D), aux
 
-    def _compute(self, x_TD, routing, ctx):
-        """Gated sums over the slots of each row of x, and the rows computed."""
+    def _sums(self, x_TD, routing, ctx, per_expert=None):
+        """(gated sums over the slots of each row of x, rows computed, rows lost)."""
         E = self.num_experts
-        with jax.named_scope("dispatch"):
-            # Decoding drops nothing, or a row would depend on the rest of its batch.
-            if self.capacity_factor is not None and ctx.mode != "decode":
-                num_slots = routing.expert_TK.size
-                choices = routing.probs_TE.shape[-1]
-                capacity = expert_capacity(self.capacity_factor, num_slots, choices)
-                routing = drop_over_capacity(routing, E, capacity)
-            plan = make_plan(routing.expert_TK, routing.keep_TK, E)
-        with jax.named_scope("experts"):
-            if self.buffer_slots is not None:
-                rows = math.ceil(self.buffer_slots * x_TD.shape[0])
-                y_TD = self.experts.fused(x_TD, routing.gate_TK, plan, ctx, rows)
-            elif hasattr(self.experts, "fused"):
-                y_TD = self.experts.fused(x_TD, routing.gate_TK, plan, ctx)
-            else:
-                y_ND = self.experts(dispatch(x_TD, plan), plan.group_sizes_E, ctx)
-                y_TD = combine(y_ND, routing.gate_TK, plan)
+        # Decoding drops nothing, or a row would depend on the rest of its batch.
+        if self.capacity_factor is not None and ctx.mode != "decode":
+            num_slots = routing.expert_TK.size
+            choices = routing.probs_TE.shape[-1]
+            capacity = expert_capacity(self.capacity_factor, num_slots, choices)
+            routing = drop_over_capacity(routing, E, capacity)
+        rows = Rows(self.buffer_slots, per_expert)
+        y_TD, num_lost = run_experts(self.experts, x_TD, routing, E, ctx, rows=rows)
         if self.zero is not None:
             with jax.named_scope("zero"):
                 y_TD += self.zero(x_TD, routing.expert_TK, routing.gate_TK, E)
-        return y_TD, jnp.sum(plan.group_sizes_E).astype(jnp.float32)
+        computed_TK = routing.keep_TK & (routing.expert_TK < E)
+        return y_TD, jnp.sum(computed_TK, dtype=jnp.float32) - num_lost, num_lost
+
+    def _sums_of_experts(self, x_TD, routing, ctx):
+        """`_sums` where experts choose."""
+        if on_a_mesh():
+            # Tokens stay where they are: every one says which experts chose it.
+            per_expert = routing.token_EC.shape[1]
+            return self._sums(x_TD, routing.by_token(), ctx, per_expert)
+        token_N, rows = routing.by_row()
+        y_ND, num_kept, num_lost = self._sums(x_TD[token_N], rows, ctx)
+        y32_TD = jnp.zeros(x_TD.shape).at[token_N].add(y_ND.astype(jnp.float32))
+        return y32_TD.astype(x_TD.dtype), num_kept, num_lost
 
     def shared_output(self, x_BLD, ctx):
         """What the shared expert adds; call only if there is one."""
@@ -296,7 +297,8 @@ class MoELayer(SparseLayer):
 
     1. The router turns tokens into a `Routing` (float32), or an `ExpertRouting`.
     2. Padding is not routed; a capacity, if set, drops slots, and they are counted.
-    3. One sort puts the kept slots in expert order (`Plan`).
+    3. One sort puts the kept slots in expert order (`Plan`); on a mesh, tokens first
+       travel to the devices of their experts (`moe/parallel.py`).
     4. The experts compute their rows; dropped slots cost nothing.
     5. Rows come back to their tokens, weighted by the gates; zero-computation experts
        are added.

@@ -38,7 +38,9 @@ def loads(routing, shape_BL, num_experts) -> tuple[jax.Array, jax.Array]:
     return load_BE, jnp.sum(real_TK, axis=-1, dtype=jnp.float32)
 
 
-def routing_stats(routing, valid_T, load_E, real_T, num_kept, num_experts) -> dict:
+def routing_stats(
+    routing, valid_T, load_E, real_T, num_kept, num_lost, num_experts
+) -> dict:
     """Float32 sums over the valid tokens of one layer call; differentiable.
 
     Args:
@@ -47,6 +49,7 @@ def routing_stats(routing, valid_T, load_E, real_T, num_kept, num_experts) -> di
       load_E: float32[E], slots per expert before capacity.
       real_T: float32[T], slots per token at experts that compute.
       num_kept: float32 scalar, rows that were computed.
+      num_lost: float32 scalar, rows that found no room on their way to the experts.
       num_experts: experts that compute.
     """
     valid_T1 = valid_T[:, None].astype(jnp.float32)
@@ -60,6 +63,7 @@ def routing_stats(routing, valid_T, load_E, real_T, num_kept, num_experts) -> di
         "num_slots": jnp.sum(load_E),
         "num_zero": jnp.sum(load_E[num_experts:]),
         "num_kept": num_kept,
+        "num_lost": num_lost,
         "real_sq_sum": jnp.sum(real_T**2),
         "num_unrouted": jnp.sum(jnp.where(real_T == 0, valid_T1[:, 0], 0.0)),
         "entropy_sum": jnp.sum(entropy_TE * valid_T1),
@@ -82,7 +86,8 @@ def layer_metrics(stats: dict) -> dict:
       experts_per_token_std [...]: their deviation over tokens, before capacity.
       unrouted_frac [...]: share of tokens that no computing expert was chosen for.
       zero_frac [...]: share of slots at zero-computation experts.
-      dropped_frac [...]: share of slots dropped by capacity.
+      dropped_frac [...]: share of slots dropped by capacity or lost on the way.
+      lost_frac [...]: share of slots that found no room on the way to their experts.
     """
     load_E = stats["load_E"]
     num_experts = load_E.shape[-1]
@@ -103,5 +108,6 @@ def layer_metrics(stats: dict) -> dict:
         "experts_per_token_std": jnp.sqrt(variance),
         "unrouted_frac": stats["num_unrouted"] / tokens,
         "zero_frac": stats["num_zero"] / slots,
+        "lost_frac": stats["num_lost"] / slots,
         "dropped_frac": 1.0 - (stats["num_kept"] + stats["num_zero"]) / slots,
     }

@@ -81,6 +81,19 @@ class ExpertRouting:
         )
         return self.token_EC.reshape(-1), rows
 
+    def by_token(self) -> Routing:
+        """The same choices as slots of tokens: slot e of a token is expert e's."""
+        T, E = self.logits_TE.shape
+        at = (self.token_EC, jnp.arange(E)[:, None])
+        gate_EC = jnp.where(self.keep_EC, self.gate_EC, 0.0)
+        return Routing(
+            expert_TK=jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[None], (T, E)),
+            gate_TK=jnp.zeros((T, E)).at[at].add(gate_EC),
+            keep_TK=jnp.zeros((T, E), bool).at[at].max(self.keep_EC),
+            logits_TE=self.logits_TE,
+            probs_TE=self.probs_TE,
+        )
+
     def trace(self) -> dict:
         """What a replay of this routing needs, and the gates."""
         return {"token": self.token_EC, "gate": self.gate_EC, "keep": self.keep_EC}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """A frozen pytree; the fields after `layer` are static (they pick the program).
+    """A frozen pytree; fields after `first_expert` are static (they pick the program).
 
     Attributes:
       segment_BL: int32, document number within the row from 1; 0 is padding. Tokens
@@ -26,12 +26,17 @@ class Context:
       forced: a recorded assignment to replay (`moe/replay.py`), or None.
       layer: int32 scalar, which copy of its segment a layer is; None outside a stack.
       chain_round: which round of a chain this is, from 0.
+      first_expert: int32 scalar, the id of the first expert of this device, inside of
+        the experts; None: 0, all experts are here.
       mode: "train", "eval" or "decode".
       collect: return routing traces.
       dtype: compute dtype of the matmuls.
       kernels: name of the grouped-matmul implementation, or None to choose.
       attention: name of the attention implementation, or None to choose.
       remat: "none", "dots" (keep matmul results) or "full".
+      exchange, exchange_buffer: how tokens reach experts on a mesh: `MeshConfig`.
+      tensor_share: 1 / devices that hold a slice each of an expert's width and whose
+        outputs are added: the weight of a term that all of them add, such as a bias.
       scan_layers: one compiled body for all layers of a segment; False: one each.
     """
 
@@ -44,6 +49,7 @@ class Context:
     key: jax.Array | None = None
     forced: dict | None = None
     layer: jax.Array | None = None
+    first_expert: jax.Array | None = None
     chain_round: int = dataclasses.field(default=0, metadata={"static": True})
     mode: str = dataclasses.field(default="train", metadata={"static": True})
     collect: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -51,6 +57,11 @@ class Context:
     kernels: str | None = dataclasses.field(default=None, metadata={"static": True})
     attention: str | None = dataclasses.field(default=None, metadata={"static": True})
     remat: str = dataclasses.field(default="none", metadata={"static": True})
+    exchange: str = dataclasses.field(default="auto", metadata={"static": True})
+    exchange_buffer: float | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+    tensor_share: float = dataclasses.field(default=1.0, metadata={"static": True})
     scan_layers: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property

@@ -148,6 +148,9 @@ def static_options(cfg, *, train: bool) -> dict:
         "kernels": kernels,
         "remat": cfg.remat if train else "none",
         "scan_layers": cfg.scan_layers,
+        "exchange": cfg.mesh.exchange,
+        # What is scored must be exact, and keeps nothing for a backward pass.
+        "exchange_buffer": cfg.mesh.exchange_buffer if train else None,
     }
 
 

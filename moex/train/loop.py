@@ -148,6 +148,16 @@ def _start(job: Job, workdir, checkpointer, cost, say) -> "Run":
     return Run(job, workdir, checkpointer, cost, log, state, step, consumed, final)
 
 
+def _lost(rows: int) -> str:
+    """What a person should know of rows that found no room, if there are any."""
+    if rows == 0:
+        return ""
+    return (
+        f", {rows} rows found no room on their way to the experts: raise "
+        "config.mesh.exchange_buffer"
+    )
+
+
 def keeps_value(info, path) -> bool:
     """Whether a router state means the same in another run: biases do."""
     return info[path_name(path)].rule.keeps_value
@@ -268,18 +278,14 @@ class Run:
         in_row = int(metrics["skipped_in_row"])
         if in_row:
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+            lost = int(metrics["lost_rows"])
             self.log.line(
                 f"warning: update {step} skipped (loss {loss:.4g}, gradient norm "
-                f"{norm:.4g}); {in_row} in a row, {int(metrics['skipped'])} in all"
+                f"{norm:.4g}{_lost(lost)}); {in_row} in a row, "
+                f"{int(metrics['skipped'])} in all"
             )
-        if in_row >= cfg.nan_limit:
-            self.checkpointer.wait()
-            kept = self.checkpointer.steps()
-            raise TrainingStopped(
-                f"{in_row} updates in a row had a loss or gradient that is not finite "
-                f"or spikes (config.nan_limit = {cfg.nan_limit}); stopped at step "
-                f"{step}. Last good checkpoint: {kept[-1] if kept else 'none'}."
-            )
+            if in_row >= cfg.nan_limit:
+                self._give_up(step, in_row, lost)
         if step % cfg.log.every and step != cfg.steps and step != 1:
             self.log.advance()
             return
@@ -290,6 +296,16 @@ class Run:
         self.logged = (step, seconds)
         waited = data_seconds / (step - self.first)
         self._log_step(step, metrics, elapsed / max(steps, 1), waited)
+
+    def _give_up(self, step: int, in_row: int, lost: int) -> None:
+        self.checkpointer.wait()
+        kept = self.checkpointer.steps()
+        raise TrainingStopped(
+            f"{in_row} updates in a row had a loss or gradient that is not finite or "
+            f"spikes{_lost(lost)} (config.nan_limit = {self.job.cfg.nan_limit}); "
+            f"stopped at step {step}. Last good checkpoint: "
+            f"{kept[-1] if kept else 'none'}."
+        )
 
     def _log_step(self, step, metrics, step_seconds, data_seconds):
         cfg = self.job.cfg

@@ -84,14 +84,16 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
                 "state": update_state(spec, state, sums["layers"], step),
                 "opt": opt,
             }
+            lost = lost_rows(sums["layers"])
             ok, guard = guard_update(
-                train_state["guard"], loss, grad_norm, optim.spike_factor
+                train_state["guard"], loss, grad_norm, optim.spike_factor, lost
             )
             old = {k: train_state[k] for k in new}
             new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
         metrics = figures(sums, grad_accum) | {
             "loss": loss,
             "grad_norm": grad_norm,
+            "lost_rows": lost,
             "skipped": guard["skipped"],
             "skipped_in_row": guard["skipped_in_row"],
         }
@@ -157,17 +159,24 @@ def router_sums(layers, name) -> dict:
     return stats
 
 
-def guard_update(guard, loss, grad_norm, spike_factor):
+def lost_rows(layers):
+    """float32: rows of all layers that found no room on their way to the experts."""
+    return sum(
+        (jnp.sum(v["stats"]["num_lost"]) for v in layers.values()), jnp.zeros(())
+    )
+
+
+def guard_update(guard, loss, grad_norm, spike_factor, lost=0.0):
     """Decide whether an update is taken, and count.
 
-    It is skipped if the loss or the gradient norm is not finite, or if the gradient
-    norm exceeds `spike_factor` times its running mean over accepted updates (once
-    `SPIKE_WARMUP` were accepted).
+    It is skipped if the loss or the gradient norm is not finite, if rows were lost on
+    their way to the experts, or if the gradient norm exceeds `spike_factor` times its
+    running mean over accepted updates (once `SPIKE_WARMUP` were accepted).
 
     Returns:
       (ok bool scalar, new guard).
     """
-    ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (lost == 0)
     mean = guard["grad_norm_mean"]
     if spike_factor is not None:
         started = guard["accepted"] >= SPIKE_WARMUP

@@ -29,7 +29,8 @@ def example():
     )
     load_BE, real_T = loads(routing, (2, 2), num_experts=2)
     load_E = jnp.sum(load_BE, axis=0)
-    return routing_stats(routing, valid_T, load_E, real_T, jnp.float32(2), 2)
+    computed, lost = jnp.float32(2), jnp.float32(1)
+    return routing_stats(routing, valid_T, load_E, real_T, computed, lost, 2)
 
 
 def test_sums_leave_padding_out():
@@ -43,6 +44,7 @@ def test_sums_leave_padding_out():
         "num_slots": 3,
         "num_zero": 0,
         "num_kept": 2,
+        "num_lost": 1,
         "real_sq_sum": 3,
         "num_unrouted": 0,
         "entropy_sum": 0.693147 + 2 * 0.562335,
@@ -69,6 +71,7 @@ def test_figures():
         "experts_per_token_std": 0,
         "unrouted_frac": 0,
         "zero_frac": 0,
+        "lost_frac": 1 / 3,
         "dropped_frac": 1 / 3,
     }
     assert figures.keys() == expected.keys()
@@ -114,7 +117,9 @@ def test_zero_computation_slots_are_counted_apart():
     load_E = jnp.sum(load_BE, axis=0)
     valid_T = jnp.ones(4, bool)
     # Capacity dropped one of the four real slots.
-    stats = routing_stats(routing, valid_T, load_E, real_T, jnp.float32(3), 2)
+    stats = routing_stats(
+        routing, valid_T, load_E, real_T, jnp.float32(3), jnp.float32(0), 2
+    )
     figures = layer_metrics(stats)
     # Real slots per token 2, 1, 0, 1: mean 1, variance 1/2.
     expected = {

@@ -79,7 +79,8 @@ class GluExperts(nnx.Module):
         h_NF = h_NF.astype(x_ND.dtype)
         y_ND = grouped_matmul(h_NF, w_out, group_sizes_E, implementation=ctx.kernels)
         if self.bias_out_ED is not None:
-            y_ND += per_row(self.bias_out_ED[...], y_ND, group_sizes_E)
+            bias_ED = ctx.tensor_share * self.bias_out_ED[...]
+            y_ND += per_row(bias_ED, y_ND, group_sizes_E)
         return y_ND
 
     def _weights(self, dtype):

@@ -5,11 +5,12 @@ G groups of experts · K slots
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas import ACTIVATIONS, combine, grouped_matmul
+from kernels_pallas import ACTIVATIONS, combine, dispatch, grouped_matmul
 from moex.config import Config, caution, require, require_choice
 from moex.nn.param import param
 
@@ -154,7 +155,8 @@ class LatentExperts(nnx.Module):
             else:
                 b_GDZ = getattr(self, name)[...].astype(x_TD.dtype)
                 z_TGZ = jnp.einsum("td,gdz->tgz", x_TD, b_GDZ)
-                latents[op] = z_TGZ.at[token_N, self._group_of(plan)].get(mode="clip")
+                group_N = self._group_of_rows(plan, ctx)
+                latents[op] = z_TGZ.at[token_N, group_N].get(mode="clip")
         out_N = self._to_out(x_ND, latents, by_expert)
         if not hasattr(self, "b_down_GZD"):
             return combine(out_N, gate_TK, plan)
@@ -163,11 +165,70 @@ class LatentExperts(nnx.Module):
             return combine(out_N, gate_TK, plan) @ b_ZD
         return combine(by_group(out_N, "b_down_GZD"), gate_TK, plan)
 
+    # Between devices tokens travel as latents, where that is less: `moe/parallel.py`.
+
+    def can_travel(self, num_slots, num_devices) -> bool:
+        """Whether latents travel instead of tokens.
+
+        They do if gate and up are both factored, each device's experts share one space,
+        there are no more spaces than slots, and 2 Z < D.
+        """
+        b_gate: Any = getattr(self, "b_gate_GDZ", None)
+        if b_gate is None or not hasattr(self, "b_up_GDZ"):
+            return False
+        G, D, Z = b_gate[...].shape
+        per_device = self.num_experts // num_devices
+        one_space = G == 1 or self.group % per_device == 0
+        return one_space and num_slots >= G and 2 * Z < D
+
+    def group_of(self, expert):
+        """The group of an expert id."""
+        return expert // self.group
+
+    def enter(self, x_TD):
+        """[T, G * 2Z]: the latents of gate and up in every space."""
+        both = (getattr(self, f"b_{op}_GDZ")[...] for op in ("gate", "up"))
+        b = jnp.concatenate(list(both), axis=2)
+        z = jnp.einsum("td,gdc->tgc", x_TD, b.astype(x_TD.dtype))
+        return z.reshape(x_TD.shape[0], -1)
+
+    def pick(self, z_NC, group_N):
+        """[N, 2Z]: of each row the latents of its group."""
+        z = z_NC.reshape(z_NC.shape[0], self.num_groups, -1)
+        return jnp.sum(z * self._one_hot(group_N, z.dtype)[:, :, None], axis=1)
+
+    def inside(self, z_TC, gate_TK, plan, ctx):
+        """Gated sums of the experts' own parts, [T, Z], or [T, D] where down is whole.
+
+        Args:
+          z_TC: [T, 2Z] latents of gate and up.
+          gate_TK, plan, ctx: as for `fused`.
+        """
+        by_expert, _ = self._matmuls(plan.group_sizes_E, ctx)
+        z_gate, z_up = jnp.split(dispatch(z_TC, plan), 2, axis=1)
+        out_N = self._to_out(None, {"gate": z_gate, "up": z_up}, by_expert)
+        return combine(out_N, gate_TK, plan)
+
+    def leave(self, y_NC, group_N, layout):
+        """[T, D] sums of rows that came back, through the shared part of down."""
+        ones_TK = layout.kept_TK.astype(jnp.float32)
+        if not hasattr(self, "b_down_GZD"):
+            return combine(y_NC, ones_TK, layout)
+        # Linear: rows are summed in the space of their group, then projected once.
+        y = y_NC[:, None] * self._one_hot(group_N, y_NC.dtype)[:, :, None]
+        y_TGZ = combine(y.reshape(y.shape[0], -1), ones_TK, layout)
+        b_GZD = self.b_down_GZD[...].astype(y_NC.dtype)
+        return y_TGZ @ b_GZD.reshape(-1, b_GZD.shape[2])
+
+    def _one_hot(self, group_N, dtype):
+        groups_1G = jnp.arange(self.num_groups)[None]
+        return (group_N[:, None] == groups_1G).astype(dtype)
+
     def _matmuls(self, group_sizes_E, ctx):
         """Grouped matmuls with a parameter of experts, and with one of groups."""
-        spare = self.num_groups * self.group - self.num_experts
-        sizes_E = jnp.pad(group_sizes_E, (0, spare))
-        group_sizes_G = jnp.sum(sizes_E.reshape(self.num_groups, self.group), axis=1)
+        group_E = self.group_of(self._ids(group_sizes_E, ctx))
+        group_sizes_G = jnp.zeros(self.num_groups, group_sizes_E.dtype)
+        group_sizes_G = group_sizes_G.at[group_E].add(group_sizes_E)
 
         def matmul(sizes):
             return lambda rows, name: grouped_matmul(
@@ -177,14 +238,20 @@ class LatentExperts(nnx.Module):
                 implementation=ctx.kernels,
             )
 
-        return matmul(group_sizes_E), matmul(group_sizes_G.astype(jnp.int32))
+        return matmul(group_sizes_E), matmul(group_sizes_G)
 
-    def _group_of(self, plan):
+    def _ids(self, group_sizes_E, ctx):
+        """int32: the ids of the experts that these sizes are of."""
+        first = 0 if ctx.first_expert is None else ctx.first_expert
+        return first + jnp.arange(group_sizes_E.shape[0], dtype=jnp.int32)
+
+    def _group_of_rows(self, plan, ctx):
         """int32[N]: the group of each sorted row; any group past the last row."""
+        ids_E = self._ids(plan.group_sizes_E, ctx)
         end_E = jnp.cumsum(plan.group_sizes_E)
         rows_N = jnp.arange(plan.order_N.shape[0])
-        expert_N = jnp.searchsorted(end_E, rows_N, side="right")
-        return jnp.minimum(expert_N // self.group, self.num_groups - 1)
+        place_N = jnp.searchsorted(end_E, rows_N, side="right")
+        return self.group_of(ids_E.at[place_N].get(mode="clip"))
 
     def _to_out(self, x_N, latents, by_expert):
         """Rows through gate, up and the expert's own part of down."""

@@ -1,0 +1,436 @@
+"""Experts on a mesh: the one `shard_map` of moex. Dropless, with exact results.
+
+Inside it every device holds its tokens (split over `TOKEN_AXES`) and its experts (split
+over `expert`, their hidden width over `tensor`). Parameters split over `fsdp` are
+gathered there in the compute dtype, and their gradients scattered back.
+
+Rows reach the experts in one of two ways (`config.mesh.exchange`):
+
+- "all_to_all": each token goes once to every device that holds an expert of it, however
+  many it holds; the gated sum comes back. Routing that is limited to groups of experts,
+  one per device, shortens the travel.
+- "gather": every device of the expert axis sees all tokens of the axis and computes its
+  own experts' part; the parts are summed where the tokens live.
+
+T tokens · D model width · E experts · K slots per token · in one device: t tokens, e
+experts, n devices of the expert axis, R rows received, C rows per pair of devices
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas import combine, dispatch, make_plan
+from kernels_pallas.device import platform
+from kernels_pallas.permute import take
+from kernels_pallas.plan import Layout
+from moex.sharding import TOKEN_AXES, partition_spec
+
+# all_to_all is chosen if it moves at most this share of the rows that a gather moves:
+# a gather needs no sort, no packing and no ids beside the rows. A judgement, not timed.
+MOVES_LESS = 0.75
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What is known of the rows that the experts of a layer compute.
+
+    Attributes:
+      buffer_slots: kept slots per token that buffers are made for; more are computed
+        too, in a way that takes more memory for a while. None: all there are.
+      per_expert: most slots that any expert was given. None: as many as tokens.
+    """
+
+    buffer_slots: float | None = None
+    per_expert: int | None = None
+
+    def limits(self, num_tokens, num_seen, num_experts) -> dict:
+        """Arguments of `local_sums`, of a device that sees more tokens than its own."""
+        limits: dict[str, int] = {}
+        if self.buffer_slots is not None:
+            limits["buffer_rows"] = math.ceil(self.buffer_slots * num_tokens)
+        if self.per_expert is not None:
+            limits["max_rows"] = num_experts * min(self.per_expert, num_seen)
+        return limits
+
+
+def on_a_mesh() -> bool:
+    """Whether there is a mesh of several devices in use."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape.values()) > 1
+
+
+def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
+    """Gated sums over the kept slots of each token, on the mesh in use.
+
+    Args:
+      experts: module of an expert kind.
+      x_TD: tokens.
+      routing: `Routing`; slots of other ids than the E experts count nothing.
+      num_experts: E.
+      ctx: `Context`.
+      rows: what is known of the rows to compute.
+
+    Returns:
+      ([T, D] as x, float32 scalar: rows that found no room in a buffer).
+    """
+    slots = (routing.expert_TK, routing.gate_TK, routing.keep_TK)
+    if not on_a_mesh():
+        T = x_TD.shape[0]
+        limits = rows.limits(T, T, num_experts)
+        y_TD = local_sums(sums_of(experts), x_TD, slots, num_experts, ctx, **limits)
+        return y_TD, jnp.zeros(())
+    mesh = jax.sharding.get_abstract_mesh()
+    tokens = P(TOKEN_AXES)
+    if x_TD.shape[0] % math.prod(mesh.shape[a] for a in TOKEN_AXES):
+        tokens = P()  # a few tokens that are decoded: every device has them all
+    graphdef, params, rest = nnx.split(experts, nnx.Param, ...)  # type: ignore
+    axes = {path: v.get_metadata()["axes"] for path, v in nnx.to_flat_state(params)}
+    specs = {path: partition_spec(own) for path, own in axes.items()}
+    weights = {path: v[...] for path, v in nnx.to_flat_state(params)}
+    splits_width = mesh.shape["tensor"] > 1 and any("mlp" in a for a in axes.values())
+    own_ctx = _for_experts(ctx, 1 / mesh.shape["tensor"] if splits_width else 1.0)
+
+    def body(weights, rest, x_tD, *slots):
+        weights = {k: _whole(w, specs[k], x_tD.dtype) for k, w in weights.items()}
+        own = nnx.merge(graphdef, _nested(weights), rest)
+        axis = _ExpertAxis(mesh.shape["expert"], num_experts, tokens == P(), rows)
+        y_tD, lost = axis.sums(own, x_tD, slots, own_ctx)
+        if splits_width:
+            y_tD = _sum_over(y_tD, "tensor")
+        return y_tD, lax.psum(lost, TOKEN_AXES)
+
+    run = jax.shard_map(
+        body,
+        in_specs=(specs, P(), tokens, *(tokens for _ in slots)),
+        out_specs=(tokens, P()),
+        # Kernels and their loops cannot say what varies over which axis. Without that
+        # check a wrong sum would pass here: `tests/test_sharded.py` is what holds it.
+        check_vma=False,
+    )
+    return run(weights, nnx.to_pure_dict(rest), x_TD, *slots)
+
+
+def sums_of(experts) -> Callable:
+    """`(x_TD, gate_TK, plan, ctx) -> y_TD` of an expert kind."""
+    if hasattr(experts, "fused"):
+        return experts.fused
+
+    def sums(x_TD, gate_TK, plan, ctx):
+        y_ND = experts(dispatch(x_TD, plan), plan.group_sizes_E, ctx)
+        return combine(y_ND, gate_TK, plan)
+
+    return sums
+
+
+def local_sums(sums, x_TD, slots, num_experts, ctx, *, buffer_rows=None, max_rows=None):
+    """Gated sums of experts that are all on this device, [T, D].
+
+    Args:
+      sums: from `sums_of`.
+      x_TD: tokens, or what of them reaches the experts.
+      slots: (expert_TK, gate_TK, keep_TK) as in `Routing`; ids outside of
+        [0, num_experts) count nothing.
+      num_experts: experts of this device.
+      ctx: `Context`.
+      buffer_rows: rows that buffers are made for; more are computed too.
+      max_rows: rows that are computed at most.
+    """
+    expert_TK, gate_TK, keep_TK = slots
+    with jax.named_scope("dispatch"):
+        plan = make_plan(expert_TK, keep_TK, num_experts)
+        T, K = expert_TK.shape
+        rows = T * min(K, num_experts)
+        plan = plan.truncated(rows if max_rows is None else min(rows, max_rows))
+    with jax.named_scope("experts"):
+        if buffer_rows is not None:
+            return sums(x_TD, gate_TK, plan, ctx, buffer_rows)
+        return sums(x_TD, gate_TK, plan, ctx)
+
+
+def _for_experts(ctx, share):
+    """The context inside: nothing of the batch, only how to compute."""
+    names = ("segment_BL", "position_BL", "token_BL", "key", "forced", "layer")
+    return dataclasses.replace(ctx, **dict.fromkeys(names), tensor_share=share)
+
+
+def _nested(leaves: dict) -> dict:
+    """{path: leaf} as nested dicts."""
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def _whole(weight, spec, dtype):
+    """A parameter in the compute dtype, gathered over `fsdp`."""
+    weight = weight.astype(dtype)
+    for dim, axis in enumerate(spec):
+        if axis == "fsdp" and lax.axis_size("fsdp") > 1:
+            weight = lax.all_gather(weight, "fsdp", axis=dim, tiled=True)
+    return weight
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sum_over(x, axis):
+    """The sum over a mesh axis, of which every device has the whole.
+
+    Each device gets an equal share of the result's gradient; the gradient of each part
+    is all of it. The transpose of psum would add the shares up, through the network.
+    """
+    return lax.psum(x, axis)
+
+
+_sum_over.defvjp(
+    lambda x, axis: (lax.psum(x, axis), None),
+    lambda axis, _, dy: (dy * lax.axis_size(axis),),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ExpertAxis:
+    """The expert axis as one device of it sees it, inside of the shard_map."""
+
+    num_devices: int
+    num_experts: int
+    has_all_tokens: bool
+    rows: Rows
+
+    @property
+    def num_local(self) -> int:
+        return self.num_experts // self.num_devices
+
+    def sums(self, experts, x_tD, slots, ctx):
+        """(gated sums of the tokens of this device, rows that found no room)."""
+        t, K = slots[0].shape
+        if self.num_devices == 1:
+            limits = self.rows.limits(t, t, self.num_experts)
+            own = sums_of(experts)
+            y_tD = local_sums(own, x_tD, slots, self.num_experts, ctx, **limits)
+            return y_tD, jnp.zeros(())
+        first = lax.axis_index("expert") * self.num_local
+        ctx = dataclasses.replace(ctx, first_expert=first)
+        if self.has_all_tokens:
+            y_tD = self._own_part(sums_of(experts), x_tD, _packed(*slots), t, ctx)
+            return _sum_over(y_tD, "expert"), jnp.zeros(())
+        if self._travels_all_to_all(ctx, t, K):
+            return self._all_to_all(experts, x_tD, slots, ctx)
+        x_RD = lax.all_gather(x_tD, "expert", tiled=True)
+        packed = lax.all_gather(_packed(*slots), "expert", tiled=True)
+        y_RD = self._own_part(sums_of(experts), x_RD, packed, t, ctx)
+        y_tD = lax.psum_scatter(y_RD, "expert", scatter_dimension=0, tiled=True)
+        return y_tD, jnp.zeros(())
+
+    def _own_part(self, sums, x_RD, packed, t, ctx):
+        """Sums of the experts of this device for all of R tokens."""
+        slots = _unpacked(packed, ctx.first_expert, self.num_local)
+        limits = self.rows.limits(t, x_RD.shape[0], self.num_local)
+        return local_sums(sums, x_RD, slots, self.num_local, ctx, **limits)
+
+    def _travels_all_to_all(self, ctx, t, K) -> bool:
+        if ctx.exchange != "auto":
+            return ctx.exchange == "all_to_all"
+        return moves_all_to_all(self.num_devices, t, K, ctx.exchange_buffer)
+
+    def _all_to_all(self, experts, x_tD, slots, ctx):
+        expert_tK, gate_tK, keep_tK = slots
+        t, K = expert_tK.shape
+        n, e, buffer = self.num_devices, self.num_local, ctx.exchange_buffer
+        keep_tK = keep_tK & (expert_tK < self.num_experts)
+        in_latent = hasattr(experts, "can_travel") and experts.can_travel(K, n)
+        with jax.named_scope("dispatch"):
+            travel = _plan_travel(expert_tK // e, keep_tK, n, buffer)
+            layout = travel.layout
+            group_N = experts.group_of(travel.device_N * e) if in_latent else None
+            if in_latent:
+                rows_NC = experts.pick(dispatch(experts.enter(x_tD), layout), group_N)
+            else:
+                rows_NC = dispatch(x_tD, layout)
+            keep_NK = take(keep_tK, layout.token_N) & layout.real_N[:, None]
+            packed = _packed(
+                take(expert_tK, layout.token_N), dispatch(gate_tK, layout), keep_NK
+            )
+            x_RC, packed = travel.there(rows_NC), travel.there(packed)
+        own = _unpacked(packed, ctx.first_expert, e)
+        limits = self.rows.limits(t, x_RC.shape[0], e)
+        lost = travel.lost
+        if buffer is not None:
+            limits["max_rows"] = room = math.ceil(buffer * t * K)
+            lost += jnp.maximum(jnp.sum(own[2], dtype=jnp.int32) - room, 0)
+        sums = experts.inside if in_latent else sums_of(experts)
+        y_RC = local_sums(sums, x_RC, own, e, ctx, **limits)
+        with jax.named_scope("combine"):
+            y_NC = travel.back(y_RC)
+            if in_latent:
+                y_tD = experts.leave(y_NC, group_N, layout)
+            else:
+                y_tD = combine(y_NC, jnp.ones((t, K)), layout)
+        return y_tD, lost.astype(jnp.float32)
+
+
+def _packed(expert_tK, gate_tK, keep_tK):
+    """float32[t, 2K]: ids, -1 where not kept, and gates; ids are exact below 2**24."""
+    id_tK = jnp.where(keep_tK, expert_tK, -1).astype(jnp.float32)
+    return jnp.concatenate([id_tK, gate_tK], axis=1)
+
+
+def _unpacked(packed, first_expert, num_local):
+    """(ids counted from the first local expert, gates, whether the expert is local)."""
+    id_RK, gate_RK = jnp.split(packed, 2, axis=1)
+    own_RK = id_RK.astype(jnp.int32) - first_expert
+    return own_RK, gate_RK, (own_RK >= 0) & (own_RK < num_local)
+
+
+# What travels: rows of pairs (token, device).
+
+
+@dataclasses.dataclass(frozen=True)
+class _Travel:
+    """The way of this device's rows to the devices of their experts, and back.
+
+    Attributes:
+      layout: `Layout` of the rows before they leave; the slot of a pair is the first of
+        the token on that device.
+      device_N: int32, where each row goes.
+      there, back: rows [N, C] -> rows [R, C] received, and the other way round; each is
+        the other's transpose.
+      lost: int32, pairs of this device that found no room.
+    """
+
+    layout: Layout
+    device_N: jax.Array
+    there: Callable
+    back: Callable
+    lost: jax.Array
+
+
+def _plan_travel(device_tK, keep_tK, n, buffer) -> _Travel:
+    t, K = device_tK.shape
+    same_tKK = device_tK[:, :, None] == device_tK[:, None, :]
+    before_KK = jnp.tril(jnp.ones((K, K), bool), -1)[None]
+    repeats_tK = jnp.any(same_tKK & before_KK & keep_tK[:, None, :], axis=2)
+    plan = make_plan(device_tK, keep_tK & ~repeats_tK, n)
+    place = _ragged if platform() in RAGGED else _padded
+    return place(plan, device_tK, n, rows_per_pair(n, t, K, buffer))
+
+
+# Where `lax.ragged_all_to_all` is compiled: elsewhere rows are padded to equal parts.
+RAGGED = ("gpu", "tpu")
+
+
+def mean_frac(n: int, K: int) -> float:
+    """Share of tokens with any of K slots on one of n devices, if routing is even."""
+    return 1 - (1 - 1 / n) ** K
+
+
+def rows_per_pair(n: int, t: int, K: int, buffer: float | None) -> int:
+    """Rows that a device has room for from one other; t, all of them, is the most."""
+    if buffer is None:
+        return t
+    return min(t, math.ceil(buffer * t * mean_frac(n, K)))
+
+
+def moves_all_to_all(n: int, t: int, K: int, buffer: float | None) -> bool:
+    """What "auto" chooses for n devices of the expert axis with t tokens each."""
+    if platform() in RAGGED:
+        return mean_frac(n, K) <= MOVES_LESS
+    return rows_per_pair(n, t, K, buffer) <= MOVES_LESS * t
+
+
+def _padded(plan, device_tK, n, C) -> _Travel:
+    """C rows to every device, used or not."""
+    row_N = jnp.arange(n * C, dtype=jnp.int32)
+    device_N, place_N = row_N // C, row_N % C
+    real_N = place_N < take(plan.group_sizes_E, device_N)
+    sorted_N = jnp.where(real_N, take(plan.bounds, device_N) + place_N, 0)
+    to_tK = jnp.clip(device_tK, 0, n - 1)
+    place_tK = plan.row_TK - take(plan.bounds, to_tK)
+    kept_tK = plan.kept_TK & (place_tK < C)
+    layout = Layout(
+        order_N=take(plan.order_N, sorted_N),
+        row_TK=to_tK * C + place_tK,
+        kept_TK=kept_tK,
+        real_N=real_N,
+    )
+
+    def swap(rows):
+        parts = rows.reshape(n, C, -1)
+        return lax.all_to_all(parts, "expert", 0, 0).reshape(n * C, -1)
+
+    lost = jnp.sum(plan.kept_TK & ~kept_tK, dtype=jnp.int32)
+    return _Travel(layout, device_N, swap, swap, lost)
+
+
+def _ragged(plan, device_tK, n, C) -> _Travel:
+    """As many rows as there are, into one buffer of n C rows at each device."""
+    me = lax.axis_index("expert")
+    N, R = min(plan.order_N.shape[0], n * plan.row_TK.shape[0]), n * C
+    size_nn = lax.all_gather(plan.group_sizes_E, "expert")  # [from, to]
+    arrive_nn = jnp.minimum(jnp.cumsum(size_nn, axis=0) - size_nn, R)
+    leave_nn = jnp.cumsum(size_nn, axis=1) - size_nn
+    sent_nn = jnp.minimum(size_nn, R - arrive_nn)
+    # Of the rows of one pair: where they begin here and there, how many they are.
+    to = (leave_nn[me], arrive_nn[me], sent_nn[me])
+    come = (arrive_nn[:, me], leave_nn[:, me], sent_nn[:, me])
+    there, back = _transposed_pair(
+        lambda rows, to, come: _ragged_swap(rows, R, to, come),
+        lambda rows, to, come: _ragged_swap(rows, N, come, to),
+    )
+    row_N = jnp.arange(N, dtype=jnp.int32)
+    device_N = jnp.searchsorted(plan.bounds[1:], row_N, side="right").astype(jnp.int32)
+    device_N = jnp.minimum(device_N, n - 1)
+    place_N = row_N - take(plan.bounds, device_N)
+    to_tK = jnp.clip(device_tK, 0, n - 1)
+    place_tK = plan.row_TK - take(plan.bounds, to_tK)
+    kept_tK = plan.kept_TK & (place_tK < take(sent_nn[me], to_tK))
+    layout = Layout(
+        order_N=plan.order_N[:N],
+        row_TK=plan.row_TK,
+        kept_TK=kept_tK,
+        real_N=(row_N < plan.bounds[-1]) & (place_N < take(sent_nn[me], device_N)),
+    )
+    lost = jnp.sum(plan.kept_TK & ~kept_tK, dtype=jnp.int32)
+    return _Travel(
+        layout,
+        device_N,
+        lambda rows: there(rows, to, come),
+        lambda rows: back(rows, to, come),
+        lost,
+    )
+
+
+def _ragged_swap(rows, num_out, mine, theirs):
+    """Send `sizes` rows from `begin` here to `begin` there; what none fills is 0."""
+    begin, begin_there, sizes = mine
+    return lax.ragged_all_to_all(
+        rows,
+        jnp.zeros((num_out, rows.shape[1]), rows.dtype),
+        begin,
+        sizes,
+        begin_there,
+        theirs[2],
+        axis_name="expert",
+    )
+
+
+def _transposed_pair(one, other):
+    """Two linear functions (x, *indices) of which each is the other's transpose."""
+
+    def made(forward, transpose):
+        run = jax.custom_vjp(forward)
+        run.defvjp(
+            lambda x, *where: (run(x, *where), where),
+            lambda where, dy: (transpose(dy, *where), *(None for _ in where)),
+        )
+        return run
+
+    return made(one, other), made(other, one)
