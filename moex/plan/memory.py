@@ -32,7 +32,8 @@ class Memory:
       batch: the token arrays of one step.
       gradients: of the parameters; twice with microbatches, whose sum is kept too.
       gathered: one layer's weights in the compute dtype, whole along `fsdp`, and their
-        gradients; of the embedding and logits if these are larger.
+        gradients; of the embedding and logits if these are larger. Without
+        recomputation the weights of all layers, as far as they are copies.
       kept: what the forward pass keeps for the backward pass, logits included.
       working: what is alive beside that at the worst moment of the two passes.
       update: what the optimizer needs beside gradients and state at its worst moment.
@@ -110,26 +111,33 @@ def batch_arguments(program: Program) -> dict:
 
 
 def gathered_bytes(program: Program) -> int:
-    """Weights of one layer as matmuls read them, and their gradients.
+    """Weights as matmuls read them, and their gradients, of the layer that needs most.
 
     A weight that is in the compute dtype and whole on the device is read where it is.
+    Without recomputation JAX keeps what the matmuls of all layers read: the copies in
+    the compute dtype, those of experts whole along `fsdp`.
     """
     itemsize = jnp.dtype(compute_dtype(program.cfg)).itemsize
     fsdp = program.mesh.shape["fsdp"]
     repeats = [segment.repeat for segment in program.cfg.model.layers]
-    sums: dict[str, int] = {}
+    sums, kept = dict[str, int](), 0
     leaves = jax.tree_util.tree_flatten_with_path(program.abstract_state()["params"])
     for path, leaf in leaves[0]:
         name = path_name(path)
         split = fsdp > 1 and "fsdp" in leaf.sharding.spec
-        size = math.prod(local_shape(leaf)) * (fsdp if split else 1) * itemsize
-        copies = 2 if split or leaf.dtype.itemsize != itemsize else 1
+        local = math.prod(local_shape(leaf)) * itemsize
+        whole = local * (fsdp if split else 1)
+        is_copy = split or leaf.dtype.itemsize != itemsize
         part, number = "rest", 1
         if name.startswith("segments/"):
             part = "/".join(name.split("/")[:2])
             number = repeats[int(name.split("/")[1])]
-        sums[part] = sums.get(part, 0) + copies * size // number
-    return max(sums.values())
+            if program.cfg.remat == "none":
+                if is_copy:
+                    kept += whole if "experts" in name else local
+                is_copy = split and "experts" not in name
+        sums[part] = sums.get(part, 0) + (2 if is_copy else 1) * whole // number
+    return kept + max(sums.values())
 
 
 def pass_bytes(program: Program, topology: Topology) -> tuple[float, float]:

@@ -7,6 +7,7 @@ CPU devices are those of this process.
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import re
 import resource
@@ -17,12 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from moex.accounting import num_bytes
-from moex.activations import abstract_batch
 from moex.config import ConfigError
-from moex.sharding import batch_sharding
+from moex.plan.memory import batch_arguments
 from moex.topology import Topology
-from moex.train.job import make_program
+from moex.train.job import Program, make_program
 
 # libtpu asks these on its way to a topology, and waits for a metadata server if they
 # are not there. The values do not limit what may be described.
@@ -51,8 +50,9 @@ class Compiled:
     Attributes:
       seconds: of lowering and of compiling, on this machine.
       host_bytes: most memory that this process used.
-      argument_bytes: train state and batch on one device.
-      expected_argument_bytes: the same by our shardings; the two must be equal.
+      state_bytes: of the train state on one device, by the shapes in the program.
+      argument_bytes: train state and batch on one device as they lie in memory: a TPU
+        keeps arrays in tiles, so that a scalar takes 512 bytes.
       peak_bytes: most memory at any time on one device.
       temp_bytes: of buffers that are neither arguments nor results.
       collectives: number by kind in the program's text, which has the body of a scan
@@ -62,8 +62,8 @@ class Compiled:
     lower_seconds: float
     compile_seconds: float
     host_bytes: int
+    state_bytes: int
     argument_bytes: int
-    expected_argument_bytes: int
     peak_bytes: int
     temp_bytes: int
     collectives: dict[str, int]
@@ -118,31 +118,14 @@ def described_devices(topology: Topology) -> list:
     return list(found.devices)
 
 
-def train_arguments(program) -> tuple:
+def train_arguments(program: Program) -> tuple:
     """The abstract arguments of `Program.train_step`, each with its sharding."""
-    mesh, cfg = program.mesh, program.cfg
     key = jax.eval_shape(lambda: jax.random.key(0))
-    batch = {
-        name: jax.ShapeDtypeStruct(
-            a.shape, a.dtype, sharding=batch_sharding(mesh, a.ndim)
-        )
-        for name, a in abstract_batch(cfg.batch_size, cfg.seq_len).items()
-    }
     placed = [
         jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=program.whole)
         for a in (jax.ShapeDtypeStruct((), jnp.int32), key)
     ]
-    return program.abstract_state(), *placed, batch
-
-
-def local_bytes(tree) -> int:
-    """Bytes on one device of arrays, abstract or not, that have shardings."""
-    return num_bytes(
-        [
-            jax.ShapeDtypeStruct(a.sharding.shard_shape(a.shape), a.dtype)
-            for a in jax.tree.leaves(tree)
-        ]
-    )
+    return program.abstract_state(), *placed, batch_arguments(program)
 
 
 def compile_step(cfg, topology: Topology) -> Compiled:
@@ -166,22 +149,40 @@ def compile_step(cfg, topology: Topology) -> Compiled:
             raise _refusal(error, topology) from None
         end = time.perf_counter()
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    state, step, _, batch = arguments
-    expected = local_bytes((state, step, batch)) + _key_bytes()
+    # A CPU's compiler gives no peak, only what it allocates beside the arguments.
+    peak = memory.peak_memory_in_bytes
+    if topology.platform == "cpu":
+        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new
     return Compiled(
         lower_seconds=middle - start,
         compile_seconds=end - middle,
         host_bytes=_host_bytes(),
+        state_bytes=state_bytes(text, arguments[0]),
         argument_bytes=memory.argument_size_in_bytes,
-        expected_argument_bytes=expected,
-        peak_bytes=memory.peak_memory_in_bytes,
+        peak_bytes=peak,
         temp_bytes=memory.temp_size_in_bytes,
         collectives=count_collectives(text),
     )
 
 
-def _key_bytes() -> int:
-    return num_bytes(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))))
+# Of a compiled program's text: the shapes of its arguments on one device.
+ENTRY = re.compile(r"entry_computation_layout=\{\((.*?)\)->")
+SHAPE = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
+
+
+def state_bytes(text: str, state) -> int:
+    """Bytes of the train state in a compiled program's own arguments, not in tiles.
+
+    The state comes first, and all of it is used.
+    """
+    found = SHAPE.findall(ENTRY.search(text)[1])  # type: ignore[index]
+    sizes = [
+        math.prod(map(int, filter(None, shape.split(","))))
+        * (1 if kind == "pred" else int(re.sub(r"\D", "", kind)) // 8)
+        for kind, shape in found
+    ]
+    return sum(sizes[: len(jax.tree.leaves(state))])
 
 
 def _host_bytes() -> int:
