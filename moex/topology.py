@@ -32,6 +32,7 @@ class Chip:
       network: of one device into the network between slices or nodes.
       dims: of the torus of a TPU slice; 0: there is none.
       ring: a whole dimension of a multiple of so many chips is closed to a ring.
+      splits: whether JAX lays several mesh axes along one dimension of the torus.
     """
 
     platform: str
@@ -42,6 +43,7 @@ class Chip:
     network: float | None = None
     dims: int = 0
     ring: int = 0
+    splits: bool = False
 
 
 # TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} (read in November 2026): HBM
@@ -70,6 +72,7 @@ CHIPS = {
         network=25e9 / 8,
         dims=2,
         ring=16,
+        splits=True,
     ),
     "v5p": Chip(
         platform="tpu",
@@ -169,6 +172,17 @@ class Topology:
             f"a multiple of the number of TPU slices = {self.slices}; only copies of "
             "the model talk over the data-centre network",
         )
+        if self.platform == "tpu" and not self.chip.splits:
+            named = dict(zip(AXIS_NAMES, sizes, strict=True))
+            for axis, dims in torus_dims(self, named).items():
+                require(
+                    dims is not None,
+                    f"config.mesh.{axis}",
+                    named[axis],
+                    "a product of dimensions of the "
+                    f"{'x'.join(map(str, self.shape))} torus that no later axis "
+                    "has; JAX splits none of them",
+                )
         return abstract_mesh(self, sizes)
 
     def near(self, axis: str, sizes: dict[str, int]) -> int:
@@ -218,7 +232,8 @@ class Topology:
             return None
         if self.platform == "gpu":
             return received / link
-        dims = torus_dims(self, sizes)[axis]
+        # Part of a dimension: a line.
+        dims = torus_dims(self, sizes)[axis] or ((sizes[axis], False),)
         if not exchange:
             return received / (link * sum(2 if ring else 1 for _, ring in dims))
         size = math.prod(length for length, _ in dims)
@@ -238,14 +253,16 @@ def hops(length: int, ring: bool) -> float:
     return length / 8 if ring and length > 2 else length / 4
 
 
-def torus_dims(topology: Topology, sizes) -> dict[str, tuple[tuple[int, bool], ...]]:
+def torus_dims(
+    topology: Topology, sizes
+) -> dict[str, tuple[tuple[int, bool], ...] | None]:
     """The dimensions of the torus that each mesh axis runs along: (chips, is a ring).
 
-    Axes choose from the last to the first: the dimensions whose product is the size of
-    the axis; where there are none, one line of so many chips.
+    Axes choose from the last to the first, as JAX lays them out: the dimensions whose
+    product is the size of the axis; None where there are none.
     """
     chip, left = topology.chip, list(topology.shape)
-    found: dict[str, tuple[tuple[int, bool], ...]] = {}
+    found: dict[str, tuple[tuple[int, bool], ...] | None] = {}
     for axis in reversed(AXIS_NAMES):
         size = topology.near(axis, sizes)
         chosen: tuple[int, ...] = ()
@@ -254,8 +271,11 @@ def torus_dims(topology: Topology, sizes) -> dict[str, tuple[tuple[int, bool], .
             chosen = next((c for c in fits if math.prod(c) == size), ())
             if chosen:
                 break
-        if size == 1 or not chosen:
-            found[axis] = ((size, False),)
+        if size == 1:
+            found[axis] = ((1, False),)
+            continue
+        if not chosen:
+            found[axis] = None
             left = _take(left, size)
             continue
         found[axis] = tuple((d, d % chip.ring == 0) for d in chosen if d > 1)

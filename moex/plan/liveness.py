@@ -27,7 +27,14 @@ FUSED = {
     *("rem", "round", "rsqrt", "select_n", "sign", "sin", "sqrt", "square"),
     *("stop_gradient", "sub", "tan", "tanh", "xor", "shift_left"),
     *("shift_right_logical", "shift_right_arithmetic", "pvary", "pcast"),
-    *("broadcast_in_dim", "expand_dims", "pad", "reshape", "rev", "sharding_constraint"),
+    *(
+        "broadcast_in_dim",
+        "expand_dims",
+        "pad",
+        "reshape",
+        "rev",
+        "sharding_constraint",
+    ),
     *("slice", "split", "squeeze", "transpose"),
 }
 # Calls that are no unit of computation: their bodies belong to the caller.

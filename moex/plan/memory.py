@@ -223,4 +223,3 @@ def update_bytes(program: Program) -> float:
         return 0.0 if g is graph and value in results else float(g.sizes[value])
 
     return liveness.peak(graph, size, False)
-

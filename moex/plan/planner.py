@@ -192,5 +192,3 @@ def plan(cfg, topology: Topology) -> Plan:
         memory=held,
         carried=carried,
     )
-
-

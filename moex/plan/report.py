@@ -102,7 +102,9 @@ def compiled_text(compiled: Compiled, plan: Plan) -> str:
         ("arguments, in tiles", _bytes(compiled.argument_bytes)),
         ("peak", f"{_bytes(compiled.peak_bytes)}, {gap:+.1%} of the plan"),
     ]
-    rows += [(f"{kind} in the text", f"{n}") for kind, n in compiled.collectives.items()]
+    rows += [
+        (f"{kind} in the text", f"{n}") for kind, n in compiled.collectives.items()
+    ]
     return _columns(rows)
 
 

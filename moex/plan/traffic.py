@@ -136,7 +136,9 @@ def _activations(program: Program) -> list[Traffic]:
     sums = (5 if full else 4) * layers + 2
     n = mesh.shape["tensor"]
     stream = tokens * model.dim * itemsize
-    rows = [Traffic("tensor", "activations summed", times * sums * 2 * stream * _share(n))]
+    rows = [
+        Traffic("tensor", "activations summed", times * sums * 2 * stream * _share(n))
+    ]
     attention = model.attention
     heads = attention.heads if attention.kv_heads is None else attention.kv_heads
     width = 2 * heads * attention.width(model.dim) / n
@@ -200,7 +202,7 @@ def travel_width(moe, width: int, K: int, n: int) -> tuple[int, int]:
         return width, width
     groups = math.ceil(moe.num_experts / experts.group)
     one_space = groups == 1 or experts.group % (moe.num_experts // n) == 0
-    if not one_space or K < groups:
+    if not one_space or groups > K:
         return width, width
     return 2 * latent, latent if "down" in ops else width
 
@@ -219,7 +221,7 @@ def mean_devices(moe, n: int) -> float:
     """
     E, K = moe.num_experts, expected_slots(moe)
     groups = getattr(moe.router, "groups", None)
-    if K != int(K) or K > E:
+    if int(K) != K or K > E:
         return n * (1 - (1 - 1 / n) ** K)
     if groups is None:
         return n * (1 - _none(E, E // n, int(K)))
