@@ -1,6 +1,6 @@
-"""What `moex plan` says beside what libtpu's compiler says, for pods that are not there.
+"""What `moex plan` says beside what libtpu's compiler says, for pods not there.
 
-  python -m benchmarks.plan [--cases=quickstart_v5e,...] [--json=benchmarks/results/plan]
+  python -m benchmarks.plan [--cases=quickstart_v5e,..] [--json=benchmarks/results/plan]
 
 Each case is compiled in a process of its own, one after the other; it needs the extra
 `aot`. A record holds the plan, the compiler's figures, and how far they are apart.
@@ -23,8 +23,11 @@ CASES = {
         "v5p:2x2x2",
         ("--config=configs/moe_1b.py", "--config.model.vocab=32000"),
     ),
-    "moe_8x7b_v5p": ("v5p:4x4x4", (*MIXTRAL, "--config.mesh.expert=4")),
-    "moe_8x7b_v5p_fsdp": ("v5p:4x4x4", MIXTRAL),
+    "moe_8x7b_v5p": (
+        "v5p:4x4x4",
+        (*MIXTRAL, "--config.mesh.expert=4", "--config.grad_accum=16"),
+    ),
+    "moe_8x7b_v5p_fsdp": ("v5p:4x4x4", (*MIXTRAL, "--config.grad_accum=16")),
     "moe_8x7b_v6e": (
         "v6e:8x8",
         (*MIXTRAL, "--config.mesh.expert=8", "--config.grad_accum=16"),
@@ -71,9 +74,10 @@ def line(made: dict) -> str:
         return f"{made['case']}: planned {planned:.2f} GiB; {made['refused']}"
     compiled = made["compiled"]
     seconds = compiled["lower_seconds"] + compiled["compile_seconds"]
+    peak, gap = compiled["peak_bytes"] / 2**30, made["peak_over_plan"] - 1
     return (
-        f"{made['case']}: planned {planned:.2f} GiB, compiled "
-        f"{compiled['peak_bytes'] / 2**30:.2f} GiB ({made['peak_over_plan'] - 1:+.1%}), "
+        f"{made['case']}: planned {planned:.2f} GiB, compiled {peak:.2f} GiB "
+        f"({gap:+.1%}), "
         f"state bytes {'equal' if made['same_state_bytes'] else 'DIFFER'}; "
         f"{seconds:.0f} s, {compiled['host_bytes'] / 2**30:.1f} GiB here; "
         f"{compiled['collectives']}"

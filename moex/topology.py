@@ -317,8 +317,8 @@ def parse(text: str, path: str = "--topology") -> Topology:
     if kind not in CHIPS:
         forms = ", ".join(FORMS.values())
         raise ConfigError(
-            f"{path} = {text!r}: no such device {kind!r}.{nearest(kind, CHIPS)} Devices "
-            f"are {', '.join(CHIPS)}, written as {forms}."
+            f"{path} = {text!r}: no such device {kind!r}.{nearest(kind, CHIPS)} "
+            f"Devices are {', '.join(CHIPS)}, written as {forms}."
         )
     match = re.fullmatch(r"(\d+(?:x\d+)*)(?:\*(\d+))?", rest)
     shape = tuple(map(int, match[1].split("x"))) if match else ()

@@ -160,11 +160,8 @@ def _sub_jaxprs(eqn) -> Iterator:
 
 
 def _bytes(aval) -> int:
-    shape = getattr(aval, "shape", None)
-    dtype = getattr(aval, "dtype", None)
-    if shape is None or not hasattr(dtype, "itemsize"):
-        return 0
-    return math.prod(shape) * dtype.itemsize
+    itemsize = getattr(getattr(aval, "dtype", None), "itemsize", 0)
+    return math.prod(getattr(aval, "shape", (0,))) * itemsize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,18 +67,20 @@ class Memory:
 
 
 def memory(program: Program, topology: Topology) -> Memory:
-    """What one device holds of a program; trace it under the topology's mesh."""
+    """What one device holds of a program. Call it under no other mesh."""
     state = program.abstract_state()
     params = local_bytes(state["params"])
     batch = batch_arguments(program)
     kept, most = pass_bytes(program, topology)
+    with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+        gathered = gathered_bytes(program)
     return Memory(
         params=params,
         optimizer=local_bytes(state["opt"]),
         other_state=local_bytes((state["state"], state["guard"])),
         batch=local_bytes(batch),
         gradients=params * (2 if program.cfg.grad_accum > 1 else 1),
-        gathered=gathered_bytes(program),
+        gathered=gathered,
         kept=min(kept, most),
         working=max(0.0, most - kept),
         update=update_bytes(program),

@@ -4,6 +4,7 @@ Everything is read off the abstract model and its shardings: no array is made.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -145,7 +146,7 @@ def check(cfg, topology: Topology):
     """
     check_run(cfg)
     fill_vocab(cfg)
-    mesh = topology.mesh(cfg.mesh)
+    mesh: Any = topology.mesh(cfg.mesh)  # an abstract one does for a program
     check_devices(cfg, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
         check_kernels(cfg)
@@ -160,9 +161,9 @@ def plan(cfg, topology: Topology) -> Plan:
     """
     program = check(cfg, topology)
     sizes = dict(program.mesh.shape)
-    with jax.sharding.use_abstract_mesh(program.mesh):
+    held = memory(program, topology)
+    with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
         setting = static_options(cfg, train=True)
-        held = memory(program, topology)
         rows = traffic(program)
     cost = model_cost(cfg.model, program.spec, cfg.seq_len)
     carried = tuple(
