@@ -221,6 +221,25 @@ def constrain(x: jax.Array, *axes):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitted))
 
 
+def by_rows(function, x_TC):
+    """`function` of the rows of an array, computed where the rows are.
+
+    XLA does not split every operation by rows that it could: it brings all rows to all
+    devices for a top_k.
+
+    Args:
+      function: [t, C] -> arrays whose first dim is t, each row of its own.
+      x_TC: rows of tokens, split over `TOKEN_AXES` if these divide T.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in TOKEN_AXES)
+    if parts == 1 or x_TC.shape[0] % parts:
+        return function(x_TC)
+    rows = PartitionSpec(TOKEN_AXES)
+    run = jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)
+    return run(x_TC)
+
+
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """Of one array of a batch: [B], or [B, L]."""
     return NamedSharding(mesh, partition_spec(("batch", "length")[:ndim]))

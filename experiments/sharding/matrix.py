@@ -32,7 +32,7 @@ from moex.nn.attention import Attention
 from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.optim import AdamW, Optim, flat_paths
+from moex.optim import AdamW, Optim, flat_paths, path_name
 from moex.run import Loss
 from moex.sharding import MeshConfig, shard_batch
 from moex.train import state as states
@@ -46,6 +46,7 @@ LOSS = {"z": 1e-3, "load_balance": 0.1, "router_z": 0.01, "entropy": 0.01}
 LOSS |= {"importance": 0.01}
 # Small enough that every step is clipped.
 CLIP, RATE = 0.3, 0.5
+P_0 = 0.4  # where a controlled p starts
 
 
 def moe(router=None, experts=None, **fields):
@@ -140,14 +141,11 @@ MESHES = {
 
 
 def model(layer) -> LM:
-    """A dense layer and two of the layers in question."""
+    """Two of the layers in question."""
     return LM(
         dim=16,
         attention=Attention(heads=4, kv_heads=2, qk_norm=True),
-        layers=(
-            Segment(pattern=(Dense(hidden=16),)),
-            Segment(pattern=(layer,), repeat=2),
-        ),
+        layers=(Segment(pattern=(layer,), repeat=2),),
         vocab=VOCAB,
     )
 
@@ -198,11 +196,24 @@ class Outcome:
 
 @functools.cache
 def initial(name: str):
-    """(spec, parameters, state) of the model with the layer `name`."""
-    cfg = model(LAYERS[name])
-    spec = states.model_spec(cfg)
-    params, state = jax.jit(lambda: states.init_params(cfg, jax.random.key(0)))()
-    return spec, params, state
+    """(spec, parameters, state) of the model with the layer `name`.
+
+    Plain random numbers: the real initialisation takes seconds to compile.
+    """
+    spec = states.model_spec(model(LAYERS[name]))
+    rng = np.random.default_rng(1)
+
+    def fill(path, leaf):
+        is_scale = len(spec.info[path_name(path)].axes) < 2
+        noise = rng.normal(size=leaf.shape)
+        return np.asarray(1 + 0.1 * noise if is_scale else 0.3 * noise, leaf.dtype)
+
+    def start(path, leaf):
+        steered = path_name(path).endswith("p_and_error")
+        return np.broadcast_to(np.float32([P_0, 0] if steered else 0), leaf.shape)
+
+    params = jax.tree_util.tree_map_with_path(fill, spec.params)
+    return spec, params, jax.tree_util.tree_map_with_path(start, spec.state)
 
 
 def outcome(name: str, mesh_cfg: MeshConfig, devices, grad_accum=1, remat="none"):
@@ -212,11 +223,10 @@ def outcome(name: str, mesh_cfg: MeshConfig, devices, grad_accum=1, remat="none"
     states.check_mesh(spec, mesh)
     param_shards, state_shards = states.shardings(spec, mesh)
     params, state = jax.device_put((params, state), (param_shards, state_shards))
-    opt_shards = states.opt_shardings(TX, spec, param_shards, mesh)
     train_state = {
         "params": params,
         "state": state,
-        "opt": jax.jit(TX.init, out_shardings=opt_shards)(params),
+        "opt": TX.init(params),  # zeros where the parameters are
         "guard": states.init_guard(),
     }
     static = {"remat": remat, "exchange": mesh_cfg.exchange}

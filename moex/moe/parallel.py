@@ -278,15 +278,19 @@ class _ExpertAxis:
 
 
 def _packed(expert_tK, gate_tK, keep_tK):
-    """float32[t, 2K]: ids, -1 where not kept, and gates; ids are exact below 2**24."""
-    id_tK = jnp.where(keep_tK, expert_tK, -1).astype(jnp.float32)
+    """float32[t, 2K]: ids from 1, 0 where not kept, and gates.
+
+    A row of zeros, which a buffer holds where none arrived, has no expert so. Ids are
+    exact below 2**24.
+    """
+    id_tK = jnp.where(keep_tK, expert_tK + 1, 0).astype(jnp.float32)
     return jnp.concatenate([id_tK, gate_tK], axis=1)
 
 
 def _unpacked(packed, first_expert, num_local):
     """(ids counted from the first local expert, gates, whether the expert is local)."""
     id_RK, gate_RK = jnp.split(packed, 2, axis=1)
-    own_RK = id_RK.astype(jnp.int32) - first_expert
+    own_RK = id_RK.astype(jnp.int32) - 1 - first_expert
     return own_RK, gate_RK, (own_RK >= 0) & (own_RK < num_local)
 
 
@@ -315,12 +319,17 @@ class _Travel:
 
 def _plan_travel(device_tK, keep_tK, n, buffer) -> _Travel:
     t, K = device_tK.shape
-    same_tKK = device_tK[:, :, None] == device_tK[:, None, :]
-    before_KK = jnp.tril(jnp.ones((K, K), bool), -1)[None]
-    repeats_tK = jnp.any(same_tKK & before_KK & keep_tK[:, None, :], axis=2)
-    plan = make_plan(device_tK, keep_tK & ~repeats_tK, n)
+    plan = make_plan(device_tK, device_pairs(device_tK, keep_tK), n)
     place = _ragged if platform() in RAGGED else _padded
     return place(plan, device_tK, n, rows_per_pair(n, t, K, buffer))
+
+
+def device_pairs(device_tK, keep_tK):
+    """bool[t, K]: the first kept slot of a token on each device, for all of them."""
+    K = device_tK.shape[1]
+    same_tKK = device_tK[:, :, None] == device_tK[:, None, :]
+    before_KK = jnp.tril(jnp.ones((K, K), bool), -1)[None]
+    return keep_tK & ~jnp.any(same_tKK & before_KK & keep_tK[:, None, :], axis=2)
 
 
 # Where `lax.ragged_all_to_all` is compiled: elsewhere rows are padded to equal parts.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moex.config import Config, require
+from moex.sharding import by_rows
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 NORMALIZE = ("after", "before", "none")
@@ -136,6 +137,11 @@ def router_logits(x_TD, w_DE) -> jax.Array:
         w_DE.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
+
+
+def top_k(value_TE, k) -> tuple[jax.Array, jax.Array]:
+    """The k largest values of every row and int32 places, ties to the first."""
+    return by_rows(lambda rows: tuple(jax.lax.top_k(rows, k)), value_TE)
 
 
 class Scores(NamedTuple):

@@ -14,12 +14,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from kernels_pallas.device import platform
 from moex.config import Config, require, require_choice
 from moex.nn.attention_blocks import FLOOR, attend_in_blocks, visible
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
+from moex.sharding import constrain, partition_spec
 
 IMPLEMENTATIONS = ("einsum", "blocks", "cudnn", "splash")
 
@@ -110,13 +112,15 @@ class AttentionLayer(nnx.Module):
         _, G, R, A = self.w_q_DGRA[...].shape
         q = jnp.einsum("bld,dgra->blgra", x_BLD, self.w_q_DGRA[...].astype(dtype))
         kv = jnp.einsum("bld,dcga->blcga", x_BLD, self.w_kv_D2GA[...].astype(dtype))
-        q_BLHA = q.reshape(B, L, G * R, A)
+        q_BLHA = constrain(q.reshape(B, L, G * R, A), "batch", "length", "heads", None)
         # A split, whose gradient is one concatenation; that of slices is padding twice.
         k, v = (jnp.squeeze(part, 2) for part in jnp.split(kv, 2, axis=2))
         if self.norm_q is not None and self.norm_k is not None:
             q_BLHA, k = self.norm_q(q_BLHA), self.norm_k(k)
         q_BLHA = rotary(q_BLHA, ctx.position_BL, self.rope_theta)
         k = rotary(k, ctx.position_BL, self.rope_theta)
+        # Where sequences are split every device needs all keys of its rows.
+        k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
         if cache is None:
             key_segment, key_position = ctx.segment_BL, ctx.position_BL
         else:
@@ -162,9 +166,12 @@ def choose(name, q_BLHA, *, cached) -> str:
     if backend == "gpu" and half_precision and A <= 128 and A % 8 == 0:
         return "cudnn"
     # The TPU kernel wants whole 128-wide blocks and has no cache of another length.
-    if backend == "tpu" and not cached and L % 128 == 0 and A % 128 == 0:
+    parts = jax.sharding.get_abstract_mesh().shape.get("seq", 1)
+    if backend == "tpu" and not cached and L % (128 * parts) == 0 and A % 128 == 0:
         return "splash"
-    return "blocks" if backend == "cpu" and not cached else "einsum"
+    # Blocks of queries would lie across devices where these split the sequence.
+    blocks = backend == "cpu" and not cached and parts == 1
+    return "blocks" if blocks else "einsum"
 
 
 def attend(q_BLHA, k_BSGA, v_BSGA, segments, positions, *, implementation):
@@ -211,22 +218,45 @@ def _splash(q_BLHA, k_BSGA, v_BSGA, segments):
     """The Pallas flash kernel that ships with JAX for TPU; causal within segments.
 
     Positions rise along the row inside a segment, so "causal in the row and same
-    segment" is the mask of `attend`.
+    segment" is the mask of `attend`. XLA cannot split a Pallas kernel: on a mesh each
+    device takes its rows, heads and queries, and all keys of its rows.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernel,
+        splash_attention_kernel as kernels,
     )
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_mask as masks,
     )
 
-    B, L, H, A = q_BLHA.shape
-    mask = masks.MultiHeadMask([masks.CausalMask((L, L))] * H)
-    run = kernel.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
-    G = k_BSGA.shape[2]
-    heads_first = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
-    q = heads_first(q_BLHA * A**-0.5)
-    k = jnp.repeat(heads_first(k_BSGA), H // G, axis=1)
-    v = jnp.repeat(heads_first(v_BSGA), H // G, axis=1)
-    ids = kernel.SegmentIds(q=segments[0], kv=segments[1])
-    return heads_first(jax.vmap(run)(q, k, v, ids))
+    _, L, H, A = q_BLHA.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((L, L))] * H),
+        head_shards=mesh.shape.get("tensor", 1),
+        q_seq_shards=mesh.shape.get("seq", 1),
+    )
+
+    def run(kernel, q_BLHA, k_BSGA, v_BSGA, segment_BL, segment_BS):
+        repeats = q_BLHA.shape[2] // k_BSGA.shape[2]
+        q = jnp.swapaxes(q_BLHA * A**-0.5, 1, 2)
+        k, v = (
+            jnp.repeat(jnp.swapaxes(a, 1, 2), repeats, axis=1) for a in (k_BSGA, v_BSGA)
+        )
+        ids = kernels.SegmentIds(q=segment_BL, kv=segment_BS)
+        return jnp.swapaxes(jax.vmap(kernel)(q, k, v, ids), 1, 2)
+
+    args = (q_BLHA, k_BSGA, v_BSGA, *segments)
+    if mesh.empty:
+        return run(kernel, *args)
+    queries = partition_spec(("batch", "length", "heads"))
+    keys = partition_spec(("batch", None, "heads"))
+    rows = (partition_spec(("batch", "length")), partition_spec(("batch", None)))
+    masks_of = kernel.manual_sharding_spec(
+        NamedSharding(mesh, partition_spec(("heads", "length")))
+    )
+    return jax.shard_map(
+        run,
+        in_specs=(masks_of, queries, keys, keys, *rows),
+        out_specs=queries,
+        check_vma=False,  # a Pallas kernel does not say what varies over which axis
+    )(kernel, *args)

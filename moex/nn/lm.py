@@ -105,7 +105,7 @@ class LanguageModel(nnx.Module):
         # sqrt(D) brings the rows to unit scale; the tied matrix keeps logits small.
         x_BLD = self.w_embed_VD[...].at[ctx.token_BL].get(mode="clip")
         x_BLD = (x_BLD * x_BLD.shape[-1] ** 0.5).astype(dtype)
-        x_BLD = constrain(x_BLD, "batch", None, None)
+        x_BLD = constrain(x_BLD, "batch", "length", None)
         aux, new_caches = {}, []
         for i, (segment, cache) in enumerate(zip(self.segments, caches, strict=True)):
             x_BLD, aux[str(i)], cache = segment(x_BLD, _inside(ctx, i), cache)
@@ -116,7 +116,7 @@ class LanguageModel(nnx.Module):
         else:
             w_DV = self.w_logits_DV[...]
         logits_BLV = logits(x_BLD, w_DV.astype(dtype))
-        logits_BLV = constrain(logits_BLV, "batch", None, "vocab")
+        logits_BLV = constrain(logits_BLV, "batch", "length", "vocab")
         return logits_BLV, {"segments": aux}, new_caches
 
 

@@ -90,7 +90,7 @@ class SegmentStack(nnx.Module):
                     forced=None if forced is None else forced.get(str(i)),
                 )
                 x_BLD, aux[str(i)], new = block(x_BLD, own, block_cache)
-                x_BLD = constrain(x_BLD, "batch", None, None)
+                x_BLD = constrain(x_BLD, "batch", "length", None)
                 caches.append(new)
             return x_BLD, ({"blocks": aux}, None if cache is None else caches)
 

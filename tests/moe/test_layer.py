@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from moex.config import ConfigError, check
 from moex.moe.dispatch import expert_capacity
@@ -27,8 +26,7 @@ from moex.moe.routers.hash import Hash
 from moex.moe.routers.topk import Groups, TopK
 from moex.moe.routers.topp import TopP
 from moex.nn.mlp import Dense
-from moex.sharding import BATCH_AXES, param_sharding
-from tests.helpers import context, mesh_of, split_module
+from tests.helpers import context, split_module
 from tests.moe import oracle
 from tests.tolerances import assert_close
 
@@ -119,28 +117,6 @@ CASES = {
         num_padding=1,
     ),
 }
-ON_A_MESH = Case(
-    moe=layer(8, 2, shared=Dense(hidden=4), capacity_factor=0.9, bias_rate=0.1),
-    shape=(8, 5),
-    num_padding=1,
-    kernels=None,
-)
-
-
-# Top-p, latent and zero-computation experts, a gated shared expert.
-RICH_ON_A_MESH = Case(
-    moe=MoE(
-        num_experts=8,
-        router=TopP(p=0.3, k_max=3, init_std=0.7),
-        experts=Latent(hidden=4, latent=2, group=4, ops=ALL),
-        zero=Zero(null=1, copy=1, constant=2),
-        shared=Dense(hidden=4),
-        shared_gate=True,
-        capacity_factor=0.9,
-    ),
-    shape=(8, 5),
-    num_padding=1,
-)
 
 
 def inputs(case, dtype="float32"):
@@ -297,45 +273,6 @@ def test_counts_are_not_doubled_by_rematerialisation():
     jax.tree.map(np.testing.assert_array_equal, aux_remat, aux)
     np.testing.assert_array_equal(y_remat, y_BLD)
     jax.tree.map(lambda a, b: assert_close(a, b, "order"), tuple(grads), grads_remat)
-
-
-@pytest.mark.parametrize(
-    ("case", "sizes"),
-    [
-        (ON_A_MESH, {"data": 8}),
-        (ON_A_MESH, {"data": 2, "expert": 4}),
-        (RICH_ON_A_MESH, {"data": 2, "expert": 2, "tensor": 2}),
-    ],
-    ids=lambda value: "" if isinstance(value, Case) else str(value),
-)
-def test_sharded_is_unsharded(case, sizes):
-    """Values, losses, counts and gradients."""
-    graphdef, params, state, x_BLD, dy_BLD, ctx = inputs(case)
-    expected = outputs(case)
-    mesh = mesh_of(8, **sizes)
-    batch = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    module = case.moe.make(D, nnx.Rngs(params=0))
-    axes = {
-        "/".join(map(str, path)): variable.get_metadata()["axes"]
-        for path, variable in nnx.to_flat_state(nnx.state(module))
-    }
-
-    def place(path, leaf):
-        name = "/".join(key.key for key in path)
-        return jax.device_put(leaf, param_sharding(leaf.shape, axes[name], mesh))
-
-    params = jax.tree_util.tree_map_with_path(place, params)
-    x_BLD, dy_BLD, ctx = jax.device_put((x_BLD, dy_BLD, ctx), batch)
-    loss = functools.partial(loss_of, graphdef)
-    run = jax.value_and_grad(loss, argnums=(1, 3), has_aux=True)
-    with jax.set_mesh(mesh):
-        (_, (y_BLD, aux)), grads = jax.jit(run)(ctx, params, state, x_BLD, dy_BLD)
-    np.testing.assert_array_equal(aux["load"], expected[1]["load"])
-    assert aux["stats"]["num_kept"] == expected[1]["stats"]["num_kept"]
-    assert aux["stats"]["num_kept"] < jnp.sum(aux["load"])
-    jax.tree.map(
-        lambda a, b: assert_close(a, b, "order"), (y_BLD, aux, *grads), expected
-    )
 
 
 def test_aux_has_the_keys_of_the_contract():

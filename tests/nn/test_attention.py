@@ -12,7 +12,7 @@ from flax import nnx
 from moex.config import ConfigError, check
 from moex.nn import attention, attention_blocks
 from moex.nn.attention import Attention, attend, choose, rotary
-from tests.helpers import context, split_module
+from tests.helpers import context, mesh_of, split_module
 from tests.tolerances import assert_close
 
 B, L, D = 2, 9, 8
@@ -255,8 +255,8 @@ def test_splash_lowers_for_tpu_with_gradient():
     assert "tpu_custom_call" in lowered.as_text()
 
 
-def test_splash_is_the_mask_of_attend(monkeypatch):
-    """The kernel itself, interpreted on CPU, against the einsum."""
+@pytest.fixture
+def interpreted_splash(monkeypatch):
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
     )
@@ -265,6 +265,10 @@ def test_splash_is_the_mask_of_attend(monkeypatch):
     monkeypatch.setattr(
         kernel, "make_splash_mha", lambda *a, **k: make(*a, **k, interpret=True)
     )
+
+
+def test_splash_is_the_mask_of_attend(interpreted_splash):
+    """The kernel itself, interpreted on CPU, against the einsum."""
     q, k, v = arrays(L=128, H=2, G=1, A=128)
     segment = np.repeat([[1, 2, 3], [1, 1, 0]], [50, 50, 28], axis=1).astype(np.int32)
     position = np.arange(128)[None] - np.repeat([[0, 50, 100]] * 2, [50, 50, 28], 1)
@@ -272,6 +276,25 @@ def test_splash_is_the_mask_of_attend(monkeypatch):
     args = (jnp.asarray(segment),) * 2, (jnp.asarray(position, jnp.int32),) * 2
     y = attend(q, k, v, *args, implementation="splash")
     assert_close(y, attend(q, k, v, *args, implementation="einsum"), "step")
+
+
+def test_splash_on_a_mesh_is_the_same(interpreted_splash):
+    """Split over rows, heads and queries; keys of a later device's queries too."""
+    q, k, v = arrays(L=256, H=4, G=2, A=128)
+    segment = np.repeat([[1, 2], [1, 0]], [100, 156], axis=1).astype(np.int32)
+    position = np.where(np.arange(256) < 100, np.arange(256), np.arange(256) - 100)
+    position = jnp.asarray(np.stack([position] * 2), jnp.int32)
+    args = (jnp.asarray(segment),) * 2, (position,) * 2
+
+    def run(name):
+        return jax.jit(lambda q, k, v: attend(q, k, v, *args, implementation=name))
+
+    expected = run("einsum")(q, k, v)
+    with jax.set_mesh(mesh_of(8, data=2, seq=2, tensor=2)):
+        y = run("splash")(q, k, v)
+    assert {shard.data.shape for shard in y.addressable_shards} == {(1, 128, 2, 128)}
+    assert_close(y[0], expected[0], "step")
+    assert_close(y[1, :100], expected[1, :100], "step")
 
 
 @pytest.mark.parametrize(

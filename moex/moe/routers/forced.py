@@ -20,6 +20,7 @@ from moex.moe.routing import (
     router_logits,
     router_scores,
     slot_gates,
+    top_k,
 )
 from moex.nn.param import param
 
@@ -99,4 +100,4 @@ def forced_experts(num_tokens, num_experts, k, load, skew=1.0, key=None) -> jax.
     noise_TE = jax.random.gumbel(key, (T, E))
     if load == "skewed":
         noise_TE -= skew * jnp.log1p(jnp.arange(E, dtype=jnp.float32))[None]
-    return jax.lax.top_k(noise_TE, k)[1].astype(jnp.int32)
+    return top_k(noise_TE, k)[1].astype(jnp.int32)

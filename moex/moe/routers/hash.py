@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moex.config import require
-from moex.moe.routing import FixedK, Routing, replayed
+from moex.moe.routing import FixedK, Routing, replayed, top_k
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -64,7 +64,7 @@ def hashed_experts(token_T, num_experts, k, seed=0) -> jax.Array:
     token_T1 = mixed(token_T.astype(jnp.uint32)[:, None] ^ salt)
     # 24 bits are exact in float32, which top_k likes on every platform.
     value_TE = mixed(token_T1 + expert_1E * jnp.uint32(0x9E3779B9)) >> 8
-    return jax.lax.top_k(value_TE.astype(jnp.float32), k)[1].astype(jnp.int32)
+    return top_k(value_TE.astype(jnp.float32), k)[1].astype(jnp.int32)
 
 
 def mixed(h):

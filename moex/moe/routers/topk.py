@@ -20,6 +20,7 @@ from moex.moe.routing import (
     router_logits,
     router_scores,
     slot_gates,
+    top_k,
 )
 from moex.nn.param import RouterState, param
 from moex.schedule import Schedule, is_always_zero, require_values
@@ -162,7 +163,7 @@ class TopKRouter(nnx.Module):
         allowed_TE = choice_TE
         if self.groups is not None:
             allowed_TE = limit_to_groups(choice_TE, *self.groups)
-        _, expert_TK = jax.lax.top_k(allowed_TE, self.k)
+        _, expert_TK = top_k(allowed_TE, self.k)
         keep_TK = jnp.ones(expert_TK.shape, bool)
         expert_TK, keep_TK = replayed(
             ctx, "expert", expert_TK.astype(jnp.int32), keep_TK
@@ -198,7 +199,7 @@ class TopKRouter(nnx.Module):
         if self.bias_E is None or not self.wants_margins:
             return {}
         E, k = choice_TE.shape[-1], self.k
-        best_TK, _ = jax.lax.top_k(choice_TE, min(k + 1, E))
+        best_TK, _ = top_k(choice_TE, min(k + 1, E))
         margin_TE = jax.lax.stop_gradient(score_TE) - best_TK[:, -1:]
         valid_T1 = ctx.valid_BL.reshape(-1, 1)
         margin_TE = jnp.where(valid_T1, margin_TE, jnp.nan)
@@ -213,8 +214,8 @@ def limit_to_groups(choice_TE, num_groups, keep, score):
     """`choice_TE` with -inf outside of each token's `keep` best groups."""
     T, E = choice_TE.shape
     by_group_TGE = choice_TE.reshape(T, num_groups, E // num_groups)
-    best, _ = jax.lax.top_k(by_group_TGE, 2 if score == "top2" else 1)
-    _, group_TJ = jax.lax.top_k(jnp.sum(best, axis=-1), keep)
+    best, _ = top_k(by_group_TGE, 2 if score == "top2" else 1)
+    _, group_TJ = top_k(jnp.sum(best, axis=-1), keep)
     kept_TG = jnp.any(
         group_TJ[:, :, None] == jnp.arange(num_groups)[None, None], axis=1
     )

@@ -18,6 +18,7 @@ from moex.moe.routing import (
     router_logits,
     router_scores,
     slot_gates,
+    top_k,
 )
 from moex.nn.param import RouterState, param
 from moex.schedule import Schedule, points_of, require_values, value_at
@@ -158,9 +159,7 @@ class TopPRouter(nnx.Module):
             logits_TE = self.logit_scale[...] * standardize(logits_TE)
         scores = router_scores(logits_TE, "softmax")
         probs_TE = scores.probs_TE
-        choice_TK, expert_TK = jax.lax.top_k(
-            jax.lax.stop_gradient(probs_TE), self.num_slots
-        )
+        choice_TK, expert_TK = top_k(jax.lax.stop_gradient(probs_TE), self.num_slots)
         keep_TK = keep_until(choice_TK, self._p(ctx), self.k_min)
         expert_TK, keep_TK = replayed(
             ctx, "expert", expert_TK.astype(jnp.int32), keep_TK

@@ -1,0 +1,152 @@
+"""A training step on meshes of eight forced CPU devices over the same step on one.
+
+  python -m benchmarks.sharded_step [--config=FILE] [--meshes=PART] [--repeats=5]
+      [--json=FILE]
+
+All devices share this machine's cores, so the best that a mesh can reach is about 1:
+what is above is the price of splitting and of what travels. The bytes that each kind
+of collective brings to one device per step are read off the compiled program (layers
+unrolled, so that every one is in its text): they are exact and the same on every
+machine, and show a regression in communication that a time on shared cores would not.
+"""
+
+import argparse
+import collections
+import os
+import pathlib
+import re
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from flax import nnx  # noqa: E402
+
+from benchmarks.common import measure, summary, write_json  # noqa: E402
+from moex import optim  # noqa: E402
+from moex.cli import split_config_args  # noqa: E402
+from moex.flags import load_config  # noqa: E402
+from moex.sharding import MeshConfig, shard_batch  # noqa: E402
+from moex.train import state as states  # noqa: E402
+from moex.train.job import static_options  # noqa: E402
+from moex.train.step import make_train_step  # noqa: E402
+
+MESHES = {
+    "data 8": MeshConfig(data=8),
+    "fsdp 8": MeshConfig(data=1, fsdp=8),
+    "expert 8, gather": MeshConfig(data=1, expert=8, exchange="gather"),
+    "expert 8, all_to_all": MeshConfig(data=1, expert=8, exchange="all_to_all"),
+    "expert 8, all_to_all, room for 1.5 times the mean": MeshConfig(
+        data=1, expert=8, exchange="all_to_all", exchange_buffer=1.5
+    ),
+    "data 2, expert 2, tensor 2": MeshConfig(data=2, expert=2, tensor=2),
+    "expert 4, tensor 2": MeshConfig(data=1, expert=4, tensor=2),
+    "fsdp 2, expert 2, seq 2": MeshConfig(data=1, fsdp=2, expert=2, seq=2),
+}
+COLLECTIVE = re.compile(
+    r"= (\(.*?\)|\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|"
+    r"collective-permute)(?:-start)?\(.*?replica_groups=(\{\{.*?\}\}|\[[^ ]*)"
+)
+ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1}
+
+
+def compiled_step(cfg, mesh_cfg, devices):
+    """(function without arguments that does one step, text of its program)."""
+    cfg.mesh = mesh_cfg
+    mesh = mesh_cfg.make(devices)
+    spec = states.model_spec(cfg.model)
+    states.check_mesh(spec, mesh)
+    tx, _ = optim.make_optimizer(cfg.optim, cfg.steps, spec.params, spec.info)
+    key = jax.random.key(0)
+    held = {"state": states.init_train_state(cfg.model, spec, tx, mesh, key)}
+    batch = shard_batch(random_batch(cfg), mesh)
+    step = make_train_step(
+        spec,
+        tx,
+        cfg.loss,
+        grad_accum=cfg.grad_accum,
+        num_domains=1,
+        optim=cfg.optim,
+        static=static_options(cfg, train=True),
+    )
+    places = jax.tree.map(lambda a: a.sharding, held["state"])
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+        program = jitted.lower(held["state"], np.int32(0), key, batch).compile()
+
+    def run():
+        held["state"], metrics = program(held["state"], np.int32(0), key, batch)
+        return metrics["loss"]
+
+    return run, program.as_text()
+
+
+def random_batch(cfg) -> dict:
+    """Random tokens, one document a row."""
+    rng = np.random.default_rng(0)
+    shape = (cfg.batch_size, cfg.seq_len)
+    tokens = rng.integers(0, cfg.model.vocab, shape).astype(np.int32)
+    position = np.broadcast_to(np.arange(cfg.seq_len, dtype=np.int32), shape)
+    return {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "segment": np.ones(shape, np.int32),
+        "position": position,
+        "loss_mask": np.ones(shape, np.float32),
+        "num_bytes": np.ones(shape, np.int32),
+        "domain": np.zeros(cfg.batch_size, np.int32),
+        "example_id": np.arange(cfg.batch_size, dtype=np.int32),
+    }
+
+
+def collective_bytes(text: str) -> dict[str, int]:
+    """{kind: bytes of the results on one device}; groups of one device send nothing."""
+    sums: dict[str, int] = collections.Counter()
+    for shapes, kind, groups in COLLECTIVE.findall(text):
+        if re.fullmatch(r"(\{\{\d+\}.*|\[\d+,1\].*)", groups):
+            continue
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+            numbers = int(np.prod([int(n) for n in dims.split(",") if n]))
+            sums[kind] += numbers * ITEM_BYTES[dtype]
+    return dict(sums)
+
+
+def table(rows: dict, sent: dict) -> str:
+    """The figures for people."""
+    kinds = sorted({kind for own in sent.values() for kind in own})
+    lines = [f"{'mesh':<52}{'ms':>9}{'ratio':>7}" + "".join(f"{k:>20}" for k in kinds)]
+    for name, row in rows.items():
+        own = sent[name]
+        megabytes = "".join(f"{own.get(k, 0) / 1e6:>17.2f} MB" for k in kinds)
+        ms = 1e3 * row["median_s"]
+        lines.append(f"{name:<52}{ms:>9.0f}{row['median_ratio']:>7.2f}{megabytes}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    rest, config_args = split_config_args(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--meshes", default="", help="only those with this in the name")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=pathlib.Path)
+    args = parser.parse_args(rest)
+    jax.config.update("jax_num_cpu_devices", 8)
+    nnx.set_graph_mode(False)
+    cfg = load_config(config_args or ["--config=configs/quickstart.py"])
+    cfg.model.vocab = cfg.model.vocab or cfg.data.tokenizer.vocab
+    cfg.scan_layers = False
+    runs = {"one device": compiled_step(cfg, MeshConfig(data=1), jax.devices()[:1])}
+    for name, mesh_cfg in MESHES.items():
+        if args.meshes in name:
+            runs[name] = compiled_step(cfg, mesh_cfg, jax.devices())
+    rows = summary(measure({k: run for k, (run, _) in runs.items()}, args.repeats))
+    for row in rows.values():
+        row["median_ratio"] = row["median_s"] / rows["one device"]["median_s"]
+    sent = {name: collective_bytes(text) for name, (_, text) in runs.items()}
+    print(table(rows, sent))
+    write_json(args.json, {"seconds": rows, "collective_bytes": sent})
+
+
+if __name__ == "__main__":
+    main()
