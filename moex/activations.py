@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.device import platform
 from moex.accounting import num_bytes
 from moex.nn.context import Context
 from moex.nn.lm import LM
@@ -95,7 +96,7 @@ def model_activation_bytes(cfg, spec: ModelSpec, sequences: int = 1) -> float:
 
     def kept(batch_size):
         def residuals(params, state, batch, key):
-            ctx = make_context(batch, key=key, **static_options(cfg, train=True))
+            ctx = make_context(batch, key=key, **traced_options(cfg))
 
             def loss(params):
                 return lm_loss(
@@ -118,12 +119,24 @@ def model_activation_bytes(cfg, spec: ModelSpec, sequences: int = 1) -> float:
     return grown / sequences / cfg.seq_len
 
 
+def traced_options(cfg) -> dict:
+    """Options of a `Context` to trace training with, for devices that are not there.
+
+    JAX traces cuDNN's attention only where cuDNN is; that in blocks keeps the same: no
+    scores.
+    """
+    options = static_options(cfg, train=True)
+    if platform() == "gpu" and jax.default_backend() == "cpu":
+        options["attention"] = "blocks"
+    return options
+
+
 def _abstract_key():
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def _abstract_context(cfg, batch) -> Context:
-    options = static_options(cfg, train=True)
+    options = traced_options(cfg)
     make = functools.partial(make_context, **options)
     return jax.eval_shape(make, batch, key=_abstract_key())
 

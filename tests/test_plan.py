@@ -373,6 +373,14 @@ def test_the_command(moex):
     assert data["step_seconds"][0] <= data["step_seconds"][1]
 
 
+def test_gpus_without_cudnn(moex):
+    """Attention on a GPU is cuDNN's, which is not asked for here."""
+    args = ("--config.batch_size=16", "--config.mesh.data=2", "--config.mesh.fsdp=8")
+    data = json.loads(moex("--topology=h100:8x2", "--json", *args))
+    assert data["fits"] is True
+    assert {row["axis"] for row in data["traffic"]} == {"data", "fsdp"}
+
+
 def test_a_cpu_has_no_published_speed(moex):
     text = moex("--topology=cpu:4")
     assert "not known" in text

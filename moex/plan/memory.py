@@ -14,11 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from moex import sharding
-from moex.activations import abstract_batch, model_activation_bytes
+from moex.activations import (
+    abstract_batch,
+    model_activation_bytes,
+    traced_options,
+)
 from moex.optim import path_name
 from moex.plan import liveness
 from moex.topology import Topology, abstract_mesh
-from moex.train.job import Program, compute_dtype, static_options
+from moex.train.job import Program, compute_dtype
 from moex.train.losses import lm_loss, make_context
 
 
@@ -183,8 +187,7 @@ def _gradient_graph(cfg, spec, batch_size) -> liveness.Graph:
     """The graph of the loss and its gradient for one microbatch."""
 
     def gradient(params, state, batch, key):
-        options = static_options(cfg, train=True)
-        ctx = make_context(batch, key=key, mode="train", **options)
+        ctx = make_context(batch, key=key, mode="train", **traced_options(cfg))
 
         def loss(params):
             return lm_loss(
