@@ -1,7 +1,8 @@
 """`moex plan`: the plan of a config, and the compiler's word on it if asked for."""
 
 import json
-import os
+
+import jax
 
 from moex.plan import report
 from moex.plan.advice import advice
@@ -24,7 +25,8 @@ def run(cfg, topology: str, *, compile: bool = False, as_json: bool = False) -> 
       DoesNotFit: if the compiler finds no place for the job.
     """
     # Nothing here needs a device, and looking for one may take long, or take it.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if jax.config.jax_platforms is None:
+        jax.config.update("jax_platforms", "cpu")
     where = parse(topology)
     found = plan(cfg, where)
     changes = advice(cfg, found) if found.fits is False else []
