@@ -25,7 +25,7 @@ def run(cfg, topology: str, *, compile: bool = False, as_json: bool = False) -> 
       DoesNotFit: if the compiler finds no place for the job.
     """
     # Nothing here needs a device, and looking for one may take long, or take it.
-    if jax.config.jax_platforms is None:
+    if jax.config.jax_platforms is None:  # type: ignore[attr-defined]
         jax.config.update("jax_platforms", "cpu")
     where = parse(topology)
     found = plan(cfg, where)
