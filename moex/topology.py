@@ -46,13 +46,13 @@ class Chip:
     splits: bool = False
 
 
-# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} (read in November 2026): HBM
-# bandwidth; "bidirectional ICI bandwidth per chip" halved and divided by the links of a
-# chip, 4 in a 2D torus and 6 in a 3D one; "DCN bandwidth per chip", or that of a pod
-# over its chips. v4: ICI of 2400 Gbit/s a chip; no figure for its network. Memory is
-# what libtpu 0.0.42.1 gives a program: it names it where a program does not fit.
-# GPUs: NVIDIA's data sheets of H100, H200 and A100 80 GB (SXM): memory and its rate,
-# NVLink of 900 and 600 GB/s both ways, and one 400 or 200 Gbit/s port a GPU in DGX.
+# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: HBM bandwidth; "bidirectional
+# ICI bandwidth per chip" halved and divided by the links of a chip, 4 in a 2D torus and
+# 6 in a 3D one; v5p: "DCN bandwidth per chip"; v5e: that of a pod over its chips.
+# Memory of v5e and v5p is what libtpu 0.0.42.1 says that it has where a program does
+# not fit. Not looked up again, to be checked before they are relied on: memory of v6e,
+# its network, links of v4, and all figures of GPUs (data sheets of H100, H200 and A100
+# 80 GB SXM; NVLink of 900 and 600 GB/s both ways; one 400 or 200 Gbit/s port a GPU).
 CHIPS = {
     "v4": Chip(
         platform="tpu",
