@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.device import platform
 from moex.accounting import num_bytes
 from moex.nn.context import Context
 from moex.nn.lm import LM
@@ -68,7 +69,7 @@ def _pattern_bytes(cfg, segment: Segment, pattern) -> float:
         return jax.vjp(run, params, x_BLD)[1]
 
     def kept(batch_size: int) -> int:
-        ctx = _abstract_context(cfg, _abstract_batch(batch_size, cfg.seq_len))
+        ctx = _abstract_context(cfg, abstract_batch(batch_size, cfg.seq_len))
         shape = (batch_size, cfg.seq_len, model.dim)
         x_BLD = jax.ShapeDtypeStruct(shape, ctx.compute_dtype)
         leaves = jax.tree.leaves(jax.eval_shape(residuals, params, state, x_BLD, ctx))
@@ -84,12 +85,18 @@ def _copies(tree):
     )
 
 
-def model_activation_bytes(cfg, spec: ModelSpec) -> float:
-    """Bytes per token that the whole training loss keeps for its backward pass."""
+def model_activation_bytes(cfg, spec: ModelSpec, sequences: int = 1) -> float:
+    """Bytes per token that the whole training loss keeps for its backward pass.
+
+    Args:
+      cfg: run config.
+      spec: of its model.
+      sequences: the two batches that are compared have so many, and twice as many.
+    """
 
     def kept(batch_size):
         def residuals(params, state, batch, key):
-            ctx = make_context(batch, key=key, **static_options(cfg, train=True))
+            ctx = make_context(batch, key=key, **traced_options(cfg))
 
             def loss(params):
                 return lm_loss(
@@ -104,11 +111,24 @@ def model_activation_bytes(cfg, spec: ModelSpec) -> float:
 
             return jax.vjp(loss, params)[1]
 
-        batch = _abstract_batch(batch_size, cfg.seq_len)
+        batch = abstract_batch(batch_size, cfg.seq_len)
         args = (spec.params, spec.state, batch, _abstract_key())
         return num_bytes(jax.eval_shape(residuals, *args))
 
-    return (kept(2) - kept(1)) / cfg.seq_len
+    grown = kept(2 * sequences) - kept(sequences)
+    return grown / sequences / cfg.seq_len
+
+
+def traced_options(cfg) -> dict:
+    """Options of a `Context` to trace training with, for devices that are not there.
+
+    JAX traces cuDNN's attention only where cuDNN is; that in blocks keeps the same: no
+    scores.
+    """
+    options = static_options(cfg, train=True)
+    if platform() == "gpu" and jax.default_backend() == "cpu":
+        options["attention"] = "blocks"
+    return options
 
 
 def _abstract_key():
@@ -116,12 +136,12 @@ def _abstract_key():
 
 
 def _abstract_context(cfg, batch) -> Context:
-    options = static_options(cfg, train=True)
+    options = traced_options(cfg)
     make = functools.partial(make_context, **options)
     return jax.eval_shape(make, batch, key=_abstract_key())
 
 
-def _abstract_batch(batch_size: int, seq_len: int) -> dict:
+def abstract_batch(batch_size: int, seq_len: int) -> dict:
     """The shapes of a batch of the data pipeline."""
 
     def array(dtype, *shape):

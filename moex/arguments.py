@@ -34,6 +34,13 @@ Examples:
     --match=flops
 """
 
+PLAN_EXAMPLES = """
+Examples:
+  moex plan --config=configs/moe_8x7b.py --topology=v5p:4x4x4
+  moex plan --config=configs/moe_1b.py --topology=h100:8 --config.remat=dots
+  moex plan --config=configs/quickstart.py --topology=v5e:1x1 --compile
+"""
+
 
 class Parser(argparse.ArgumentParser):
     """Reports a mistake as one line, like every other mistake."""
@@ -79,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     config = command("config", "Print a resolved config, one field a line.")
     config.add_argument("--json", action="store_true", help="as JSON with type tags")
     _add_params(command)
+    _add_plan(command)
     evaluate = command(
         "eval",
         "Score held-out data with the newest checkpoint of a run. Without --config the "
@@ -150,6 +158,28 @@ def _add_params(command):
         help="the cost that --like is about: all parameters, those that a token uses, "
         "or FLOPs per trained token",
     )
+
+
+def _add_plan(command):
+    plan = command(
+        "plan",
+        "Say what a job needs of devices that need not be there. Memory of a device, "
+        "bytes that each mesh axis carries and the time that takes, time of a step, "
+        "and what to change if it does not fit; no data is read and no array is made.",
+        CONFIG_HELP + PLAN_EXAMPLES,
+    )
+    plan.add_argument(
+        "--topology",
+        metavar="NAME",
+        help="v5p:4x4x4 or v5e:16x16 (TPU chips), v5e:16x16*2 (two slices), h100:8x4 "
+        "(4 nodes of 8 GPUs), cpu:8; devices: v4 v5e v5p v6e a100 h100 h200 cpu",
+    )
+    plan.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the train step for it too, with libtpu (extra `aot`)",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_generate(command):

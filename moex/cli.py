@@ -73,10 +73,11 @@ def _fail(error, code: int) -> None:
 
 
 def _is_run_error(error: RuntimeError) -> bool:
+    from moex.plan.rehearsal import DoesNotFit
     from moex.train.checkpoint import CheckpointError
     from moex.train.loop import TrainingStopped
 
-    return isinstance(error, (CheckpointError, TrainingStopped))
+    return isinstance(error, (CheckpointError, DoesNotFit, TrainingStopped))
 
 
 def _quiet() -> None:
@@ -163,6 +164,16 @@ def _params(args, config_args):
         print(params.rows_table(cfg, rows))
 
 
+def _plan(args, config_args):
+    from moex.flags import load_config
+    from moex.plan.command import run
+
+    if args.topology is None:
+        raise ConfigError("--topology: missing; give devices, such as v5p:4x4x4.")
+    cfg = load_config(config_args)
+    print(run(cfg, args.topology, compile=args.compile, as_json=args.json))
+
+
 def _eval(args, config_args):
     from moex.flags import load_config
     from moex.train.job import load_config as run_config
@@ -244,6 +255,7 @@ COMMANDS = {
     "train": _train,
     "config": _config,
     "params": _params,
+    "plan": _plan,
     "eval": _eval,
     "generate": _generate,
     "convert": _convert,

@@ -27,15 +27,14 @@ from moex.train.checkpoint import Checkpointer, read_json
 
 
 @dataclasses.dataclass
-class Job:
-    """What one run needs beside its arrays."""
+class Program:
+    """What one run computes: model, optimizer and mesh, without arrays or data."""
 
     cfg: Any  # the run config, checked, with the vocabulary filled in
     mesh: Mesh
     spec: states.ModelSpec
     tx: Any  # optax transformation
     learning_rate: Any  # learning rate as a function of the optimizer step
-    data: pipeline.Prepared
 
     def static(self, *, train: bool) -> dict:
         """Static fields of `Context`: how to compute, not what."""
@@ -48,7 +47,7 @@ class Job:
             self.tx,
             self.cfg.loss,
             grad_accum=self.cfg.grad_accum,
-            num_domains=len(self.data.domains),
+            num_domains=len(self.cfg.data.sources),
             optim=self.cfg.optim,
             static=self.static(train=True),
         )
@@ -61,7 +60,7 @@ class Job:
         step = steps.make_eval_step(
             self.spec,
             self.cfg.loss,
-            num_domains=len(self.data.domains),
+            num_domains=len(self.cfg.data.sources),
             static=self.static(train=False),
         )
         return jax.jit(step, out_shardings=self.whole)
@@ -91,6 +90,13 @@ class Job:
             "guard": (guard, jax.tree.map(lambda _: self.whole, guard)),
         }
         return {name: _with_shardings(*pair) for name, pair in placed.items()}
+
+
+@dataclasses.dataclass
+class Job(Program):
+    """What one run needs beside its arrays."""
+
+    data: pipeline.Prepared
 
     def batches(self, start: int):
         """Training batches of this process, from sequence `start` of the job on."""
@@ -128,7 +134,7 @@ def compute_dtype(cfg) -> str:
     """The dtype of matmuls: bfloat16 on accelerators, float32 on CPU, unless set."""
     if cfg.precision != "auto":
         return cfg.precision
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if platform() == "cpu" else "bfloat16"
 
 
 def static_options(cfg, *, train: bool) -> dict:
@@ -176,7 +182,7 @@ def check_devices(cfg, mesh: Mesh) -> None:
         f"a multiple of config.mesh.seq = {parts}",
     )
     require(
-        parts == 1 or mesh.devices.flat[0].platform in ("cpu", "tpu"),
+        parts == 1 or _platform(mesh) in ("cpu", "tpu"),
         "config.mesh.seq",
         parts,
         "1 on a GPU, whose attention is not split along the sequence; use fsdp",
@@ -197,6 +203,36 @@ def check_devices(cfg, mesh: Mesh) -> None:
     )
 
 
+def _platform(mesh) -> str:
+    """Of the devices of a mesh, or of those that an abstract one describes."""
+    return mesh.abstract_mesh.abstract_device.platform
+
+
+def check_kernels(cfg) -> None:
+    """Check that the kernels that a run names can run on the platform of the mesh."""
+    require(
+        kernels_here(cfg),
+        "config.kernels",
+        cfg.kernels,
+        f"'auto' or have one among {', '.join(runnable())} on a {platform()}",
+    )
+
+
+def make_program(cfg, mesh) -> Program:
+    """The abstract model and optimizer of a checked config on a mesh, or abstract mesh.
+
+    Raises:
+      ConfigError: if the mesh does not divide a parameter, or for a mistake of
+        `config.optim` that shows only beside the parameters.
+    """
+    spec = states.model_spec(cfg.model)
+    states.check_mesh(spec, mesh)
+    tx, learning_rate = optim.make_optimizer(
+        cfg.optim, cfg.steps, spec.params, spec.info
+    )
+    return Program(cfg, mesh, spec, tx, learning_rate)
+
+
 def make_job(cfg, *, log=print) -> Job:
     """Check a run config, prepare its data and build its abstract model.
 
@@ -208,12 +244,7 @@ def make_job(cfg, *, log=print) -> Job:
     check_run(cfg)
     mesh = cfg.mesh.make()
     check_devices(cfg, mesh)
-    require(
-        kernels_here(cfg),
-        "config.kernels",
-        cfg.kernels,
-        f"'auto' or have one among {', '.join(runnable())} on a {platform()}",
-    )
+    check_kernels(cfg)
     data = pipeline.prepare(
         cfg.data, cfg.seq_len, overlap=cfg.eval.overlap, log=log, where="config.data"
     )
@@ -226,12 +257,8 @@ def make_job(cfg, *, log=print) -> Job:
         cfg.model.vocab,
         f"at least the vocabulary of the tokenizer, {vocab} (or None to take it)",
     )
-    spec = states.model_spec(cfg.model)
-    states.check_mesh(spec, mesh)
-    tx, learning_rate = optim.make_optimizer(
-        cfg.optim, cfg.steps, spec.params, spec.info
-    )
-    return Job(cfg, mesh, spec, tx, learning_rate, data)
+    made = make_program(cfg, mesh)
+    return Job(cfg, mesh, made.spec, made.tx, made.learning_rate, data)
 
 
 # Changing these would make a checkpoint of the old config unusable.

@@ -1,0 +1,261 @@
+"""How much memory a program needs for its values: a walk along its jaxpr.
+
+Each value is alive from the operation that makes it to the last one that reads it; the
+most that is alive at once is what the program needs. Elementwise operations and changes
+of layout are taken as fused into what reads them, as XLA does: their results need no
+memory of their own, and their operands live on until the result is read. The order is
+that of the jaxpr; XLA may find a better one.
+
+Values are split over devices in ways that only XLA decides; so sizes come from outside,
+as a function of a value's bytes in the same program at one and at two sequences per
+device. What grows between them is of tokens, and is split as tokens are.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.extend import core
+
+# Of no memory of their own: XLA fuses them into what reads them.
+FUSED = {
+    *("abs", "add", "add_any", "and", "ceil", "clamp", "convert_element_type", "copy"),
+    *("copy_p", "cos", "div", "eq", "erf", "exp", "exp2", "expm1", "floor", "ge", "gt"),
+    *("integer_pow", "iota", "is_finite", "le", "log", "log1p", "logistic", "lt"),
+    *("max", "min", "mul", "ne", "neg", "not", "or", "pow", "reduce_precision"),
+    *("rem", "round", "rsqrt", "select_n", "sign", "sin", "sqrt", "square"),
+    *("stop_gradient", "sub", "tan", "tanh", "xor", "shift_left"),
+    *("shift_right_logical", "shift_right_arithmetic", "pvary", "pcast"),
+    *(
+        "broadcast_in_dim",
+        "expand_dims",
+        "pad",
+        "reshape",
+        "rev",
+        "sharding_constraint",
+    ),
+    *("slice", "split", "squeeze", "transpose"),
+}
+# Calls that are no unit of computation: their bodies belong to the caller.
+INLINED = {
+    *("pjit", "jit", "closed_call", "core_call", "checkpoint", "remat2", "remat"),
+    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"),
+    *("shard_map",),
+}
+# They read a fused operand as they go; everything else wants it in memory.
+READERS = {
+    *("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"),
+    *("argmin", "cumsum", "reduce_prod", "concatenate", "dynamic_update_slice"),
+}
+# They write their results over operands that nothing reads later.
+IN_PLACE = FUSED | {
+    *("scatter-add", "scatter", "scatter_add", "dynamic_update_slice", "scan", "while"),
+    "sort",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation of a `Graph`; values are numbers."""
+
+    name: str
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    bodies: tuple["Graph", ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A jaxpr with its calls put in place.
+
+    Attributes:
+      operations: in order.
+      inputs, outputs: values; inputs are the caller's memory.
+      sizes: bytes of each value, over all devices.
+    """
+
+    operations: list[Operation]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    sizes: dict[int, int]
+
+
+def graph(function, *args) -> Graph:
+    """The graph of a function of abstract arguments."""
+    return _Builder().build(jax.make_jaxpr(function)(*args).jaxpr, 1)
+
+
+class _Builder:
+    """Numbers values in the order in which they are met."""
+
+    def __init__(self):
+        self.count = 0
+
+    def build(self, jaxpr, copies: int) -> Graph:
+        operations: list[Operation] = []
+        sizes: dict[int, int] = {}
+        env: dict = {}
+        for var in (*jaxpr.constvars, *jaxpr.invars):
+            self._new(var, env, sizes, copies)
+        inputs = tuple(env.values())
+        self._add(jaxpr, env, operations, sizes, copies)
+        outputs = _known(jaxpr.outvars, env)
+        return Graph(operations, inputs, outputs, sizes)
+
+    def _new(self, var, env, sizes, copies) -> int:
+        self.count += 1
+        env[var] = self.count
+        sizes[self.count] = _bytes(var.aval) * copies
+        return self.count
+
+    def _add(self, jaxpr, env, operations, sizes, copies) -> None:
+        for eqn in jaxpr.eqns:
+            name = eqn.primitive.name
+            inner = list(_sub_jaxprs(eqn)) if name != "pallas_call" else []
+            if name in INLINED and len(inner) == 1:
+                # Inside a shard_map shapes are of one device.
+                more = math.prod(_manual_sizes(eqn)) if name == "shard_map" else 1
+                self._inline(eqn, inner[0], env, operations, sizes, copies * more)
+                continue
+            bodies = tuple(self.build(j, copies) for j in inner)
+            makes = tuple(self._new(v, env, sizes, copies) for v in eqn.outvars)
+            operations.append(Operation(name, _known(eqn.invars, env), makes, bodies))
+
+    def _inline(self, eqn, jaxpr, env, operations, sizes, copies) -> None:
+        own: dict = {}
+        for var in jaxpr.constvars:
+            self._new(var, own, sizes, copies)
+        given = eqn.invars[len(eqn.invars) - len(jaxpr.invars) :]
+        for var, outer in zip(jaxpr.invars, given, strict=True):
+            if isinstance(outer, core.Literal):
+                self._new(var, own, sizes, copies)
+            else:
+                own[var] = env[outer]
+        self._add(jaxpr, own, operations, sizes, copies)
+        for var, outer in zip(jaxpr.outvars, eqn.outvars, strict=True):
+            if isinstance(var, core.Literal):
+                self._new(outer, env, sizes, copies)
+            else:
+                env[outer] = own[var]
+
+
+def _known(variables, env) -> tuple[int, ...]:
+    return tuple(env[v] for v in variables if not isinstance(v, core.Literal))
+
+
+def _manual_sizes(eqn) -> Iterator[int]:
+    mesh = eqn.params["mesh"]
+    names = eqn.params.get("manual_axes") or mesh.axis_names
+    return (mesh.shape[name] for name in names)
+
+
+def _sub_jaxprs(eqn) -> Iterator:
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(item, "eqns") and hasattr(item, "invars"):
+                yield item
+            elif hasattr(item, "jaxpr") and hasattr(item.jaxpr, "eqns"):
+                yield item.jaxpr
+
+
+def _bytes(aval) -> int:
+    itemsize = getattr(getattr(aval, "dtype", None), "itemsize", 0)
+    return math.prod(getattr(aval, "shape", (0,))) * itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """What is alive while one operation of a graph runs.
+
+    Attributes:
+      name: of the operation.
+      bytes: of values, working memory of the operation's body included.
+    """
+
+    name: str
+    bytes: float
+
+
+def moments(
+    graph: Graph, size: Callable[[Graph, int], float], fused_into_dots: bool
+) -> list[Moment]:
+    """What is alive beside the inputs at each operation, in order.
+
+    Args:
+      graph: of the program.
+      size: (graph, value) -> bytes on one device.
+      fused_into_dots: whether matrix products read fused operands, as on a TPU.
+    """
+    readers = READERS | ({"dot_general"} if fused_into_dots else set())
+    stored = _stored(graph, readers)
+    last = _last_reads(graph, stored)
+    alive, found, free = 0.0, [], dict[int, list[int]]()
+    for value, at in last.items():
+        free.setdefault(at, []).append(value)
+    owned = stored - {*graph.inputs}
+    for i, op in enumerate(graph.operations):
+        freed = [v for v in free.get(i, ()) if v in owned]
+        made = sum(size(graph, v) for v in op.makes if v in stored)
+        if op.name in IN_PLACE:
+            made = max(0.0, made - sum(size(graph, v) for v in freed))
+        inside = max((peak(b, size, fused_into_dots) for b in op.bodies), default=0.0)
+        found.append(Moment(op.name, alive + made + inside))
+        alive += sum(size(graph, v) for v in op.makes if v in stored)
+        alive -= sum(size(graph, v) for v in freed)
+    return found
+
+
+def peak(graph: Graph, size, fused_into_dots: bool) -> float:
+    """The most bytes alive at once beside the inputs."""
+    found = moments(graph, size, fused_into_dots)
+    return max((m.bytes for m in found), default=0.0)
+
+
+def _stored(graph: Graph, readers) -> set[int]:
+    """The values that are in memory."""
+    stored = {*graph.outputs}
+    for op in graph.operations:
+        if op.name not in FUSED:
+            stored.update(op.makes)
+            if op.name not in readers:
+                stored.update(op.reads)
+    return stored
+
+
+def _last_reads(graph: Graph, stored: set[int]) -> dict[int, int]:
+    """Value -> the last operation that reads it, or that reads what is fused of it."""
+    end = len(graph.operations)
+    last = dict.fromkeys(graph.outputs, end)
+    for i in range(end - 1, -1, -1):
+        op = graph.operations[i]
+        until = i
+        if op.name in FUSED and not any(v in stored for v in op.makes):
+            until = max([i, *(last.get(v, i) for v in op.makes)])
+        for v in op.makes:
+            last.setdefault(v, i)
+        for v in op.reads:
+            last[v] = max(last.get(v, until), until)
+    return last
+
+
+def growth(small: Graph, large: Graph) -> Callable[[Graph, int], float]:
+    """Bytes by which values grow from one program to the same one on more tokens.
+
+    Returns:
+      (graph inside `small`, value) -> bytes.
+    """
+    found: dict[int, dict[int, int]] = {}
+
+    def compare(a: Graph, b: Graph):
+        if [op.name for op in a.operations] != [op.name for op in b.operations]:
+            raise ValueError("the program's operations depend on the number of tokens")
+        pairs = zip(a.sizes.values(), b.sizes.values(), strict=True)
+        grown = [more - less for less, more in pairs]
+        found[id(a)] = dict(zip(a.sizes, grown, strict=True))
+        for one, other in zip(a.operations, b.operations, strict=True):
+            for body, same in zip(one.bodies, other.bodies, strict=True):
+                compare(body, same)
+
+    compare(small, large)
+    return lambda graph, value: found[id(graph)][value]

@@ -1,0 +1,230 @@
+"""What one device holds while a job trains.
+
+Weights, optimizer state and gradients are exact: shapes and shardings of the abstract
+train state. Values of the forward and backward pass are those of a walk along the
+jaxpr of the loss and its gradient (`liveness`), traced for the topology's platform with
+the weights that one device holds of the `tensor` axis, and split over devices as
+batches are. Nothing is fitted to what a compiler said.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from moex import sharding
+from moex.activations import (
+    abstract_batch,
+    model_activation_bytes,
+    traced_options,
+)
+from moex.optim import path_name
+from moex.plan import liveness
+from moex.topology import Topology, abstract_mesh
+from moex.train.job import Program, compute_dtype
+from moex.train.losses import lm_loss, make_context
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+      params, optimizer: of the train state.
+      other_state: router state, and the counters of the update guard.
+      batch: the token arrays of one step.
+      gradients: of the parameters; twice with microbatches, whose sum is kept too.
+      gathered: one layer's weights in the compute dtype, whole along `fsdp`, and their
+        gradients; of the embedding and logits if these are larger. Without
+        recomputation the weights of all layers, as far as they are copies.
+      kept: what the forward pass keeps for the backward pass, logits included.
+      working: what is alive beside that at the worst moment of the two passes.
+      update: what the optimizer needs beside gradients and state at its worst moment.
+    """
+
+    params: int
+    optimizer: int
+    other_state: int
+    batch: int
+    gradients: int
+    gathered: int
+    kept: float
+    working: float
+    update: float
+
+    @property
+    def state(self) -> int:
+        """The train state, which stays."""
+        return self.params + self.optimizer + self.other_state
+
+    @property
+    def peak(self) -> float:
+        """The most at any time: in the passes, or in the update."""
+        passes = self.gathered + self.kept + self.working
+        return self.state + self.batch + self.gradients + max(passes, self.update)
+
+    def to_dict(self) -> dict:
+        """The figures as plain data."""
+        figures = {name: int(v) for name, v in dataclasses.asdict(self).items()}
+        return figures | {"state": self.state, "peak": int(self.peak)}
+
+
+def memory(program: Program, topology: Topology) -> Memory:
+    """What one device holds of a program. Call it under no other mesh."""
+    state = program.abstract_state()
+    params = local_bytes(state["params"])
+    batch = batch_arguments(program)
+    kept, most = pass_bytes(program, topology)
+    with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+        gathered = gathered_bytes(program)
+    return Memory(
+        params=params,
+        optimizer=local_bytes(state["opt"]),
+        other_state=local_bytes((state["state"], state["guard"])),
+        batch=local_bytes(batch),
+        gradients=params * (2 if program.cfg.grad_accum > 1 else 1),
+        gathered=gathered,
+        kept=min(kept, most),
+        working=max(0.0, most - kept),
+        update=update_bytes(program),
+    )
+
+
+def local_shape(leaf) -> tuple[int, ...]:
+    """The shape that one device holds of an abstract array with a sharding."""
+    return leaf.sharding.shard_shape(leaf.shape)
+
+
+def local_bytes(tree) -> int:
+    """Bytes on one device of abstract arrays that have shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(local_shape(a)) * a.dtype.itemsize for a in leaves)
+
+
+def batch_arguments(program: Program) -> dict:
+    """The batch of one step as abstract arrays with shardings."""
+    cfg = program.cfg
+    arrays = abstract_batch(cfg.batch_size, cfg.seq_len)
+    return {
+        name: jax.ShapeDtypeStruct(
+            a.shape,
+            a.dtype,
+            sharding=sharding.batch_sharding(program.mesh, a.ndim),
+        )
+        for name, a in arrays.items()
+    }
+
+
+def gathered_bytes(program: Program) -> int:
+    """Weights as matmuls read them, and their gradients, of the layer that needs most.
+
+    A weight that is in the compute dtype and whole on the device is read where it is.
+    Without recomputation JAX keeps what the matmuls of all layers read: the copies in
+    the compute dtype, those of experts whole along `fsdp`.
+    """
+    itemsize = jnp.dtype(compute_dtype(program.cfg)).itemsize
+    fsdp = program.mesh.shape["fsdp"]
+    repeats = [segment.repeat for segment in program.cfg.model.layers]
+    sums, kept = dict[str, int](), 0
+    leaves = jax.tree_util.tree_flatten_with_path(program.abstract_state()["params"])
+    for path, leaf in leaves[0]:
+        name = path_name(path)
+        split = fsdp > 1 and "fsdp" in leaf.sharding.spec
+        local = math.prod(local_shape(leaf)) * itemsize
+        whole = local * (fsdp if split else 1)
+        is_copy = split or leaf.dtype.itemsize != itemsize
+        part, number = "rest", 1
+        if name.startswith("segments/"):
+            part = "/".join(name.split("/")[:2])
+            number = repeats[int(name.split("/")[1])]
+            if program.cfg.remat == "none":
+                if is_copy:
+                    kept += whole if "experts" in name else local
+                is_copy = split and "experts" not in name
+        sums[part] = sums.get(part, 0) + (2 if is_copy else 1) * whole // number
+    return kept + max(sums.values())
+
+
+def pass_bytes(program: Program, topology: Topology) -> tuple[float, float]:
+    """(kept for the backward pass, most alive at once) of one microbatch, no weights.
+
+    Traced at 2 and 4 sequences a device; what grows is of tokens. At 1 sequence JAX
+    would leave out operations.
+    """
+    cfg, mesh = program.cfg, program.mesh
+    shards, parts = sharding.batch_shards(mesh), mesh.shape["seq"]
+    sequences = cfg.batch_size // cfg.grad_accum / shards / parts
+    local = dataclasses.replace(program.spec, params=tensor_local(program))
+    # Weights are those of one device already.
+    sizes = [1 if name == "tensor" else n for name, n in mesh.shape.items()]
+    with jax.sharding.use_abstract_mesh(abstract_mesh(topology, sizes)):
+        graphs = [_gradient_graph(cfg, local, n * shards) for n in (2, 4)]
+        per_token = model_activation_bytes(cfg, local, sequences=shards)
+    grown = liveness.growth(*graphs)
+    most = liveness.peak(graphs[0], grown, topology.platform == "tpu")
+    return per_token * cfg.seq_len * sequences, most / 2 / shards * sequences
+
+
+def tensor_local(program: Program) -> dict:
+    """Parameters in the shapes that one device holds of the `tensor` axis alone."""
+    spec, tensor = program.spec, program.mesh.shape["tensor"]
+
+    def local(path, leaf):
+        axes = spec.info[path_name(path)].axes
+        placed = sharding.partition_spec(axes)
+        own = [
+            size // tensor if axis == "tensor" else size
+            for size, axis in zip(leaf.shape[-len(axes) :], placed, strict=True)
+        ]
+        stacked = leaf.shape[: leaf.ndim - len(axes)]
+        return jax.ShapeDtypeStruct((*stacked, *own), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(local, spec.params)
+
+
+def _gradient_graph(cfg, spec, batch_size) -> liveness.Graph:
+    """The graph of the loss and its gradient for one microbatch."""
+
+    def gradient(params, state, batch, key):
+        ctx = make_context(batch, key=key, mode="train", **traced_options(cfg))
+
+        def loss(params):
+            return lm_loss(
+                spec.merge(params, state),
+                ctx,
+                batch,
+                cfg.loss,
+                num_tokens=jnp.float32(1),
+                num_microbatches=1,
+                num_domains=1,
+            )
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    batch = abstract_batch(batch_size, cfg.seq_len)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return liveness.graph(gradient, spec.params, spec.state, batch, key)
+
+
+def update_bytes(program: Program) -> float:
+    """What the optimizer makes of local gradients and state, at its worst moment.
+
+    New state is written over the old, so the results take nothing.
+    """
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(local_shape(a), a.dtype),
+        {k: program.abstract_state()[k] for k in ("params", "opt")},
+    )
+
+    def update(grads, opt, params):
+        updates, opt = program.tx.update(grads, opt, params)
+        return jax.tree.map(jnp.add, params, updates), opt
+
+    graph = liveness.graph(update, shapes["params"], shapes["opt"], shapes["params"])
+    results = {*graph.outputs}
+
+    def size(g, value):
+        return 0.0 if g is graph and value in results else float(g.sizes[value])
+
+    return liveness.peak(graph, size, False)

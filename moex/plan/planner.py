@@ -1,0 +1,195 @@
+"""`plan(cfg, topology)`: what a job needs and moves on devices that need not be there.
+
+Everything is read off the abstract model and its shardings: no array is made.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from moex.accounting import model_cost
+from moex.params import fill_vocab
+from moex.plan.memory import Memory, memory
+from moex.plan.traffic import Traffic, traffic
+from moex.run import check_run
+from moex.topology import Topology
+from moex.train.job import check_devices, check_kernels, make_program, static_options
+
+
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """One kind of traffic of one axis, and the seconds it takes on its network."""
+
+    traffic: Traffic
+    seconds: float | None
+
+    def to_dict(self) -> dict:
+        """As plain data."""
+        row = dataclasses.asdict(self.traffic)
+        return row | {"received": int(self.traffic.received), "seconds": self.seconds}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one run needs of a topology.
+
+    Attributes:
+      topology: where.
+      mesh: sizes of the axes.
+      num_params, active_params: of the model; active: that one token uses.
+      tokens: per optimizer step.
+      flops_per_token: forward and backward, without recomputation.
+      recompute_flops: per token, of what is computed again.
+      setting: how it is computed: dtype, remat, kernels.
+      memory: of one device.
+      carried: by the axes, per optimizer step.
+    """
+
+    topology: Topology
+    mesh: dict[str, int]
+    num_params: int
+    active_params: int
+    tokens: int
+    flops_per_token: float
+    recompute_flops: float
+    setting: dict
+    memory: Memory
+    carried: tuple[Carried, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak is within a device's memory; None where that is unknown."""
+        limit = self.topology.chip.memory
+        return None if limit is None else self.memory.peak <= limit
+
+    @property
+    def compute_seconds(self) -> float | None:
+        """Of the matmuls of one step at the peak rate, recomputation included."""
+        peak = self.topology.peak_flops
+        if peak is None:
+            return None
+        work = (self.flops_per_token + self.recompute_flops) * self.tokens
+        return work / peak / self.topology.num_devices
+
+    @property
+    def update_seconds(self) -> float | None:
+        """Of the optimizer: state read and written once, gradients read."""
+        rate = self.topology.chip.memory_rate
+        if rate is None:
+            return None
+        return (2 * self.memory.state + self.memory.params) / rate
+
+    def axis_seconds(self) -> dict[str, float] | None:
+        """Seconds by axis; None if any speed is not known."""
+        sums: dict[str, float] = {}
+        for row in self.carried:
+            if row.seconds is None:
+                return None
+            axis = row.traffic.axis
+            sums[axis] = sums.get(axis, 0.0) + row.seconds
+        return sums
+
+    def step_seconds(self) -> tuple[float, float] | None:
+        """(least, most): with all traffic behind the matmuls, and with none.
+
+        The update comes after both. None if any speed is not known.
+        """
+        axes, compute, update = (
+            self.axis_seconds(),
+            self.compute_seconds,
+            self.update_seconds,
+        )
+        if axes is None or compute is None or update is None:
+            return None
+        most = sum(axes.values())
+        return max(compute, *axes.values(), 0.0) + update, compute + most + update
+
+    def mfu(self) -> tuple[float, float] | None:
+        """(highest, lowest) share of the peak rate that the step times allow."""
+        seconds, peak = self.step_seconds(), self.topology.peak_flops
+        if seconds is None or peak is None:
+            return None
+        ideal = self.flops_per_token * self.tokens / peak / self.topology.num_devices
+        return ideal / seconds[0], ideal / seconds[1]
+
+    def to_dict(self) -> dict:
+        """The plan as plain data."""
+        seconds, mfu = self.step_seconds(), self.mfu()
+        return {
+            "topology": self.topology.name,
+            "device": self.topology.chip.device_kind,
+            "num_devices": self.topology.num_devices,
+            "mesh": self.mesh,
+            "setting": self.setting,
+            "num_params": self.num_params,
+            "active_params": self.active_params,
+            "tokens_per_step": self.tokens,
+            "flops_per_token": self.flops_per_token,
+            "recompute_flops_per_token": self.recompute_flops,
+            "memory": self.memory.to_dict(),
+            "memory_limit": self.topology.chip.memory,
+            "fits": self.fits,
+            "traffic": [row.to_dict() for row in self.carried],
+            "compute_seconds": self.compute_seconds,
+            "update_seconds": self.update_seconds,
+            "step_seconds": None if seconds is None else list(seconds),
+            "mfu": None if mfu is None else list(mfu),
+        }
+
+
+def check(cfg, topology: Topology):
+    """The abstract program of a config on a topology, every mistake found.
+
+    Raises:
+      ConfigError: for any mistake in the config, or where it does not fit the devices.
+    """
+    check_run(cfg)
+    fill_vocab(cfg)
+    mesh: Any = topology.mesh(cfg.mesh)  # an abstract one does for a program
+    check_devices(cfg, mesh)
+    with jax.sharding.use_abstract_mesh(mesh):
+        check_kernels(cfg)
+        return make_program(cfg, mesh)
+
+
+def plan(cfg, topology: Topology) -> Plan:
+    """What a run needs and moves; fills in the vocabulary.
+
+    Raises:
+      ConfigError: as `check`.
+    """
+    program = check(cfg, topology)
+    sizes = dict(program.mesh.shape)
+    held = memory(program, topology)
+    with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+        setting = static_options(cfg, train=True)
+        rows = traffic(program)
+    cost = model_cost(cfg.model, program.spec, cfg.seq_len)
+    carried = tuple(
+        Carried(row, topology.seconds(row.axis, sizes, row.received, row.exchange))
+        for row in rows
+    )
+    again = sum(
+        block.repeat
+        * {
+            "none": 0.0,
+            "dots": block.score_flops,
+            "full": block.forward_flops(),
+        }[cfg.remat]
+        for block in cost.blocks
+    )
+    return Plan(
+        topology=topology,
+        mesh=sizes,
+        num_params=cost.num_params,
+        active_params=cost.num_active,
+        tokens=cfg.batch_size * cfg.seq_len,
+        flops_per_token=cost.train_flops,
+        recompute_flops=again,
+        setting=setting
+        | {"batch_size": cfg.batch_size, "grad_accum": cfg.grad_accum}
+        | {"seq_len": cfg.seq_len, "vocab": cfg.model.vocab},
+        memory=held,
+        carried=carried,
+    )

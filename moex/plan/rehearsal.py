@@ -1,0 +1,208 @@
+"""Ahead-of-time compilation of the real train step, for devices that are not there.
+
+What the compiler says of a job: whether it fits, its peak memory on one device and the
+collectives it put in. Nothing is run. TPUs need libtpu, which the extra `aot` installs;
+CPU devices are those of this process.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+import re
+import resource
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from moex.config import ConfigError
+from moex.plan.memory import batch_arguments
+from moex.topology import Topology
+from moex.train.job import Program, make_program
+
+# libtpu asks these on its way to a topology, and waits for a metadata server if they
+# are not there. The values do not limit what may be described.
+TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process ends
+}
+
+COLLECTIVES = (
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
+    *("ragged-all-to-all", "collective-permute"),
+)
+
+
+class DoesNotFit(RuntimeError):
+    """The compiler found no place for the job in the memory of a device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one train step.
+
+    Attributes:
+      seconds: of lowering and of compiling, on this machine.
+      host_bytes: most memory that this process used.
+      state_bytes: of the train state on one device, by the shapes in the program.
+      argument_bytes: train state and batch on one device as they lie in memory: a TPU
+        keeps arrays in tiles, so that a scalar takes 512 bytes.
+      peak_bytes: most memory at any time on one device.
+      temp_bytes: of buffers that are neither arguments nor results.
+      collectives: number by kind in the program's text, which has the body of a scan
+        once however often it runs.
+    """
+
+    lower_seconds: float
+    compile_seconds: float
+    host_bytes: int
+    state_bytes: int
+    argument_bytes: int
+    peak_bytes: int
+    temp_bytes: int
+    collectives: dict[str, int]
+
+    def to_dict(self) -> dict:
+        """The figures as plain data."""
+        return dataclasses.asdict(self)
+
+
+def described_devices(topology: Topology) -> list:
+    """Devices to compile for.
+
+    Raises:
+      ConfigError: if the topology is of no TPU, libtpu is missing, or this process has
+        too few CPU devices.
+    """
+    if topology.platform == "cpu":
+        devices = jax.devices("cpu")
+        if len(devices) < topology.num_devices:
+            raise ConfigError(
+                f"--compile: needs {topology.num_devices} CPU devices, and there are "
+                f"{len(devices)}; start with JAX_NUM_CPU_DEVICES="
+                f"{topology.num_devices}."
+            )
+        return devices[: topology.num_devices]
+    if topology.platform != "tpu":
+        raise ConfigError(
+            f"--compile: is for TPUs and CPUs, not for {topology.name}; a GPU program "
+            "is compiled where the GPU is. Without --compile it is planned."
+        )
+    try:
+        importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            "--compile: the compiler for TPUs, libtpu, is not installed; pip install "
+            "'moex[aot]', or 'libtpu==0.0.42.*' for JAX 0.10, 'libtpu==0.0.50.*' for "
+            "JAX 0.12."
+        ) from None
+    for name, value in TPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    options: dict = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.num_devices == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    name = f"{topology.kind}:{'x'.join(map(str, topology.shape))}"
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **options
+        )
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--compile: libtpu knows no {name}: {reason}") from None
+    return list(found.devices)
+
+
+def train_arguments(program: Program) -> tuple:
+    """The abstract arguments of `Program.train_step`, each with its sharding."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    placed = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=program.whole)
+        for a in (jax.ShapeDtypeStruct((), jnp.int32), key)
+    ]
+    return program.abstract_state(), *placed, batch_arguments(program)
+
+
+def compile_step(cfg, topology: Topology) -> Compiled:
+    """Compile the train step of a checked config for a topology.
+
+    Raises:
+      ConfigError: if that is not possible here.
+      DoesNotFit: if the compiler needs more memory than a device has.
+    """
+    devices = described_devices(topology)
+    mesh = cfg.mesh.make(devices)
+    with jax.set_mesh(mesh):
+        program = make_program(cfg, mesh)
+        arguments = train_arguments(program)
+        start = time.perf_counter()
+        lowered = program.train_step().lower(*arguments)
+        middle = time.perf_counter()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise _refusal(error, topology) from None
+        end = time.perf_counter()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    # A CPU's compiler gives no peak, only what it allocates beside the arguments.
+    peak = memory.peak_memory_in_bytes
+    if topology.platform == "cpu":
+        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new
+    return Compiled(
+        lower_seconds=middle - start,
+        compile_seconds=end - middle,
+        host_bytes=_host_bytes(),
+        state_bytes=state_bytes(text, arguments[0]),
+        argument_bytes=memory.argument_size_in_bytes,
+        peak_bytes=peak,
+        temp_bytes=memory.temp_size_in_bytes,
+        collectives=count_collectives(text),
+    )
+
+
+# Of a compiled program's text: the shapes of its arguments on one device.
+ENTRY = re.compile(r"entry_computation_layout=\{\((.*?)\)->")
+SHAPE = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
+
+
+def state_bytes(text: str, state) -> int:
+    """Bytes of the train state in a compiled program's own arguments, not in tiles.
+
+    The state comes first, and all of it is used.
+    """
+    found = SHAPE.findall(ENTRY.search(text)[1])  # type: ignore[index]
+    sizes = [
+        math.prod(map(int, filter(None, shape.split(","))))
+        * (1 if kind == "pred" else int(re.sub(r"\D", "", kind)) // 8)
+        for kind, shape in found
+    ]
+    return sum(sizes[: len(jax.tree.leaves(state))])
+
+
+def _host_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def count_collectives(text: str) -> dict[str, int]:
+    """Collectives in the text of a compiled program, by kind; those there are."""
+    counts = {
+        kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in COLLECTIVES
+    }
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def _refusal(error, topology: Topology) -> Exception:
+    """The compiler's error in words, if it is one of memory; else the error."""
+    text = str(error)
+    if "Ran out of memory" not in text:
+        return error
+    sizes = re.search(r"\(([\d.]+\w)\) exceeds available \w+ \(([\d.]+\w)\)", text)
+    needs = f"needs {sizes[1]}iB of {sizes[2]}iB" if sizes else text.splitlines()[0]
+    return DoesNotFit(f"{topology.name}: the job does not fit: one device {needs}.")

@@ -1,0 +1,245 @@
+"""What the axes of a mesh carry in one optimizer step.
+
+Bytes are those that one device receives. Which collectives there are follows from the
+shardings: a parameter split over `fsdp` is gathered where it is used; a gradient is
+summed over every axis that splits tokens and not the parameter; `moe/parallel.py` is
+what moves tokens to experts.
+
+In an axis of n devices an all-gather or a reduce-scatter of b bytes brings (n - 1) / n
+of b to each, an all-reduce twice that.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moex.moe.parallel import moves_all_to_all
+from moex.optim import path_name
+from moex.plan.memory import local_shape
+from moex.sharding import TOKEN_AXES, batch_shards
+from moex.train.job import Program, compute_dtype
+
+# Float32 ids and gates of one slot, which travel with a row.
+SLOT_BYTES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one axis carries of one kind, in one optimizer step.
+
+    Attributes:
+      axis: of the mesh.
+      what: for people.
+      received: bytes that one device receives.
+      exchange: each device's bytes are its own (all-to-all).
+    """
+
+    axis: str
+    what: str
+    received: float
+    exchange: bool = False
+
+
+def traffic(program: Program) -> list[Traffic]:
+    """Everything that travels, without what is nothing; under the topology's mesh."""
+    rows = [*_weights(program), *_gradients(program), *_activations(program)]
+    merged: dict[tuple, Traffic] = {}
+    for row in [*rows, *_tokens_to_experts(program)]:
+        key = (row.axis, row.what, row.exchange)
+        before = merged[key].received if key in merged else 0.0
+        merged[key] = dataclasses.replace(row, received=row.received + before)
+    return [row for row in merged.values() if row.received > 0]
+
+
+def _share(n: int) -> float:
+    """Of what is gathered in an axis of n devices, the part that others send."""
+    return (n - 1) / n
+
+
+def _itemsize(program: Program) -> int:
+    return jnp.dtype(compute_dtype(program.cfg)).itemsize
+
+
+def local_tokens(program: Program) -> float:
+    """Tokens of one device in one microbatch."""
+    cfg, mesh = program.cfg, program.mesh
+    sequences = cfg.batch_size // cfg.grad_accum / batch_shards(mesh)
+    return sequences * cfg.seq_len / mesh.shape["seq"]
+
+
+def _passes(program: Program) -> int:
+    """How often a layer's weights are gathered, or its tokens sent, there and back."""
+    return 3 if program.cfg.remat == "full" else 2
+
+
+def _leaves(program: Program):
+    """(path, abstract array with its sharding, mesh axes that split it)."""
+    params = program.abstract_state()["params"]
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        yield path_name(path), leaf, {a for a in leaf.sharding.spec if a is not None}
+
+
+def _weights(program: Program) -> list[Traffic]:
+    """All-gathers of parameters in the compute dtype, reduce-scatters of gradients.
+
+    In the forward pass and in the backward pass, whose recomputation shares the gather;
+    without recomputation the gathered weights of experts are kept.
+    """
+    n, times = program.mesh.shape["fsdp"], program.cfg.grad_accum
+    gathered = scattered = 0.0
+    for name, leaf, axes in _leaves(program):
+        if "fsdp" not in axes:
+            continue
+        whole = math.prod(local_shape(leaf)) * n * _itemsize(program)
+        kept = program.cfg.remat == "none" and "experts" in name
+        gathered += whole * (1 if kept else 2)
+        scattered += whole
+    return [
+        Traffic("fsdp", "weights gathered", times * gathered * _share(n)),
+        Traffic("fsdp", "gradients scattered", times * scattered * _share(n)),
+    ]
+
+
+def _gradients(program: Program) -> list[Traffic]:
+    """All-reduces of gradients over the axes that split tokens and not the parameter.
+
+    Nearest axes first: what is scattered there travels less on the others.
+    """
+    shape, rows = program.mesh.shape, []
+    for _, leaf, axes in _leaves(program):
+        size = math.prod(local_shape(leaf)) * leaf.dtype.itemsize
+        for axis in reversed(TOKEN_AXES):
+            if axis in axes:
+                continue
+            n = shape[axis]
+            received = 2 * program.cfg.grad_accum * size * _share(n)
+            rows.append(Traffic(axis, "gradients summed", received))
+            size /= n
+    return rows
+
+
+def _activations(program: Program) -> list[Traffic]:
+    """What tensor parallelism sums, and the keys and values that `seq` gathers.
+
+    Tensor: the outputs of attention and feed-forward, and in the backward pass the
+    gradients of their inputs; recomputation sums that of attention again. The look-up
+    of tokens and the gradient of the logits' input likewise.
+    """
+    cfg, mesh = program.cfg, program.mesh
+    model, itemsize = cfg.model, _itemsize(program)
+    tokens, times = local_tokens(program), cfg.grad_accum
+    layers = model.num_layers()
+    full = cfg.remat == "full"
+    sums = (5 if full else 4) * layers + 2
+    n = mesh.shape["tensor"]
+    stream = tokens * model.dim * itemsize
+    rows = [
+        Traffic("tensor", "activations summed", times * sums * 2 * stream * _share(n))
+    ]
+    attention = model.attention
+    heads = attention.heads if attention.kv_heads is None else attention.kv_heads
+    width = 2 * heads * attention.width(model.dim) / n
+    parts = mesh.shape["seq"]
+    keys = tokens * parts * width * itemsize * _share(parts)
+    passes = layers * _passes(program)
+    rows.append(Traffic("seq", "keys and values", times * passes * keys))
+    return rows
+
+
+def _tokens_to_experts(program: Program) -> list[Traffic]:
+    """Tokens to their experts and back, in every pass of every MoE layer."""
+    rows = []
+    for segment in program.cfg.model.layers:
+        for ffn in segment.pattern:
+            for moe, rounds, width in moe_layers(ffn, program.cfg.model.dim):
+                passes = rounds * segment.repeat * _passes(program)
+                rows += _one_exchange(program, moe, width, passes)
+    return rows
+
+
+def moe_layers(ffn: Any, dim: int):
+    """(MoE config, rounds, width of its tokens) in a feed-forward config."""
+    if hasattr(ffn, "num_experts"):
+        yield ffn, 1, dim
+    elif hasattr(ffn, "moe"):
+        for moe, rounds, width in moe_layers(ffn.moe, dim):
+            yield moe, rounds * ffn.iterations, width
+    elif hasattr(ffn, "inner"):
+        yield from moe_layers(ffn.inner, ffn.latent)
+
+
+def _one_exchange(program: Program, moe, width, passes) -> list[Traffic]:
+    mesh_cfg, n = program.cfg.mesh, program.mesh.shape["expert"]
+    tokens, K = local_tokens(program), math.ceil(expected_slots(moe))
+    buffer, itemsize = mesh_cfg.exchange_buffer, _itemsize(program)
+    chosen = mesh_cfg.exchange
+    if chosen == "auto":
+        all_to_all = moves_all_to_all(n, int(tokens), K, buffer)
+        chosen = "all_to_all" if all_to_all else "gather"
+    passes *= program.cfg.grad_accum
+    ids = SLOT_BYTES * K
+    if chosen == "all_to_all":
+        rows = tokens * mean_devices(moe, n) * _share(n)
+        there, back = travel_width(moe, width, K, n)
+        received = rows * ((there + back) * itemsize + ids)
+        return [Traffic("expert", "tokens to experts", passes * received, True)]
+    received = tokens * (n - 1) * (2 * width * itemsize + ids)
+    return [Traffic("expert", "tokens gathered", passes * received)]
+
+
+def travel_width(moe, width: int, K: int, n: int) -> tuple[int, int]:
+    """Numbers of a row on its way to the experts and back.
+
+    Latent experts take the latents of a token, where these are shorter: the rule of
+    `LatentExperts.can_travel`.
+    """
+    experts = moe.experts
+    latent, ops = getattr(experts, "latent", None), getattr(experts, "ops", ())
+    if latent is None or not {"gate", "up"} <= {*ops} or 2 * latent >= width:
+        return width, width
+    groups = math.ceil(moe.num_experts / experts.group)
+    one_space = groups == 1 or experts.group % (moe.num_experts // n) == 0
+    if not one_space or groups > K:
+        return width, width
+    return 2 * latent, latent if "down" in ops else width
+
+
+def expected_slots(moe) -> float:
+    """Slots of one token before training."""
+    return moe.router.expected_slots(moe.num_choices())
+
+
+def mean_devices(moe, n: int) -> float:
+    """Devices that hold an expert of a token, if routing is even.
+
+    A device has none of a token's K distinct experts with the probability that all K
+    are of the others; with group-limited routing these are the experts of the groups
+    kept that are elsewhere.
+    """
+    E, K = moe.num_experts, expected_slots(moe)
+    groups = getattr(moe.router, "groups", None)
+    if int(K) != K or K > E:
+        return n * (1 - (1 - 1 / n) ** K)
+    if groups is None:
+        return n * (1 - _none(E, E // n, int(K)))
+    size, keep = E // groups.num, groups.keep
+    if n >= groups.num:  # a device's experts are of one group
+        missed = _none(keep * size, E // n, int(K))
+        return n * keep / groups.num * (1 - missed)
+    own = groups.num // n  # groups of a device; j of them are kept
+    missed = sum(
+        math.comb(own, j)
+        * math.comb(groups.num - own, keep - j)
+        / math.comb(groups.num, keep)
+        * _none(keep * size, j * size, int(K))
+        for j in range(min(own, keep) + 1)
+    )
+    return n * (1 - missed)
+
+
+def _none(total: int, own: int, drawn: int) -> float:
+    """Probability that none of `drawn` of `total` is among `own`."""
+    return math.comb(total - own, drawn) / math.comb(total, drawn)

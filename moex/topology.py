@@ -1,0 +1,349 @@
+"""Devices and the networks between them, as vendors publish them.
+
+`parse("v5p:4x4x4")` is a `Topology`: how many devices, the memory of each, and how long
+a mesh axis takes to carry bytes. Nothing here asks for a device.
+
+Peak FLOP/s are in `accounting.PEAK_FLOPS`.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from moex.accounting import device_peak_flops
+from moex.config import ConfigError, nearest, require
+from moex.sharding import AXIS_NAMES
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One kind of device; bytes, and bytes per second one way.
+
+    Attributes:
+      device_kind: as JAX names it.
+      memory: what a program may use; None: not known.
+      memory_rate: of the device's memory; None: not known.
+      link: TPU: of one link of the torus; GPU: of one device into NVLink.
+      network: of one device into the network between slices or nodes.
+      dims: of the torus of a TPU slice; 0: there is none.
+      ring: a whole dimension of a multiple of so many chips is closed to a ring.
+      splits: whether JAX lays several mesh axes along one dimension of the torus.
+    """
+
+    platform: str
+    device_kind: str
+    memory: float | None = None
+    memory_rate: float | None = None
+    link: float | None = None
+    network: float | None = None
+    dims: int = 0
+    ring: int = 0
+    splits: bool = False
+
+
+# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: HBM bandwidth; "bidirectional
+# ICI bandwidth per chip" halved and divided by the links of a chip, 4 in a 2D torus and
+# 6 in a 3D one; v5p: "DCN bandwidth per chip"; v5e: that of a pod over its chips.
+# Memory of v5e and v5p is what libtpu 0.0.42.1 says that it has where a program does
+# not fit. Not looked up again, to be checked before they are relied on: memory of v6e,
+# its network, links of v4, and all figures of GPUs (data sheets of H100, H200 and A100
+# 80 GB SXM; NVLink of 900 and 600 GB/s both ways; one 400 or 200 Gbit/s port a GPU).
+CHIPS = {
+    "v4": Chip(
+        platform="tpu",
+        device_kind="TPU v4",
+        memory=32 * GIB,
+        memory_rate=1200e9,
+        link=50e9,
+        dims=3,
+        ring=4,
+    ),
+    "v5e": Chip(
+        platform="tpu",
+        device_kind="TPU v5 lite",
+        memory=15.75 * GIB,
+        memory_rate=819e9,
+        link=50e9,
+        network=25e9 / 8,
+        dims=2,
+        ring=16,
+        splits=True,
+    ),
+    "v5p": Chip(
+        platform="tpu",
+        device_kind="TPU v5",
+        memory=95.74 * GIB,
+        memory_rate=2765e9,
+        link=100e9,
+        network=50e9 / 8,
+        dims=3,
+        ring=4,
+    ),
+    "v6e": Chip(
+        platform="tpu",
+        device_kind="TPU v6 lite",
+        memory=31.25 * GIB,
+        memory_rate=1638e9,
+        link=100e9,
+        network=100e9 / 8,
+        dims=2,
+        ring=16,
+    ),
+    "a100": Chip(
+        platform="gpu",
+        device_kind="NVIDIA A100-SXM4-80GB",
+        memory=80e9,
+        memory_rate=2039e9,
+        link=300e9,
+        network=25e9,
+    ),
+    "h100": Chip(
+        platform="gpu",
+        device_kind="NVIDIA H100 80GB HBM3",
+        memory=80e9,
+        memory_rate=3350e9,
+        link=450e9,
+        network=50e9,
+    ),
+    "h200": Chip(
+        platform="gpu",
+        device_kind="NVIDIA H200",
+        memory=141e9,
+        memory_rate=4800e9,
+        link=450e9,
+        network=50e9,
+    ),
+    "cpu": Chip(platform="cpu", device_kind="cpu"),
+}
+FORMS = {"tpu": "v5e:16x16 or v5p:4x4x4", "gpu": "h100:8x4", "cpu": "cpu:8"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices of one kind and how they are connected.
+
+    Attributes:
+      name: as the user wrote it.
+      kind: a key of `CHIPS`.
+      shape: of one slice; GPUs: (devices of a node, nodes).
+      slices: of TPUs, connected by the data-centre network.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chip(self) -> Chip:
+        """The kind of device."""
+        return CHIPS[self.kind]
+
+    @property
+    def platform(self) -> str:
+        """One of "cpu", "gpu", "tpu"."""
+        return self.chip.platform
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Dense bfloat16 FLOP/s of one device, or None where it is not known."""
+        return device_peak_flops(self.chip)
+
+    def mesh(self, cfg) -> AbstractMesh:
+        """The mesh of a `MeshConfig` over these devices.
+
+        Raises:
+          ConfigError: if its sizes do not fit.
+        """
+        sizes = cfg.sizes(self.num_devices)
+        require(
+            sizes[0] % self.slices == 0,
+            "config.mesh.data",
+            sizes[0],
+            f"a multiple of the number of TPU slices = {self.slices}; only copies of "
+            "the model talk over the data-centre network",
+        )
+        if self.platform == "tpu" and not self.chip.splits:
+            named = dict(zip(AXIS_NAMES, sizes, strict=True))
+            for axis, dims in torus_dims(self, named).items():
+                require(
+                    dims is not None,
+                    f"config.mesh.{axis}",
+                    named[axis],
+                    "a product of dimensions of the "
+                    f"{'x'.join(map(str, self.shape))} torus that no later axis "
+                    "has; JAX splits none of them",
+                )
+        return abstract_mesh(self, sizes)
+
+    def near(self, axis: str, sizes: dict[str, int]) -> int:
+        """Devices of one group along a mesh axis that are in one slice or node."""
+        if self.platform == "tpu":
+            return sizes[axis] // self.slices if axis == "data" else sizes[axis]
+        if self.platform == "cpu":
+            return sizes[axis]
+        after = AXIS_NAMES[AXIS_NAMES.index(axis) + 1 :]
+        stride = math.prod(sizes[name] for name in after)
+        return min(sizes[axis], max(1, self.shape[0] // stride))
+
+    def seconds(
+        self, axis: str, sizes: dict[str, int], received: float, exchange: bool
+    ) -> float | None:
+        """Seconds that a mesh axis takes to bring bytes to every device.
+
+        Args:
+          axis: of the mesh.
+          sizes: of all mesh axes.
+          received: bytes that each device receives.
+          exchange: each device's bytes are its own (all-to-all); else all receive the
+            same (all-gather, reduce-scatter), and a slice or node fetches them once.
+
+        Returns:
+          The time of the slower of the two networks; None where one is not published.
+        """
+        if received == 0:
+            return 0.0
+        size, near = sizes[axis], self.near(axis, sizes)
+        far = received * (size - near) / (size - 1)
+        inside = received - far if exchange else received
+        if not exchange:
+            far /= near
+        times: list[float | None] = []
+        if near > 1:
+            times.append(self._inside(axis, sizes, inside, exchange))
+        if far > 0:
+            network = self.chip.network
+            times.append(None if network is None else far / network)
+        known = [t for t in times if t is not None]
+        return max(known) if len(known) == len(times) else None
+
+    def _inside(self, axis, sizes, received, exchange) -> float | None:
+        link = self.chip.link
+        if link is None:
+            return None
+        if self.platform == "gpu":
+            return received / link
+        # Part of a dimension: a line.
+        dims = torus_dims(self, sizes)[axis] or ((sizes[axis], False),)
+        if not exchange:
+            return received / (link * sum(2 if ring else 1 for _, ring in dims))
+        size = math.prod(length for length, _ in dims)
+        return max(
+            received * hops(length, ring) * size / (size - 1) / link
+            for length, ring in dims
+        )
+
+
+def hops(length: int, ring: bool) -> float:
+    """Load of the busiest link of a dimension when all chips exchange evenly.
+
+    In units of what one chip sends. A ring: a chip's bytes go length / 4 hops on
+    average, over two links. A line: half of the chips send half of theirs over its
+    middle.
+    """
+    return length / 8 if ring and length > 2 else length / 4
+
+
+def torus_dims(
+    topology: Topology, sizes
+) -> dict[str, tuple[tuple[int, bool], ...] | None]:
+    """The dimensions of the torus that each mesh axis runs along: (chips, is a ring).
+
+    Axes choose from the last to the first, as JAX lays them out: the dimensions whose
+    product is the size of the axis; None where there are none.
+    """
+    chip, left = topology.chip, list(topology.shape)
+    found: dict[str, tuple[tuple[int, bool], ...] | None] = {}
+    for axis in reversed(AXIS_NAMES):
+        size = topology.near(axis, sizes)
+        chosen: tuple[int, ...] = ()
+        for count in range(len(left), 0, -1):
+            fits = (c for c in itertools.combinations(left, count))
+            chosen = next((c for c in fits if math.prod(c) == size), ())
+            if chosen:
+                break
+        if size == 1:
+            found[axis] = ((1, False),)
+            continue
+        if not chosen:
+            found[axis] = None
+            left = _take(left, size)
+            continue
+        found[axis] = tuple((d, d % chip.ring == 0) for d in chosen if d > 1)
+        for d in chosen:
+            left.remove(d)
+    return found
+
+
+def _take(left: list[int], size: int) -> list[int]:
+    """Dimensions that are left once an axis of `size` chips has its part of them."""
+    rest = []
+    for d in left:
+        part = math.gcd(d, size)
+        size //= part
+        rest.append(d // part)
+    return rest
+
+
+def abstract_mesh(topology: Topology, sizes) -> AbstractMesh:
+    """A mesh without devices; programs traced under it are for the topology's chip."""
+    device = AbstractDevice(
+        device_kind=topology.chip.device_kind,
+        num_cores=None,
+        platform=topology.platform,
+    )
+    auto = (AxisType.Auto,) * len(AXIS_NAMES)
+    return AbstractMesh(
+        tuple(sizes), AXIS_NAMES, axis_types=auto, abstract_device=device
+    )
+
+
+def parse(text: str, path: str = "--topology") -> Topology:
+    """A topology from its name, such as `v5p:4x4x4`, `v5e:16x16*2` or `h100:8x4`.
+
+    Raises:
+      ConfigError: if there is none of that name.
+    """
+    kind, _, rest = text.partition(":")
+    if kind not in CHIPS:
+        forms = ", ".join(FORMS.values())
+        raise ConfigError(
+            f"{path} = {text!r}: no such device {kind!r}.{nearest(kind, CHIPS)} "
+            f"Devices are {', '.join(CHIPS)}, written as {forms}."
+        )
+    match = re.fullmatch(r"(\d+(?:x\d+)*)(?:\*(\d+))?", rest)
+    shape = tuple(map(int, match[1].split("x"))) if match else ()
+    slices = int(match[2] or 1) if match else 1
+    chip = CHIPS[kind]
+    lengths = {"tpu": (chip.dims,), "gpu": (1, 2), "cpu": (1,)}[chip.platform]
+    if len(shape) not in lengths or 0 in shape or slices < 1:
+        raise ConfigError(f"{path} = {text!r}: must be {_form(kind, shape)}.")
+    if slices > 1 and (chip.platform != "tpu" or chip.network is None):
+        raise ConfigError(
+            f"{path} = {text!r}: only v5e, v5p and v6e have several slices here."
+        )
+    if chip.platform == "gpu":
+        shape = (shape[0], shape[1] if len(shape) == 2 else 1)
+    return Topology(text, kind, shape, slices)
+
+
+def _form(kind: str, shape: tuple[int, ...]) -> str:
+    """What to write instead of a shape with the wrong number of dimensions."""
+    chip = CHIPS[kind]
+    if chip.platform == "cpu":
+        return "cpu:N, N devices, such as cpu:8"
+    if chip.platform == "gpu":
+        return f"{kind}:GPUSxNODES, such as {kind}:8x4 for 4 nodes of 8"
+    count = math.prod(shape) if shape and 0 not in shape else 0
+    side = round(count ** (1 / chip.dims)) if count else 4
+    near = "x".join([str(max(side, 1))] * chip.dims)
+    return f"{kind}: and {chip.dims} sizes, such as {kind}:{near}, and *2 for 2 slices"
