@@ -32,7 +32,6 @@ class Chip:
       network: of one device into the network between slices or nodes.
       dims: of the torus of a TPU slice; 0: there is none.
       ring: a whole dimension of a multiple of so many chips is closed to a ring.
-      splits: whether JAX lays several mesh axes along one dimension of the torus.
     """
 
     platform: str
@@ -43,7 +42,6 @@ class Chip:
     network: float | None = None
     dims: int = 0
     ring: int = 0
-    splits: bool = False
 
 
 # TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: HBM bandwidth; "bidirectional
@@ -72,7 +70,6 @@ CHIPS = {
         network=25e9 / 8,
         dims=2,
         ring=16,
-        splits=True,
     ),
     "v5p": Chip(
         platform="tpu",
@@ -172,17 +169,6 @@ class Topology:
             f"a multiple of the number of TPU slices = {self.slices}; only copies of "
             "the model talk over the data-centre network",
         )
-        if self.platform == "tpu" and not self.chip.splits:
-            named = dict(zip(AXIS_NAMES, sizes, strict=True))
-            for axis, dims in torus_dims(self, named).items():
-                require(
-                    dims is not None,
-                    f"config.mesh.{axis}",
-                    named[axis],
-                    "a product of dimensions of the "
-                    f"{'x'.join(map(str, self.shape))} torus that no later axis "
-                    "has; JAX splits none of them",
-                )
         return abstract_mesh(self, sizes)
 
     def near(self, axis: str, sizes: dict[str, int]) -> int:

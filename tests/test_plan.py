@@ -406,10 +406,6 @@ def test_a_cpu_has_no_published_speed(moex):
             "config.mesh.data = 1: must be a multiple of the number of TPU slices = 2",
         ),
         (
-            ["--topology=v5p:4x4x4", "--config.mesh.data=8", "--config.mesh.fsdp=8"],
-            "config.mesh.fsdp = 8: must be a product of dimensions of the 4x4x4 torus",
-        ),
-        (
             ["--topology=h100:4", "--compile"],
             "--compile: is for TPUs and CPUs, not for h100:4",
         ),
