@@ -6,14 +6,14 @@ gathered there in the compute dtype, and their gradients scattered back.
 
 Rows reach the experts in one of two ways (`config.mesh.exchange`):
 
-- "all_to_all": each token goes once to every device that holds an expert of it, however
-  many it holds; the gated sum comes back. Routing that is limited to groups of experts,
-  one per device, shortens the travel.
+- "all_to_all" (`moe/travel.py`): each token goes once to every device that holds an
+  expert of it, however many it holds; the gated sum comes back. Routing that is limited
+  to groups of experts, one per device, shortens the travel.
 - "gather": every device of the expert axis sees all tokens of the axis and computes its
   own experts' part; the parts are summed where the tokens live.
 
-T tokens · D model width · E experts · K slots per token · in one device: t tokens, e
-experts, n devices of the expert axis, R rows received, C rows per pair of devices
+T tokens · D model width · E experts · K slots per token · in one device of an expert
+axis of n: t tokens, e experts, N rows that leave, R rows that arrive
 """
 
 import dataclasses
@@ -28,14 +28,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import combine, dispatch, make_plan
-from kernels_pallas.device import platform
 from kernels_pallas.permute import take
-from kernels_pallas.plan import Layout
+from moex.moe.travel import moves_all_to_all, plan_travel
 from moex.sharding import TOKEN_AXES, partition_spec
-
-# all_to_all is chosen if it moves at most this share of the rows that a gather moves:
-# a gather needs no sort, no packing and no ids beside the rows. A judgement, not timed.
-MOVES_LESS = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +83,13 @@ def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
         return y_TD, jnp.zeros(())
     mesh = jax.sharding.get_abstract_mesh()
     tokens = P(TOKEN_AXES)
-    if x_TD.shape[0] % math.prod(mesh.shape[a] for a in TOKEN_AXES):
+    parts = math.prod(mesh.shape[a] for a in TOKEN_AXES)
+    if x_TD.shape[0] % parts:
+        if ctx.mode != "decode":
+            raise ValueError(
+                f"the tokens of a batch must divide over the {parts} devices of the "
+                f"axes {', '.join(TOKEN_AXES)}; got {x_TD.shape[0]} tokens."
+            )
         tokens = P()  # a few tokens that are decoded: every device has them all
     graphdef, params, rest = nnx.split(experts, nnx.Param, ...)  # type: ignore
     axes = {path: v.get_metadata()["axes"] for path, v in nnx.to_flat_state(params)}
@@ -106,6 +107,10 @@ def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
             y_tD = _sum_over(y_tD, "tensor")
         return y_tD, lax.psum(lost, TOKEN_AXES)
 
+    if mesh.shape["fsdp"] > 1 and ctx.mode == "train":
+        body = jax.checkpoint(
+            body, policy=_all_but_gathered, prevent_cse=not ctx.scan_layers
+        )
     run = jax.shard_map(
         body,
         in_specs=(specs, P(), tokens, *(tokens for _ in slots)),
@@ -180,6 +185,19 @@ def _whole(weight, spec, dtype):
     return weight
 
 
+def _all_but_gathered(primitive, *_, **params) -> bool:
+    """Checkpoint policy: weights are gathered again in the backward pass.
+
+    Kept, they would be those of all layers: what `fsdp` is there to avoid.
+    """
+    gathers = primitive.name == "all_gather" and "fsdp" in params["axis_name"]
+    return not (gathers or primitive.name in RESHAPES)
+
+
+# What is done with a gathered weight before a kernel takes it; cheap to do again.
+RESHAPES = ("reshape", "convert_element_type", "mul")
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _sum_over(x, axis):
     """The sum over a mesh axis, of which every device has the whole.
@@ -220,21 +238,32 @@ class _ExpertAxis:
         first = lax.axis_index("expert") * self.num_local
         ctx = dataclasses.replace(ctx, first_expert=first)
         if self.has_all_tokens:
-            y_tD = self._own_part(sums_of(experts), x_tD, _packed(*slots), t, ctx)
-            return _sum_over(y_tD, "expert"), jnp.zeros(())
+            y_tD, lost = self._own_part(experts, x_tD, _packed(*slots), (t, K), ctx)
+            return _sum_over(y_tD, "expert"), lost
         if self._travels_all_to_all(ctx, t, K):
             return self._all_to_all(experts, x_tD, slots, ctx)
         x_RD = lax.all_gather(x_tD, "expert", tiled=True)
         packed = lax.all_gather(_packed(*slots), "expert", tiled=True)
-        y_RD = self._own_part(sums_of(experts), x_RD, packed, t, ctx)
+        y_RD, lost = self._own_part(experts, x_RD, packed, (t, K), ctx)
         y_tD = lax.psum_scatter(y_RD, "expert", scatter_dimension=0, tiled=True)
-        return y_tD, jnp.zeros(())
+        return y_tD, lost
 
-    def _own_part(self, sums, x_RD, packed, t, ctx):
-        """Sums of the experts of this device for all of R tokens."""
-        slots = _unpacked(packed, ctx.first_expert, self.num_local)
-        limits = self.rows.limits(t, x_RD.shape[0], self.num_local)
-        return local_sums(sums, x_RD, slots, self.num_local, ctx, **limits)
+    def _own_part(self, experts, x_RD, packed, shape_tK, ctx, sums=None):
+        """(sums of the experts of this device for all of R tokens, slots lost)."""
+        (t, K), e = shape_tK, self.num_local
+        slots = _unpacked(packed, ctx.first_expert, e)
+        if self.rows.per_expert is not None and self.num_experts == K:
+            # Slot i of a token is expert i's: the other columns are of other devices.
+            own = functools.partial(lax.dynamic_slice_in_dim, axis=1, slice_size=e)
+            slots = tuple(own(a, ctx.first_expert) for a in slots)
+        limits = self.rows.limits(t, x_RD.shape[0], e)
+        lost = jnp.zeros(())
+        if ctx.exchange_buffer is not None:
+            room = math.ceil(ctx.exchange_buffer * t * K)
+            limits["max_rows"] = min(room, limits.get("max_rows", room))
+            lost = jnp.maximum(jnp.sum(slots[2], dtype=jnp.float32) - room, 0)
+        sums = sums or sums_of(experts)
+        return local_sums(sums, x_RD, slots, e, ctx, **limits), lost
 
     def _travels_all_to_all(self, ctx, t, K) -> bool:
         if ctx.exchange != "auto":
@@ -244,37 +273,31 @@ class _ExpertAxis:
     def _all_to_all(self, experts, x_tD, slots, ctx):
         expert_tK, gate_tK, keep_tK = slots
         t, K = expert_tK.shape
-        n, e, buffer = self.num_devices, self.num_local, ctx.exchange_buffer
+        n, e = self.num_devices, self.num_local
         keep_tK = keep_tK & (expert_tK < self.num_experts)
         in_latent = hasattr(experts, "can_travel") and experts.can_travel(K, n)
         with jax.named_scope("dispatch"):
-            travel = _plan_travel(expert_tK // e, keep_tK, n, buffer)
+            travel = plan_travel(expert_tK // e, keep_tK, n, ctx.exchange_buffer)
             layout = travel.layout
             group_N = experts.group_of(travel.device_N * e) if in_latent else None
             if in_latent:
-                rows_NC = experts.pick(dispatch(experts.enter(x_tD), layout), group_N)
+                rows_ND = experts.pick(dispatch(experts.enter(x_tD), layout), group_N)
             else:
-                rows_NC = dispatch(x_tD, layout)
+                rows_ND = dispatch(x_tD, layout)
             keep_NK = take(keep_tK, layout.token_N) & layout.real_N[:, None]
             packed = _packed(
                 take(expert_tK, layout.token_N), dispatch(gate_tK, layout), keep_NK
             )
-            x_RC, packed = travel.there(rows_NC), travel.there(packed)
-        own = _unpacked(packed, ctx.first_expert, e)
-        limits = self.rows.limits(t, x_RC.shape[0], e)
-        lost = travel.lost
-        if buffer is not None:
-            limits["max_rows"] = room = math.ceil(buffer * t * K)
-            lost += jnp.maximum(jnp.sum(own[2], dtype=jnp.int32) - room, 0)
-        sums = experts.inside if in_latent else sums_of(experts)
-        y_RC = local_sums(sums, x_RC, own, e, ctx, **limits)
+            x_RD, packed = travel.there(rows_ND), travel.there(packed)
+        sums = experts.inside if in_latent else None
+        y_RD, lost = self._own_part(experts, x_RD, packed, (t, K), ctx, sums)
         with jax.named_scope("combine"):
-            y_NC = travel.back(y_RC)
+            y_ND = travel.back(y_RD)
             if in_latent:
-                y_tD = experts.leave(y_NC, group_N, layout)
+                y_tD = experts.leave(y_ND, group_N, layout)
             else:
-                y_tD = combine(y_NC, jnp.ones((t, K)), layout)
-        return y_tD, lost.astype(jnp.float32)
+                y_tD = combine(y_ND, jnp.ones((t, K)), layout)
+        return y_tD, lost + jnp.asarray(travel.lost, jnp.float32)
 
 
 def _packed(expert_tK, gate_tK, keep_tK):
@@ -292,154 +315,3 @@ def _unpacked(packed, first_expert, num_local):
     id_RK, gate_RK = jnp.split(packed, 2, axis=1)
     own_RK = id_RK.astype(jnp.int32) - 1 - first_expert
     return own_RK, gate_RK, (own_RK >= 0) & (own_RK < num_local)
-
-
-# What travels: rows of pairs (token, device).
-
-
-@dataclasses.dataclass(frozen=True)
-class _Travel:
-    """The way of this device's rows to the devices of their experts, and back.
-
-    Attributes:
-      layout: `Layout` of the rows before they leave; the slot of a pair is the first of
-        the token on that device.
-      device_N: int32, where each row goes.
-      there, back: rows [N, C] -> rows [R, C] received, and the other way round; each is
-        the other's transpose.
-      lost: int32, pairs of this device that found no room.
-    """
-
-    layout: Layout
-    device_N: jax.Array
-    there: Callable
-    back: Callable
-    lost: jax.Array
-
-
-def _plan_travel(device_tK, keep_tK, n, buffer) -> _Travel:
-    t, K = device_tK.shape
-    plan = make_plan(device_tK, device_pairs(device_tK, keep_tK), n)
-    place = _ragged if platform() in RAGGED else _padded
-    return place(plan, device_tK, n, rows_per_pair(n, t, K, buffer))
-
-
-def device_pairs(device_tK, keep_tK):
-    """bool[t, K]: the first kept slot of a token on each device, for all of them."""
-    K = device_tK.shape[1]
-    same_tKK = device_tK[:, :, None] == device_tK[:, None, :]
-    before_KK = jnp.tril(jnp.ones((K, K), bool), -1)[None]
-    return keep_tK & ~jnp.any(same_tKK & before_KK & keep_tK[:, None, :], axis=2)
-
-
-# Where `lax.ragged_all_to_all` is compiled: elsewhere rows are padded to equal parts.
-RAGGED = ("gpu", "tpu")
-
-
-def mean_frac(n: int, K: int) -> float:
-    """Share of tokens with any of K slots on one of n devices, if routing is even."""
-    return 1 - (1 - 1 / n) ** K
-
-
-def rows_per_pair(n: int, t: int, K: int, buffer: float | None) -> int:
-    """Rows that a device has room for from one other; t, all of them, is the most."""
-    if buffer is None:
-        return t
-    return min(t, math.ceil(buffer * t * mean_frac(n, K)))
-
-
-def moves_all_to_all(n: int, t: int, K: int, buffer: float | None) -> bool:
-    """What "auto" chooses for n devices of the expert axis with t tokens each."""
-    if platform() in RAGGED:
-        return mean_frac(n, K) <= MOVES_LESS
-    return rows_per_pair(n, t, K, buffer) <= MOVES_LESS * t
-
-
-def _padded(plan, device_tK, n, C) -> _Travel:
-    """C rows to every device, used or not."""
-    row_N = jnp.arange(n * C, dtype=jnp.int32)
-    device_N, place_N = row_N // C, row_N % C
-    real_N = place_N < take(plan.group_sizes_E, device_N)
-    sorted_N = jnp.where(real_N, take(plan.bounds, device_N) + place_N, 0)
-    to_tK = jnp.clip(device_tK, 0, n - 1)
-    place_tK = plan.row_TK - take(plan.bounds, to_tK)
-    kept_tK = plan.kept_TK & (place_tK < C)
-    layout = Layout(
-        order_N=take(plan.order_N, sorted_N),
-        row_TK=to_tK * C + place_tK,
-        kept_TK=kept_tK,
-        real_N=real_N,
-    )
-
-    def swap(rows):
-        parts = rows.reshape(n, C, -1)
-        return lax.all_to_all(parts, "expert", 0, 0).reshape(n * C, -1)
-
-    lost = jnp.sum(plan.kept_TK & ~kept_tK, dtype=jnp.int32)
-    return _Travel(layout, device_N, swap, swap, lost)
-
-
-def _ragged(plan, device_tK, n, C) -> _Travel:
-    """As many rows as there are, into one buffer of n C rows at each device."""
-    me = lax.axis_index("expert")
-    N, R = min(plan.order_N.shape[0], n * plan.row_TK.shape[0]), n * C
-    size_nn = lax.all_gather(plan.group_sizes_E, "expert")  # [from, to]
-    arrive_nn = jnp.minimum(jnp.cumsum(size_nn, axis=0) - size_nn, R)
-    leave_nn = jnp.cumsum(size_nn, axis=1) - size_nn
-    sent_nn = jnp.minimum(size_nn, R - arrive_nn)
-    # Of the rows of one pair: where they begin here and there, how many they are.
-    to = (leave_nn[me], arrive_nn[me], sent_nn[me])
-    come = (arrive_nn[:, me], leave_nn[:, me], sent_nn[:, me])
-    there, back = _transposed_pair(
-        lambda rows, to, come: _ragged_swap(rows, R, to, come),
-        lambda rows, to, come: _ragged_swap(rows, N, come, to),
-    )
-    row_N = jnp.arange(N, dtype=jnp.int32)
-    device_N = jnp.searchsorted(plan.bounds[1:], row_N, side="right").astype(jnp.int32)
-    device_N = jnp.minimum(device_N, n - 1)
-    place_N = row_N - take(plan.bounds, device_N)
-    to_tK = jnp.clip(device_tK, 0, n - 1)
-    place_tK = plan.row_TK - take(plan.bounds, to_tK)
-    kept_tK = plan.kept_TK & (place_tK < take(sent_nn[me], to_tK))
-    layout = Layout(
-        order_N=plan.order_N[:N],
-        row_TK=plan.row_TK,
-        kept_TK=kept_tK,
-        real_N=(row_N < plan.bounds[-1]) & (place_N < take(sent_nn[me], device_N)),
-    )
-    lost = jnp.sum(plan.kept_TK & ~kept_tK, dtype=jnp.int32)
-    return _Travel(
-        layout,
-        device_N,
-        lambda rows: there(rows, to, come),
-        lambda rows: back(rows, to, come),
-        lost,
-    )
-
-
-def _ragged_swap(rows, num_out, mine, theirs):
-    """Send `sizes` rows from `begin` here to `begin` there; what none fills is 0."""
-    begin, begin_there, sizes = mine
-    return lax.ragged_all_to_all(
-        rows,
-        jnp.zeros((num_out, rows.shape[1]), rows.dtype),
-        begin,
-        sizes,
-        begin_there,
-        theirs[2],
-        axis_name="expert",
-    )
-
-
-def _transposed_pair(one, other):
-    """Two linear functions (x, *indices) of which each is the other's transpose."""
-
-    def made(forward, transpose):
-        run = jax.custom_vjp(forward)
-        run.defvjp(
-            lambda x, *where: (run(x, *where), where),
-            lambda where, dy: (transpose(dy, *where), *(None for _ in where)),
-        )
-        return run
-
-    return made(one, other), made(other, one)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moex.moe import parallel
+from moex.moe import travel
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
 from moex.moe.layer import MoE
@@ -175,7 +175,7 @@ def ragged_on_cpu(monkeypatch):
         return output
 
     monkeypatch.setattr(lax, "ragged_all_to_all", ragged)
-    monkeypatch.setattr(parallel, "RAGGED", ("cpu",))
+    monkeypatch.setattr(travel, "RAGGED", ("cpu",))
 
 
 LATENT = Latent(hidden=4, latent=3, group=4, ops=("gate", "up", "down"))
@@ -223,12 +223,12 @@ def test_a_token_goes_once_to_a_device_and_groups_shorten_its_way():
         module = router.make(D, E, nnx.Rngs(params=0))
         expert_TK = np.asarray(module(x_TD, context(16, 4)).expert_TK)
         devices_of = [len({e // 2 for e in token}) for token in expert_TK]
-        travel = jax.vmap(
-            lambda expert_tK: parallel.device_pairs(
+        pairs_T = jax.vmap(
+            lambda expert_tK: travel.device_pairs(
                 expert_tK // 2, jnp.ones(expert_tK.shape, bool)
             ).sum()
         )(jnp.asarray(expert_TK)[:, None])
-        np.testing.assert_array_equal(travel, devices_of)
+        np.testing.assert_array_equal(pairs_T, devices_of)
         pairs.append(np.mean(devices_of))
     assert pairs[1] == 2.0 < pairs[0]
 
@@ -260,7 +260,8 @@ def test_rows_without_room_are_counted(ragged, request):
 
 
 def test_auto_gathers_where_all_to_all_moves_as_much():
-    moves = parallel.moves_all_to_all
+    moves = travel.moves_all_to_all
     assert not moves(8, 64, 2, None)  # padded to the worst case: all tokens
     assert moves(8, 64, 2, 1.5)  # 1.5 times the mean, 15/64 of the tokens
+    assert not moves(2, 64, 2, None)  # 3 of 4 tokens, on any platform
     assert not moves(2, 64, 8, 1.0)  # nearly every token has an expert on each of two
