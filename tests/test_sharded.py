@@ -4,7 +4,7 @@ All pairs: `python -m experiments.sharding.run`.
 """
 
 import dataclasses
-import functools
+import re
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 
 from experiments.sharding import matrix
 from moex.config import ConfigError
+from moex.moe.experts.glu import Glu
 from moex.optim import flat_paths
 from moex.sharding import MeshConfig
 from moex.train import state as states
@@ -30,15 +31,22 @@ PAIRS = [
 ]
 
 
-@functools.cache
-def on_one_device(layer):
-    return matrix.outcome(layer, MeshConfig(data=1), jax.devices()[:1])
+# What else a step may do, for two of the pairs.
+OPTIONS = {
+    "glu with biases": {"grad_accum": 2, "remat": "dots"},
+    "zero, shared, gated": {"remat": "full", "scan_layers": False},
+}
+
+
+def on_one_device(layer, **options):
+    return matrix.outcome(layer, MeshConfig(data=1), jax.devices()[:1], **options)
 
 
 @pytest.mark.parametrize(("layer", "mesh"), PAIRS, ids=map(" on ".join, PAIRS))
 def test_sharded_is_unsharded(layer, mesh):
-    expected = on_one_device(layer)
-    actual = matrix.outcome(layer, matrix.MESHES[mesh], jax.devices())
+    options = OPTIONS.get(layer, {})
+    expected = on_one_device(layer, **options)
+    actual = matrix.outcome(layer, matrix.MESHES[mesh], jax.devices(), **options)
     assert float(expected.metrics["grad_norm"]) > 2 * matrix.CLIP
     distance = matrix.distance(actual, expected)
     assert distance.pop("replicas_differ") == 0, actual.replicas_differ
@@ -46,6 +54,15 @@ def test_sharded_is_unsharded(layer, mesh):
     if layer != "expert choice":  # balanced by design
         load = next(v for k, v in expected.metrics.items() if "load_frac" in k)
         assert np.max(load) > 1.2 * np.mean(load)
+
+
+def test_gathered_weights_of_experts_are_not_kept():
+    """With fsdp no array of the program holds the whole weights of all layers."""
+    layer = dataclasses.replace(matrix.LAYERS["top-k"], experts=Glu(hidden=40))
+    cfg = matrix.model(layer)
+    text = matrix.compiled(cfg, matrix.MESHES["fsdp 8"], jax.devices()).as_text()
+    assert re.search(r"f32\[8,16,2,40\]", text), "no layer's weights are gathered"
+    assert not re.search(r"f32\[2,8,16,2,40\]", text)
 
 
 def test_an_update_that_lost_rows_is_skipped():

@@ -216,20 +216,18 @@ def initial(name: str):
     return spec, params, jax.tree_util.tree_map_with_path(start, spec.state)
 
 
-def outcome(name: str, mesh_cfg: MeshConfig, devices, grad_accum=1, remat="none"):
-    """Train the layer `name` for `STEPS` clipped steps of SGD on a mesh."""
-    spec, params, state = initial(name)
+def _prepared(spec, params, state, mesh_cfg, devices, grad_accum=1, **static):
+    """(mesh, jitted step, its arguments) of SGD steps on a mesh."""
     mesh = mesh_cfg.make(devices)
     states.check_mesh(spec, mesh)
-    param_shards, state_shards = states.shardings(spec, mesh)
-    params, state = jax.device_put((params, state), (param_shards, state_shards))
+    params, state = jax.device_put((params, state), states.shardings(spec, mesh))
     train_state = {
         "params": params,
         "state": state,
         "opt": TX.init(params),  # zeros where the parameters are
         "guard": states.init_guard(),
     }
-    static = {"remat": remat, "exchange": mesh_cfg.exchange}
+    static["exchange"] = mesh_cfg.exchange
     static["exchange_buffer"] = mesh_cfg.exchange_buffer
     step = make_train_step(
         spec,
@@ -240,21 +238,43 @@ def outcome(name: str, mesh_cfg: MeshConfig, devices, grad_accum=1, remat="none"
         optim=Optim(rule=AdamW(), lr=RATE),
         static=static,
     )
+    key, placed = jax.random.key(KEY), shard_batch(batch(), mesh)
+    return mesh, jax.jit(step), [train_state, np.int32(0), key, placed]
+
+
+def compiled(cfg: LM, mesh_cfg: MeshConfig, devices):
+    """The compiled step of a model that is not among `LAYERS`."""
+    spec = states.model_spec(cfg)
+    zeros = jax.tree.map(
+        lambda a: np.zeros(a.shape, a.dtype), (spec.params, spec.state)
+    )
+    mesh, step, args = _prepared(spec, *zeros, mesh_cfg, devices)
+    with jax.set_mesh(mesh):
+        return step.lower(*args).compile()
+
+
+def outcome(name: str, mesh_cfg: MeshConfig, devices, **options) -> Outcome:
+    """Train the layer `name` for `STEPS` clipped steps of SGD on a mesh.
+
+    Args:
+      name: of `LAYERS`.
+      mesh_cfg: over `devices`.
+      devices: all, or one.
+      **options: grad_accum, and static fields of `Context` such as remat.
+    """
+    mesh, step, args = _prepared(*initial(name), mesh_cfg, devices, **options)
     first: Any = None
     with jax.set_mesh(mesh):
-        run = jax.jit(step)
-        placed = shard_batch(batch(), mesh)
         for number in range(STEPS):
-            train_state, metrics = run(
-                train_state, np.int32(number), jax.random.key(KEY), placed
-            )
+            args[1] = np.int32(number)
+            args[0], metrics = step(*args)
             if first is None:
-                first = (train_state["opt"][0], metrics)
-    kept = {k: train_state[k] for k in ("params", "state")}
+                first = (args[0]["opt"][0], metrics)
+    kept = {k: args[0][k] for k in ("params", "state")}
     return Outcome(
         gradients=_arrays(first[0]),
-        params=_arrays(train_state["params"]),
-        state=_arrays(train_state["state"]),
+        params=_arrays(kept["params"]),
+        state=_arrays(kept["state"]),
         metrics=_arrays(first[1]),
         replicas_differ=tuple(k for k, v in flat_paths(kept).items() if _differ(v)),
     )

@@ -266,6 +266,8 @@ class _ExpertAxis:
         return local_sums(sums, x_RD, slots, e, ctx, **limits), lost
 
     def _travels_all_to_all(self, ctx, t, K) -> bool:
+        if ctx.mode == "decode":  # few tokens: what counts is the number of messages
+            return False
         if ctx.exchange != "auto":
             return ctx.exchange == "all_to_all"
         return moves_all_to_all(self.num_devices, t, K, ctx.exchange_buffer)

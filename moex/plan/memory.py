@@ -120,8 +120,8 @@ def gathered_bytes(program: Program) -> int:
     """Weights as matmuls read them, and their gradients, of the layer that needs most.
 
     A weight that is in the compute dtype and whole on the device is read where it is.
-    Without recomputation JAX keeps what the matmuls of all layers read: the copies in
-    the compute dtype, those of experts whole along `fsdp`.
+    Without recomputation JAX keeps the copies of all layers in the compute dtype, but
+    for those of experts that are gathered: these are gathered again.
     """
     itemsize = jnp.dtype(compute_dtype(program.cfg)).itemsize
     fsdp = program.mesh.shape["fsdp"]
@@ -139,9 +139,9 @@ def gathered_bytes(program: Program) -> int:
             part = "/".join(name.split("/")[:2])
             number = repeats[int(name.split("/")[1])]
             if program.cfg.remat == "none":
-                if is_copy:
-                    kept += whole if "experts" in name else local
-                is_copy = split and "experts" not in name
+                if is_copy and not (split and "experts" in name):
+                    kept += local
+                is_copy = split
         sums[part] = sums.get(part, 0) + (2 if is_copy else 1) * whole // number
     return kept + max(sums.values())
 

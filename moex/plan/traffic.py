@@ -85,18 +85,14 @@ def _leaves(program: Program):
 def _weights(program: Program) -> list[Traffic]:
     """All-gathers of parameters in the compute dtype, reduce-scatters of gradients.
 
-    In the forward pass and in the backward pass, whose recomputation shares the gather;
-    without recomputation the gathered weights of experts are kept.
+    In the forward pass and in the backward pass, whose recomputation shares the gather.
     """
     n, times = program.mesh.shape["fsdp"], program.cfg.grad_accum
-    gathered = scattered = 0.0
-    for name, leaf, axes in _leaves(program):
-        if "fsdp" not in axes:
-            continue
-        whole = math.prod(local_shape(leaf)) * n * _itemsize(program)
-        kept = program.cfg.remat == "none" and "experts" in name
-        gathered += whole * (1 if kept else 2)
-        scattered += whole
+    scattered = 0.0
+    for _, leaf, axes in _leaves(program):
+        if "fsdp" in axes:
+            scattered += math.prod(local_shape(leaf)) * n * _itemsize(program)
+    gathered = 2 * scattered
     return [
         Traffic("fsdp", "weights gathered", times * gathered * _share(n)),
         Traffic("fsdp", "gradients scattered", times * scattered * _share(n)),

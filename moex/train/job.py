@@ -173,6 +173,20 @@ def check_devices(cfg, mesh: Mesh) -> None:
     Raises:
       ConfigError: naming the field and the number it must be a multiple of.
     """
+    check_eval_devices(cfg, mesh)
+    shards = sharding.batch_shards(mesh)
+    micro = cfg.batch_size // cfg.grad_accum
+    require(
+        micro % shards == 0,
+        "config.batch_size",
+        cfg.batch_size,
+        f"a multiple of grad_accum * batch shards of the mesh = "
+        f"{cfg.grad_accum} * {shards}",
+    )
+
+
+def check_eval_devices(cfg, mesh: Mesh) -> None:
+    """What `check_devices` checks of an evaluation."""
     shards = sharding.batch_shards(mesh)
     parts = mesh.shape["seq"]
     require(
@@ -186,14 +200,6 @@ def check_devices(cfg, mesh: Mesh) -> None:
         "config.mesh.seq",
         parts,
         "1 on a GPU, whose attention is not split along the sequence; use fsdp",
-    )
-    micro = cfg.batch_size // cfg.grad_accum
-    require(
-        micro % shards == 0,
-        "config.batch_size",
-        cfg.batch_size,
-        f"a multiple of grad_accum * batch shards of the mesh = "
-        f"{cfg.grad_accum} * {shards}",
     )
     require(
         eval_batch_size(cfg) % shards == 0,
@@ -372,8 +378,14 @@ class LoadedRun:
     state: dict
 
 
-def load_run(workdir, *, warn=print) -> LoadedRun:
+def load_run(workdir, mesh_cfg=None, *, warn=print) -> LoadedRun:
     """Read the newest intact parameters of a run directory.
+
+    Args:
+      workdir: run directory.
+      mesh_cfg: `MeshConfig`; None: that of the run where it fits the devices that there
+        are, else copies of the model on all.
+      warn: called with one line per damaged checkpoint.
 
     Raises:
       ConfigError: if it is not a run directory or has no checkpoint.
@@ -382,12 +394,22 @@ def load_run(workdir, *, warn=print) -> LoadedRun:
     workdir = pathlib.Path(workdir)
     cfg = load_config(workdir)
     tokenizer = Tokenizer.load(workdir / "tokenizer")
-    mesh = sharding.MeshConfig().make()
     spec = states.model_spec(cfg.model)
+    mesh = _mesh_here(cfg, spec) if mesh_cfg is None else mesh_cfg.make()
+    states.check_mesh(spec, mesh)
     arrays, step = restore_params(workdir, spec, mesh, warn=warn)
     return LoadedRun(
         cfg, mesh, spec, tokenizer, step, arrays["params"], arrays["state"]
     )
+
+
+def _mesh_here(cfg, spec) -> Mesh:
+    try:
+        mesh = cfg.mesh.make()
+        states.check_mesh(spec, mesh)
+    except ConfigError:  # trained on another number of devices
+        return sharding.MeshConfig().make()
+    return mesh
 
 
 def restore_params(workdir, spec, mesh, *, warn=print):

@@ -14,8 +14,15 @@ from moex.data import pipeline
 from moex.data.tokenizer import SavedTokenizer
 from moex.run import check_run, not_causal
 from moex.serve.decode import generate
-from moex.sharding import MeshConfig, shard_batch
-from moex.train.job import Job, check_devices, load_run, static_options
+from moex.sharding import batch_shards, shard_batch
+from moex.train.job import (
+    Job,
+    check_eval_devices,
+    eval_batch_size,
+    load_config,
+    load_run,
+    static_options,
+)
 from moex.train.step import figures
 
 
@@ -68,18 +75,22 @@ def score_run(workdir, cfg, *, sequences=None) -> dict:
 
     Args:
       workdir: run directory.
-      cfg: run config whose data, seq_len, eval and precision are used.
+      cfg: run config whose data, seq_len, eval, precision and mesh are used.
       sequences: at most so many held-out sequences; None: all.
 
     Raises:
       ConfigError: for a bad run directory or bad data.
       CheckpointError: if no checkpoint is intact.
     """
-    run = load_run(workdir, warn=_warn)
-    # Scored on the devices that there are, not on the mesh of the training.
-    cfg.model, cfg.mesh = run.cfg.model, MeshConfig()
+    # On the run's own mesh if it fits the devices that there are, or on the one given.
+    given = None if cfg.mesh == load_config(workdir).mesh else cfg.mesh
+    run = load_run(workdir, given, warn=_warn)
+    cfg.model = run.cfg.model
     check_run(cfg)
-    check_devices(cfg, run.mesh)
+    shards = batch_shards(run.mesh)
+    rows = -(-eval_batch_size(cfg) // shards) * shards  # the last batch is filled up
+    cfg.eval = dataclasses.replace(cfg.eval, batch_size=rows)
+    check_eval_devices(cfg, run.mesh)
     tokenizer = SavedTokenizer(path=str(workdir / "tokenizer"))
     data_cfg = dataclasses.replace(cfg.data, tokenizer=tokenizer)
     data = pipeline.prepare(
@@ -112,16 +123,17 @@ def write_text(workdir, prompts: list[str], *, max_new_tokens, seed, **sampling)
             "follow: the model cannot generate."
         )
     try:
-        return continue_texts(
-            run.cfg,
-            run.spec,
-            {"params": run.params, "state": run.state},
-            run.tokenizer,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            **sampling,
-        )
+        with jax.set_mesh(run.mesh):
+            return continue_texts(
+                run.cfg,
+                run.spec,
+                {"params": run.params, "state": run.state},
+                run.tokenizer,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                **sampling,
+            )
     except ValueError as e:
         raise ConfigError(str(e)) from None
 
