@@ -173,7 +173,6 @@ def check_devices(cfg, mesh: Mesh) -> None:
     Raises:
       ConfigError: naming the field and the number it must be a multiple of.
     """
-    check_eval_devices(cfg, mesh)
     shards = sharding.batch_shards(mesh)
     micro = cfg.batch_size // cfg.grad_accum
     require(
@@ -183,6 +182,7 @@ def check_devices(cfg, mesh: Mesh) -> None:
         f"a multiple of grad_accum * batch shards of the mesh = "
         f"{cfg.grad_accum} * {shards}",
     )
+    check_eval_devices(cfg, mesh)
 
 
 def check_eval_devices(cfg, mesh: Mesh) -> None:

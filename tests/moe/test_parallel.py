@@ -244,8 +244,8 @@ def test_rows_without_room_are_counted(ragged, request):
     to a device, so there is room for ceil(3.5) = 4 rows from each, and of 6 rows 2 are
     lost, of all 8 devices, each with two slots. Ragged rows share their room: of 24
     that come to one device 16 find room, at each of two devices. These hold two slots
-    each, and a device computes ceil(8 * 2) of 32, in the order of experts: those of expert 1
-    are lost. So 32 tokens have the part of expert 0, and all others nothing.
+    each, and a device computes ceil(8 * 2) of 32, in the order of experts: those of
+    expert 1 are lost. So 32 tokens have the part of expert 0, all others nothing.
     """
     if ragged:
         request.getfixturevalue("ragged_on_cpu")
