@@ -86,6 +86,7 @@ def test_help_of_each_verb(verb, capsys):
         "train": ("--workdir", "--dry-run", "--config.a.b=value", "SIGTERM"),
         "config": ("--json", "--config=FILE"),
         "params": ("--json", "--like", "--match", "--config=FILE"),
+        "plan": ("--topology", "--compile", "--json", "--config=FILE"),
         "eval": ("run directory", "--sequences", "--json", "--config.data..."),
         "generate": ("--prompt", "--temperature", "--top-k", "--top-p", "--seed"),
         "convert": ("--to", "--workdir", "--group", "--latent", "--ops", "--whiten"),

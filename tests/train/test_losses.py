@@ -23,7 +23,7 @@ from tests.tolerances import assert_close
 FULL = {
     k: jnp.ones(1)
     for k in (
-        *("num_zero", "num_kept", "real_sq_sum", "num_unrouted"),
+        *("num_zero", "num_kept", "num_lost", "real_sq_sum", "num_unrouted"),
         *("entropy_sum", "z_sum", "top_gate_sum"),
     )
 }
