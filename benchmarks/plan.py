@@ -19,6 +19,10 @@ MIXTRAL = ("--config=configs/moe_8x7b.py",)
 # Name -> (topology, flags of the config).
 CASES = {
     "quickstart_v5e": ("v5e:1x1", ("--config=configs/quickstart.py",)),
+    "quickstart_v5e_256": (
+        "v5e:1x1",
+        ("--config=configs/quickstart.py", "--config.batch_size=256"),
+    ),
     "moe_1b_v5p": (
         "v5p:2x2x2",
         ("--config=configs/moe_1b.py", "--config.model.vocab=32000"),

@@ -4,6 +4,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from moex import cli, topology
@@ -21,6 +22,7 @@ from moex.plan.advice import advice
 from moex.plan.planner import check, plan
 from moex.sharding import AXIS_NAMES, MeshConfig
 from moex.train.job import make_program
+from moex.train.losses import token_losses
 from tests import runs
 from tests.helpers import tiny_lm
 
@@ -220,10 +222,10 @@ def test_compiled_state_bytes_on_a_mesh(run_config):
 # The walk.
 
 
-def walk(function, *shapes):
+def walk(function, *shapes, tpu=False):
     args = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
     made = liveness.graph(function, *args)
-    return liveness.peak(made, lambda g, v: g.sizes[v], False)
+    return liveness.peak(made, lambda g, v: g.sizes[v], tpu)
 
 
 def test_values_live_until_they_are_read():
@@ -244,6 +246,17 @@ def test_a_loop_needs_its_body_once():
 
     # The carry, and the two products of the body.
     assert walk(run, (100, 100)) == 3 * 40_000
+
+
+def test_gradients_of_targets_are_no_second_array_on_a_tpu():
+    """Logits of 100 x 1000, 400 kB, are all that is large: one value a row is added."""
+
+    def loss(w, x):
+        return token_losses(x @ w, jnp.zeros((100,), "int32"))[0].sum()
+
+    shapes = (10, 1000), (100, 10)
+    assert 400_000 <= walk(jax.grad(loss), *shapes, tpu=True) < 500_000
+    assert 800_000 <= walk(jax.grad(loss), *shapes) < 900_000
 
 
 # Traffic. D = 32, layers: dense of 64 and 4 experts of 32; 2 heads of 16; V = 264.

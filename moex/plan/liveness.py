@@ -37,6 +37,9 @@ FUSED = {
     ),
     *("slice", "split", "squeeze", "transpose"),
 }
+# A scatter of one value into each row, as in the gradient of the targets' logits: the
+# compiler for TPUs makes a comparison and a selection of it, and fuses these.
+SCATTER_ONE = "scatter-one"
 # Calls that are no unit of computation: their bodies belong to the caller.
 INLINED = {
     *("pjit", "jit", "closed_call", "core_call", "checkpoint", "remat2", "remat"),
@@ -51,7 +54,7 @@ READERS = {
 # They write their results over operands that nothing reads later.
 IN_PLACE = FUSED | {
     *("scatter-add", "scatter", "scatter_add", "dynamic_update_slice", "scan", "while"),
-    "sort",
+    *("sort", SCATTER_ONE),
 }
 
 
@@ -120,6 +123,8 @@ class _Builder:
                 continue
             bodies = tuple(self.build(j, copies) for j in inner)
             makes = tuple(self._new(v, env, sizes, copies) for v in eqn.outvars)
+            if name == "scatter-add" and _one_a_row(eqn):
+                name = SCATTER_ONE
             operations.append(Operation(name, _known(eqn.invars, env), makes, bodies))
 
     def _inline(self, eqn, jaxpr, env, operations, sizes, copies) -> None:
@@ -159,6 +164,16 @@ def _sub_jaxprs(eqn) -> Iterator:
                 yield item.jaxpr
 
 
+def _one_a_row(eqn) -> bool:
+    """Whether a scatter adds one value to each row of its operand."""
+    operand, _, updates = (v.aval for v in eqn.invars)
+    numbers = eqn.params["dimension_numbers"]
+    rest = {*range(operand.ndim)} - {*numbers.operand_batching_dims}
+    if len(rest) != 1 or numbers.update_window_dims:
+        return False
+    return updates.size * operand.shape[rest.pop()] == operand.size
+
+
 def _bytes(aval) -> int:
     itemsize = getattr(getattr(aval, "dtype", None), "itemsize", 0)
     return math.prod(getattr(aval, "shape", (0,))) * itemsize
@@ -187,9 +202,11 @@ def moments(
       size: (graph, value) -> bytes on one device.
       fused_into_dots: whether matrix products read fused operands, as on a TPU.
     """
-    readers = READERS | ({"dot_general"} if fused_into_dots else set())
-    stored = _stored(graph, readers)
-    last = _last_reads(graph, stored)
+    fused, readers = FUSED, READERS
+    if fused_into_dots:
+        fused, readers = FUSED | {SCATTER_ONE}, READERS | {"dot_general"}
+    stored = _stored(graph, fused, readers)
+    last = _last_reads(graph, fused, stored)
     alive, found, free = 0.0, [], dict[int, list[int]]()
     for value, at in last.items():
         free.setdefault(at, []).append(value)
@@ -212,25 +229,25 @@ def peak(graph: Graph, size, fused_into_dots: bool) -> float:
     return max((m.bytes for m in found), default=0.0)
 
 
-def _stored(graph: Graph, readers) -> set[int]:
+def _stored(graph: Graph, fused, readers) -> set[int]:
     """The values that are in memory."""
     stored = {*graph.outputs}
     for op in graph.operations:
-        if op.name not in FUSED:
+        if op.name not in fused:
             stored.update(op.makes)
             if op.name not in readers:
                 stored.update(op.reads)
     return stored
 
 
-def _last_reads(graph: Graph, stored: set[int]) -> dict[int, int]:
+def _last_reads(graph: Graph, fused, stored: set[int]) -> dict[int, int]:
     """Value -> the last operation that reads it, or that reads what is fused of it."""
     end = len(graph.operations)
     last = dict.fromkeys(graph.outputs, end)
     for i in range(end - 1, -1, -1):
         op = graph.operations[i]
         until = i
-        if op.name in FUSED and not any(v in stored for v in op.makes):
+        if op.name in fused and not any(v in stored for v in op.makes):
             until = max([i, *(last.get(v, i) for v in op.makes)])
         for v in op.makes:
             last.setdefault(v, i)
