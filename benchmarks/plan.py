@@ -29,7 +29,7 @@ CASES = {
     ),
     "moe_8x7b_v5p": (
         "v5p:4x4x4",
-        (*MIXTRAL, "--config.mesh.expert=4", "--config.grad_accum=16"),
+        (*MIXTRAL, "--config.mesh.expert=4"),
     ),
     "moe_8x7b_v5p_fsdp": ("v5p:4x4x4", (*MIXTRAL, "--config.grad_accum=16")),
     "moe_8x7b_v6e": (

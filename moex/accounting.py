@@ -35,7 +35,7 @@ PEAK_FLOPS = (
 # Zero-computation experts are in "experts", projections and shared experts in "dense".
 GROUPS = ("embedding", "attention", "router", "experts", "dense", "norms", "logits")
 # A name of a parameter that is added, scaled with or looked up, not multiplied.
-NO_MATMUL = ("bias", "scale", "logit_scale", "w_embed")
+NO_MATMUL = ("bias", "scale", "logit_scale", "w_embed", "sink")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,12 +192,15 @@ def model_cost(cfg: LM, spec, seq_len: int) -> Cost:
       seq_len: tokens per sequence, for attention.
     """
     sizes = {n: math.prod(leaf.shape) for n, leaf in flat_paths(spec.params).items()}
-    width = cfg.attention.heads * cfg.attention.width(cfg.dim)
-    # Scores and values: 2 FLOPs each per head width and visible position.
-    score_flops = 4 * width * seq_len / 2
     blocks = []
     for s, segment in enumerate(cfg.layers):
-        for i, ffn in enumerate(segment.pattern):
+        attentions = segment.attentions(cfg.attention)
+        for i, (ffn, attention) in enumerate(
+            zip(segment.pattern, attentions, strict=True)
+        ):
+            # Scores and values: a multiplication and an addition per number and key.
+            keys = attention.visible_keys(seq_len)
+            score_flops = 2 * attention.score_width(cfg.dim) * keys
             path = f"segments/{s}/blocks/{i}"
             own = {
                 n.removeprefix(f"{path}/"): size // segment.repeat

@@ -41,6 +41,21 @@ Examples:
   moex plan --config=configs/quickstart.py --topology=v5e:1x1 --compile
 """
 
+CONVERT_EXAMPLES = """
+Examples:
+  moex convert runs/dense --to=moe --experts=8 --k=2 --workdir=runs/moe
+  moex convert runs/dense --to=moe --experts=8 --k=1 --split=4 --layers=every:2 \\
+    --workdir=runs/fine
+  moex convert runs/moe --to=latent --group=8 --latent=64 --workdir=runs/latent
+"""
+
+INTEROP_EXAMPLES = """
+Examples:
+  moex import-hf models/OLMoE-1B-7B --out runs/olmoe
+  moex train --config=runs/olmoe/config.py --workdir=runs/olmoe --config.data=...
+  moex export-hf runs/olmoe --out models/OLMoE-tuned
+"""
+
 
 class Parser(argparse.ArgumentParser):
     """Reports a mistake as one line, like every other mistake."""
@@ -97,8 +112,10 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--sequences", type=_positive, help="score at most this many sequences"
     )
+    _add_tasks(evaluate)
     _add_generate(command)
     _add_convert(command)
+    _add_interop(command)
     data = command("data", "Prepare the data of a config, or look at it.")
     data.add_argument("action", choices=("prepare", "inspect"))
     data.add_argument(
@@ -182,6 +199,22 @@ def _add_plan(command):
     plan.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_tasks(evaluate):
+    tasks = evaluate.add_argument_group(
+        "tasks of the lm_eval harness (extra `eval`)", "Instead of held-out data."
+    )
+    tasks.add_argument(
+        "--tasks", metavar="A,B", help="YAML files or names, between commas"
+    )
+    tasks.add_argument("--include-path", metavar="FOLDER", help="of more tasks by name")
+    tasks.add_argument(
+        "--limit", type=_positive, help="at most this many documents of a task"
+    )
+    tasks.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples before each question"
+    )
+
+
 def _add_generate(command):
     generate = command(
         "generate", "Write text with the newest checkpoint of a run.", ""
@@ -206,46 +239,132 @@ def _add_generate(command):
     generate.add_argument("--seed", type=int, default=0)
 
 
+# Arguments of `convert` that are for one kind of conversion; None: not given.
+LATENT_FLAGS = ("group", "latent", "ops", "rank", "refit", "whiten", "calibration")
+UPCYCLE_FLAGS = (
+    *("experts", "k", "split", "noise", "reinit", "scale", "layers", "seed"),
+)
+
+
+def given(args, names) -> dict:
+    """Those of some arguments that the command line gives."""
+    values = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _add_convert(command):
     convert = command(
         "convert",
-        "Write a run with other experts. latent: the experts of every MoE layer become "
-        "small factors behind projections that groups of experts share. The new run "
-        "starts at step 0 and can be scored, sampled and trained on.",
-        "",
+        "Write a run with other layers. moe: dense layers become MoE layers that "
+        "compute the same function. latent: the experts of every MoE layer become "
+        "small factors behind projections that groups of experts share; with --experts "
+        "and --k dense layers become MoE layers first. The new run starts at step 0 "
+        "and can be scored, sampled and trained on.",
+        CONVERT_EXAMPLES,
     )
     convert.add_argument("run", type=pathlib.Path, help="run directory")
-    convert.add_argument("--to", choices=("latent",), required=True)
+    convert.add_argument("--to", choices=("latent", "moe"), required=True)
     convert.add_argument(
         "--workdir", type=pathlib.Path, required=True, help="the new run directory"
     )
-    convert.add_argument(
-        "--group", type=_positive, required=True, help="experts that share a projection"
+    _add_to_latent(convert.add_argument_group("to latent"))
+    _add_to_moe(convert.add_argument_group("to moe"))
+
+
+def _add_to_latent(group):
+    group.add_argument(
+        "--group", type=_positive, help="experts that share a projection; needed"
     )
-    convert.add_argument(
+    group.add_argument(
         "--latent", type=_positive, help="width of the projections; default: of experts"
     )
-    convert.add_argument(
-        "--ops", default="gate,up", help="which of gate,up,down; default: gate,up"
-    )
-    convert.add_argument(
+    group.add_argument("--ops", help="which of gate,up,down; default: gate,up")
+    group.add_argument(
         "--rank", type=_positive, help="cut every expert to this rank first"
     )
-    convert.add_argument(
+    group.add_argument(
         "--refit",
         action="store_true",
+        default=None,
         help="own factors from the uncut experts",
     )
-    convert.add_argument(
+    group.add_argument(
         "--whiten",
         action="store_true",
+        default=None,
         help="keep what matters on training data, not for inputs of all directions",
     )
-    convert.add_argument(
+    group.add_argument(
         "--calibration",
         type=_positive,
         metavar="SEQUENCES",
         help="training sequences that --whiten looks at; default: 256",
+    )
+
+
+def _add_to_moe(group):
+    group.add_argument(
+        "--experts", type=_positive, help="copies of the dense feed-forward; needed"
+    )
+    group.add_argument("--k", type=_positive, help="copies that a token uses; needed")
+    group.add_argument(
+        "--split",
+        type=_positive,
+        help="cut every copy into so many experts; default: 1",
+    )
+    group.add_argument(
+        "--noise",
+        type=float,
+        help="deviation of what is added to weights, over their own; default: 0",
+    )
+    group.add_argument(
+        "--reinit",
+        type=float,
+        metavar="SHARE",
+        help="share of each expert's hidden columns to draw again; default: 0",
+    )
+    group.add_argument(
+        "--scale",
+        help="what makes up for the gates of --split: gates or weights; default: gates",
+    )
+    group.add_argument(
+        "--layers", help="all, every:N, last:N or numbers such as 0,3; default: all"
+    )
+    group.add_argument("--seed", type=int, help="default: 0")
+
+
+def _add_interop(command):
+    import_hf = command(
+        "import-hf",
+        "Make a run of a Hugging Face checkpoint folder. The folder holds a config and "
+        "safetensors. The run starts at step 0 and can be scored, sampled and trained on. "
+        "--config.a.b=value changes its run config, such as --config.mesh.fsdp=8.",
+        INTEROP_EXAMPLES,
+        usage="FOLDER --out RUN [options]",
+    )
+    import_hf.add_argument("folder", type=pathlib.Path, help="the checkpoint folder")
+    import_hf.add_argument(
+        "--out", type=pathlib.Path, required=True, help="the new run directory"
+    )
+    import_hf.add_argument(
+        "--tokenizer", type=pathlib.Path, help="file in place of its tokenizer.json"
+    )
+    import_hf.add_argument(
+        "--doc-token", help="token between documents; default: its end-of-text token"
+    )
+    export_hf = command(
+        "export-hf",
+        "Write a run as a folder that transformers loads. An imported run leaves as its "
+        "family, any other as the closest one, or is refused with what no family has.",
+        INTEROP_EXAMPLES,
+    )
+    export_hf.add_argument("run", type=pathlib.Path, help="run directory")
+    export_hf.add_argument(
+        "--out", type=pathlib.Path, required=True, help="the new folder"
+    )
+    export_hf.add_argument(
+        "--dtype",
+        help="float32, bfloat16 or float16; default: as imported, else float32",
     )
 
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 
 from moex import distributed
-from moex.arguments import make_parser
+from moex.arguments import LATENT_FLAGS, UPCYCLE_FLAGS, given, make_parser
 from moex.config import ConfigError, ConfigWarning, nearest, require
 from moex.peers import say
 
@@ -175,6 +175,9 @@ def _plan(args, config_args):
 
 
 def _eval(args, config_args):
+    if args.tasks is not None:
+        _eval_tasks(args, config_args)
+        return
     from moex.flags import load_config
     from moex.train.job import load_config as run_config
     from moex.train.score import score_run
@@ -193,6 +196,28 @@ def _eval(args, config_args):
         print(f"  bits per byte  {result['bits_per_byte']:.4f}")
     for name, nll in result["domains"].items():
         print(f"  loss on {name}: {nll:.4f}")
+
+
+def _eval_tasks(args, config_args):
+    from moex.serve.harness import score_tasks
+
+    if config_args or args.sequences:
+        given = config_args[0] if config_args else "--sequences"
+        raise ConfigError(f"{given}: --tasks takes the config of the run; see --limit.")
+    result = score_tasks(
+        args.run,
+        args.tasks.split(","),
+        include_path=args.include_path,
+        limit=args.limit,
+        num_fewshot=args.num_fewshot,
+    )
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(f"{args.run} at step {result['step']}:")
+    for task, figures in result["tasks"].items():
+        for name, value in figures.items():
+            print(f"  {task:<24} {name:<24} {value:.4f}")
 
 
 def _generate(args, config_args):
@@ -215,25 +240,67 @@ def _generate(args, config_args):
 
 
 def _convert(args, config_args):
-    from moex.compress.convert import ToLatent, convert_run, report_text
+    from moex.compress.convert import convert_run, report_text
 
     if config_args:
         raise ConfigError(f"{config_args[0]}: convert takes the config of the run.")
-    if args.calibration and not args.whiten:
-        raise ConfigError("--calibration: is for --whiten; give both.")
-    options = ToLatent(
-        group=args.group,
-        latent=args.latent,
-        ops=tuple(args.ops.split(",")),
-        rank=args.rank,
-        refit=args.refit,
-        calibration=(args.calibration or 256) if args.whiten else 0,
-    )
-    print(report_text(convert_run(args.run, args.workdir, options)))
+    latent, upcycle = _conversion(args)
+    print(report_text(convert_run(args.run, args.workdir, latent, upcycle=upcycle)))
     print(
         f"go on training: moex train --config={args.workdir / 'config.py'} "
         f"--workdir={args.workdir}"
     )
+
+
+def _conversion(args):
+    """`(ToLatent or None, Upcycle or None)` of the arguments of `convert`."""
+    from moex.compress.to_latent import ToLatent
+    from moex.compress.upcycle import Upcycle
+
+    latent, upcycle = given(args, LATENT_FLAGS), given(args, UPCYCLE_FLAGS)
+    if args.to == "moe" and latent:
+        raise ConfigError(f"--{min(latent)}: is for --to=latent.")
+    if upcycle or args.to == "moe":
+        for name in ("experts", "k"):
+            if name not in upcycle:
+                raise ConfigError(f"--{name}: missing; dense layers need it.")
+    made = Upcycle(**upcycle) if upcycle else None
+    if args.to == "moe":
+        return None, made
+    if "group" not in latent:
+        raise ConfigError("--group: missing; how many experts share a projection?")
+    whiten = latent.pop("whiten", False)
+    if "calibration" in latent and not whiten:
+        raise ConfigError("--calibration: is for --whiten; give both.")
+    if whiten:
+        latent.setdefault("calibration", 256)
+    if "ops" in latent:
+        latent["ops"] = tuple(latent["ops"].split(","))
+    return ToLatent(**latent), made
+
+
+def _import_hf(args, config_args):
+    from moex.interop.hf import import_hf
+
+    import_hf(
+        args.folder,
+        args.out,
+        config_args,
+        tokenizer=args.tokenizer,
+        doc_token=args.doc_token,
+    )
+    print(
+        f"go on training: moex train --config={args.out / 'config.py'} "
+        f"--workdir={args.out}"
+    )
+
+
+def _export_hf(args, config_args):
+    from moex.interop.hf import export_hf
+
+    if config_args:
+        raise ConfigError(f"{config_args[0]}: export-hf takes the config of the run.")
+    export_hf(args.run, args.out, dtype=args.dtype)
 
 
 def _data(args, config_args):
@@ -259,6 +326,8 @@ COMMANDS = {
     "eval": _eval,
     "generate": _generate,
     "convert": _convert,
+    "import-hf": _import_hf,
+    "export-hf": _export_hf,
     "data": _data,
 }
 

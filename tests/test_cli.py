@@ -1,6 +1,7 @@
 """The command line: help, one clear line per mistake, and what the verbs print."""
 
 import pathlib
+import re
 import shutil
 import sys
 import types
@@ -90,6 +91,8 @@ def test_help_of_each_verb(verb, capsys):
         "eval": ("run directory", "--sequences", "--json", "--config.data..."),
         "generate": ("--prompt", "--temperature", "--top-k", "--top-p", "--seed"),
         "convert": ("--to", "--workdir", "--group", "--latent", "--ops", "--whiten"),
+        "import-hf": ("--out", "--tokenizer", "--doc-token", "--config.a.b=value"),
+        "export-hf": ("--out", "--dtype", "refused"),
         "data": ("prepare", "inspect", "--example", "--config=FILE"),
     }
     for word in expected[verb]:
@@ -101,7 +104,7 @@ def test_help_lists_all_verbs(capsys):
         cli.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"    {verb} " in text for verb in cli.COMMANDS)
+    assert all(re.search(rf"^    {verb}\s", text, re.M) for verb in cli.COMMANDS)
 
 
 # Mistakes in a config: the field, its value, what is allowed, the nearest name.
@@ -160,7 +163,10 @@ FIELDS = [
         f"{MOE}.router.k=5",
         f"{MOE}.router.k = 5: must be at most num_experts = 4; lower k",
     ),
-    ("config.model.dim=33", "config.model.dim = 33: must be heads = 2 times an even"),
+    (
+        "config.model.dim=33",
+        "config.model.attention.heads = 2: must be so many that dim = 33 is heads",
+    ),
     ("config.model.vocab=100", "config.model.vocab = 100: must be at least the vocabu"),
     ("config.loss.z=-1", "config.loss.z = -1.0: must be >= 0."),
     (

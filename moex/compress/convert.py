@@ -1,10 +1,8 @@
-"""`moex convert`: a trained run with other experts, as a new run.
+"""`moex convert`: a trained run with other feed-forwards, as a new run.
 
 The new run starts at step 0 with a fresh optimizer and the same data from the start,
-so it can be scored, sampled and trained on like any other. The mathematics is in
-`latent.py`.
-
-R copies of a layer · D model width
+so it can be scored, sampled and trained on like any other. What changes in a model is
+in `to_moe.py` and `to_latent.py`, the mathematics in `upcycle.py` and `latent.py`.
 """
 
 import dataclasses
@@ -14,25 +12,27 @@ import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 
 from moex import config as configs
 from moex.compress.calibrate import input_moments
-from moex.compress.latent import Factoring, convert_experts
-from moex.config import ConfigError, require
+from moex.compress.to_latent import (
+    ToLatent,
+    check_latent,
+    convert_params,
+    latent_model,
+)
+from moex.compress.to_moe import moe_model, upcycle_params, upcycled_layers
+from moex.compress.upcycle import Upcycle, check_upcycle
+from moex.config import ConfigError
 from moex.data.files import atomic_write
 from moex.data.tokenizer import SavedTokenizer
-from moex.moe.chain import Chain
-from moex.moe.experts.glu import Glu
-from moex.moe.experts.latent import Latent
-from moex.moe.layer import MoE
-from moex.moe.narrow import Narrow
 from moex.run import check_run
 from moex.sharding import MeshConfig
 from moex.train import state as states
 from moex.train.checkpoint import Checkpointer
 from moex.train.job import (
     Job,
+    LoadedRun,
     load_config,
     load_run,
     make_job,
@@ -57,63 +57,29 @@ def get_config(arg=""):
 '''
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ToLatent:
-    """What `convert_run` makes: latent experts in every MoE layer.
+def convert_run(
+    run,
+    workdir,
+    latent: ToLatent | None = None,
+    *,
+    upcycle: Upcycle | None = None,
+    say=print,
+) -> dict:
+    """Write the newest checkpoint of `run` with other layers to a new run directory.
 
-    Attributes:
-      group: experts that share a space, >= 1.
-      latent: width Z of the shared spaces; None: the width of the experts.
-      ops: which of "gate", "up", "down" are factored.
-      rank: see `Factoring`.
-      refit: see `Factoring`.
-      calibration: training sequences whose second moments whiten the inputs of gate
-        and up; 0: plain weights.
-      sequences: held-out sequences that score the run before and after; 0: none.
-    """
-
-    group: int
-    latent: int | None = None
-    ops: tuple[str, ...] = ("gate", "up")
-    rank: int | None = None
-    refit: bool = False
-    calibration: int = 0
-    sequences: int = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """One MoE of a model config.
-
-    Attributes:
-      path: of its module, as in the parameters.
-      where: of its config, for messages.
-      moe: its config; part of the model config, not a copy.
-      number: of the layer in the first copy of its segment.
-      stride: from copy to copy.
-    """
-
-    path: tuple[str, ...]
-    where: str
-    moe: MoE
-    number: int
-    stride: int
-
-
-def convert_run(run, workdir, options: ToLatent, *, say=print) -> dict:
-    """Write the newest checkpoint of `run` with latent experts to a new run directory.
-
-    Router, shared experts, everything else and the state of routers stay as they are.
+    Everything that the conversion does not name stays as it is, the state of routers
+    too.
 
     Args:
       run: run directory.
       workdir: the new one; must not exist or be empty.
-      options: `ToLatent`.
+      latent: makes the experts of every MoE layer latent ones; None: does not.
+      upcycle: makes dense layers MoE layers, before anything else; None: does not.
       say: called with each line of news.
 
     Returns:
-      What is written to `workdir/convert.json`: sizes, losses, and the error of every
-      layer, operator and group.
+      What is written to `workdir/convert.json`: the options, sizes and losses;
+      "upcycled", numbers of layers; "errors" of every layer, operator and group.
 
     Raises:
       ConfigError: for a user's mistake, before anything is computed.
@@ -121,144 +87,50 @@ def convert_run(run, workdir, options: ToLatent, *, say=print) -> dict:
     """
     run, workdir = pathlib.Path(run), pathlib.Path(workdir)
     cfg = load_config(run)
-    _check_options(options)
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ConfigError(f"--workdir={workdir}: must be new or an empty folder.")
-    cfg.model = latent_model(cfg.model, options)
+    report: dict[str, Any] = {"to": "latent" if latent else "moe", "from": str(run)}
+    if upcycle is not None:
+        check_upcycle(upcycle)
+        report |= dataclasses.asdict(upcycle)
+        report["upcycled"] = upcycled_layers(cfg.model, upcycle.layers)
+        cfg.model = moe_model(cfg.model, upcycle)
+    if latent is not None:
+        check_latent(latent)
+        report |= dataclasses.asdict(latent)
+        cfg.model = latent_model(cfg.model, latent)
     check_run(cfg)
-    loaded = load_run(run, warn=say)
+    old = loaded = load_run(run, warn=say)
     job = _job(run, cfg, say)
-    moments = {}
-    if options.calibration:
-        say(f"second moments of {options.calibration} training sequences")
-        moments = input_moments(loaded, job, options.calibration)
-    params, errors = convert_params(loaded.params, cfg.model, options, moments)
+    if upcycle is not None:
+        loaded = _upcycled(loaded, upcycle)
+    params, errors = loaded.params, []
+    if latent is not None:
+        moments = {}
+        if latent.calibration:
+            say(f"second moments of {latent.calibration} training sequences")
+            moments = input_moments(loaded, job, latent.calibration)
+        params, errors = convert_params(params, cfg.model, latent, moments)
     write_run(job, cfg, {"params": params, "state": loaded.state}, workdir)
-    report = {
-        "to": "latent",
-        "from": str(run),
+    report |= {
         "step": loaded.step,
-        **dataclasses.asdict(options),
-        "params": {"before": _size(loaded.spec), "after": _size(job.spec)},
+        "params": {"before": _size(old.spec), "after": _size(job.spec)},
         "expert_params": {
-            "before": _size(loaded.spec, "experts"),
+            "before": _size(old.spec, "experts"),
             "after": _size(job.spec, "experts"),
         },
-        "loss": _losses(run, workdir, job, options.sequences),
+        "loss": _losses(run, workdir, job, report["sequences"]),
         "errors": errors,
     }
     atomic_write(workdir / "convert.json", json.dumps(report, indent=1) + "\n")
     return report
 
 
-def _check_options(options: ToLatent) -> None:
-    for name in ("group", "latent", "rank"):
-        value = getattr(options, name)
-        require(value is None or value >= 1, f"--{name}", value, "at least 1")
-    for name in ("calibration", "sequences"):
-        value = getattr(options, name)
-        require(value >= 0, f"--{name}", value, ">= 0")
-
-
-def sites(model) -> list[Site]:
-    """Every MoE of an `LM` config, in order, also inside `Chain` and `Narrow`."""
-    found, number = [], 0
-    for i, segment in enumerate(model.layers):
-        stride = len(segment.pattern)
-        for j, ffn in enumerate(segment.pattern):
-            path: tuple[str, ...] = ("segments", str(i), "blocks", str(j), "ffn")
-            where = f"config.model.layers[{i}].pattern[{j}]"
-            while isinstance(ffn, Narrow):
-                ffn, path, where = ffn.inner, (*path, "inner"), f"{where}.inner"
-            if isinstance(ffn, Chain):
-                ffn, where = ffn.moe, f"{where}.moe"
-            if isinstance(ffn, MoE):
-                found.append(Site(path, where, ffn, number + j, stride))
-        number += segment.repeat * stride
-    return found
-
-
-def latent_model(model, options: ToLatent):
-    """A copy of an `LM` config with latent experts.
-
-    Raises:
-      ConfigError: if there is no MoE, or one whose experts are not plain SwiGLU.
-    """
-    model = dataclasses.replace(model)  # nested configs are copied
-    found = sites(model)
-    if not found:
-        raise ConfigError(
-            "config.model: has no MoE layer; there is nothing to convert."
-        )
-    for site in found:
-        experts: Any = site.moe.experts
-        plain = isinstance(experts, Glu) and experts.activation == "silu"
-        if not plain or experts.bias:
-            raise ConfigError(
-                f"{site.where}.experts = {experts!r}: must be Glu(activation='silu', "
-                "bias=False); only plain SwiGLU experts become latent ones."
-            )
-        site.moe.experts = Latent(
-            hidden=experts.hidden,
-            latent=options.latent or experts.hidden,
-            group=options.group,
-            ops=tuple(options.ops),
-        )
-    return model
-
-
-def convert_params(params, model, options: ToLatent, moments):
-    """`(params, errors)` with the experts of every MoE of `model` as latent ones.
-
-    Args:
-      params: nested dict of arrays of the old model; not changed.
-      model: the new `LM` config.
-      options: `ToLatent`.
-      moments: {path of a layer: float64[R, D, D]}, or empty.
-
-    Returns:
-      The new nested dict, and one dict per layer, operator and group: {"layer", "op",
-      "group", "error", "tail", "output_error"}.
-    """
-    errors = []
-    for site in sites(model):
-        latent: Any = site.moe.experts
-        how = Factoring(
-            latent=latent.latent,
-            group=latent.group,
-            rank=options.rank,
-            refit=options.refit,
-        )
-        old = jax.device_get(_at(params, site.path)["experts"])
-        moment_RDD = moments.get("/".join(site.path))
-        layers = []
-        for r in range(len(old["w_out_EFD"])):
-            weights = {name: value[r] for name, value in old.items()}
-            moment_DD = None if moment_RDD is None else moment_RDD[r]
-            made, lost = convert_experts(weights, latent.ops, how, moment_DD)
-            layers.append(made)
-            errors += [
-                {"layer": site.number + r * site.stride, "op": op, "group": g}
-                | dataclasses.asdict(error)
-                for op, by_group in lost.items()
-                for g, error in enumerate(by_group)
-            ]
-        stacked = {name: np.stack([w[name] for w in layers]) for name in layers[0]}
-        params = _with(params, (*site.path, "experts"), stacked)
-    return params, sorted(errors, key=lambda row: row["layer"])
-
-
-def _at(tree, path):
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def _with(tree, path, value):
-    """A nested dict with `value` at `path`; what is not on the path is shared."""
-    if not path:
-        return value
-    return tree | {path[0]: _with(tree[path[0]], path[1:], value)}
+def _upcycled(run: LoadedRun, options: Upcycle) -> LoadedRun:
+    model = run.cfg.model
+    params, state = upcycle_params(run.params, run.state, model, options)
+    spec = states.model_spec(moe_model(model, options))
+    return dataclasses.replace(run, spec=spec, params=params, state=state)
 
 
 def _job(run: pathlib.Path, cfg, say) -> Job:
@@ -323,7 +195,38 @@ def _losses(run, workdir, job: Job, sequences: int) -> dict | None:
 
 
 def report_text(report: dict) -> str:
-    """A conversion for people: a table of errors, sizes and losses."""
+    """A conversion for people: layers, a table of errors, sizes and losses."""
+    lines = []
+    if "upcycled" in report:
+        lines += _layers_text(report)
+    if report["to"] == "latent":
+        lines += _errors_text(report)
+    for name, sizes in (("experts", "expert_params"), ("model", "params")):
+        before, after = report[sizes]["before"], report[sizes]["after"]
+        ratio = f" ({after / before:.3f})" if before else ""
+        lines.append(f"parameters of the {name}: {before:,} -> {after:,}{ratio}")
+    loss = report["loss"]
+    if loss is None:
+        lines.append("held-out loss: not scored")
+    else:
+        lines.append(
+            f"held-out loss, nats per token: {loss['before']:.4f} -> "
+            f"{loss['after']:.4f} ({loss['tokens']:,} tokens)"
+        )
+    return "\n".join(lines)
+
+
+def _layers_text(report: dict) -> list[str]:
+    split = report["split"]
+    parts = f", each 1/{split} of a copy" if split > 1 else ", each a copy"
+    return [
+        "dense layers that became MoE layers: "
+        + ", ".join(map(str, report["upcycled"])),
+        f"{report['experts'] * split} experts{parts}; {report['k'] * split} per token",
+    ]
+
+
+def _errors_text(report: dict) -> list[str]:
     white = bool(report["calibration"])
     lines = [f"{'layer':>5} {'op':<5} {'group':>5} {'error':>8}"]
     lines[0] += f" {'of outputs':>10}" if white else ""
@@ -334,17 +237,4 @@ def report_text(report: dict) -> str:
         if row["output_error"] is not None:
             line += f" {row['output_error']:>10.4f}"
         lines.append(line)
-    for name, sizes in (("experts", "expert_params"), ("model", "params")):
-        before, after = report[sizes]["before"], report[sizes]["after"]
-        lines.append(
-            f"parameters of the {name}: {before:,} -> {after:,} ({after / before:.3f})"
-        )
-    loss = report["loss"]
-    if loss is None:
-        lines.append("held-out loss: not scored")
-    else:
-        lines.append(
-            f"held-out loss, nats per token: {loss['before']:.4f} -> "
-            f"{loss['after']:.4f} ({loss['tokens']:,} tokens)"
-        )
-    return "\n".join(lines)
+    return lines

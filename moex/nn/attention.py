@@ -9,7 +9,6 @@ B batch · L queries · S keys · D model width · H query heads · G key/value 
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from moex.config import Config, require, require_choice
 from moex.nn.attention_blocks import FLOOR, attend_in_blocks, visible
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
+from moex.nn.rope import Scaling, rotary
 from moex.sharding import constrain, partition_spec
 
 IMPLEMENTATIONS = ("einsum", "blocks", "cudnn", "splash")
@@ -34,7 +34,14 @@ class Attention(Config):
     kv_heads: int | None = None  # key/value heads G, divides heads; None: heads
     head_dim: int | None = None  # width per head, even; None: dim / heads
     rope_theta: float = 10_000.0  # base of the rotary frequencies, > 1
-    qk_norm: bool = False  # RMSNorm of queries and keys per head (Qwen3, OLMoE)
+    rope_scaling: Scaling | None = None  # for longer contexts, such as Yarn(...)
+    # RMSNorm of queries and keys: True per head (Qwen3), "whole" over all (OLMoE).
+    qk_norm: bool | str = False
+    norm_eps: float = 1e-6  # added to mean squares by qk_norm, > 0
+    bias: bool = False  # biases of all four projections
+    clip: float | None = None  # limit of queries, keys and values, > 0 (OLMo)
+    window: int | None = None  # keys that a query sees, itself included; None: all
+    sinks: bool = False  # a learned logit per head that takes weight and gives none
 
     def validate(self, path):
         require(self.heads >= 1, f"{path}.heads", self.heads, "at least 1")
@@ -52,6 +59,41 @@ class Attention(Config):
             "an even number >= 2, or None for dim / heads",
         )
         require(self.rope_theta > 1, f"{path}.rope_theta", self.rope_theta, "above 1")
+        require(
+            self.qk_norm in (False, True, "whole"),
+            f"{path}.qk_norm",
+            self.qk_norm,
+            "False, True or 'whole'",
+        )
+        require(self.norm_eps > 0, f"{path}.norm_eps", self.norm_eps, "above 0")
+        for name in ("clip", "window"):
+            value = getattr(self, name)
+            require(
+                value is None or value > 0, f"{path}.{name}", value, "above 0, or None"
+            )
+
+    def validate_dim(self, dim, path):
+        """Checks that need the model width."""
+        require(
+            self.head_dim is not None
+            or (dim % self.heads == 0 and self.width(dim) % 2 == 0),
+            f"{path}.heads",
+            self.heads,
+            f"so many that dim = {dim} is heads times an even width (or set "
+            f"{path}.head_dim)",
+        )
+
+    def score_width(self, dim) -> int:
+        """Multiplications per query and visible key, for scores and values."""
+        return 2 * self.heads * self.width(dim)
+
+    def visible_keys(self, seq_len) -> float:
+        """Mean over the queries of a sequence without documents."""
+        return mean_visible(seq_len, self.window)
+
+    def key_width(self, dim) -> int:
+        """Numbers per token of keys and values."""
+        return 2 * (self.kv_heads or self.heads) * self.width(dim)
 
     def width(self, dim) -> int:
         """Width of one head for a model of width `dim`."""
@@ -70,17 +112,19 @@ class Attention(Config):
 class AttentionLayer(nnx.Module):
     """softmax(q k^T / sqrt(A) + mask) v with rotary q and k.
 
-    Parameters: w_q_DGRA [D, G, R, A], w_kv_D2GA [D, 2, G, A], w_out_GRAD [G, R, A, D].
+    Parameters: w_q_DGRA [D, G, R, A], w_kv_D2GA [D, 2, G, A], w_out_GRAD [G, R, A, D];
+    with biases bias_q_GRA, bias_kv_2GA and bias_out_D; with sinks sink_GR.
 
-    Source: Ainslie et al. 2023, arXiv:2305.13245; rotary positions: Su et al. 2021,
-    arXiv:2104.09864, in the half-split layout of Llama.
+    Source: Ainslie et al. 2023, arXiv:2305.13245; sinks: Xiao et al. 2023,
+    arXiv:2309.17453, as logits of their own in GPT-OSS, arXiv:2508.10925.
     """
 
     def __init__(self, cfg, dim, rngs):
         A = cfg.width(dim)
         G = cfg.heads if cfg.kv_heads is None else cfg.kv_heads
         R = cfg.heads // G
-        self.rope_theta = cfg.rope_theta
+        self.rope = (cfg.rope_theta, cfg.rope_scaling)
+        self.clip, self.window = cfg.clip, cfg.window
         self.w_q_DGRA = param(
             rngs,
             (dim, G, R, A),
@@ -102,63 +146,123 @@ class AttentionLayer(nnx.Module):
             fan_in=G * R * A,
             matrix=((0, 1, 2), (3,)),
         )
-        self.norm_q = RMSNorm(A, rngs) if cfg.qk_norm else None
-        self.norm_k = RMSNorm(A, rngs) if cfg.qk_norm else None
+        self.whole_norm = cfg.qk_norm == "whole"
+        widths = (G * R * A, G * A) if self.whole_norm else (A, A)
+        # One assignment each: nnx fixes at the first whether an attribute holds arrays.
+        self.norm_q, self.norm_k = (
+            RMSNorm(width, rngs, eps=cfg.norm_eps) if cfg.qk_norm else None
+            for width in widths
+        )
+        self.bias_q_GRA = _zeros(rngs, (G, R, A), ("heads", None, None), cfg.bias)
+        self.bias_kv_2GA = _zeros(rngs, (2, G, A), (None, "heads", None), cfg.bias)
+        self.bias_out_D = _zeros(rngs, (dim,), ("embed",), cfg.bias)
+        self.sink_GR = _zeros(rngs, (G, R), ("heads", None), cfg.sinks)
+
+    def _project(self, x_BLD):
+        """Queries [B, L, H, A], keys and values [B, L, G, A], not rotated."""
+        dtype = x_BLD.dtype
+        B, L, _ = x_BLD.shape
+        _, G, R, A = self.w_q_DGRA[...].shape
+        q = jnp.einsum("bld,dgra->blgra", x_BLD, self.w_q_DGRA[...].astype(dtype))
+        kv = jnp.einsum("bld,dcga->blcga", x_BLD, self.w_kv_D2GA[...].astype(dtype))
+        if self.bias_q_GRA is not None and self.bias_kv_2GA is not None:
+            q += self.bias_q_GRA[...].astype(dtype)[None, None]
+            kv += self.bias_kv_2GA[...].astype(dtype)[None, None]
+        q_BLHA = constrain(q.reshape(B, L, G * R, A), "batch", "length", "heads", None)
+        # A split, whose gradient is one concatenation; that of slices is padding twice.
+        k, v = (jnp.squeeze(part, 2) for part in jnp.split(kv, 2, axis=2))
+        if self.norm_q is not None and self.norm_k is not None:
+            if self.whole_norm:
+                q_BLHA = self.norm_q(q_BLHA.reshape(B, L, -1)).reshape(q_BLHA.shape)
+                k = self.norm_k(k.reshape(B, L, -1)).reshape(k.shape)
+            else:
+                q_BLHA, k = self.norm_q(q_BLHA), self.norm_k(k)
+        if self.clip is not None:
+            q_BLHA, k, v = (jnp.clip(a, -self.clip, self.clip) for a in (q_BLHA, k, v))
+        return q_BLHA, k, v
 
     def __call__(self, x_BLD, ctx, cache):
         """Returns `(y_BLD, cache)`; `cache` is None outside decoding."""
         dtype = x_BLD.dtype
         B, L, _ = x_BLD.shape
         _, G, R, A = self.w_q_DGRA[...].shape
-        q = jnp.einsum("bld,dgra->blgra", x_BLD, self.w_q_DGRA[...].astype(dtype))
-        kv = jnp.einsum("bld,dcga->blcga", x_BLD, self.w_kv_D2GA[...].astype(dtype))
-        q_BLHA = constrain(q.reshape(B, L, G * R, A), "batch", "length", "heads", None)
-        # A split, whose gradient is one concatenation; that of slices is padding twice.
-        k, v = (jnp.squeeze(part, 2) for part in jnp.split(kv, 2, axis=2))
-        if self.norm_q is not None and self.norm_k is not None:
-            q_BLHA, k = self.norm_q(q_BLHA), self.norm_k(k)
-        q_BLHA = rotary(q_BLHA, ctx.position_BL, self.rope_theta)
-        k = rotary(k, ctx.position_BL, self.rope_theta)
+        q_BLHA, k, v = self._project(x_BLD)
+        q_BLHA = rotary(q_BLHA, ctx.position_BL, *self.rope)
+        k = rotary(k, ctx.position_BL, *self.rope)
         # Where sequences are split every device needs all keys of its rows.
         k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
-        if cache is None:
-            key_segment, key_position = ctx.segment_BL, ctx.position_BL
-        else:
-            update = functools.partial(
-                jax.lax.dynamic_update_slice_in_dim,
-                start_index=ctx.cache_index,
-                axis=1,
-            )
-            k = update(cache["k_BSGA"], k.astype(cache["k_BSGA"].dtype))
-            v = update(cache["v_BSGA"], v.astype(cache["v_BSGA"].dtype))
-            cache = {"k_BSGA": k, "v_BSGA": v}
-            key_segment, key_position = ctx.key_segment_BS, ctx.key_position_BS
-        segments = (ctx.segment_BL, key_segment)
-        positions = (ctx.position_BL, key_position)
-        name = choose(ctx.attention, q_BLHA, cached=cache is not None)
-        y_BLHA = attend(q_BLHA, k, v, segments, positions, implementation=name)
+        if cache is not None:
+            cache = extend(cache, {"k_BSGA": k, "v_BSGA": v}, ctx.cache_index)
+            k, v = cache["k_BSGA"], cache["v_BSGA"]
+        plain = self.window is None and self.sink_GR is None
+        name = choose(ctx.attention, q_BLHA, cached=cache is not None, plain=plain)
+        sink_H = None if self.sink_GR is None else self.sink_GR[...].reshape(-1)
+        y_BLHA = attend(
+            q_BLHA,
+            k,
+            v,
+            *key_places(ctx, cache),
+            implementation=name,
+            window=self.window,
+            sink_H=sink_H,
+        )
         y = y_BLHA.reshape(B, L, G, R, A)
         y = jnp.einsum("blgra,grad->bld", y, self.w_out_GRAD[...].astype(dtype))
+        if self.bias_out_D is not None:
+            y += self.bias_out_D[...].astype(dtype)[None, None]
         return y, cache
 
 
-def rotary(x_BLHA, position_BL, theta):
-    """Rotate pairs (i, i + A/2) of the last axis by position * theta^(-2i/A)."""
-    half = x_BLHA.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    position_BL11 = position_BL[:, :, None, None].astype(jnp.float32)
-    angle = position_BL11 * frequency[None, None, None]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    x1, x2 = jnp.split(x_BLHA.astype(jnp.float32), 2, axis=-1)
-    y = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-    return y.astype(x_BLHA.dtype)
+def _zeros(rngs, shape, axes, wanted) -> nnx.Param | None:
+    return param(rngs, shape, axes, value=0.0) if wanted else None
 
 
-def choose(name, q_BLHA, *, cached) -> str:
-    """The implementation to run: `name` if given, else the fastest exact one here."""
+def mean_visible(seq_len, window=None) -> float:
+    """Keys that a query may see, its own included, mean over a sequence; halves."""
+    if window is None or window >= seq_len:
+        return seq_len / 2
+    return (window**2 / 2 + (seq_len - window) * window) / seq_len
+
+
+def extend(cache: dict, new: dict, index) -> dict:
+    """A cache with `new` written at `index` of each array's second axis."""
+    return {
+        name: jax.lax.dynamic_update_slice_in_dim(
+            old, new[name].astype(old.dtype), start_index=index, axis=1
+        )
+        for name, old in cache.items()
+    }
+
+
+def key_places(ctx, cache):
+    """(segments, positions), each int32 (queries [B, L], keys [B, S])."""
+    if cache is None:
+        pairs = (ctx.segment_BL, ctx.segment_BL), (ctx.position_BL, ctx.position_BL)
+    else:
+        pairs = (
+            (ctx.segment_BL, ctx.key_segment_BS),
+            (ctx.position_BL, ctx.key_position_BS),
+        )
+    return pairs
+
+
+def choose(name, q_BLHA, *, cached, plain=True) -> str:
+    """The implementation to run: `name` if given, else the fastest exact one here.
+
+    Args:
+      name: one of `IMPLEMENTATIONS`, or None.
+      q_BLHA: queries.
+      cached: whether keys are those of a cache.
+      plain: no window, no sinks, values as wide as keys; else only "einsum" serves.
+
+    Raises:
+      ConfigError: for a name that is none, or that cannot do this.
+    """
     if name is not None:
-        require_choice("attention", name, IMPLEMENTATIONS)
+        require_choice("attention", name, IMPLEMENTATIONS if plain else ("einsum",))
         return name
+    if not plain:
+        return "einsum"
     backend = platform()
     L, A = q_BLHA.shape[1], q_BLHA.shape[-1]
     half_precision = q_BLHA.dtype in (jnp.bfloat16, jnp.float16)
@@ -174,16 +278,31 @@ def choose(name, q_BLHA, *, cached) -> str:
     return "blocks" if blocks else "einsum"
 
 
-def attend(q_BLHA, k_BSGA, v_BSGA, segments, positions, *, implementation):
+def attend(
+    q_BLHA,
+    k_BSGA,
+    v_BSGA,
+    segments,
+    positions,
+    *,
+    implementation,
+    scale=None,
+    window=None,
+    sink_H=None,
+):
     """Exact softmax attention within segments, not to later positions.
 
     Args:
-      q_BLHA: queries; k_BSGA, v_BSGA: keys and values, G divides H.
+      q_BLHA: queries; k_BSGA, v_BSGA: keys and values, G divides H; with "einsum"
+        values may have a width of their own.
       segments: int32 (queries [B, L], keys [B, S]).
       positions: int32 (queries [B, L], keys [B, S]) inside the segments. "blocks" and
         "splash" take queries and keys of the same rows, with positions that rise along
         the row inside a segment.
-      implementation: one of `IMPLEMENTATIONS`.
+      implementation: one of `IMPLEMENTATIONS`; the rest is for "einsum" only.
+      scale: factor on the scores; None: A^-0.5.
+      window: keys that a query sees, its own included; None: all before it.
+      sink_H: logit of each head that takes weight and gives no value; None: none.
 
     Returns:
       [B, L, H, A] in the dtype of q. A query that may see no key gives a finite
@@ -198,20 +317,29 @@ def attend(q_BLHA, k_BSGA, v_BSGA, segments, positions, *, implementation):
         return jax.nn.dot_product_attention(
             q_BLHA, k_BSGA, v_BSGA, mask=mask_BLS[:, None], implementation="cudnn"
         )
-    return _einsum(q_BLHA, k_BSGA, v_BSGA, mask_BLS)
+    if window is not None:
+        query, key = positions
+        mask_BLS &= query[:, :, None] - key[:, None, :] < window
+    return _einsum(q_BLHA, k_BSGA, v_BSGA, mask_BLS, scale, sink_H)
 
 
-def _einsum(q_BLHA, k_BSGA, v_BSGA, mask_BLS):
+def _einsum(q_BLHA, k_BSGA, v_BSGA, mask_BLS, scale=None, sink_H=None):
     B, L, H, A = q_BLHA.shape
     G = k_BSGA.shape[2]
-    q = (q_BLHA * A**-0.5).reshape(B, L, G, H // G, A)
+    scale = A**-0.5 if scale is None else scale
+    q = (q_BLHA * scale).reshape(B, L, G, H // G, A)
     score = jnp.einsum(
         "blgra,bsga->bgrls", q, k_BSGA, preferred_element_type=jnp.float32
     )
     score = jnp.where(mask_BLS[:, None, None], score, FLOOR)
-    weight = jax.nn.softmax(score, axis=-1).astype(v_BSGA.dtype)
+    if sink_H is not None:
+        sink = sink_H.astype(jnp.float32).reshape(1, G, H // G, 1, 1)
+        sink = jnp.broadcast_to(sink, (*score.shape[:-1], 1))
+        score = jnp.concatenate([score, sink], axis=-1)
+    weight = jax.nn.softmax(score, axis=-1)
+    weight = weight[..., : mask_BLS.shape[-1]].astype(v_BSGA.dtype)
     y = jnp.einsum("bgrls,bsga->blgra", weight, v_BSGA)
-    return y.reshape(B, L, H, A)
+    return y.reshape(B, L, H, -1)
 
 
 def _splash(q_BLHA, k_BSGA, v_BSGA, segments):

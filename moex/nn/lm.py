@@ -4,6 +4,7 @@ B batch · L length · S cache length · D model width · V vocabulary
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,10 @@ from flax import nnx
 
 from kernels_pallas.device import platform
 from moex.config import Config, require
-from moex.nn.attention import Attention
 from moex.nn.context import fold_key
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
-from moex.nn.stack import Segment
+from moex.nn.stack import Segment, require_attention
 from moex.sharding import constrain
 
 
@@ -24,10 +24,11 @@ class LM(Config):
     """A decoder-only transformer; depth and its variety are in `layers`."""
 
     dim: int  # model width D, >= 1
-    attention: Attention  # the same in every block
+    attention: Config  # of every block whose segment does not name its own
     layers: tuple[Segment, ...]  # at least one segment
     vocab: int | None = None  # vocabulary V, >= 2; None: that of the tokenizer
     tied_embeddings: bool = False  # one matrix for input and output
+    scale_embeddings: bool = True  # rows of the input times sqrt(dim)
     norm_eps: float = 1e-6  # added to mean squares, > 0
 
     def validate(self, path):
@@ -40,15 +41,9 @@ class LM(Config):
             self.vocab,
             "at least 2, or None for the vocabulary of the tokenizer",
         )
-        width = self.attention.width(self.dim)
-        require(
-            self.attention.head_dim is not None
-            or (self.dim % self.attention.heads == 0 and width % 2 == 0),
-            f"{path}.dim",
-            self.dim,
-            f"heads = {self.attention.heads} times an even head width "
-            f"(or set {path}.attention.head_dim)",
-        )
+        require_attention(self.attention, f"{path}.attention")
+        attention: Any = self.attention
+        attention.validate_dim(self.dim, f"{path}.attention")
         for i, segment in enumerate(self.layers):
             segment.validate_dim(self.dim, f"{path}.layers[{i}]")
 
@@ -71,6 +66,7 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, cfg, rngs):
         D, V = cfg.dim, cfg.vocab
+        self.scale_embeddings = cfg.scale_embeddings
         self.w_embed_VD = param(rngs, (V, D), ("vocab", "embed"), std=D**-0.5)
         self.segments = nnx.List(
             s.make(cfg.attention, D, rngs, norm_eps=cfg.norm_eps) for s in cfg.layers
@@ -104,7 +100,9 @@ class LanguageModel(nnx.Module):
         dtype = ctx.compute_dtype
         # sqrt(D) brings the rows to unit scale; the tied matrix keeps logits small.
         x_BLD = self.w_embed_VD[...].at[ctx.token_BL].get(mode="clip")
-        x_BLD = (x_BLD * x_BLD.shape[-1] ** 0.5).astype(dtype)
+        if self.scale_embeddings:
+            x_BLD = x_BLD * x_BLD.shape[-1] ** 0.5
+        x_BLD = x_BLD.astype(dtype)
         x_BLD = constrain(x_BLD, "batch", "length", None)
         aux, new_caches = {}, []
         for i, (segment, cache) in enumerate(zip(self.segments, caches, strict=True)):

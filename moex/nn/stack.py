@@ -27,6 +27,7 @@ class Segment(Config):
     pattern: tuple[Config, ...]  # one feed-forward config per block, at least one
     repeat: int = 1  # copies, >= 1
     residual: str = "prenorm"  # or "released", "both", "none": see `nn/block.py`
+    attention: tuple[Config, ...] | None = None  # one per block; None: the model's
 
     def validate(self, path):
         require(len(self.pattern) >= 1, f"{path}.pattern", self.pattern, "not empty")
@@ -42,9 +43,25 @@ class Segment(Config):
                 if hasattr(node, "validate_repeat"):
                     node.validate_repeat(self.repeat, where)
         require_choice(f"{path}.residual", self.residual, RESIDUALS)
+        own = self.attention
+        require(
+            own is None or len(own) == len(self.pattern),
+            f"{path}.attention",
+            own,
+            f"one attention for each of the {len(self.pattern)} blocks, or None",
+        )
+        for i, attention in enumerate(own or ()):
+            require_attention(attention, f"{path}.attention[{i}]")
+
+    def attentions(self, default) -> tuple[Any, ...]:
+        """The attention config of each block; `default` is the model's."""
+        return self.attention or (default,) * len(self.pattern)
 
     def validate_dim(self, dim, path):
         """Checks that need the model width."""
+        for i, attention in enumerate(self.attention or ()):
+            own: Any = attention
+            own.validate_dim(dim, f"{path}.attention[{i}]")
         for i, ffn in enumerate(self.pattern):
             config: Any = ffn
             if hasattr(config, "validate_dim"):
@@ -60,8 +77,19 @@ class Segment(Config):
 
     def init_cache(self, attention, dim, batch, length, dtype):
         """A decoding cache: per pattern position, leading dim `repeat`."""
-        one = [attention.init_cache(dim, batch, length, dtype) for _ in self.pattern]
+        own = self.attentions(attention)
+        one = [a.init_cache(dim, batch, length, dtype) for a in own]
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.repeat, *a.shape)), one)
+
+
+def require_attention(attention: Any, path: str) -> None:
+    """Check that a config is an attention: it makes a layer and a decoding cache."""
+    require(
+        hasattr(attention, "init_cache"),
+        path,
+        type(attention).__name__,
+        "an attention config such as Attention or LatentAttention",
+    )
 
 
 class SegmentStack(nnx.Module):
@@ -71,7 +99,8 @@ class SegmentStack(nnx.Module):
         rngs = nnx.Rngs(params=key)
         options = {"norm_eps": norm_eps, "residual": cfg.residual}
         self.blocks = nnx.List(
-            Block(ffn, attention, dim, rngs, **options) for ffn in cfg.pattern
+            Block(ffn, own, dim, rngs, **options)
+            for ffn, own in zip(cfg.pattern, cfg.attentions(attention), strict=True)
         )
 
     def __call__(self, x_BLD, ctx, cache):

@@ -135,13 +135,14 @@ def _activations(program: Program) -> list[Traffic]:
     rows = [
         Traffic("tensor", "activations summed", times * sums * 2 * stream * _share(n))
     ]
-    attention = model.attention
-    heads = attention.heads if attention.kv_heads is None else attention.kv_heads
-    width = 2 * heads * attention.width(model.dim) / n
+    width = sum(
+        segment.repeat * attention.key_width(model.dim)
+        for segment in model.layers
+        for attention in segment.attentions(model.attention)
+    )
     parts = mesh.shape["seq"]
-    keys = tokens * parts * width * itemsize * _share(parts)
-    passes = layers * _passes(program)
-    rows.append(Traffic("seq", "keys and values", times * passes * keys))
+    keys = tokens * parts * width / n * itemsize * _share(parts)
+    rows.append(Traffic("seq", "keys and values", times * _passes(program) * keys))
     return rows
 
 

@@ -14,7 +14,8 @@ import pytest
 from moex import cli
 from moex.compress import convert
 from moex.compress.calibrate import second_moments
-from moex.compress.convert import ToLatent, convert_params, latent_model, write_run
+from moex.compress.convert import write_run
+from moex.compress.to_latent import ToLatent, convert_params, latent_model
 from moex.config import ConfigError, to_dict
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
@@ -241,7 +242,8 @@ def test_what_cannot_be_converted():
         (("--rank=0",), "--rank: must be at least 1, not 0"),
         (("--calibration=4",), "--calibration: is for --whiten; give both."),
         (("--config.steps=1",), "convert takes the config of the run."),
-        (("--to=moe",), "--to: invalid choice: 'moe'"),
+        (("--to=small",), "--to: invalid choice: 'small'"),
+        (("--to=moe",), "--group: is for --to=latent."),
     ],
 )
 def test_refusals(moex, folder, tmp_path, args, message):

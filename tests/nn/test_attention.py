@@ -11,7 +11,8 @@ from flax import nnx
 
 from moex.config import ConfigError, check
 from moex.nn import attention, attention_blocks
-from moex.nn.attention import Attention, attend, choose, rotary
+from moex.nn.attention import Attention, attend, choose
+from moex.nn.rope import rotary
 from tests.helpers import context, mesh_of, split_module
 from tests.tolerances import assert_close
 

@@ -130,8 +130,14 @@ def test_norm_by_hand(dtype):
     ("fields", "message"),
     [
         ({"dim": 0}, "config.model.dim = 0"),
-        ({"dim": 18}, r"dim = 18: must be heads = 4 times an even head width"),
-        ({"dim": 12}, r"dim = 12: must be heads = 4 times an even head width"),
+        (
+            {"dim": 18},
+            r"heads = 4: must be so many that dim = 18 is heads times an even width",
+        ),
+        (
+            {"dim": 12},
+            r"heads = 4: must be so many that dim = 12 is heads times an even width",
+        ),
         ({"vocab": 1}, "vocab = 1: must be at least 2"),
         ({"norm_eps": 0.0}, "norm_eps = 0.0: must be above 0"),
         ({"layers": ()}, "layers = .*must be not empty"),

@@ -88,6 +88,7 @@ class TopK(FixedK):
     jitter: float = 0.0  # training: inputs times a uniform of [1 - jitter, 1 + jitter]
     noise: float = 0.0  # training: standard deviation of noise on the logits
     init_std: float = 0.02  # standard deviation of the initial router weights
+    logit_bias: bool = False  # a learned bias of the logits (GPT-OSS)
 
     def validate(self, path):
         FixedK.validate(self, path)
@@ -123,7 +124,8 @@ class TopKRouter(nnx.Module):
     gradient reaches it. Ties go to the lowest expert. Noise moves selection and gates
     of training steps; the reported logits are without it.
 
-    Parameters: w_DE [D, E]; bias_E float32 [E], state that the train step moves.
+    Parameters: w_DE [D, E]; with `logit_bias` bias_logits_E [E]; bias_E float32 [E],
+    state that the train step moves.
 
     Source: Shazeer et al. 2017, arXiv:1701.06538 (top-k gating; theirs normalises
     "after" selection and has learned noise); jitter: Fedus et al. 2021,
@@ -140,6 +142,9 @@ class TopKRouter(nnx.Module):
         self.groups = groups and (groups.num, groups.keep, groups.score)
         self.wants_margins = cfg.bias_rule == "quantile"
         self.w_DE = param(rngs, (dim, num_experts), ("embed", None), std=cfg.init_std)
+        self.bias_logits_E: nnx.Param | None = (
+            param(rngs, (num_experts,), (None,), value=0.0) if cfg.logit_bias else None
+        )
         # One assignment: nnx fixes at the first whether an attribute holds arrays.
         self.bias_E: RouterState | None = (
             None
@@ -152,7 +157,7 @@ class TopKRouter(nnx.Module):
         )
 
     def __call__(self, x_TD, ctx) -> Routing:
-        logits_TE = router_logits(x_TD, self.w_DE[...])
+        logits_TE = self._logits(x_TD)
         scores = live = router_scores(logits_TE, self.score)
         noisy = self._noisy(x_TD, logits_TE, ctx)
         if noisy is not None:
@@ -178,6 +183,12 @@ class TopKRouter(nnx.Module):
             sums=self._margins(choice_TE, live.score_TE, ctx),
         )
 
+    def _logits(self, x_TD):
+        logits_TE = router_logits(x_TD, self.w_DE[...])
+        if self.bias_logits_E is not None:
+            logits_TE += self.bias_logits_E[...][None]
+        return logits_TE
+
     def _noisy(self, x_TD, logits_TE, ctx):
         """Logits with jitter and noise, or None where there is neither."""
         if ctx.key is None or (self.jitter == 0 and self.noise == 0):
@@ -188,7 +199,7 @@ class TopKRouter(nnx.Module):
             x_TD *= jax.random.uniform(
                 for_jitter, x_TD.shape, minval=1 - self.jitter, maxval=1 + self.jitter
             )
-            logits_TE = router_logits(x_TD, self.w_DE[...])
+            logits_TE = self._logits(x_TD)
         if self.noise > 0:
             noise_TE = jax.random.normal(for_noise, logits_TE.shape)
             logits_TE = logits_TE + self.noise * noise_TE

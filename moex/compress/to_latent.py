@@ -1,0 +1,177 @@
+"""Latent experts in a model: its config, and its parameters.
+
+The mathematics of one layer is in `latent.py`; reading and writing runs in
+`convert.py`.
+
+R copies of a layer · D model width
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from moex.compress.latent import Factoring, convert_experts
+from moex.config import ConfigError, require
+from moex.moe.chain import Chain
+from moex.moe.experts.glu import Glu
+from moex.moe.experts.latent import Latent
+from moex.moe.layer import MoE
+from moex.moe.narrow import Narrow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToLatent:
+    """Latent experts in every MoE layer.
+
+    Attributes:
+      group: experts that share a space, >= 1.
+      latent: width Z of the shared spaces; None: the width of the experts.
+      ops: which of "gate", "up", "down" are factored.
+      rank: see `Factoring`.
+      refit: see `Factoring`.
+      calibration: training sequences whose second moments whiten the inputs of gate
+        and up; 0: plain weights.
+      sequences: held-out sequences that score the run before and after; 0: none.
+    """
+
+    group: int
+    latent: int | None = None
+    ops: tuple[str, ...] = ("gate", "up")
+    rank: int | None = None
+    refit: bool = False
+    calibration: int = 0
+    sequences: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One MoE of a model config.
+
+    Attributes:
+      path: of its module, as in the parameters.
+      where: of its config, for messages.
+      moe: its config; part of the model config, not a copy.
+      number: of the layer in the first copy of its segment.
+      stride: from copy to copy.
+    """
+
+    path: tuple[str, ...]
+    where: str
+    moe: MoE
+    number: int
+    stride: int
+
+
+def check_latent(options: ToLatent) -> None:
+    """Raise `ConfigError` if a number is out of range."""
+    for name in ("group", "latent", "rank"):
+        value = getattr(options, name)
+        require(value is None or value >= 1, f"--{name}", value, "at least 1")
+    for name in ("calibration", "sequences"):
+        value = getattr(options, name)
+        require(value >= 0, f"--{name}", value, ">= 0")
+
+
+def sites(model) -> list[Site]:
+    """Every MoE of an `LM` config, in order, also inside `Chain` and `Narrow`."""
+    found, number = [], 0
+    for i, segment in enumerate(model.layers):
+        stride = len(segment.pattern)
+        for j, ffn in enumerate(segment.pattern):
+            path: tuple[str, ...] = ("segments", str(i), "blocks", str(j), "ffn")
+            where = f"config.model.layers[{i}].pattern[{j}]"
+            while isinstance(ffn, Narrow):
+                ffn, path, where = ffn.inner, (*path, "inner"), f"{where}.inner"
+            if isinstance(ffn, Chain):
+                ffn, where = ffn.moe, f"{where}.moe"
+            if isinstance(ffn, MoE):
+                found.append(Site(path, where, ffn, number + j, stride))
+        number += segment.repeat * stride
+    return found
+
+
+def latent_model(model, options: ToLatent):
+    """A copy of an `LM` config with latent experts.
+
+    Raises:
+      ConfigError: if there is no MoE, or one whose experts are not plain SwiGLU.
+    """
+    model = dataclasses.replace(model)  # nested configs are copied
+    found = sites(model)
+    if not found:
+        raise ConfigError(
+            "config.model: has no MoE layer; there is nothing to convert. With "
+            "--experts and --k its dense layers become MoE layers first."
+        )
+    for site in found:
+        experts: Any = site.moe.experts
+        plain = isinstance(experts, Glu) and experts.activation == "silu"
+        if not plain or experts.bias:
+            raise ConfigError(
+                f"{site.where}.experts = {experts!r}: must be Glu(activation='silu', "
+                "bias=False); only plain SwiGLU experts become latent ones."
+            )
+        site.moe.experts = Latent(
+            hidden=experts.hidden,
+            latent=options.latent or experts.hidden,
+            group=options.group,
+            ops=tuple(options.ops),
+        )
+    return model
+
+
+def convert_params(params, model, options: ToLatent, moments):
+    """`(params, errors)` with the experts of every MoE of `model` as latent ones.
+
+    Args:
+      params: nested dict of arrays of the old model; not changed.
+      model: the new `LM` config.
+      options: `ToLatent`.
+      moments: {path of a layer: float64[R, D, D]}, or empty.
+
+    Returns:
+      The new nested dict, and one dict per layer, operator and group: {"layer", "op",
+      "group", "error", "tail", "output_error"}.
+    """
+    errors = []
+    for site in sites(model):
+        latent: Any = site.moe.experts
+        how = Factoring(
+            latent=latent.latent,
+            group=latent.group,
+            rank=options.rank,
+            refit=options.refit,
+        )
+        old = jax.device_get(at_path(params, site.path)["experts"])
+        moment_RDD = moments.get("/".join(site.path))
+        layers = []
+        for r in range(len(old["w_out_EFD"])):
+            weights = {name: value[r] for name, value in old.items()}
+            moment_DD = None if moment_RDD is None else moment_RDD[r]
+            made, lost = convert_experts(weights, latent.ops, how, moment_DD)
+            layers.append(made)
+            errors += [
+                {"layer": site.number + r * site.stride, "op": op, "group": g}
+                | dataclasses.asdict(error)
+                for op, by_group in lost.items()
+                for g, error in enumerate(by_group)
+            ]
+        stacked = {name: np.stack([w[name] for w in layers]) for name in layers[0]}
+        params = with_path(params, (*site.path, "experts"), stacked)
+    return params, sorted(errors, key=lambda row: row["layer"])
+
+
+def at_path(tree, path):
+    """What is at `path` in a nested dict."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def with_path(tree, path, value):
+    """A nested dict with `value` at `path`; what is not on the path is shared."""
+    if not path:
+        return value
+    return tree | {path[0]: with_path(tree[path[0]], path[1:], value)}

@@ -1,0 +1,207 @@
+"""Upcycling: a dense feed-forward as experts that compute the same function.
+
+Pure functions of numpy arrays and configs of one layer. Which layers of a model, and
+its parameters: `to_moe.py`.
+
+C copies of the feed-forward · g slices of a copy · E = C * g experts · D model width ·
+F hidden width, of one expert F / g
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from moex.config import ConfigError, require, require_choice
+from moex.moe.experts.glu import Glu
+from moex.moe.layer import MoE, split_experts
+from moex.moe.routers.topk import TopK
+from moex.nn.mlp import Dense
+
+SCALES = ("gates", "weights")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Upcycle:
+    """What becomes of a dense feed-forward of width F.
+
+    `experts` copies of it, of which a token uses `k`; each is cut into `split` slices
+    of width F / split, which are the experts of the new layer: experts * split of them,
+    k * split per token. Its FLOPs are those of k dense feed-forwards.
+
+    Attributes:
+      experts: copies C, >= 1.
+      k: copies that a token uses, in [1, experts].
+      split: slices g of a copy, a divisor of F.
+      noise: standard deviation of what is added to every weight of the experts, over
+        that of its matrix; >= 0.
+      reinit: share of the hidden columns of every expert that is drawn again, in
+        [0, 1].
+      scale: what makes up for gates that are g times too small: a factor on the
+        "gates" (`TopK.scale`; the weights are those of the dense layer), or on the
+        output "weights" (no factor in the router).
+      layers: "all", "every:N", "last:N", or numbers, "0,3": see `chosen_layers`.
+      seed: of routers, noise and columns, >= 0.
+      sequences: held-out sequences that score the run before and after; 0: none.
+    """
+
+    experts: int
+    k: int
+    split: int = 1
+    noise: float = 0.0
+    reinit: float = 0.0
+    scale: str = "gates"
+    layers: str = "all"
+    seed: int = 0
+    sequences: int = 256
+
+    @property
+    def exact(self) -> bool:
+        """Whether the new model computes what the old one did."""
+        return self.noise == 0 and self.reinit == 0
+
+
+def check_upcycle(options: Upcycle) -> None:
+    """Raise `ConfigError` if a number is out of range, whatever the model."""
+    for name in ("experts", "k", "split"):
+        value = getattr(options, name)
+        require(value >= 1, f"--{name}", value, "at least 1")
+    most = f"at most --experts = {options.experts}"
+    require(options.k <= options.experts, "--k", options.k, most)
+    finite = 0 <= options.noise < math.inf
+    require(finite, "--noise", options.noise, "finite and >= 0")
+    require(0 <= options.reinit <= 1, "--reinit", options.reinit, "in [0, 1]")
+    require_choice("--scale", options.scale, SCALES)
+    for name in ("seed", "sequences"):
+        value = getattr(options, name)
+        require(value >= 0, f"--{name}", value, ">= 0")
+
+
+def chosen_layers(layers: str, dense: list[int]) -> list[int]:
+    """Numbers of the layers that become MoE layers.
+
+    Args:
+      layers: "all"; "every:N", the N-th dense layer and every N-th after it; "last:N",
+        the last N dense layers; or numbers between commas, counted from 0 over all
+        layers of the model.
+      dense: numbers of the dense layers, rising.
+
+    Raises:
+      ConfigError: if it is none of these, or names a layer that is not dense.
+    """
+    kind, _, count = layers.partition(":")
+    if layers == "all":
+        return dense
+    if kind in ("every", "last"):
+        fits = count.isdecimal() and 1 <= int(count) <= len(dense)
+        allowed = f"{kind}:N with N in [1, {len(dense)}], the number of dense layers"
+        require(fits, "--layers", layers, allowed)
+        n = int(count)
+        return dense[n - 1 :: n] if kind == "every" else dense[-n:]
+    parts = layers.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(
+            f"--layers = {layers!r}: must be all, every:N, last:N or numbers of layers "
+            "such as 0,3."
+        )
+    for number in map(int, parts):
+        allowed = "among the dense layers, " + ", ".join(map(str, dense))
+        require(number in dense, "--layers", number, allowed)
+    return sorted(set(map(int, parts)))
+
+
+def moe_of_dense(dense: Dense, options: Upcycle, where: str) -> MoE:
+    """The config of the layer that a dense one becomes.
+
+    Raises:
+      ConfigError: if `split` does not divide its width.
+    """
+    require(
+        dense.hidden % options.split == 0,
+        "--split",
+        options.split,
+        f"a divisor of {where}.hidden = {dense.hidden}",
+    )
+    moe = MoE(
+        num_experts=options.experts,
+        router=TopK(k=options.k),
+        experts=Glu(hidden=dense.hidden),
+    )
+    moe = split_experts(moe, options.split)
+    router: Any = moe.router
+    if options.scale == "gates":
+        router.scale = float(options.split)
+    return moe
+
+
+def layer_of_dense(weights: dict, options: Upcycle, number: int) -> dict:
+    """Parameters of a `DenseLayer` as those of the layer of `moe_of_dense`.
+
+    The order of the experts is copy by copy: expert c * g + s is slice s of copy c. A
+    dense feed-forward is the sum of its slices, so the function is the same if every
+    token gets k whole copies and the gates of the slices of one number sum to 1:
+
+    - The slices of a copy have equal router weights (a virtual group), so they have
+      equal logits, and a copy is chosen as a whole. Copies tie where their logits are
+      equal, as for a token that is zero: ties go to the lowest expert, and in this
+      order the lowest k * g experts are k whole copies.
+    - The gates sum to 1 after selection, so those of the slices of one number sum to
+      1 / g, whatever the router says of the copies. The factor g of `Upcycle.scale`
+      makes this 1.
+
+    So it is exact, up to the rounding of float32, for any router weights, k, split and
+    input, without noise and drawn columns, and until the first optimizer step. With
+    split > 1 there is one exception, of measure zero: a token for which two copies have
+    logits closer than the rounding of a matrix product, but not equal, may get slices
+    of both. After the first step slices of all copies are chosen freely. Padding is
+    not routed: it gets 0, and no valid token looks at it.
+
+    Drawn columns are another random subset in every expert, the same in gate, up and
+    down; they are normal, with mean 0 and the standard deviation of the dense matrix.
+
+    Args:
+      weights: {"w_in_D2F", "w_out_FD"}.
+      options: `Upcycle`.
+      number: of the layer in the model: every layer has its own random numbers, which
+        do not depend on what other layers become.
+
+    Returns:
+      {"router": {"w_DE"}, "experts": {"w_in_ED2F", "w_out_EFD"}}, float32.
+
+    Source: Komatsuzaki et al. 2022, arXiv:2212.05055 (sparse upcycling); He et al.
+    2024, arXiv:2410.07524 (virtual groups and scaling; their router normalises before
+    selection); Nakamura et al. 2025, arXiv:2502.19261 (drop-upcycling).
+    """
+    w_in_D2F = np.asarray(weights["w_in_D2F"], np.float32)
+    w_out_FD = np.asarray(weights["w_out_FD"], np.float32)
+    C, g = options.experts, options.split
+    D, _, F = w_in_D2F.shape
+    w_in_gD2F = np.moveaxis(w_in_D2F.reshape(D, 2, g, F // g), 2, 0)
+    w_in_ED2F = np.tile(w_in_gD2F, (C, 1, 1, 1))
+    w_out_EFD = np.tile(w_out_FD.reshape(g, F // g, D), (C, 1, 1))
+    std_21 = w_in_D2F.std(axis=(0, 2))[:, None]  # of gate and up, each its own
+    std = w_out_FD.std()
+    if options.noise:
+        rng = np.random.default_rng((options.seed, number, 0))
+        w_in_ED2F += options.noise * std_21 * _normal(rng, w_in_ED2F.shape)
+        w_out_EFD += options.noise * std * _normal(rng, w_out_EFD.shape)
+    if options.reinit:
+        rng = np.random.default_rng((options.seed, number, 1))
+        n = round(options.reinit * (F // g))
+        for e in range(C * g):
+            column_n = rng.choice(F // g, n, replace=False)
+            w_in_ED2F[e][:, :, column_n] = std_21 * _normal(rng, (D, 2, n))
+            w_out_EFD[e][column_n] = std * _normal(rng, (n, D))
+    if options.scale == "weights":
+        w_out_EFD *= g
+    rng = np.random.default_rng((options.seed, number, 2))
+    w_DC = TopK(k=1).init_std * _normal(rng, (D, C))
+    return {
+        "router": {"w_DE": np.repeat(w_DC, g, axis=1)},
+        "experts": {"w_in_ED2F": w_in_ED2F, "w_out_EFD": w_out_EFD},
+    }
+
+
+def _normal(rng, shape):
+    return rng.standard_normal(shape, np.float32)

@@ -1,0 +1,149 @@
+"""Tensors of a folder as parts of stacked, sharded arrays, and back, a slice at a time.
+
+Nothing here holds more than one device's part of one parameter: a shard asks for the
+slices of the tensors that it consists of, and a tensor for the slices of the shards
+that it lies in.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from moex.interop.names import Piece
+
+Ranges = list[tuple[int, int]]
+
+
+def load_array(shape, dtype, sharding, pieces: Sequence[Piece], folder) -> jax.Array:
+    """One of our arrays, each shard read in its place.
+
+    Args:
+      shape, dtype: of the whole array.
+      sharding: where its parts go.
+      pieces: all that it consists of.
+      folder: `Folder` or `Dequantised`.
+    """
+
+    def part(index) -> np.ndarray:
+        ranges = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+        out = np.empty([stop - start for start, stop in ranges], dtype)
+        for piece in pieces:
+            window = _window(piece, ranges)
+            if window is not None:
+                here, inside = window
+                values = read_part(piece, inside, folder)
+                if piece.factor != 1.0:
+                    values = values.astype(np.float32) * piece.factor
+                out[here] = values
+        return out
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _window(piece: Piece, ranges: Ranges):
+    """(index into the shard, ranges of the piece as ours has it), or None if outside.
+
+    Args:
+      piece: of the array.
+      ranges: (start, stop) of the shard in each dim of the array.
+    """
+    here: list[int | slice] = []
+    inside: Ranges = []
+    for dim, (start, stop) in enumerate(ranges):
+        at = piece.index[dim] if dim < len(piece.index) else slice(None)
+        if isinstance(at, slice):
+            here.append(slice(None))
+            inside.append((start, stop))
+        elif start <= at < stop:
+            here.append(at - start)
+        else:
+            return None
+    return tuple(here), inside
+
+
+def read_part(piece: Piece, ranges: Ranges, folder) -> np.ndarray:
+    """A part of a tensor in our order of dims.
+
+    Args:
+      piece: of the tensor.
+      ranges: (start, stop) in each dim of the piece as ours has it.
+      folder: `Folder` or `Dequantised`.
+    """
+    wanted: Ranges = [(0, 0)] * len(piece.split)
+    for ours, theirs in enumerate(piece.order):
+        wanted[theirs] = ranges[ours]
+    # Of dims that are joined to one in the folder, the outermost is a range there.
+    index, shape, rest = [], [], []
+    for group in joined(piece):
+        sizes = [piece.split[i] for i in group]
+        lead = next((j for j, size in enumerate(sizes) if size > 1), 0)
+        start, stop = wanted[group[lead]]
+        inner = math.prod(sizes[lead + 1 :])
+        index.append(slice(start * inner, stop * inner))
+        for j, i in enumerate(group):
+            whole = j == lead
+            shape.append(stop - start if whole else sizes[j])
+            rest.append(slice(None) if whole else slice(*wanted[i]))
+    values = folder.read(piece.name, tuple(index))
+    return values.reshape(shape)[tuple(rest)].transpose(piece.order)
+
+
+def joined(piece: Piece) -> list[list[int]]:
+    """Which dims of `split` make up each dim of the tensor, in order."""
+    groups: list[list[int]] = []
+    i = 0
+    for number, size in enumerate(piece.shape):
+        group = [i]
+        i += 1
+        while math.prod(piece.split[j] for j in group) != size:
+            group.append(i)
+            i += 1
+        groups.append(group)
+        left = len(piece.shape) - number - 1
+        # Dims of 1 that no later dim of the tensor is waiting for.
+        while i < len(piece.split) - left and piece.split[i] == 1:
+            group.append(i)
+            i += 1
+    return groups
+
+
+def tensor_of(piece: Piece, array: jax.Array, dtype) -> np.ndarray:
+    """A tensor of a folder from the shards that it lies in.
+
+    Args:
+      piece: of the tensor.
+      array: ours, all of it on devices of this process.
+      dtype: of the tensor.
+    """
+    sizes = [piece.split[i] for i in piece.order]
+    out = np.empty(sizes, array.dtype)
+    done = set()
+    for shard in array.addressable_shards:
+        ranges = [
+            s.indices(n)[:2] for s, n in zip(shard.index, array.shape, strict=True)
+        ]
+        window = _window(piece, ranges)
+        if window is None or tuple(ranges) in done:
+            continue
+        done.add(tuple(ranges))
+        here, inside = window
+        starts = [at if isinstance(at, int) else 0 for at in here]
+        lengths = [
+            1 if isinstance(at, int) else stop - start
+            for at, (start, stop) in zip(here, ranges, strict=True)
+        ]
+        part = np.asarray(_take(shard.data, starts, tuple(lengths)))
+        own = [stop - start for start, stop in inside]
+        out[tuple(slice(*r) for r in inside)] = part.reshape(own)
+    values = out.transpose(np.argsort(piece.order)).reshape(piece.shape)
+    if piece.factor != 1.0:
+        values = values / np.float32(piece.factor)
+    return np.ascontiguousarray(values).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _take(array, starts, lengths):
+    return jax.lax.dynamic_slice(array, starts, lengths)

@@ -1,0 +1,245 @@
+"""A Hugging Face checkpoint folder, read as a stream of tensors.
+
+A folder is config.json and weights in the safetensors format: model.safetensors, or
+shards and model.safetensors.index.json. `Folder.open` checks the whole folder from
+the headers alone, so that a broken download fails before any tensor is read.
+
+The safetensors library checks every file. The bytes are then read through a memory
+map of one tensor, because the library gives NumPy no float8, and refuses slices that
+NumPy allows (empty ones, and ones that reach over the end).
+
+Not here: quantised tensors (`dequantise.py`), writing a folder (`writing.py`), what a
+tensor's name means.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from moex.config import ConfigError, nearest
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth")
+
+# What travels with a model, besides its weights.
+EXTRA_FILES = (
+    *(CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("tokenizer.model", "chat_template.jinja", "chat_template.json"),
+)
+
+# The format's names of the types that NumPy and ml_dtypes have. Packed types of less
+# than a byte (F4, F6) are left out: an array cannot view them.
+DTYPES: dict[str, np.dtype] = {
+    **{"F64": np.dtype(np.float64), "F32": np.dtype(np.float32)},
+    **{"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)},
+    **{"I64": np.dtype(np.int64), "I32": np.dtype(np.int32)},
+    **{"I16": np.dtype(np.int16), "I8": np.dtype(np.int8)},
+    **{"U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32)},
+    **{"U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8)},
+    **{"BOOL": np.dtype(np.bool_), "C64": np.dtype(np.complex64)},
+    **{"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)},
+    **{"F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)},
+    **{"F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu)},
+}
+
+Index = tuple[slice | int, ...]
+
+
+class Entry(NamedTuple):
+    """Where one tensor lies: file name, type, shape, and its first byte."""
+
+    file: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Folder:
+    """A checkpoint folder that was found whole; make one with `Folder.open`."""
+
+    path: Path
+    config: dict[str, Any]  # config.json
+    entries: dict[str, Entry]  # by the name of the tensor
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Check a folder and list its tensors; reads headers only.
+
+        Files may be symbolic links, because a snapshot in the hub's cache is made of
+        them; names in the index may not lead out of the folder.
+
+        Raises:
+          ConfigError: for a folder or file that is missing or broken, for weights
+            that are only there as pickles, and for an index and shards that disagree.
+        """
+        path = Path(path).expanduser()
+        if not path.is_dir():
+            what = "is a file, not a folder" if path.exists() else "does not exist"
+            raise ConfigError(f"The checkpoint folder {path} {what}.")
+        config = _read_json(path / CONFIG)
+        weight_map = _weight_map(path)
+        files = sorted(set(weight_map.values())) if weight_map else [SINGLE]
+        entries: dict[str, Entry] = {}
+        for file in files:
+            for name, entry in _header(path / file).items():
+                if name in entries:
+                    raise ConfigError(
+                        f"{path}: the tensor {name!r} is in two shards, "
+                        f"{entries[name].file} and {file}."
+                    )
+                entries[name] = entry
+        if weight_map is not None:
+            _check_index(path, weight_map, entries)
+        return cls(path, config, entries)
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all tensors."""
+        return set(self.entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type of a tensor; bfloat16 and float8 are those of ml_dtypes."""
+        return self._entry(name).dtype
+
+    def file_of(self, name: str) -> Path:
+        """The file that a tensor lies in."""
+        return self.path / self._entry(name).file
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """A tensor, or the part `index` of it, as a new array in memory.
+
+        Only the pages that hold the part are read. `index` is as NumPy's: integers
+        drop an axis, missing axes are taken whole.
+        """
+        entry = self._entry(name)
+        if 0 in entry.shape:  # no bytes: nothing that could be mapped
+            return np.empty(entry.shape, entry.dtype)[index or ()]
+        # Mapped anew for every read: pages of a large folder do not pile up in memory.
+        file = self.path / entry.file
+        mapped = np.memmap(file, entry.dtype, "r", entry.offset, entry.shape)
+        return np.array(mapped[index or ()])
+
+    def close(self) -> None:
+        """Does nothing, as no file stays open; for `with` and for a later change."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise ConfigError(
+                f"{self.path} has no tensor {name!r}.{nearest(name, self.entries)}"
+            )
+        return self.entries[name]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    if not file.is_file():
+        raise ConfigError(f"{file.parent}: has no {file.name}.")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:  # of JSON and of UTF-8
+        raise ConfigError(f"{file} is not JSON: {e}.") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: must hold an object, not a {type(data).__name__}.")
+    return data
+
+
+def _weight_map(path: Path) -> dict[str, str] | None:
+    """The index's file name by tensor; None for a folder with a single file."""
+    single, index = (path / SINGLE).is_file(), path / INDEX
+    if single and index.is_file():
+        # One of the two is left over, and which one cannot be seen.
+        raise ConfigError(f"{path}: has both {SINGLE} and {INDEX}; remove one.")
+    if single:
+        return None
+    if not index.is_file():
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
+        if pickles and not any(path.glob("*.safetensors")):
+            raise ConfigError(
+                f"{path}: has its weights as a pickle only ({pickles[0]}), which is "
+                "not read: unpickling runs code that the file contains. Convert it "
+                "with save_pretrained(safe_serialization=True) of transformers."
+            )
+        raise ConfigError(f"{path}: has neither {SINGLE} nor {INDEX}.")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"{index}: has no weight_map of tensor names to files.")
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and not set(file) & set("/\\:\0")
+        if not plain or not file.endswith(".safetensors"):
+            raise ConfigError(
+                f"{index}: the file of tensor {name!r} is {file!r}; must be the plain "
+                "name of a .safetensors file in the same folder."
+            )
+        if not (path / file).is_file():
+            raise ConfigError(
+                f"{index}: the shard {file} of tensor {name!r} is missing."
+            )
+    return weight_map
+
+
+def _header(file: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file."""
+    try:
+        # The library checks the file: its length, and that no tensors overlap.
+        with safe_open(file, framework="numpy"):
+            pass
+        with open(file, "rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(size))
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ConfigError(
+            f"{file} is truncated or is not a safetensors file: {e}"
+        ) from None
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, item in header.items():
+        dtype = DTYPES.get(item["dtype"])
+        if dtype is None:
+            raise ConfigError(
+                f"{file}: the tensor {name!r} is of type {item['dtype']}; must be one "
+                f"of {', '.join(DTYPES)}."
+            )
+        offset = 8 + size + item["data_offsets"][0]
+        entries[name] = Entry(file.name, dtype, tuple(item["shape"]), offset)
+    return entries
+
+
+def _check_index(
+    path: Path, weight_map: dict[str, str], entries: dict[str, Entry]
+) -> None:
+    """Raise `ConfigError` if the index and the shards differ."""
+    for name, file in weight_map.items():
+        if name not in entries or entries[name].file != file:
+            raise ConfigError(
+                f"{path / file}: has no tensor {name!r}, but {INDEX} says so."
+            )
+    for name, entry in entries.items():
+        if name not in weight_map:
+            raise ConfigError(
+                f"{path / entry.file}: the tensor {name!r} is not in {INDEX}."
+            )
+
+
+def extra_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The files that travel with a model (tokenizer, config) and are in `folder`."""
+    return [p for p in (Path(folder, n) for n in EXTRA_FILES) if p.is_file()]

@@ -1,0 +1,291 @@
+"""`moex import-hf` and `moex export-hf`: runs from and to Hugging Face folders.
+
+The folder's own files (config, tokenizer, generation config) are kept in `RUN/hf`, with
+the dtype of every tensor, so that an export gives back what came in.
+"""
+
+import json
+import math
+import pathlib
+import shutil
+import uuid
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from moex.compress.convert import write_run
+from moex.config import ConfigError, nearest
+from moex.data.files import atomic_write
+from moex.data.pipeline import Data
+from moex.data.tokenizer import SavedTokenizer, TokenizerFile
+from moex.flags import load_config as load_config_flags
+from moex.interop.arrays import load_array, tensor_of
+from moex.interop.dequantise import reader
+from moex.interop.families import (
+    FAMILIES,
+    find_family,
+    is_unused,
+    read_model,
+)
+from moex.interop.folder import Folder, extra_files
+from moex.interop.names import Piece, pieces
+from moex.interop.native import closest, inference
+from moex.interop.writing import Tensor, write
+from moex.optim import AdamW, Optim, flat_paths
+from moex.run import Checkpoint, Eval, Log, Loss, check_run
+from moex.sharding import MeshConfig
+from moex.train.job import load_config, load_run, make_job
+
+KEPT = "hf"  # folder of a run
+RECORD = "import.json"
+
+
+def import_hf(
+    folder,
+    out,
+    config_args: list[str] = (),  # type: ignore[assignment]
+    *,
+    tokenizer=None,
+    doc_token: str | None = None,
+    say=print,
+) -> dict:
+    """Write a run directory that holds the model of a folder, at step 0.
+
+    Every check comes before anything is read, and all is written beside `out` first:
+    an error leaves no run behind.
+
+    Args:
+      folder: with `config.json` and safetensors.
+      out: the run directory; must not exist or be empty.
+      config_args: `--config.a.b=value` on the run config, such as the mesh.
+      tokenizer: file to use in place of the folder's `tokenizer.json`.
+      doc_token: token between documents; None: the end-of-text token of the folder.
+      say: called with each line of news.
+
+    Returns:
+      What is written to `RUN/hf/import.json`.
+
+    Raises:
+      ConfigError: for a user's mistake or a broken folder, naming file and tensor.
+    """
+    out = pathlib.Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out={out}: must be new or an empty folder.")
+    with Folder.open(folder) as opened:
+        source = reader(opened)
+        where = str(opened.path / "config.json")
+        family = find_family(where, opened.config)
+        model = read_model(where, opened.config)
+        wanted = pieces(model, family.names)
+        unused = check_tensors(source, wanted, family, model, opened.config)
+        file = _tokenizer_file(opened.path, tokenizer)
+        doc_token = doc_token or _doc_token(opened.path, opened.config, file)
+        cfg = _run_config(model, opened.config, config_args)
+        cfg.data.tokenizer = TokenizerFile(path=str(file), doc_token=doc_token)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            job = make_job(cfg, log=say)
+            for name in unused:
+                say(f"not used: {name}")
+            say(f"reading {len(wanted)} tensors of {opened.path}")
+            arrays = load_model(job, wanted, source)
+            kept = temporary / KEPT
+            kept.mkdir(parents=True)
+            for extra in extra_files(opened.path):
+                shutil.copyfile(extra, kept / extra.name)
+            record = {
+                "from": str(opened.path),
+                "model_type": opened.config["model_type"],
+                "dtypes": {p.name: source.dtype(p.name).name for p in wanted},
+                "unused": unused,
+            }
+            atomic_write(kept / RECORD, json.dumps(record, indent=1) + "\n")
+            saved = (out / "tokenizer").absolute()
+            cfg.data.tokenizer = SavedTokenizer(path=str(saved))
+            write_run(job, cfg, arrays, temporary)
+            if out.exists():
+                out.rmdir()
+            temporary.rename(out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return record
+
+
+def check_tensors(source, wanted: list[Piece], family, model, config) -> list[str]:
+    """Check names and shapes of all tensors.
+
+    Returns:
+      Those on the family's list of tensors that moex does not use, sorted.
+
+    Raises:
+      ConfigError: for a missing tensor, one of another shape, or one too many.
+    """
+    names, own = source.names, {p.name for p in wanted}
+    for piece in wanted:
+        if piece.name not in names:
+            raise ConfigError(
+                f"{source.path}: tensor {piece.name!r} is missing."
+                f"{nearest(piece.name, names - own)}"
+            )
+        shape = tuple(source.shape(piece.name))
+        if shape != piece.shape:
+            raise ConfigError(
+                f"{source.file_of(piece.name)}: tensor {piece.name!r} has shape "
+                f"{list(shape)}; config.json makes it {list(piece.shape)}."
+            )
+    extra = int(config.get("num_nextn_predict_layers") or 0)
+    unused = sorted(names - own)
+    for name in unused:
+        tied = model.tied_embeddings and name == "lm_head.weight"
+        if not tied and not is_unused(family, name, model.num_layers(), extra):
+            raise ConfigError(
+                f"{source.file_of(name)}: tensor {name!r} is one too many: a "
+                f"{config['model_type']} of this config.json has none."
+            )
+    return unused
+
+
+def load_model(job, wanted: list[Piece], source) -> dict:
+    """{"params", "state"} as `write_run` takes them, each array on its devices."""
+    by_path: dict[str, list[Piece]] = {}
+    for piece in wanted:
+        by_path.setdefault(piece.path, []).append(piece)
+    abstract = job.abstract_state()
+    used = set()
+
+    def load(path, leaf):
+        name = "/".join(str(k.key) for k in path)
+        used.add(name)
+        return load_array(leaf.shape, leaf.dtype, leaf.sharding, by_path[name], source)
+
+    arrays = {
+        part: jax.tree_util.tree_map_with_path(load, abstract[part])
+        for part in ("params", "state")
+    }
+    assert used == by_path.keys(), used ^ by_path.keys()
+    return arrays
+
+
+def _tokenizer_file(folder: pathlib.Path, given) -> pathlib.Path:
+    file = pathlib.Path(given) if given else folder / "tokenizer.json"
+    if not file.is_file():
+        hint = (
+            ""
+            if given
+            else (
+                " Give another with --tokenizer, or make it with transformers: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+            )
+        )
+        raise ConfigError(f"{file}: there is no such tokenizer file.{hint}")
+    return file
+
+
+def _doc_token(folder: pathlib.Path, config, file: pathlib.Path) -> str:
+    """The token that ends a document, by the folder's own files."""
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        token = json.loads(settings.read_text()).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token:
+            return token
+    number = config.get("eos_token_id")
+    number = number[0] if isinstance(number, list) else number
+    added = json.loads(file.read_text()).get("added_tokens", [])
+    for entry in added:
+        if number is not None and entry.get("id") == number:
+            return entry["content"]
+    raise ConfigError(
+        f"{folder}: names no end-of-text token; give it with --doc-token, one of "
+        f"{[entry['content'] for entry in added]}."
+    )
+
+
+def _run_config(model, config, config_args):
+    """A config to go on training with; small steps, as for a trained model."""
+    cfg = ml_collections.ConfigDict(convert_dict=False)
+    longest = int(config.get("max_position_embeddings") or 2048)
+    cfg.update(
+        {
+            **{"seed": 0, "steps": 1000, "batch_size": 8, "grad_accum": 1},
+            **{"seq_len": min(longest, 2048), "precision": "auto", "remat": "none"},
+            **{"scan_layers": True, "kernels": "auto", "nan_limit": 10},
+            **{"init_from": "", "model": model, "data": Data(), "loss": Loss()},
+            **{"mesh": MeshConfig(), "eval": Eval(), "checkpoint": Checkpoint()},
+            **{"log": Log()},
+            "optim": Optim(rule=AdamW(), lr=1e-5, warmup_steps=50, weight_decay=0.1),
+        }
+    )
+    cfg = load_config_flags(list(config_args), base=cfg)
+    check_run(cfg)
+    return cfg
+
+
+def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict]:
+    """(config.json, other files by name, dtype by tensor) of an export."""
+    kept = run / KEPT
+    if (kept / RECORD).is_file():
+        config = json.loads((kept / "config.json").read_text())
+        model = read_model(str(kept / "config.json"), config)
+        if inference(model) == inference(cfg.model):
+            config.pop("quantization_config", None)
+            files: dict[str, Any] = {f.name: f for f in extra_files(kept)}
+            record = json.loads((kept / RECORD).read_text())
+            return config, files, record["dtypes"]
+    tokenizer = run / "tokenizer" / "tokenizer.json"
+    files = {"tokenizer.json": tokenizer} if tokenizer.is_file() else {}
+    if files:
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        files["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
+    return closest(cfg.model), files, {}
+
+
+def export_hf(run, out, *, dtype: str | None = None, say=print) -> dict:
+    """Write a run's newest checkpoint as a folder that transformers loads.
+
+    An imported run leaves as its family, each tensor in the dtype it came in. Any other
+    run leaves as the closest family, or is refused with the reason.
+
+    Args:
+      run: run directory.
+      out: the folder; must not exist or be empty.
+      dtype: of all tensors; None: as imported, float32 for others.
+      say: called with each line of news.
+
+    Returns:
+      The `config.json` that is written.
+
+    Raises:
+      ConfigError: if no family has the model, or for a user's mistake.
+    """
+    run = pathlib.Path(run)
+    if jax.process_count() > 1:
+        raise ConfigError("export-hf: runs in one process; all shards must be here.")
+    if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype={dtype}: must be float32, bfloat16 or float16.")
+    cfg = load_config(run)
+    config, files, dtypes = _description(run, cfg)
+    family = FAMILIES[config["model_type"]]
+    wanted = pieces(cfg.model, family.names)
+    loaded = load_run(run, warn=say)
+    arrays = flat_paths(loaded.params) | flat_paths(loaded.state)
+    config["dtype"] = dtype or config.get("dtype") or "float32"
+    config.pop("torch_dtype", None)
+
+    def tensor(piece: Piece) -> Tensor:
+        kind = np.dtype(dtype or dtypes.get(piece.name, "float32"))
+        return Tensor(
+            piece.name,
+            piece.shape,
+            kind,
+            lambda: tensor_of(piece, arrays[piece.path], kind),
+        )
+
+    files["config.json"] = json.dumps(config, indent=2) + "\n"
+    write(out, [tensor(p) for p in wanted], files=files)
+    size = sum(math.prod(p.shape) for p in wanted)
+    say(f"{out}: {len(wanted)} tensors, {size:,} parameters, {config['model_type']}")
+    return config

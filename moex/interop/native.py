@@ -1,0 +1,185 @@
+"""Which family of transformers a moex model is, if any.
+
+Nothing is guessed: a `config.json` is written for each family that it could be, read
+back, and taken if the model that comes out is the one that went in.
+"""
+
+import dataclasses
+from typing import Any
+
+from moex.config import Config, ConfigError, children
+from moex.interop.families import FAMILIES, fold, read_model
+from moex.moe.layer import MoE
+from moex.nn.attention import Attention
+from moex.nn.lm import LM
+from moex.nn.mlp import Dense
+from moex.nn.rope import Llama3, Yarn
+
+# What a model that was never imported can be; the others have more than routing.
+CANDIDATES = ("mixtral", "qwen3_moe", "olmoe", "llama", "qwen3")
+
+
+def closest(model: LM) -> dict:
+    """The `config.json` of a model.
+
+    Raises:
+      ConfigError: if no family has it, with what differs from the closest one.
+    """
+    if model.tied_embeddings and model.scale_embeddings:
+        raise ConfigError(
+            "export-hf: config.model has tied embeddings that are scaled on their way "
+            "in (scale_embeddings); no family has those."
+        )
+    if not isinstance(model.attention, Attention):
+        raise ConfigError(
+            f"export-hf: {type(model.attention).__name__} leaves only in runs that "
+            "were imported with it."
+        )
+    plain, fewest = inference(model), None
+    for kind in CANDIDATES:
+        config = {"model_type": kind} | _fields(model)
+        try:
+            read = inference(read_model("config.json", config))
+        except ConfigError as error:
+            found = [str(error)]
+        else:
+            found = _differences(plain, read)
+        if not found:
+            architecture = FAMILIES[kind].architecture
+            return config | {"architectures": [architecture]}
+        if fewest is None or len(found) < len(fewest[1]):
+            fewest = kind, found
+    assert fewest is not None
+    raise ConfigError(
+        f"export-hf: no family of transformers has this model; {fewest[0]} is the "
+        f"closest, and differs in {'; '.join(fewest[1][:6])}."
+    )
+
+
+def inference(model: LM) -> LM:
+    """A copy with one form for what is the same when nothing is trained."""
+    layers = [
+        (_attention(attention, model), _feed_forward(ffn))
+        for segment in model.layers
+        for _ in range(segment.repeat)
+        for ffn, attention in zip(
+            segment.pattern, segment.attentions(model.attention), strict=True
+        )
+    ]
+    residuals = {segment.residual for segment in model.layers}
+    folded = fold(layers)
+    if residuals != {"prenorm"}:
+        folded = tuple(
+            dataclasses.replace(s, residual=",".join(sorted(residuals))) for s in folded
+        )
+    return dataclasses.replace(
+        model, attention=layers[0][0], layers=folded, scale_embeddings=False
+    )
+
+
+def _attention(attention: Any, model: LM):
+    if not isinstance(attention, Attention):
+        return attention
+    return dataclasses.replace(
+        attention,
+        kv_heads=attention.kv_heads or attention.heads,
+        head_dim=attention.width(model.dim),
+        norm_eps=attention.norm_eps if attention.qk_norm else model.norm_eps,
+    )
+
+
+def _feed_forward(ffn: Any):
+    if not isinstance(ffn, MoE):
+        return ffn
+    router: Any = ffn.router
+    training = {"bias_rule": "sign", "jitter": 0.0, "noise": 0.0, "init_std": 0.02}
+    training["bias_rate"] = 1e-3 if getattr(router, "bias_rate", 0.0) else 0.0
+    own = {f.name for f in dataclasses.fields(router)}
+    router = dataclasses.replace(
+        router, **{k: v for k, v in training.items() if k in own}
+    )
+    return dataclasses.replace(ffn, router=router, buffer_slots=None)
+
+
+def _fields(model: LM) -> dict:
+    """Every field that one of the candidates reads."""
+    attention: Any = model.attention
+    layers = [f for s in model.layers for _ in range(s.repeat) for f in s.pattern]
+    sparse: Any = next((f for f in layers if isinstance(f, MoE)), None)
+    dense: Any = next((f for f in layers if isinstance(f, Dense)), None)
+    fields = {
+        "hidden_size": model.dim,
+        "vocab_size": model.vocab,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads or attention.heads,
+        "head_dim": attention.width(model.dim),
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tied_embeddings,
+        "attention_bias": attention.bias,
+        "clip_qkv": attention.clip,
+        "sliding_window": attention.window,
+        "rope_parameters": _rope(attention),
+        "intermediate_size": dense.hidden if dense else 1,
+    }
+    if sparse is not None:
+        hidden = getattr(sparse.experts, "hidden", 1)
+        fields |= {
+            "num_local_experts": sparse.num_experts,
+            "num_experts": sparse.num_experts,
+            "num_experts_per_tok": getattr(sparse.router, "k", 1),
+            "norm_topk_prob": getattr(sparse.router, "normalize", "") == "after",
+            "moe_intermediate_size": hidden,
+            "mlp_only_layers": [
+                i for i, ffn in enumerate(layers) if isinstance(ffn, Dense)
+            ],
+        }
+        if dense is None:
+            fields["intermediate_size"] = hidden
+    return fields
+
+
+def _rope(attention: Attention) -> dict:
+    scaling: Any = attention.rope_scaling
+    fields = {"rope_theta": attention.rope_theta, "rope_type": "default"}
+    if scaling is None:
+        return fields
+    fields |= {"factor": scaling.factor, "rope_type": "linear"}
+    if isinstance(scaling, Llama3):
+        fields |= {
+            "rope_type": "llama3",
+            "low_freq_factor": scaling.low,
+            "high_freq_factor": scaling.high,
+        }
+    if isinstance(scaling, Yarn):
+        fields |= {
+            "rope_type": "yarn",
+            "beta_fast": scaling.fast,
+            "beta_slow": scaling.slow,
+            "truncate": scaling.truncate,
+            "attention_factor": scaling.magnitude,
+        }
+    if isinstance(scaling, (Llama3, Yarn)):
+        fields["original_max_position_embeddings"] = scaling.original
+    return fields
+
+
+def _differences(ours: Any, theirs: Any, path: str = "config.model") -> list[str]:
+    """Where two configs differ, in words."""
+    if ours == theirs:
+        return []
+    if type(ours) is not type(theirs) or not isinstance(ours, (Config, tuple)):
+        return [f"{path} = {_short(ours)}, not {_short(theirs)}"]
+    mine, other = children(ours), children(theirs)
+    if len(mine) != len(other):
+        return [f"{path}: {len(mine)} parts, not {len(other)}"]
+    found = []
+    for (name, a), (_, b) in zip(mine, other, strict=True):
+        sep = name if name.startswith("[") else f".{name}"
+        found += _differences(a, b, path + sep)
+    return found
+
+
+def _short(value: Any) -> str:
+    return type(value).__name__ if isinstance(value, Config) else repr(value)

@@ -1,0 +1,123 @@
+"""Rotary positions: frequencies, their extensions to longer contexts, the rotation.
+
+B batch · L length · H heads · A head width
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from moex.config import Config, require
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Linear(Config):
+    """All positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
+
+    factor: float  # of the context, >= 1
+
+    def validate(self, path):
+        require(self.factor >= 1, f"{path}.factor", self.factor, ">= 1")
+
+    def scale(self, frequency, theta):
+        """Frequencies for the longer context, and the factor on queries and keys."""
+        return frequency / self.factor, 1.0
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Llama3(Config):
+    """Only long wavelengths are stretched: `rope_type = "llama3"` of Llama 3.1."""
+
+    factor: float  # of the context, >= 1
+    original: int  # length of the context before, tokens
+    low: float = 1.0  # turns within `original` up to which a pair is stretched
+    high: float = 4.0  # and from which it stays; between them both are mixed
+
+    def validate(self, path):
+        require(self.factor >= 1, f"{path}.factor", self.factor, ">= 1")
+        require(self.original >= 1, f"{path}.original", self.original, ">= 1")
+        require(self.low < self.high, f"{path}.low", self.low, "below high")
+
+    def scale(self, frequency, theta):
+        """As `Linear.scale`."""
+        turns = self.original * frequency / (2 * math.pi)
+        kept = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return frequency * (kept + (1 - kept) / self.factor), 1.0
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Yarn(Config):
+    """YaRN: slow pairs are stretched, quick ones stay, attention is made sharper.
+
+    Source: Peng et al. 2023, arXiv:2309.00071, sections 3.2 to 3.4.
+    """
+
+    factor: float  # of the context, >= 1
+    original: int  # length of the context before, tokens
+    fast: float = 32.0  # turns within `original` from which a pair stays
+    slow: float = 1.0  # and up to which it is stretched
+    magnitude: float | None = None  # on queries and keys; None: 0.1 ln(factor) + 1
+    truncate: bool = True  # whole pairs at the ends of the ramp
+
+    def validate(self, path):
+        require(self.factor >= 1, f"{path}.factor", self.factor, ">= 1")
+        require(self.original >= 1, f"{path}.original", self.original, ">= 1")
+        require(self.slow < self.fast, f"{path}.slow", self.slow, "below fast")
+
+    def scale(self, frequency, theta):
+        """As `Linear.scale`."""
+        half = len(frequency)
+        # The pair that turns so often within the original context.
+        low, high = (
+            half * math.log(self.original / (turns * 2 * math.pi)) / math.log(theta)
+            for turns in (self.fast, self.slow)
+        )
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        # 2 * half - 1, not half - 1: so in the released code, and in all that follow.
+        low, high = max(low, 0), min(high, 2 * half - 1)
+        width = high - low if high != low else 0.001
+        stretched = np.clip((np.arange(half) - low) / width, 0, 1)
+        mixed = frequency * (1 - stretched + stretched / self.factor)
+        sharper = 0.1 * math.log(self.factor) + 1
+        return mixed, sharper if self.magnitude is None else self.magnitude
+
+
+Scaling = Linear | Llama3 | Yarn
+
+
+def frequencies(width: int, theta: float, scaling: Scaling | None = None):
+    """(float32[width / 2] radians per position, factor on queries and keys)."""
+    frequency = theta ** (-np.arange(width // 2, dtype=np.float64) / (width // 2))
+    magnitude = 1.0
+    if scaling is not None:
+        frequency, magnitude = scaling.scale(frequency, theta)
+    return frequency.astype(np.float32), magnitude
+
+
+def rotary(x_BLHA, position_BL, theta, scaling=None, interleaved=False):
+    """Rotate pairs of the last axis by position * frequency, in float32.
+
+    Args:
+      x_BLHA: queries or keys; pair i is (i, i + A/2).
+      position_BL: int32.
+      theta: base of the frequencies.
+      scaling: `Scaling`, or None.
+      interleaved: pair i is (2i, 2i + 1) of the input; that of the output stays (i,
+        i + A/2), which no product of queries and keys sees.
+
+    Source: Su et al. 2021, arXiv:2104.09864; halves as in Llama.
+    """
+    frequency, magnitude = frequencies(x_BLHA.shape[-1], theta, scaling)
+    position_BL11 = position_BL[:, :, None, None].astype(jnp.float32)
+    angle = position_BL11 * frequency[None, None, None]
+    sin, cos = jnp.sin(angle) * magnitude, jnp.cos(angle) * magnitude
+    x32 = x_BLHA.astype(jnp.float32)
+    if interleaved:
+        x1, x2 = x32[..., ::2], x32[..., 1::2]
+    else:
+        x1, x2 = jnp.split(x32, 2, axis=-1)
+    y = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    return y.astype(x_BLHA.dtype)

@@ -1,0 +1,225 @@
+"""Tasks of the `lm_eval` harness on a run: choices, perplexity, short answers.
+
+Scoring itself is in `likelihood.py` and knows nothing of the harness.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import sys
+import zlib
+from itertools import chain
+
+import jax
+
+from moex.config import ConfigError, nearest, require
+from moex.run import not_causal
+from moex.serve.decode import generate
+from moex.serve.likelihood import chunks, continuation_scores, padded_length
+from moex.train.job import LoadedRun, eval_batch_size, load_run, static_options
+
+try:
+    from lm_eval.api.model import TemplateLM
+except ImportError:  # `_need_harness` says so to who asks for it
+    TemplateLM = object
+
+MAX_NEW_TOKENS = 256  # where a task says nothing, as the harness's own models have it
+BOOTSTRAP = 1000  # draws for the standard errors of figures that are no mean
+# What a task may say in `generation_kwargs`.
+GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
+
+
+class HarnessLM(TemplateLM):
+    """A run as a model of the harness.
+
+    Every text starts with the document token, as texts do in training; a context that
+    is too long is cut from the left, and loses it.
+
+    Args:
+      run: from `load_run`.
+
+    Raises:
+      ConfigError: without the package `lm_eval`, or if the model looks at later tokens.
+    """
+
+    def __init__(self, run: LoadedRun):
+        _need_harness()
+        where = not_causal(run.cfg.model)
+        if where is not None:
+            raise ConfigError(
+                f"{where}: tokens are chosen by those that follow; no score is fair."
+            )
+        super().__init__()
+        self.run = run
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.run.tokenizer.doc_id
+
+    @property
+    def max_length(self) -> int:
+        return self.run.cfg.seq_len
+
+    def tok_encode(self, string, add_special_tokens=None, **kwargs) -> list[int]:
+        ids = self.run.tokenizer.encode(string)
+        return ids if add_special_tokens is False else [self.eot_token_id, *ids]
+
+    def _encode_pair(self, context, continuation):
+        before, after = super()._encode_pair(context, continuation)
+        # A token over the border of both; the harness would have nothing to score.
+        return before, after or self.tok_encode(continuation, add_special_tokens=False)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
+        """Per (texts, context, continuation), `continuation_scores` of any length."""
+        pieces = [self._windows(before, after) for _, before, after in requests]
+        scores = iter(continuation_scores(self.run, [*chain.from_iterable(pieces)]))
+        own = [[next(scores) for _ in some] for some in pieces]
+        return [(sum(s for s, _ in some), all(g for _, g in some)) for some in own]
+
+    def _windows(self, context, continuation):
+        """What scores a continuation; several pairs if it is longer than seq_len."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        if len(continuation) <= self.max_length:
+            return [(context, continuation)]
+        windows = get_rolling_token_windows(
+            continuation, context[-1], self.max_length, context_len=1
+        )
+        return list(map(make_disjoint_window, windows))
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
+        texts = [self.tok_encode(r.args[0], False) for r in requests]
+        whole = [(None, [self.eot_token_id], text) for text in texts]
+        return [total for total, _ in self._loglikelihood_tokens(whole)]
+
+    def generate_until(self, requests, disable_tqdm=False) -> list[str]:
+        """Greedy unless a task has a temperature; then one prompt at a time.
+
+        Random numbers follow from the context and how often it was asked before.
+        """
+        run = self.run
+        asked: collections.Counter = collections.Counter()
+        groups = collections.defaultdict(list)
+        for i, (context, options) in enumerate(r.args for r in requests):
+            until, arguments = self._generation(options)
+            room = self.max_length - arguments["max_new_tokens"]
+            prompt = self.tok_encode(context)[-room:]
+            if arguments["temperature"] > 0:
+                text = f"{asked[context]} {context}"
+                arguments["seed"] = zlib.crc32(text.encode()) >> 1
+                asked[context] += 1
+            length = padded_length(len(prompt), self.max_length)
+            groups[length, tuple(arguments.items())].append((i, prompt, until))
+        static = static_options(run.cfg, train=False)
+        texts = [""] * len(requests)
+        for (_, chosen), members in groups.items():
+            # What is sampled depends on its row of the batch: it gets a batch alone.
+            rows = 1 if "seed" in dict(chosen) else eval_batch_size(run.cfg)
+            for some in chunks(members, rows):
+                prompts = [prompt for _, prompt, _ in some]
+                with jax.set_mesh(run.mesh):
+                    outputs = generate(
+                        *(run.spec, run.cfg.model, run.params, run.state),
+                        prompts + prompts[-1:] * (rows - len(some)),
+                        stop_token=self.eot_token_id,
+                        dtype=static["dtype"],
+                        kernels=static["kernels"],
+                        **dict(chosen),
+                    )
+                for (i, _, until), output in zip(some, outputs, strict=False):
+                    texts[i] = run.tokenizer.decode(output)
+                    for stop in filter(None, until):
+                        texts[i] = texts[i].split(stop)[0]
+        return texts
+
+    def _generation(self, options) -> tuple[list[str], dict]:
+        """(stop strings, arguments of `generate`) from a task's `generation_kwargs`."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        default = min(MAX_NEW_TOKENS, max(self.max_length // 2, 1))
+        options = dict(normalize_gen_kwargs(options, default))
+        for name in options.keys() - set(GENERATION):
+            raise ConfigError(
+                f"generation_kwargs.{name}: must be one of {', '.join(GENERATION)}."
+            )
+        N, limit = options["max_gen_toks"], self.max_length
+        allowed = f"in [1, {limit}), below the seq_len of the run"
+        require(1 <= N < limit, "generation_kwargs.max_gen_toks", N, allowed)
+        return options["until"], {
+            "max_new_tokens": N,
+            "temperature": options.get("temperature", 0.0) * options["do_sample"],
+            "top_k": options.get("top_k", 0),
+            "top_p": options.get("top_p", 1.0),
+        }
+
+
+def score_tasks(
+    workdir, tasks: list[str], *, include_path=None, limit=None, num_fewshot=None
+) -> dict:
+    """Evaluate tasks of the harness on the newest checkpoint of a run.
+
+    Args:
+      workdir: run directory; the result is added to its `harness.jsonl`.
+      tasks: YAML files, or names of tasks that the harness or `include_path` has.
+      include_path: folder of more tasks, by name.
+      limit: documents per task, or below 1 a share of them; None: all.
+      num_fewshot: examples before each question; None: as the task says.
+
+    Returns:
+      {"step", "lm_eval": its version, "limit", "num_fewshot": {task: examples},
+      "tasks": {task: figures}}, as the harness names them.
+
+    Raises:
+      ConfigError: without the package `lm_eval`, for a task that is not there, or a bad
+        run directory.
+      CheckpointError: if no checkpoint is intact.
+    """
+    _need_harness()
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    named = [t for t in tasks if not t.endswith((".yaml", ".yml"))]
+    for task in set(tasks) - set(named):
+        require(pathlib.Path(task).is_file(), "--tasks", task, "a file that exists")
+    # Reading all tasks of the harness takes seconds.
+    manager = TaskManager(include_path=include_path, include_defaults=bool(named))
+    for task in named:
+        if task not in manager.all_tasks:
+            hint = nearest(task, manager.all_tasks)
+            raise ConfigError(f"--tasks = {task!r}: no such task or file.{hint}")
+    run = load_run(workdir, warn=lambda line: print(line, file=sys.stderr))
+    # The harness would fork this process for its bootstrap, under the threads of JAX.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout is for results
+        found = lm_eval.simple_evaluate(
+            model=HarnessLM(run),
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            bootstrap_iters=BOOTSTRAP,
+            log_samples=False,
+        )
+    result = {
+        "step": run.step,
+        "lm_eval": lm_eval.__version__,
+        "limit": limit,
+        "num_fewshot": found["n-shot"],
+        "tasks": {
+            task: {k: v for k, v in values.items() if isinstance(v, (int, float))}
+            for task, values in found["results"].items()
+        },
+    }
+    with open(pathlib.Path(workdir) / "harness.jsonl", "a") as f:
+        f.write(json.dumps(result) + "\n")
+    return result
+
+
+def _need_harness() -> None:
+    if TemplateLM is object:
+        raise ConfigError(
+            "the package lm_eval is missing; install the extra `eval`: "
+            "pip install 'moex[eval]'."
+        )

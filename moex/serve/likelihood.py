@@ -1,0 +1,114 @@
+"""How likely given continuations are: token lists in, log-probabilities out.
+
+Rows have a few lengths, powers of two, and each length its own number of rows: few
+programs are compiled, and which one scores a pair follows from the pair alone.
+
+B batch · L length of a row
+"""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moex.serve.decode import SHORTEST_PROMPT
+from moex.sharding import batch_shards, shard_batch
+from moex.train.job import LoadedRun, eval_batch_size, static_options
+from moex.train.losses import make_context, token_losses
+
+
+def continuation_scores(
+    run: LoadedRun, pairs: list[tuple[list[int], list[int]]]
+) -> list[tuple[float, bool]]:
+    """How likely each continuation is after its context.
+
+    Context and continuation together lose their first tokens where they are longer than
+    seq_len + 1. Expert capacity drops nothing here, as in generation.
+
+    Args:
+      run: the model; rows are at most `run.cfg.seq_len` long.
+      pairs: (context, at least one token; continuation, at most seq_len tokens).
+
+    Returns:
+      Per pair the sum of log-probabilities in nats, and whether every token of the
+      continuation is the most likely one.
+
+    Raises:
+      ValueError: for an empty context or a continuation that is too long.
+    """
+    seq_len = run.cfg.seq_len
+    groups = collections.defaultdict(list)
+    for i, (context, continuation) in enumerate(pairs):
+        if not context or len(continuation) > seq_len:
+            raise ValueError(
+                f"a pair needs a context, and a continuation of at most {seq_len} "
+                f"tokens; pair {i} has {len(context)} and {len(continuation)} tokens."
+            )
+        length = min(len(context) + len(continuation) - 1, seq_len)
+        groups[padded_length(length, seq_len, run.mesh.shape["seq"])].append(i)
+    # Not "eval": a capacity would make a row depend on the rest of its batch.
+    static = static_options(run.cfg, train=False) | {"mode": "decode"}
+    scores = [(0.0, True)] * len(pairs)
+    with jax.set_mesh(run.mesh):
+        for L, members in groups.items():
+            for some in chunks(members, _num_rows(run, L)):
+                batch = _batch([pairs[i] for i in some], _num_rows(run, L), L)
+                sum_B, greedy_B = _scores(
+                    *(run.params, run.state, shard_batch(batch, run.mesh)),
+                    graphdef=run.spec.graphdef,
+                    static=tuple(static.items()),
+                )
+                found = np.asarray(sum_B).tolist(), np.asarray(greedy_B).tolist()
+                for i, *score in zip(some, *found, strict=False):
+                    scores[i] = tuple(score)
+    return scores
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "static"))
+def _scores(params, state, batch, *, graphdef, static):
+    """(float32[B] sums over what is scored, bool[B] whether all of it is likeliest)."""
+    model = nnx.merge(graphdef, params, state)
+    logits_BLV, _ = model(make_context(batch, **dict(static)))
+    nll_BL, _ = token_losses(logits_BLV, batch["targets"])
+    best_BL = jnp.argmax(logits_BLV, axis=-1) == batch["targets"]
+    scored_BL = batch["scored"]
+    return (
+        -jnp.sum(jnp.where(scored_BL, nll_BL, 0.0), axis=1),
+        jnp.all(best_BL | ~scored_BL, axis=1),
+    )
+
+
+def padded_length(length: int, seq_len: int, parts: int = 1) -> int:
+    """A power of two, from SHORTEST_PROMPT to seq_len, that `parts` divide."""
+    padded = max(SHORTEST_PROMPT, 1 << max(length - 1, 0).bit_length())
+    return min(-(-padded // parts) * parts, seq_len)
+
+
+def _num_rows(run: LoadedRun, length: int) -> int:
+    """Rows of this length with the tokens of an evaluation step."""
+    shards = batch_shards(run.mesh)
+    rows = eval_batch_size(run.cfg) * run.cfg.seq_len // length
+    return -(-rows // shards) * shards
+
+
+def chunks(members: list, size: int):
+    """Lists of at most `size`, in order."""
+    return (members[i : i + size] for i in range(0, len(members), size))
+
+
+def _batch(pairs, B: int, L: int) -> dict:
+    """Arrays [B, L] of at most B pairs; what is left of a row, and rows, is padding."""
+    token_BL, target_BL, segment_BL = np.zeros((3, B, L), np.int32)
+    scored_BL = np.zeros((B, L), bool)
+    for b, (context, continuation) in enumerate(pairs):
+        tokens = [*context, *continuation][-(L + 1) :]
+        n = len(tokens) - 1
+        token_BL[b, :n], target_BL[b, :n] = tokens[:-1], tokens[1:]
+        segment_BL[b, :n] = 1
+        scored_BL[b, n - len(continuation) : n] = True
+    position_BL = np.arange(L, dtype=np.int32)[None] * segment_BL
+    batch = {"tokens": token_BL, "segment": segment_BL, "position": position_BL}
+    return batch | {"targets": target_BL, "scored": scored_BL}
