@@ -10,10 +10,10 @@ STAMP := $(VENV)/.installed
 # Large buffers in huge pages: fewer page faults on Linux CPUs; ignored elsewhere.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help install train test test-slow lint types check bench clean
+.PHONY: help install train test test-slow test-hf lint types check bench clean
 
 help:
-	@echo "make train | test | check (lint, types, tests) | test-slow | bench"
+	@echo "make train | test | check (lint, types, tests) | test-slow | test-hf | bench"
 
 install: $(STAMP)
 
@@ -33,6 +33,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# Beside transformers itself; brings several GB of packages.
+test-hf: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[test,hf,eval]'
+	$(BIN)/python -m pytest -m hf
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

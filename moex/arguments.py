@@ -337,8 +337,8 @@ def _add_interop(command):
     import_hf = command(
         "import-hf",
         "Make a run of a Hugging Face checkpoint folder. The folder holds a config and "
-        "safetensors. The run starts at step 0 and can be scored, sampled and trained on. "
-        "--config.a.b=value changes its run config, such as --config.mesh.fsdp=8.",
+        "safetensors. The run starts at step 0 and can be scored, sampled and trained "
+        "on. --config.a.b=value changes its run config, such as --config.mesh.fsdp=8.",
         INTEROP_EXAMPLES,
         usage="FOLDER --out RUN [options]",
     )
@@ -354,8 +354,8 @@ def _add_interop(command):
     )
     export_hf = command(
         "export-hf",
-        "Write a run as a folder that transformers loads. An imported run leaves as its "
-        "family, any other as the closest one, or is refused with what no family has.",
+        "Write a run as a folder that transformers loads. An imported run leaves as "
+        "its family, any other as the closest one, or is refused with what no family has.",
         INTEROP_EXAMPLES,
     )
     export_hf.add_argument("run", type=pathlib.Path, help="run directory")

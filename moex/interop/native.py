@@ -17,6 +17,7 @@ from moex.nn.rope import Llama3, Yarn
 
 # What a model that was never imported can be; the others have more than routing.
 CANDIDATES = ("mixtral", "qwen3_moe", "olmoe", "llama", "qwen3")
+PARTS = "parts, not"
 
 
 def closest(model: LM) -> dict:
@@ -47,7 +48,7 @@ def closest(model: LM) -> dict:
         if not found:
             architecture = FAMILIES[kind].architecture
             return config | {"architectures": [architecture]}
-        if fewest is None or len(found) < len(fewest[1]):
+        if fewest is None or _distance(found) < _distance(fewest[1]):
             fewest = kind, found
     assert fewest is not None
     raise ConfigError(
@@ -173,12 +174,17 @@ def _differences(ours: Any, theirs: Any, path: str = "config.model") -> list[str
         return [f"{path} = {_short(ours)}, not {_short(theirs)}"]
     mine, other = children(ours), children(theirs)
     if len(mine) != len(other):
-        return [f"{path}: {len(mine)} parts, not {len(other)}"]
+        return [f"{path}: {len(mine)} {PARTS} {len(other)}"]
     found = []
     for (name, a), (_, b) in zip(mine, other, strict=True):
         sep = name if name.startswith("[") else f".{name}"
         found += _differences(a, b, path + sep)
     return found
+
+
+def _distance(differences: list[str]) -> tuple:
+    """Other layers are further than any number of other fields."""
+    return any(PARTS in text for text in differences), len(differences)
 
 
 def _short(value: Any) -> str:
