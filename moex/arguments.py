@@ -355,7 +355,7 @@ def _add_interop(command):
     export_hf = command(
         "export-hf",
         "Write a run as a folder that transformers loads. An imported run leaves as "
-        "its family, any other as the closest one, or is refused with what no family has.",
+        "its family, any other as the closest one, or is refused with the difference.",
         INTEROP_EXAMPLES,
     )
     export_hf.add_argument("run", type=pathlib.Path, help="run directory")
