@@ -50,8 +50,6 @@ class Segment(Config):
             own,
             f"one attention for each of the {len(self.pattern)} blocks, or None",
         )
-        for i, attention in enumerate(own or ()):
-            require_attention(attention, f"{path}.attention[{i}]")
 
     def attentions(self, default) -> tuple[Any, ...]:
         """The attention config of each block; `default` is the model's."""
@@ -61,6 +59,7 @@ class Segment(Config):
         """Checks that need the model width."""
         for i, attention in enumerate(self.attention or ()):
             own: Any = attention
+            require_attention(own, f"{path}.attention[{i}]")
             own.validate_dim(dim, f"{path}.attention[{i}]")
         for i, ffn in enumerate(self.pattern):
             config: Any = ffn
