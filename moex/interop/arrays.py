@@ -40,7 +40,8 @@ def load_array(shape, dtype, sharding, pieces: Sequence[Piece], folder) -> jax.A
                 out[here] = values
         return out
 
-    return jax.make_array_from_callback(shape, sharding, part)
+    # Or the copies of several arrays wait for their transfer at once.
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
 
 
 def _window(piece: Piece, ranges: Ranges):

@@ -33,9 +33,10 @@ from moex.interop.folder import Folder, extra_files
 from moex.interop.names import Piece, pieces
 from moex.interop.native import closest, inference
 from moex.interop.writing import Tensor, write
-from moex.optim import AdamW, Optim, flat_paths
+from moex.optim import AdamW, Optim, flat_paths, path_name
 from moex.run import Checkpoint, Eval, Log, Loss, check_run
 from moex.sharding import MeshConfig
+from moex.train import state as states
 from moex.train.job import load_config, load_run, make_job
 
 KEPT = "hf"  # folder of a run
@@ -91,7 +92,7 @@ def import_hf(
             for name in unused:
                 say(f"not used: {name}")
             say(f"reading {len(wanted)} tensors of {opened.path}")
-            arrays = load_model(job, wanted, source)
+            arrays = load_model(job.spec, job.mesh, wanted, source)
             kept = temporary / KEPT
             kept.mkdir(parents=True)
             for extra in extra_files(opened.path):
@@ -148,25 +149,31 @@ def check_tensors(source, wanted: list[Piece], family, model, config) -> list[st
     return unused
 
 
-def load_model(job, wanted: list[Piece], source) -> dict:
-    """{"params", "state"} as `write_run` takes them, each array on its devices."""
+def load_model(spec, mesh, wanted: list[Piece], source) -> dict:
+    """{"params", "state"} as `write_run` takes them, each array on its devices.
+
+    Args:
+      spec: `ModelSpec` of the model that `wanted` is of.
+      mesh: where the arrays go.
+      wanted: all pieces of the model.
+      source: `Folder` or `Dequantised`.
+    """
     by_path: dict[str, list[Piece]] = {}
     for piece in wanted:
         by_path.setdefault(piece.path, []).append(piece)
-    abstract = job.abstract_state()
-    used = set()
+    params, state = states.shardings(spec, mesh)
+    needed = flat_paths(spec.params) | flat_paths(spec.state)
+    assert needed.keys() == by_path.keys(), needed.keys() ^ by_path.keys()
 
-    def load(path, leaf):
-        name = "/".join(str(k.key) for k in path)
-        used.add(name)
-        return load_array(leaf.shape, leaf.dtype, leaf.sharding, by_path[name], source)
+    def load(path, leaf, sharding):
+        pieces_of = by_path[path_name(path)]
+        return load_array(leaf.shape, leaf.dtype, sharding, pieces_of, source)
 
-    arrays = {
-        part: jax.tree_util.tree_map_with_path(load, abstract[part])
-        for part in ("params", "state")
+    walk = jax.tree_util.tree_map_with_path
+    return {
+        "params": walk(load, spec.params, params),
+        "state": walk(load, spec.state, state),
     }
-    assert used == by_path.keys(), used ^ by_path.keys()
-    return arrays
 
 
 def _tokenizer_file(folder: pathlib.Path, given) -> pathlib.Path:

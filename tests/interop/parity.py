@@ -2,9 +2,7 @@
 
 import json
 import pathlib
-import types
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -12,8 +10,8 @@ from moex.interop.families import find_family, read_model
 from moex.interop.folder import Folder
 from moex.interop.hf import load_model
 from moex.interop.names import pieces
-from moex.sharding import AXIS_NAMES
 from moex.train import state as states
+from tests.helpers import mesh_of
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 NAMES = (
@@ -36,20 +34,7 @@ def load(name, mesh: Mesh | None = None):
     config = config_of(name)
     model = read_model("config.json", config)
     spec = states.model_spec(model)
-    if mesh is None:
-        mesh = Mesh(
-            np.array(jax.devices()[:1]).reshape((1,) * len(AXIS_NAMES)), AXIS_NAMES
-        )
-    shards = states.shardings(spec, mesh)
-    abstract = {
-        part: jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, own
-        )
-        for part, tree, own in zip(
-            ("params", "state"), (spec.params, spec.state), shards, strict=True
-        )
-    }
-    job = types.SimpleNamespace(abstract_state=lambda: abstract)
+    mesh = mesh or mesh_of()
     wanted = pieces(model, find_family("config.json", config).names)
     with Folder.open(FIXTURES / name) as folder:
-        return model, spec, load_model(job, wanted, folder), wanted
+        return model, spec, load_model(spec, mesh, wanted, folder), wanted
