@@ -65,8 +65,9 @@ def forget_programs():
 
 # The files that take longest go first, or one worker waits for the other at the end.
 LONGEST = (
-    *("test_distributed", "moe/test_layer", "train/test_step", "test_crash"),
-    "train/test_variants",
+    *("test_sharded", "test_distributed", "test_plan", "moe/test_layer", "test_crash"),
+    *("train/test_step", "train/test_variants", "moe/test_parallel"),
+    *("compress/test_upcycle", "interop/test_import_export", "interop/test_families"),
     *("kernels/test_grouped_swiglu", "moe/test_routers", "train/test_loop"),
     *("moe/test_chain", "moe/test_experts", "serve/test_decode"),
     *("compress/test_convert", "nn/test_stack", "test_cli_verbs", "test_params"),

@@ -21,11 +21,11 @@ from moex.train import state as states
 PAIRS = [
     ("top-k sigmoid, groups, scale", "expert 8, all_to_all"),
     ("glu with biases", "1 data, 4 expert, 2 tensor, all_to_all"),
-    ("latent, all, one space", "2 fsdp, 2 expert, 2 seq, all_to_all"),
-    ("latent, all, many spaces", "2 data, 2 expert, 2 tensor, all_to_all"),
+    ("latent, all, many spaces", "2 fsdp, 2 expert, 2 seq, all_to_all"),
+    ("chain", "2 data, 2 expert, 2 tensor, all_to_all"),
     ("expert choice", "2 data, 2 expert, 2 tensor, gather"),
     ("zero, shared, gated", "2 fsdp, 2 expert, 2 seq, gather"),
-    ("chain, shared router, latent", "expert 8, gather"),
+    ("low rank", "expert 8, gather"),
     ("top-p, controlled", "fsdp 8"),
     ("top-k with capacity", "data 8"),
 ]
