@@ -1,11 +1,12 @@
 """The benchmarks run: small shapes, one repeat, kernels interpreted where need be."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 
-from benchmarks import attention, common, grouped_matmul, moe_layer, tune
+from benchmarks import attention, common, decode, grouped_matmul, moe_layer, tune
 from kernels_pallas import tuned
 
 
@@ -50,6 +51,29 @@ def test_attention(run):
         run(attention, "--shape=1,128")
     with pytest.raises(SystemExit):
         run(attention, "--implementations=block")
+
+
+def test_decode_alone(run, monkeypatch, capsys):
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+    for key, value in small.items():
+        monkeypatch.setitem(decode.COMMON, key, value)
+    monkeypatch.setattr(decode, "SIZES", ((4, 1, 8),))
+    sizes = ("--batches=2", "--prompt=4", "--new=3", "--repeats=1")
+    figures = run(decode, "--alone", "--models=mixtral,experts", *sizes)
+    rows = figures["models"]["mixtral"]["2"]
+    assert rows.keys() == {"moex"} and rows["moex"]["same"] == 2
+    assert figures["experts_cost"][0]["experts_used"] == 4 * (1 - 0.75**2)
+    assert "experts cost" in capsys.readouterr().out
+    for wrong in ("--models=mixtrol", "--batches=0", "--new=1"):
+        with pytest.raises(SystemExit):
+            run(decode, "--alone", wrong)
+
+
+def test_decode_says_what_is_missing(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit):
+        run(decode)
+    assert "torch is missing" in capsys.readouterr().err
 
 
 def test_the_tuner_without_a_device_compares_and_writes_nothing(monkeypatch, capsys):

@@ -21,13 +21,16 @@ from moex.train import state as states
 PAIRS = [
     ("top-k sigmoid, groups, scale", "expert 8, all_to_all"),
     ("glu with biases", "1 data, 4 expert, 2 tensor, all_to_all"),
-    ("latent, all, many spaces", "2 fsdp, 2 expert, 2 seq, all_to_all"),
-    ("chain", "2 data, 2 expert, 2 tensor, all_to_all"),
     ("expert choice", "2 data, 2 expert, 2 tensor, gather"),
     ("zero, shared, gated", "2 fsdp, 2 expert, 2 seq, gather"),
     ("low rank", "expert 8, gather"),
     ("top-p, controlled", "fsdp 8"),
     ("top-k with capacity", "data 8"),
+]
+# These compile for a minute each.
+SLOW = [
+    ("latent, all, many spaces", "2 fsdp, 2 expert, 2 seq, all_to_all"),
+    ("chain, shared router, latent", "2 data, 2 expert, 2 tensor, all_to_all"),
 ]
 
 
@@ -42,7 +45,16 @@ def on_one_device(layer, **options):
     return matrix.outcome(layer, MeshConfig(data=1), jax.devices()[:1], **options)
 
 
-@pytest.mark.parametrize(("layer", "mesh"), PAIRS, ids=map(" on ".join, PAIRS))
+@pytest.mark.parametrize(
+    ("layer", "mesh"),
+    [
+        *(pytest.param(*pair, id=" on ".join(pair)) for pair in PAIRS),
+        *(
+            pytest.param(*pair, id=" on ".join(pair), marks=pytest.mark.slow)
+            for pair in SLOW
+        ),
+    ],
+)
 def test_sharded_is_unsharded(layer, mesh):
     options = OPTIONS.get(layer, {})
     expected = on_one_device(layer, **options)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moex import cli
 from moex.compress import convert
 from moex.compress.calibrate import second_moments
 from moex.compress.convert import write_run
@@ -85,24 +84,6 @@ def folder(tmp_path_factory):
         state = jax.tree.map(lambda a: a + jnp.linspace(0, 1, a.size)[None], state)
         write_run(job, cfg, {"params": params, "state": state}, folder / "run")
         yield folder
-
-
-@pytest.fixture
-def moex(capsys):
-    """`moex(*args)`: what it prints; a mistake gives its line."""
-
-    def moex(*args):
-        capsys.readouterr()
-        try:
-            cli.main([str(a) for a in args])
-        except SystemExit as stop:
-            assert stop.code == 2
-            err = capsys.readouterr().err
-            assert err.count("\n") == 1
-            return err
-        return capsys.readouterr().out
-
-    return moex
 
 
 def test_a_run_at_full_width_scores_the_same_and_trains_on(moex, folder, tmp_path):

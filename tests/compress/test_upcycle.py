@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moex import cli
 from moex.compress.convert import write_run
 from moex.compress.latent import Factoring, factor_experts
 from moex.compress.to_moe import moe_model, pieces, upcycle_params, upcycled_layers
@@ -360,22 +359,6 @@ def folder(tmp_path_factory):
         _, params, state = built(cfg.model)
         write_run(job, cfg, {"params": params, "state": state}, folder / "run")
         yield folder
-
-
-@pytest.fixture
-def moex(capsys):
-    """`moex(*args)`: what it prints; a mistake gives its line."""
-
-    def moex(*args):
-        capsys.readouterr()
-        try:
-            cli.main([str(a) for a in args])
-        except SystemExit as stop:
-            assert stop.code == 2
-            return capsys.readouterr().err
-        return capsys.readouterr().out
-
-    return moex
 
 
 def test_a_dense_run_becomes_one_of_experts_and_trains_on(moex, folder, tmp_path):
