@@ -230,6 +230,9 @@ def environment(**extra) -> dict:
     options = {name.upper(): str(value) for name, value in CACHE_OPTIONS.items()}
     options |= {"JAX_COMPILATION_CACHE_DIR": cache_folder(), "JAX_PLATFORMS": "cpu"}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # JAX writes an entry of its cache in place; another process may read half of it,
+    # says so in a warning, and compiles.
+    options |= {"PYTHONWARNINGS": "ignore:Error reading persistent compilation cache"}
     return os.environ | options | {"PYTHONPATH": path} | extra
 
 

@@ -60,7 +60,7 @@ def test_decode_alone(run, monkeypatch, capsys):
     monkeypatch.setattr(decode, "SIZES", ((4, 1, 8),))
     sizes = ("--batches=2", "--prompt=4", "--new=3", "--repeats=1")
     figures = run(decode, "--alone", "--models=mixtral,experts", *sizes)
-    rows = figures["models"]["mixtral"]["2"]
+    rows = figures["models"]["mixtral"]["2"]["rows"]
     assert rows.keys() == {"moex"} and rows["moex"]["same"] == 2
     assert figures["experts_cost"][0]["experts_used"] == 4 * (1 - 0.75**2)
     assert "experts cost" in capsys.readouterr().out

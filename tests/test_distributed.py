@@ -191,7 +191,9 @@ def test_another_architecture_is_one_line_of_one_process(folder, undisturbed):
     wider = ["model.dim=64"]
     (code, error), (other, silent) = start_two(folder, undisturbed, wider, wider)
     assert (code, other) == (2, 2)
-    (line,) = error.splitlines() + silent.splitlines()
+    lines = error.splitlines() + silent.splitlines()
+    assert len(lines) == 1, lines
+    line = lines[0]
     assert "holds a run with config.model.dim = 32, not 64" in line
 
 
@@ -203,7 +205,9 @@ def test_a_file_that_cannot_be_read_ends_the_job_once(folder, undisturbed):
     file.write_bytes(file.read_bytes()[:100])
     (code, error), (other, silent) = start_two(folder, workdir, [], [])
     assert (code, other) == (1, 1)
-    (line,) = error.splitlines() + silent.splitlines()
+    lines = error.splitlines() + silent.splitlines()
+    assert len(lines) == 1, lines
+    line = lines[0]
     assert f"checkpoint {STEPS} under {workdir}/checkpoints cannot be read: " in line
     assert line.endswith("it is set aside; the same command takes the one before it")
     assert (workdir / "corrupt" / str(STEPS)).is_dir()
