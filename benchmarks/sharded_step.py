@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import sys
+import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -112,16 +113,13 @@ def collective_bytes(text: str) -> dict[str, int]:
     return dict(sums)
 
 
-def table(rows: dict, sent: dict) -> str:
-    """The figures for people."""
-    kinds = sorted({kind for own in sent.values() for kind in own})
-    lines = [f"{'mesh':<52}{'ms':>9}{'ratio':>7}" + "".join(f"{k:>20}" for k in kinds)]
-    for name, row in rows.items():
-        own = sent[name]
-        megabytes = "".join(f"{own.get(k, 0) / 1e6:>17.2f} MB" for k in kinds)
-        ms = 1e3 * row["median_s"]
-        lines.append(f"{name:<52}{ms:>9.0f}{row['median_ratio']:>7.2f}{megabytes}")
-    return "\n".join(lines)
+def line(name: str, row: dict) -> str:
+    """The figures of one mesh for people."""
+    sent = ", ".join(f"{k} {v / 1e6:.2f}" for k, v in row["collective_bytes"].items())
+    return (
+        f"{name:<52}{row['median_s'] * 1e3:>8.0f} ms{row['ratio']:>7.2f}"
+        f"{row['compile_s']:>8.0f} s   {sent or 'nothing'}"
+    )
 
 
 def main() -> None:
@@ -136,16 +134,28 @@ def main() -> None:
     cfg = load_config(config_args or ["--config=configs/quickstart.py"])
     cfg.model.vocab = cfg.model.vocab or cfg.data.tokenizer.vocab
     cfg.scan_layers = False
-    runs = {"one device": compiled_step(cfg, MeshConfig(data=1), jax.devices()[:1])}
+    alone, _ = compiled_step(cfg, MeshConfig(data=1), jax.devices()[:1])
+    head = ("mesh", "step", "ratio", "compile")
+    print("{:<52}{:>11}{:>7}{:>10}   MB that reach one device".format(*head))
+    rows = {}
     for name, mesh_cfg in MESHES.items():
-        if args.meshes in name:
-            runs[name] = compiled_step(cfg, mesh_cfg, jax.devices())
-    rows = summary(measure({k: run for k, (run, _) in runs.items()}, args.repeats))
-    for row in rows.values():
-        row["median_ratio"] = row["median_s"] / rows["one device"]["median_s"]
-    sent = {name: collective_bytes(text) for name, (_, text) in runs.items()}
-    print(table(rows, sent))
-    write_json(args.json, {"seconds": rows, "collective_bytes": sent})
+        if args.meshes not in name:
+            continue
+        began = time.perf_counter()
+        run, text = compiled_step(cfg, mesh_cfg, jax.devices())
+        compile_s = time.perf_counter() - began
+        seconds = measure({"one device": alone, name: run}, args.repeats)
+        both = summary(seconds)
+        one, row = both["one device"], both[name]
+        rows[name] = row | {
+            "one_device_median_s": one["median_s"],
+            "ratio": row["median_s"] / one["median_s"],
+            "compile_s": compile_s,
+            "collective_bytes": collective_bytes(text),
+        }
+        print(line(name, rows[name]), flush=True)
+        del run  # with the arrays that it holds
+    write_json(args.json, {"meshes": rows})
 
 
 if __name__ == "__main__":
