@@ -16,11 +16,11 @@ from moex.moe import losses, metrics
 from moex.moe.dispatch import drop_over_capacity, expert_capacity
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.zero import Zero
-from moex.moe.parallel import Rows, on_a_mesh, run_experts
+from moex.moe.parallel import Rows, run_experts
 from moex.moe.routing import ExpertRouting
 from moex.nn.block import is_feed_forward
 from moex.nn.param import param
-from moex.sharding import constrain
+from moex.sharding import constrain, on_a_mesh
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas import combine, dispatch, make_plan
 from kernels_pallas.permute import take
 from moex.moe.travel import moves_all_to_all, plan_travel
-from moex.sharding import TOKEN_AXES, partition_spec
+from moex.sharding import TOKEN_AXES, on_a_mesh, partition_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +56,6 @@ class Rows:
         return limits
 
 
-def on_a_mesh() -> bool:
-    """Whether there is a mesh of several devices in use."""
-    return math.prod(jax.sharding.get_abstract_mesh().shape.values()) > 1
-
-
 def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
     """Gated sums over the kept slots of each token, on the mesh in use.
 
@@ -79,6 +74,9 @@ def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
     if not on_a_mesh():
         T = x_TD.shape[0]
         limits = rows.limits(T, T, num_experts)
+        if ctx.whole_stack and reads_stack(experts):
+            slots = _in_stack(slots, num_experts, ctx.layer)
+            num_experts *= experts.num_copies()
         y_TD = local_sums(sums_of(experts), x_TD, slots, num_experts, ctx, **limits)
         return y_TD, jnp.zeros(())
     mesh = jax.sharding.get_abstract_mesh()
@@ -120,6 +118,18 @@ def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
         check_vma=False,
     )
     return run(weights, nnx.to_pure_dict(rest), x_TD, *slots)
+
+
+def reads_stack(experts) -> bool:
+    """Whether these experts can be given the weights of all copies of their layer."""
+    return getattr(experts, "reads_stack", False)
+
+
+def _in_stack(slots, num_experts, layer):
+    """Slots with the ids that the experts have among those of all copies."""
+    expert_TK, gate_TK, keep_TK = slots
+    keep_TK &= expert_TK < num_experts  # zero-computation experts come after these
+    return expert_TK + layer * num_experts, gate_TK, keep_TK
 
 
 def sums_of(experts) -> Callable:

@@ -25,6 +25,8 @@ class Context:
       key: random key for router noise, or None for no noise; every layer gets its own.
       forced: a recorded assignment to replay (`moe/replay.py`), or None.
       layer: int32 scalar, which copy of its segment a layer is; None outside a stack.
+      whole_stack: experts that can (`reads_stack`) hold the weights of all copies of
+        their layer, [repeat, E, ...], of which those of copy `layer` are meant.
       chain_round: which round of a chain this is, from 0.
       first_expert: int32 scalar, the id of the first expert of this device, inside of
         the experts; None: 0, all experts are here.
@@ -52,6 +54,7 @@ class Context:
     first_expert: jax.Array | None = None
     chain_round: int = dataclasses.field(default=0, metadata={"static": True})
     mode: str = dataclasses.field(default="train", metadata={"static": True})
+    whole_stack: bool = dataclasses.field(default=False, metadata={"static": True})
     collect: bool = dataclasses.field(default=False, metadata={"static": True})
     dtype: str = dataclasses.field(default="float32", metadata={"static": True})
     kernels: str | None = dataclasses.field(default=None, metadata={"static": True})

@@ -15,9 +15,10 @@ from flax import nnx
 
 from kernels_pallas.names import GROUPED_MATMUL, PRE_ACTIVATIONS
 from moex.config import Config, require, require_choice, walk
+from moex.moe.parallel import reads_stack
 from moex.nn.block import RESIDUALS, Block, is_feed_forward
 from moex.nn.context import fold_key
-from moex.sharding import constrain
+from moex.sharding import constrain, on_a_mesh
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -104,12 +105,19 @@ class SegmentStack(nnx.Module):
 
     def __call__(self, x_BLD, ctx, cache):
         """Returns `(x_BLD, aux, cache)`; aux and cache stacked over [repeat]."""
-        outer = dataclasses.replace(ctx, forced=None, key=None)
+        # A scan copies a layer's slice of every weight. To decode a token with few of
+        # many experts that would be most of the work: theirs are read where they are.
+        in_place = ctx.mode == "decode" and x_BLD.shape[1] == 1 and not on_a_mesh()
+        paths = stack_readers(self.blocks) if in_place else set()
+        graphdef, stacked, blocks = nnx.split(  # type: ignore
+            self.blocks, lambda path, _: path[:-1] in paths, ...
+        )
+        outer = dataclasses.replace(ctx, forced=None, key=None, whole_stack=bool(paths))
 
         def body(x_BLD, layer):
             blocks, block_caches, number, forced = layer
             aux, caches = {}, []
-            for i, block in enumerate(blocks):
+            for i, block in enumerate(nnx.merge(graphdef, stacked, blocks)):
                 block_cache = None if cache is None else block_caches[i]
                 own = dataclasses.replace(
                     outer,
@@ -126,7 +134,7 @@ class SegmentStack(nnx.Module):
         numbers = jnp.arange(repeat, dtype=jnp.int32)
         forced = None if ctx.forced is None else ctx.forced["blocks"]
         body = checkpointed(body, ctx)
-        layers = (self.blocks, cache, numbers, forced)
+        layers = (blocks, cache, numbers, forced)
         if ctx.scan_layers:
             x_BLD, (aux, cache) = jax.lax.scan(body, x_BLD, layers)
             return x_BLD, aux, cache
@@ -137,6 +145,11 @@ class SegmentStack(nnx.Module):
             outs.append(out)
         aux, cache = jax.tree.map(lambda *a: jnp.stack(a), *outs)
         return x_BLD, aux, cache
+
+
+def stack_readers(blocks) -> set[tuple]:
+    """Paths of the experts that can read their weights out of the whole stack."""
+    return {path for path, module in nnx.iter_modules(blocks) if reads_stack(module)}
 
 
 REMAT = ("none", "dots", "full")

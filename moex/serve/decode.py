@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moex.moe.parallel import reads_stack
 from moex.nn.context import Context
 from moex.nn.lm import LM
 
@@ -144,13 +145,16 @@ def _generate(
     B, P = prompt_BP.shape
     N = max_new_tokens
     slots = P + N - 1
+    model = nnx.merge(graphdef, params, state)
+    cast_experts(model, dict(context)["dtype"])
+    graphdef, arrays = nnx.split(model)
 
     def run(token_BL, first_slot, stopped_B, cache):
         """Next-token logits after `token_BL`, written from slot `first_slot` on."""
         ctx = _context(
             token_BL, first_slot, slots, num_padding_B, stopped_B, dict(context)
         )
-        model = nnx.merge(graphdef, params, state)
+        model = nnx.merge(graphdef, arrays)
         logits_BLV, cache = model.decode(ctx, cache)
         return logits_BLV[:, -1], cache
 
@@ -179,6 +183,18 @@ def _generate(
     carry = (jnp.int32(1), stopped_B, num_new_B, new_BN, cache)
     _, _, num_new_B, new_BN, cache = jax.lax.while_loop(unfinished, step, carry)
     return new_BN, num_new_B, cache
+
+
+def cast_experts(model, dtype) -> None:
+    """Experts in the compute dtype: once, not all of them again for every token."""
+    for _, module in nnx.iter_modules(model):
+        if reads_stack(module):
+            for weight in jax.tree.leaves(module, is_leaf=_is_param):
+                weight[...] = weight[...].astype(dtype)
+
+
+def _is_param(leaf) -> bool:
+    return isinstance(leaf, nnx.Param)
 
 
 def _context(token_BL, first_slot, slots, num_padding_B, stopped_B, static) -> Context:

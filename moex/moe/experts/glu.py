@@ -34,8 +34,11 @@ class GluExperts(nnx.Module):
     """E experts W_out act(W_gate x + b_gate, W_up x + b_up) + b_out.
 
     Parameters: w_in_ED2F [E, D, 2, F] (gate, up), w_out_EFD [E, F, D]; with biases
-    bias_in_E2F [E, 2, F] and bias_out_ED [E, D].
+    bias_in_E2F [E, 2, F] and bias_out_ED [E, D]. Where `ctx.whole_stack`, with a
+    leading dim [repeat]: then experts are counted through all copies of the layer.
     """
+
+    reads_stack = True
 
     def __init__(self, cfg, dim, num_experts, rngs):
         E, F = num_experts, cfg.hidden
@@ -65,26 +68,32 @@ class GluExperts(nnx.Module):
 
     def __call__(self, x_ND, group_sizes_E, ctx):
         """The definition: rows sorted by expert; rows past the sum come back zero."""
-        w_in, w_out = self._weights(x_ND.dtype)
+        w_in, w_out = self._weights(x_ND.dtype, ctx)
         E, D, _, F = w_in.shape
         a_NC = grouped_matmul(
             x_ND, w_in.reshape(E, D, 2 * F), group_sizes_E, implementation=ctx.kernels
         )
         if self.bias_in_E2F is not None:
-            a_NC += per_row(
-                self.bias_in_E2F[...].reshape(E, 2 * F), a_NC, group_sizes_E
-            )
+            bias_EC = self.bias_in_E2F[...].reshape(E, 2 * F)
+            a_NC += per_row(bias_EC, a_NC, group_sizes_E)
         a32_NC = a_NC.astype(jnp.float32)
         h_NF = ACTIVATIONS[self.activation].value(a32_NC[:, :F], a32_NC[:, F:])
         h_NF = h_NF.astype(x_ND.dtype)
         y_ND = grouped_matmul(h_NF, w_out, group_sizes_E, implementation=ctx.kernels)
         if self.bias_out_ED is not None:
-            bias_ED = ctx.tensor_share * self.bias_out_ED[...]
+            bias_ED = ctx.tensor_share * self.bias_out_ED[...].reshape(E, D)
             y_ND += per_row(bias_ED, y_ND, group_sizes_E)
         return y_ND
 
-    def _weights(self, dtype):
-        return self.w_in_ED2F[...].astype(dtype), self.w_out_EFD[...].astype(dtype)
+    def num_copies(self) -> int:
+        """Copies of the layer in the whole stack."""
+        return self.w_out_EFD.shape[0]
+
+    def _weights(self, dtype, ctx):
+        weights = [w[...].astype(dtype) for w in (self.w_in_ED2F, self.w_out_EFD)]
+        if ctx.whole_stack:
+            weights = [w.reshape(-1, *w.shape[2:]) for w in weights]
+        return weights
 
 
 class FusedGluExperts(GluExperts):
@@ -92,7 +101,7 @@ class FusedGluExperts(GluExperts):
 
     def fused(self, x_TD, gate_TK, plan, ctx, buffer_rows=None):
         """Tokens in, gated sums out; equal to the definition."""
-        w_in, w_out = self._weights(x_TD.dtype)
+        w_in, w_out = self._weights(x_TD.dtype, ctx)
         return grouped_glu(
             x_TD,
             w_in,
