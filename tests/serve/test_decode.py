@@ -3,12 +3,17 @@
 B batch · L length · V vocabulary
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from moex.moe.experts.glu import Glu
+from moex.moe.experts.latent import Latent
+from moex.moe.experts.zero import Zero
 from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
 from moex.nn.mlp import Dense
@@ -26,6 +31,15 @@ MODELS = {
         tied_embeddings=True,
     ),
     "moe, grouped queries, qk norm": tiny_lm(),
+    "two kinds of experts, biases, zero-computation experts": tiny_lm(
+        Segment(
+            pattern=(
+                tiny_moe(experts=Glu(hidden=8, bias=True), zero=Zero(null=1, copy=1)),
+                tiny_moe(5, experts=Latent(hidden=8, latent=4, group=2), shared=None),
+            ),
+            repeat=2,
+        )
+    ),
 }
 
 
@@ -89,6 +103,39 @@ def test_sampling_depends_on_the_seed_alone():
         )
 
     assert run(0) == run(0) != run(1)
+
+
+def test_a_step_copies_no_expert_that_it_does_not_use():
+    """The scan over layers would copy a slice [E, ...] of every weight."""
+    E, F = 11, 13  # no other array has these sizes
+    moe = tiny_moe(E, experts=Glu(hidden=F), shared=None)
+    cfg = tiny_lm(Segment(pattern=(moe,), repeat=2))
+    spec, params, state = built(cfg)
+
+    def shapes(length):
+        """Shapes of all that is sliced, in a call with `length` tokens per row."""
+        cache = cfg.init_cache(1, 4, jnp.float32)
+        ctx = dataclasses.replace(
+            context(1, length, mode="decode", kernels="xla"),
+            key_segment_BS=jnp.ones((1, 4), jnp.int32),
+            key_position_BS=jnp.arange(4)[None],
+            cache_index=jnp.int32(0),
+        )
+
+        def run(params, ctx, cache):
+            return spec.merge(params, state).decode(ctx, cache)
+
+        jaxpr = jax.make_jaxpr(run)(params, ctx, cache)
+        return {
+            var.aval.shape
+            for scan in jaxpr.eqns
+            if scan.primitive.name == "scan"
+            for var in scan.invars[scan.params["num_consts"] :]
+        }
+
+    weight = (2, E, F, 16)
+    assert weight in shapes(2)  # many tokens use all experts
+    assert weight not in shapes(1)
 
 
 def test_capacity_drops_nothing_while_decoding():
