@@ -100,7 +100,7 @@ def convert_run(
         report |= dataclasses.asdict(latent)
         cfg.model = latent_model(cfg.model, latent)
     check_run(cfg)
-    old = loaded = load_run(run, warn=say)
+    old = loaded = load_run(run, MeshConfig(), warn=say)  # as the job below
     job = _job(run, cfg, say)
     if upcycle is not None:
         loaded = _upcycled(loaded, upcycle)

@@ -150,6 +150,8 @@ class Tokenizer:
     Attributes:
       vocab_size: number of ids, V; ids the model never produces may be among them.
       doc_id: the token before and after every document.
+      begin_id: the token before a prompt: that which the model's own template puts
+        before a text, such as "<s>"; doc_id where it puts none.
       token_bytes: int32[V] bytes of UTF-8 that each token stands for; special ones 0.
       exact: whether `token_bytes` sums to the size of any encoded text.
       fingerprint: sha256 of all of the above and the model.
@@ -162,7 +164,7 @@ class Tokenizer:
         vocab_size: int = 0,
     ):
         self._model: Any = model
-        self.doc_id = doc_id
+        self.doc_id = self.begin_id = doc_id
         if model is None:
             self.vocab_size, spec = 257, {}
             self.token_bytes = np.r_[np.ones(256, np.int32), np.int32(0)]
@@ -172,6 +174,7 @@ class Tokenizer:
             model.no_padding()
             model.encode_special_tokens = True  # "<|doc|>" in a text stays text
             self.vocab_size = max(vocab_size, _highest_id(model) + 1)
+            self.begin_id = _begin_id(model, doc_id)
             spec = json.loads(model.to_str())
             self.exact = _is_byte_level(spec)
             self._gpt2_words = self.exact and _has_gpt2_words(spec)
@@ -279,6 +282,13 @@ class Tokenizer:
                 "changed after it was saved."
             )
         return made
+
+
+def _begin_id(model: tokenizers.Tokenizer, doc_id: int) -> int:
+    """The token that the template of a tokenizer puts before a text, or `doc_id`."""
+    bare = model.encode("a", add_special_tokens=False).ids
+    whole = model.encode("a", add_special_tokens=True).ids
+    return doc_id if whole[:1] == bare[:1] else whole[0]
 
 
 def _highest_id(model: tokenizers.Tokenizer) -> int:

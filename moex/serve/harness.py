@@ -59,12 +59,16 @@ class HarnessLM(TemplateLM):
         return self.run.tokenizer.doc_id
 
     @property
+    def prefix_token_id(self) -> int:
+        return self.run.tokenizer.begin_id
+
+    @property
     def max_length(self) -> int:
         return self.run.cfg.seq_len
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs) -> list[int]:
         ids = self.run.tokenizer.encode(string)
-        return ids if add_special_tokens is False else [self.eot_token_id, *ids]
+        return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
 
     def _encode_pair(self, context, continuation):
         before, after = super()._encode_pair(context, continuation)
@@ -180,6 +184,10 @@ def score_tasks(
     import lm_eval
     from lm_eval.tasks import TaskManager
 
+    if num_fewshot is not None:
+        require(num_fewshot >= 0, "--num-fewshot", num_fewshot, "at least 0")
+    if limit is not None:
+        require(limit > 0, "--limit", limit, "above 0")
     named = [t for t in tasks if not t.endswith((".yaml", ".yml"))]
     for task in set(tasks) - set(named):
         require(pathlib.Path(task).is_file(), "--tasks", task, "a file that exists")

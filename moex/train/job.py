@@ -385,7 +385,7 @@ def load_run(workdir, mesh_cfg=None, *, warn=print) -> LoadedRun:
       workdir: run directory.
       mesh_cfg: `MeshConfig`; None: that of the run where it fits the devices that there
         are, else copies of the model on all.
-      warn: called with one line per damaged checkpoint.
+      warn: called with one line per damaged checkpoint, and if the mesh does not fit.
 
     Raises:
       ConfigError: if it is not a run directory or has no checkpoint.
@@ -395,20 +395,25 @@ def load_run(workdir, mesh_cfg=None, *, warn=print) -> LoadedRun:
     cfg = load_config(workdir)
     tokenizer = Tokenizer.load(workdir / "tokenizer")
     spec = states.model_spec(cfg.model)
-    mesh = _mesh_here(cfg, spec) if mesh_cfg is None else mesh_cfg.make()
-    states.check_mesh(spec, mesh)
+    if mesh_cfg is None:
+        mesh = _mesh_here(cfg, spec, warn)
+    else:
+        mesh = mesh_cfg.make()
+        states.check_mesh(spec, mesh)
     arrays, step = restore_params(workdir, spec, mesh, warn=warn)
     return LoadedRun(
         cfg, mesh, spec, tokenizer, step, arrays["params"], arrays["state"]
     )
 
 
-def _mesh_here(cfg, spec) -> Mesh:
+def _mesh_here(cfg, spec, warn) -> Mesh:
     try:
         mesh = cfg.mesh.make()
         states.check_mesh(spec, mesh)
-    except ConfigError:  # trained on another number of devices
-        return sharding.MeshConfig().make()
+    except ConfigError as e:  # trained on another number of devices
+        mesh = sharding.MeshConfig().make()
+        warn(f"the mesh of the run does not fit here ({e}); every device has a copy")
+        states.check_mesh(spec, mesh)
     return mesh
 
 

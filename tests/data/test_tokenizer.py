@@ -65,6 +65,24 @@ def all_tokenizers(tmp_path_factory):
     }
 
 
+def test_a_prompt_begins_as_the_template_of_the_file_says(all_tokenizers, tmp_path):
+    plain = all_tokenizers["file"]
+    assert plain.begin_id == plain.doc_id
+    file = tmp_path / "template.json"
+    gpt2_like(file)
+    model = tokenizers.Tokenizer.from_file(str(file))
+    model.add_special_tokens(["<s>"])
+    begin = model.token_to_id("<s>")
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begin)]
+    )
+    made = from_file(model, file, DOC_TOKEN)
+    assert made.begin_id == begin != made.doc_id
+    assert made.encode("a") == plain.encode("a")
+    made.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").begin_id == begin
+
+
 @pytest.mark.parametrize("name", ["bytes", "bpe", "file"])
 @given(text=st.text())
 @ANY

@@ -285,6 +285,9 @@ def test_multiple_choice(offline, run, slowly, tmp_path, monkeypatch):
     few = score_tasks(tmp_path, ["places"], include_path=str(tmp_path), limit=2)
     assert few["tasks"]["places"]["sample_len"] == few["limit"] == 2
     assert len((tmp_path / "harness.jsonl").read_text().splitlines()) == 2
+    for name, value in (("num_fewshot", -1), ("limit", 0)):
+        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} = {value}:"):
+            score_tasks(tmp_path, ["places"], **{name: value})
 
 
 @pytest.mark.hf
