@@ -25,6 +25,17 @@ Examples:
 
 The same command on the same --workdir goes on where the run stopped. SIGTERM saves a
 checkpoint and exits.
+
+A sweep is one run per combination of values, each in a folder of --workdir:
+  moex train --config=configs/quickstart.py --workdir=runs/sweep \\
+    --sweep optim.lr=0.01,0.02 --sweep seed=0,1,2
+"""
+
+COMPARE_EXAMPLES = """
+Examples:
+  moex compare runs/quickstart runs/k4 --plot=k4.html
+  moex compare runs/sweep/*/ --json
+  moex compare runs/first runs/again --assert-equal=1e-6
 """
 
 PARAMS_EXAMPLES = """
@@ -95,13 +106,16 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--dry-run",
         action="store_true",
-        help="check the config and the data, print the model table and stop",
+        help="check the config and the data, print the model table and stop; of a "
+        "sweep: check all configs and list them",
     )
+    _add_sweep(train)
     _add_many(train)
     config = command("config", "Print a resolved config, one field a line.")
     config.add_argument("--json", action="store_true", help="as JSON with type tags")
     _add_params(command)
     _add_plan(command)
+    _add_compare(command)
     evaluate = command(
         "eval",
         "Score held-out data with the newest checkpoint of a run. Without --config the "
@@ -124,6 +138,43 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_sweep(train):
+    sweep = train.add_argument_group("several runs over a grid, one after another")
+    sweep.add_argument(
+        "--sweep",
+        action="append",
+        metavar="FIELD=V1,V2",
+        help="values of a field of the config, seed included; repeat it for a grid. "
+        "The same command skips what is finished",
+    )
+    sweep.add_argument(
+        "--sweep-index",
+        type=int,
+        metavar="I",
+        help="train one run of the grid; --dry-run lists them",
+    )
+
+
+# Arguments of a process of several that take a value, and their defaults.
+PLACE = {
+    **dict.fromkeys(("coordinator", "num_processes", "process_id")),
+    **{"join_timeout": 300, "heartbeat_timeout": 100},
+}
+
+
+def many_flags(args) -> list[str]:
+    """The arguments of `_add_many` again, for another command line."""
+    values = {name: getattr(args, name) for name in PLACE}
+    flags = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in values.items()
+        if value != PLACE[name]
+    ]
+    if args.distributed is not None:
+        flags.append("--distributed" if args.distributed else "--no-distributed")
+    return flags
+
+
 def _add_many(train):
     many = train.add_argument_group(
         "several processes (one per host, or one per GPU)",
@@ -142,14 +193,14 @@ def _add_many(train):
     many.add_argument(
         "--join-timeout",
         type=_positive,
-        default=300,
+        default=PLACE["join_timeout"],
         metavar="SECONDS",
         help="how long to wait for the other processes (300)",
     )
     many.add_argument(
         "--heartbeat-timeout",
         type=_positive,
-        default=100,
+        default=PLACE["heartbeat_timeout"],
         metavar="SECONDS",
         help="a host that is silent for so long ends the job (100)",
     )
@@ -197,6 +248,33 @@ def _add_plan(command):
         help="compile the train step for it too, with libtpu (extra `aot`)",
     )
     plan.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_compare(command):
+    compare = command(
+        "compare",
+        "Put runs side by side: size, work, time and losses. Runs whose configs differ "
+        "in the seed alone are one row, with 95 % intervals.",
+        COMPARE_EXAMPLES,
+        "RUN RUN ... [options]",
+    )
+    compare.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.add_argument(
+        "--plot",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="draw loss against tokens, FLOPs and time, to a .html or .png",
+    )
+    compare.add_argument(
+        "--assert-equal",
+        nargs="?",
+        type=_tolerance,
+        const=0.0,
+        metavar="TOL",
+        help="fail at the first figure by which two runs differ, times apart; by more "
+        "than TOL relatively (0)",
+    )
 
 
 def _add_tasks(evaluate):
@@ -372,4 +450,16 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(
+            f"must be a number in [0, 1), not {text!r}; runs come before it"
+        )
     return value

@@ -84,10 +84,11 @@ def test_help_of_each_verb(verb, capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     expected = {
-        "train": ("--workdir", "--dry-run", "--config.a.b=value", "SIGTERM"),
+        "train": ("--workdir", "--dry-run", "--config.a.b=value", "SIGTERM", "--sweep"),
         "config": ("--json", "--config=FILE"),
         "params": ("--json", "--like", "--match", "--config=FILE"),
         "plan": ("--topology", "--compile", "--json", "--config=FILE"),
+        "compare": ("--json", "--plot", "--assert-equal", "95 % intervals"),
         "eval": ("run directory", "--sequences", "--json", "--config.data..."),
         "generate": ("--prompt", "--temperature", "--top-k", "--top-p", "--seed"),
         "convert": ("--to", "--workdir", "--group", "--latent", "--ops", "--whiten"),
