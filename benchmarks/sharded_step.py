@@ -155,7 +155,7 @@ def main() -> None:
         }
         print(line(name, rows[name]), flush=True)
         del run  # with the arrays that it holds
-    write_json(args.json, {"meshes": rows})
+        write_json(args.json, {"meshes": rows})
 
 
 if __name__ == "__main__":

@@ -255,6 +255,9 @@ def _eval(args, config_args):
     if args.tasks is not None:
         _eval_tasks(args, config_args)
         return
+    for name in ("include_path", "limit", "num_fewshot"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')}: is for --tasks.")
     from moex.flags import load_config
     from moex.train.job import load_config as run_config
     from moex.train.score import score_run

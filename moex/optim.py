@@ -193,7 +193,7 @@ def _muon_dims(params, info):
 
 def decays(name: str, info) -> bool:
     """Whether weight decay is for this parameter: for matrices, not stacked vectors."""
-    is_vector = name.split("/")[-1].startswith(("bias", "v_"))
+    is_vector = name.split("/")[-1].startswith(("bias", "v_", "sink"))
     return len(info[name].axes) >= 2 and not is_vector
 
 

@@ -294,6 +294,7 @@ LINES = [
     (("config", "--config=configs/quikstart.py"), "Did you mean 'quickstart.py'?"),
     (("eval",), "the following arguments are required: run"),
     (("eval", "/nowhere"), "/nowhere: not a run directory (there is no /nowhere/con"),
+    (("eval", "/nowhere", "--limit=5"), "--limit: is for --tasks."),
     (("eval", "/nowhere", "--sequences=0"), "--sequences: must be at least 1, not 0"),
     (("generate", "/nowhere"), "/nowhere: not a run directory"),
     (("generate", "/nowhere", "--top-k=few"), "--top-k: invalid int value: 'few'"),

@@ -1,8 +1,8 @@
 """Tensors of a folder as parts of stacked, sharded arrays, and back, a slice at a time.
 
-Nothing here holds more than one device's part of one parameter: a shard asks for the
-slices of the tensors that it consists of, and a tensor for the slices of the shards
-that it lies in.
+Nothing here holds more than the parts of one parameter that the devices of this host
+take: a shard asks for the slices of the tensors that it consists of, and a tensor for
+the slices of the shards that it lies in.
 """
 
 import functools

@@ -119,6 +119,7 @@ def attention(of: Fields, **more) -> Attention:
 
 def mixtral(of: Fields) -> list[Layer]:
     """Mixtral 8x7B, 8x22B."""
+    of.only("attention_bias", False)  # transformers has none, whatever is written
     own = attention(of, window=of("sliding_window", None))
     moe = MoE(
         num_experts=of("num_local_experts"),

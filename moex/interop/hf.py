@@ -83,7 +83,9 @@ def import_hf(
         unused = check_tensors(source, wanted, family, model, opened.config)
         file = _tokenizer_file(opened.path, tokenizer)
         doc_token = doc_token or _doc_token(opened.path, opened.config, file)
+        shapes = _shapes(model)
         cfg = _run_config(model, opened.config, config_args)
+        _check_shapes(shapes, _shapes(cfg.model))
         cfg.data.tokenizer = TokenizerFile(path=str(file), doc_token=doc_token)
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -231,6 +233,28 @@ def _run_config(model, config, config_args):
     return cfg
 
 
+def _shapes(model) -> dict[str, tuple]:
+    """{path: shape} of all arrays of a model."""
+    spec = states.model_spec(model)
+    trees = (spec.params, spec.state)
+    return {k: v.shape for tree in trees for k, v in flat_paths(tree).items()}
+
+
+def _check_shapes(stored: dict, wanted: dict) -> None:
+    """Check that the overrides of a config leave the arrays of the folder as they are.
+
+    Raises:
+      ConfigError: naming the first array that they change.
+    """
+    for name in sorted(stored.keys() | wanted.keys()):
+        old, new = stored.get(name), wanted.get(name)
+        if old != new:
+            raise ConfigError(
+                f"--config.model...: changes {name}, of shape {old} in the folder, to "
+                f"{new} (None: there is none); import it as it is, then convert it."
+            )
+
+
 def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict]:
     """(config.json, other files by name, dtype by tensor) of an export."""
     kept = run / KEPT
@@ -279,8 +303,8 @@ def export_hf(run, out, *, dtype: str | None = None, say=print) -> dict:
     wanted = pieces(cfg.model, family.names)
     loaded = load_run(run, warn=say)
     arrays = flat_paths(loaded.params) | flat_paths(loaded.state)
-    config["dtype"] = dtype or config.get("dtype") or "float32"
-    config.pop("torch_dtype", None)
+    before = config.pop("torch_dtype", None)  # its name up to transformers 4
+    config["dtype"] = dtype or config.get("dtype") or before or "float32"
 
     def tensor(piece: Piece) -> Tensor:
         kind = np.dtype(dtype or dtypes.get(piece.name, "float32"))

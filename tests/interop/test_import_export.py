@@ -100,6 +100,28 @@ def test_shards_are_read_in_their_places(name):
     assert np.abs(got - want["logits"]).max() <= 2e-5 * scale
 
 
+@pytest.mark.parametrize(
+    "override", ["layers[0].repeat=40", "layers[0].pattern[0].num_experts=2"]
+)
+def test_overrides_that_change_arrays_are_refused(tmp_path, override):
+    folder, out = parity.FIXTURES / "mixtral", tmp_path / "run"
+    with runs.one_device(), pytest.raises(ConfigError, match="of shape"):
+        import_hf(folder, out, [f"--config.model.{override}"], **SAY)
+    assert not out.exists()
+
+
+def test_the_dtype_of_an_older_config_is_kept(tmp_path):
+    folder, run = tmp_path / "folder", tmp_path / "run"
+    shutil.copytree(parity.FIXTURES / "mixtral", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float16"}))
+    import_fixture("mixtral", run, folder)
+    with runs.one_device():
+        written = export_hf(run, tmp_path / "back", **SAY)
+    assert written["dtype"] == "float16" and "torch_dtype" not in written
+
+
 def test_a_shard_asks_for_its_own_slices_only():
     """No read is larger than the largest part of one array on one device."""
     mesh = mesh_of(8, fsdp=2, expert=2, tensor=2)
