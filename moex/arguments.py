@@ -38,6 +38,12 @@ Examples:
   moex compare runs/first runs/again --assert-equal=1e-6
 """
 
+REPORT_EXAMPLES = """
+Examples:
+  moex report runs/quickstart
+  moex report runs/quickstart --trace=trace.parquet --out=quickstart.html
+"""
+
 PARAMS_EXAMPLES = """
 Examples:
   moex params --config=configs/moe_8x7b.py
@@ -116,6 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_params(command)
     _add_plan(command)
     _add_compare(command)
+    _add_report(command)
     evaluate = command(
         "eval",
         "Score held-out data with the newest checkpoint of a run. Without --config the "
@@ -274,6 +281,29 @@ def _add_compare(command):
         metavar="TOL",
         help="fail at the first figure by which two runs differ, times apart; by more "
         "than TOL relatively (0)",
+    )
+
+
+def _add_report(command):
+    report = command(
+        "report",
+        "Write a page about a run: warnings, curves, routing, config. One HTML file "
+        "that needs no network; with a trace also what the experts specialise in.",
+        REPORT_EXAMPLES,
+        "RUN [--trace=FILE] [--compare-trace=FILE] [--out=FILE.html]",
+    )
+    report.add_argument("run", type=pathlib.Path, help="run directory")
+    report.add_argument(
+        "--trace", type=pathlib.Path, metavar="FILE", help="of `moex trace`"
+    )
+    report.add_argument(
+        "--compare-trace",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="trace of the same tokens with another checkpoint",
+    )
+    report.add_argument(
+        "--out", type=pathlib.Path, metavar="FILE", help="default: RUN/report.html"
     )
 
 

@@ -251,6 +251,16 @@ def _compare(args, config_args):
     )
 
 
+def _report(args, config_args):
+    from moex.report.command import run
+
+    if config_args:
+        raise ConfigError(f"{config_args[0]}: report takes the config of the run.")
+    _without_devices()
+    options = {"trace": args.trace, "compare_trace": args.compare_trace}
+    print(run(args.run, out=args.out, **options))
+
+
 def _eval(args, config_args):
     if args.tasks is not None:
         _eval_tasks(args, config_args)
@@ -404,6 +414,7 @@ COMMANDS = {
     "params": _params,
     "plan": _plan,
     "compare": _compare,
+    "report": _report,
     "eval": _eval,
     "generate": _generate,
     "convert": _convert,

@@ -25,6 +25,7 @@ from moex.run import check_run
 from moex.schedule import is_always_zero
 from moex.sharding import shard_batch
 from moex.train.checkpoint import Checkpointer, CheckpointError
+from moex.train.environment import save_environment
 from moex.train.job import (
     Job,
     check_init_from,
@@ -104,6 +105,7 @@ def train(cfg, workdir, *, dry_run=False, say=None) -> dict:
     if jax.process_index() == 0:
         # The config comes last: with it a folder is a run, and a run has a tokenizer.
         job.data.tokenizer.save(workdir / "tokenizer")
+        save_environment(workdir, run.step)
         save_config(cfg, workdir)
     with jax.set_mesh(job.mesh), _stop_on_sigterm(run):
         try:
@@ -440,6 +442,7 @@ class Run:
             temperature=0.7,
             seed=cfg.seed,
         )
+        self.log.record("sample", self.step, {"texts": texts})
         self.log.text("sample", self.step, "\n----\n".join(texts))
         for text in texts:
             shown = text.replace("\n", "\n  | ")

@@ -1,0 +1,324 @@
+"""How tokens were routed over training: what routing.jsonl holds.
+
+S logged steps · E experts · R layers, and rounds of chains
+"""
+
+import numpy as np
+
+from moex.report import thin
+from moex.report.health import judged
+from moex.report.material import Material, Routing
+from moex.report.page import Grid, Note, Plot, Section, Table, style
+from moex.train.log import shown
+
+# Load over balanced load: black is dead, white balanced, red twice or more.
+LOAD_COLOURS = (
+    (0.0, "#000000"),
+    (0.01, "#000000"),
+    (0.011, "#15407a"),
+    (0.25, "#4f8fc4"),
+    (0.5, "#f7f7f7"),
+    (0.75, "#e0755d"),
+    (1.0, "#7f0d1f"),
+)
+LOAD_BAR = {
+    "title": {"text": "load /<br>balanced"},
+    "tickvals": [0, 0.5, 1, 1.5, 2],
+    "ticktext": ["0 (dead)", "0.5", "1", "1.5", "2 or more"],
+}
+# Numbers of all frames, and of all curves, of a page; four bytes each.
+FRAME_NUMBERS, MOST_FRAMES = 400_000, 40
+HISTORY_NUMBERS, MOST_STEPS = 400_000, 200
+CURVE_NUMBERS, MOST_POINTS = 150_000, 300
+# Figures of layers: name, title, unit.
+FIGURES = (
+    ("max_violation", "Max violation", "max load / mean load − 1"),
+    ("effective_frac", "Effective experts", "exp(entropy of load) / experts"),
+    ("dead_frac", "Dead experts", "share of experts"),
+    ("entropy", "Router entropy", "nats per token"),
+    ("confidence", "Router confidence", "largest probability"),
+    ("experts_per_token", "Experts per token", "mean number"),
+    ("experts_per_token_std", "Experts per token, deviation", "over tokens"),
+    ("dropped_frac", "Dropped slots", "share of slots"),
+    ("unrouted_frac", "Tokens without an expert", "share of tokens"),
+    ("zero_frac", "Zero-computation slots", "share of slots"),
+    ("logit_norm", "Router logits", "L2 norm, mean over tokens"),
+    ("output_norm", "Expert output", "L2 norm, mean over tokens"),
+    ("device_imbalance", "Balance of devices", "max load / mean load − 1"),
+    ("load_balance", "Load-balance loss", "before its coefficient"),
+    ("router_z", "Router z-loss", "before its coefficient"),
+)
+CONSTANT = ("dropped_frac", "zero_frac", "unrouted_frac", "dead_frac")
+
+
+def sections(material: Material) -> list[Section]:
+    """Load of the experts, and figures of the layers."""
+    found = judged(material)
+    title = "Expert load"
+    if found is None:
+        text = "No data: the run has no routing.jsonl with lines of logged steps."
+        return [Section(title, [Note(text)])]
+    kind, routing = found
+    what = "training" if kind == "train" else "evaluation"
+    about = (
+        f"Load of an expert: its share of the slots of a layer over the share of "
+        f"balanced load. 1 is balanced, 0 dead. From {what} steps"
+        + _thinned(routing)
+        + "."
+    )
+    rows = list(routing.layers)
+    load = [
+        Plot(
+            load_maps(routing),
+            "The slider moves through training; rounds of a chain are rows of their "
+            "own (3.1, 3.2).",
+        ),
+        Plot(load_histories(routing), "One layer through training; choose it below."),
+    ]
+    grid = [plot for figure in FIGURES if (plot := curves(routing, *figure))]
+    flat = [
+        title
+        for name, title, _ in FIGURES
+        if name in CONSTANT and not _moves(routing, name)
+    ]
+    figures: list = [Grid(tuple(grid))] if grid else []
+    if flat:
+        figures.append(Note(f"Zero in all layers at all steps: {', '.join(flat)}."))
+    if plot := slots(routing):
+        figures.append(plot)
+    figures.append(table(routing))
+    return [
+        Section(title, load, about),
+        Section(
+            "Layers",
+            figures,
+            f"One curve for each of {len(rows)} layers and rounds, coloured from the "
+            "first (dark) to the last (light).",
+        ),
+    ]
+
+
+def _thinned(routing: Routing) -> str:
+    if routing.read == routing.there:
+        return ""
+    return f" ({routing.read:,} evenly spaced ones of {routing.there:,})"
+
+
+def ratios(routing: Routing) -> list[np.ndarray]:
+    """Load over balanced load of every layer, float32[S, E]."""
+    return [
+        figures["load_frac"] * figures["load_frac"].shape[1]
+        for figures in routing.layers.values()
+        if "load_frac" in figures
+    ]
+
+
+def _labels(routing: Routing, name: str) -> list[str]:
+    return [shown(r) for r, figures in routing.layers.items() if name in figures]
+
+
+def load_maps(routing: Routing):
+    """Layers x experts at some steps, behind a slider."""
+    from plotly.graph_objects import Figure
+
+    load, labels = ratios(routing), _labels(routing, "load_frac")
+    width = max(each.shape[1] for each in load)
+    frames = FRAME_NUMBERS // (len(load) * width)
+    chosen = thin.spaced(len(routing.step_S), max(3, min(MOST_FRAMES, frames)))
+    figure = Figure()
+    for s in chosen:
+        z_RE = np.full((len(load), width), np.nan, dtype=np.float32)
+        for row, ratio_SE in zip(z_RE, load, strict=True):
+            row[: ratio_SE.shape[1]] = ratio_SE[s]
+        figure.add_heatmap(
+            z=z_RE,
+            y=labels,
+            visible=bool(s == chosen[-1]),
+            hovertemplate="layer %{y}, expert %{x}: %{z:.3f} x balanced<extra></extra>",
+            **_load_colours(),
+        )
+    _slider(figure, "step ", [str(routing.step_S[s]) for s in chosen], len(chosen) - 1)
+    style(
+        figure, height=190 + max(16 * len(load), 80), title="Load by layer and expert"
+    )
+    figure.update_xaxes(title_text="expert", dtick=_every(width), showgrid=False)
+    figure.update_yaxes(
+        title_text="layer",
+        type="category",
+        autorange="reversed",
+        dtick=_every(len(load), 32),
+        showgrid=False,
+    )
+    return figure
+
+
+def _every(count: int, most: int = 32) -> int:
+    """Distance of labels, of which there are at most so many."""
+    return next(step for step in (1, 2, 4, 8, 16, 32, 64, 128) if count <= most * step)
+
+
+def _load_colours() -> dict:
+    return {
+        "zmin": 0,
+        "zmax": 2,
+        "colorscale": LOAD_COLOURS,
+        "colorbar": LOAD_BAR,
+        "xgap": 0.5,
+        "ygap": 0.5,
+    }
+
+
+def _slider(figure, prefix: str, names: list[str], active: int) -> None:
+    """A slider that shows one of the figure's traces."""
+    count = len(names)
+    steps = [
+        {
+            "label": name,
+            "method": "restyle",
+            "args": [{"visible": [j == i for j in range(count)]}],
+        }
+        for i, name in enumerate(names)
+    ]
+    if count > 1:
+        figure.update_layout(
+            sliders=[
+                {
+                    "active": active,
+                    "currentvalue": {"prefix": prefix},
+                    "pad": {"t": 45, "b": 5},
+                    "steps": steps,
+                }
+            ]
+        )
+
+
+def load_histories(routing: Routing):
+    """Experts x steps of one layer, behind a slider over layers."""
+    from plotly.graph_objects import Figure
+
+    load, labels = ratios(routing), _labels(routing, "load_frac")
+    most = HISTORY_NUMBERS // sum(each.shape[1] for each in load)
+    chosen = thin.spaced(len(routing.step_S), max(10, min(MOST_STEPS, most)))
+    steps = routing.step_S[chosen]
+    figure = Figure()
+    for i, ratio_SE in enumerate(load):
+        figure.add_heatmap(
+            z=np.ascontiguousarray(ratio_SE[chosen].T),
+            x=steps if len(steps) > 1 else [str(steps[0])],
+            visible=i == 0,
+            hovertemplate="step %{x}, expert %{y}: %{z:.3f} x balanced<extra></extra>",
+            **(_load_colours() | {"xgap": 0, "ygap": 0}),
+        )
+    _slider(figure, "layer ", labels, 0)
+    width = max(each.shape[1] for each in load)
+    height = 190 + max(8 * width if width <= 80 else 640, 130)
+    style(figure, height=height, title="Load by expert and step")
+    figure.update_xaxes(title_text="optimizer step", showgrid=False)
+    figure.update_yaxes(
+        title_text="expert", autorange="reversed", dtick=_every(width), showgrid=False
+    )
+    return figure
+
+
+def _moves(routing: Routing, name: str) -> bool:
+    values = [f[name] for f in routing.layers.values() if name in f]
+    return any(np.nanmax(np.abs(value_S), initial=0) > 0 for value_S in values)
+
+
+def curves(routing: Routing, name: str, title: str, unit: str) -> Plot | None:
+    """A figure of all layers over steps; None if it was not logged, or is always 0."""
+    from plotly.colors import sample_colorscale
+    from plotly.graph_objects import Figure
+
+    layers = {
+        label: figures[name]
+        for label, figures in routing.layers.items()
+        if name in figures and figures[name].ndim == 1
+    }
+    if not layers or (name in CONSTANT and not _moves(routing, name)):
+        return None
+    most = CURVE_NUMBERS // (len(FIGURES) * len(layers))
+    chosen = thin.spaced(len(routing.step_S), max(20, min(MOST_POINTS, most)))
+    steps = routing.step_S[chosen].astype(np.int32)
+    places = np.linspace(0, 0.9, len(layers)) if len(layers) > 1 else [0.3]
+    colours = sample_colorscale("Viridis", list(places))
+    figure = Figure()
+    for (label, value_S), colour in zip(layers.items(), colours, strict=True):
+        figure.add_scatter(
+            x=steps,
+            y=value_S[chosen],
+            name=shown(label),
+            mode="lines" if len(steps) > 1 else "markers",
+            line={"color": colour, "width": 1.3},
+            hovertemplate=f"layer {shown(label)}, step %{{x}}: %{{y:.4g}}"
+            "<extra></extra>",
+        )
+    style(figure, height=300, title=title)
+    figure.update_xaxes(title_text="optimizer step", rangemode="tozero")
+    figure.update_yaxes(title_text=unit)
+    figure.update_layout(
+        showlegend=len(layers) > 1,
+        legend={"title": {"text": "layer"}, "font": {"size": 10}},
+    )
+    return Plot(figure)
+
+
+def slots(routing: Routing) -> Plot | None:
+    """Distribution of experts per token at the last step; None if all have as many."""
+    from plotly.graph_objects import Figure
+
+    have = {r: f["slots_hist"] for r, f in routing.layers.items() if "slots_hist" in f}
+    if not have:
+        return None
+    width = max(each.shape[1] for each in have.values())
+    z_RK = np.full((len(have), width), np.nan, dtype=np.float32)
+    for row, hist_SK in zip(z_RK, have.values(), strict=True):
+        row[: hist_SK.shape[1]] = hist_SK[-1] / max(float(np.sum(hist_SK[-1])), 1e-30)
+    if np.all(np.sum(np.nan_to_num(z_RK) > 0, axis=1) <= 1):
+        return None
+    figure = Figure()
+    figure.add_heatmap(
+        z=z_RK,
+        y=[shown(label) for label in have],
+        zmin=0,
+        colorscale="Viridis",
+        colorbar={"title": {"text": "share of<br>tokens"}},
+        hovertemplate="layer %{y}: %{x} experts for %{z:.3f} of the tokens"
+        "<extra></extra>",
+    )
+    style(
+        figure,
+        height=130 + max(16 * len(have), 80),
+        title=f"Experts per token at step {routing.step_S[-1]}",
+    )
+    figure.update_xaxes(title_text="experts of a token", dtick=_every(width))
+    figure.update_yaxes(
+        title_text="layer",
+        type="category",
+        autorange="reversed",
+        dtick=_every(len(have)),
+    )
+    return Plot(figure, "Share of the tokens of a layer that have so many experts.")
+
+
+def table(routing: Routing) -> Table:
+    """Figures of all layers at the last logged step."""
+    there = [
+        (name, title)
+        for name, title, _ in FIGURES
+        if any(name in figures for figures in routing.layers.values())
+    ]
+    rows = []
+    for label, figures in routing.layers.items():
+        load_SE = figures.get("load_frac")
+        experts = "" if load_SE is None else str(load_SE.shape[1])
+        cells = [
+            f"{float(figures[name][-1]):.4g}" if name in figures else "–"
+            for name, _ in there
+        ]
+        rows.append((shown(label), experts, *cells))
+    return Table(
+        ("layer", "experts", *(title.lower() for _, title in there)),
+        rows,
+        f"All layers at step {routing.step_S[-1]}.",
+    )
