@@ -9,6 +9,7 @@ from moex.params import scaled
 from moex.report.material import Material
 from moex.report.page import Note, Section, Table, Verbatim
 
+NONE = dataclasses.MISSING  # the default of a field that has none
 SAMPLES = 3  # of the newest ones, that are shown open
 
 
@@ -79,7 +80,7 @@ def config(material: Material) -> Section:
 
 
 def _show(value) -> str:
-    return "–" if value is dataclasses.MISSING else _text(value)
+    return "–" if value is NONE else _text(value)
 
 
 def _text(value) -> str:
@@ -98,7 +99,7 @@ def changes(cfg) -> list[tuple[str, Any, Any]]:
         for name, value in children(node):
             inner = path + (name if name.startswith("[") else f".{name}")
             inner = inner.removeprefix(".")
-            default = dataclasses.MISSING
+            default = NONE
             if isinstance(node, Config):
                 default = _default(node, name)
             if isinstance(value, Config):
@@ -110,7 +111,7 @@ def changes(cfg) -> list[tuple[str, Any, Any]]:
                 isinstance(v, Config) for _, v in children(value)
             ):
                 look(value, inner)
-            elif default is dataclasses.MISSING or value != default:
+            elif default is NONE or value != default:
                 found.append((inner, value, default))
 
     look(cfg, "")

@@ -170,11 +170,17 @@ def _read_kind(file, opened, places: dict, most: int) -> Routing:
                 for label, figures in layers.items()
             }
         )
-    labels = sorted({label for line in read for label in line}, key=_place)
+    labels = {label for line in read for label in line}
+    for label in labels:
+        if not label.replace(".", "", 1).isdecimal():
+            raise ConfigError(
+                f"{file}: {label!r} is no layer, such as '003' or '003.1'."
+            )
     return Routing(
         step_S=np.array([steps[i] for i in chosen]),
         layers={
-            label: _stack([line.get(label, {}) for line in read]) for label in labels
+            label: _stack([line.get(label, {}) for line in read])
+            for label in sorted(labels, key=_place)
         },
         read=len(chosen),
         there=there,

@@ -12,8 +12,13 @@ from typing import Any
 import jinja2
 import markupsafe
 
-PLOT = {"displaylogo": False, "responsive": True}
-MARGIN = {"l": 70, "r": 30, "t": 40, "b": 50}
+PLOT = {
+    "displaylogo": False,
+    "responsive": True,
+    "displayModeBar": "hover",
+    "modeBarButtons": [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
+}
+MARGIN = {"l": 70, "r": 30, "t": 60, "b": 50}
 WHITE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}  # as they are shown in tokens
 
 
@@ -111,7 +116,13 @@ def style(figure, *, height: int, title: str = "") -> Any:
         template="plotly_white",
         height=height,
         margin=MARGIN,
-        title={"text": title, "x": 0, "font": {"size": 14}},
+        title={
+            "text": title,
+            "x": 0,
+            "y": 0.98,
+            "yanchor": "top",
+            "font": {"size": 14},
+        },
         font={"size": 12},
         hovermode="closest",
     )

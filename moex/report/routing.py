@@ -14,8 +14,8 @@ from moex.train.log import shown
 # Load over balanced load: black is dead, white balanced, red twice or more.
 LOAD_COLOURS = (
     (0.0, "#000000"),
-    (0.01, "#000000"),
-    (0.011, "#15407a"),
+    (0.005, "#000000"),
+    (0.0051, "#15407a"),
     (0.25, "#4f8fc4"),
     (0.5, "#f7f7f7"),
     (0.75, "#e0755d"),
@@ -30,6 +30,8 @@ LOAD_BAR = {
 FRAME_NUMBERS, MOST_FRAMES = 400_000, 40
 HISTORY_NUMBERS, MOST_STEPS = 400_000, 200
 CURVE_NUMBERS, MOST_POINTS = 150_000, 300
+LEGEND = 12  # layers; more are told by a colour bar
+LIGHTEST = 0.9  # of the colour scale of layers: the rest is too faint
 # Figures of layers: name, title, unit.
 FIGURES = (
     ("max_violation", "Max violation", "max load / mean load − 1"),
@@ -73,7 +75,10 @@ def sections(material: Material) -> list[Section]:
             "The slider moves through training; rounds of a chain are rows of their "
             "own (3.1, 3.2).",
         ),
-        Plot(load_histories(routing), "One layer through training; choose it below."),
+        Plot(
+            load_histories(routing),
+            "One layer through training, at first the least balanced one.",
+        ),
     ]
     grid = [plot for figure in FIGURES if (plot := curves(routing, *figure))]
     flat = [
@@ -200,16 +205,17 @@ def load_histories(routing: Routing):
     most = HISTORY_NUMBERS // sum(each.shape[1] for each in load)
     chosen = thin.spaced(len(routing.step_S), max(10, min(MOST_STEPS, most)))
     steps = routing.step_S[chosen]
+    worst = int(np.argmax([np.nan_to_num(each[-1]).max() for each in load]))
     figure = Figure()
     for i, ratio_SE in enumerate(load):
         figure.add_heatmap(
             z=np.ascontiguousarray(ratio_SE[chosen].T),
             x=steps if len(steps) > 1 else [str(steps[0])],
-            visible=i == 0,
+            visible=i == worst,
             hovertemplate="step %{x}, expert %{y}: %{z:.3f} x balanced<extra></extra>",
             **(_load_colours() | {"xgap": 0, "ygap": 0}),
         )
-    _slider(figure, "layer ", labels, 0)
+    _slider(figure, "layer ", labels, worst)
     width = max(each.shape[1] for each in load)
     height = 190 + max(8 * width if width <= 80 else 640, 130)
     style(figure, height=height, title="Load by expert and step")
@@ -240,7 +246,7 @@ def curves(routing: Routing, name: str, title: str, unit: str) -> Plot | None:
     most = CURVE_NUMBERS // (len(FIGURES) * len(layers))
     chosen = thin.spaced(len(routing.step_S), max(20, min(MOST_POINTS, most)))
     steps = routing.step_S[chosen].astype(np.int32)
-    places = np.linspace(0, 0.9, len(layers)) if len(layers) > 1 else [0.3]
+    places = np.linspace(0, LIGHTEST, len(layers)) if len(layers) > 1 else [0.3]
     colours = sample_colorscale("Viridis", list(places))
     figure = Figure()
     for (label, value_S), colour in zip(layers.items(), colours, strict=True):
@@ -253,14 +259,39 @@ def curves(routing: Routing, name: str, title: str, unit: str) -> Plot | None:
             hovertemplate=f"layer {shown(label)}, step %{{x}}: %{{y:.4g}}"
             "<extra></extra>",
         )
+    if len(layers) > LEGEND:
+        _depth_bar(figure, list(layers))
     style(figure, height=300, title=title)
     figure.update_xaxes(title_text="optimizer step", rangemode="tozero")
     figure.update_yaxes(title_text=unit)
     figure.update_layout(
-        showlegend=len(layers) > 1,
+        showlegend=1 < len(layers) <= LEGEND,
         legend={"title": {"text": "layer"}, "font": {"size": 10}},
     )
     return Plot(figure)
+
+
+def _depth_bar(figure, labels: list[str]) -> None:
+    """A colour bar of the layers, carried by a trace without points."""
+    ends = thin.spaced(len(labels), 5)
+    figure.add_scatter(
+        x=[None],
+        y=[None],
+        mode="markers",
+        marker={
+            "color": [0],
+            "cmin": 0,
+            "cmax": (len(labels) - 1) / LIGHTEST,
+            "colorscale": "Viridis",
+            "showscale": True,
+            "colorbar": {
+                "title": {"text": "layer"},
+                "tickvals": ends,
+                "ticktext": [shown(labels[i]) for i in ends],
+                "thickness": 12,
+            },
+        },
+    )
 
 
 def slots(routing: Routing) -> Plot | None:

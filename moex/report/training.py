@@ -1,6 +1,7 @@
 """Curves of training: what metrics.jsonl holds."""
 
 import dataclasses
+import html
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from moex.analysis.plotting import COLOURS
 from moex.report import thin
 from moex.report.material import Material
-from moex.report.page import Grid, Note, Plot, Section, label, style
+from moex.report.page import Grid, Note, Plot, Section, style
 
 STEP = "optimizer step"
 
@@ -47,7 +48,7 @@ PANELS = (
         missing="the data has one domain, or nothing is logged",
     ),
     Panel("Gradient norm", "L2 norm", ("grad_norm", "grad_norm/*"), log=True),
-    Panel("Learning rate", "of the schedule", ("lr",)),
+    Panel("Learning rate", "learning rate", ("lr",)),
     Panel("Throughput", "tokens per second", ("perf/tokens_per_s",)),
     Panel(
         "Model FLOPs utilisation",
@@ -56,7 +57,7 @@ PANELS = (
         scale=100.0,
         missing="the device's peak is not known, or nothing is logged",
     ),
-    Panel("Time of a step", "seconds, mean since the line before", ("perf/*_s",)),
+    Panel("Time of a step", "seconds", ("perf/*_s",)),
     Panel("Memory, peak", "GiB", ("perf/memory_gib",)),
     Panel(
         "Losses beside cross-entropy, weighted",
@@ -113,7 +114,7 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
         figure.add_scatter(
             x=step_S,
             y=(value_S * panel.scale).astype(np.float32),
-            name=label(_title(panel, name) + (", held out" if held else ""), 60),
+            name=html.escape(_title(panel, name) + (", held out" if held else "")),
             mode="lines+markers" if held or len(step_S) == 1 else "lines",
             line={"color": colour, "width": 1 if held else 1.6}
             | ({"dash": "dot"} if held else {}),
@@ -127,15 +128,15 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
     figure.update_yaxes(title_text=panel.unit, type="log" if panel.log else "linear")
     figure.update_layout(
         showlegend=len(found) > 1,
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1}
-        | {"xanchor": "right", "font": {"size": 11}},
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
+        | {"font": {"size": 11}},
     )
     return Plot(figure)
 
 
 def _title(panel: Panel, name: str) -> str:
-    if panel.names == ("nll",) or panel.names == ("bits_per_byte",):
-        return "training"
+    if name in ("nll", "bits_per_byte"):
+        return "loss" if name == "nll" else "bits"
     return name.partition("/")[2] or name
 
 
