@@ -35,7 +35,7 @@ from tests.interop import parity
 def model_of_all_kinds():
     """Dense, top-k with zero experts, a narrow chain of two routers, expert choice."""
     plain = {"shared": None}
-    first = tiny_moe(4, router=TopK(k=2), zero=Zero(identity=2), **plain)
+    first = tiny_moe(4, router=TopK(k=2), zero=Zero(copy=2), **plain)
     rounds = Chain(
         moe=tiny_moe(4, router=TopK(k=1), **plain),
         iterations=2,
@@ -85,7 +85,9 @@ def test_layers_are_numbered_with_the_dense_ones(collected):
     assert [i.label for i in infos] == ["001", "003", "004.1", "004.2", "005"]
     assert [i.router for i in infos] == ["TopK", "TopK", "TopP", "TopK", "ExpertChoice"]
     assert [i.slots for i in infos] == [2, 2, 3, 1, 4]
-    assert [(i.num_experts, i.num_choices) for i in infos] == [(4, 6)] * 2 + [(4, 4)] * 3
+    assert [(i.num_experts, i.num_choices) for i in infos] == [(4, 6)] * 2 + [
+        (4, 4)
+    ] * 3
     assert [i.causal for i in infos] == [True] * 4 + [False]
 
 
@@ -104,9 +106,7 @@ def test_a_trace_is_what_the_model_collects(collected, tmp_path):
     assert trace.num_tokens == sum(map(np.sum, valid)) < 2 * 4 * 16  # no padding
     for name, want in (("token_N", "tokens"), ("position_N", "position")):
         flat = [b[want].reshape(-1)[v] for b, v in zip(batches, valid, strict=True)]
-        np.testing.assert_array_equal(
-            getattr(chunk.tokens, name), np.concatenate(flat)
-        )
+        np.testing.assert_array_equal(getattr(chunk.tokens, name), np.concatenate(flat))
     place = {"001": ("0", "1", 0), "003": ("0", "1", 1), "005": ("1", "1", 0)}
     place |= {"004.1": ("1", "0", 0), "004.2": ("1", "0", 0)}
     for label, (segment, block, copy) in place.items():
@@ -199,10 +199,10 @@ def test_the_verb_traces_every_held_out_token(trained, capsys):
     with Trace.open(path) as trace:
         assert f'"tokens": {trace.num_tokens},' in scored
         assert list(trace.layers) == ["001"] and trace.header.step == 8
-        assert trace.domains == ("corpus.txt",) or len(trace.domains) == 1
+        assert len(trace.domains) == 1
         assert trace.vocabulary[97] == "a" and trace.vocabulary[256] == "<|doc|>"
         (chunk,) = trace.chunks()
-    assert np.all(chunk.tokens.token_N[chunk.tokens.position_N == 0] == 256)
+    assert np.all(chunk.tokens.position_N[chunk.tokens.token_N == 256] == 0)
     text = "".join(trace.vocabulary[i] for i in chunk.tokens.token_N[1:40])
     assert text in (run.parent / "corpus.txt").read_text()
     assert chunk.layers["001"].keep_NK.all()
@@ -259,14 +259,13 @@ def test_an_imported_checkpoint_is_traced(trained, tmp_path, capsys):
     run, out, old = tmp_path / "run", tmp_path / "t.parquet", trained[0].parent
     folder = parity.FIXTURES / "mixtral"
     cli.main(["import-hf", str(folder), f"--out={run}", "--config.seq_len=32"])
-    source = f"--config.data.sources[0].paths=('{old / 'corpus.txt'}',)"
     config = str(old / "tiny.py")
     cli.main(["trace", str(run), f"--out={out}", f"--config={config}", "--tokens=60"])
-    assert source and "at step 0" in capsys.readouterr().out
+    assert "at step 0" in capsys.readouterr().out
     with Trace.open(out) as trace:
         assert trace.num_tokens == 60
         infos = trace.layers.values()
-        assert {i.num_experts for i in infos} == {4} and len(infos) >= 2
+        assert {i.num_experts for i in infos} == {8} and len(infos) >= 2
         (chunk,) = trace.chunks()
         for slots in chunk.layers.values():
             assert slots.keep_NK.all()
