@@ -58,6 +58,13 @@ Examples:
   moex plan --config=configs/quickstart.py --topology=v5e:1x1 --compile
 """
 
+TRACE_EXAMPLES = """
+Examples:
+  moex trace runs/first --out first.parquet
+  moex trace runs/first --out step500.parquet --step=500 --tokens=100000
+  moex trace runs/olmoe --out web.parquet --config.data.sources[0].paths="('web',)"
+"""
+
 CONVERT_EXAMPLES = """
 Examples:
   moex convert runs/dense --to=moe --experts=8 --k=2 --workdir=runs/moe
@@ -135,6 +142,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_tasks(evaluate)
     _add_generate(command)
+    _add_trace(command)
     _add_convert(command)
     _add_interop(command)
     data = command("data", "Prepare the data of a config, or look at it.")
@@ -345,6 +353,31 @@ def _add_generate(command):
         "--top-p", type=float, default=1.0, help="sample from this share of probability"
     )
     generate.add_argument("--seed", type=int, default=0)
+
+
+def _add_trace(command):
+    trace = command(
+        "trace",
+        "Write where a run sends the tokens of held-out data. One row per token and "
+        "MoE layer in a Parquet file (docs/traces.md): experts, gates, logits. Without "
+        "--config the run's own data is used; --config.data... changes it.",
+        CONFIG_HELP + TRACE_EXAMPLES,
+    )
+    trace.add_argument("run", type=pathlib.Path, help="run directory")
+    trace.add_argument(
+        "--out", type=pathlib.Path, required=True, help="the file; must not exist"
+    )
+    trace.add_argument(
+        "--tokens", type=_positive, help="at most so many tokens; default: all"
+    )
+    trace.add_argument(
+        "--step", type=int, help="of the checkpoint; default: the newest"
+    )
+    trace.add_argument(
+        "--logits",
+        action="store_true",
+        help="also the router logits of the experts that were not chosen",
+    )
 
 
 # Arguments of `convert` that are for one kind of conversion; None: not given.

@@ -310,6 +310,26 @@ def _eval_tasks(args, config_args):
             print(f"  {task:<24} {name:<24} {value:.4f}")
 
 
+def _trace(args, config_args):
+    from moex.analysis.record import trace_run
+    from moex.flags import load_config
+    from moex.train.job import load_config as run_config
+
+    cfg = load_config(config_args, base=run_config(args.run))
+    made = trace_run(
+        args.run,
+        cfg,
+        args.out,
+        tokens=args.tokens,
+        step=args.step,
+        logits=args.logits,
+    )
+    print(
+        f"{args.out}: {args.run} at step {made['step']}, {made['tokens']:,} tokens, "
+        f"{made['layers']} routers, {made['bytes'] / 1e6:.1f} MB"
+    )
+
+
 def _generate(args, config_args):
     from moex.train.score import write_text
 
@@ -417,6 +437,7 @@ COMMANDS = {
     "report": _report,
     "eval": _eval,
     "generate": _generate,
+    "trace": _trace,
     "convert": _convert,
     "import-hf": _import_hf,
     "export-hf": _export_hf,

@@ -378,17 +378,18 @@ class LoadedRun:
     state: dict
 
 
-def load_run(workdir, mesh_cfg=None, *, warn=print) -> LoadedRun:
-    """Read the newest intact parameters of a run directory.
+def load_run(workdir, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun:
+    """Read the newest intact parameters of a run directory, or those of one step.
 
     Args:
       workdir: run directory.
       mesh_cfg: `MeshConfig`; None: that of the run where it fits the devices that there
         are, else copies of the model on all.
       warn: called with one line per damaged checkpoint.
+      step: of the checkpoint; None: the newest.
 
     Raises:
-      ConfigError: if it is not a run directory or has no checkpoint.
+      ConfigError: if it is not a run directory or has no (such) checkpoint.
       CheckpointError: if no checkpoint is intact.
     """
     workdir = pathlib.Path(workdir)
@@ -397,7 +398,7 @@ def load_run(workdir, mesh_cfg=None, *, warn=print) -> LoadedRun:
     spec = states.model_spec(cfg.model)
     mesh = _mesh_here(cfg, spec) if mesh_cfg is None else mesh_cfg.make()
     states.check_mesh(spec, mesh)
-    arrays, step = restore_params(workdir, spec, mesh, warn=warn)
+    arrays, step = restore_params(workdir, spec, mesh, warn=warn, step=step)
     return LoadedRun(
         cfg, mesh, spec, tokenizer, step, arrays["params"], arrays["state"]
     )
@@ -412,8 +413,8 @@ def _mesh_here(cfg, spec) -> Mesh:
     return mesh
 
 
-def restore_params(workdir, spec, mesh, *, warn=print):
-    """`({"params", "state"}, step)` of the newest intact checkpoint of a run."""
+def restore_params(workdir, spec, mesh, *, warn=print, step=None):
+    """`({"params", "state"}, step)` of the newest intact checkpoint, or of `step`."""
     if not (pathlib.Path(workdir) / "checkpoints").is_dir():
         raise ConfigError(f"{workdir}: the run has no checkpoint yet.")
     params, state = states.shardings(spec, mesh)
@@ -426,7 +427,9 @@ def restore_params(workdir, spec, mesh, *, warn=print):
     }
     checkpointer = Checkpointer(workdir, read_only=True)
     try:
-        found = checkpointer.restore(abstract, items=("params", "state"), warn=warn)
+        found = checkpointer.restore(
+            abstract, items=("params", "state"), warn=warn, step=step
+        )
     finally:
         checkpointer.close()
     if found is None:
