@@ -1,35 +1,22 @@
 """How tokens were routed over training: what routing.jsonl holds.
 
-S logged steps · E experts · R layers, and rounds of chains
+S logged steps · E experts · R layers, and rounds of chains ·
+K experts per token
 """
 
 import numpy as np
 
-from moex.report import thin
+from moex.report import maps, thin
 from moex.report.health import judged
 from moex.report.material import Material, Routing
 from moex.report.page import Grid, Note, Plot, Section, Table, style
 from moex.train.log import shown
 
-# Load over balanced load: black is dead, white balanced, red twice or more.
-LOAD_COLOURS = (
-    (0.0, "#000000"),
-    (0.005, "#000000"),
-    (0.0051, "#15407a"),
-    (0.25, "#4f8fc4"),
-    (0.5, "#f7f7f7"),
-    (0.75, "#e0755d"),
-    (1.0, "#7f0d1f"),
-)
-LOAD_BAR = {
-    "title": {"text": "load /<br>balanced"},
-    "tickvals": [0, 0.5, 1, 1.5, 2],
-    "ticktext": ["0 (dead)", "0.5", "1", "1.5", "2 or more"],
-}
 # Numbers of all frames, and of all curves, of a page; four bytes each.
 FRAME_NUMBERS, MOST_FRAMES = 400_000, 40
 HISTORY_NUMBERS, MOST_STEPS = 400_000, 200
 CURVE_NUMBERS, MOST_POINTS = 150_000, 300
+MOST_SLOTS = 32  # the last, open bin of slots_hist
 LEGEND = 12  # layers; more are told by a colour bar
 LIGHTEST = 0.9  # of the colour scale of layers: the rest is too faint
 # Figures of layers: name, title, unit.
@@ -123,107 +110,47 @@ def _labels(routing: Routing, name: str) -> list[str]:
 
 
 def load_maps(routing: Routing):
-    """Layers x experts at some steps, behind a slider."""
-    from plotly.graph_objects import Figure
-
+    """Layers x experts at some steps."""
     load, labels = ratios(routing), _labels(routing, "load_frac")
     width = max(each.shape[1] for each in load)
     frames = FRAME_NUMBERS // (len(load) * width)
     chosen = thin.spaced(len(routing.step_S), max(3, min(MOST_FRAMES, frames)))
-    figure = Figure()
+    found = []
     for s in chosen:
         z_RE = np.full((len(load), width), np.nan, dtype=np.float32)
         for row, ratio_SE in zip(z_RE, load, strict=True):
             row[: ratio_SE.shape[1]] = ratio_SE[s]
-        figure.add_heatmap(
-            z=z_RE,
-            y=labels,
-            visible=bool(s == chosen[-1]),
-            hovertemplate="layer %{y}, expert %{x}: %{z:.3f} x balanced<extra></extra>",
-            **_load_colours(),
-        )
-    _slider(figure, "step ", [str(routing.step_S[s]) for s in chosen], len(chosen) - 1)
-    style(
-        figure, height=190 + max(16 * len(load), 80), title="Load by layer and expert"
+        found.append(maps.Map(str(routing.step_S[s]), z_RE, labels))
+    return maps.sliding(
+        found,
+        maps.LOAD,
+        title="Load by layer and expert",
+        axes=("layer", "expert"),
+        slider="step ",
+        told="layer {row}, expert {column}: {value} x balanced",
+        active=len(found) - 1,
     )
-    figure.update_xaxes(title_text="expert", dtick=_every(width), showgrid=False)
-    figure.update_yaxes(
-        title_text="layer",
-        type="category",
-        autorange="reversed",
-        dtick=_every(len(load), 32),
-        showgrid=False,
-    )
-    return figure
-
-
-def _every(count: int, most: int = 32) -> int:
-    """Distance of labels, of which there are at most so many."""
-    return next(step for step in (1, 2, 4, 8, 16, 32, 64, 128) if count <= most * step)
-
-
-def _load_colours() -> dict:
-    return {
-        "zmin": 0,
-        "zmax": 2,
-        "colorscale": LOAD_COLOURS,
-        "colorbar": LOAD_BAR,
-        "xgap": 0.5,
-        "ygap": 0.5,
-    }
-
-
-def _slider(figure, prefix: str, names: list[str], active: int) -> None:
-    """A slider that shows one of the figure's traces."""
-    count = len(names)
-    steps = [
-        {
-            "label": name,
-            "method": "restyle",
-            "args": [{"visible": [j == i for j in range(count)]}],
-        }
-        for i, name in enumerate(names)
-    ]
-    if count > 1:
-        figure.update_layout(
-            sliders=[
-                {
-                    "active": active,
-                    "currentvalue": {"prefix": prefix},
-                    "pad": {"t": 45, "b": 5},
-                    "steps": steps,
-                }
-            ]
-        )
 
 
 def load_histories(routing: Routing):
-    """Experts x steps of one layer, behind a slider over layers."""
-    from plotly.graph_objects import Figure
-
+    """Experts x steps of each layer; at first the one with the fullest expert."""
     load, labels = ratios(routing), _labels(routing, "load_frac")
     most = HISTORY_NUMBERS // sum(each.shape[1] for each in load)
     chosen = thin.spaced(len(routing.step_S), max(10, min(MOST_STEPS, most)))
-    steps = routing.step_S[chosen]
-    worst = int(np.argmax([np.nan_to_num(each[-1]).max() for each in load]))
-    figure = Figure()
-    for i, ratio_SE in enumerate(load):
-        figure.add_heatmap(
-            z=np.ascontiguousarray(ratio_SE[chosen].T),
-            x=steps if len(steps) > 1 else [str(steps[0])],
-            visible=i == worst,
-            hovertemplate="step %{x}, expert %{y}: %{z:.3f} x balanced<extra></extra>",
-            **(_load_colours() | {"xgap": 0, "ygap": 0}),
-        )
-    _slider(figure, "layer ", labels, worst)
-    width = max(each.shape[1] for each in load)
-    height = 190 + max(8 * width if width <= 80 else 640, 130)
-    style(figure, height=height, title="Load by expert and step")
-    figure.update_xaxes(title_text="optimizer step", showgrid=False)
-    figure.update_yaxes(
-        title_text="expert", autorange="reversed", dtick=_every(width), showgrid=False
+    steps = [int(step) for step in routing.step_S[chosen]]
+    return maps.sliding(
+        [
+            maps.Map(label, ratio_SE[chosen].T, columns=steps)
+            for label, ratio_SE in zip(labels, load, strict=True)
+        ],
+        maps.LOAD,
+        title="Load by expert and step",
+        axes=("expert", "optimizer step"),
+        slider="layer ",
+        told="step {column}, expert {row}: {value} x balanced",
+        active=int(np.argmax([np.nan_to_num(each[-1]).max() for each in load])),
+        gap=0,
     )
-    return figure
 
 
 def _moves(routing: Routing, name: str) -> bool:
@@ -296,40 +223,25 @@ def _depth_bar(figure, labels: list[str]) -> None:
 
 def slots(routing: Routing) -> Plot | None:
     """Distribution of experts per token at the last step; None if all have as many."""
-    from plotly.graph_objects import Figure
-
     have = {r: f["slots_hist"] for r, f in routing.layers.items() if "slots_hist" in f}
     if not have:
         return None
     width = max(each.shape[1] for each in have.values())
     z_RK = np.full((len(have), width), np.nan, dtype=np.float32)
     for row, hist_SK in zip(z_RK, have.values(), strict=True):
-        row[: hist_SK.shape[1]] = hist_SK[-1] / max(float(np.sum(hist_SK[-1])), 1e-30)
+        row[: hist_SK.shape[1]] = hist_SK[-1]
     if np.all(np.sum(np.nan_to_num(z_RK) > 0, axis=1) <= 1):
         return None
-    figure = Figure()
-    figure.add_heatmap(
-        z=z_RK,
-        y=[shown(label) for label in have],
-        zmin=0,
-        colorscale="Viridis",
-        colorbar={"title": {"text": "share of<br>tokens"}},
-        hovertemplate="layer %{y}: %{x} experts for %{z:.3f} of the tokens"
-        "<extra></extra>",
-    )
-    style(
-        figure,
-        height=130 + max(16 * len(have), 80),
+    figure = maps.sliding(
+        [maps.Map("", z_RK, [shown(label) for label in have])],
+        maps.share("share of<br>tokens"),
         title=f"Experts per token at step {routing.step_S[-1]}",
+        axes=("layer", "experts of a token"),
+        slider="",
+        told="layer {row}: {column} experts for {value} of the tokens",
     )
-    figure.update_xaxes(title_text="experts of a token", dtick=_every(width))
-    figure.update_yaxes(
-        title_text="layer",
-        type="category",
-        autorange="reversed",
-        dtick=_every(len(have)),
-    )
-    return Plot(figure, "Share of the tokens of a layer that have so many experts.")
+    text = "Share of the tokens of a layer that have so many experts, or more in column"
+    return Plot(figure, f"{text} {MOST_SLOTS}.")
 
 
 def table(routing: Routing) -> Table:
