@@ -36,12 +36,6 @@ def group_counts(group_N, num_groups, expert_NK, keep_NK, num_experts) -> np.nda
     return np.bincount(key_NK[keep_NK], minlength=at[0] * at[1]).reshape(at)
 
 
-def add_group_counts(count_GE, group_N, expert_NK, keep_NK) -> None:
-    """The same added to `count_GE` in place: for many groups, such as token ids."""
-    key_NK = group_N[:, None].astype(np.int64) * count_GE.shape[1] + expert_NK
-    np.add.at(count_GE.reshape(-1), key_NK[keep_NK], 1)
-
-
 def position_bucket(position_N) -> np.ndarray:
     """int64[N] bucket of positions: 0 | 1 | 2, 3 | 4 to 7 | ..., doubling."""
     return np.frexp(np.asarray(position_N, np.float64))[1].astype(np.int64)
@@ -53,19 +47,25 @@ def bucket_label(bucket: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
-def coactivation_counts(hot_NE) -> np.ndarray:
-    """int64[E, E]: tokens that both experts have; the diagonal is the load.
+def pair_counts(
+    expert_NK, keep_NK, other_NJ, keep_NJ, num_a: int, num_b: int
+) -> np.ndarray:
+    """int64[A, B]: tokens that have expert a in one layer and b in another.
 
-    Args:
-      hot_NE: from `multi_hot`.
+    Of a layer with itself it is the co-activation: symmetric, its diagonal the load.
     """
-    return pair_counts(hot_NE, hot_NE)
-
-
-def pair_counts(hot_NA, hot_NB) -> np.ndarray:
-    """int64[A, B]: tokens that have expert a in one layer and b in another."""
-    # Exact: float32 counts to 2**24, and a chunk has far fewer tokens.
-    return np.rint(hot_NA.T @ hot_NB).astype(np.int64)
+    counts = np.zeros(num_a * num_b, np.int64)
+    # Not a product of multi-hot matrices: those threads wait for each other where cores
+    # are busy, and experts are few of many.
+    used_J = keep_NJ.any(axis=0)
+    other_NJ, keep_NJ = other_NJ[:, used_J], keep_NJ[:, used_J]
+    for k in np.flatnonzero(keep_NK.any(axis=0)):
+        key_NJ = expert_NK[:, k, None] * num_b + other_NJ
+        both_NJ = keep_NK[:, k, None] & keep_NJ
+        if not both_NJ.all():
+            key_NJ = key_NJ[both_NJ]
+        counts += np.bincount(key_NJ.reshape(-1), minlength=len(counts))
+    return counts.reshape(num_a, num_b)
 
 
 def top_expert(expert_NK, keep_NK, gate_NK) -> np.ndarray:
@@ -251,10 +251,49 @@ def repeats(pair_EE, load_E) -> float:
 
 
 def size_figures(count_K) -> dict[str, float]:
-    """Mean and standard deviation of experts per token, from one row of `size_counts`."""
+    """Mean and deviation of experts per token, from a row of `size_counts`."""
     size_K, share_K = np.arange(len(count_K)), share(count_K)
     mean = float(np.sum(share_K * size_K))
     return {"mean": mean, "std": float(np.sum(share_K * (size_K - mean) ** 2) ** 0.5)}
+
+
+def vocabulary_figures(count_VE, tokens_V, rows: int) -> dict[str, np.ndarray]:
+    """How far token ids tell the experts of one layer, and which ids.
+
+    Returns:
+      specialisation_E: float64, the mean of P(e | id) over the expert's own slots:
+        k / E under uniform routing, 1 if all occurrences of its tokens go to it; NaN
+        for experts without any.
+      id_ER: int32 rows of `count_VE` with the greatest P(e | id), -1 where there are
+        fewer; more frequent ones first among equals. R = `rows`.
+      share_ER: float64, their P(e | id); 0 where there is none.
+      count_ER: int64, their slots at the expert.
+
+    Args:
+      count_VE: from `group_counts` with token ids as groups. Rare ids look special by
+        chance and should be left out.
+      tokens_V: occurrences of each.
+      rows: how many ids for each expert.
+
+    Source: the vocabulary specialisation of OLMoE, arXiv:2409.02060, section 5.
+    """
+    share_VE = specialisation(count_VE, tokens_V)
+    slots_E = np.sum(count_VE, axis=0)
+    mean_E = np.full(len(slots_E), np.nan)
+    sums_E = np.sum(share_VE * count_VE, axis=0)
+    np.divide(sums_E, slots_E, out=mean_E, where=slots_E > 0)
+    R = min(rows, len(share_VE))
+    order_RE = np.lexsort((-count_VE, -share_VE), axis=0)[:R]
+    share_RE = np.take_along_axis(share_VE, order_RE, axis=0)
+    id_RE = np.where(share_RE > 0, order_RE, -1).astype(np.int32)
+    count_RE = np.take_along_axis(count_VE, order_RE, axis=0).astype(np.int64)
+    missing = ((0, 0), (0, rows - R))
+    return {
+        "specialisation_E": mean_E,
+        "id_ER": np.pad(id_RE.T, missing, constant_values=-1),
+        "share_ER": np.pad(share_RE.T, missing),
+        "count_ER": np.pad(count_RE.T, missing),
+    }
 
 
 def saturation(sums_G2) -> np.ndarray:
