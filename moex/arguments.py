@@ -311,6 +311,13 @@ def _add_report(command):
         help="trace of the same tokens with another checkpoint",
     )
     report.add_argument(
+        "--marker",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="show the experts that go with this token; repeat it for several",
+    )
+    report.add_argument(
         "--out", type=pathlib.Path, metavar="FILE", help="default: RUN/report.html"
     )
 

@@ -48,12 +48,14 @@ class Table:
       rows: cells; a number is a str already.
       caption: what the table shows.
       words: indices of the columns that hold words, not numbers.
+      title: of a table that is closed until somebody opens it.
     """
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
     words: Sequence[int] = (0,)
+    title: str = ""
     kind: str = "table"
 
 
