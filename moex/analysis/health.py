@@ -61,7 +61,7 @@ def dead_experts(where: str, step_S, load_SE) -> Finding | None:
     parts = []
     for first, experts in sorted(groups.items()):
         names = f"expert{'s' if len(experts) > 1 else ''} {listed(experts)}"
-        parts.append(f"{names} since {_when(step_S, first)}")
+        parts.append(f"{names} {_when(step_S, first)}")
     return Finding(
         "dead experts",
         f"{where}: {'; '.join(parts)} ({len(dead)} of {len(end_E)}; dead: below "
@@ -76,7 +76,7 @@ def _since(low_S) -> int:
 
 
 def _when(step_S, index: int) -> str:
-    return "the first logged step" if index == 0 else f"step {int(step_S[index])}"
+    return "at all logged steps" if index == 0 else f"since step {int(step_S[index])}"
 
 
 def listed(numbers, most: int = 16) -> str:

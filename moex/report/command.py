@@ -37,7 +37,7 @@ def run(
     check(out, trace, compare_trace, markers)
     material = read(path)
     found, overlap, whose = _traces(trace, compare_trace, markers)
-    health = examine(material)
+    health = examine(material, None if found is None else tracing.figures(found))
     sections = [
         training.section(material),
         *routing.sections(material),

@@ -16,6 +16,16 @@ from moex.moe.routers.topp import TopP
 from moex.report.material import Material, Routing
 from moex.train.log import shown
 
+DEVICES = "device_imbalance"
+# What needs which figure.
+LOOKED_AT = {
+    "load_frac": "dead experts and collapse",
+    "experts_per_token": "saturated routers",
+    "entropy": "router entropy",
+    "dropped_frac": "dropped and lost slots",
+    "logit_norm": "router logits",
+    DEVICES: "balance of devices",
+}
 LINES = 3  # of training that per-layer checks need; else evaluations are looked at
 
 
@@ -49,13 +59,18 @@ class Health:
         return f"Warnings: {', '.join(self.groups)}"
 
 
-def examine(material: Material) -> Health:
-    """All checks that a run has figures for."""
+def examine(material: Material, traced: Routing | None = None) -> Health:
+    """All checks that a run has figures for.
+
+    Args:
+      material: of the run.
+      traced: figures of a trace, for a run that logged none of its own.
+    """
     checked: list[str] = []
     unchecked: list[str] = []
     findings = [
         *_training(material, checked, unchecked),
-        *_layers(material, checked, unchecked),
+        *_layers(material, traced, checked, unchecked),
     ]
     return Health(tuple(findings), tuple(checked), tuple(unchecked))
 
@@ -99,20 +114,18 @@ def judged(material: Material) -> tuple[str, Routing] | None:
     return None if held is None else ("eval", held)
 
 
-def _layers(material: Material, checked, unchecked) -> Iterator[Finding]:
+def _layers(material: Material, traced, checked, unchecked) -> Iterator[Finding]:
     found = judged(material)
-    if found is None:
-        unchecked.append("routing, for there is no routing.jsonl")
+    if found is None and traced is None:
+        unchecked.append("routing, for there is no routing.jsonl, and no trace")
         return
-    _, routing = found
-    checked += ["dead experts", "collapse", "router entropy", "dropped and lost slots"]
-    dynamic = most_experts(material.cfg.model)
-    if dynamic:
-        checked.append("saturated routers")
+    routing = traced if found is None else found[1]
     names = {name for figures in routing.layers.values() for name in figures}
-    for name, what in (("logit_norm", "router logits"), (DEVICES, "devices")):
+    dynamic = most_experts(material.cfg.model)
+    for name, what in LOOKED_AT.items():
         if name in names:
-            checked.append(what)
+            if name != "experts_per_token" or dynamic:
+                checked.append(what)
         else:
             unchecked.append(f"{what}, for {name} is not logged")
     by_check: list[list[Finding]] = []
@@ -123,9 +136,6 @@ def _layers(material: Material, checked, unchecked) -> Iterator[Finding]:
                 by_check.append([])
             by_check[i] += _found(result)
     yield from (finding for findings in by_check for finding in findings)
-
-
-DEVICES = "device_imbalance"
 
 
 def _layer(label, step_S, figures, most) -> Iterator[Finding | None]:

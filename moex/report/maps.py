@@ -32,6 +32,7 @@ LOAD = {
         "ticktext": ["0 (dead)", "0.5", "1", "1.5", "2 or more"],
     },
 }
+BAR = 160  # pixels of a colour bar, and of the lowest map
 DOUBLINGS = 3  # of a ratio, up and down, that have colours of their own
 # log2 of a ratio: black is never, white as often as anywhere, red 8 times or more.
 RATIO = {
@@ -104,6 +105,10 @@ def sliding(
     """
     from plotly.graph_objects import Figure
 
+    # One scale for all positions, so that they can be compared.
+    most = max(float(np.nanmax(one.z_RC, initial=1e-9)) for one in maps)
+    colours = {"zmax": most} | colours
+    bar = {"lenmode": "pixels", "len": BAR} | colours["colorbar"]
     figure = Figure()
     for i, one in enumerate(maps):
         value = "%{z:.3g}" if one.about_RC is None else "%{customdata:.3g}"
@@ -118,21 +123,21 @@ def sliding(
             hovertemplate=told.format(row="%{y}", column="%{x}", value=value)
             + "<extra></extra>",
             **about,
-            **colours,
+            **(colours | {"colorbar": bar}),
         )
     _slide(figure, slider, [one.name for one in maps], active)
-    most = max(one.z_RC.shape[0] for one in maps)
+    tall = max(one.z_RC.shape[0] for one in maps)
     wide = max(one.z_RC.shape[1] for one in maps)
     room = 190 if len(maps) > 1 else 120
-    style(figure, height=room + _height(most, square), title=title)
+    style(figure, height=room + _height(tall, square), title=title)
     rows, columns = (
         _axis(title, labels, count)
         for title, labels, count in zip(
-            axes, (maps[0].rows, maps[0].columns), (most, wide), strict=True
+            axes, (maps[0].rows, maps[0].columns), (tall, wide), strict=True
         )
     )
     if square:
-        figure.update_layout(width=room + 160 + _height(most, square))
+        figure.update_layout(width=room + 160 + _height(tall, square))
     figure.update_yaxes(autorange="reversed", automargin=True, **rows)
     figure.update_xaxes(automargin=True, **columns)
     return figure
@@ -145,7 +150,7 @@ def _small(z_RC) -> np.ndarray:
 def _height(rows: int, square: bool) -> float:
     if square:
         return 420
-    return max(16 * rows, 90) if rows <= 40 else max(640, 5 * rows)
+    return max(16 * rows, BAR) if rows <= 40 else max(640, 5 * rows)
 
 
 def _axis(title: str, labels, count: int) -> dict:

@@ -6,6 +6,7 @@ escaped by `label`, for plotly reads them as markup.
 
 import dataclasses
 import html
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,8 +103,14 @@ def label(text: str, most: int = 40) -> str:
 
 def token(text: str, most: int = 40) -> str:
     """Text of a corpus on one line, with its white space visible, and shortened."""
-    shown = "".join(_visible(c) for c in text[: most + 1])
-    return shown if len(text) <= most else shown[:most] + "…"
+    runs = [(char, len(list(run))) for char, run in itertools.groupby(text[: 4 * most])]
+    parts = [
+        f"{_visible(c)}×{count}" if c in WHITE and count > 2 else _visible(c) * count
+        for c, count in runs
+    ]
+    shown = "".join(parts)
+    whole = len(shown) <= most and len(text) <= 4 * most
+    return shown if whole else shown[:most] + "…"
 
 
 def _visible(char: str) -> str:

@@ -10,6 +10,7 @@ from moex.report.page import Note, Section, Table, token
 from moex.train.log import shown
 
 MOST_ROWS = 1500  # experts of all tables
+NO_BREAK = "\u00a0"
 MOST_TOKENS = 8  # of an expert
 HEAD = ("expert", "load", "specialisation", "tokens: share of their occurrences")
 
@@ -48,7 +49,7 @@ def _row(found: Analysis, layer: LayerAnalysis, expert: int) -> tuple[str, ...]:
     load = layer.load_E[expert] / max(layer.load_E.sum(), 1) * len(layer.load_E)
     special = layer.vocabulary_E[expert]
     shown_tokens = [
-        f"{token(found.vocabulary[i], 24)} {100 * share:.0f} %"
+        f"{token(found.vocabulary[i], 24)}{NO_BREAK}{100 * share:.0f}{NO_BREAK}%"
         for i, share in zip(layer.id_ER[expert], layer.share_ER[expert], strict=True)
         if i >= 0
     ]

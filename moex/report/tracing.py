@@ -12,6 +12,7 @@ import numpy as np
 from moex.analysis import statistics as stats
 from moex.analysis.summary import Analysis, LayerAnalysis, Step
 from moex.report import maps
+from moex.report.material import Routing
 from moex.report.page import Note, Plot, Section, label, style, token
 from moex.report.tokens import section as tokens
 from moex.train.log import shown
@@ -42,6 +43,20 @@ def sections(found: Analysis | None, overlap: dict | None, about: str) -> list[S
         *(_saturation(found, overlap), _scores(found), _markers(found)),
     )
     return list(parts)
+
+
+def figures(found: Analysis) -> Routing:
+    """Of a trace, what routing.jsonl has of a logged step: for the checks of layers."""
+    layers = {
+        name: {
+            "load_frac": np.float32([stats.share(layer.load_E)]),
+            "experts_per_token": np.float32(
+                [stats.size_figures(layer.size_DK.sum(axis=0))["mean"]]
+            ),
+        }
+        for name, layer in found.layers.items()
+    }
+    return Routing(step_S=np.array([found.step]), layers=layers, read=1, there=1)
 
 
 def unique(names: Sequence[str]) -> list[str]:
@@ -185,7 +200,10 @@ def _positions(found: Analysis) -> Section:
         slider="layer ",
         told="positions {row}, expert {column}: {value} x its mean share",
     )
-    about = "As above, with buckets of positions in place of domains."
+    about = (
+        "Share of the tokens at some positions that an expert gets, over the share of "
+        "all tokens that it gets: 1 does not care, black never."
+    )
     left = _left_out(shown_maps, len(found.layers))
     return Section("Positions", [Plot(figure)], about + left)
 
@@ -381,7 +399,7 @@ def _scores(found: Analysis) -> Section:
     ):
         made = _with_rows(_maps(found, make), names)
         most = max(float(np.nanmax(np.abs(m.z_RC), initial=1e-9)) for m in made)
-        look: dict[str, Any] = {"zmin": 0, "colorscale": "Viridis"}
+        look = {"zmin": 0, "colorscale": "Viridis"}
         look |= {"colorbar": {"title": {"text": "score"}}}
         figure = maps.sliding(
             made,

@@ -45,7 +45,7 @@ def test_dead_experts(balanced):
     found = health.dead_experts("layer 3", STEP, load_SE)
     assert found == (
         "dead experts",
-        "layer 3: expert 7 since the first logged step; experts 2, 5 since step 410 "
+        "layer 3: expert 7 at all logged steps; experts 2, 5 since step 410 "
         "(3 of 8; dead: below 1 % of balanced load at the end of the run).",
     )
 

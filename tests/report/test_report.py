@@ -34,7 +34,7 @@ def test_a_healthy_run_has_no_warnings(good):
     size = (run / "report.html").stat().st_size
     assert said == f"report: {run / 'report.html'} ({size / 1e6:.1f} MB)\nNo warnings"
     assert "No warnings Checked: NaN and infinities, " in page.text
-    assert "Not checked: devices, for device_imbalance is not logged." in page.text
+    assert "Not checked: balance of devices, for device_imbalance is not logged." in page.text
 
 
 def test_summary(good):
@@ -97,7 +97,7 @@ def test_sections_without_data_say_so(folder, tmp_path):
     for line in (
         "step 0 of 8; nothing was scored on held-out data.",
         "Not checked: training, for no step is logged; held-out loss, for there is no "
-        "evaluation; routing, for there is no routing.jsonl.",
+        "evaluation; routing, for there is no routing.jsonl, and no trace.",
         "No data: Loss (not logged); ",
         "No data: the run has no routing.jsonl",
         "No data: the run has written no samples.",
@@ -214,6 +214,8 @@ def test_a_page_has_a_bound(folder, tmp_path):
 def test_labels():
     assert token("a b\n\x00") == "a␣b⏎\\u0000"
     assert token("x" * 50, most=3) == "xxx…"
+    assert token("\n" + " " * 30 + "x", most=6) == "⏎␣×30x"
+    assert token("\n" + " " * 300 + "x", most=6) == "⏎␣×23…"
     assert label("<b>&") == "&lt;b&gt;&amp;"
 
 
