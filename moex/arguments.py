@@ -143,6 +143,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_tasks(evaluate)
     _add_generate(command)
     _add_trace(command)
+    _add_analyse(command)
     _add_convert(command)
     _add_interop(command)
     data = command("data", "Prepare the data of a config, or look at it.")
@@ -385,6 +386,33 @@ def _add_trace(command):
         action="store_true",
         help="also the router logits of the experts that were not chosen",
     )
+
+
+def _add_analyse(command):
+    analyse = command(
+        "analyse",
+        "Say what a trace tells of every router. Balance, how far experts follow "
+        "domains and tokens, how far an expert tells the next one (docs/traces.md); no "
+        "model is needed.",
+        "",
+    )
+    analyse.add_argument("trace", type=pathlib.Path, help="file of `moex trace`")
+    analyse.add_argument(
+        "--compare",
+        type=pathlib.Path,
+        metavar="TRACE",
+        help="of another checkpoint on the same data: how far routing is the same",
+    )
+    analyse.add_argument(
+        "--token",
+        action="append",
+        metavar="TEXT",
+        help="list the experts that go with this token, such as '<think>'; repeat it",
+    )
+    analyse.add_argument(
+        "--out", type=pathlib.Path, help="numpy archive (.npz) of all counts"
+    )
+    analyse.add_argument("--json", action="store_true", help="print JSON")
 
 
 # Arguments of `convert` that are for one kind of conversion; None: not given.

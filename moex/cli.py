@@ -330,6 +330,37 @@ def _trace(args, config_args):
     )
 
 
+def _analyse(args, config_args):
+    from moex.analysis import output
+    from moex.analysis.statistics import saturation
+    from moex.analysis.summary import analyse, compare
+    from moex.analysis.trace import Trace
+    from moex.analysis.writer import check_new
+
+    if config_args:
+        raise ConfigError(f"{config_args[0]}: analyse takes a trace and no config.")
+    if args.out is not None:
+        check_new(args.out)
+    with Trace.open(args.trace) as trace:
+        sums = {}
+        if args.compare is not None:
+            with Trace.open(args.compare) as other:
+                sums = compare(trace, other)
+        found = analyse(trace, markers=args.token or ())
+    rows = output.figures(found)
+    for label, sums_D2 in sums.items():
+        rows[label]["saturation"] = float(saturation(sums_D2.sum(axis=0)[None])[0])
+    if args.out is not None:
+        output.save(found, args.out)
+    if args.json:
+        print(json.dumps({"run": found.run, "step": found.step, "layers": rows}))
+        return
+    print(f"{found.run} at step {found.step}, {found.num_tokens:,} tokens:")
+    print(output.table(rows))
+    for marker, lines in output.marker_lines(found).items():
+        print(f"experts of {marker!r} (nPMI, share of its tokens): {lines}")
+
+
 def _generate(args, config_args):
     from moex.train.score import write_text
 
@@ -438,6 +469,7 @@ COMMANDS = {
     "eval": _eval,
     "generate": _generate,
     "trace": _trace,
+    "analyse": _analyse,
     "convert": _convert,
     "import-hf": _import_hf,
     "export-hf": _export_hf,

@@ -264,6 +264,7 @@ def vocabulary_figures(count_VE, tokens_V, rows: int) -> dict[str, np.ndarray]:
       specialisation_E: float64, the mean of P(e | id) over the expert's own slots:
         k / E under uniform routing, 1 if all occurrences of its tokens go to it; NaN
         for experts without any.
+      slots_E: int64, the slots that this is a mean over.
       id_ER: int32 rows of `count_VE` with the greatest P(e | id), -1 where there are
         fewer; more frequent ones first among equals. R = `rows`.
       share_ER: float64, their P(e | id); 0 where there is none.
@@ -290,6 +291,7 @@ def vocabulary_figures(count_VE, tokens_V, rows: int) -> dict[str, np.ndarray]:
     missing = ((0, 0), (0, rows - R))
     return {
         "specialisation_E": mean_E,
+        "slots_E": slots_E.astype(np.int64),
         "id_ER": np.pad(id_RE.T, missing, constant_values=-1),
         "share_ER": np.pad(share_RE.T, missing),
         "count_ER": np.pad(count_RE.T, missing),

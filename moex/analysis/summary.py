@@ -31,8 +31,10 @@ class LayerAnalysis:
         positions.
       size_DK: [D, K + 1] tokens of a domain that use 0, 1, ... experts that compute.
       coactivation_EE: tokens that two experts have in common; the diagonal is the load.
-      vocabulary_E, id_ER, share_ER, count_ER: of `statistics.vocabulary_figures`; ids
-        are token ids, of the `Analysis.num_ids` that were counted.
+      vocabulary_E, id_ER, share_ER, count_ER: specialisation_E and so on of
+        `statistics.vocabulary_figures`; ids are token ids, of the `Analysis.num_ids`
+        that were counted.
+      count_E: slots of tokens with these ids.
       tcess_DE, peu_DE, threshold_D: of `scores.score_sums` per token, with domains as
         tasks, and the adaptive threshold of PEU.
       hits_ME: tokens that are a marker and have the expert.
@@ -47,6 +49,7 @@ class LayerAnalysis:
     size_DK: np.ndarray
     coactivation_EE: np.ndarray
     vocabulary_E: np.ndarray
+    count_E: np.ndarray
     id_ER: np.ndarray
     share_ER: np.ndarray
     count_ER: np.ndarray
@@ -323,6 +326,7 @@ class _LayerSums:
             size_DK=self.size_DK,
             coactivation_EE=self.coactivation_EE,
             vocabulary_E=vocabulary["specialisation_E"],
+            count_E=vocabulary["slots_E"],
             id_ER=id_ER,
             share_ER=vocabulary["share_ER"],
             count_ER=vocabulary["count_ER"],
