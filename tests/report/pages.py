@@ -1,10 +1,15 @@
 """Run directories that are written line by line, and pages that are taken apart."""
 
+import contextlib
 import html.parser
 import json
 
 import numpy as np
+import plotly.offline
+import pytest
 
+from moex.analysis.trace import Header, LayerInfo, Slots, Tokens
+from moex.analysis.writer import TraceWriter
 from moex.report.command import run
 from moex.train.job import save_config
 from tests import runs
@@ -83,8 +88,77 @@ def write_run(folder, workdir, *, load=healthy, samples=("once",), extra=()):
     return workdir
 
 
+TRACED = (
+    LayerInfo(layer=1, round=0, num_experts=4, num_choices=4, slots=2, router="TopK"),
+    *(
+        LayerInfo(
+            layer=2, round=r, num_experts=4, num_choices=5, slots=3, router="TopP"
+        )
+        for r in (1, 2)
+    ),
+)
+VOCABULARY = (EVIL, " t1", "t2\n", *(f"t{i}" for i in range(3, 20)))
+DOMAINS = ("prose", EVIL)
+
+
+def write_trace(file, *, tokens=400, seed=0, domains=DOMAINS, layers=TRACED, step=400):
+    """Random routing; the last expert of a layer that is no round is never chosen."""
+    rng = np.random.default_rng(seed)
+    data = np.random.default_rng(0)  # equal tokens, whatever the routing
+    tokenizer = {"fingerprint": "x", "doc_id": 0}
+    header = Header(
+        run="<i>run</i>",
+        step=step,
+        layers=tuple(layers),
+        tokenizer=tokenizer,
+        vocabulary=VOCABULARY,
+        domains=domains,
+        data={},
+    )
+    index_N = np.arange(tokens, dtype=np.int32)
+    about = Tokens(
+        example_N=index_N // 40,
+        position_N=index_N % 20,
+        document_N=index_N // 20,
+        token_N=data.integers(0, len(VOCABULARY), tokens).astype(np.int32),
+        domain_N=data.integers(0, len(domains), tokens).astype(np.int32),
+    )
+    with TraceWriter(file, header) as writer:
+        slots = {info.label: _slots(rng, tokens, info) for info in layers}
+        writer.write(about, slots)
+    return file
+
+
+def _slots(rng, tokens, info):
+    choices = info.num_choices - (info.round == 0)
+    order_NE = np.argsort(rng.uniform(size=(tokens, choices)), axis=1)
+    count_N1 = (
+        rng.integers(1, info.slots + 1, (tokens, 1)) if info.round else info.slots
+    )
+    score_NK = rng.uniform(0.1, 1.0, (tokens, info.slots)).astype(np.float32)
+    keep_NK = np.broadcast_to(np.arange(info.slots), score_NK.shape) < count_N1
+    return Slots(
+        expert_NK=order_NE[:, : info.slots].astype(np.int32),
+        keep_NK=keep_NK,
+        gate_NK=score_NK,
+        logit_NK=score_NK - 0.5,
+        prob_NK=score_NK / 4,
+    )
+
+
 def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+LIBRARY = "/* plotly */"
+
+
+@contextlib.contextmanager
+def small_library():
+    """Pages without the 5 MB of plotly's own text, which take long to take apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plotly.offline, "get_plotlyjs", lambda: LIBRARY)
+        yield
 
 
 class Page(html.parser.HTMLParser):

@@ -54,7 +54,7 @@ def test_a_page_draws_all_its_plots(tmp_path):
         tmp_path, tmp_path / "run", load=pages.sick, samples=(pages.EVIL,)
     )
     trace = pages.write_trace(tmp_path / "trace.parquet")
-    _, page = pages.report(run, trace=trace, compare_trace=trace, markers=["t1"])
+    _, page = pages.report(run, trace=trace, compare_trace=trace, markers=[" t1"])
     assert "Content-Security-Policy" in page.source
     said, document = browse(run / "report.html", tmp_path)
     assert said == []
