@@ -212,7 +212,7 @@ def _cells(group: Group) -> tuple[str, ...]:
         *(str(len(group.runs)), scaled(group.params), scaled(group.active)),
         *(_range(group.values(name)) for name in ("steps", "tokens")),
         _cell(group.estimate("train_flops"), "{:.3g}".format),
-        _cell(group.estimate("train_s"), clock),
+        _cell(group.estimate("train_s"), _time),
         *(_cell(group.estimate(name), "{:.4f}".format) for name in FIGURES[4:]),
         group.label,
     )
@@ -221,6 +221,10 @@ def _cells(group: Group) -> tuple[str, ...]:
 def _range(values: list[int]) -> str:
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,}-{high:,}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
 
 
 def _cell(found: Estimate | None, shown) -> str:

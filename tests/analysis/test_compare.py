@@ -225,7 +225,7 @@ def test_the_table(moex, four):
     assert one.endswith(f"  {K}=1") and two.endswith(f"  {K}=2")
     assert " 2.1000 ± 1.2706 " in one
     assert "  1.0000  " in two  # equal seeds: no interval
-    for cell in ("  4  ", "  512  ", "  0:02  ", "  3.5000  ", "  3.7500  ", " 1.8750"):
+    for cell in ("  4  ", "  512  ", "  2.0 s  ", "  3.5000  ", "  3.7500  ", " 1.8750"):
         assert cell in one, cell
     assert "Student" in note[-1]
 
