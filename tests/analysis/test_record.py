@@ -208,6 +208,24 @@ def test_the_verb_traces_every_held_out_token(trained, capsys):
     assert chunk.layers["001"].keep_NK.all()
 
 
+def test_a_mesh_gives_the_same_trace(trained, tmp_path):
+    """On 8 devices, experts split: the same tokens, the same experts."""
+    run, path = trained
+    out = tmp_path / "t.parquet"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", jax._src.xla_bridge.devices)
+        patch.setattr(jax, "device_count", jax._src.xla_bridge.device_count)
+        mesh = ["--config.mesh.data=4", "--config.mesh.expert=2"]
+        cli.main(["trace", str(run), f"--out={out}", *mesh])
+    with Trace.open(path) as one, Trace.open(out) as two:
+        a, b = next(one.chunks()), next(two.chunks())
+    np.testing.assert_array_equal(a.tokens.token_N, b.tokens.token_N)
+    np.testing.assert_array_equal(a.tokens.document_N, b.tokens.document_N)
+    slots, split = a.layers["001"], b.layers["001"]
+    np.testing.assert_allclose(split.prob_NK, slots.prob_NK, rtol=1e-4, atol=1e-6)
+    assert np.mean(split.expert_NK == slots.expert_NK) > 0.999  # but for near ties
+
+
 def test_the_file_is_plain_parquet(trained):
     table = pq.read_table(trained[1])
     assert table.column_names[:5] == [
