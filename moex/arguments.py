@@ -97,6 +97,11 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check the config and the data, print the model table and stop",
     )
+    train.add_argument(
+        "--profile",
+        metavar="START:STOP",
+        help="trace steps START to STOP - 1 (the first is 0) into RUN/profile",
+    )
     _add_many(train)
     config = command("config", "Print a resolved config, one field a line.")
     config.add_argument("--json", action="store_true", help="as JSON with type tags")

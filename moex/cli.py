@@ -116,7 +116,7 @@ def _train(args, config_args):
         raise ConfigError("--workdir: missing; give a folder, such as runs/first.")
     cfg = load_config(config_args)
     distributed.join(args, _told(cfg, args))
-    train(cfg, args.workdir, dry_run=args.dry_run)
+    train(cfg, args.workdir, dry_run=args.dry_run, profile=args.profile)
     distributed.leave()
 
 
@@ -132,6 +132,7 @@ def _told(cfg, args) -> dict:
         "version of JAX": jax.__version__,
         "--workdir": str(args.workdir),
         "--dry-run": args.dry_run,
+        "--profile": args.profile,
     }
 
 

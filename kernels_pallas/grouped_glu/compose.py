@@ -66,11 +66,13 @@ def compose(kernels: Kernels):
         dx_ND = kernels.dx(da, w_in_EDC, bounds)
         with jax.named_scope("dispatch"):
             dx_TD = sum_rows(dx_ND, plan)
+        with jax.named_scope("combine"):
+            dweight_TK = slot_values(dweight_N, plan)
         return (
             dx_TD,
             kernels.dw_in(x_TD, da, token_N, bounds, w_in_EDC.dtype),
             kernels.dw_out(weighted_NF, dy_TD, token_N, bounds, w_out_EFD.dtype),
-            slot_values(dweight_N, plan),
+            dweight_TK,
         )
 
     return forward, backward

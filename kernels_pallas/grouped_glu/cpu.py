@@ -130,11 +130,13 @@ def backward(a_PC, x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, dy_TD):
     dx_PD, dgate_P, dw_in_EDC, dw_out_EFD = carry
     with jax.named_scope("dispatch"):
         dx_TD = sum_rows(dx_PD, plan, None, rows.row_N)
+    with jax.named_scope("combine"):
+        dgate_TK = slot_values(take(dgate_P, rows.row_N), plan)
     return (
         dx_TD,
         dw_in_EDC.astype(w_in_EDC.dtype),
         dw_out_EFD.astype(w_out_EFD.dtype),
-        slot_values(take(dgate_P, rows.row_N), plan),
+        dgate_TK,
     )
 
 

@@ -116,7 +116,7 @@ def _unless_frozen(gradient, factor, step):
 
 
 def gradient_norms(grads) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The norm of all gradients, and of each group of `accounting.GROUPS` that is there.
+    """The norm of all gradients, and of each of `accounting.GROUPS` that is there.
 
     Both are made of the same squares, one sum per parameter; clipping takes them too.
     """
