@@ -50,7 +50,7 @@ def by_layer(model, layers: dict, *, expert_devices=1) -> dict[str, dict[str, An
             place = int(parts[3])
             chained = np.ndim(figures.get("experts_per_token", 0.0)) == 2
             arrays = {name: np.asarray(value) for name, value in figures.items()}
-            for r in range(segment.repeat):
+            for r in range(len(next(iter(arrays.values())))):
                 number = start + r * len(segment.pattern) + place
                 own = {name: value[r] for name, value in arrays.items()}
                 rounds = _rounds(f"{number:03d}", own) if chained else {}

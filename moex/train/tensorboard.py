@@ -159,7 +159,7 @@ class Board:
 
 # Of load / mean: 0 alone, then steps of 0.1 up to 2, then wider ones.
 LOAD_LIMITS = np.array(
-    [0.0, *np.linspace(0.1, 2.0, 20), 2.5, 3, 4, 6, 8, 12, 16, 32, 64, 128, 1e9]
+    [*(i / 10 for i in range(21)), 2.5, 3, 4, 6, 8, 12, 16, 32, 64, 128, 1e9]
 )
 
 
