@@ -123,6 +123,11 @@ def make_parser() -> argparse.ArgumentParser:
         "sweep: check all configs and list them",
     )
     _add_sweep(train)
+    train.add_argument(
+        "--profile",
+        metavar="START:STOP",
+        help="trace steps START to STOP - 1 (the first is 0) into RUN/profile",
+    )
     _add_many(train)
     config = command("config", "Print a resolved config, one field a line.")
     config.add_argument("--json", action="store_true", help="as JSON with type tags")

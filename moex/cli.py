@@ -140,7 +140,7 @@ def _train(args, config_args):
         raise ConfigError("--sweep-index: is for --sweep; give both.")
     cfg = load_config(config_args)
     distributed.join(args, _told(cfg, args))
-    train(cfg, args.workdir, dry_run=args.dry_run)
+    train(cfg, args.workdir, dry_run=args.dry_run, profile=args.profile)
     distributed.leave()
 
 
@@ -192,6 +192,7 @@ def _told(cfg, args) -> dict:
         "version of JAX": jax.__version__,
         "--workdir": str(args.workdir),
         "--dry-run": args.dry_run,
+        "--profile": args.profile,
     }
 
 

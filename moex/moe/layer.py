@@ -242,6 +242,7 @@ class SparseLayer(nnx.Module):
             num_kept,
             num_lost,
             self.num_experts,
+            y_TD,
         )
         aux = {
             "losses": _losses(stats, routing, load_BE, ctx.valid_BL),
