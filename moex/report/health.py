@@ -14,9 +14,9 @@ from moex.config import walk
 from moex.moe.layer import MoE
 from moex.moe.routers.topp import TopP
 from moex.report.material import Material, Routing
-from moex.train.log import shown
+from moex.train.layers import shown
 
-DEVICES = "device_imbalance"
+DEVICES = "device_violation"
 # What needs which figure.
 LOOKED_AT = {
     "load_frac": "dead experts and collapse",
@@ -127,7 +127,9 @@ def _layers(material: Material, traced, checked, unchecked) -> Iterator[Finding]
             if name != "experts_per_token" or dynamic:
                 checked.append(what)
         else:
-            unchecked.append(f"{what}, for {name} is not logged")
+            split = name != DEVICES or traced is routing
+            why = f"{name} is not logged" if split else "experts lie on one device"
+            unchecked.append(f"{what}, for {why}")
     by_check: list[list[Finding]] = []
     for label, figures in routing.layers.items():
         most = dynamic.get(int(label.partition(".")[0]))

@@ -32,6 +32,8 @@ LOAD = {
         "ticktext": ["0 (dead)", "0.5", "1", "1.5", "2 or more"],
     },
 }
+TOP = 0.995  # quantile of all cells where a scale without a fixed end stops
+NARROW = 40  # columns; where there are more, cells have no gaps
 BAR = 160  # pixels of a colour bar, and of the lowest map
 DOUBLINGS = 3  # of a ratio, up and down, that have colours of their own
 # log2 of a ratio: black is never, white as often as anywhere, red 8 times or more.
@@ -105,9 +107,11 @@ def sliding(
     """
     from plotly.graph_objects import Figure
 
-    # One scale for all positions, so that they can be compared.
-    most = max(float(np.nanmax(one.z_RC, initial=1e-9)) for one in maps)
-    colours = {"zmax": most} | colours
+    if "zmax" not in colours:
+        # One scale for all positions, so that they can be compared.
+        every = np.concatenate([one.z_RC[np.isfinite(one.z_RC)] for one in maps])
+        most = float(np.quantile(every, TOP)) if every.size else 0.0
+        colours = colours | {"zmax": max(most, 1e-9)}
     bar = {"lenmode": "pixels", "len": BAR} | colours["colorbar"]
     figure = Figure()
     for i, one in enumerate(maps):
@@ -118,8 +122,8 @@ def sliding(
             x=one.columns,
             y=one.rows,
             visible=i == active,
-            xgap=gap,
-            ygap=gap,
+            xgap=gap if one.z_RC.shape[1] <= NARROW else 0,
+            ygap=gap if one.z_RC.shape[1] <= NARROW else 0,
             hovertemplate=told.format(row="%{y}", column="%{x}", value=value)
             + "<extra></extra>",
             **about,
@@ -147,7 +151,7 @@ def _small(z_RC) -> np.ndarray:
     return np.ascontiguousarray(z_RC, dtype=np.float32)
 
 
-def _height(rows: int, square: bool) -> float:
+def _height(rows: int, square: bool) -> int:
     if square:
         return 420
     return max(16 * rows, BAR) if rows <= 40 else max(640, 5 * rows)

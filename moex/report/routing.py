@@ -10,7 +10,7 @@ from moex.report import maps, thin
 from moex.report.health import judged
 from moex.report.material import Material, Routing
 from moex.report.page import Grid, Note, Plot, Section, Table, style
-from moex.train.log import shown
+from moex.train.layers import shown
 
 # Numbers of all frames, and of all curves, of a page; four bytes each.
 FRAME_NUMBERS, MOST_FRAMES = 400_000, 40
@@ -33,7 +33,7 @@ FIGURES = (
     ("zero_frac", "Zero-computation slots", "share of slots"),
     ("logit_norm", "Router logits", "L2 norm, mean over tokens"),
     ("output_norm", "Expert output", "L2 norm, mean over tokens"),
-    ("device_imbalance", "Balance of devices", "max load / mean load − 1"),
+    ("device_violation", "Balance of devices", "max load / mean load − 1"),
     ("load_balance", "Load-balance loss", "before its coefficient"),
     ("router_z", "Router z-loss", "before its coefficient"),
 )

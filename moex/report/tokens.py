@@ -7,9 +7,9 @@ import numpy as np
 
 from moex.analysis.summary import Analysis, LayerAnalysis
 from moex.report.page import Note, Section, Table, token
-from moex.train.log import shown
+from moex.train.layers import shown
 
-MOST_ROWS = 1500  # experts of all tables
+MOST_ROWS = 2048  # experts of all tables
 NO_BREAK = "\u00a0"
 MOST_TOKENS = 8  # of an expert
 HEAD = ("expert", "load", "specialisation", "tokens: share of their occurrences")
@@ -18,7 +18,7 @@ HEAD = ("expert", "load", "specialisation", "tokens: share of their occurrences"
 def section(found: Analysis) -> Section:
     """The tables, most specialised experts first."""
     each = max(4, MOST_ROWS // len(found.layers))
-    tables = [table(found, name, each) for name in found.layers]
+    tables: list = [table(found, name, each) for name in found.layers]
     if found.num_ids == 0:
         tables = [Note("No data: no token is frequent enough in the trace.")]
     about = (

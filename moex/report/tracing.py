@@ -4,7 +4,7 @@ E experts · D domains · P buckets of positions · M markers · A, B experts of
 """
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ from moex.report import maps
 from moex.report.material import Routing
 from moex.report.page import Note, Plot, Section, label, style, token
 from moex.report.tokens import section as tokens
-from moex.train.log import shown
+from moex.train.layers import shown
 
 NUMBERS = 400_000  # of the maps of one figure; four bytes each
+COLOURS_END = f"Colours end at the {100 * maps.TOP:g} % quantile of all cells."
 NO_TRACE = "No data: give --trace=FILE, which `moex trace` writes."
 TITLES = (
     *("Trace", "Domains", "Positions", "Tokens", "Experts per token"),
@@ -49,9 +50,9 @@ def figures(found: Analysis) -> Routing:
     """Of a trace, what routing.jsonl has of a logged step: for the checks of layers."""
     layers = {
         name: {
-            "load_frac": np.float32([stats.share(layer.load_E)]),
-            "experts_per_token": np.float32(
-                [stats.size_figures(layer.size_DK.sum(axis=0))["mean"]]
+            "load_frac": stats.share(layer.load_E).astype(np.float32)[None],
+            "experts_per_token": np.array(
+                [stats.size_figures(layer.size_DK.sum(axis=0))["mean"]], np.float32
             ),
         }
         for name, layer in found.layers.items()
@@ -165,7 +166,7 @@ def _with_rows(made: list, rows: Sequence[str], columns=None) -> list:
     return [maps.Map(m.name, m.z_RC, rows, columns, m.about_RC) for m in made]
 
 
-def _by_layer(found: Analysis, series: dict[str, Sequence[float]], title, unit):
+def _by_layer(found: Analysis, series: Mapping[str, Sequence[float]], title, unit):
     """Curves over the layers, one for each entry; names are escaped here."""
     from plotly.graph_objects import Figure
 
@@ -266,7 +267,10 @@ def _coactivation(found: Analysis) -> Section:
         told="of the tokens of expert {row}, {value} have expert {column} too",
         square=True,
     )
-    about = "P(column | row) over tokens (OLMoE); the diagonal, always 1, is left out."
+    about = (
+        "P(column | row) over tokens (OLMoE); the diagonal, always 1, is left out. "
+        f"{COLOURS_END}"
+    )
     left = _left_out(shown_maps, len(found.layers))
     return Section(title, [Plot(figure)], about + left)
 
@@ -315,7 +319,7 @@ def _affinity(found: Analysis) -> Section:
     )
     about = (
         "P(column | row) over tokens, by their experts of greatest gate (the ExFlow "
-        "statistic). Guesses are the most frequent expert." + left
+        "statistic). Guesses are the most frequent expert. " + COLOURS_END + left
     )
     return Section(title, [Plot(figure), Plot(plot)], about)
 
@@ -356,7 +360,9 @@ def _chain(found: Analysis) -> Section:
         "share of slots",
     )
     about = (
-        f"Transitions over all slots of a token (the Chain-of-Experts figure).{left}"
+        "Transitions over all slots of a token (the Chain-of-Experts figure). "
+        + COLOURS_END
+        + left
     )
     return Section(title, [Plot(figure), Plot(plot)], about)
 

@@ -41,8 +41,7 @@ def test_a_healthy_run_has_no_warnings(good):
     assert said == f"report: {run / 'report.html'} ({size / 1e6:.1f} MB)\nNo warnings"
     assert "No warnings Checked: NaN and infinities, " in page.text
     assert (
-        "Not checked: balance of devices, for device_imbalance is not logged."
-        in page.text
+        "Not checked: balance of devices, for experts lie on one device." in page.text
     )
 
 
