@@ -117,7 +117,7 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
         try:
             return run.loop()
         finally:
-            run.profiler.end()
+            run.profiler.end(run.step)
             run.log.close()
             # After an error of one process of several the others do not come here, and
             # Orbax would wait for them.
@@ -285,7 +285,7 @@ class Run:
                 self.consumed += cfg.batch_size
                 flight.add(self.step, metrics)
             if self.profiler.ends(self.step):
-                self._aside(lambda: self.profiler.end(self.state))
+                self._aside(lambda: self.profiler.end(self.step, self.state))
             if any(map(self._due, self._pauses())):
                 flight.land()
                 self._pause()

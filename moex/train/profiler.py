@@ -41,7 +41,7 @@ class Profiler:
 
     def __init__(self, steps: range, folder: pathlib.Path, say):
         self.steps, self.folder, self.say = steps, folder, say
-        self.active = False
+        self.active, self.first = False, 0
 
     def check_start(self, step: int) -> None:
         """Say so if a run that goes on from `step` is past the first step to trace."""
@@ -56,20 +56,20 @@ class Profiler:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # calls of Python drown what is looked for
         jax.profiler.start_trace(str(self.folder), profiler_options=options)
-        self.active = True
+        self.active, self.first = True, step
 
     def ends(self, step: int) -> bool:
         """Whether the trace ends after `step` steps."""
         return self.active and step == self.steps.stop
 
-    def end(self, state=None) -> None:
-        """Wait for the device and write the trace."""
+    def end(self, step: int, state=None) -> None:
+        """Wait for the device and write the trace, of the steps up to here."""
         if not self.active:
             return
         jax.block_until_ready(state)
         self.active = False
         jax.profiler.stop_trace()
         self.say(
-            f"wrote the trace of steps {self.steps.start}:{self.steps.stop} to "
-            f"{self.folder}; how to read it: docs/profiling.md"
+            f"wrote the trace of steps {self.first}:{step} to {self.folder}; "
+            "how to read it: docs/profiling.md"
         )
