@@ -89,6 +89,8 @@ def test_help_of_each_verb(verb, capsys):
         "params": ("--json", "--like", "--match", "--config=FILE"),
         "plan": ("--topology", "--compile", "--json", "--config=FILE"),
         "eval": ("run directory", "--sequences", "--json", "--config.data..."),
+        "trace": ("--out", "--tokens", "--step", "--logits", "--config.data..."),
+        "analyse": ("--compare", "--token", "--out", "--json"),
         "generate": ("--prompt", "--temperature", "--top-k", "--top-p", "--seed"),
         "convert": ("--to", "--workdir", "--group", "--latent", "--ops", "--whiten"),
         "import-hf": ("--out", "--tokenizer", "--doc-token", "--config.a.b=value"),
