@@ -90,6 +90,8 @@ def test_help_of_each_verb(verb, capsys):
         "plan": ("--topology", "--compile", "--json", "--config=FILE"),
         "compare": ("--json", "--plot", "--assert-equal", "95 % intervals"),
         "eval": ("run directory", "--sequences", "--json", "--config.data..."),
+        "trace": ("--out", "--tokens", "--step", "--logits", "--config.data..."),
+        "analyse": ("--compare", "--token", "--out", "--json"),
         "generate": ("--prompt", "--temperature", "--top-k", "--top-p", "--seed"),
         "convert": ("--to", "--workdir", "--group", "--latent", "--ops", "--whiten"),
         "import-hf": ("--out", "--tokenizer", "--doc-token", "--config.a.b=value"),

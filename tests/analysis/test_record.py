@@ -186,15 +186,22 @@ def test_a_limit_cuts_exactly():
 def trained(tmp_path_factory):
     """(run with checkpoints of steps 4, 6 and 8, its trace)."""
     folder = tmp_path_factory.mktemp("traced")
-    with runs.shared_programs(), runs.one_device():
-        runs.train(folder, folder / "run")
-        cli.main(["trace", str(folder / "run"), f"--out={folder / 't.parquet'}"])
+    with runs.shared_programs():
+        with runs.one_device():
+            runs.train(folder, folder / "run")
+        moex("trace", folder / "run", f"--out={folder / 't.parquet'}")
         yield folder / "run", folder / "t.parquet"
+
+
+def moex(*args):
+    """On one device."""
+    with runs.one_device():
+        cli.main([str(arg) for arg in args])
 
 
 def test_the_verb_traces_every_held_out_token(trained, capsys):
     run, path = trained
-    cli.main(["eval", str(run), "--json"])
+    moex("eval", run, "--json")
     scored = capsys.readouterr().out
     with Trace.open(path) as trace:
         assert f'"tokens": {trace.num_tokens},' in scored
@@ -212,11 +219,8 @@ def test_a_mesh_gives_the_same_trace(trained, tmp_path):
     """On 8 devices, experts split: the same tokens, the same experts."""
     run, path = trained
     out = tmp_path / "t.parquet"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", jax._src.xla_bridge.devices)
-        patch.setattr(jax, "device_count", jax._src.xla_bridge.device_count)
-        mesh = ["--config.mesh.data=4", "--config.mesh.expert=2"]
-        cli.main(["trace", str(run), f"--out={out}", *mesh])
+    mesh = ["--config.mesh.data=4", "--config.mesh.expert=2"]
+    cli.main(["trace", str(run), f"--out={out}", *mesh])
     with Trace.open(path) as one, Trace.open(out) as two:
         a, b = next(one.chunks()), next(two.chunks())
     np.testing.assert_array_equal(a.tokens.token_N, b.tokens.token_N)
@@ -242,8 +246,7 @@ def test_the_file_is_plain_parquet(trained):
 def test_another_step_and_fewer_tokens(trained, capsys, tmp_path):
     run, _ = trained
     out = tmp_path / "t.parquet"
-    args = ["trace", str(run), f"--out={out}", "--step=6", "--tokens=50"]
-    cli.main([*args, "--logits"])
+    moex("trace", run, f"--out={out}", "--step=6", "--tokens=50", "--logits")
     assert "at step 6, 50 tokens, 1 routers" in capsys.readouterr().out
     with Trace.open(out) as trace:
         (chunk,) = trace.chunks(logits=True)
@@ -267,7 +270,7 @@ def test_mistakes_are_one_line_and_leave_nothing(trained, capsys, tmp_path, args
     run, old = trained
     new = tmp_path / "new.parquet"
     with pytest.raises(SystemExit) as stop:
-        cli.main(["trace", str(run), *(a.format(old=old, new=new) for a in args)])
+        moex("trace", run, *(a.format(old=old, new=new) for a in args))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and said in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
@@ -276,9 +279,8 @@ def test_mistakes_are_one_line_and_leave_nothing(trained, capsys, tmp_path, args
 def test_an_imported_checkpoint_is_traced(trained, tmp_path, capsys):
     run, out, old = tmp_path / "run", tmp_path / "t.parquet", trained[0].parent
     folder = parity.FIXTURES / "mixtral"
-    cli.main(["import-hf", str(folder), f"--out={run}", "--config.seq_len=32"])
-    config = str(old / "tiny.py")
-    cli.main(["trace", str(run), f"--out={out}", f"--config={config}", "--tokens=60"])
+    moex("import-hf", folder, f"--out={run}", "--config.seq_len=32")
+    moex("trace", run, f"--out={out}", f"--config={old / 'tiny.py'}", "--tokens=60")
     assert "at step 0" in capsys.readouterr().out
     with Trace.open(out) as trace:
         assert trace.num_tokens == 60
