@@ -4,6 +4,7 @@ What starts with `--config` is not here: ml_collections reads it (`flags.py`).
 """
 
 import argparse
+import math
 import pathlib
 
 from moex.config import ConfigError
@@ -33,7 +34,7 @@ A sweep is one run per combination of values, each in a folder of --workdir:
 
 COMPARE_EXAMPLES = """
 Examples:
-  moex compare runs/quickstart runs/k4 --plot=k4.html
+  moex compare runs/quickstart runs/k4 --out=k4.html
   moex compare runs/sweep/*/ --json
   moex compare runs/first runs/again --assert-equal=1e-6
 """
@@ -282,19 +283,20 @@ def _add_compare(command):
     compare.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN")
     compare.add_argument("--json", action="store_true", help="print JSON")
     compare.add_argument(
-        "--plot",
+        "--out",
         type=pathlib.Path,
         metavar="FILE",
-        help="draw loss against tokens, FLOPs and time, to a .html or .png",
+        help="write a plot of loss against tokens, FLOPs and time (.html, .png), its "
+        "points (.csv), or what --json prints (.json)",
     )
     compare.add_argument(
         "--assert-equal",
         nargs="?",
         type=_tolerance,
-        const=0.0,
-        metavar="TOL",
-        help="fail at the first figure by which two runs differ, times apart; by more "
-        "than TOL relatively (0)",
+        const=(0.0, 0.0),
+        metavar="RTOL[,ATOL]",
+        help="fail at the first figure in which two runs differ, times apart: by more "
+        "than RTOL of the larger value and more than ATOL (both 0)",
     )
 
 
@@ -556,13 +558,16 @@ def _positive(text: str) -> int:
     return value
 
 
-def _tolerance(text: str) -> float:
+def _tolerance(text: str) -> tuple[float, float]:
     try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(
-            f"must be a number in [0, 1), not {text!r}; runs come before it"
+        relative, absolute = map(
+            float, (text if "," in text else f"{text},0").split(",")
         )
-    return value
+    except ValueError:
+        relative, absolute = -1.0, 0.0
+    if not (0 <= relative < 1 and 0 <= absolute < math.inf):
+        raise argparse.ArgumentTypeError(
+            f"must be RTOL or RTOL,ATOL with RTOL in [0, 1) and ATOL at least 0, not "
+            f"{text!r}; runs come before it"
+        )
+    return relative, absolute

@@ -246,7 +246,7 @@ def _compare(args, config_args):
         run(
             args.runs,
             as_json=args.json,
-            plot_file=args.plot,
+            out=args.out,
             tolerance=args.assert_equal,
         )
     )

@@ -88,7 +88,7 @@ def test_help_of_each_verb(verb, capsys):
         "config": ("--json", "--config=FILE"),
         "params": ("--json", "--like", "--match", "--config=FILE"),
         "plan": ("--topology", "--compile", "--json", "--config=FILE"),
-        "compare": ("--json", "--plot", "--assert-equal", "95 % intervals"),
+        "compare": ("--json", "--out", "--assert-equal", "95 % intervals"),
         "eval": ("run directory", "--sequences", "--json", "--config.data..."),
         "trace": ("--out", "--tokens", "--step", "--logits", "--config.data..."),
         "analyse": ("--compare", "--token", "--out", "--json"),

@@ -69,10 +69,16 @@ class Group:
                 {"run": str(run.path), "seed": run.cfg.seed} | figures(run, curve)
                 for run, curve in self._pairs()
             ],
+            "flops_measured": self.has_flops,
             "over_seeds": {
                 name: None if e is None else dict(_plain(e)) for name, e in over.items()
             },
         }
+
+    @property
+    def has_flops(self) -> bool:
+        """Whether its FLOPs are of the experts that were used, not expected ones."""
+        return all(run.has_flops for run in self.runs)
 
     def _pairs(self):
         return zip(self.runs, self.curves, strict=True)
@@ -94,9 +100,8 @@ def figures(run: Run, curve: dict[str, Curve]) -> dict[str, Any]:
         *map(float, (train.flops_S[-1], train.seconds_S[-1], train.nll_S[-1])),
     ]
     for name in ("nll", "bits_per_byte"):
-        values = [line[name] for line in run.lines["eval"].values()] or [None]
-        best = min(values, key=_rank) if len(values) > 1 else values[0]
-        found += [best, values[-1]]
+        values = [line[name] for line in run.lines["eval"].values()]
+        found += [min(values, key=_rank), values[-1]] if values else [None, None]
     return dict(zip(FIGURES, found, strict=True))
 
 
@@ -116,7 +121,8 @@ def estimate(values_R: np.ndarray) -> Estimate:
     if count == 1:
         return Estimate(mean, None)
     with np.errstate(invalid="ignore"):  # of infinite losses
-        deviation = np.std(values_R, axis=0, ddof=1)
+        # Less the first: equal values have no deviation, not that of a rounded mean.
+        deviation = np.std(values_R - values_R[0], axis=0, ddof=1)
     t = stdtrit(count - 1, (1 + CONFIDENCE) / 2)
     return Estimate(mean, t * deviation / math.sqrt(count))
 
@@ -204,14 +210,31 @@ def table(groups: Sequence[Group]) -> str:
         )
         for line in lines
     ]
-    return "\n".join([*text, NOTE])
+    return "\n".join([*text, NOTE, *notes(groups)])
+
+
+def notes(groups: Sequence[Group]) -> list[str]:
+    """What a person must know of these rows, and would not see."""
+    found = []
+    if not all(group.has_flops for group in groups):
+        found.append(
+            "~: FLOPs as expected before training; the log does not say what they were."
+        )
+    for group in groups:
+        if len(set(group.values("steps"))) > 1:
+            found.append(
+                f"{group.label}: its seeds are not equally far, so that the mean is of "
+                "losses at different steps, and curves end at the last common one."
+            )
+    return found
 
 
 def _cells(group: Group) -> tuple[str, ...]:
     return (
         *(str(len(group.runs)), scaled(group.params), scaled(group.active)),
         *(_range(group.values(name)) for name in ("steps", "tokens")),
-        _cell(group.estimate("train_flops"), "{:.3g}".format),
+        ("" if group.has_flops else "~")
+        + _cell(group.estimate("train_flops"), "{:.3g}".format),
         _cell(group.estimate("train_s"), _time),
         *(_cell(group.estimate(name), "{:.4f}".format) for name in FIGURES[4:]),
         group.label,

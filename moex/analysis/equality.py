@@ -3,24 +3,40 @@
 import math
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from moex.analysis.reading import KINDS, Run, read_runs
 from moex.config import ConfigError
 
-MEASURED = "perf/"  # of the machine, not of the training: free to differ
+# Of the machine, or of how a mesh divides the work: free to differ.
+APART = ("perf/", "moe/device_")
 PLACE = ("kind", "step")
+
+
+class Tolerance(NamedTuple):
+    """How far numbers may be apart: |x - y| <= max(relative * max(|x|, |y|), absolute).
+
+    Both 0: they must be the same number.
+    """
+
+    relative: float = 0.0
+    absolute: float = 0.0
+
+    def __str__(self) -> str:
+        absolute = f" or {self.absolute:g}" if self.absolute else ""
+        return f"within {self.relative:g} of the larger{absolute}"
 
 
 class RunsDiffer(RuntimeError):
     """Two runs that were to be equal are not; the message says where first."""
 
 
-def assert_equal(paths: Sequence[pathlib.Path], tolerance: float) -> str:
+def assert_equal(paths: Sequence[pathlib.Path], tolerance: Tolerance) -> str:
     """One line that says how much is equal in two runs.
 
     Args:
       paths: two run directories.
-      tolerance: of numbers, over the larger of the two; 0: the same number.
+      tolerance: of numbers; all else must be the same, and NaN is equal to NaN.
 
     Raises:
       ConfigError: for another number of runs, or what `read_runs` refuses.
@@ -40,14 +56,16 @@ def assert_equal(paths: Sequence[pathlib.Path], tolerance: float) -> str:
         kind = KINDS[order]
         names |= _equal_lines(a, b, step, kind, tolerance)
         steps.add(step)
-    within = f"within {tolerance:g}" if tolerance else "exactly"
+    how = f", numbers {tolerance}" if any(tolerance) else " exactly"
     return (
-        f"{a.path} and {b.path} are {within} equal: {len(names)} quantities compared "
-        f"at {len(steps)} steps"
+        f"{a.path} and {b.path} are equal{how}: {len(names)} quantities compared at "
+        f"{len(steps)} steps"
     )
 
 
-def _equal_lines(a: Run, b: Run, step: int, kind: str, tolerance: float) -> set[str]:
+def _equal_lines(
+    a: Run, b: Run, step: int, kind: str, tolerance: Tolerance
+) -> set[str]:
     """Check one line of both runs; returns the names of what was compared.
 
     Raises:
@@ -57,7 +75,7 @@ def _equal_lines(a: Run, b: Run, step: int, kind: str, tolerance: float) -> set[
         if step not in run.lines[kind]:
             raise RunsDiffer(f"step {step}: {run.path} has no {kind} line.")
     one, other = a.lines[kind][step], b.lines[kind][step]
-    names = [n for n in one | other if n not in PLACE and not n.startswith(MEASURED)]
+    names = [n for n in one | other if n not in PLACE and not n.startswith(APART)]
     for name in names:
         where = f"step {step}, {kind} {name}"
         for run in (a, b):
@@ -71,14 +89,16 @@ def _equal_lines(a: Run, b: Run, step: int, kind: str, tolerance: float) -> set[
     return {f"{kind} {name}" for name in names}
 
 
-def same(x, y, tolerance: float) -> bool:
-    """Whether two values are equal; numbers may be `tolerance` apart, relatively."""
+def same(x, y, tolerance: Tolerance) -> bool:
+    """Whether two values are equal, as `Tolerance` has it."""
     if not (_is_number(x) and _is_number(y)):
         return x == y
     if math.isnan(x) or math.isnan(y):
         return math.isnan(x) and math.isnan(y)
-    # Nothing is close to infinity, and an exact comparison rounds nothing.
-    return x == y or (tolerance > 0 and math.isclose(x, y, rel_tol=tolerance))
+    if x == y or not any(tolerance):  # exactly: large integers are not rounded
+        return x == y
+    # Nothing but itself is close to infinity.
+    return math.isclose(x, y, rel_tol=tolerance.relative, abs_tol=tolerance.absolute)
 
 
 def _is_number(value) -> bool:

@@ -12,7 +12,6 @@ import numpy as np
 
 from moex.analysis.compare import Group, estimate
 from moex.analysis.reading import Curve
-from moex.config import ConfigError
 
 PANELS = (
     ("tokens_S", "tokens"),
@@ -20,7 +19,8 @@ PANELS = (
     ("seconds_S", "wall time of training, s"),
 )
 LOSS = "loss, nats per token"
-ENDINGS = (".html", ".png")
+TITLE = "Held-out loss with markers, training loss faint"
+SEEDS = "; mean and 95 % interval over seeds"
 FAINT, BAND = 0.35, 0.2  # opacity of training losses and of intervals
 # Ten colours that both libraries know by these numbers (D3, or matplotlib's "tab10").
 COLOURS = (
@@ -38,6 +38,7 @@ class Line(NamedTuple):
       colour: of the group.
       curve: mean over seeds, of what was spent too.
       half_S: half width of the interval of the loss; None for one seed.
+      has_flops: its FLOPs are of the experts that were used, not expected ones.
     """
 
     label: str
@@ -45,31 +46,11 @@ class Line(NamedTuple):
     colour: str
     curve: Curve
     half_S: Any
+    has_flops: bool
 
     @property
     def name(self) -> str:
         return self.label if self.kind == "eval" else f"{self.label} (train)"
-
-
-def plot(groups: Sequence[Group], file: pathlib.Path) -> None:
-    """Write the plot of some groups.
-
-    Raises:
-      ConfigError: if the ending of the file is none of `ENDINGS`.
-    """
-    check_ending(file)
-    draw = page if file.suffix == ".html" else picture
-    draw(plot_lines(groups), file)
-
-
-def check_ending(file: pathlib.Path) -> None:
-    """Check that the file can be written as what its ending says.
-
-    Raises:
-      ConfigError: if not.
-    """
-    if file.suffix not in ENDINGS:
-        raise ConfigError(f"--plot={file}: must end in {' or '.join(ENDINGS)}.")
 
 
 def plot_lines(groups: Sequence[Group]) -> list[Line]:
@@ -80,7 +61,8 @@ def plot_lines(groups: Sequence[Group]) -> list[Line]:
             curve, half_S = mean_curve([each[kind] for each in group.curves])
             if len(curve.step_S):
                 colour = COLOURS[i % len(COLOURS)]
-                found.append(Line(group.label, kind, colour, curve, half_S))
+                about = (group.label, kind, colour)
+                found.append(Line(*about, curve, half_S, group.has_flops))
     return found
 
 
@@ -96,6 +78,15 @@ def mean_curve(curves: Sequence[Curve]) -> tuple[Curve, np.ndarray | None]:
     return Curve(step_S=step_S, nll_S=nll_S, **spent), half_S
 
 
+def _title(lines: Sequence[Line]) -> str:
+    return TITLE + (SEEDS if any(line.half_S is not None for line in lines) else "")
+
+
+def _axis(field: str, title: str, lines: Sequence[Line]) -> str:
+    expected = field == "flops_S" and not all(line.has_flops for line in lines)
+    return f"{title}, as expected before training" if expected else title
+
+
 def page(lines: Sequence[Line], file: pathlib.Path) -> None:
     """A page that needs nothing beside itself; labels switch lines off."""
     from plotly.subplots import make_subplots
@@ -106,10 +97,13 @@ def page(lines: Sequence[Line], file: pathlib.Path) -> None:
             for trace in _traces(line, getattr(line.curve, field)):
                 trace["showlegend"] = trace["showlegend"] and column == 1
                 figure.add_trace(trace, row=1, col=column)
-            figure.update_xaxes(title_text=title, row=1, col=column)
+            axis = {"title_text": _axis(field, title, lines), "rangemode": "tozero"}
+            figure.update_xaxes(**axis, exponentformat="SI", row=1, col=column)
     figure.update_yaxes(title_text=LOSS, row=1, col=1)
     legend = {"orientation": "h", "y": -0.2}
-    figure.update_layout(template="plotly_white", legend=legend)
+    figure.update_layout(
+        template="plotly_white", legend=legend, title_text=_title(lines)
+    )
     figure.write_html(file, include_plotlyjs=True)
 
 
@@ -137,6 +131,7 @@ def _traces(line: Line, x_S: np.ndarray) -> list[dict]:
 def picture(lines: Sequence[Line], file: pathlib.Path) -> None:
     """The same as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(15, 5), layout="constrained")
     panels = figure.subplots(1, len(PANELS), sharey=True)
@@ -153,8 +148,13 @@ def picture(lines: Sequence[Line], file: pathlib.Path) -> None:
                     alpha=BAND if held else BAND * FAINT,
                     linewidth=0,
                 )
-        axes.set_xlabel(title)
+        axes.set_xlabel(_axis(field, title, lines))
+        axes.set_xlim(left=0)
+        if field != "seconds_S":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        axes.grid(alpha=BAND)
+    figure.suptitle(_title(lines), fontsize="medium")
     panels[0].set_ylabel(LOSS)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize="small")
-    figure.savefig(file)
+    figure.savefig(file, dpi=120)

@@ -16,8 +16,11 @@ from moex.train.job import load_config
 
 KINDS = ("train", "eval")  # of the lines that are compared, in their order in a step
 FLOPS = "perf/train_flops_per_token"
-# Without these a training line is none of moex.
-NEEDED = ("nll", "tokens_seen", "perf/step_s")
+# Without these a line is none of moex.
+NEEDED = {
+    "train": ("nll", "tokens_seen", "perf/step_s"),
+    "eval": ("nll", "bits_per_byte"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Run:
     path: pathlib.Path
     cfg: Any
     lines: dict[str, dict[int, dict]]
+
+    @property
+    def has_flops(self) -> bool:
+        """Whether all training lines say what a token cost."""
+        return all(FLOPS in line for line in self.lines["train"].values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +98,17 @@ def read_run(path: pathlib.Path) -> Run:
     lines: dict[str, dict[int, dict]] = {kind: {} for kind in KINDS}
     for line in read_lines(log) if log.is_file() else ():
         if line["kind"] in KINDS:
+            # A step that was done again after a crash comes again: the last counts.
             lines[line["kind"]][line["step"]] = line
     lines = {kind: dict(sorted(found.items())) for kind, found in lines.items()}
     if not lines["train"]:
         raise ConfigError(f"{path}: no training step is logged in {log} yet.")
-    for step, line in lines["train"].items():
-        for name in NEEDED:
-            if name not in line:
-                raise ConfigError(f"{log}: the line of step {step} has no {name}.")
+    for kind, found in lines.items():
+        for step, line in found.items():
+            for name in NEEDED[kind]:
+                if name not in line:
+                    where = f"{log}: the {kind} line of step {step}"
+                    raise ConfigError(f"{where} has no {name}.")
     return Run(path, load_config(path), lines)
 
 
@@ -105,15 +116,19 @@ def read_lines(path: pathlib.Path) -> list[dict]:
     """The lines of a metrics.jsonl, but for a last one that is being written.
 
     Raises:
-      ConfigError: if any other line is not JSON.
+      ConfigError: if any other line is not JSON, or has no kind or step.
     """
     found, texts = [], path.read_text(errors="replace").splitlines()
     for number, text in enumerate(texts, 1):
         try:
-            found.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError as e:
             if number < len(texts):
                 raise ConfigError(f"{path}: line {number} is not JSON: {e}") from None
+            continue
+        if not isinstance(line, dict) or not {"kind", "step"} <= line.keys():
+            raise ConfigError(f"{path}: line {number} has no kind and step.")
+        found.append(line)
     return found
 
 

@@ -1,5 +1,6 @@
 """`moex compare` on run directories that are written here, line by line."""
 
+import csv
 import json
 import math
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from moex import cli
 from moex.accounting import model_cost
 from moex.analysis.compare import estimate, grouped, make_groups
-from moex.analysis.equality import same
+from moex.analysis.equality import Tolerance, same
 from moex.analysis.plotting import mean_curve, plot_lines
 from moex.analysis.reading import FLOPS, curves, read_run, read_runs
 from moex.moe.routers.topp import TopP
@@ -137,6 +138,8 @@ def test_the_interval_is_that_of_student():
     # Deviation 1 of three values; the 97.5 % quantile of t with 2 degrees of freedom
     # is 4.302653, over the root of 3.
     assert estimate(np.array([1.0, 2.0, 3.0])) == (2.0, pytest.approx(2.484138, 1e-6))
+    # A mean of equal values may be rounded; they are equal all the same.
+    assert estimate(np.array([0.1, 0.1, 0.1])).half_width == 0
     # Two values that are 1 apart: 12.70620 * sqrt(1/2) / sqrt(2).
     assert estimate(np.array([1.0, 2.0])) == (1.5, pytest.approx(6.353102, 1e-6))
     assert estimate(np.array([5.0])) == (5.0, None)
@@ -225,9 +228,27 @@ def test_the_table(moex, four):
     assert one.endswith(f"  {K}=1") and two.endswith(f"  {K}=2")
     assert " 2.1000 ± 1.2706 " in one
     assert "  1.0000  " in two  # equal seeds: no interval
-    for cell in ("  4  ", "  512  ", "  2.0 s  ", "  3.5000  ", "  3.7500  ", " 1.8750"):
+    for cell in (
+        "  4  ",
+        "  512  ",
+        "  2.0 s  ",
+        "  3.5000  ",
+        "  3.7500  ",
+        " 1.8750",
+    ):
         assert cell in one, cell
-    assert "Student" in note[-1]
+    assert "Student" in note[1]
+    assert note[2].startswith("~: FLOPs as expected before training")
+    assert len(note) == 3
+
+
+def test_measured_flops_are_not_called_expected(moex, write):
+    a, b = (write(n, f"seed={s}", **{FLOPS: 2.0}) for s, n in enumerate("ab"))
+    (row,) = json.loads(moex(a, b, "--json"))["groups"]
+    assert row["flops_measured"] is True
+    assert row["over_seeds"]["train_flops"] == {"mean": 4 * TOKENS * 2, "half_width": 0}
+    assert "~" not in moex(a, b)
+    assert not any("expected" in line for line in moex(a, b).splitlines())
 
 
 def test_runs_without_held_out_data(moex, write):
@@ -240,9 +261,10 @@ def test_runs_without_held_out_data(moex, write):
 
 def test_seeds_at_different_steps(moex, write):
     a, b = write("a"), write("b", "seed=1", train={1: 4.0, 2: 3.0}, evals={})
-    row = moex(a, b).splitlines()[1]
+    _, row, *note = moex(a, b).splitlines()
     assert "  2-4  256-512  " in row
     assert row.endswith(f"  {a}, {b}")
+    assert note[-1].startswith(f"{a}, {b}: its seeds are not equally far")
 
 
 # The plot.
@@ -277,15 +299,31 @@ def test_the_plot_is_one_file(moex, four, write, tmp_path, ending):
     file = tmp_path / "plot" / f"curves.{ending}"
     file.parent.mkdir()
     other = write("other", "optim.lr=0.5", evals={})
-    assert f"plot: {file}" in moex(*four, other, f"--plot={file}")
+    assert f"written: {file}" in moex(*four, other, f"--out={file}")
     assert list(file.parent.iterdir()) == [file]
     if ending == "png":
         assert file.read_bytes().startswith(b"\x89PNG")
         return
     text = file.read_text()
     assert "<script src=" not in text
-    for words in (f"{K}=1", "training FLOPs", "wall time of training, s", "tokens"):
+    assert "training FLOPs, as expected before training" in text
+    assert "95 % interval over seeds" in text
+    for words in (f"{K}=1", "wall time of training, s", "tokens"):
         assert words in text, words
+
+
+def test_points_and_figures_as_files(moex, four, tmp_path):
+    file = tmp_path / "points.csv"
+    assert f"written: {file}" in moex(*four, f"--out={file}")
+    rows = list(csv.DictReader(file.open()))
+    assert len(rows) == 4 * (len(TRAIN) + len(EVAL))
+    row = next(r for r in rows if r["run"] == str(four[1]) and r["step"] == "4")
+    assert (row["group"], row["seed"], row["kind"]) == (f"{K}=1", "1", "train")
+    spent = (float(row["tokens"]), float(row["train_s"]), float(row["nll"]))
+    assert spent == (4 * TOKENS, 2.0, 2.2)
+    figures = tmp_path / "figures.json"
+    assert json.loads(moex(*four, f"--out={figures}", "--json"))["groups"]
+    assert figures.read_text() == moex(*four, "--json")
 
 
 # Mistakes.
@@ -306,7 +344,12 @@ def test_what_cannot_be_compared(mistake, write, tmp_path):
     (b / "metrics.jsonl").unlink()
     assert mistake(a, b).startswith(f"{b}: no training step is logged in ")
     c = write("third")
-    assert mistake(a, c, "--plot=a.svg") == "--plot=a.svg: must end in .html or .png."
+    told = mistake(a, c, "--out=a.svg")
+    assert told == (
+        "--out = 'a.svg': must be a name that ends in .html, .png, .csv, .json."
+    )
+    told = mistake(a, c, f"--out={tmp_path / 'none' / 'a.html'}")
+    assert told.endswith("must be in a folder that exists.")
     assert "compare takes the configs of the runs" in mistake(a, c, "--config.seed=1")
     (c / "config.json").write_text("{")
     assert mistake(a, c).startswith(f"{c / 'config.json'}: Expecting")
@@ -314,21 +357,30 @@ def test_what_cannot_be_compared(mistake, write, tmp_path):
 
 def test_a_line_that_is_none_of_moex(mistake, write):
     a, b = write("a"), write("b")
-    (b / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "nll": 1.0}\n')
-    assert "the line of step 1 has no tokens_seen." in mistake(a, b)
+    log = b / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"kind": "eval", "step": 5, "nll": 1.0}\n')
+    assert "the eval line of step 5 has no bits_per_byte." in mistake(a, b)
+    log.write_text('{"kind": "train", "step": 1, "nll": 1.0}\n')
+    assert "the train line of step 1 has no tokens_seen." in mistake(a, b)
+    for text in ("3", "[]", '{"kind": "train"}'):
+        log.write_text(text + "\n")
+        assert mistake(a, b) == f"{log}: line 1 has no kind and step."
 
 
 # Equality.
 
 
 def test_equal_runs(moex, write):
-    a = write("a", grad_norm=math.nan, **{"perf/tokens_per_s": 1.0})
-    b = write("b", grad_norm=math.nan, **{"perf/tokens_per_s": 2.0, "perf/step_s": 9})
+    mine = {"perf/tokens_per_s": 1.0, "moe/device_violation": 0.5}
+    theirs = {"perf/tokens_per_s": 2.0, "perf/step_s": 9}  # and one device
+    a = write("a", grad_norm=math.nan, **mine)
+    b = write("b", grad_norm=math.nan, **theirs)
     # Of train: nll, bits_per_byte, tokens_seen, grad_norm; of eval: the first two.
     assert moex(a, b, "--assert-equal") == (
-        f"{a} and {b} are exactly equal: 6 quantities compared at 3 steps\n"
+        f"{a} and {b} are equal exactly: 6 quantities compared at 3 steps\n"
     )
-    assert "are within 0.1 equal" in moex(a, b, "--assert-equal=0.1")
+    within = "are equal, numbers within 0.1 of the larger: 6 q"
+    assert within in moex(a, b, "--assert-equal=0.1")
 
 
 def test_the_first_difference_is_named(moex, mistake, write):
@@ -337,7 +389,9 @@ def test_the_first_difference_is_named(moex, mistake, write):
     told = mistake(a, b, "--assert-equal", code=1)
     assert told == f"step 2, train nll: 3.0 in {a}, 3.5 in {b}; difference 0.5."
     assert "step 4, train nll: " in mistake(a, b, "--assert-equal=0.2", code=1)
-    assert "within 0.9 equal" in moex(a, b, "--assert-equal=0.9")
+    assert "within 0.9 of the larger: " in moex(a, b, "--assert-equal=0.9")
+    assert "step 4, train nll: " in mistake(a, b, "--assert-equal=0,0.5", code=1)
+    assert "within 0 of the larger or 7: " in moex(a, b, "--assert-equal=0,7")
     c = write("c", evals=EVAL | {2: math.nan})
     told = mistake(a, c, "--assert-equal", code=1)
     assert told.startswith(f"step 2, eval nll: 3.5 in {a}, nan in {c}; ")
@@ -360,7 +414,7 @@ def test_the_order_of_lines_does_not_matter(moex, write, tmp_path):
     shutil.copytree(a, b)
     log = b / "metrics.jsonl"
     log.write_text("\n".join(reversed(log.read_text().splitlines())) + "\n")
-    assert "exactly equal" in moex(a, b, "--assert-equal")
+    assert "are equal exactly" in moex(a, b, "--assert-equal")
 
 
 @pytest.mark.parametrize(
@@ -378,10 +432,18 @@ def test_the_order_of_lines_does_not_matter(moex, write, tmp_path):
         ("a", "a", 0, True),
         (None, 0.0, 0.5, False),
         (True, 1.1, 0.5, False),
+        (2**60, 2**60 + 1, 0, False),
+        (0.0, 1e-9, (0, 1e-9), True),
+        (0.0, 1.1e-9, (0, 1e-9), False),
+        (100.0, 101.0, (0.01, 1e-9), True),
+        (1.0, 1.5, (0.01, 0.5), True),
+        (math.inf, 1.0, (0, 5.0), False),
+        (math.nan, 1.0, (0.5, 5.0), False),
     ],
 )
 def test_when_values_are_the_same(x, y, tolerance, expected):
-    assert same(x, y, tolerance) is same(y, x, tolerance) is expected
+    pair = Tolerance(*(tolerance if isinstance(tolerance, tuple) else (tolerance,)))
+    assert same(x, y, pair) is same(y, x, pair) is expected
 
 
 def test_mistakes_of_assert_equal(mistake, write):
@@ -389,5 +451,7 @@ def test_mistakes_of_assert_equal(mistake, write):
     assert "compares two runs; got 3." in mistake(a, b, c, "--assert-equal")
     told = mistake(a, b, "--json", "--assert-equal")
     assert told == "--json: --assert-equal says one line; leave it out."
-    assert "must be a number in [0, 1), not '-1'" in mistake(a, b, "--assert-equal=-1")
+    for tolerance in ("-1", "1", "0,-1", "0,inf", "nan", "1e-3,", "0,0,0"):
+        told = mistake(a, b, f"--assert-equal={tolerance}")
+        assert f"with RTOL in [0, 1) and ATOL at least 0, not {tolerance!r}" in told
     assert f"not '{a}'; runs come before it" in mistake("--assert-equal", a, b)
