@@ -164,7 +164,7 @@ def growing_logits(where: str, norm_S, num_experts: int) -> Finding | None:
 
     Args:
       where: the layer.
-      norm_S: mean L2 norm of a token's logits.
+      norm_S: root mean square over tokens of the L2 norm of their logits.
       num_experts: how many logits a token has.
     """
     norm_S = np.asarray(norm_S, dtype=float)

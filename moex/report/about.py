@@ -135,7 +135,7 @@ def environment(material: Material) -> Section:
     packages = list(
         dict.fromkeys(n for start in starts for n in start.get("packages", {}))
     )
-    rows = [(name, *(str(s.get(name, "–")) for s in starts)) for name in names]
+    rows = [(name, *(_cell(s.get(name)) for s in starts)) for name in names]
     rows.append(("command", *(shlex.join(s.get("command", [])) for s in starts)))
     rows += [
         (name, *(s.get("packages", {}).get(name, "–") for s in starts))
@@ -146,3 +146,7 @@ def environment(material: Material) -> Section:
     return Section(
         "Environment", [table], "Versions, devices and command of each start."
     )
+
+
+def _cell(value) -> str:
+    return "–" if value is None else str(value)

@@ -158,7 +158,11 @@ def _height(rows: int, square: bool) -> int:
 
 
 def _axis(title: str, labels, count: int) -> dict:
-    about: dict[str, Any] = {"title": {"text": title}, "showgrid": False}
+    about: dict[str, Any] = {
+        "title": {"text": title},
+        "showgrid": False,
+        "zeroline": False,
+    }
     if labels is None or isinstance(labels[0], str):
         about["dtick"] = _every(count)
     if labels is not None and isinstance(labels[0], str):

@@ -31,8 +31,8 @@ FIGURES = (
     ("dropped_frac", "Dropped slots", "share of slots"),
     ("unrouted_frac", "Tokens without an expert", "share of tokens"),
     ("zero_frac", "Zero-computation slots", "share of slots"),
-    ("logit_norm", "Router logits", "L2 norm, mean over tokens"),
-    ("output_norm", "Expert output", "L2 norm, mean over tokens"),
+    ("logit_norm", "Router logits", "L2 norm, RMS over tokens"),
+    ("output_norm", "Expert output", "L2 norm, RMS over tokens"),
     ("device_violation", "Balance of devices", "max load / mean load − 1"),
     ("load_balance", "Load-balance loss", "before its coefficient"),
     ("router_z", "Router z-loss", "before its coefficient"),
@@ -250,6 +250,7 @@ def table(routing: Routing) -> Table:
         (name, title)
         for name, title, _ in FIGURES
         if any(name in figures for figures in routing.layers.values())
+        and (name not in CONSTANT or _moves(routing, name))
     ]
     rows = []
     for label, figures in routing.layers.items():
@@ -263,5 +264,5 @@ def table(routing: Routing) -> Table:
     return Table(
         ("layer", "experts", *(title.lower() for _, title in there)),
         rows,
-        f"All layers at step {routing.step_S[-1]}.",
+        f"All layers at step {routing.step_S[-1]}; what is zero everywhere is left out.",
     )

@@ -12,6 +12,8 @@ from moex.report.material import Material
 from moex.report.page import Grid, Note, Plot, Section, style
 
 STEP = "optimizer step"
+# Figures that are shown beside parts of them, or beside those of evaluations.
+PLAIN = {"nll": "loss", "bits_per_byte": "bits", "grad_norm": "all"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
         figure.add_scatter(
             x=step_S,
             y=(value_S * panel.scale).astype(np.float32),
-            name=html.escape(_title(panel, name) + (", held out" if held else "")),
+            name=html.escape(_title(name) + (", held out" if held else "")),
             mode="lines+markers" if held or len(step_S) == 1 else "lines",
             line={"color": colour, "width": 1 if held else 1.6}
             | ({"dash": "dot"} if held else {}),
@@ -125,7 +127,9 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
         return None
     style(figure, height=300, title=panel.title)
     figure.update_xaxes(title_text=STEP, rangemode="tozero")
-    figure.update_yaxes(title_text=panel.unit, type="log" if panel.log else "linear")
+    figure.update_yaxes(title_text=panel.unit)
+    if panel.log:
+        figure.update_yaxes(type="log", dtick="D2")
     figure.update_layout(
         showlegend=len(found) > 1,
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
@@ -134,10 +138,8 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
     return Plot(figure)
 
 
-def _title(panel: Panel, name: str) -> str:
-    if name in ("nll", "bits_per_byte"):
-        return "loss" if name == "nll" else "bits"
-    return name.partition("/")[2] or name
+def _title(name: str) -> str:
+    return PLAIN.get(name) or name.partition("/")[2] or name
 
 
 def _names(panel: Panel, kind: str, material: Material) -> list[str]:
