@@ -264,5 +264,5 @@ def table(routing: Routing) -> Table:
     return Table(
         ("layer", "experts", *(title.lower() for _, title in there)),
         rows,
-        f"All layers at step {routing.step_S[-1]}; what is zero everywhere is left out.",
+        f"All layers at step {routing.step_S[-1]}, but for what is zero everywhere.",
     )

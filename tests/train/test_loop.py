@@ -231,6 +231,13 @@ def test_tensorboard_has_all_pages(straight):
     assert b"max violation" in layout.tensor_proto.string_val[0]
 
 
+def test_what_a_report_needs_is_there(straight, interrupted):
+    (sample,) = runs.records(straight[0], "sample")
+    assert sample["step"] == 8 and sample["texts"][0].startswith("The ")
+    starts = json.loads((interrupted[0] / "environment.json").read_text())
+    assert len(starts) > 1 and starts[0]["step"] == 0 < starts[-1]["step"]
+
+
 @pytest.mark.parametrize("tag", ["train/nll", "moe/entropy/layer_001"])
 def test_tensorboard_has_every_step_once_after_a_resume(straight, interrupted, tag):
     expected, actual = (tags(run[0])[0].Scalars(tag) for run in (straight, interrupted))
