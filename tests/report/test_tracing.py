@@ -10,7 +10,7 @@ from moex import cli
 from moex.analysis.summary import analyse
 from moex.analysis.trace import LayerInfo, Trace
 from moex.interop.hf import import_hf
-from moex.report import maps, tracing
+from moex.report import by_layer, maps, tracing
 from moex.report.tokens import table
 from tests import runs
 from tests.report import pages
@@ -109,7 +109,7 @@ def test_as_many_maps_as_there_is_room_for():
 
 
 def test_labels_that_are_alike_are_told_apart():
-    assert tracing.unique(["a", "<b>", "a"]) == ["a (0)", "&lt;b&gt;", "a (2)"]
+    assert by_layer.unique(["a", "<b>", "a"]) == ["a (0)", "&lt;b&gt;", "a (2)"]
 
 
 def test_one_domain_and_top_one(folder, tmp_path):
