@@ -107,7 +107,8 @@ def collapse(where: str, load_SE) -> Finding | None:
     top = sorted(int(e) for e in order[:most])
     return Finding(
         "collapse",
-        f"{where}: expert{'s' if most > 1 else ''} {listed(top)} of {count} take "
+        f"{where}: expert{'s' if most > 1 else ''} {listed(top)} of {count} "
+        f"take{'s' if most == 1 else ''} "
         f"{_percent(load_E[order[:most]].sum())} of the load; {effective:.3g} experts "
         f"are effective, exp(entropy of the load) (threshold: {_percent(EFFECTIVE)} "
         f"of {count}).",
@@ -255,8 +256,8 @@ def skipped_updates(step_S, skipped_S) -> Finding | None:
     first = int(step_S[int(np.argmax(skipped_S > 0))])
     return Finding(
         "skipped updates",
-        f"{int(skipped_S[-1])} updates were skipped, the first at or before step "
-        f"{first}: their loss or gradient was not finite, or spiked (threshold: none).",
+        f"{int(skipped_S[-1])} skipped in all, the first at or before step {first}: "
+        "their loss or gradient was not finite, or spiked (threshold: none).",
     )
 
 

@@ -37,7 +37,10 @@ FIGURES = (
     ("load_balance", "Load-balance loss", "before its coefficient"),
     ("router_z", "Router z-loss", "before its coefficient"),
 )
-CONSTANT = ("dropped_frac", "zero_frac", "unrouted_frac", "dead_frac")
+CONSTANT = (
+    *("dropped_frac", "zero_frac", "unrouted_frac", "dead_frac"),
+    "experts_per_token_std",
+)
 
 
 def sections(material: Material) -> list[Section]:

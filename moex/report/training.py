@@ -108,10 +108,15 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
         (kind, name) for kind in panel.kinds for name in _names(panel, kind, material)
     ]
     colours: dict[str, str] = {}
+    lowest, highest = [], []  # of positive values
     for kind, name in found:
         step_S, value_S = material.series(kind, name)
         step_S, value_S = thin.curve(step_S, value_S)
         held = kind == "eval"
+        positive = value_S[(value_S > 0) & np.isfinite(value_S)]
+        if len(positive):
+            lowest.append(positive.min())
+            highest.append(positive.max())
         colour = colours.setdefault(name, COLOURS[len(colours) % len(COLOURS)])
         figure.add_scatter(
             x=step_S,
@@ -129,7 +134,9 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
     figure.update_xaxes(title_text=STEP, rangemode="tozero")
     figure.update_yaxes(title_text=panel.unit)
     if panel.log:
-        figure.update_yaxes(type="log", dtick="D2")
+        # Decades, or 1, 2 and 5 of few of them.
+        wide = bool(lowest) and max(highest) / min(lowest) > 100
+        figure.update_yaxes(type="log", dtick=1 if wide else "D2")
     figure.update_layout(
         showlegend=len(found) > 1,
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}

@@ -131,7 +131,7 @@ def test_skipped_updates():
     assert health.skipped_updates([], []) is None
     skipped[50:] = 2
     _, text = health.skipped_updates(STEP, skipped)
-    assert text.startswith("2 updates were skipped, the first at or before step 510")
+    assert text.startswith("2 skipped in all, the first at or before step 510")
 
 
 def test_not_finite(loss):

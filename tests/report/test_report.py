@@ -60,7 +60,7 @@ def test_an_unhealthy_run_is_told_in_words(folder, tmp_path):
     dead = "layer 1: expert 2 since step 210 (1 of 4; "
     assert dead in said and dead in page.text
     assert "Warnings: dead experts, collapse" in page.text
-    assert "layer 2.1: expert 0 of 4 take 97 % of the load" in page.text
+    assert "layer 2.1: expert 0 of 4 takes 97 % of the load" in page.text
     assert "layer 2.2" not in said
 
 
