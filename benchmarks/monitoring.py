@@ -103,7 +103,9 @@ def writing(job, metrics, repeats: int) -> dict[str, dict[str, float]]:
     for detail in ("brief", "detailed"):
         cfg = job.cfg.copy_and_resolve_references()
         cfg.steps = 10**9
-        cfg.log = dataclasses.replace(job.cfg.log, detail=detail, images_every=0)
+        cfg.log = dataclasses.replace(
+            job.cfg.log, detail=detail, images_every=0, tensorboard=True
+        )
         found[detail] = {}
         for name in ("line", "image"):
             with tempfile.TemporaryDirectory() as folder:

@@ -54,7 +54,7 @@ class Program:
         )
 
         def with_rate(train_state, number, key, batch):
-            """The learning rate too: asked for outside, it would wait for the device."""
+            """The learning rate too: outside, asking would wait for the device."""
             new, metrics = step(train_state, number, key, batch)
             return new, metrics | {"lr": jnp.float32(self.learning_rate(number))}
 
