@@ -4,9 +4,9 @@
       [--repeats=30] [--json=FILE]
 
 "On" is the step that `moex train` runs. "Off" is the same step asked for the new train
-state and the loss alone: XLA then removes whatever only the other figures need. The load
-that router biases follow, the guard and losses with a coefficient stay in both. The two
-run in turn in one process, in changing order; the figure is the median of the ratios of
+state and the loss alone: XLA then removes whatever only the other figures need. The
+load that router biases follow, the guard and the losses stay in both. The two run in
+turn in one process, in changing order; the figure is the median of the ratios of
 neighbours, with a 95 % bootstrap interval. Beside it: what the compiled programs say of
 their operations, bytes and instructions, which does not depend on the machine's mood.
 
@@ -103,7 +103,9 @@ def writing(job, metrics, repeats: int) -> dict[str, dict[str, float]]:
     for detail in ("brief", "detailed"):
         cfg = job.cfg.copy_and_resolve_references()
         cfg.steps = 10**9
-        cfg.log = dataclasses.replace(job.cfg.log, detail=detail, images_every=0)
+        cfg.log = dataclasses.replace(
+            job.cfg.log, detail=detail, images_every=0, tensorboard=True
+        )
         found[detail] = {}
         for name in ("line", "image"):
             with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,7 @@ from moex.config import require_choice
 from moex.data.pipeline import Data
 from moex.data.sources import PythonStdlib
 from moex.data.tokenizer import Bytes
+from moex.moe.balance import Controller
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
@@ -27,12 +28,8 @@ ROUTERS = {
     "dead": TopK(k=2, bias_rate=1e-9),
     # Nothing balances, and the router runs ahead of the experts.
     "collapse": TopK(k=1, normalize="none", init_std=0.5),
-    # The balance loss makes every token's probabilities even, so p needs all experts.
-    "saturation": TopP(p=0.7, k_max=EXPERTS, init_std=0.5),
-}
-LOSSES = {
-    "collapse": Loss(load_balance=0.0, router_z=0.0),
-    "saturation": Loss(load_balance=1.0, router_z=0.01, entropy=0.0),
+    # The controller's target is all experts: p climbs until every token has them.
+    "saturation": TopP(p=0.3, k_max=EXPERTS, control=Controller(target=8.0)),
 }
 
 
@@ -55,7 +52,8 @@ def get_config(arg="healthy"):
     cfg.optim = Optim(
         rule=AdamW(), lr=3e-3, schedule="constant", warmup_steps=10, lr_factors=factors
     )
-    cfg.loss = LOSSES.get(case, Loss())
+    if case == "collapse":
+        cfg.loss = Loss(load_balance=0.0, router_z=0.0)
     cfg.eval = Eval(every=0)
     cfg.checkpoint = Checkpoint(every=0)
     cfg.log = Log(every=5, images_every=20, sample_tokens=0, detail="detailed")

@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.device import platform
@@ -51,9 +52,15 @@ class Program:
             optim=self.cfg.optim,
             static=self.static(train=True),
         )
+
+        def with_rate(train_state, number, key, batch):
+            """The learning rate too: outside, asking would wait for the device."""
+            new, metrics = step(train_state, number, key, batch)
+            return new, metrics | {"lr": jnp.float32(self.learning_rate(number))}
+
         # Pinned, so that no step can move the state or leave figures on one device.
         state = jax.tree.map(lambda a: a.sharding, self.abstract_state())
-        return jax.jit(step, donate_argnums=0, out_shardings=(state, self.whole))
+        return jax.jit(with_rate, donate_argnums=0, out_shardings=(state, self.whole))
 
     def eval_step(self):
         """The jitted evaluation step."""

@@ -41,7 +41,8 @@ def by_layer(model, layers: dict, *, expert_devices=1) -> dict[str, dict[str, An
       expert_devices: devices that the experts are split over; with several there is
         "device_violation" too.
     """
-    found, start = {}, 0
+    found: dict[str, dict[str, Any]] = {}
+    start = 0
     for s, segment in enumerate(model.layers):
         for path, figures in layers.items():
             parts = path.split("/")

@@ -51,8 +51,9 @@ class RunLog:
         self.jsonl = path.open("a", buffering=1)
         if cfg.log.tensorboard:
             # TensorBoard forgets what a killed session wrote from this step on.
+            # A long queue: the loop never waits for the disk.
             self.tb = SummaryWriter(
-                str(workdir / "tb"), purge_step=step + 1, flush_secs=5
+                str(workdir / "tb"), purge_step=step + 1, flush_secs=5, max_queue=1000
             )
             self.tb.add_custom_scalars(layout(cfg, num_domains))
             self.board = Board(self.tb, cfg.log.detail)

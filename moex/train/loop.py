@@ -391,7 +391,7 @@ class Run:
             "nll": float(metrics["nll"]),
             "bits_per_byte": float(metrics["bits_per_byte"]),
             "grad_norm": float(metrics["grad_norm"]),
-            "lr": float(self.job.learning_rate(step - 1)),
+            "lr": float(metrics["lr"]),
             "skipped": int(metrics["skipped"]),
             "tokens_seen": step * tokens,
             "perf/tokens_per_s": tokens / step_seconds,

@@ -78,10 +78,10 @@ def layout(cfg, num_domains: int) -> dict:
         pages["MoE: balance"]["which layer is worst"] = _chart("moe/.*_worst_layer$")
         shares = _chart("moe/slots_share/.*")
         pages["MoE: experts per token"]["tokens by number of experts, share"] = shares
-    for page, charts in CHARTS.items():
+    for page, others in CHARTS.items():
         pages[page] = {
             title: _chart(*tags)
-            for title, tags in charts.items()
+            for title, tags in others.items()
             if num_domains > 1 or "domain" not in title
         }
     return pages
