@@ -319,7 +319,7 @@ def _add_report(command):
         help="trace of the same tokens with another checkpoint",
     )
     report.add_argument(
-        "--marker",
+        "--token",
         action="append",
         default=[],
         metavar="TOKEN",

@@ -259,7 +259,7 @@ def _report(args, config_args):
         raise ConfigError(f"{config_args[0]}: report takes the config of the run.")
     _without_devices()
     options = {"trace": args.trace, "compare_trace": args.compare_trace}
-    print(run(args.run, out=args.out, markers=args.marker, **options))
+    print(run(args.run, out=args.out, markers=args.token, **options))
 
 
 def _eval(args, config_args):

@@ -89,6 +89,7 @@ def test_help_of_each_verb(verb, capsys):
         "params": ("--json", "--like", "--match", "--config=FILE"),
         "plan": ("--topology", "--compile", "--json", "--config=FILE"),
         "compare": ("--json", "--out", "--assert-equal", "95 % intervals"),
+        "report": ("--trace", "--compare-trace", "--token", "--out", "no network"),
         "eval": ("run directory", "--sequences", "--json", "--config.data..."),
         "trace": ("--out", "--tokens", "--step", "--logits", "--config.data..."),
         "analyse": ("--compare", "--token", "--out", "--json"),

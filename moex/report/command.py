@@ -82,7 +82,7 @@ def check(out, trace, compare_trace, markers) -> None:
     if compare_trace is not None and trace is None:
         raise ConfigError("--compare-trace: is beside --trace; give both.")
     if markers and trace is None:
-        raise ConfigError("--marker: is beside --trace; give both.")
+        raise ConfigError("--token: is beside --trace; give both.")
     for flag, file in (("--trace", trace), ("--compare-trace", compare_trace)):
         if file is not None and not file.exists():
             raise ConfigError(f"{flag}={file}: no such file; `moex trace` writes it.")

@@ -45,7 +45,7 @@ def markers(found: Analysis) -> Section:
     """nPMI of experts and given tokens."""
     title = "Markers"
     if not found.markers:
-        text = "No data: give --marker=TOKEN for the experts that go with a token."
+        text = "No data: give --token=TOKEN for the experts that go with a token."
         return Section(title, [Note(text)])
     rows = unique(found.markers)
     made = with_rows(maps_of(found, lambda la: la.npmi_ME), rows)

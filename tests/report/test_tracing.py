@@ -118,7 +118,7 @@ def test_one_domain_and_top_one(folder, tmp_path):
     _, page = pages.report(run, trace=one)
     assert "No data: the trace has tokens of one domain." in page.text
     assert "No data: give --compare-trace=FILE" in page.text
-    assert "No data: give --marker=TOKEN" in page.text
+    assert "No data: give --token=TOKEN" in page.text
 
 
 def test_mistakes(folder, trace, tmp_path, capsys):
@@ -134,9 +134,9 @@ def test_mistakes(folder, trace, tmp_path, capsys):
 
     assert "not a Parquet file" in mistake(f"--trace={run / 'config.json'}")
     assert "' t2': not one token of the vocab" in mistake(
-        f"--trace={trace}", "--marker= t2"
+        f"--trace={trace}", "--token= t2"
     )
-    assert "--marker: is beside --trace" in mistake("--marker=x")
+    assert "--token: is beside --trace" in mistake("--token=x")
     short = pages.write_trace(tmp_path / "short.parquet", tokens=40)
     assert "400 tokens" in mistake(f"--trace={trace}", f"--compare-trace={short}")
 
