@@ -10,10 +10,10 @@ STAMP := $(VENV)/.installed
 # Large buffers in huge pages: fewer page faults on Linux CPUs; ignored elsewhere.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help install train test test-slow test-hf lint types check bench clean
+.PHONY: help install train test test-slow test-hf test-browser lint types check bench clean
 
 help:
-	@echo "make train | test | check (lint, types, tests) | test-slow | test-hf | bench"
+	@echo "make train | test | check (lint, types, tests) | test-slow | test-hf | test-browser | bench"
 
 install: $(STAMP)
 
@@ -38,6 +38,10 @@ test-slow: $(STAMP)
 test-hf: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[test,hf,eval]'
 	$(BIN)/python -m pytest -m hf
+
+# Opens pages of `moex report` in a headless Chromium, which must be installed.
+test-browser: $(STAMP)
+	$(BIN)/python -m pytest -m browser
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 @jax.custom_vjp
 def dispatch(x_TD, plan):
     """Rows of x in plan order: row i is the token of slot `order_N[i]`."""
-    return take(x_TD, plan.token_N)
+    with jax.named_scope("dispatch"):
+        return take(x_TD, plan.token_N)
 
 
 def _dispatch_forward(x_TD, plan):
@@ -24,7 +25,8 @@ def _dispatch_forward(x_TD, plan):
 
 
 def _dispatch_backward(plan, dx_ND):
-    return sum_rows(dx_ND, plan), None
+    with jax.named_scope("dispatch"):
+        return sum_rows(dx_ND, plan), None
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
@@ -42,13 +44,15 @@ def combine(y_ND, gate_TK, plan):
       gate_TK: float32[T, K].
       plan: Plan.
     """
-    return sum_rows(y_ND, plan, gate_TK)
+    with jax.named_scope("combine"):
+        return sum_rows(y_ND, plan, gate_TK)
 
 
 def _combine_forward(y_ND, gate_TK, plan):
     return combine(y_ND, gate_TK, plan), (y_ND, gate_TK, plan)
 
 
+@jax.named_scope("combine")
 def _combine_backward(saved, dy_TD):
     y_ND, gate_TK, plan = saved
     dy_ND = take(dy_TD, plan.token_N).astype(jnp.float32)

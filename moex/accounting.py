@@ -162,11 +162,12 @@ def device_peak_flops(device=None) -> float | None:
 def _by_group(sizes: dict[str, Any]) -> dict[str, Any]:
     sums = dict.fromkeys(GROUPS, 0)
     for name, size in sizes.items():
-        sums[_group(name)] += size
+        sums[param_group(name)] += size
     return sums
 
 
-def _group(path: str) -> str:
+def param_group(path: str) -> str:
+    """Which of `GROUPS` a parameter is counted in, by its path."""
     *parts, name = path.split("/")
     if name == "w_embed_VD":
         return "embedding"

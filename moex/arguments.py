@@ -4,6 +4,7 @@ What starts with `--config` is not here: ml_collections reads it (`flags.py`).
 """
 
 import argparse
+import math
 import pathlib
 
 from moex.config import ConfigError
@@ -25,6 +26,23 @@ Examples:
 
 The same command on the same --workdir goes on where the run stopped. SIGTERM saves a
 checkpoint and exits.
+
+A sweep is one run per combination of values, each in a folder of --workdir:
+  moex train --config=configs/quickstart.py --workdir=runs/sweep \\
+    --sweep optim.lr=0.01,0.02 --sweep seed=0,1,2
+"""
+
+COMPARE_EXAMPLES = """
+Examples:
+  moex compare runs/quickstart runs/k4 --out=k4.html
+  moex compare runs/sweep/*/ --json
+  moex compare runs/first runs/again --assert-equal=1e-6
+"""
+
+REPORT_EXAMPLES = """
+Examples:
+  moex report runs/quickstart
+  moex report runs/quickstart --trace=trace.parquet --out=quickstart.html
 """
 
 PARAMS_EXAMPLES = """
@@ -39,6 +57,13 @@ Examples:
   moex plan --config=configs/moe_8x7b.py --topology=v5p:4x4x4
   moex plan --config=configs/moe_1b.py --topology=h100:8 --config.remat=dots
   moex plan --config=configs/quickstart.py --topology=v5e:1x1 --compile
+"""
+
+TRACE_EXAMPLES = """
+Examples:
+  moex trace runs/first --out first.parquet
+  moex trace runs/first --out step500.parquet --step=500 --tokens=100000
+  moex trace runs/olmoe --out web.parquet --config.data.sources[0].paths="('web',)"
 """
 
 CONVERT_EXAMPLES = """
@@ -95,13 +120,22 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--dry-run",
         action="store_true",
-        help="check the config and the data, print the model table and stop",
+        help="check the config and the data, print the model table and stop; of a "
+        "sweep: check all configs and list them",
+    )
+    _add_sweep(train)
+    train.add_argument(
+        "--profile",
+        metavar="START:STOP",
+        help="trace steps START to STOP - 1 (the first is 0) into RUN/profile",
     )
     _add_many(train)
     config = command("config", "Print a resolved config, one field a line.")
     config.add_argument("--json", action="store_true", help="as JSON with type tags")
     _add_params(command)
     _add_plan(command)
+    _add_compare(command)
+    _add_report(command)
     evaluate = command(
         "eval",
         "Score held-out data with the newest checkpoint of a run. Without --config the "
@@ -114,6 +148,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_tasks(evaluate)
     _add_generate(command)
+    _add_trace(command)
+    _add_analyse(command)
     _add_convert(command)
     _add_interop(command)
     data = command("data", "Prepare the data of a config, or look at it.")
@@ -122,6 +158,43 @@ def make_parser() -> argparse.ArgumentParser:
         "--example", type=int, default=0, help="which training sequence to show"
     )
     return parser
+
+
+def _add_sweep(train):
+    sweep = train.add_argument_group("several runs over a grid, one after another")
+    sweep.add_argument(
+        "--sweep",
+        action="append",
+        metavar="FIELD=V1,V2",
+        help="values of a field of the config, seed included; repeat it for a grid. "
+        "The same command skips what is finished",
+    )
+    sweep.add_argument(
+        "--sweep-index",
+        type=int,
+        metavar="I",
+        help="train one run of the grid; --dry-run lists them",
+    )
+
+
+# Arguments of a process of several that take a value, and their defaults.
+PLACE = {
+    **dict.fromkeys(("coordinator", "num_processes", "process_id")),
+    **{"join_timeout": 300, "heartbeat_timeout": 100},
+}
+
+
+def many_flags(args) -> list[str]:
+    """The arguments of `_add_many` again, for another command line."""
+    values = {name: getattr(args, name) for name in PLACE}
+    flags = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in values.items()
+        if value != PLACE[name]
+    ]
+    if args.distributed is not None:
+        flags.append("--distributed" if args.distributed else "--no-distributed")
+    return flags
 
 
 def _add_many(train):
@@ -142,14 +215,14 @@ def _add_many(train):
     many.add_argument(
         "--join-timeout",
         type=_positive,
-        default=300,
+        default=PLACE["join_timeout"],
         metavar="SECONDS",
         help="how long to wait for the other processes (300)",
     )
     many.add_argument(
         "--heartbeat-timeout",
         type=_positive,
-        default=100,
+        default=PLACE["heartbeat_timeout"],
         metavar="SECONDS",
         help="a host that is silent for so long ends the job (100)",
     )
@@ -199,6 +272,64 @@ def _add_plan(command):
     plan.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_compare(command):
+    compare = command(
+        "compare",
+        "Put runs side by side: size, work, time and losses. Runs whose configs differ "
+        "in the seed alone are one row, with 95 % intervals.",
+        COMPARE_EXAMPLES,
+        "RUN RUN ... [options]",
+    )
+    compare.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.add_argument(
+        "--out",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="write a plot of loss against tokens, FLOPs and time (.html, .png), its "
+        "points (.csv), or what --json prints (.json)",
+    )
+    compare.add_argument(
+        "--assert-equal",
+        nargs="?",
+        type=_tolerance,
+        const=(0.0, 0.0),
+        metavar="RTOL[,ATOL]",
+        help="fail at the first figure in which two runs differ, times apart: by more "
+        "than RTOL of the larger value and more than ATOL (both 0)",
+    )
+
+
+def _add_report(command):
+    report = command(
+        "report",
+        "Write a page about a run: warnings, curves, routing, config. One HTML file "
+        "that needs no network; with a trace also what the experts specialise in.",
+        REPORT_EXAMPLES,
+        "RUN [--trace=FILE] [--compare-trace=FILE] [--out=FILE.html]",
+    )
+    report.add_argument("run", type=pathlib.Path, help="run directory")
+    report.add_argument(
+        "--trace", type=pathlib.Path, metavar="FILE", help="of `moex trace`"
+    )
+    report.add_argument(
+        "--compare-trace",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="trace of the same tokens with another checkpoint",
+    )
+    report.add_argument(
+        "--token",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="show the experts that go with this token; repeat it for several",
+    )
+    report.add_argument(
+        "--out", type=pathlib.Path, metavar="FILE", help="default: RUN/report.html"
+    )
+
+
 def _add_tasks(evaluate):
     tasks = evaluate.add_argument_group(
         "tasks of the lm_eval harness (extra `eval`)", "Instead of held-out data."
@@ -237,6 +368,58 @@ def _add_generate(command):
         "--top-p", type=float, default=1.0, help="sample from this share of probability"
     )
     generate.add_argument("--seed", type=int, default=0)
+
+
+def _add_trace(command):
+    trace = command(
+        "trace",
+        "Write where a run sends the tokens of held-out data. One row per token and "
+        "MoE layer in a Parquet file (docs/traces.md): experts, gates, logits. Without "
+        "--config the run's own data is used; --config.data... changes it.",
+        CONFIG_HELP + TRACE_EXAMPLES,
+    )
+    trace.add_argument("run", type=pathlib.Path, help="run directory")
+    trace.add_argument(
+        "--out", type=pathlib.Path, required=True, help="the file; must not exist"
+    )
+    trace.add_argument(
+        "--tokens", type=_positive, help="at most so many tokens; default: all"
+    )
+    trace.add_argument(
+        "--step", type=int, help="of the checkpoint; default: the newest"
+    )
+    trace.add_argument(
+        "--logits",
+        action="store_true",
+        help="also the router logits of the experts that were not chosen",
+    )
+
+
+def _add_analyse(command):
+    analyse = command(
+        "analyse",
+        "Say what a trace tells of every router. Balance, how far experts follow "
+        "domains and tokens, how far an expert tells the next one (docs/traces.md); no "
+        "model is needed.",
+        "",
+    )
+    analyse.add_argument("trace", type=pathlib.Path, help="file of `moex trace`")
+    analyse.add_argument(
+        "--compare",
+        type=pathlib.Path,
+        metavar="TRACE",
+        help="of another checkpoint on the same data: how far routing is the same",
+    )
+    analyse.add_argument(
+        "--token",
+        action="append",
+        metavar="TEXT",
+        help="list the experts that go with this token, such as '<think>'; repeat it",
+    )
+    analyse.add_argument(
+        "--out", type=pathlib.Path, help="numpy archive (.npz) of all counts"
+    )
+    analyse.add_argument("--json", action="store_true", help="print JSON")
 
 
 # Arguments of `convert` that are for one kind of conversion; None: not given.
@@ -373,3 +556,18 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+def _tolerance(text: str) -> tuple[float, float]:
+    try:
+        relative, absolute = map(
+            float, (text if "," in text else f"{text},0").split(",")
+        )
+    except ValueError:
+        relative, absolute = -1.0, 0.0
+    if not (0 <= relative < 1 and 0 <= absolute < math.inf):
+        raise argparse.ArgumentTypeError(
+            f"must be RTOL or RTOL,ATOL with RTOL in [0, 1) and ATOL at least 0, not "
+            f"{text!r}; runs come before it"
+        )
+    return relative, absolute

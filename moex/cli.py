@@ -5,13 +5,22 @@ goes to ml_collections. A user's mistake is one line on stderr and exit code 2; 
 that cannot go on is one line and exit code 1.
 """
 
+import functools
 import json
 import logging
+import os
+import signal
 import sys
 import warnings
 
 from moex import distributed
-from moex.arguments import LATENT_FLAGS, UPCYCLE_FLAGS, given, make_parser
+from moex.arguments import (
+    LATENT_FLAGS,
+    UPCYCLE_FLAGS,
+    given,
+    make_parser,
+    many_flags,
+)
 from moex.config import ConfigError, ConfigWarning, nearest, require
 from moex.peers import say
 
@@ -73,11 +82,13 @@ def _fail(error, code: int) -> None:
 
 
 def _is_run_error(error: RuntimeError) -> bool:
+    from moex.analysis.equality import RunsDiffer
     from moex.plan.rehearsal import DoesNotFit
     from moex.train.checkpoint import CheckpointError
     from moex.train.loop import TrainingStopped
 
-    return isinstance(error, (CheckpointError, DoesNotFit, TrainingStopped))
+    known = (CheckpointError, DoesNotFit, RunsDiffer, TrainingStopped)
+    return isinstance(error, known)
 
 
 def _quiet() -> None:
@@ -108,16 +119,65 @@ def _quiet() -> None:
     sys.unraisablehook = unraisable
 
 
+def _without_devices() -> None:
+    """For what needs no accelerator: looking for one may take long, or take it."""
+    import jax
+
+    if jax.config.jax_platforms is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_platforms", "cpu")
+
+
 def _train(args, config_args):
     from moex.flags import load_config
     from moex.train.loop import train
 
     if args.workdir is None and not args.dry_run:
         raise ConfigError("--workdir: missing; give a folder, such as runs/first.")
+    if args.sweep:
+        _sweep(args, config_args)
+        return
+    if args.sweep_index is not None:
+        raise ConfigError("--sweep-index: is for --sweep; give both.")
     cfg = load_config(config_args)
     distributed.join(args, _told(cfg, args))
-    train(cfg, args.workdir, dry_run=args.dry_run)
+    train(cfg, args.workdir, dry_run=args.dry_run, profile=args.profile)
     distributed.leave()
+
+
+def _sweep(args, config_args):
+    from moex import sweep
+
+    _without_devices()  # they are for the processes of the points
+    made = sweep.make_sweep(args.sweep, config_args)
+    points = sweep.choose(made, args.sweep_index)
+    say = _say_once(args)
+    if args.dry_run:
+        say("\n".join(sweep.list_lines(made, args.workdir)))
+        return
+    sweep.claim(made, args.workdir)
+    shared = [*config_args, *many_flags(args)]
+    if args.sweep_index is None:
+        own = [f"--workdir={args.workdir}", *(f"--sweep={text}" for text in args.sweep)]
+        say(f"as a Slurm array job: {sweep.array_line(made, [*shared, *own])}")
+    runner = sweep.Runner(args.workdir, say)
+    failed = runner.run(points, shared)
+    if runner.asked == signal.SIGINT:
+        raise KeyboardInterrupt
+    if runner.asked is not None:
+        say("sweep: stopped; the same command goes on from here")
+    elif args.sweep_index is None and (line := sweep.compare_line(made, args.workdir)):
+        say(f"compare: {line}")
+    if failed:
+        names = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
+        code = 1 if args.sweep_index is None else next(iter(failed.values()))
+        _fail(f"{len(failed)} of {len(points)} runs of the sweep failed: {names}", code)
+
+
+def _say_once(args):
+    """`print` for one process of a job of several, silence for the others."""
+    place = distributed.detect(os.environ)
+    index = args.process_id or (place.index if place else 0)
+    return functools.partial(print, flush=True) if not index else lambda text: None
 
 
 def _told(cfg, args) -> dict:
@@ -132,6 +192,7 @@ def _told(cfg, args) -> dict:
         "version of JAX": jax.__version__,
         "--workdir": str(args.workdir),
         "--dry-run": args.dry_run,
+        "--profile": args.profile,
     }
 
 
@@ -171,7 +232,34 @@ def _plan(args, config_args):
     if args.topology is None:
         raise ConfigError("--topology: missing; give devices, such as v5p:4x4x4.")
     cfg = load_config(config_args)
+    _without_devices()
     print(run(cfg, args.topology, compile=args.compile, as_json=args.json))
+
+
+def _compare(args, config_args):
+    from moex.analysis.command import run
+
+    if config_args:
+        raise ConfigError(f"{config_args[0]}: compare takes the configs of the runs.")
+    _without_devices()
+    print(
+        run(
+            args.runs,
+            as_json=args.json,
+            out=args.out,
+            tolerance=args.assert_equal,
+        )
+    )
+
+
+def _report(args, config_args):
+    from moex.report.command import run
+
+    if config_args:
+        raise ConfigError(f"{config_args[0]}: report takes the config of the run.")
+    _without_devices()
+    options = {"trace": args.trace, "compare_trace": args.compare_trace}
+    print(run(args.run, out=args.out, markers=args.token, **options))
 
 
 def _eval(args, config_args):
@@ -221,6 +309,57 @@ def _eval_tasks(args, config_args):
     for task, figures in result["tasks"].items():
         for name, value in figures.items():
             print(f"  {task:<24} {name:<24} {value:.4f}")
+
+
+def _trace(args, config_args):
+    from moex.analysis.record import trace_run
+    from moex.flags import load_config
+    from moex.train.job import load_config as run_config
+
+    cfg = load_config(config_args, base=run_config(args.run))
+    made = trace_run(
+        args.run,
+        cfg,
+        args.out,
+        tokens=args.tokens,
+        step=args.step,
+        logits=args.logits,
+    )
+    print(
+        f"{args.out}: {args.run} at step {made['step']}, {made['tokens']:,} tokens, "
+        f"{made['layers']} routers, {made['bytes'] / 1e6:.1f} MB"
+    )
+
+
+def _analyse(args, config_args):
+    from moex.analysis import output
+    from moex.analysis.statistics import saturation
+    from moex.analysis.summary import analyse, compare
+    from moex.analysis.trace import Trace
+    from moex.analysis.writer import check_new
+
+    if config_args:
+        raise ConfigError(f"{config_args[0]}: analyse takes a trace and no config.")
+    if args.out is not None:
+        check_new(args.out)
+    with Trace.open(args.trace) as trace:
+        sums = {}
+        if args.compare is not None:
+            with Trace.open(args.compare) as other:
+                sums = compare(trace, other)
+        found = analyse(trace, markers=args.token or ())
+    rows = output.figures(found)
+    for label, sums_D2 in sums.items():
+        rows[label]["saturation"] = float(saturation(sums_D2.sum(axis=0)[None])[0])
+    if args.out is not None:
+        output.save(found, args.out)
+    if args.json:
+        print(json.dumps({"run": found.run, "step": found.step, "layers": rows}))
+        return
+    print(f"{found.run} at step {found.step}, {found.num_tokens:,} tokens:")
+    print(output.table(rows))
+    for marker, lines in output.marker_lines(found).items():
+        print(f"experts of {marker!r} (nPMI, share of its tokens): {lines}")
 
 
 def _generate(args, config_args):
@@ -326,8 +465,12 @@ COMMANDS = {
     "config": _config,
     "params": _params,
     "plan": _plan,
+    "compare": _compare,
+    "report": _report,
     "eval": _eval,
     "generate": _generate,
+    "trace": _trace,
+    "analyse": _analyse,
     "convert": _convert,
     "import-hf": _import_hf,
     "export-hf": _export_hf,

@@ -179,6 +179,28 @@ def to_dict(value: Any) -> Any:
     return value
 
 
+def flat(data: Any, path: str = "") -> dict[str, Any]:
+    """`{path: value}` of what `to_dict` made, with paths as overrides write them.
+
+    A config stands at its own path as the name of its class, a tuple of configs as how
+    many there are; any other tuple is one value.
+    """
+    found: dict[str, Any] = {}
+    if isinstance(data, dict):
+        if TYPE_KEY in data:
+            found[path] = data[TYPE_KEY].rpartition(".")[2]
+        for name, value in data.items():
+            if name != TYPE_KEY:
+                found |= flat(value, f"{path}.{name}" if path else name)
+    elif isinstance(data, list) and any(isinstance(v, dict) for v in data):
+        found[path] = f"{len(data)} entries"
+        for i, value in enumerate(data):
+            found |= flat(value, f"{path}[{i}]")
+    else:
+        found[path] = data
+    return found
+
+
 def from_dict(data: Any) -> Any:
     """The inverse of `to_dict`; tuples come back as tuples, mappings as `ConfigDict`.
 

@@ -64,6 +64,9 @@ class Log(Config):
     sample_prompts: tuple[str, ...] = ("The ",)  # prompts of the text samples
     sample_tokens: int = 48  # new tokens per sample; 0: no samples
     tensorboard: bool = True  # write tb/ beside metrics.jsonl
+    # "brief": means over MoE layers and the worst one, however many layers there are.
+    # "detailed": series and histograms of every layer and chain round too.
+    detail: str = "brief"
     compressors: bool = False  # at the end, compare with gzip, bz2 and lzma
 
     def validate(self, path):
@@ -71,6 +74,7 @@ class Log(Config):
         for name in ("images_every", "sample_every", "sample_tokens"):
             value = getattr(self, name)
             require(value >= 0, f"{path}.{name}", value, ">= 0")
+        require_choice(f"{path}.detail", self.detail, ("brief", "detailed"))
 
 
 BALANCE_SCOPES = ("microbatch", "sequence", "step")

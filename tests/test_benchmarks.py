@@ -6,7 +6,15 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import attention, common, decode, grouped_matmul, moe_layer, tune
+from benchmarks import (
+    attention,
+    common,
+    decode,
+    grouped_matmul,
+    moe_layer,
+    monitoring,
+    tune,
+)
 from kernels_pallas import tuned
 
 
@@ -19,6 +27,16 @@ def run(monkeypatch, tmp_path):
         return json.loads(path.read_text())
 
     return call
+
+
+def test_ratios_are_of_neighbours():
+    """Twice as slow each time, whatever the machine does meanwhile."""
+    off = [1.0, 5.0, 2.0, 9.0]
+    found = monitoring.interval([2 * s for s in off], off)
+    assert found == {"median": 2.0, "low": 2.0, "high": 2.0}
+    spread = monitoring.interval([1.0, 1.1, 1.2], [1.0, 1.0, 1.0])
+    assert spread["median"] == 1.1
+    assert spread["low"] < 1.1 < spread["high"]
 
 
 def test_whole_layers_under_every_load(run, capsys):

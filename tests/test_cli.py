@@ -84,11 +84,15 @@ def test_help_of_each_verb(verb, capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     expected = {
-        "train": ("--workdir", "--dry-run", "--config.a.b=value", "SIGTERM"),
+        "train": ("--workdir", "--dry-run", "--config.a.b=value", "SIGTERM", "--sweep"),
         "config": ("--json", "--config=FILE"),
         "params": ("--json", "--like", "--match", "--config=FILE"),
         "plan": ("--topology", "--compile", "--json", "--config=FILE"),
+        "compare": ("--json", "--out", "--assert-equal", "95 % intervals"),
+        "report": ("--trace", "--compare-trace", "--token", "--out", "no network"),
         "eval": ("run directory", "--sequences", "--json", "--config.data..."),
+        "trace": ("--out", "--tokens", "--step", "--logits", "--config.data..."),
+        "analyse": ("--compare", "--token", "--out", "--json"),
         "generate": ("--prompt", "--temperature", "--top-k", "--top-p", "--seed"),
         "convert": ("--to", "--workdir", "--group", "--latent", "--ops", "--whiten"),
         "import-hf": ("--out", "--tokenizer", "--doc-token", "--config.a.b=value"),

@@ -12,6 +12,7 @@ from moex.config import (
     ConfigError,
     check,
     describe,
+    flat,
     from_dict,
     nearest,
     to_dict,
@@ -47,6 +48,17 @@ def test_round_trip_through_json():
 
 def test_the_tag_names_the_class():
     assert to_dict(Dense(hidden=3)) == {TYPE_KEY: "moex.nn.mlp.Dense", "hidden": 3}
+
+
+def test_flat_paths_are_those_of_overrides():
+    found = flat(json.loads(json.dumps(to_dict(run_config()))))
+    assert found["seed"] == 3
+    assert found["optim.rule"] == "AdamW"
+    assert found["optim.lr_factors"] == [["router", 0.1]]  # no configs inside: whole
+    assert found["model.layers"] == "2 entries"
+    assert found["model.layers[1].pattern[0].router"] == "TopK"
+    assert found["model.layers[1].pattern[0].router.k"] == 2
+    assert not any(TYPE_KEY in path for path in found)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

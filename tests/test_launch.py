@@ -79,6 +79,17 @@ def test_slurm_queues_again_what_failed(tmp_path, code, restarts, exit_code, req
     assert rest == (["scontrol requeue 7"] if requeued else [])
 
 
+def test_slurm_trains_one_point_of_a_sweep_in_each_job_of_an_array(tmp_path):
+    env = pretend(tmp_path, srun="", scontrol="", scancel="")
+    env["SLURM_ARRAY_TASK_ID"] = "3"
+    script = ROOT / "launch" / "slurm.sbatch"
+    done = subprocess.run(["bash", script, "--sweep", "seed=0,1"], env=env, timeout=30)
+    assert done.returncode == 0
+    assert calls(tmp_path) == [
+        "srun --kill-on-bad-exit=1 moex train --sweep seed=0,1 --sweep-index=3"
+    ]
+
+
 def test_slurm_saves_and_queues_again_when_the_time_is_up(tmp_path):
     wait = "echo $$ >step; trap 'exit 0' TERM; for ((;;)); do sleep 0.1; done"
     env = pretend(tmp_path, srun=wait, scancel="kill -TERM $(cat step)", scontrol="")

@@ -13,6 +13,8 @@ int32[E + 1]: rows bounds[e] to bounds[e + 1] are those of expert e.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+
 from kernels_pallas.permute import slot_values, sum_rows, take
 
 
@@ -52,7 +54,8 @@ def compose(kernels: Kernels):
             x_TD, w_in_EDC, plan.token_N, plan.bounds, activation, save
         )
         y_ND = kernels.down(h_NF, w_out_EFD, plan.bounds)
-        return sum_rows(y_ND, plan, weight_TK), a
+        with jax.named_scope("combine"):
+            return sum_rows(y_ND, plan, weight_TK), a
 
     def backward(a, x_TD, w_in_EDC, w_out_EFD, weight_TK, plan, activation, dy_TD):
         token_N, bounds = plan.token_N, plan.bounds
@@ -61,11 +64,15 @@ def compose(kernels: Kernels):
             dy_TD, w_out_EFD, a, weight_N, token_N, bounds, activation
         )
         dx_ND = kernels.dx(da, w_in_EDC, bounds)
+        with jax.named_scope("dispatch"):
+            dx_TD = sum_rows(dx_ND, plan)
+        with jax.named_scope("combine"):
+            dweight_TK = slot_values(dweight_N, plan)
         return (
-            sum_rows(dx_ND, plan),
+            dx_TD,
             kernels.dw_in(x_TD, da, token_N, bounds, w_in_EDC.dtype),
             kernels.dw_out(weighted_NF, dy_TD, token_N, bounds, w_out_EFD.dtype),
-            slot_values(dweight_N, plan),
+            dweight_TK,
         )
 
     return forward, backward

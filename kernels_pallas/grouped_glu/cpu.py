@@ -87,7 +87,8 @@ def forward(x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, save):
         jnp.zeros((num_rows, w_in_EDC.shape[2]), dtype) if save else None,
     )
     y_PD, a_PC = tiles.for_each_tile(rows.begin_E, rows.size_E, sizes, body, carry)
-    return sum_rows(y_PD, plan, gate_TK, rows.row_N), a_PC
+    with jax.named_scope("combine"):
+        return sum_rows(y_PD, plan, gate_TK, rows.row_N), a_PC
 
 
 def backward(a_PC, x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, dy_TD):
@@ -127,11 +128,15 @@ def backward(a_PC, x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, dy_TD):
     )
     carry = tiles.for_each_tile(rows.begin_E, rows.size_E, sizes, body, carry)
     dx_PD, dgate_P, dw_in_EDC, dw_out_EFD = carry
+    with jax.named_scope("dispatch"):
+        dx_TD = sum_rows(dx_PD, plan, None, rows.row_N)
+    with jax.named_scope("combine"):
+        dgate_TK = slot_values(take(dgate_P, rows.row_N), plan)
     return (
-        sum_rows(dx_PD, plan, None, rows.row_N),
+        dx_TD,
         dw_in_EDC.astype(w_in_EDC.dtype),
         dw_out_EFD.astype(w_out_EFD.dtype),
-        slot_values(take(dgate_P, rows.row_N), plan),
+        dgate_TK,
     )
 
 

@@ -246,6 +246,26 @@ class Tokenizer:
             return bytes(i for i in ids if i < 256).decode(errors="replace")
         return self._model.decode(ids)
 
+    def pieces(self) -> list[str]:
+        """What each id stands for, as text for people; "" for ids that are not used.
+
+        Bytes that are no whole character are written as \\xNN.
+        """
+        if self._model is None:
+            return [*(_text(bytes([i])) for i in range(256)), DOC_TOKEN]
+        spec, pieces = json.loads(self._spec), [""] * self.vocab_size
+        byte_level = "ByteLevel" in _kinds([spec["pre_tokenizer"], spec["decoder"]])
+        for token, i in self._model.get_vocab(with_added_tokens=False).items():
+            if byte_level and all(c in BYTE_OF for c in token):
+                pieces[i] = _text(bytes(BYTE_OF[c] for c in token))
+            elif len(token) == 6 and token.startswith("<0x"):
+                pieces[i] = _text(bytes([int(token[3:5], 16)]))
+            else:
+                pieces[i] = token.replace("\u2581", " ")
+        for token in spec["added_tokens"]:
+            pieces[token["id"]] = token["content"]
+        return pieces
+
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer into a directory, for `load`; survives a kill."""
         directory = Path(directory)
@@ -284,11 +304,31 @@ class Tokenizer:
         return made
 
 
+<<<<<<< HEAD
 def _begin_id(model: tokenizers.Tokenizer, doc_id: int) -> int:
     """The token that the template of a tokenizer puts before a text, or `doc_id`."""
     bare = model.encode("a", add_special_tokens=False).ids
     whole = model.encode("a", add_special_tokens=True).ids
     return doc_id if whole[:1] == bare[:1] else whole[0]
+=======
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte that each character of the byte-level alphabet stands for.
+
+    Printable characters of Latin-1 stand for themselves, the other bytes, in order, for
+    those from U+0100 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    own = {chr(b): b for b in printable}
+    return own | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+BYTE_OF = _bytes_of_characters()
+
+
+def _text(piece: bytes) -> str:
+    return piece.decode(errors="backslashreplace")
+>>>>>>> report
 
 
 def _highest_id(model: tokenizers.Tokenizer) -> int:

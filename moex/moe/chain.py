@@ -130,7 +130,8 @@ class ChainLayer(SparseLayer):
 def stack_rounds(rounds: list[dict]) -> dict:
     """The aux of all rounds with a leading dim [C]; traces stay apart, by round.
 
-    Sums that only some routers report are 0 for the others.
+    Sums that only some routers report are 0 for the others, and the histograms of slots
+    are as long as the longest.
     """
     traces = {
         str(t): aux.pop("trace") for t, aux in enumerate(rounds) if "trace" in aux
@@ -141,5 +142,9 @@ def stack_rounds(rounds: list[dict]) -> dict:
     for aux in rounds:
         missing = {k: jnp.zeros_like(v) for k, v in names.items()}
         aux["stats"] = missing | aux["stats"]
+    longest = max(len(aux["stats"]["slots_S"]) for aux in rounds)
+    for aux in rounds:
+        slots_S = aux["stats"]["slots_S"]
+        aux["stats"]["slots_S"] = jnp.pad(slots_S, (0, longest - len(slots_S)))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rounds)
     return stacked | ({"trace": traces} if traces else {})

@@ -242,6 +242,7 @@ class SparseLayer(nnx.Module):
             num_kept,
             num_lost,
             self.num_experts,
+            y_TD,
         )
         aux = {
             "losses": _losses(stats, routing, load_BE, ctx.valid_BL),
@@ -250,6 +251,7 @@ class SparseLayer(nnx.Module):
         }
         if ctx.collect:
             aux["trace"] = routing.trace()
+            aux["scores"] = {"logits": routing.logits_TE, "probs": routing.probs_TE}
             aux["inputs"] = x_BLD
         return y_TD.reshape(B, L, D), aux
 
@@ -303,8 +305,8 @@ class MoELayer(SparseLayer):
     5. Rows come back to their tokens, weighted by the gates; zero-computation experts
        are added.
 
-    Returns (y_BLD, aux) with aux = {losses, load, stats}, unscaled float32, and trace
-    if the context collects it.
+    Returns (y_BLD, aux) with aux = {losses, load, stats}, unscaled float32, and trace,
+    scores and inputs if the context collects them.
     """
 
     def __init__(self, cfg, dim, rngs):

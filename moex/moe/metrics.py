@@ -3,14 +3,17 @@
 Sums can be added over microbatches and devices; figures cannot. `routing_stats` makes
 the sums inside the layer, `layer_metrics` turns them into what is logged.
 
-B batch · L length · T = B * L tokens · E experts (zero-computation ones included) ·
-K slots per token · C slots per expert · ... leading dims (layers, chain steps)
+B batch · L length · T = B * L tokens · D model width · E experts (zero-computation ones
+included) · K slots per token · C slots per expert · S bins of a histogram · ... leading
+dims (layers, chain steps)
 """
 
 import jax
 import jax.numpy as jnp
 
 from moex.moe.routing import ExpertRouting
+
+MOST_SLOTS = 32  # the last bin of a histogram of slots: so many or more
 
 
 def loads(routing, shape_BL, num_experts) -> tuple[jax.Array, jax.Array]:
@@ -39,9 +42,12 @@ def loads(routing, shape_BL, num_experts) -> tuple[jax.Array, jax.Array]:
 
 
 def routing_stats(
-    routing, valid_T, load_E, real_T, num_kept, num_lost, num_experts
+    routing, valid_T, load_E, real_T, num_kept, num_lost, num_experts, y_TD
 ) -> dict:
-    """Float32 sums over the valid tokens of one layer call; differentiable.
+    """Float32 sums over the valid tokens of one layer call.
+
+    Those that losses are made of are differentiable; the others keep nothing for the
+    backward pass.
 
     Args:
       routing: as the router returned it, without padding, before capacity.
@@ -51,7 +57,10 @@ def routing_stats(
       num_kept: float32 scalar, rows that were computed.
       num_lost: float32 scalar, rows that found no room on their way to the experts.
       num_experts: experts that compute.
+      y_TD: gated sums of the routed experts.
     """
+    watched = jax.lax.stop_gradient((routing.logits_TE, routing.probs_TE, y_TD))
+    logits_TE, still_TE, y_TD = watched
     valid_T1 = valid_T[:, None].astype(jnp.float32)
     probs_TE = jnp.where(valid_T[:, None], routing.probs_TE, 1.0)
     entropy_TE = -probs_TE * jnp.log(jnp.maximum(probs_TE, 1e-30))
@@ -68,8 +77,30 @@ def routing_stats(
         "num_unrouted": jnp.sum(jnp.where(real_T == 0, valid_T1[:, 0], 0.0)),
         "entropy_sum": jnp.sum(entropy_TE * valid_T1),
         "z_sum": jnp.sum(lse_T**2 * valid_T1[:, 0]),
-        "top_gate_sum": jnp.sum(jnp.max(routing.probs_TE, axis=-1) * valid_T1[:, 0]),
+        "top_gate_sum": jnp.sum(jnp.max(still_TE, axis=-1) * valid_T1[:, 0]),
+        "logit_sq_sum": _square_sum(logits_TE, valid_T),
+        "output_sq_sum": _square_sum(y_TD, valid_T),
+        "slots_S": _slots_histogram(real_T, valid_T, _most_slots(routing, num_experts)),
     } | routing.sums
+
+
+def _square_sum(x_TX, valid_T):
+    """Sum of the squares of all numbers of the valid tokens."""
+    return jnp.sum(jnp.where(valid_T[:, None], jnp.square(x_TX.astype(jnp.float32)), 0))
+
+
+def _most_slots(routing, num_experts) -> int:
+    """The most computing experts that a token may have."""
+    if isinstance(routing, ExpertRouting):
+        return num_experts
+    return min(routing.expert_TK.shape[1], num_experts)
+
+
+def _slots_histogram(real_T, valid_T, most):
+    """float32[S]: tokens with 0, 1, ... slots; the last bin of `MOST_SLOTS` is open."""
+    bins_S = jnp.arange(min(most, MOST_SLOTS) + 1, dtype=jnp.float32)
+    slots_T1 = jnp.minimum(real_T, MOST_SLOTS)[:, None]
+    return jnp.sum((slots_T1 == bins_S[None]) & valid_T[:, None], 0, dtype=jnp.float32)
 
 
 def layer_metrics(stats: dict) -> dict:
@@ -88,6 +119,10 @@ def layer_metrics(stats: dict) -> dict:
       zero_frac [...]: share of slots at zero-computation experts.
       dropped_frac [...]: share of slots dropped by capacity or lost on the way.
       lost_frac [...]: share of slots that found no room on the way to their experts.
+      logit_norm [...]: root mean square over tokens of the length of their logits.
+      output_norm [...]: the same of what the routed experts give a token.
+      slots_hist_S [..., S]: share of the tokens with 0, 1, 2, ... computing experts,
+        before capacity; with more than `MOST_SLOTS` the last bin is open.
     """
     load_E = stats["load_E"]
     num_experts = load_E.shape[-1]
@@ -110,4 +145,7 @@ def layer_metrics(stats: dict) -> dict:
         "zero_frac": stats["num_zero"] / slots,
         "lost_frac": stats["num_lost"] / slots,
         "dropped_frac": 1.0 - (stats["num_kept"] + stats["num_zero"]) / slots,
+        "logit_norm": jnp.sqrt(stats["logit_sq_sum"] / tokens),
+        "output_norm": jnp.sqrt(stats["output_sq_sum"] / tokens),
+        "slots_hist_S": stats["slots_S"] / tokens[..., None],
     }

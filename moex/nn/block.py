@@ -7,6 +7,7 @@ import dataclasses
 from inspect import signature
 from typing import Any
 
+import jax
 from flax import nnx
 
 from moex.nn.norm import RMSNorm
@@ -46,7 +47,8 @@ class Block(nnx.Module):
         self.ffn = ffn.make(dim, rngs)
 
     def __call__(self, x_BLD, ctx, cache):
-        y_BLD, cache = self.attention(self.norm_attention(x_BLD), ctx, cache)
+        with jax.named_scope("attention"):
+            y_BLD, cache = self.attention(self.norm_attention(x_BLD), ctx, cache)
         h_BLD = x_BLD + y_BLD
         z_BLD = self.norm_ffn(h_BLD)
         if ctx.forced is not None:

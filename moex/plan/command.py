@@ -2,8 +2,6 @@
 
 import json
 
-import jax
-
 from moex.plan import report
 from moex.plan.advice import advice
 from moex.plan.planner import plan
@@ -24,9 +22,6 @@ def run(cfg, topology: str, *, compile: bool = False, as_json: bool = False) -> 
       ConfigError: for a mistake in the config or the topology.
       DoesNotFit: if the compiler finds no place for the job.
     """
-    # Nothing here needs a device, and looking for one may take long, or take it.
-    if jax.config.jax_platforms is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_platforms", "cpu")
     where = parse(topology)
     found = plan(cfg, where)
     changes = advice(cfg, found) if found.fits is False else []

@@ -19,6 +19,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from moex.config import require
+
 ARRAY_ITEMS = ("params", "opt", "state")
 
 
@@ -166,8 +168,8 @@ class Checkpointer:
         )
         return {"meta": restored["meta"], "data": restored["data"]}
 
-    def restore(self, abstract, *, items=ARRAY_ITEMS, warn=print):
-        """The newest step whose bytes are intact.
+    def restore(self, abstract, *, items=ARRAY_ITEMS, warn=print, step=None):
+        """The newest step whose bytes are intact, or the one that is asked for.
 
         A damaged step is reported, moved to `corrupt/` (never deleted), and the step
         before it is tried.
@@ -177,14 +179,20 @@ class Checkpointer:
             in `items` are read.
           items: which of `ARRAY_ITEMS`.
           warn: called with one line per damaged step.
+          step: this one and no other; None: the newest.
 
         Returns:
           (step, arrays, data, meta); None if the run has no checkpoint.
 
         Raises:
+          ConfigError: if there is no checkpoint of `step`.
           CheckpointError: if there are checkpoints but none is intact.
         """
         steps = self.steps()
+        if step is not None:
+            there = ", ".join(map(str, steps))
+            require(step in steps, "--step", step, f"one of the checkpoints: {there}")
+            steps = [step]
         for step in reversed(steps):
             try:
                 return (step, *self._restore_step(step, abstract, items))

@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.device import platform
@@ -51,9 +52,15 @@ class Program:
             optim=self.cfg.optim,
             static=self.static(train=True),
         )
+
+        def with_rate(train_state, number, key, batch):
+            """The learning rate too: outside, asking would wait for the device."""
+            new, metrics = step(train_state, number, key, batch)
+            return new, metrics | {"lr": jnp.float32(self.learning_rate(number))}
+
         # Pinned, so that no step can move the state or leave figures on one device.
         state = jax.tree.map(lambda a: a.sharding, self.abstract_state())
-        return jax.jit(step, donate_argnums=0, out_shardings=(state, self.whole))
+        return jax.jit(with_rate, donate_argnums=0, out_shardings=(state, self.whole))
 
     def eval_step(self):
         """The jitted evaluation step."""
@@ -378,17 +385,18 @@ class LoadedRun:
     state: dict
 
 
-def load_run(workdir, mesh_cfg=None, *, warn=print) -> LoadedRun:
-    """Read the newest intact parameters of a run directory.
+def load_run(workdir, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun:
+    """Read the newest intact parameters of a run directory, or those of one step.
 
     Args:
       workdir: run directory.
       mesh_cfg: `MeshConfig`; None: that of the run where it fits the devices that there
         are, else copies of the model on all.
       warn: called with one line per damaged checkpoint, and if the mesh does not fit.
+      step: of the checkpoint; None: the newest.
 
     Raises:
-      ConfigError: if it is not a run directory or has no checkpoint.
+      ConfigError: if it is not a run directory or has no (such) checkpoint.
       CheckpointError: if no checkpoint is intact.
     """
     workdir = pathlib.Path(workdir)
@@ -400,7 +408,7 @@ def load_run(workdir, mesh_cfg=None, *, warn=print) -> LoadedRun:
     else:
         mesh = mesh_cfg.make()
         states.check_mesh(spec, mesh)
-    arrays, step = restore_params(workdir, spec, mesh, warn=warn)
+    arrays, step = restore_params(workdir, spec, mesh, warn=warn, step=step)
     return LoadedRun(
         cfg, mesh, spec, tokenizer, step, arrays["params"], arrays["state"]
     )
@@ -417,8 +425,8 @@ def _mesh_here(cfg, spec, warn) -> Mesh:
     return mesh
 
 
-def restore_params(workdir, spec, mesh, *, warn=print):
-    """`({"params", "state"}, step)` of the newest intact checkpoint of a run."""
+def restore_params(workdir, spec, mesh, *, warn=print, step=None):
+    """`({"params", "state"}, step)` of the newest intact checkpoint, or of `step`."""
     if not (pathlib.Path(workdir) / "checkpoints").is_dir():
         raise ConfigError(f"{workdir}: the run has no checkpoint yet.")
     params, state = states.shardings(spec, mesh)
@@ -431,7 +439,9 @@ def restore_params(workdir, spec, mesh, *, warn=print):
     }
     checkpointer = Checkpointer(workdir, read_only=True)
     try:
-        found = checkpointer.restore(abstract, items=("params", "state"), warn=warn)
+        found = checkpointer.restore(
+            abstract, items=("params", "state"), warn=warn, step=step
+        )
     finally:
         checkpointer.close()
     if found is None:

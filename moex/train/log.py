@@ -1,9 +1,10 @@
-"""What a run says: metrics.jsonl (the source of truth), TensorBoard, the terminal.
+"""What a run says: metrics.jsonl and routing.jsonl, TensorBoard, the terminal.
 
 Only process 0 writes. The terminal gets a progress bar where there is one, and one
 plain line per logging step everywhere.
 """
 
+import contextlib
 import json
 import math
 import pathlib
@@ -13,30 +14,12 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 from tqdm import tqdm
 
-LAYER_SERIES = ("max_violation", "entropy", "dead_frac", "experts_per_token")
-LAYOUT = {
-    "MoE": {
-        "max violation (0 is balanced)": ["Multiline", ["moe/max_violation/.*"]],
-        "router entropy, nats": ["Multiline", ["moe/entropy/.*"]],
-        "dead experts, share": ["Multiline", ["moe/dead_frac/.*"]],
-        "experts per token": ["Multiline", ["moe/experts_per_token/.*"]],
-        "zero-computation slots, share": ["Multiline", ["moe/zero_frac.*"]],
-        "dropped slots, share": ["Multiline", ["moe/dropped_frac.*"]],
-        "slots lost on their way, share": ["Multiline", ["moe/lost_frac.*"]],
-    },
-    "training": {
-        "loss, nats per token": ["Multiline", ["train/nll", "eval/nll"]],
-        "weighted losses": ["Multiline", ["loss/.*"]],
-        "bits per byte": ["Multiline", ["train/bits_per_byte", "eval/bits_per_byte"]],
-        "gradient norm": ["Multiline", ["train/grad_norm"]],
-        "tokens per second": ["Multiline", ["perf/tokens_per_s"]],
-    },
-}
+from moex.train.layers import layer_rows, routing_record, shown
+from moex.train.tensorboard import Board, layout
 
 
 def memory_bytes() -> int:
@@ -48,76 +31,32 @@ def memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def layer_rows(model, layers: dict, name: str) -> list[tuple[str, np.ndarray]]:
-    """`(label, value)` of one figure of every MoE layer, in order.
-
-    The label is the absolute layer number, such as "003"; the rounds of a chain are
-    layers of their own, "003.1", "003.2" and so on.
-
-    Args:
-      model: `LM` config, whose segments give the numbers.
-      layers: metrics by module path, each stacked [repeat, ...] or [repeat, C, ...].
-      name: key of the figure.
-    """
-    rows, start = [], 0
-    for s, segment in enumerate(model.layers):
-        for path, values in layers.items():
-            parts = path.split("/")
-            if parts[:2] != ["segments", str(s)]:
-                continue
-            chained = np.ndim(values.get("experts_per_token", 0.0)) == 2
-            for r, value in enumerate(np.asarray(values[name])):
-                number = start + r * len(segment.pattern) + int(parts[3])
-                if chained:
-                    rows += [(f"{number:03d}.{c}", v) for c, v in enumerate(value, 1)]
-                else:
-                    rows.append((f"{number:03d}", value))
-        start += segment.repeat * len(segment.pattern)
-    return sorted(rows, key=lambda row: [int(part) for part in row[0].split(".")])
-
-
-def shown(label: str) -> str:
-    """A label for people: "3", or "3.1" for the first round of a chain."""
-    number, dot, chain_round = label.partition(".")
-    return f"{int(number)}{dot}{chain_round}"
-
-
-def moe_summary(model, layers: dict) -> dict[str, float]:
-    """Figures of all MoE layers as one dict of plain floats: means, and the worst."""
-    if not layers:
-        return {}
-    out = {}
-    names = [n for n in next(iter(layers.values())) if n != "load_frac_E"]
-    for name in names:
-        values = [float(v) for _, v in layer_rows(model, layers, name)]
-        out[name] = sum(values) / len(values)
-        if name == "max_violation":
-            out["max_violation_worst"] = max(values)
-    return out
-
-
 class RunLog:
     """Writes one run's figures; a no-op on processes other than 0."""
 
-    def __init__(self, workdir, cfg, *, step, total_steps):
+    def __init__(self, workdir, cfg, *, step, total_steps, num_domains=1):
         """Continue the logs of `workdir` after `step`; later lines are dropped."""
         self.active = jax.process_index() == 0
-        self.cfg = cfg
         self.tb: Any = None
+        self.board: Any = None
         self.bar: Any = None
         self.jsonl: Any = None
+        self.routing: Any = None
         if not self.active:
             return
-        workdir = pathlib.Path(workdir)
+        self.workdir = workdir = pathlib.Path(workdir)
         path = workdir / "metrics.jsonl"
-        _trim(path, step)
+        for log in (path, workdir / "routing.jsonl"):
+            _trim(log, step)
         self.jsonl = path.open("a", buffering=1)
         if cfg.log.tensorboard:
             # TensorBoard forgets what a killed session wrote from this step on.
+            # A long queue: the loop never waits for the disk.
             self.tb = SummaryWriter(
-                str(workdir / "tb"), purge_step=step + 1, flush_secs=5
+                str(workdir / "tb"), purge_step=step + 1, flush_secs=5, max_queue=1000
             )
-            self.tb.add_custom_scalars(LAYOUT)
+            self.tb.add_custom_scalars(layout(cfg, num_domains))
+            self.board = Board(self.tb, cfg.log.detail)
         if sys.stderr.isatty():
             self.bar = tqdm(
                 total=total_steps, initial=step, unit="step", dynamic_ncols=True
@@ -144,21 +83,26 @@ class RunLog:
         if not self.active:
             return
         self.jsonl.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
-        if self.tb is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.tb.add_scalar(_tag(kind, name), value, step)
+        if self.board is not None:
+            self.board.values(kind, step, values)
 
-    def layers(self, step: int, layers: dict, *, image: bool) -> None:
-        """Per-layer series (four per layer, however many experts) and the heat map."""
-        if self.tb is None or not layers:
+    def layers(self, kind: str, step: int, rows: dict, *, image: bool = False) -> None:
+        """One line of routing.jsonl; of a training step TensorBoard's series too.
+
+        Args:
+          kind: "train" or "eval".
+          step: optimizer step.
+          rows: from `layers.by_layer`.
+          image: whether to draw the heat map.
+        """
+        if not self.active or not rows:
             return
-        for name in LAYER_SERIES:
-            for label, value in layer_rows(self.cfg.model, layers, name):
-                self.tb.add_scalar(f"moe/{name}/layer_{label}", value, step)
-        if image:
-            rows = layer_rows(self.cfg.model, layers, "load_frac_E")
-            self.tb.add_figure("moe/expert_load", load_figure(rows, step), step)
+        if self.routing is None:
+            self.routing = (self.workdir / "routing.jsonl").open("a", buffering=1)
+        line = {"kind": kind, "step": step, "layers": routing_record(rows)}
+        self.routing.write(json.dumps(line) + "\n")
+        if self.board is not None and kind == "train":
+            self.board.layers(step, rows, image=image)
 
     def text(self, tag: str, step: int, text: str) -> None:
         """Text for TensorBoard; shown verbatim."""
@@ -177,15 +121,9 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close everything."""
-        for part in (self.bar, self.tb, self.jsonl):
+        for part in (self.bar, self.tb, self.jsonl, self.routing):
             if part is not None:
                 part.close()
-
-
-def _tag(kind, name):
-    if name.startswith(("perf/", "moe/", "loss/")):
-        return name
-    return f"{kind}/{name}"
 
 
 def _trim(path: pathlib.Path, step: int) -> None:
@@ -203,26 +141,6 @@ def _trim(path: pathlib.Path, step: int) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(kept))
     temporary.replace(path)
-
-
-def load_figure(rows, step: int):
-    """Heat map layers x experts of load over its mean; 1 is balanced.
-
-    Layers with fewer experts are padded with blanks.
-    """
-    from matplotlib.figure import Figure
-
-    width = max(len(value) for _, value in rows)
-    grid = np.full((len(rows), width), np.nan)
-    for i, (_, value) in enumerate(rows):
-        grid[i, : len(value)] = np.asarray(value) * len(value)
-    figure = Figure(figsize=(6, 1.2 + 0.25 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(grid, aspect="auto", cmap="coolwarm", vmin=0, vmax=2)
-    axes.set(xlabel="expert", ylabel="layer", title=f"load / mean, step {step}")
-    axes.set_yticks(range(len(rows)), [shown(label) for label, _ in rows])
-    figure.colorbar(image)
-    return figure
 
 
 def clock(seconds: float) -> str:
@@ -274,8 +192,11 @@ def load_lines(model, layers: dict) -> str:
 class Stopwatch:
     """Wall time of the training steps alone: stop it around evaluation and saving."""
 
+    PARTS = ("data", "dispatch", "wait")
+
     def __init__(self):
-        self.total, self.mark, self.data = 0.0, time.perf_counter(), 0.0
+        self.total, self.mark = 0.0, time.perf_counter()
+        self.last, self.parts = 0.0, dict.fromkeys(self.PARTS, 0.0)
 
     def stop(self) -> None:
         """Count the time since `start`."""
@@ -288,3 +209,19 @@ class Stopwatch:
     def read(self) -> float:
         """Seconds counted so far, the current stretch included."""
         return self.total + time.perf_counter() - self.mark
+
+    @contextlib.contextmanager
+    def part(self, name: str):
+        """Count what is done inside as one of `PARTS`; for while the watch runs."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.parts[name] += time.perf_counter() - began
+
+    def lap(self) -> dict[str, float]:
+        """Seconds since the last lap: "step", its parts, and "other", the rest."""
+        now = self.read()
+        parts, self.parts = self.parts, dict.fromkeys(self.PARTS, 0.0)
+        step, self.last = now - self.last, now
+        return {"step": step, **parts, "other": step - sum(parts.values())}

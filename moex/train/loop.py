@@ -1,7 +1,7 @@
 """The training loop: the same for a laptop and for a pod.
 
-Each iteration dispatches a step and then looks at the metrics of the step before, so
-that logging never makes the device wait.
+Each iteration dispatches a step and then looks at the metrics of steps before, so that
+logging never makes the device wait; see `train/flight.py`.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
 from moex import accounting, distributed
 from moex import config as configs
@@ -25,6 +26,8 @@ from moex.run import check_run
 from moex.schedule import is_always_zero
 from moex.sharding import shard_batch
 from moex.train.checkpoint import Checkpointer, CheckpointError
+from moex.train.environment import save_environment
+from moex.train.flight import Flight
 from moex.train.job import (
     Job,
     check_init_from,
@@ -33,15 +36,16 @@ from moex.train.job import (
     restore_params,
     save_config,
 )
+from moex.train.layers import by_layer, moe_summary
 from moex.train.log import (
     RunLog,
     Stopwatch,
     clock,
     load_lines,
     memory_bytes,
-    moe_summary,
     step_line,
 )
+from moex.train.profiler import Profiler, profile_steps
 from moex.train.score import continue_texts, evaluate
 
 SEEN_S = 60.0  # a network file system may show a new file late
@@ -51,13 +55,14 @@ class TrainingStopped(RuntimeError):
     """Training cannot go on; the message says why and what is intact."""
 
 
-def train(cfg, workdir, *, dry_run=False, say=None) -> dict:
+def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
     """Train `cfg` in `workdir`, or continue what is there.
 
     Args:
       cfg: run config (keys of `run.RUN_KEYS`).
       workdir: run directory; made if there is none. None only for a dry run.
       dry_run: check everything, print the model table and stop.
+      profile: steps to trace, "START:STOP"; None: no steps.
       say: called with each line before the run's own log exists.
 
     Returns:
@@ -71,6 +76,7 @@ def train(cfg, workdir, *, dry_run=False, say=None) -> dict:
     say = say or (print if jax.process_index() == 0 else lambda *_: None)
     # 1. Check, prepare data, build the abstract model.
     check_run(cfg)  # before anything else, so that a mistake leaves no folder
+    profiled = profile_steps(profile, cfg.steps)
     workdir = None if workdir is None else pathlib.Path(workdir)
     if not dry_run:
         _check_workdir(workdir)
@@ -100,15 +106,18 @@ def train(cfg, workdir, *, dry_run=False, say=None) -> dict:
         workdir, keep=cfg.checkpoint.keep, keep_best=cfg.checkpoint.keep_best
     )
     run = _start(job, workdir, checkpointer, cost, say)
+    run.profiler = Profiler(profiled, workdir / "profile", run.log.line)
     # 3. Train.
     if jax.process_index() == 0:
         # The config comes last: with it a folder is a run, and a run has a tokenizer.
         job.data.tokenizer.save(workdir / "tokenizer")
+        save_environment(workdir, run.step)
         save_config(cfg, workdir)
     with jax.set_mesh(job.mesh), _stop_on_sigterm(run):
         try:
             return run.loop()
         finally:
+            run.profiler.end(run.step)
             run.log.close()
             # After an error of one process of several the others do not come here, and
             # Orbax would wait for them.
@@ -178,7 +187,13 @@ def _start(job: Job, workdir, checkpointer, cost, say) -> "Run":
             )
             state |= {"params": arrays["params"], "state": carried}
             say(f"starting from the parameters of {job.cfg.init_from} at step {at}")
-    log = RunLog(workdir, job.cfg, step=step, total_steps=job.cfg.steps)
+    log = RunLog(
+        workdir,
+        job.cfg,
+        step=step,
+        total_steps=job.cfg.steps,
+        num_domains=len(job.data.domains),
+    )
     return Run(job, workdir, checkpointer, cost, log, state, step, consumed, final)
 
 
@@ -237,6 +252,7 @@ class Run:
     stop_asked: bool = False
     last_eval: Any = None  # (step, figures) of the newest evaluation
     last: Any = dataclasses.field(default_factory=dict)
+    profiler: Any = None
 
     def loop(self) -> dict:
         """Train to the last step; returns the last figures."""
@@ -249,33 +265,31 @@ class Run:
             return {"step": self.step} | self.final
         batches = self.job.batches(self.consumed)
         key = jax.random.key(cfg.seed + 1)
-        self.eval_step = None
+        self.eval_step, train_step = None, None
         self.watch = Stopwatch()
-        self.first, self.logged = self.step, (self.step, 0.0)
-        pending, data_seconds = None, 0.0
-        train_step = None
+        self.logged = self.step
+        self.profiler.check_start(self.step)
+        flight = Flight(self._look, self._is_logged)
         while self.step < cfg.steps and not self._should_stop():
-            began = time.perf_counter()
-            batch = shard_batch(next(batches), self.job.mesh)
-            data_seconds += time.perf_counter() - began
+            with self.watch.part("data"), TraceAnnotation("data"):
+                batch = shard_batch(next(batches), self.job.mesh)
             if train_step is None:
                 train_step = self._compile(batch, key)
-            self.state, metrics = train_step(
-                self.state, np.int32(self.step), key, batch
-            )
-            self.step += 1
-            self.consumed += cfg.batch_size
-            if pending is not None:
-                self._look(*pending, data_seconds)
-            pending = (self.step, metrics)
-            if self._due(cfg.eval.every) or self._due(cfg.checkpoint.every):
-                self._look(*pending, data_seconds)
-                pending = None
+            self.profiler.begin(self.step)
+            with StepTraceAnnotation("train", step_num=self.step):
+                with self.watch.part("dispatch"):
+                    self.state, metrics = train_step(
+                        self.state, np.int32(self.step), key, batch
+                    )
+                self.step += 1
+                self.consumed += cfg.batch_size
+                flight.add(self.step, metrics)
+            if self.profiler.ends(self.step):
+                self._aside(lambda: self.profiler.end(self.step, self.state))
+            if any(map(self._due, self._pauses())):
+                flight.land()
                 self._pause()
-            elif self._due(cfg.log.sample_every):
-                self._aside(self._sample)
-        if pending is not None:
-            self._look(*pending, data_seconds)
+        flight.land()
         if self.step < cfg.steps:
             if self.step not in self.checkpointer.steps():
                 self._save()
@@ -295,6 +309,13 @@ class Run:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0 and self.step < self.job.cfg.steps
 
+    def _pauses(self) -> tuple[int, ...]:
+        cfg = self.job.cfg
+        return cfg.eval.every, cfg.checkpoint.every, cfg.log.sample_every
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.job.cfg.log.every == 0 or step in (1, self.job.cfg.steps)
+
     def _compile(self, batch, key):
         """Compile the train step; its time is reported apart and not counted."""
         began = time.perf_counter()
@@ -303,13 +324,14 @@ class Run:
         seconds = time.perf_counter() - began
         self.log.line(f"compiled the train step in {seconds:.1f} s")
         self.log.record("compile", self.step, {"seconds": seconds})
-        self.watch.start()
+        self.watch = Stopwatch()
         return compiled
 
-    def _look(self, step: int, metrics, data_seconds: float) -> None:
-        """Look at the metrics of a finished step: guard, log line, scalars."""
+    def _look(self, step: int, metrics, due: bool) -> None:
+        """Look at the metrics of a step: guard, and log line and scalars if due."""
         cfg = self.job.cfg
-        in_row = int(metrics["skipped_in_row"])
+        with self.watch.part("wait"), TraceAnnotation("wait"):
+            in_row = int(metrics["skipped_in_row"])
         if in_row:
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
             lost = int(metrics["lost_rows"])
@@ -320,16 +342,15 @@ class Run:
             )
             if in_row >= cfg.nan_limit:
                 self._give_up(step, in_row, lost)
-        if step % cfg.log.every and step != cfg.steps and step != 1:
+        if not due:
             self.log.advance()
             return
-        metrics = jax.device_get(metrics)
+        with self.watch.part("wait"):
+            metrics = jax.device_get(metrics)
         self.log.advance(float(metrics["nll"]))
-        seconds = self.watch.read()
-        steps, elapsed = step - self.logged[0], seconds - self.logged[1]
-        self.logged = (step, seconds)
-        waited = data_seconds / (step - self.first)
-        self._log_step(step, metrics, elapsed / max(steps, 1), waited)
+        steps, self.logged = step - self.logged, step
+        seconds = {k: v / max(steps, 1) for k, v in self.watch.lap().items()}
+        self._log_step(step, metrics, seconds)
 
     def _give_up(self, step: int, in_row: int, lost: int) -> None:
         self.checkpointer.wait()
@@ -341,38 +362,54 @@ class Run:
             f"{kept[-1] if kept else 'none'}."
         )
 
-    def _log_step(self, step, metrics, step_seconds, data_seconds):
+    def _log_step(self, step: int, metrics, seconds: dict[str, float]) -> None:
         cfg = self.job.cfg
-        rate = cfg.batch_size * cfg.seq_len / step_seconds
+        rows = self._rows(metrics["layers"])
+        values = self._step_values(step, metrics, seconds["step"])
+        values |= {f"perf/{name}_s": value for name, value in seconds.items()}
+        values |= {f"moe/{name}": value for name, value in moe_summary(rows).items()}
+        self.log.record("train", step, values)
+        every = cfg.log.images_every
+        image = step == cfg.steps or (every > 0 and step % every == 0)
+        self.log.layers("train", step, rows, image=image)
+        self.last = values
+        self.log.line(step_line(step, cfg.steps, values, seconds["step"]))
+
+    def _rows(self, layers: dict) -> dict:
+        """Figures of the MoE layers by label."""
+        devices = self.job.mesh.shape["expert"]
+        return by_layer(self.job.cfg.model, layers, expert_devices=devices)
+
+    def _step_values(self, step: int, metrics, step_seconds: float) -> dict:
+        """What a line of metrics.jsonl says beside the routing and the time's split."""
+        cfg, domains = self.job.cfg, self.job.data.domains
+        tokens = cfg.batch_size * cfg.seq_len
         peak = accounting.device_peak_flops()
-        moe = moe_summary(cfg.model, metrics["layers"])
+        flops = self.cost.train_flops_at(metrics["layers"])
         values = {
             "loss": float(metrics["loss"]),
             "nll": float(metrics["nll"]),
             "bits_per_byte": float(metrics["bits_per_byte"]),
             "grad_norm": float(metrics["grad_norm"]),
-            "lr": float(self.job.learning_rate(step - 1)),
+            "lr": float(metrics["lr"]),
             "skipped": int(metrics["skipped"]),
-            "tokens_seen": step * cfg.batch_size * cfg.seq_len,
-            "perf/tokens_per_s": rate,
-            "perf/step_s": step_seconds,
-            "perf/data_s": data_seconds,
+            "tokens_seen": step * tokens,
+            "perf/tokens_per_s": tokens / step_seconds,
+            "perf/train_flops_per_token": flops,
             "perf/memory_gib": memory_bytes() / 2**30,
-        } | {f"moe/{k}": v for k, v in moe.items()}
+        }
+        for group, norm in metrics["grad_norms"].items():
+            values[f"grad_norm/{group}"] = float(norm)
         for name, value in metrics["weighted"].items():
             if not is_always_zero(getattr(cfg.loss, name)):
                 values[f"loss/{name}"] = float(value)
-        for name, nll in zip(self.job.data.domains, metrics["domain_nll"], strict=True):
-            if len(self.job.data.domains) > 1:
+        if len(domains) > 1:
+            for name, nll in zip(domains, metrics["domain_nll"], strict=True):
                 values[f"nll/{name}"] = float(nll)
         if peak is not None:
-            flops = rate * self.cost.train_flops_at(metrics["layers"])
-            values["perf/mfu"] = flops / (peak * jax.device_count())
-        self.log.record("train", step, values)
-        image = cfg.log.images_every and step % cfg.log.images_every == 0
-        self.log.layers(step, metrics["layers"], image=bool(image) or step == cfg.steps)
-        self.last = values
-        self.log.line(step_line(step, cfg.steps, values, step_seconds))
+            rate = tokens / step_seconds * flops
+            values["perf/mfu"] = rate / (peak * jax.device_count())
+        return values
 
     def _pause(self) -> None:
         """Evaluate and save if it is time, with the training clock stopped."""
@@ -397,10 +434,11 @@ class Run:
         result = evaluate(self.job, self.state, self.eval_step, limit)
         values = {k: result[k] for k in ("nll", "bits_per_byte", "tokens", "bytes")}
         values |= {f"nll/{k}": v for k, v in result["domains"].items()}
-        if result["layers"]:
-            moe = moe_summary(self.job.cfg.model, result["layers"])
-            values["max_violation"] = moe["max_violation"]
+        rows = self._rows(result["layers"])
+        if rows:
+            values["max_violation"] = moe_summary(rows)["max_violation"]
         self.log.record("eval", self.step, values)
+        self.log.layers("eval", self.step, rows)
         self.last_eval = (self.step, result)
         self.log.line(
             f"held out at step {self.step}: {result['nll']:.4f} nats per token, "
@@ -440,6 +478,7 @@ class Run:
             temperature=0.7,
             seed=cfg.seed,
         )
+        self.log.record("sample", self.step, {"texts": texts})
         self.log.text("sample", self.step, "\n----\n".join(texts))
         for text in texts:
             shown = text.replace("\n", "\n  | ")
@@ -461,6 +500,7 @@ class Run:
         log.line(
             f"training time {clock(self.watch.read())}; run directory {self.workdir}\n"
             f"look at it:   tensorboard --logdir {self.workdir / 'tb'}\n"
+            "              its page Custom Scalars begins with the MoE layers\n"
             f"let it write: moex generate {self.workdir} --prompt 'def '"
         )
         return self.last | {"step": self.step} | figures

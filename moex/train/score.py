@@ -17,6 +17,7 @@ from moex.serve.decode import generate
 from moex.sharding import batch_shards, shard_batch
 from moex.train.job import (
     Job,
+    LoadedRun,
     check_eval_devices,
     eval_batch_size,
     load_config,
@@ -70,13 +71,34 @@ def evaluate(job: Job, state: dict, eval_step, limit: int | None) -> dict:
 def score_run(workdir, cfg, *, sequences=None) -> dict:
     """Held-out loss, perplexity and bits per byte of a run on the data of `cfg`.
 
+    Args:
+      workdir: run directory.
+      cfg: as `run_with_data` takes it.
+      sequences: at most so many held-out sequences; None: all.
+
+    Raises:
+      ConfigError: for a bad run directory or bad data.
+      CheckpointError: if no checkpoint is intact.
+    """
+    run, job = run_with_data(workdir, cfg)
+    state = {"params": run.params, "state": run.state}
+    with jax.set_mesh(run.mesh):
+        result = evaluate(job, state, job.eval_step(), sequences)
+    result.pop("layers")
+    return {"step": run.step} | result
+
+
+def run_with_data(workdir, cfg, *, step=None) -> tuple[LoadedRun, Job]:
+    """A trained model, and a job that reads the held-out data of `cfg` with it.
+
     The run's tokenizer is used whatever `cfg.data.tokenizer` says, so that the ids mean
     what the model learned.
 
     Args:
       workdir: run directory.
-      cfg: run config whose data, seq_len, eval, precision and mesh are used.
-      sequences: at most so many held-out sequences; None: all.
+      cfg: run config whose data, seq_len, eval, precision and mesh are used; its model
+        and eval.batch_size are filled in.
+      step: of the checkpoint; None: the newest.
 
     Raises:
       ConfigError: for a bad run directory or bad data.
@@ -84,7 +106,7 @@ def score_run(workdir, cfg, *, sequences=None) -> dict:
     """
     # On the run's own mesh if it fits the devices that there are, or on the one given.
     given = None if cfg.mesh == load_config(workdir).mesh else cfg.mesh
-    run = load_run(workdir, given, warn=_warn)
+    run = load_run(workdir, given, warn=_warn, step=step)
     cfg.model = run.cfg.model
     check_run(cfg)
     shards = batch_shards(run.mesh)
@@ -96,12 +118,7 @@ def score_run(workdir, cfg, *, sequences=None) -> dict:
     data = pipeline.prepare(
         data_cfg, cfg.seq_len, overlap=cfg.eval.overlap, log=_warn, where="config.data"
     )
-    job = Job(cfg, run.mesh, run.spec, None, None, data)
-    state = {"params": run.params, "state": run.state}
-    with jax.set_mesh(run.mesh):
-        result = evaluate(job, state, job.eval_step(), sequences)
-    result.pop("layers")
-    return {"step": run.step} | result
+    return run, Job(cfg, run.mesh, run.spec, None, None, data)
 
 
 def _warn(line: str) -> None:

@@ -6,12 +6,15 @@ inside the program.
 B batch · L length · E experts
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
+from moex.accounting import param_group
 from moex.moe.metrics import layer_metrics
-from moex.optim import path_factors, path_name
+from moex.optim import flat_paths, path_factors, path_name
 from moex.schedule import is_always_zero, points_of, value_at
 from moex.train.losses import lm_loss, make_context
 
@@ -77,7 +80,7 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
             lambda path, g: _unless_frozen(g, factors[path_name(path)], step), grads
         )
         with jax.named_scope("optimizer"):
-            grad_norm = optax.tree.norm(grads)
+            grad_norm, group_norms = gradient_norms(grads)
             updates, opt = tx.update(grads, train_state["opt"], params)
             new = {
                 "params": optax.apply_updates(params, updates),
@@ -93,6 +96,7 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
         metrics = figures(sums, grad_accum) | {
             "loss": loss,
             "grad_norm": grad_norm,
+            "grad_norms": group_norms,
             "lost_rows": lost,
             "skipped": guard["skipped"],
             "skipped_in_row": guard["skipped_in_row"],
@@ -109,6 +113,20 @@ def _unless_frozen(gradient, factor, step):
     if points_of(factor) is None:
         return gradient
     return jnp.where(value_at(factor, step) == 0, 0.0, gradient)
+
+
+def gradient_norms(grads) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The norm of all gradients, and of each of `accounting.GROUPS` that is there.
+
+    Both are made of the same squares, one sum per parameter; clipping takes them too.
+    """
+    squares = {path: jnp.sum(g**2) for path, g in flat_paths(grads).items()}
+    groups: dict[str, Any] = {}
+    for path, square in squares.items():
+        group = param_group(path)
+        groups[group] = groups.get(group, 0.0) + square
+    total = jnp.sqrt(sum(squares.values(), jnp.zeros(())))
+    return total, {name: jnp.sqrt(square) for name, square in groups.items()}
 
 
 def _accumulate(micro, batch, num):

@@ -9,20 +9,16 @@ import pytest
 from moex.moe.chain import Chain
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
+from moex.train.layers import by_layer, layer_rows, moe_summary, shown
 from moex.train.log import (
-    LAYER_SERIES,
-    LAYOUT,
     RunLog,
     Stopwatch,
     clock,
-    layer_rows,
-    load_figure,
     load_lines,
     memory_bytes,
-    moe_summary,
-    shown,
     step_line,
 )
+from moex.train.tensorboard import load_figure, relative_load
 from tests.helpers import tiny_lm, tiny_moe
 from tests.test_run import run_config
 
@@ -39,14 +35,18 @@ PATHS = {
 }
 
 
+SCALARS = ("max_violation", "entropy", "dead_frac", "experts_per_token")
+
+
 def layers():
     """Metrics whose value is the number of the layer, and a load of one expert each."""
     found = {}
     for path, (num_experts, numbers) in PATHS.items():
         load = np.zeros((2, num_experts), np.float32)
         load[:, 0] = 1.0
-        figures = {name: np.array(numbers, np.float32) for name in LAYER_SERIES}
-        found[path] = figures | {"load_frac_E": load}
+        figures = {name: np.array(numbers, np.float32) for name in SCALARS}
+        slots = np.tile([0.25, 0.75], (2, 1))
+        found[path] = figures | {"load_frac_E": load, "slots_hist_S": slots}
     return found
 
 
@@ -98,11 +98,13 @@ def test_rounds_of_a_chain_are_layers_of_their_own():
 
 
 def test_summary_is_the_mean_and_the_worst():
-    summary = moe_summary(MODEL, layers())
+    summary = moe_summary(by_layer(MODEL, layers()))
     assert summary["entropy"] == pytest.approx((1 + 3 + 4 + 6 + 7 + 8) / 6)
     assert summary["max_violation_worst"] == 8.0
+    assert summary["entropy_worst"] == 1.0
+    assert summary["entropy_worst_layer"] == "001"
     assert "load_frac_E" not in summary
-    assert moe_summary(MODEL, {}) == {}
+    assert moe_summary(by_layer(MODEL, {})) == {}
 
 
 def open_log(workdir, step=0, **log):
@@ -147,17 +149,12 @@ def test_lines_are_on_disk_at_once(tmp_path):
 
 def test_without_tensorboard_there_is_no_folder(tmp_path):
     log = open_log(tmp_path)
-    log.layers(1, layers(), image=True)
+    log.layers("train", 1, by_layer(MODEL, layers()), image=True)
     log.text("sample", 1, "text")
     log.hparams({"lr": 1.0}, {"nll": 1.0})
     log.close()
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_series_per_layer_do_not_grow_with_experts():
-    names = [pattern for page in LAYOUT.values() for _, pattern in page.values()]
-    for name in LAYER_SERIES:
-        assert [f"moe/{name}/.*"] in names
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["metrics.jsonl", "routing.jsonl"]
 
 
 def test_clock():
@@ -200,7 +197,8 @@ def test_loads_as_text():
 
 
 def test_the_heat_map_has_a_row_per_layer():
-    figure = load_figure(layer_rows(MODEL, layers(), "load_frac_E"), step=3)
+    rows = layer_rows(MODEL, layers(), "load_frac_E")
+    figure = load_figure({k: relative_load(v) for k, v in rows}, step=3)
     axes = figure.axes[0]
     grid = axes.images[0].get_array()
     assert grid.shape == (6, 8)

@@ -1,6 +1,8 @@
 """Training as a whole, in this process: resume, guards, branches, what is written."""
 
+import json
 import os
+import re
 import shutil
 import signal
 
@@ -13,10 +15,14 @@ from moex.config import ConfigError
 from moex.train import loop
 from moex.train.checkpoint import Checkpointer
 from moex.train.job import Job, make_job
+from moex.train.tensorboard import layout
 from tests import runs
 
 STEPS = 8
-RICH = ("log.tensorboard=True", "log.images_every=4", "log.sample_tokens=4")
+RICH = (
+    *("log.tensorboard=True", "log.detail=detailed", "log.images_every=4"),
+    "log.sample_tokens=4",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,8 +90,9 @@ def interrupted(folder, tmp_path_factory):
     assert signal.getsignal(signal.SIGTERM) == handler
     runs.flip_bit(workdir / "checkpoints" / "4" / "params")
     batches = batches[:3]
-    with (workdir / "metrics.jsonl").open("a") as log:
-        log.write('{"kind": "train", "step": 6, "loss": 99}\n{"kind": "tr')
+    for name in ("metrics.jsonl", "routing.jsonl"):
+        with (workdir / name).open("a") as log:
+            log.write('{"kind": "train", "step": 6, "loss": 99}\n{"kind": "tr')
     with pytest.MonkeyPatch.context() as patch:
         seen = runs.watch_batches(patch)
         result = runs.train(folder, workdir, *options, said=said)
@@ -115,6 +122,8 @@ def test_resume_gives_the_same_log(straight, interrupted):
         assert runs.records(interrupted[0], kind) == expected
     assert [r["step"] for r in runs.records(straight[0])] == list(range(1, STEPS + 1))
     assert [r["step"] for r in expected] == [4, STEPS]
+    logs = [run[0] / "routing.jsonl" for run in (straight, interrupted)]
+    assert logs[0].read_text() == logs[1].read_text()
     same = {k: v for k, v in straight[1].items() if not k.startswith("perf/")}
     assert same.items() <= interrupted[1].items()
 
@@ -147,6 +156,57 @@ def test_all_held_out_targets_are_scored_once_at_the_end(folder, straight):
     assert 0.9 * last["tokens"] < last["bytes"] < last["tokens"]
 
 
+def test_the_routing_of_every_logged_step_and_evaluation_is_written(straight):
+    """One MoE layer, number 1, of 4 experts with k = 2, and the bias of each moves."""
+    text = (straight[0] / "routing.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    steps = {
+        kind: [line["step"] for line in lines if line["kind"] == kind]
+        for kind in ("train", "eval")
+    }
+    assert steps == {"train": list(range(1, STEPS + 1)), "eval": [4, STEPS]}
+    for line, record in zip(
+        [line for line in lines if line["kind"] == "train"],
+        runs.records(straight[0]),
+        strict=True,
+    ):
+        (figures,) = line["layers"].values()
+        assert list(line["layers"]) == ["001"]
+        assert len(figures["load_frac"]) == 4
+        assert sum(figures["load_frac"]) == pytest.approx(1, abs=1e-5)
+        assert figures["slots_hist"] == [0, 0, 1]
+        for name in ("entropy", "max_violation", "logit_norm", "output_norm"):
+            assert figures[name] == pytest.approx(record[f"moe/{name}"], rel=1e-5)
+
+
+def test_the_parts_of_a_step_sum_to_its_time(straight):
+    """Data, dispatch, waiting for the device, and the rest of what the host does."""
+    text = (straight[0] / "metrics.jsonl").read_text()
+    found = [line for line in map(json.loads, text.splitlines()) if "loss" in line]
+    assert len(found) == STEPS
+    for line in found:
+        parts = [line[f"perf/{p}_s"] for p in ("data", "dispatch", "wait", "other")]
+        assert min(parts) >= 0
+        assert sum(parts) == pytest.approx(line["perf/step_s"], rel=1e-6)
+        assert line["perf/train_flops_per_token"] > 1000
+        groups = [v for k, v in line.items() if k.startswith("grad_norm/")]
+        assert np.linalg.norm(groups) == pytest.approx(line["grad_norm"], rel=1e-5)
+
+
+def test_a_chart_of_the_layout_shows_every_series(straight, folder):
+    _, found = tags(straight[0])
+    page = layout(runs.config(folder, "log.detail=detailed"), num_domains=1)
+    patterns = [p for charts in page.values() for _, ps in charts.values() for p in ps]
+    apart = {"compile/seconds", "train/loss", "train/tokens_seen", "eval/final_nll"}
+    apart |= {"eval/tokens", "eval/bytes", "eval/max_violation"}
+    # Of one domain, which is all the data.
+    apart |= {"perf/train_flops_per_token", "eval/nll/corpus"}
+    for tag in set(found["scalars"]) - apart:
+        assert any(re.match(pattern, tag) for pattern in patterns), tag
+    assert list(page)[0] == "MoE: balance"
+    assert {"moe/load", "moe/load/layer_001"} < set(found["histograms"])
+
+
 def tags(workdir):
     events = EventAccumulator(str(workdir / "tb"), size_guidance={"tensors": 0})
     return events.Reload(), events.Tags()
@@ -169,6 +229,13 @@ def test_tensorboard_has_all_pages(straight):
     assert b"The " in sample.tensor_proto.string_val[0]
     (layout,) = events.Tensors("custom_scalars__config__")
     assert b"max violation" in layout.tensor_proto.string_val[0]
+
+
+def test_what_a_report_needs_is_there(straight, interrupted):
+    (sample,) = runs.records(straight[0], "sample")
+    assert sample["step"] == 8 and sample["texts"][0].startswith("The ")
+    starts = json.loads((interrupted[0] / "environment.json").read_text())
+    assert len(starts) > 1 and starts[0]["step"] == 0 < starts[-1]["step"]
 
 
 @pytest.mark.parametrize("tag", ["train/nll", "moe/entropy/layer_001"])
@@ -281,3 +348,47 @@ def test_text_without_a_held_out_part_trains(train, tmp_path, capsys):
     watch = Checkpointer(tmp_path, read_only=True)
     assert watch.steps() == [2]
     watch.close()
+
+
+def test_a_profile_of_some_steps(train, tmp_path, capsys):
+    result = train(tmp_path, "steps=4", "eval.every=0", profile="1:3")
+    assert result["step"] == 4
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 0
+    assert f"wrote the trace of steps 1:3 to {tmp_path}" in capsys.readouterr().out
+    # The same command goes on after the steps, and says so.
+    train(tmp_path, "steps=5", "eval.every=0", profile="1:3")
+    assert "the run is at step 4; nothing is traced" in capsys.readouterr().out
+
+
+BAD_PROFILES = ("3", "3:", "a:b", "-1:2", "2:2", "3:2", "0:9", "1:2:3")
+
+
+@pytest.mark.parametrize("wrong", BAD_PROFILES)
+def test_a_bad_profile_is_said_before_any_work(train, tmp_path, monkeypatch, wrong):
+    monkeypatch.setattr(loop, "make_job", never)
+    message = f"--profile={wrong}: must be START:STOP .* config.steps = 8"
+    with pytest.raises(ConfigError, match=message):
+        train(tmp_path / "run", profile=wrong)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_that_is_not_due_is_looked_at_steps_later(train, tmp_path, monkeypatch):
+    """Steps 1, 6 and 12 are due; the others when 4 more were dispatched, or with those.
+
+    Step 1 is looked at after step 2 was dispatched; step 6 after step 7, and with it
+    what is left; step 12 is the last.
+    """
+    seen, look = [], loop.Run._look
+
+    def looked(run, step, metrics, due):
+        seen.append((step, run.step))
+        look(run, step, metrics, due)
+
+    monkeypatch.setattr(loop.Run, "_look", looked)
+    options = ("steps=12", "log.every=6", "eval.every=0", "checkpoint.every=0")
+    train(tmp_path, *options)
+    assert seen == [
+        *((1, 2), (2, 6), (3, 7), (4, 7), (5, 7), (6, 7)),
+        *((7, 11), (8, 12), (9, 12), (10, 12), (11, 12), (12, 12)),
+    ]

@@ -24,9 +24,9 @@ FULL = {
     k: jnp.ones(1)
     for k in (
         *("num_zero", "num_kept", "num_lost", "real_sq_sum", "num_unrouted"),
-        *("entropy_sum", "z_sum", "top_gate_sum"),
+        *("entropy_sum", "z_sum", "top_gate_sum", "logit_sq_sum", "output_sq_sum"),
     )
-}
+} | {"slots_S": jnp.ones((1, 3))}
 NAMES = ("load_balance", "sequence_balance", "router_z", "entropy", "importance")
 
 

@@ -4,6 +4,7 @@ B batch · L length · V vocabulary · E experts
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,14 @@ from moex.run import Loss
 from moex.sharding import shard_batch
 from moex.train import state as states
 from moex.train.losses import lm_loss, make_context, token_losses
-from moex.train.step import SPIKE_WARMUP, guard_update, make_eval_step, make_train_step
+from moex.train.profiler import SCOPES
+from moex.train.step import (
+    SPIKE_WARMUP,
+    gradient_norms,
+    guard_update,
+    make_eval_step,
+    make_train_step,
+)
 from tests.helpers import (
     assert_equal_trees,
     built,
@@ -50,7 +58,7 @@ KEY = jax.random.key(0)
 
 @functools.cache
 def trainer(name, loss, grad_accum=1):
-    """(spec, fresh train state, jitted step) of one of the models above."""
+    """(spec, fresh train state, compiled step) of one of the models above."""
     cfg = {"model": MODEL, "small": SMALL}[name]
     spec, params, state = built(cfg)
     tx, _ = make_optimizer(OPTIM, 100, spec.params, spec.info)
@@ -69,7 +77,7 @@ def trainer(name, loss, grad_accum=1):
         optim=OPTIM,
         static={"kernels": "xla"},
     )
-    return spec, train_state, jax.jit(step)
+    return spec, train_state, jax.jit(step).lower(train_state, 0, KEY, BATCH).compile()
 
 
 BALANCED = (("load_balance", 0.5), ("router_z", 0.1), ("z", 0.01))
@@ -126,6 +134,47 @@ def test_clipping_and_decay_act_on_the_step():
     after = one_step()[0]
     for path, before in flat_paths(train_state["params"]).items():
         assert jnp.any(flat_paths(after["params"])[path] != before), path
+
+
+def test_gradient_norms_by_hand():
+    """3 and 4 in attention, 12 in a router, 84 in an expert of the same layer."""
+    grads = {
+        "w_embed_VD": jnp.array([[0.0]]),
+        "segments": {
+            "0": {
+                "attention": {"w_q": jnp.array([[3.0]]), "bias": jnp.array([4.0])},
+                "ffn": {
+                    "router": {"w_DE": jnp.array([[12.0]])},
+                    "experts": {"w_out_EFD": jnp.array([[84.0]])},
+                },
+            }
+        },
+    }
+    total, groups = gradient_norms(grads)
+    assert total == 85
+    assert groups == {"embedding": 0, "attention": 5, "router": 12, "experts": 84}
+
+
+def test_gradient_norms_of_a_step():
+    """Of the whole model, and the groups are all there and make up the whole."""
+    _, metrics = one_step()
+    groups = metrics["grad_norms"]
+    expected = {"embedding", "attention", "router", "experts", "dense", "norms"}
+    assert groups.keys() == expected | {"logits"}
+    assert_close(np.linalg.norm(list(groups.values())), metrics["grad_norm"], "float32")
+
+
+def test_the_parts_of_a_step_have_names_in_a_profile():
+    """Every scope is in the compiled step, and in its backward pass if it has one."""
+    _, _, step = trainer("small", BALANCED)
+    found = {
+        (name, "transpose(" in path)
+        for path in re.findall(r'op_name="([^"]*)"', step.as_text())
+        for name in re.split(r"[/()]", path)
+    }
+    for name in SCOPES:
+        assert (name, False) in found, name
+        assert name == "optimizer" or (name, True) in found, name
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])

@@ -1,0 +1,258 @@
+"""Runs beside each other: groups over seeds, what differs between them, a table.
+
+R runs of a group
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit  # SciPy comes with JAX
+
+from moex.accounting import model_cost
+from moex.analysis.reading import Curve, Run, curves
+from moex.config import flat, to_dict
+from moex.params import fill_vocab, scaled
+from moex.train.log import clock
+from moex.train.state import model_spec
+
+MANY = 4  # fields in a label; where more differ, folders say it shorter
+CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds and the half width of its interval, None for one seed."""
+
+    mean: Any
+    half_width: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+      label: what distinguishes it from the other groups.
+      runs: one per seed.
+      params, active: of the model: all, and those that a token uses.
+      curves: of each run, by kind.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+    params: int
+    active: int
+    curves: tuple[dict[str, Curve], ...]
+
+    def values(self, name: str) -> list:
+        """A figure of `FIGURES` of each run."""
+        return [figures(*pair)[name] for pair in self._pairs()]
+
+    def estimate(self, name: str) -> Estimate | None:
+        """A figure over seeds; None if a run lacks it."""
+        values = self.values(name)
+        return None if None in values else estimate(np.array(values, dtype=float))
+
+    def to_dict(self) -> dict:
+        """Everything but the curves, as plain data."""
+        over = {name: self.estimate(name) for name in FIGURES}
+        return {
+            "label": self.label,
+            "params": self.params,
+            "active_params": self.active,
+            "runs": [
+                {"run": str(run.path), "seed": run.cfg.seed} | figures(run, curve)
+                for run, curve in self._pairs()
+            ],
+            "flops_measured": self.has_flops,
+            "over_seeds": {
+                name: None if e is None else dict(_plain(e)) for name, e in over.items()
+            },
+        }
+
+    @property
+    def has_flops(self) -> bool:
+        """Whether its FLOPs are of the experts that were used, not expected ones."""
+        return all(run.has_flops for run in self.runs)
+
+    def _pairs(self):
+        return zip(self.runs, self.curves, strict=True)
+
+
+FIGURES = (
+    *("steps", "tokens", "train_flops", "train_s", "train_nll"),
+    *("best_eval_nll", "last_eval_nll"),
+    *("best_eval_bits_per_byte", "last_eval_bits_per_byte"),
+)
+
+
+def figures(run: Run, curve: dict[str, Curve]) -> dict[str, Any]:
+    """The figures of `FIGURES` of one run; None for what was not held out."""
+    train = curve["train"]
+    found = [
+        int(train.step_S[-1]),
+        int(train.tokens_S[-1]),
+        *map(float, (train.flops_S[-1], train.seconds_S[-1], train.nll_S[-1])),
+    ]
+    for name in ("nll", "bits_per_byte"):
+        values = [line[name] for line in run.lines["eval"].values()]
+        found += [min(values, key=_rank), values[-1]] if values else [None, None]
+    return dict(zip(FIGURES, found, strict=True))
+
+
+def _rank(value: float) -> tuple[bool, float]:
+    """The order of losses: NaN is the worst."""
+    return math.isnan(value), value
+
+
+def estimate(values_R: np.ndarray) -> Estimate:
+    """Mean over runs and half width of its 95 % interval, by Student's t.
+
+    Args:
+      values_R: float[R] or float[R, ...], one entry or more.
+    """
+    count = len(values_R)
+    mean = np.mean(values_R, axis=0)
+    if count == 1:
+        return Estimate(mean, None)
+    with np.errstate(invalid="ignore"):  # of infinite losses
+        # Less the first: equal values have no deviation, not that of a rounded mean.
+        deviation = np.std(values_R - values_R[0], axis=0, ddof=1)
+    t = stdtrit(count - 1, (1 + CONFIDENCE) / 2)
+    return Estimate(mean, t * deviation / math.sqrt(count))
+
+
+def make_groups(runs: Sequence[Run]) -> list[Group]:
+    """The groups of some runs, in the order of their first runs.
+
+    Raises:
+      ConfigError: if a config leaves the size of its vocabulary open.
+    """
+    parts = grouped(runs)
+    made = []
+    for label, part in zip(labels(parts), parts, strict=True):
+        cfg = part[0].cfg
+        fill_vocab(cfg)
+        cost = model_cost(cfg.model, model_spec(cfg.model), cfg.seq_len)
+        own = tuple(curves(run, cost.train_flops) for run in part)
+        made.append(Group(label, tuple(part), cost.num_params, cost.num_active, own))
+    return made
+
+
+def grouped(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs whose configs differ in the seed alone, together.
+
+    A seed that comes again begins another group: it is no further evidence.
+    """
+    found: dict[tuple, list[Run]] = {}
+    times: collections.Counter = collections.Counter()
+    for run in runs:
+        same = json.dumps(to_dict(run.cfg) | {"seed": None}, sort_keys=True)
+        times[same, run.cfg.seed] += 1
+        found.setdefault((same, times[same, run.cfg.seed]), []).append(run)
+    return list(found.values())
+
+
+def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """A label per group: the fields that differ, or folders if those are many."""
+    fields = [flat(to_dict(group[0].cfg) | {"seed": None}) for group in groups]
+    own = [
+        {
+            path: value
+            for path, value in mine.items()
+            if any(other.get(path, value) != value for other in fields)
+        }
+        for mine in fields
+    ]
+    texts = [", ".join(f"{k}={v}" for k, v in mine.items()) for mine in own]
+    # Configs are equal where there is one group, or where a seed came again.
+    told = "" not in texts and len(set(texts)) == len(texts)
+    if told and max(map(len, own)) <= MANY:
+        return texts
+    return [_folders([run.path for run in group]) for group in groups]
+
+
+def _folders(paths: Sequence[pathlib.Path]) -> str:
+    if len(paths) > 2:
+        return f"{paths[0]} ... {paths[-1]}"
+    return ", ".join(map(str, paths))
+
+
+def _plain(found: Estimate):
+    for name, value in found._asdict().items():
+        yield name, None if value is None else float(value)
+
+
+HEADS = (
+    *("seeds", "params", "active", "steps", "tokens", "FLOPs", "time", "train"),
+    *("best", "last", "best bpb", "last bpb", "run"),
+)
+NOTE = (
+    "train, best, last: nats per token of the last training line, of the best and the "
+    "last evaluation; bpb: bits per byte; time: of training steps alone.\n"
+    "± is half the 95 % interval over seeds (Student's t)."
+)
+
+
+def table(groups: Sequence[Group]) -> str:
+    """The groups as a table for people."""
+    lines = [HEADS, *map(_cells, groups)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(
+            [cell.rjust(w) for cell, w in zip(line[:-1], widths, strict=False)]
+            + [line[-1]]
+        )
+        for line in lines
+    ]
+    return "\n".join([*text, NOTE, *notes(groups)])
+
+
+def notes(groups: Sequence[Group]) -> list[str]:
+    """What a person must know of these rows, and would not see."""
+    found = []
+    if not all(group.has_flops for group in groups):
+        found.append(
+            "~: FLOPs as expected before training; the log does not say what they were."
+        )
+    for group in groups:
+        if len(set(group.values("steps"))) > 1:
+            found.append(
+                f"{group.label}: its seeds are not equally far, so that the mean is of "
+                "losses at different steps, and curves end at the last common one."
+            )
+    return found
+
+
+def _cells(group: Group) -> tuple[str, ...]:
+    return (
+        *(str(len(group.runs)), scaled(group.params), scaled(group.active)),
+        *(_range(group.values(name)) for name in ("steps", "tokens")),
+        ("" if group.has_flops else "~")
+        + _cell(group.estimate("train_flops"), "{:.3g}".format),
+        _cell(group.estimate("train_s"), _time),
+        *(_cell(group.estimate(name), "{:.4f}".format) for name in FIGURES[4:]),
+        group.label,
+    )
+
+
+def _range(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,}-{high:,}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
+
+
+def _cell(found: Estimate | None, shown) -> str:
+    if found is None:
+        return "-"
+    # Seeds do not change FLOPs where routing is not dynamic: nothing to say.
+    about = f" ± {shown(found.half_width)}" if found.half_width else ""
+    return shown(found.mean) + about

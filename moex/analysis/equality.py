@@ -1,0 +1,109 @@
+"""Are two runs the same run? What both logged, line by line, times apart."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from moex.analysis.reading import KINDS, Run, read_runs
+from moex.config import ConfigError
+
+# Of the machine, or of how a mesh divides the work: free to differ.
+APART = ("perf/", "moe/device_")
+PLACE = ("kind", "step")
+
+
+class Tolerance(NamedTuple):
+    """How far numbers may be apart: |x - y| <= max(relative * max(|x|, |y|), absolute).
+
+    Both 0: they must be the same number.
+    """
+
+    relative: float = 0.0
+    absolute: float = 0.0
+
+    def __str__(self) -> str:
+        absolute = f" or {self.absolute:g}" if self.absolute else ""
+        return f"within {self.relative:g} of the larger{absolute}"
+
+
+class RunsDiffer(RuntimeError):
+    """Two runs that were to be equal are not; the message says where first."""
+
+
+def assert_equal(paths: Sequence[pathlib.Path], tolerance: Tolerance) -> str:
+    """One line that says how much is equal in two runs.
+
+    Args:
+      paths: two run directories.
+      tolerance: of numbers; all else must be the same, and NaN is equal to NaN.
+
+    Raises:
+      ConfigError: for another number of runs, or what `read_runs` refuses.
+      RunsDiffer: with the first step and quantity that differs.
+    """
+    if len(paths) != 2:
+        raise ConfigError(f"--assert-equal: compares two runs; got {len(paths)}.")
+    a, b = read_runs(paths)
+    steps, names = set[int](), set[str]()
+    places = {
+        (step, order)
+        for run in (a, b)
+        for order, kind in enumerate(KINDS)
+        for step in run.lines[kind]
+    }
+    for step, order in sorted(places):
+        kind = KINDS[order]
+        names |= _equal_lines(a, b, step, kind, tolerance)
+        steps.add(step)
+    how = f", numbers {tolerance}" if any(tolerance) else " exactly"
+    return (
+        f"{a.path} and {b.path} are equal{how}: {len(names)} quantities compared at "
+        f"{len(steps)} steps"
+    )
+
+
+def _equal_lines(
+    a: Run, b: Run, step: int, kind: str, tolerance: Tolerance
+) -> set[str]:
+    """Check one line of both runs; returns the names of what was compared.
+
+    Raises:
+      RunsDiffer: if it differs.
+    """
+    for run in (a, b):
+        if step not in run.lines[kind]:
+            raise RunsDiffer(f"step {step}: {run.path} has no {kind} line.")
+    one, other = a.lines[kind][step], b.lines[kind][step]
+    names = [n for n in one | other if n not in PLACE and not n.startswith(APART)]
+    for name in names:
+        where = f"step {step}, {kind} {name}"
+        for run in (a, b):
+            if name not in run.lines[kind][step]:
+                raise RunsDiffer(f"{where}: {run.path} does not have it.")
+        x, y = one[name], other[name]
+        if not same(x, y, tolerance):
+            raise RunsDiffer(
+                f"{where}: {x!r} in {a.path}, {y!r} in {b.path}{_apart(x, y)}."
+            )
+    return {f"{kind} {name}" for name in names}
+
+
+def same(x, y, tolerance: Tolerance) -> bool:
+    """Whether two values are equal, as `Tolerance` has it."""
+    if not (_is_number(x) and _is_number(y)):
+        return x == y
+    if math.isnan(x) or math.isnan(y):
+        return math.isnan(x) and math.isnan(y)
+    if x == y or not any(tolerance):  # exactly: large integers are not rounded
+        return x == y
+    # Nothing but itself is close to infinity.
+    return math.isclose(x, y, rel_tol=tolerance.relative, abs_tol=tolerance.absolute)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _apart(x, y) -> str:
+    return f"; difference {y - x:.6g}" if _is_number(x) and _is_number(y) else ""

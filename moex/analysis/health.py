@@ -1,0 +1,359 @@
+"""What can go wrong with routing and training, found in series and said in words.
+
+Every check is a pure function of what was logged. It returns None where all is well,
+and its text states its threshold. Checks of a layer look at the end of the run: the
+last tenth of what was logged, at least `TAIL` lines, so that one odd batch is nothing.
+
+S logged steps, ascending · E experts · D devices
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+TAIL = 3  # logged steps that the end of a run has at least
+DEAD = 0.01  # of balanced load
+EFFECTIVE = 0.5  # of all experts
+ENTROPY = 0.1  # of the entropy of equal probabilities
+NEAR_ALL, NEAR_ONE = 0.9, 1.1  # experts per token: share of the most; number
+GROWTH, LOGITS = 3.0, 10.0  # of the norm of logits: since early on; per expert
+DROPPED, UNROUTED = 0.05, 0.1  # of slots; of tokens
+DEVICES = 0.5  # load of the fullest device over the mean, less 1
+BEFORE = 20  # lines that a spike is compared with
+SPIKE_DEVIATIONS, SPIKE_SHARE = 8.0, 0.1
+DIVERGED = 0.1  # over the lowest mean
+WORSE = 0.01  # of held-out loss over its best
+
+
+class Finding(NamedTuple):
+    """Something that a person should know.
+
+    Attributes:
+      kind: what it is about, such as "dead experts".
+      text: all of it, in words.
+    """
+
+    kind: str
+    text: str
+
+
+def tail(count: int) -> slice:
+    """The end of a run of so many logged steps."""
+    return slice(max(0, count - max(TAIL, count // 10)), count)
+
+
+def dead_experts(where: str, step_S, load_SE) -> Finding | None:
+    """Experts that receive next to nothing at the end of the run, and since when.
+
+    Args:
+      where: the layer, such as "layer 3".
+      step_S: of the lines.
+      load_SE: share of the slots of each expert; rows sum to 1.
+    """
+    ratio_SE = np.asarray(load_SE) * np.shape(load_SE)[1]
+    end_E = np.mean(ratio_SE[tail(len(ratio_SE))], axis=0)
+    dead = np.flatnonzero(end_E < DEAD)
+    if len(dead) == 0:
+        return None
+    groups: dict[int, list[int]] = {}
+    for expert in dead:
+        groups.setdefault(_since(ratio_SE[:, expert] < DEAD), []).append(int(expert))
+    parts = []
+    for first, experts in sorted(groups.items()):
+        names = f"expert{'s' if len(experts) > 1 else ''} {listed(experts)}"
+        parts.append(f"{names} {_when(step_S, first)}")
+    return Finding(
+        "dead experts",
+        f"{where}: {'; '.join(parts)} ({len(dead)} of {len(end_E)}; dead: below "
+        f"{_percent(DEAD)} of balanced load at the end of the run).",
+    )
+
+
+def _since(low_S) -> int:
+    """Index from which on all is True; the last index if the last is False."""
+    high = np.flatnonzero(~np.asarray(low_S))
+    return 0 if len(high) == 0 else min(int(high[-1]) + 1, len(low_S) - 1)
+
+
+def _when(step_S, index: int) -> str:
+    return "at all logged steps" if index == 0 else f"since step {int(step_S[index])}"
+
+
+def listed(numbers, most: int = 16) -> str:
+    """`1, 2, 5`, cut after `most`."""
+    text = ", ".join(map(str, numbers[:most]))
+    return text + (f" and {len(numbers) - most} more" if len(numbers) > most else "")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def collapse(where: str, load_SE) -> Finding | None:
+    """Few experts take most of the load at the end of the run.
+
+    Args:
+      where: the layer.
+      load_SE: share of the slots of each expert; rows sum to 1.
+    """
+    load_E = np.mean(np.asarray(load_SE)[tail(len(load_SE))], axis=0)
+    effective = np.exp(-np.sum(load_E * np.log(np.maximum(load_E, 1e-30))))
+    count = len(load_E)
+    if not effective < EFFECTIVE * count:
+        return None
+    order = np.argsort(-load_E, kind="stable")
+    most = int(np.searchsorted(np.cumsum(load_E[order]), 0.8)) + 1
+    most = min(most, count)
+    top = sorted(int(e) for e in order[:most])
+    return Finding(
+        "collapse",
+        f"{where}: expert{'s' if most > 1 else ''} {listed(top)} of {count} "
+        f"take{'s' if most == 1 else ''} "
+        f"{_percent(load_E[order[:most]].sum())} of the load; {effective:.3g} experts "
+        f"are effective, exp(entropy of the load) (threshold: {_percent(EFFECTIVE)} "
+        f"of {count}).",
+    )
+
+
+def saturated(where: str, experts_S, most: int) -> Finding | None:
+    """A dynamic router that gives every token all experts, or one.
+
+    Args:
+      where: the layer.
+      experts_S: mean experts per token.
+      most: that a token can have.
+    """
+    if most < 2:
+        return None
+    mean = float(np.mean(np.asarray(experts_S)[tail(len(experts_S))]))
+    if mean > NEAR_ALL * most:
+        about = f"near all of {most} (threshold: {_percent(NEAR_ALL)} of them)"
+    elif mean < NEAR_ONE:
+        about = f"near one (threshold: {NEAR_ONE}; most: {most})"
+    else:
+        return None
+    return Finding(
+        "saturated router",
+        f"{where}: the router chooses how many experts a token has, and gives "
+        f"{mean:.3g} on average: {about}.",
+    )
+
+
+def entropy_collapse(where: str, entropy_S, num_experts: int) -> Finding | None:
+    """The router has no doubt left: its probabilities are one-hot.
+
+    Args:
+      where: the layer.
+      entropy_S: mean entropy of the router's probabilities, nats.
+      num_experts: that it chooses among.
+    """
+    if num_experts < 2:
+        return None
+    mean = float(np.mean(np.asarray(entropy_S)[tail(len(entropy_S))]))
+    if not mean < ENTROPY * np.log(num_experts):
+        return None
+    return Finding(
+        "entropy collapse",
+        f"{where}: the entropy of the router's probabilities is {mean:.3g} nats, "
+        f"{_percent(mean / np.log(num_experts))} of that of equal ones (threshold: "
+        f"{_percent(ENTROPY)}): other experts get almost no gradient.",
+    )
+
+
+def growing_logits(where: str, norm_S, num_experts: int) -> Finding | None:
+    """Router logits that are large and grow: softmax saturates, bfloat16 rounds.
+
+    Args:
+      where: the layer.
+      norm_S: root mean square over tokens of the L2 norm of their logits.
+      num_experts: how many logits a token has.
+    """
+    norm_S = np.asarray(norm_S, dtype=float)
+    if len(norm_S) < 2 * TAIL:
+        return None
+    early = float(np.mean(norm_S[len(norm_S) // 10 : len(norm_S) // 5 + 1]))
+    late = float(np.mean(norm_S[tail(len(norm_S))]))
+    size = late / np.sqrt(num_experts)
+    if not (late > GROWTH * early and size > LOGITS):
+        return None
+    return Finding(
+        "growing logits",
+        f"{where}: the norm of a token's router logits is {late:.3g}, {size:.3g} per "
+        f"root of an expert, and grew {late / early:.3g}-fold since early in the run "
+        f"(threshold: {LOGITS:g} and {GROWTH:g}-fold); a router z-loss holds it.",
+    )
+
+
+def lost_slots(where: str, dropped_S, lost_S=None) -> Finding | None:
+    """Slots over capacity at the end of the run, or lost between devices at any time.
+
+    Args:
+      where: the layer.
+      dropped_S: share of the slots that were not computed.
+      lost_S: share that found no room on the way to their experts, where known.
+    """
+    if lost_S is not None and np.nanmax(lost_S) > 0:
+        return Finding(
+            "lost tokens",
+            f"{where}: up to {_percent(float(np.nanmax(lost_S)))} of the slots found "
+            "no room on their way to the experts (threshold: none); raise "
+            "config.mesh.exchange_buffer.",
+        )
+    mean = float(np.mean(np.asarray(dropped_S)[tail(len(dropped_S))]))
+    if not mean > DROPPED:
+        return None
+    return Finding(
+        "dropped tokens",
+        f"{where}: {_percent(mean)} of the slots are over capacity and dropped "
+        f"(threshold: {_percent(DROPPED)}).",
+    )
+
+
+def unrouted(where: str, unrouted_S) -> Finding | None:
+    """Tokens that no expert computes at the end of the run.
+
+    Args:
+      where: the layer; one without zero-computation experts, where this is meant.
+      unrouted_S: share of the tokens.
+    """
+    mean = float(np.mean(np.asarray(unrouted_S)[tail(len(unrouted_S))]))
+    if not mean > UNROUTED:
+        return None
+    return Finding(
+        "unrouted tokens",
+        f"{where}: {_percent(mean)} of the tokens are chosen by no expert "
+        f"(threshold: {_percent(UNROUTED)}).",
+    )
+
+
+def uneven_devices(where: str, imbalance_S) -> Finding | None:
+    """Devices that wait for the fullest one.
+
+    Args:
+      where: the layer.
+      imbalance_S: load of the fullest device of the expert axis over the mean, less 1.
+    """
+    mean = float(np.mean(np.asarray(imbalance_S)[tail(len(imbalance_S))]))
+    if not mean > DEVICES:
+        return None
+    return Finding(
+        "uneven devices",
+        f"{where}: the fullest device has {1 + mean:.3g} times the mean load; all "
+        f"others wait for it (threshold: {1 + DEVICES:g}).",
+    )
+
+
+def skipped_updates(step_S, skipped_S) -> Finding | None:
+    """Updates that were not made.
+
+    Args:
+      step_S: of the lines.
+      skipped_S: updates skipped so far.
+    """
+    skipped_S = np.asarray(skipped_S)
+    if len(skipped_S) == 0 or not skipped_S[-1] > 0:
+        return None
+    first = int(step_S[int(np.argmax(skipped_S > 0))])
+    return Finding(
+        "skipped updates",
+        f"{int(skipped_S[-1])} skipped in all, the first at or before step {first}: "
+        "their loss or gradient was not finite, or spiked (threshold: none).",
+    )
+
+
+def not_finite(name: str, step_S, value_S) -> Finding | None:
+    """NaN or infinity in what should be a number.
+
+    Args:
+      name: of the figure.
+      step_S: of the lines.
+      value_S: float[S].
+    """
+    bad = np.flatnonzero(~np.isfinite(np.asarray(value_S, dtype=float)))
+    if len(bad) == 0:
+        return None
+    return Finding(
+        "not a number",
+        f"{name} is NaN or infinite in {len(bad)} of {len(value_S)} logged steps, "
+        f"first at step {int(step_S[bad[0]])} (threshold: none).",
+    )
+
+
+def spikes(step_S, nll_S) -> Finding | None:
+    """Training losses far above those before.
+
+    Args:
+      step_S: of the lines.
+      nll_S: nats per token.
+    """
+    nll_S = np.asarray(nll_S, dtype=float)
+    found = []
+    for i in range(BEFORE, len(nll_S)):
+        before = nll_S[i - BEFORE : i]
+        middle = np.nanmedian(before)
+        deviation = 1.4826 * np.nanmedian(np.abs(before - middle))
+        if nll_S[i] > middle + max(SPIKE_DEVIATIONS * deviation, SPIKE_SHARE * middle):
+            found.append((nll_S[i] - middle, i, middle))
+    if not found:
+        return None
+    _, at, middle = max(found)
+    return Finding(
+        "loss spikes",
+        f"{len(found)} logged training losses are far above the {BEFORE} before; the "
+        f"largest, at step {int(step_S[at])}: {nll_S[at]:.4g} after a median of "
+        f"{middle:.4g} (threshold: {SPIKE_DEVIATIONS:g} robust deviations and "
+        f"{_percent(SPIKE_SHARE)}).",
+    )
+
+
+def divergence(step_S, nll_S) -> Finding | None:
+    """The training loss ends above where it was.
+
+    Args:
+      step_S: of the lines.
+      nll_S: nats per token.
+    """
+    nll_S = np.asarray(nll_S, dtype=float)
+    finite = np.isfinite(nll_S)
+    step_S, nll_S = np.asarray(step_S)[finite], nll_S[finite]
+    end = tail(len(nll_S))
+    width = end.stop - end.start
+    if len(nll_S) < 2 * TAIL:
+        return None
+    mean_S = np.convolve(nll_S, np.full(width, 1 / width), mode="valid")
+    low, last = int(np.argmin(mean_S)), mean_S[-1]
+    if not last > (1 + DIVERGED) * mean_S[low]:
+        return None
+    return Finding(
+        "divergence",
+        f"the training loss ends at {last:.4g} and was {mean_S[low]:.4g} around step "
+        f"{int(step_S[low + width // 2])}, means of {width} lines (threshold: "
+        f"{_percent(DIVERGED)} above).",
+    )
+
+
+def overfitting(step_S, nll_S, tokens_S) -> Finding | None:
+    """Held-out loss that is worse than at an earlier evaluation of the same tokens.
+
+    Args:
+      step_S: of the evaluations.
+      nll_S: nats per token.
+      tokens_S: how many were scored: the last evaluation may score more than others.
+    """
+    step_S, nll_S, tokens_S = map(np.asarray, (step_S, nll_S, tokens_S))
+    if len(step_S) == 0:
+        return None
+    counts = {n: int(np.sum(tokens_S == n)) for n in tokens_S}
+    same = tokens_S == max(counts, key=counts.__getitem__)
+    step_S, nll_S = step_S[same], nll_S[same]
+    if not np.isfinite(nll_S).any():
+        return None
+    best, last = int(np.nanargmin(nll_S)), nll_S[-1]
+    if not last > (1 + WORSE) * nll_S[best]:
+        return None
+    return Finding(
+        "held-out loss rises",
+        f"held-out loss is {last:.4f} at step {int(step_S[-1])} and was "
+        f"{nll_S[best]:.4f} at step {int(step_S[best])} on the same tokens (threshold: "
+        f"{_percent(WORSE)} above): overfitting, or divergence.",
+    )

@@ -1,0 +1,160 @@
+"""Loss against tokens, FLOPs and time: as a page of HTML, or as a picture.
+
+S logged steps · R runs of a group
+"""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moex.analysis.compare import Group, estimate
+from moex.analysis.reading import Curve
+
+PANELS = (
+    ("tokens_S", "tokens"),
+    ("flops_S", "training FLOPs"),
+    ("seconds_S", "wall time of training, s"),
+)
+LOSS = "loss, nats per token"
+TITLE = "Held-out loss with markers, training loss faint"
+SEEDS = "; mean and 95 % interval over seeds"
+FAINT, BAND = 0.35, 0.2  # opacity of training losses and of intervals
+# Ten colours that both libraries know by these numbers (D3, or matplotlib's "tab10").
+COLOURS = (
+    *("#1F77B4", "#FF7F0E", "#2CA02C", "#D62728", "#9467BD"),
+    *("#8C564B", "#E377C2", "#7F7F7F", "#BCBD22", "#17BECF"),
+)
+
+
+class Line(NamedTuple):
+    """One line of each panel.
+
+    Attributes:
+      label: of the group.
+      kind: "train" or "eval".
+      colour: of the group.
+      curve: mean over seeds, of what was spent too.
+      half_S: half width of the interval of the loss; None for one seed.
+      has_flops: its FLOPs are of the experts that were used, not expected ones.
+    """
+
+    label: str
+    kind: str
+    colour: str
+    curve: Curve
+    half_S: Any
+    has_flops: bool
+
+    @property
+    def name(self) -> str:
+        return self.label if self.kind == "eval" else f"{self.label} (train)"
+
+
+def plot_lines(groups: Sequence[Group]) -> list[Line]:
+    """The lines of all groups, training losses first, below the others."""
+    found = []
+    for kind in ("train", "eval"):
+        for i, group in enumerate(groups):
+            curve, half_S = mean_curve([each[kind] for each in group.curves])
+            if len(curve.step_S):
+                colour = COLOURS[i % len(COLOURS)]
+                about = (group.label, kind, colour)
+                found.append(Line(*about, curve, half_S, group.has_flops))
+    return found
+
+
+def mean_curve(curves: Sequence[Curve]) -> tuple[Curve, np.ndarray | None]:
+    """The mean of curves at the steps that all have, and half the loss's interval."""
+    step_S = functools.reduce(np.intersect1d, (curve.step_S for curve in curves))
+    curves = [curve.at(step_S) for curve in curves]
+    spent = {
+        name: np.mean([getattr(curve, name) for curve in curves], axis=0)
+        for name, _ in PANELS
+    }
+    nll_S, half_S = estimate(np.array([curve.nll_S for curve in curves]))
+    return Curve(step_S=step_S, nll_S=nll_S, **spent), half_S
+
+
+def _title(lines: Sequence[Line]) -> str:
+    return TITLE + (SEEDS if any(line.half_S is not None for line in lines) else "")
+
+
+def _axis(field: str, title: str, lines: Sequence[Line]) -> str:
+    expected = field == "flops_S" and not all(line.has_flops for line in lines)
+    return f"{title}, as expected before training" if expected else title
+
+
+def page(lines: Sequence[Line], file: pathlib.Path) -> None:
+    """A page that needs nothing beside itself; labels switch lines off."""
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(rows=1, cols=len(PANELS), shared_yaxes=True)
+    for line in sorted(lines, key=lambda line: line.kind):  # labels: held-out first
+        for column, (field, title) in enumerate(PANELS, 1):
+            for trace in _traces(line, getattr(line.curve, field)):
+                trace["showlegend"] = trace["showlegend"] and column == 1
+                figure.add_trace(trace, row=1, col=column)
+            axis = {"title_text": _axis(field, title, lines), "rangemode": "tozero"}
+            figure.update_xaxes(**axis, exponentformat="SI", row=1, col=column)
+    figure.update_yaxes(title_text=LOSS, row=1, col=1)
+    legend = {"orientation": "h", "y": -0.2}
+    figure.update_layout(
+        template="plotly_white", legend=legend, title_text=_title(lines)
+    )
+    figure.write_html(file, include_plotlyjs=True)
+
+
+def _traces(line: Line, x_S: np.ndarray) -> list[dict]:
+    """A line of one panel, and its interval if there is one."""
+    held = line.kind == "eval"
+    about = {"type": "scatter", "name": line.name, "legendgroup": line.name}
+    traces = [
+        about
+        | {"x": x_S, "y": line.curve.nll_S, "showlegend": True}
+        | {"mode": "lines+markers" if held else "lines"}
+        | {"line": {"color": line.colour, "width": 2 if held else 1}}
+        | {"opacity": 1 if held else FAINT}
+    ]
+    if line.half_S is not None:
+        low_S, high_S = line.curve.nll_S - line.half_S, line.curve.nll_S + line.half_S
+        around: dict[str, Any] = {"x": np.concatenate([x_S, x_S[::-1]])}
+        around |= {"y": np.concatenate([high_S, low_S[::-1]]), "fill": "toself"}
+        around |= {"fillcolor": line.colour, "opacity": BAND if held else BAND * FAINT}
+        around |= {"mode": "lines", "line": {"width": 0, "color": line.colour}}
+        traces.append(about | around | {"showlegend": False, "hoverinfo": "skip"})
+    return traces
+
+
+def picture(lines: Sequence[Line], file: pathlib.Path) -> None:
+    """The same as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    panels = figure.subplots(1, len(PANELS), sharey=True)
+    for axes, (field, title) in zip(panels, PANELS, strict=True):
+        for line in lines:
+            x_S, y_S = getattr(line.curve, field), line.curve.nll_S
+            held = line.kind == "eval"
+            style = {"marker": "o", "markersize": 4} if held else {"alpha": FAINT}
+            axes.plot(x_S, y_S, color=line.colour, label=line.name, **style)
+            if line.half_S is not None:
+                axes.fill_between(
+                    *(x_S, y_S - line.half_S, y_S + line.half_S),
+                    color=line.colour,
+                    alpha=BAND if held else BAND * FAINT,
+                    linewidth=0,
+                )
+        axes.set_xlabel(_axis(field, title, lines))
+        axes.set_xlim(left=0)
+        if field != "seconds_S":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        axes.grid(alpha=BAND)
+    figure.suptitle(_title(lines), fontsize="medium")
+    panels[0].set_ylabel(LOSS)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize="small")
+    figure.savefig(file, dpi=120)

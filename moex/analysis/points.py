@@ -1,0 +1,25 @@
+"""The points of the curves as CSV, one run and step a line, for other programs."""
+
+import csv
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+from moex.analysis.compare import Group
+
+COLUMNS = ("group", "run", "seed", "kind")
+NUMBERS = ("step", "tokens", "train_flops", "train_s", "nll")  # in the order of `Curve`
+
+
+def write_points(groups: Sequence[Group], file: pathlib.Path) -> None:
+    """Write every point of every run's curves; nothing is averaged over seeds."""
+    with file.open("w", newline="") as out:
+        lines = csv.writer(out)
+        lines.writerow(COLUMNS + NUMBERS)
+        for group in groups:
+            for run, curves in zip(group.runs, group.curves, strict=True):
+                for kind, curve in curves.items():
+                    about = (group.label, run.path, run.cfg.seed, kind)
+                    fields = dataclasses.astuple(curve)
+                    for point in zip(*(f.tolist() for f in fields), strict=True):
+                        lines.writerow(about + point)

@@ -1,0 +1,251 @@
+"""`moex trace`: run held-out data through a trained model and write where it went.
+
+B batch · L length · T = B * L tokens · N tokens without padding · R copies of a layer ·
+C slots per expert · K slots per token · E experts
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moex import config as configs
+from moex.analysis.trace import Header, LayerInfo, Slots, Tokens
+from moex.analysis.writer import TraceWriter, check_new
+from moex.config import ConfigError, walk
+from moex.moe.chain import Chain
+from moex.moe.layer import MoE
+from moex.moe.routing import ExpertRouting
+from moex.sharding import shard_batch
+from moex.train.job import LoadedRun, static_options
+from moex.train.job import load_config as run_config
+from moex.train.losses import make_context, moe_layers
+from moex.train.score import run_with_data
+
+
+def trace_run(workdir, cfg, out, *, tokens=None, step=None, logits=False) -> dict:
+    """Write the routing of held-out data by a trained model to `out`.
+
+    The model computes as in `moex eval`: no noise, and a layer with a capacity drops
+    slots. A trace has what the router chose, before that.
+
+    Args:
+      workdir: run directory, trained or imported.
+      cfg: run config, as `run_with_data` takes it; every held-out token is traced once,
+        whatever `cfg.eval.overlap` says.
+      out: the file; must not exist.
+      tokens: at most so many tokens, of sequences spread over all sources; None: all.
+      step: of the checkpoint; None: the newest.
+      logits: record the logits of all experts, not of the chosen ones only.
+
+    Returns:
+      {"tokens", "layers", "step", "bytes"}: what was written.
+
+    Raises:
+      ConfigError: for a bad run, bad data, an `out` that exists, or a model without MoE
+        layers.
+      CheckpointError: if no checkpoint is intact.
+    """
+    out = check_new(out)
+    if jax.process_count() > 1:
+        raise ConfigError("moex trace: runs in one process; start it on one host.")
+    if not layer_infos(run_config(workdir).model):
+        raise ConfigError(f"{workdir}: the model has no MoE layers to trace.")
+    cfg.eval.overlap = 0
+    run, job = run_with_data(workdir, cfg, step=step)
+    if not job.holds_out:
+        raise ConfigError("config.data: no data is held out; raise holdout.")
+    limit = None if tokens is None else -(-tokens // cfg.seq_len)
+    header = _header(run, workdir, cfg, job.data.domains, logits=logits)
+    routed = jax.jit(_routed_step(run.spec, static_options(cfg, train=False), logits))
+    written, counter = 0, TokenCounter(tokens)
+    with jax.set_mesh(run.mesh), TraceWriter(out, header) as writer:
+        for batch in job.eval_batches(limit):
+            shards = shard_batch(batch, run.mesh)
+            arrays = jax.device_get(routed(run.params, run.state, shards))
+            valid_T, found = counter(batch)
+            writer.write(found, slots_by_layer(run.cfg.model, arrays, valid_T))
+            written += len(found)
+    return {
+        "tokens": written,
+        "layers": len(header.layers),
+        "step": run.step,
+        "bytes": out.stat().st_size,
+    }
+
+
+def layer_infos(model) -> tuple[LayerInfo, ...]:
+    """Every router of an `LM` config, in the order of its layers.
+
+    Layers are numbered from 0 with the dense ones, rounds of a chain from 1.
+    """
+    infos, start = [], 0
+    for segment in model.layers:
+        for copy in range(segment.repeat):
+            for i, ffn in enumerate(segment.pattern):
+                number = start + copy * len(segment.pattern) + i
+                infos += _infos_of(ffn, number)
+        start += segment.repeat * len(segment.pattern)
+    return tuple(infos)
+
+
+def _infos_of(ffn, number: int) -> list[LayerInfo]:
+    sparse: Any = [n for _, n in walk(ffn, "") if isinstance(n, (Chain, MoE))]
+    if not sparse:
+        return []
+    chain = isinstance(sparse[0], Chain)
+    moe = sparse[0].moe if chain else sparse[0]
+    routers = sparse[0].rounds() if chain else [moe.router]
+    choices = moe.num_choices()
+    return [
+        LayerInfo(
+            layer=number,
+            round=t if chain else 0,
+            num_experts=moe.num_experts,
+            num_choices=choices,
+            # Where experts choose, a token may be taken by all of them.
+            slots=router.slots(choices) if hasattr(router, "slots") else choices,
+            router=type(router).__name__,
+            causal=getattr(router, "causal", True),
+            capacity_factor=moe.capacity_factor,
+        )
+        for t, router in enumerate(routers, 1)
+    ]
+
+
+def _header(run: LoadedRun, workdir, cfg, domains, *, logits: bool) -> Header:
+    tokenizer = run.tokenizer
+    return Header(
+        run=str(workdir),
+        step=run.step,
+        layers=layer_infos(run.cfg.model),
+        tokenizer={
+            "fingerprint": tokenizer.fingerprint,
+            "doc_id": tokenizer.doc_id,
+        },
+        vocabulary=tuple(tokenizer.pieces()),
+        domains=tuple(domains),
+        data={
+            "split": "held out",
+            "seq_len": cfg.seq_len,
+            "batch_size": cfg.eval.batch_size,
+            "config": configs.to_dict(cfg.data),
+        },
+        logits=logits,
+    )
+
+
+def _routed_step(spec, static, logits: bool):
+    """`(params, state, batch) -> {path: {round: arrays}}`, of `routed_layers`."""
+
+    def step(params, state, batch):
+        ctx = make_context(batch, mode="eval", collect=True, **static)
+        _, aux = spec.merge(params, state)(ctx)
+        return routed_layers(aux, logits=logits)
+
+    return step
+
+
+def routed_layers(aux, *, logits: bool = False) -> dict:
+    """The slots of every MoE layer of a model that ran with `Context(collect=True)`.
+
+    Returns:
+      {path of a layer: {round, 0 where there is no chain: {"expert", "keep", "gate",
+      "logit", "prob": [R, T, K], and "logits": [R, T, E] if asked for}}}. Padding has
+      no kept slots. Routers in which experts choose are given by token.
+    """
+    found = {}
+    for path, layer in moe_layers(aux):
+        trace, scores = layer["trace"], layer["scores"]
+        rounds = {0: (trace, scores)}
+        if "gate" not in trace:  # a chain: one trace for each round
+            rounds = {
+                int(t) + 1: (own, jax.tree.map(lambda a, t=t: a[:, int(t)], scores))
+                for t, own in trace.items()
+            }
+        slots = jax.vmap(_slots)
+        found["/".join(path)] = {
+            t: slots(*pair) | ({"logits": pair[1]["logits"]} if logits else {})
+            for t, pair in rounds.items()
+        }
+    return found
+
+
+def _slots(trace, scores) -> dict:
+    if "token" in trace:
+        trace = (
+            ExpertRouting(
+                token_EC=trace["token"],
+                gate_EC=trace["gate"],
+                keep_EC=trace["keep"],
+                logits_TE=scores["logits"],
+                probs_TE=scores["probs"],
+            )
+            .by_token()
+            .trace()
+        )
+
+    def chosen(value_TE):
+        return jnp.take_along_axis(value_TE, trace["expert"], axis=-1)
+
+    return trace | {"logit": chosen(scores["logits"]), "prob": chosen(scores["probs"])}
+
+
+def slots_by_layer(model, layers: dict, valid_T) -> dict[str, Slots]:
+    """What `routed_layers` found, as `TraceWriter.write` takes it.
+
+    Args:
+      model: `LM` config, whose segments number the layers.
+      layers: numpy arrays from `routed_layers`.
+      valid_T: bool[T], the tokens to take.
+    """
+    names = {"logits": "logits_NE"}
+    starts = np.cumsum([0, *(s.repeat * len(s.pattern) for s in model.layers)])
+    found = {}
+    for path, rounds in layers.items():
+        _, segment, _, place, *_ = path.split("/")
+        width = len(model.layers[int(segment)].pattern)
+        for t, arrays in rounds.items():
+            for copy in range(len(arrays["expert"])):
+                number = starts[int(segment)] + copy * width + int(place)
+                label = f"{number:03d}" + (f".{t}" if t else "")
+                found[label] = Slots(
+                    **{
+                        names.get(name, f"{name}_NK"): value[copy][valid_T]
+                        for name, value in arrays.items()
+                    }
+                )
+    return found
+
+
+class TokenCounter:
+    """Which tokens of a batch are traced, and their numbers through the trace."""
+
+    def __init__(self, limit: int | None = None):
+        self._limit, self._tokens = limit, 0
+        self._examples = self._documents = 0
+
+    def __call__(self, batch) -> tuple[np.ndarray, Tokens]:
+        """`(valid_T, tokens)` of the next batch from the data pipeline."""
+        segment_BL = np.asarray(batch["segment"])
+        valid_BL = segment_BL > 0
+        if self._limit is not None:
+            place_BL = self._tokens + np.cumsum(valid_BL).reshape(valid_BL.shape)
+            valid_BL &= place_BL <= self._limit
+        rows = np.arange(len(segment_BL), dtype=np.int32)[:, None]
+        last_B = segment_BL.max(axis=1)
+        first_B = self._documents + np.cumsum(last_B) - last_B
+        domain_BL = np.broadcast_to(batch["domain"][:, None], segment_BL.shape)
+        columns = {
+            "example": np.broadcast_to(self._examples + rows, segment_BL.shape),
+            "position": batch["position"],
+            "document": first_B[:, None] + segment_BL - 1,
+            "token": batch["tokens"],
+            "domain": domain_BL,
+        }
+        self._tokens += int(valid_BL.sum())
+        self._examples += len(segment_BL)
+        self._documents += int(last_B.sum())
+        chosen = {f"{n}_N": v[valid_BL].astype(np.int32) for n, v in columns.items()}
+        return valid_BL.reshape(-1), Tokens(**chosen)

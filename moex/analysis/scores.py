@@ -1,0 +1,144 @@
+"""Which experts matter: for a task (PreMoe), and for given tokens (RICE).
+
+N tokens · K slots per token · P experts of a token's pool · E experts · G tasks ·
+M marker tokens
+"""
+
+import numpy as np
+
+from moex.analysis.trace import Slots
+
+
+def pool(slots: Slots, size: int | None = None) -> tuple[np.ndarray, ...]:
+    """The experts of each token with the greatest logits: `(expert, logit, valid)_NP`.
+
+    Of all experts where the trace has their logits, else of the chosen ones. A router
+    with a selection bias or groups may choose others than these.
+
+    Args:
+      size: P, at most so many; None: as many as were chosen, at least 1 slot.
+
+    Raises:
+      ValueError: if `size` is below 1, or above the slots of a trace without logits.
+    """
+    if slots.logits_NE is None:
+        assert slots.logit_NK is not None
+        expert_NC, valid_NC, logit_NC = slots.expert_NK, slots.keep_NK, slots.logit_NK
+    else:
+        logit_NC = slots.logits_NE
+        expert_NC = np.broadcast_to(np.arange(logit_NC.shape[1]), logit_NC.shape)
+        valid_NC = np.ones(logit_NC.shape, bool)
+    most = logit_NC.shape[1]
+    P = min(slots.expert_NK.shape[1], most) if size is None else size
+    if not 1 <= P <= most:
+        raise ValueError(
+            f"a pool has 1 to {most} experts, not {P}; a trace with the logits of all "
+            "experts (moex trace --logits) allows more."
+        )
+    # Stable, so that of equal logits the first expert wins.
+    order_NP = np.argsort(np.where(valid_NC, -logit_NC, np.inf), axis=1, kind="stable")
+    order_NP = order_NP[:, :P]
+    expert_NP, logit_NP, valid_NP = (
+        np.take_along_axis(a, order_NP, axis=1) for a in (expert_NC, logit_NC, valid_NC)
+    )
+    if size is None and slots.logits_NE is not None:
+        chosen_N1 = slots.keep_NK.sum(axis=1)[:, None]
+        valid_NP = valid_NP & (np.arange(P) < chosen_N1)
+    return expert_NP, logit_NP, valid_NP
+
+
+def pool_probs(logit_NP, valid_NP) -> np.ndarray:
+    """float64[N, P]: softmax over the pool of each token; 0 where not valid."""
+    logit_NP = np.where(valid_NP, np.asarray(logit_NP, np.float64), -np.inf)
+    top_N1 = np.max(logit_NP, axis=1, keepdims=True)
+    top_N1 = np.where(np.isfinite(top_N1), top_N1, 0.0)
+    exp_NP = np.exp(logit_NP - top_N1)
+    return exp_NP / np.maximum(exp_NP.sum(axis=1, keepdims=True), 1e-300)
+
+
+def threshold_sums(logit_NP, valid_NP, group_N, num_groups) -> np.ndarray:
+    """float64[G]: sums of the greatest probability in a token's pool.
+
+    Over the tokens of a task this is its adaptive threshold: `PEU`'s first pass.
+    """
+    top_N = pool_probs(logit_NP, valid_NP).max(axis=1)
+    return np.bincount(group_N, top_N, minlength=num_groups)
+
+
+def score_sums(
+    expert_NP,
+    logit_NP,
+    valid_NP,
+    group_N,
+    num_groups,
+    num_experts,
+    *,
+    threshold_G=None,
+    positive=False,
+) -> np.ndarray:
+    """float64[G, E]: selection scores of each expert, summed over the tokens of a task.
+
+    The score of an expert for a token is its logit where it is in the pool with a
+    probability of at least the threshold, else 0. Over the number of tokens of the task
+    (all of them) it is TCESS, the task-conditioned expected selection score; with
+    `positive` and the adaptive threshold it is PEU, the predicted expert utility.
+
+    Args:
+      expert_NP, logit_NP, valid_NP: from `pool`.
+      group_N: the task of each token, in [0, num_groups).
+      threshold_G: of each task; None: no threshold.
+      positive: scores are max(s, sigmoid(s)) of the logit s, so that a chosen expert
+        never scores below one that was not.
+
+    Source: PreMoe, arXiv:2505.17639: version 1 (TCESS), version 3 (PEU, section 3.2).
+    """
+    score_NP = np.asarray(logit_NP, np.float64)
+    counted_NP = np.asarray(valid_NP)
+    if threshold_G is not None:
+        limit_N1 = np.asarray(threshold_G)[group_N][:, None]
+        # A mean of equal numbers may lie above them by a rounding.
+        counted_NP = counted_NP & (
+            pool_probs(logit_NP, valid_NP) >= limit_N1 * (1 - 1e-12)
+        )
+    if positive:
+        score_NP = np.maximum(score_NP, 0.5 * (1 + np.tanh(0.5 * score_NP)))
+    key_NP = np.asarray(group_N, np.int64)[:, None] * num_experts + expert_NP
+    size = num_groups * num_experts
+    sums = np.bincount(key_NP[counted_NP], score_NP[counted_NP], minlength=size)
+    return sums.reshape(num_groups, num_experts)
+
+
+def expected_scores(sums_GE, tokens_G) -> np.ndarray:
+    """float64[G, E]: `score_sums` per token of the task; 0 for tasks without tokens."""
+    tokens_G1 = np.asarray(tokens_G, np.float64)[:, None]
+    out = np.zeros(np.shape(sums_GE))
+    return np.divide(sums_GE, tokens_G1, out=out, where=tokens_G1 > 0)
+
+
+def npmi(hits_ME, markers_M, load_E, tokens: int) -> np.ndarray:
+    """float64[M, E]: how much an expert and a marker go together, in [-1, 1].
+
+    Normalised pointwise mutual information: 1 if the expert is chosen at the marker
+    and nowhere else, 0 if they are independent, -1 if never together. An expert that
+    fired once, by luck at the marker, scores high too: look at `hits_ME`. NaN for
+    markers that do not occur.
+
+    Args:
+      hits_ME: occurrences of each marker at which an expert is chosen.
+      markers_M: occurrences of each marker.
+      load_E: tokens at which an expert is chosen.
+      tokens: all of them.
+
+    Source: RICE, arXiv:2505.14681.
+    """
+    hits_ME = np.asarray(hits_ME, np.float64)
+    markers_M1 = np.asarray(markers_M, np.float64)[:, None]
+    load_E = np.asarray(load_E, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        pointwise_ME = np.log(hits_ME / markers_M1) + np.log(tokens / load_E)
+        out_ME = pointwise_ME / np.log(tokens / hits_ME)
+    out_ME = np.where(hits_ME == 0, -1.0, out_ME)
+    # Marker and expert at every token: nothing is told, and nothing contradicts.
+    always_ME = hits_ME == tokens
+    out_ME = np.where(always_ME, 1.0, out_ME)
+    return np.where(markers_M1 == 0, np.nan, np.clip(out_ME, -1.0, 1.0))

@@ -1,0 +1,88 @@
+"""`moex report`: a run directory, and a trace of it, as one page of HTML."""
+
+import pathlib
+from collections.abc import Sequence
+
+from moex.analysis.summary import analyse, compare
+from moex.analysis.trace import Trace
+from moex.config import ConfigError
+from moex.data.files import atomic_write
+from moex.report import about, routing, tracing, training
+from moex.report.health import examine
+from moex.report.material import read
+from moex.report.page import render
+
+
+def run(
+    path: pathlib.Path,
+    *,
+    trace: pathlib.Path | None = None,
+    compare_trace: pathlib.Path | None = None,
+    markers: Sequence[str] = (),
+    out: pathlib.Path | None = None,
+) -> str:
+    """Write the page; returns what `moex report` prints.
+
+    Args:
+      path: run directory.
+      trace: file of `moex trace`; None: the page says that there is none.
+      compare_trace: another trace of the same tokens, of another checkpoint.
+      markers: tokens whose experts are looked for.
+      out: the file; None: `RUN/report.html`.
+
+    Raises:
+      ConfigError: for what is no run, no trace, or cannot be written.
+    """
+    out = path / "report.html" if out is None else out
+    check(out, trace, compare_trace, markers)
+    material = read(path)
+    found, overlap, whose = _traces(trace, compare_trace, markers)
+    health = examine(material, None if found is None else tracing.figures(found))
+    sections = [
+        training.section(material),
+        *routing.sections(material),
+        *tracing.sections(found, overlap, whose),
+        about.samples(material),
+        about.config(material),
+        about.environment(material),
+    ]
+    name = path.resolve().name
+    page = render(f"moex report: {name}", about.summary(material), health, sections)
+    atomic_write(out, page)
+    texts = [f"  {kind}: {t}" for kind, ts in health.groups.items() for t in ts]
+    size = len(page.encode()) / 1e6
+    return "\n".join([f"report: {out} ({size:.1f} MB)", health.headline, *texts])
+
+
+def _traces(path, other_path, markers):
+    """`(analysis, overlap with the other trace, whose trace it is)`; None: no trace."""
+    if path is None:
+        return None, None, ""
+    with Trace.open(path) as trace:
+        found = analyse(trace, markers=markers)
+        whose = f"{path}: of {found.run} at step {found.step:,}"
+        if other_path is None:
+            return found, None, f"{whose}."
+        with Trace.open(other_path) as other:
+            overlap = compare(trace, other)
+            header = other.header
+    return found, overlap, f"{whose}, beside {header.run} at step {header.step:,}."
+
+
+def check(out, trace, compare_trace, markers) -> None:
+    """Check the arguments before anything is read.
+
+    Raises:
+      ConfigError: for a file that is not there, or cannot be written.
+    """
+    if out.suffix != ".html":
+        raise ConfigError(f"--out={out}: must end in .html.")
+    if not out.parent.is_dir() and out.parent != out:
+        raise ConfigError(f"--out={out}: there is no folder {out.parent}.")
+    if compare_trace is not None and trace is None:
+        raise ConfigError("--compare-trace: is beside --trace; give both.")
+    if markers and trace is None:
+        raise ConfigError("--token: is beside --trace; give both.")
+    for flag, file in (("--trace", trace), ("--compare-trace", compare_trace)):
+        if file is not None and not file.exists():
+            raise ConfigError(f"{flag}={file}: no such file; `moex trace` writes it.")

@@ -1,0 +1,196 @@
+"""The checks of `analysis/health.py` on a run: what was found, and what was looked at.
+
+S logged steps · E experts
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from moex.analysis import health
+from moex.analysis.health import Finding
+from moex.config import walk
+from moex.moe.layer import MoE
+from moex.moe.routers.topp import TopP
+from moex.report.material import Material, Routing
+from moex.train.layers import shown
+
+DEVICES = "device_violation"
+# What needs which figure.
+LOOKED_AT = {
+    "load_frac": "dead experts and collapse",
+    "experts_per_token": "saturated routers",
+    "entropy": "router entropy",
+    "dropped_frac": "dropped and lost slots",
+    "logit_norm": "router logits",
+    DEVICES: "balance of devices",
+}
+LINES = 3  # of training that per-layer checks need; else evaluations are looked at
+
+
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """What the checks say.
+
+    Attributes:
+      findings: all of them.
+      checked: what could be looked at.
+      unchecked: what could not, and why.
+    """
+
+    findings: tuple[Finding, ...]
+    checked: tuple[str, ...]
+    unchecked: tuple[str, ...]
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Texts by kind, in order of their first one."""
+        found: dict[str, list[str]] = {}
+        for finding in self.findings:
+            found.setdefault(finding.kind, []).append(finding.text)
+        return found
+
+    @property
+    def headline(self) -> str:
+        """One line for all."""
+        if not self.findings:
+            return "No warnings"
+        return f"Warnings: {', '.join(self.groups)}"
+
+
+def examine(material: Material, traced: Routing | None = None) -> Health:
+    """All checks that a run has figures for.
+
+    Args:
+      material: of the run.
+      traced: figures of a trace, for a run that logged none of its own.
+    """
+    checked: list[str] = []
+    unchecked: list[str] = []
+    findings = [
+        *_training(material, checked, unchecked),
+        *_layers(material, traced, checked, unchecked),
+    ]
+    return Health(tuple(findings), tuple(checked), tuple(unchecked))
+
+
+def _training(material: Material, checked, unchecked) -> Iterator[Finding]:
+    step_S, nll_S = material.series("train", "nll")
+    if len(step_S) == 0:
+        unchecked.append("training, for no step is logged")
+    else:
+        checked += ["NaN and infinities", "skipped updates", "loss spikes"]
+        checked.append("divergence")
+        yield from _found(
+            *(
+                health.not_finite(f"training {name}", *material.series("train", name))
+                for name in ("nll", "grad_norm")
+            ),
+            health.divergence(step_S, nll_S),
+            health.spikes(step_S, nll_S),
+            health.skipped_updates(*material.series("train", "skipped")),
+        )
+    step_S, nll_S = material.series("eval", "nll")
+    if len(step_S) == 0:
+        unchecked.append("held-out loss, for there is no evaluation")
+        return
+    checked.append("held-out loss")
+    _, tokens_S = material.series("eval", "tokens")
+    yield from _found(health.not_finite("held-out loss", step_S, nll_S))
+    if len(tokens_S) == len(step_S):
+        yield from _found(health.overfitting(step_S, nll_S, tokens_S))
+
+
+def _found(*results: Finding | None) -> Iterator[Finding]:
+    yield from (result for result in results if result is not None)
+
+
+def judged(material: Material) -> tuple[str, Routing] | None:
+    """`(kind, figures)` that layers are judged by: of training, if there are some."""
+    train, held = (material.routing.get(kind) for kind in ("train", "eval"))
+    if train is not None and (held is None or len(train.step_S) >= LINES):
+        return "train", train
+    return None if held is None else ("eval", held)
+
+
+def _layers(material: Material, traced, checked, unchecked) -> Iterator[Finding]:
+    found = judged(material)
+    if found is None and traced is None:
+        unchecked.append("routing, for there is no routing.jsonl, and no trace")
+        return
+    routing = traced if found is None else found[1]
+    names = {name for figures in routing.layers.values() for name in figures}
+    dynamic = most_experts(material.cfg.model)
+    for name, what in LOOKED_AT.items():
+        if name in names:
+            if name != "experts_per_token" or dynamic:
+                checked.append(what)
+        else:
+            split = name != DEVICES or traced is routing
+            why = f"{name} is not logged" if split else "experts lie on one device"
+            unchecked.append(f"{what}, for {why}")
+    by_check: list[list[Finding]] = []
+    for label, figures in routing.layers.items():
+        most = dynamic.get(int(label.partition(".")[0]))
+        for i, result in enumerate(_layer(label, routing.step_S, figures, most)):
+            if len(by_check) == i:
+                by_check.append([])
+            by_check[i] += _found(result)
+    yield from (finding for findings in by_check for finding in findings)
+
+
+def _layer(label, step_S, figures, most) -> Iterator[Finding | None]:
+    """The checks of one layer, always as many and in the same order."""
+    where = f"layer {shown(label)}"
+    load = figures.get("load_frac")
+    load = None if load is None else _complete(load)
+    if load is None:
+        yield from (None, None)
+    else:
+        rows, load_SE = load
+        yield health.dead_experts(where, step_S[rows], load_SE)
+        yield health.collapse(where, load_SE)
+
+    def of(check, *names, **more):
+        series = [figures.get(name) for name in names]
+        have = series[0] is not None and np.isfinite(series[0]).any()
+        if not have:
+            return None
+        good = np.isfinite(series[0])
+        return check(where, *(s if s is None else s[good] for s in series), **more)
+
+    experts = 0 if load is None else load[1].shape[1]
+    yield of(health.saturated, "experts_per_token", most=most or 0)
+    yield of(health.entropy_collapse, "entropy", num_experts=experts)
+    yield of(health.growing_logits, "logit_norm", num_experts=max(experts, 1))
+    yield of(health.lost_slots, "dropped_frac", "lost_frac")
+    zero = figures.get("zero_frac")
+    meant = zero is not None and np.nanmax(zero) > 0
+    yield None if meant else of(health.unrouted, "unrouted_frac")
+    yield of(health.uneven_devices, DEVICES)
+
+
+def _complete(load_SE) -> tuple[np.ndarray, np.ndarray] | None:
+    """Lines with any slots at all, and their shares, which sum to 1."""
+    rows = np.isfinite(load_SE).all(axis=1) & (np.nansum(load_SE, axis=1) > 0.5)
+    return (rows, load_SE[rows]) if rows.any() else None
+
+
+def most_experts(model) -> dict[int, int]:
+    """By number of a layer with a top-p router: the most experts that a token can have.
+
+    Args:
+      model: `LM` config.
+    """
+    found: dict[int, int] = {}
+    number = 0
+    for segment in model.layers:
+        for _ in range(segment.repeat):
+            for ffn in segment.pattern:
+                for _, node in walk(ffn, ""):
+                    if isinstance(node, MoE) and isinstance(node.router, TopP):
+                        choices = node.num_choices()
+                        found[number] = min(node.router.k_max or choices, choices)
+                number += 1
+    return found

@@ -1,0 +1,204 @@
+"""Everything that a report is made of, read from a run directory.
+
+S logged steps of one kind, ascending · E experts · ... what a figure has per step
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from moex.accounting import Cost, model_cost
+from moex.analysis.reading import read_lines
+from moex.config import ConfigError
+from moex.params import fill_vocab
+from moex.train.environment import FILE as ENVIRONMENT
+from moex.train.job import load_config
+from moex.train.state import model_spec
+
+MOST_LINES = 2000  # of routing.jsonl that are kept, for each kind
+MOST_BYTES = 2**28  # of their figures
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Per-layer figures of logged steps of one kind.
+
+    Attributes:
+      step_S: int64[S].
+      layers: by label ("003", or "003.1" for the first round of a chain) and name of
+        the figure: float32[S, ...], NaN where a line does not have it.
+      read, there: lines that are here, and in the file.
+    """
+
+    step_S: np.ndarray
+    layers: dict[str, dict[str, np.ndarray]]
+    read: int
+    there: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """A run directory as it was when it was read.
+
+    Attributes:
+      path: as it was given.
+      cfg: the resolved run config.
+      cost: parameters and FLOPs; None if the config leaves the vocabulary open.
+      lines: of metrics.jsonl, by kind and by step, ascending; resumed steps once.
+      routing: by kind, "train" and "eval", those that were logged.
+      environment: one entry per start of the run.
+    """
+
+    path: pathlib.Path
+    cfg: Any
+    cost: Cost | None
+    lines: dict[str, dict[int, dict]]
+    routing: dict[str, Routing]
+    environment: list[dict]
+
+    def series(self, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """`(step_S, float64[S])` of a figure in the lines of a kind that have it."""
+        have = {s: line for s, line in self.lines.get(kind, {}).items() if name in line}
+        values = [line[name] for line in have.values()]
+        return np.array(list(have), dtype=int), np.array(values, dtype=float)
+
+    @property
+    def step(self) -> int:
+        """The last step that anything was logged of."""
+        return max((s for lines in self.lines.values() for s in lines), default=0)
+
+
+def read(path: pathlib.Path) -> Material:
+    """The material of a run directory, also of one that was never trained.
+
+    Raises:
+      ConfigError: if it is no run directory, or a file of it is damaged.
+    """
+    cfg = load_config(path)
+    lines: dict[str, dict[int, dict]] = {}
+    log = path / "metrics.jsonl"
+    for line in read_lines(log) if log.is_file() else ():
+        lines.setdefault(line["kind"], {})[line["step"]] = line
+    return Material(
+        path=path,
+        cfg=cfg,
+        cost=_cost(cfg),
+        lines={kind: dict(sorted(found.items())) for kind, found in lines.items()},
+        routing=read_routing(path / "routing.jsonl"),
+        environment=_environment(path / ENVIRONMENT),
+    )
+
+
+def _cost(cfg) -> Cost | None:
+    try:
+        fill_vocab(cfg)
+    except ConfigError:
+        return None
+    return model_cost(cfg.model, model_spec(cfg.model), cfg.seq_len)
+
+
+def _environment(file: pathlib.Path) -> list[dict]:
+    if not file.is_file():
+        return []
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as e:
+        raise ConfigError(f"{file}: is not JSON: {e}") from None
+
+
+def read_routing(file: pathlib.Path) -> dict[str, Routing]:
+    """The figures of a routing.jsonl by kind; none if there is no such file.
+
+    Of a long file evenly spaced lines are kept, the last one among them, so that memory
+    and time have a bound.
+
+    Raises:
+      ConfigError: if a line other than the last one is damaged.
+    """
+    if not file.is_file():
+        return {}
+    places: dict[str, dict[int, tuple[int, int]]] = {}
+    widest = 1
+    with file.open("rb") as opened:
+        start, number = 0, 0
+        for number, raw in enumerate(opened, 1):
+            if raw.endswith(b"\n"):  # else it is being written
+                kind, step = _head(file, number, raw)
+                places.setdefault(kind, {})[step] = (start, number)
+                widest = max(widest, len(raw))
+            start += len(raw)
+        most = max(2, min(MOST_LINES, MOST_BYTES // widest))
+        return {
+            kind: _read_kind(file, opened, dict(sorted(found.items())), most)
+            for kind, found in places.items()
+        }
+
+
+def _head(file, number: int, raw: bytes) -> tuple[str, int]:
+    """Kind and step of a line, without parsing all of it."""
+    end = raw.find(b'"layers"')
+    text = raw[:end].rstrip().rstrip(b",") + b"}" if end > 0 else raw
+    try:
+        line = json.loads(text)
+        return line["kind"], line["step"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise ConfigError(
+            f"{file}: line {number} is not one of routing figures."
+        ) from None
+
+
+def _read_kind(file, opened, places: dict, most: int) -> Routing:
+    there = len(places)
+    chosen = np.unique(np.linspace(0, there - 1, min(there, most)).round().astype(int))
+    steps = list(places)
+    read = []
+    for i in chosen:
+        start, number = places[steps[i]]
+        opened.seek(start)
+        try:
+            layers = json.loads(opened.readline())["layers"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError):
+            raise ConfigError(
+                f"{file}: line {number} is not one of routing figures."
+            ) from None
+        read.append(
+            {
+                label: {n: np.asarray(v, dtype=np.float32) for n, v in figures.items()}
+                for label, figures in layers.items()
+            }
+        )
+    labels = {label for line in read for label in line}
+    for label in labels:
+        if not label.replace(".", "", 1).isdecimal():
+            raise ConfigError(
+                f"{file}: {label!r} is no layer, such as '003' or '003.1'."
+            )
+    return Routing(
+        step_S=np.array([steps[i] for i in chosen]),
+        layers={
+            label: _stack([line.get(label, {}) for line in read])
+            for label in sorted(labels, key=_place)
+        },
+        read=len(chosen),
+        there=there,
+    )
+
+
+def _place(label: str) -> list[int]:
+    return [int(part) for part in label.split(".")]
+
+
+def _stack(lines: list[dict]) -> dict[str, np.ndarray]:
+    """Figures of one layer over lines, NaN where a line has none, or another shape."""
+    shapes = {n: v.shape for line in lines for n, v in line.items()}
+    found = {}
+    for name, shape in shapes.items():
+        rows = np.full((len(lines), *shape), np.nan, dtype=np.float32)
+        for i, line in enumerate(lines):
+            if name in line and line[name].shape == shape:
+                rows[i] = line[name]
+        found[name] = rows
+    return found

@@ -1,0 +1,184 @@
+"""A page of HTML out of sections: plots, tables, notes; one file that needs no other.
+
+Every text is escaped here, by Jinja; plots come as plotly figures, whose labels were
+escaped by `label`, for plotly reads them as markup.
+"""
+
+import dataclasses
+import html
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import markupsafe
+
+PLOT = {
+    "displaylogo": False,
+    "responsive": True,
+    "displayModeBar": "hover",
+    "modeBarButtons": [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
+}
+MARGIN = {"l": 70, "r": 30, "t": 60, "b": 50}
+WHITE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}  # as they are shown in tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """A line of text."""
+
+    text: str
+    kind: str = "note"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verbatim:
+    """Text with its line breaks, closed if it has a title."""
+
+    text: str
+    title: str = ""
+    kind: str = "verbatim"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of text; the first column is text too, numbers are right-aligned.
+
+    Attributes:
+      head: names of the columns.
+      rows: cells; a number is a str already.
+      caption: what the table shows.
+      words: indices of the columns that hold words, not numbers.
+      title: of a table that is closed until somebody opens it.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    words: Sequence[int] = (0,)
+    title: str = ""
+    kind: str = "table"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A plotly figure and what it shows."""
+
+    figure: Any
+    caption: str = ""
+    kind: str = "plot"
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Small plots beside each other."""
+
+    plots: Sequence[Plot]
+    kind: str = "grid"
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+      title: also of its entry in the table of contents.
+      parts: what it shows, in order.
+      about: what it is and how to read it.
+    """
+
+    title: str
+    parts: Sequence[Any]
+    about: str = ""
+
+    @property
+    def anchor(self) -> str:
+        return "".join(c if c.isalnum() else "-" for c in self.title.lower())
+
+
+def label(text: str, most: int = 40) -> str:
+    """Text of a corpus as a plotly label: shortened, nothing in it is markup."""
+    return html.escape(token(text, most))
+
+
+def token(text: str, most: int = 40) -> str:
+    """Text of a corpus on one line, with its white space visible, and shortened."""
+    runs = [(char, len(list(run))) for char, run in itertools.groupby(text[: 4 * most])]
+    parts = [
+        f"{_visible(c)}×{count}" if c in WHITE and count > 2 else _visible(c) * count
+        for c, count in runs
+    ]
+    shown = "".join(parts)
+    whole = len(shown) <= most and len(text) <= 4 * most
+    return shown if whole else shown[:most] + "…"
+
+
+def _visible(char: str) -> str:
+    if char in WHITE:
+        return WHITE[char]
+    return char if char.isprintable() else f"\\u{ord(char):04x}"
+
+
+def style(figure, *, height: int, title: str = "") -> Any:
+    """A figure in the look of the page."""
+    figure.update_layout(
+        template="plotly_white",
+        height=height,
+        margin=MARGIN,
+        title={
+            "text": title,
+            "x": 0,
+            "y": 0.98,
+            "yanchor": "top",
+            "font": {"size": 14},
+        },
+        font={"size": 12},
+        hovermode="closest",
+    )
+    return figure
+
+
+class _Plots:
+    """Figures as markup with ids in order, so that equal runs make equal pages."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, figure) -> markupsafe.Markup:
+        # Plotly writes <, > and / of its JSON as escapes, so no text ends the script.
+        text = figure.to_html(
+            config=PLOT,
+            include_plotlyjs=False,
+            full_html=False,
+            div_id=f"plot-{self.count}",
+        )
+        self.count += 1
+        return markupsafe.Markup(text)
+
+
+def render(title: str, about: Sequence[str], findings, sections) -> str:
+    """The page.
+
+    Args:
+      title: of the page.
+      about: lines of summary.
+      findings: a `Health` (see `health.py`).
+      sections: in order.
+    """
+    from plotly.offline import get_plotlyjs
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("moex.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(
+        title=title,
+        about=about,
+        findings=findings,
+        sections=sections,
+        plot=_Plots(),
+        plotlyjs=markupsafe.Markup(get_plotlyjs()),
+    )

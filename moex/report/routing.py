@@ -1,0 +1,271 @@
+"""How tokens were routed over training: what routing.jsonl holds.
+
+S logged steps · E experts · R layers, and rounds of chains ·
+K experts per token
+"""
+
+import numpy as np
+
+from moex.report import maps, thin
+from moex.report.health import judged
+from moex.report.material import Material, Routing
+from moex.report.page import Grid, Note, Plot, Section, Table, style
+from moex.train.layers import shown
+
+# Numbers of all frames, and of all curves, of a page; four bytes each.
+FRAME_NUMBERS, MOST_FRAMES = 400_000, 40
+HISTORY_NUMBERS, MOST_STEPS = 400_000, 200
+CURVE_NUMBERS, MOST_POINTS = 150_000, 300
+MOST_SLOTS = 32  # the last, open bin of slots_hist
+LEGEND = 12  # layers; more are told by a colour bar
+LIGHTEST = 0.9  # of the colour scale of layers: the rest is too faint
+# Figures of layers: name, title, unit.
+FIGURES = (
+    ("max_violation", "Max violation", "max load / mean load − 1"),
+    ("effective_frac", "Effective experts", "exp(entropy of load) / experts"),
+    ("dead_frac", "Dead experts", "share of experts"),
+    ("entropy", "Router entropy", "nats per token"),
+    ("confidence", "Router confidence", "largest probability"),
+    ("experts_per_token", "Experts per token", "mean number"),
+    ("experts_per_token_std", "Experts per token, deviation", "over tokens"),
+    ("dropped_frac", "Dropped slots", "share of slots"),
+    ("unrouted_frac", "Tokens without an expert", "share of tokens"),
+    ("zero_frac", "Zero-computation slots", "share of slots"),
+    ("logit_norm", "Router logits", "L2 norm, RMS over tokens"),
+    ("output_norm", "Expert output", "L2 norm, RMS over tokens"),
+    ("device_violation", "Balance of devices", "max load / mean load − 1"),
+    ("load_balance", "Load-balance loss", "before its coefficient"),
+    ("router_z", "Router z-loss", "before its coefficient"),
+)
+CONSTANT = (
+    *("dropped_frac", "zero_frac", "unrouted_frac", "dead_frac"),
+    "experts_per_token_std",
+)
+
+
+def sections(material: Material) -> list[Section]:
+    """Load of the experts, and figures of the layers."""
+    found = judged(material)
+    title = "Expert load"
+    if found is None:
+        text = "No data: the run has no routing.jsonl with lines of logged steps."
+        return [Section(title, [Note(text)])]
+    kind, routing = found
+    what = "training" if kind == "train" else "evaluation"
+    about = (
+        f"Load of an expert: its share of the slots of a layer over the share of "
+        f"balanced load. 1 is balanced, 0 dead. From {what} steps"
+        + _thinned(routing)
+        + "."
+    )
+    rows = list(routing.layers)
+    load = [
+        Plot(
+            load_maps(routing),
+            "The slider moves through training; rounds of a chain are rows of their "
+            "own (3.1, 3.2).",
+        ),
+        Plot(
+            load_histories(routing),
+            "One layer through training, at first the least balanced one.",
+        ),
+    ]
+    grid = [plot for figure in FIGURES if (plot := curves(routing, *figure))]
+    flat = [
+        title
+        for name, title, _ in FIGURES
+        if name in CONSTANT and not _moves(routing, name)
+    ]
+    figures: list = [Grid(tuple(grid))] if grid else []
+    if flat:
+        figures.append(Note(f"Zero in all layers at all steps: {', '.join(flat)}."))
+    if plot := slots(routing):
+        figures.append(plot)
+    figures.append(table(routing))
+    return [
+        Section(title, load, about),
+        Section(
+            "Layers",
+            figures,
+            f"One curve for each of {len(rows)} layers and rounds, coloured from the "
+            "first (dark) to the last (light).",
+        ),
+    ]
+
+
+def _thinned(routing: Routing) -> str:
+    if routing.read == routing.there:
+        return ""
+    return f" ({routing.read:,} evenly spaced ones of {routing.there:,})"
+
+
+def ratios(routing: Routing) -> list[np.ndarray]:
+    """Load over balanced load of every layer, float32[S, E]."""
+    return [
+        figures["load_frac"] * figures["load_frac"].shape[1]
+        for figures in routing.layers.values()
+        if "load_frac" in figures
+    ]
+
+
+def _labels(routing: Routing, name: str) -> list[str]:
+    return [shown(r) for r, figures in routing.layers.items() if name in figures]
+
+
+def load_maps(routing: Routing):
+    """Layers x experts at some steps."""
+    load, labels = ratios(routing), _labels(routing, "load_frac")
+    width = max(each.shape[1] for each in load)
+    frames = FRAME_NUMBERS // (len(load) * width)
+    chosen = thin.spaced(len(routing.step_S), max(3, min(MOST_FRAMES, frames)))
+    found = []
+    for s in chosen:
+        z_RE = np.full((len(load), width), np.nan, dtype=np.float32)
+        for row, ratio_SE in zip(z_RE, load, strict=True):
+            row[: ratio_SE.shape[1]] = ratio_SE[s]
+        found.append(maps.Map(str(routing.step_S[s]), z_RE, labels))
+    return maps.sliding(
+        found,
+        maps.LOAD,
+        title="Load by layer and expert",
+        axes=("layer", "expert"),
+        slider="step ",
+        told="layer {row}, expert {column}: {value} x balanced",
+        active=len(found) - 1,
+    )
+
+
+def load_histories(routing: Routing):
+    """Experts x steps of each layer; at first the one with the fullest expert."""
+    load, labels = ratios(routing), _labels(routing, "load_frac")
+    most = HISTORY_NUMBERS // sum(each.shape[1] for each in load)
+    chosen = thin.spaced(len(routing.step_S), max(10, min(MOST_STEPS, most)))
+    steps = [int(step) for step in routing.step_S[chosen]]
+    return maps.sliding(
+        [
+            maps.Map(label, ratio_SE[chosen].T, columns=steps)
+            for label, ratio_SE in zip(labels, load, strict=True)
+        ],
+        maps.LOAD,
+        title="Load by expert and step",
+        axes=("expert", "optimizer step"),
+        slider="layer ",
+        told="step {column}, expert {row}: {value} x balanced",
+        active=int(np.argmax([np.nan_to_num(each[-1]).max() for each in load])),
+        gap=0,
+    )
+
+
+def _moves(routing: Routing, name: str) -> bool:
+    values = [f[name] for f in routing.layers.values() if name in f]
+    return any(np.nanmax(np.abs(value_S), initial=0) > 0 for value_S in values)
+
+
+def curves(routing: Routing, name: str, title: str, unit: str) -> Plot | None:
+    """A figure of all layers over steps; None if it was not logged, or is always 0."""
+    from plotly.colors import sample_colorscale
+    from plotly.graph_objects import Figure
+
+    layers = {
+        label: figures[name]
+        for label, figures in routing.layers.items()
+        if name in figures and figures[name].ndim == 1
+    }
+    if not layers or (name in CONSTANT and not _moves(routing, name)):
+        return None
+    most = CURVE_NUMBERS // (len(FIGURES) * len(layers))
+    chosen = thin.spaced(len(routing.step_S), max(20, min(MOST_POINTS, most)))
+    steps = routing.step_S[chosen].astype(np.int32)
+    places = np.linspace(0, LIGHTEST, len(layers)) if len(layers) > 1 else [0.3]
+    colours = sample_colorscale("Viridis", list(places))
+    figure = Figure()
+    for (label, value_S), colour in zip(layers.items(), colours, strict=True):
+        figure.add_scatter(
+            x=steps,
+            y=value_S[chosen],
+            name=shown(label),
+            mode="lines" if len(steps) > 1 else "markers",
+            line={"color": colour, "width": 1.3},
+            hovertemplate=f"layer {shown(label)}, step %{{x}}: %{{y:.4g}}"
+            "<extra></extra>",
+        )
+    if len(layers) > LEGEND:
+        _depth_bar(figure, list(layers))
+    style(figure, height=300, title=title)
+    figure.update_xaxes(title_text="optimizer step", rangemode="tozero")
+    figure.update_yaxes(title_text=unit)
+    figure.update_layout(
+        showlegend=1 < len(layers) <= LEGEND,
+        legend={"title": {"text": "layer"}, "font": {"size": 10}},
+    )
+    return Plot(figure)
+
+
+def _depth_bar(figure, labels: list[str]) -> None:
+    """A colour bar of the layers, carried by a trace without points."""
+    ends = thin.spaced(len(labels), 5)
+    figure.add_scatter(
+        x=[None],
+        y=[None],
+        mode="markers",
+        marker={
+            "color": [0],
+            "cmin": 0,
+            "cmax": (len(labels) - 1) / LIGHTEST,
+            "colorscale": "Viridis",
+            "showscale": True,
+            "colorbar": {
+                "title": {"text": "layer"},
+                "tickvals": ends,
+                "ticktext": [shown(labels[i]) for i in ends],
+                "thickness": 12,
+            },
+        },
+    )
+
+
+def slots(routing: Routing) -> Plot | None:
+    """Distribution of experts per token at the last step; None if all have as many."""
+    have = {r: f["slots_hist"] for r, f in routing.layers.items() if "slots_hist" in f}
+    if not have:
+        return None
+    width = max(each.shape[1] for each in have.values())
+    z_RK = np.full((len(have), width), np.nan, dtype=np.float32)
+    for row, hist_SK in zip(z_RK, have.values(), strict=True):
+        row[: hist_SK.shape[1]] = hist_SK[-1]
+    if np.all(np.sum(np.nan_to_num(z_RK) > 0, axis=1) <= 1):
+        return None
+    figure = maps.sliding(
+        [maps.Map("", z_RK, [shown(label) for label in have])],
+        maps.share("share of<br>tokens"),
+        title=f"Experts per token at step {routing.step_S[-1]}",
+        axes=("layer", "experts of a token"),
+        slider="",
+        told="layer {row}: {column} experts for {value} of the tokens",
+    )
+    text = "Share of the tokens of a layer that have so many experts, or more in column"
+    return Plot(figure, f"{text} {MOST_SLOTS}.")
+
+
+def table(routing: Routing) -> Table:
+    """Figures of all layers at the last logged step."""
+    there = [
+        (name, title)
+        for name, title, _ in FIGURES
+        if any(name in figures for figures in routing.layers.values())
+        and (name not in CONSTANT or _moves(routing, name))
+    ]
+    rows = []
+    for label, figures in routing.layers.items():
+        load_SE = figures.get("load_frac")
+        experts = "" if load_SE is None else str(load_SE.shape[1])
+        cells = [
+            f"{float(figures[name][-1]):.4g}" if name in figures else "–"
+            for name, _ in there
+        ]
+        rows.append((shown(label), experts, *cells))
+    return Table(
+        ("layer", "experts", *(title.lower() for _, title in there)),
+        rows,
+        f"All layers at step {routing.step_S[-1]}, but for what is zero everywhere.",
+    )

@@ -1,0 +1,57 @@
+"""The sections of a trace, in the order of the page."""
+
+import numpy as np
+
+from moex.analysis import statistics as stats
+from moex.analysis.summary import Analysis
+from moex.report import kinds, pairs, wanted
+from moex.report.material import Routing
+from moex.report.page import Note, Section
+from moex.report.tokens import section as tokens
+
+NO_TRACE = "No data: give --trace=FILE, which `moex trace` writes."
+TITLES = (
+    *("Trace", "Domains", "Positions", "Tokens", "Experts per token"),
+    *("Co-activation", "Affinity", "Chain", "Saturation", "Scores", "Markers"),
+)
+
+
+def sections(found: Analysis | None, overlap: dict | None, about: str) -> list[Section]:
+    """The sections of a trace.
+
+    Args:
+      found: what `analyse` found; None: there is no trace.
+      overlap: of `summary.compare` with another trace; None: there is none.
+      about: whose trace it is, and of which data.
+    """
+    if found is None:
+        return [
+            Section("Trace", [Note(NO_TRACE)], f"With one: {', '.join(TITLES[1:])}.")
+        ]
+    return [
+        kinds.load(found, about),
+        kinds.domains(found),
+        kinds.positions(found),
+        tokens(found),
+        kinds.sizes(found),
+        pairs.coactivation(found),
+        pairs.affinity(found),
+        pairs.chain(found),
+        pairs.saturation(found, overlap),
+        wanted.scores(found),
+        wanted.markers(found),
+    ]
+
+
+def figures(found: Analysis) -> Routing:
+    """Of a trace, what routing.jsonl has of a logged step: for the checks of layers."""
+    layers = {
+        name: {
+            "load_frac": stats.share(layer.load_E).astype(np.float32)[None],
+            "experts_per_token": np.array(
+                [stats.size_figures(layer.size_DK.sum(axis=0))["mean"]], np.float32
+            ),
+        }
+        for name, layer in found.layers.items()
+    }
+    return Routing(step_S=np.array([found.step]), layers=layers, read=1, there=1)

@@ -1,0 +1,167 @@
+"""Curves of training: what metrics.jsonl holds."""
+
+import dataclasses
+import html
+from collections.abc import Sequence
+
+import numpy as np
+
+from moex.analysis.plotting import COLOURS
+from moex.report import thin
+from moex.report.material import Material
+from moex.report.page import Grid, Note, Plot, Section, style
+
+STEP = "optimizer step"
+# Figures that are shown beside parts of them, or beside those of evaluations.
+PLAIN = {"nll": "loss", "bits_per_byte": "bits", "grad_norm": "all"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One plot: figures of training lines, and of evaluations, over steps.
+
+    Attributes:
+      title: of the plot.
+      unit: of its vertical axis.
+      names: of figures; one that ends with "*" is a prefix.
+      kinds: of lines.
+      log: whether the vertical axis is logarithmic.
+      scale: what values are multiplied with.
+      missing: why there may be no data.
+    """
+
+    title: str
+    unit: str
+    names: Sequence[str]
+    kinds: Sequence[str] = ("train",)
+    log: bool = False
+    scale: float = 1.0
+    missing: str = "not logged"
+
+
+PANELS = (
+    Panel("Loss", "nats per token", ("nll",), ("train", "eval")),
+    Panel("Bits per byte", "bits per byte", ("bits_per_byte",), ("train", "eval")),
+    Panel(
+        "Loss by data domain",
+        "nats per token",
+        ("nll/*",),
+        ("train", "eval"),
+        missing="the data has one domain, or nothing is logged",
+    ),
+    Panel("Gradient norm", "L2 norm", ("grad_norm", "grad_norm/*"), log=True),
+    Panel("Learning rate", "learning rate", ("lr",)),
+    Panel("Throughput", "tokens per second", ("perf/tokens_per_s",)),
+    Panel(
+        "Model FLOPs utilisation",
+        "% of the devices' peak",
+        ("perf/mfu",),
+        scale=100.0,
+        missing="the device's peak is not known, or nothing is logged",
+    ),
+    Panel("Time of a step", "seconds", ("perf/*_s",)),
+    Panel("Memory, peak", "GiB", ("perf/memory_gib",)),
+    Panel(
+        "Losses beside cross-entropy, weighted",
+        "nats per token",
+        ("loss/*",),
+        missing="all coefficients are 0, or nothing is logged",
+    ),
+    Panel(
+        "Losses of the router before their coefficients, mean of layers",
+        "each in its own unit",
+        tuple(
+            f"moe/{name}"
+            for name in ("load_balance", "sequence_balance", "router_z", "importance")
+        ),
+        log=True,
+        missing="no layer is routed, or nothing is logged",
+    ),
+)
+
+
+def section(material: Material) -> Section:
+    """Plots of all that was logged, and a line for what was not."""
+    plots, missing = [], []
+    for panel in PANELS:
+        plot = _plot(panel, material)
+        if plot is None:
+            missing.append(f"{panel.title} ({panel.missing})")
+        else:
+            plots.append(plot)
+    parts: list = [Grid(tuple(plots))] if plots else []
+    if missing:
+        parts.append(Note(f"No data: {'; '.join(missing)}."))
+    about = (
+        f"Lines are training steps, dots evaluations of held-out data. Of more than "
+        f"{thin.POINTS:,} points a curve keeps the lowest and highest of equal "
+        "stretches, so no spike is lost."
+    )
+    return Section("Training", parts, about)
+
+
+def _plot(panel: Panel, material: Material) -> Plot | None:
+    from plotly.graph_objects import Figure
+
+    figure = Figure()
+    found = [
+        (kind, name) for kind in panel.kinds for name in _names(panel, kind, material)
+    ]
+    colours: dict[str, str] = {}
+    lowest, highest = [], []  # of positive values
+    for kind, name in found:
+        step_S, value_S = material.series(kind, name)
+        step_S, value_S = thin.curve(step_S, value_S)
+        held = kind == "eval"
+        positive = value_S[(value_S > 0) & np.isfinite(value_S)]
+        if len(positive):
+            lowest.append(positive.min())
+            highest.append(positive.max())
+        colour = colours.setdefault(name, COLOURS[len(colours) % len(COLOURS)])
+        figure.add_scatter(
+            x=step_S,
+            y=(value_S * panel.scale).astype(np.float32),
+            name=html.escape(_title(name) + (", held out" if held else "")),
+            mode="lines+markers" if held or len(step_S) == 1 else "lines",
+            line={"color": colour, "width": 1 if held else 1.6}
+            | ({"dash": "dot"} if held else {}),
+            marker={"size": 7, "color": colour},
+            hovertemplate="step %{x}: %{y:.5g}",
+        )
+    if not found:
+        return None
+    style(figure, height=300, title=panel.title)
+    figure.update_xaxes(title_text=STEP, rangemode="tozero")
+    figure.update_yaxes(title_text=panel.unit)
+    if panel.log:
+        # Decades, or 1, 2 and 5 of few of them.
+        wide = bool(lowest) and max(highest) / min(lowest) > 100
+        figure.update_yaxes(type="log", dtick=1 if wide else "D2")
+    figure.update_layout(
+        showlegend=len(found) > 1,
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
+        | {"font": {"size": 11}},
+    )
+    return Plot(figure)
+
+
+def _title(name: str) -> str:
+    return PLAIN.get(name) or name.partition("/")[2] or name
+
+
+def _names(panel: Panel, kind: str, material: Material) -> list[str]:
+    """Figures of a panel that the lines of a kind have."""
+    lines = material.lines.get(kind, {}).values()
+    there = list(dict.fromkeys(name for line in lines for name in line))
+    found = [name for name in there if any(_fits(name, n) for n in panel.names)]
+    if panel.names == ("nll/*",) and len(found) < 2:
+        return []
+    return found
+
+
+def _fits(name: str, pattern: str) -> bool:
+    start, star, end = pattern.partition("*")
+    if not star:
+        return name == pattern
+    # A rate per second is no number of seconds.
+    return name.startswith(start) and name.endswith(end) and "_per_" not in name

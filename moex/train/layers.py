@@ -1,0 +1,175 @@
+"""Figures of MoE layers by the numbers that people give layers: what logs are made of.
+
+E experts · S bins of a histogram
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moex.config import walk
+from moex.moe.layer import MoE
+
+# What "the worst layer" means, for the figures of which one can be worse than another.
+WORST: dict[str, Callable] = {
+    "max_violation": max,
+    "device_violation": max,
+    "dead_frac": max,
+    "effective_frac": min,
+    "entropy": min,
+    "confidence": max,
+    "experts_per_token": max,
+    "unrouted_frac": max,
+    "dropped_frac": max,
+    "lost_frac": max,
+    "logit_norm": max,
+    "output_norm": max,
+}
+
+
+def by_layer(model, layers: dict, *, expert_devices=1) -> dict[str, dict[str, Any]]:
+    """`{label: {name: value}}` of every MoE layer, in order.
+
+    The label is the absolute layer number, such as "003"; the rounds of a chain are
+    layers of their own, "003.1", "003.2" and so on.
+
+    Args:
+      model: `LM` config, whose segments give the numbers.
+      layers: metrics by module path, each stacked [repeat, ...] or [repeat, C, ...].
+      expert_devices: devices that the experts are split over; with several there is
+        "device_violation" too.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    start = 0
+    for s, segment in enumerate(model.layers):
+        for path, figures in layers.items():
+            parts = path.split("/")
+            if parts[:2] != ["segments", str(s)]:
+                continue
+            place = int(parts[3])
+            chained = np.ndim(figures.get("experts_per_token", 0.0)) == 2
+            arrays = {name: np.asarray(value) for name, value in figures.items()}
+            for r in range(len(next(iter(arrays.values())))):
+                number = start + r * len(segment.pattern) + place
+                own = {name: value[r] for name, value in arrays.items()}
+                rounds = _rounds(f"{number:03d}", own) if chained else {}
+                found |= rounds or {f"{number:03d}": own}
+                if expert_devices > 1:
+                    num_experts = _num_experts(segment.pattern[place])
+                    for label in rounds or [f"{number:03d}"]:
+                        found[label]["device_violation"] = device_violation(
+                            found[label]["load_frac_E"][:num_experts], expert_devices
+                        )
+        start += segment.repeat * len(segment.pattern)
+    return dict(sorted(found.items(), key=lambda row: _order(row[0])))
+
+
+def _rounds(label, figures) -> dict:
+    """The figures of each round of a chain, which have a leading dim [C]."""
+    count = len(figures["experts_per_token"])
+    return {
+        f"{label}.{c + 1}": {name: value[c] for name, value in figures.items()}
+        for c in range(count)
+    }
+
+
+def _order(label: str) -> list[int]:
+    return [int(part) for part in label.split(".")]
+
+
+def _num_experts(feed_forward) -> int:
+    """Experts that compute; those that cost nothing are on every device."""
+    return next(n.num_experts for _, n in walk(feed_forward, "") if isinstance(n, MoE))
+
+
+def device_violation(load_frac_E, num_devices: int) -> float:
+    """Largest load of a device over the mean load - 1; 0 if there is no load.
+
+    Args:
+      load_frac_E: float[E] load of the computing experts, a multiple of the devices;
+        device d holds the d-th run of E / num_devices experts.
+    """
+    load = np.asarray(load_frac_E, np.float64).reshape(num_devices, -1).sum(axis=1)
+    return float(load.max() / load.mean() - 1) if load.any() else 0.0
+
+
+def layer_rows(model, layers: dict, name: str) -> list[tuple[str, Any]]:
+    """`(label, value)` of one figure of every MoE layer, in order; see `by_layer`."""
+    return [(label, own[name]) for label, own in by_layer(model, layers).items()]
+
+
+def shown(label: str) -> str:
+    """A label for people: "3", or "3.1" for the first round of a chain."""
+    number, dot, chain_round = label.partition(".")
+    return f"{int(number)}{dot}{chain_round}"
+
+
+def moe_summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """All MoE layers as one dict: the mean of each figure, the worst, and where.
+
+    Args:
+      rows: from `by_layer`.
+
+    Returns:
+      For each scalar NAME a float "NAME"; for those in `WORST` also "NAME_worst", and
+      the label "NAME_worst_layer". Empty without MoE layers.
+    """
+    out: dict[str, Any] = {}
+    for name in scalar_names(rows):
+        values = {label: float(own[name]) for label, own in rows.items()}
+        out[name] = sum(values.values()) / len(values)
+        if name in WORST:
+            label = WORST[name](values, key=values.__getitem__)
+            out[f"{name}_worst"] = values[label]
+            out[f"{name}_worst_layer"] = label
+    return out
+
+
+def scalar_names(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """The figures that are one number a layer."""
+    first = next(iter(rows.values()), {})
+    return [name for name, value in first.items() if np.ndim(value) == 0]
+
+
+def slot_shares(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Shares of the tokens by their number of computing experts, a mean over layers.
+
+    Few keys whatever the number: "0", "1", "2", "3-4", "5-8", "9-16", "17+".
+
+    Args:
+      rows: from `by_layer`; not empty.
+    """
+    histograms = [np.asarray(own["slots_hist_S"]) for own in rows.values()]
+    total = np.zeros(max(map(len, histograms)))
+    for share_S in histograms:
+        total[: len(share_S)] += share_S / len(rows)
+    shares = {}
+    for name, low, high in SLOT_RANGES:
+        if low < len(total):
+            shares[name] = float(total[low:high].sum())
+    return shares
+
+
+SLOT_RANGES = (
+    *(("0", 0, 1), ("1", 1, 2), ("2", 2, 3), ("3-4", 3, 5), ("5-8", 5, 9)),
+    *(("9-16", 9, 17), ("17+", 17, None)),
+)
+
+
+def routing_record(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What routing.jsonl has of each layer: plain numbers of 6 significant digits.
+
+    Names lose their shapes: "load_frac_E" becomes "load_frac", a list.
+    """
+    return {
+        label: {re.sub(r"_[A-Z]$", "", k): _plain(v) for k, v in own.items()}
+        for label, own in rows.items()
+    }
+
+
+def _plain(value) -> float | list:
+    if np.ndim(value) == 0:
+        return float(f"{float(value):.6g}")
+    return [float(f"{v:.6g}") for v in np.asarray(value).tolist()]

@@ -1,0 +1,198 @@
+"""What TensorBoard shows of a run: charts in their order, series, histograms, heat map.
+
+Brief: means over the MoE layers and the worst layer, so the number of series depends on
+neither experts nor layers. Detailed: every figure of every layer and chain round too.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from moex.config import walk
+from moex.moe.layer import MoE
+from moex.train.layers import scalar_names, shown, slot_shares
+
+# Charts of figures that exist per layer; each shows the mean and the worst.
+MOE_CHARTS = {
+    "MoE: balance": {
+        "max violation (0 is balanced)": "max_violation",
+        "dead experts, share": "dead_frac",
+        "effective experts, exp(H) / E (1 is balanced)": "effective_frac",
+        "device violation (0 is balanced)": "device_violation",
+        "dropped slots, share": "dropped_frac",
+        "slots lost on their way, share": "lost_frac",
+    },
+    "MoE: routers": {
+        "router entropy, nats": "entropy",
+        "confidence (largest probability)": "confidence",
+        "length of the router logits": "logit_norm",
+        "length of what the experts add": "output_norm",
+        "load-balance loss": "load_balance",
+        "load-balance loss by sequence": "sequence_balance",
+        "router z-loss": "router_z",
+        "importance loss": "importance",
+    },
+    "MoE: experts per token": {
+        "experts per token": "experts_per_token",
+        "experts per token, deviation over tokens": "experts_per_token_std",
+        "tokens without a computing expert, share": "unrouted_frac",
+        "zero-computation slots, share": "zero_frac",
+    },
+}
+CHARTS = {
+    "training": {
+        "loss, nats per token": ("train/nll$", "eval/nll$"),
+        "loss by domain, nats per token": ("train/nll/.*", "eval/nll/.*"),
+        "weighted losses": ("loss/.*",),
+        "bits per byte": ("train/bits_per_byte$", "eval/bits_per_byte$"),
+        "gradient norm": ("train/grad_norm$",),
+        "gradient norm by group of parameters": ("train/grad_norm/.*",),
+        "learning rate": ("train/lr$",),
+        "skipped updates": ("train/skipped$",),
+    },
+    "speed": {
+        "tokens per second": ("perf/tokens_per_s$",),
+        "model FLOPs utilisation": ("perf/mfu$",),
+        "seconds of a step": ("perf/(step|data|dispatch|wait|other)_s$",),
+        "memory, GiB": ("perf/memory_gib$",),
+    },
+}
+
+
+def layout(cfg, num_domains: int) -> dict:
+    """The custom layout of a run: the charts that it has figures for, MoE first.
+
+    Args:
+      cfg: run config.
+      num_domains: sources of the data.
+    """
+    pages: dict[str, dict[str, list]] = {}
+    if any(isinstance(node, MoE) for _, node in walk(cfg.model, "")):
+        detailed = cfg.log.detail == "detailed"
+        for page, charts in MOE_CHARTS.items():
+            pages[page] = {
+                title: _chart(f"moe/{name}(_worst)?$", *[f"moe/{name}/.*"] * detailed)
+                for title, name in charts.items()
+                if name != "device_violation" or cfg.mesh.expert > 1
+            }
+        pages["MoE: balance"]["which layer is worst"] = _chart("moe/.*_worst_layer$")
+        shares = _chart("moe/slots_share/.*")
+        pages["MoE: experts per token"]["tokens by number of experts, share"] = shares
+    for page, others in CHARTS.items():
+        pages[page] = {
+            title: _chart(*tags)
+            for title, tags in others.items()
+            if num_domains > 1 or "domain" not in title
+        }
+    return pages
+
+
+def _chart(*tags: str) -> list:
+    """TensorBoard takes the series whose tag a pattern matches from its beginning."""
+    return ["Multiline", list(tags)]
+
+
+class Board:
+    """Writes figures as series; `write` of a tensorboardX `SummaryWriter`."""
+
+    def __init__(self, writer, detail: str):
+        self.writer = writer
+        self.detailed = detail == "detailed"
+
+    def values(self, kind: str, step: int, values: dict) -> None:
+        """One scalar per number of a line of metrics.jsonl."""
+        for name, value in values.items():
+            if name.endswith("_worst_layer"):
+                value = int(value.split(".")[0])  # the number, whatever the round
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(_tag(kind, name), value, step)
+
+    def layers(self, step: int, rows: dict[str, dict[str, Any]], *, image) -> None:
+        """Series and histograms of MoE layers, and the heat map if `image`.
+
+        Args:
+          step: optimizer step.
+          rows: from `layers.by_layer`; not empty.
+          image: whether to draw the heat map too.
+        """
+        for name, share in slot_shares(rows).items():
+            self.writer.add_scalar(f"moe/slots_share/{name}", share, step)
+        loads = {k: relative_load(own["load_frac_E"]) for k, own in rows.items()}
+        self._histogram("moe/load", np.concatenate(list(loads.values())), step)
+        if self.detailed:
+            for label, own in rows.items():
+                for name in scalar_names(rows):
+                    value = float(own[name])
+                    self.writer.add_scalar(f"moe/{name}/layer_{label}", value, step)
+                self._histogram(f"moe/load/layer_{label}", loads[label], step)
+                self._slots(f"moe/slots/layer_{label}", own["slots_hist_S"], step)
+        if image:
+            self.writer.add_figure("moe/expert_load", load_figure(loads, step), step)
+
+    def _histogram(self, tag: str, load_E, step: int) -> None:
+        """A histogram of load / mean; the first bucket holds dead experts alone."""
+        where = np.searchsorted(LOAD_LIMITS, load_E, side="left")
+        counts = np.bincount(where, minlength=len(LOAD_LIMITS))
+        self._raw(tag, load_E, counts, LOAD_LIMITS, step)
+
+    def _slots(self, tag: str, share_S, step: int) -> None:
+        """Shares of the tokens, in percent, by number of experts."""
+        percent = 100 * np.asarray(share_S, np.float64)
+        slots = np.arange(len(percent))
+        self._raw(tag, slots, percent, slots + 0.5, step, weights=percent)
+
+    def _raw(self, tag, values, counts, limits, step, weights=None):
+        weights = np.ones(len(values)) if weights is None else weights
+        used = int(np.max(np.nonzero(counts), initial=0)) + 1
+        self.writer.add_histogram_raw(
+            tag,
+            min=float(np.min(values)),
+            max=float(np.max(values)),
+            num=float(np.sum(weights)),
+            sum=float(np.sum(weights * values)),
+            sum_squares=float(np.sum(weights * np.square(values))),
+            bucket_limits=limits[:used].tolist(),
+            bucket_counts=counts[:used].tolist(),
+            global_step=step,
+        )
+
+
+# Of load / mean: 0 alone, then steps of 0.1 up to 2, then wider ones.
+LOAD_LIMITS = np.array(
+    [*(i / 10 for i in range(21)), 2.5, 3, 4, 6, 8, 12, 16, 32, 64, 128, 1e9]
+)
+
+
+def relative_load(load_frac_E):
+    """float64[E]: load over its mean; 1 is balanced."""
+    return np.asarray(load_frac_E, np.float64) * len(load_frac_E)
+
+
+def _tag(kind: str, name: str) -> str:
+    if name.startswith(("perf/", "moe/", "loss/")):
+        return name
+    return f"{kind}/{name}"
+
+
+def load_figure(loads: dict[str, np.ndarray], step: int):
+    """Heat map layers x experts of load over its mean; 1 is balanced.
+
+    Layers with fewer experts are padded with blanks.
+
+    Args:
+      loads: {label of a layer: float[E] load over its mean}.
+      step: optimizer step, for the title.
+    """
+    from matplotlib.figure import Figure
+
+    width = max(map(len, loads.values()))
+    grid = np.full((len(loads), width), np.nan)
+    for i, load_E in enumerate(loads.values()):
+        grid[i, : len(load_E)] = load_E
+    figure = Figure(figsize=(6, 1.2 + 0.25 * len(loads)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(grid, aspect="auto", cmap="coolwarm", vmin=0, vmax=2)
+    axes.set(xlabel="expert", ylabel="layer", title=f"load / mean, step {step}")
+    axes.set_yticks(range(len(loads)), list(map(shown, loads)))
+    figure.colorbar(image)
+    return figure

@@ -1,0 +1,457 @@
+"""`moex compare` on run directories that are written here, line by line."""
+
+import csv
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+
+from moex import cli
+from moex.accounting import model_cost
+from moex.analysis.compare import estimate, grouped, make_groups
+from moex.analysis.equality import Tolerance, same
+from moex.analysis.plotting import mean_curve, plot_lines
+from moex.analysis.reading import FLOPS, curves, read_run, read_runs
+from moex.moe.routers.topp import TopP
+from moex.train.job import save_config
+from moex.train.state import model_spec
+from tests import runs
+
+K = "model.layers[1].pattern[0].router.k"
+TRAIN = {1: 4.0, 2: 3.0, 4: 2.0}
+EVAL = {2: 3.5, 4: 3.75}
+TOKENS = 128  # of a step
+
+
+def line(kind, step, nll, **more):
+    return {"kind": kind, "step": step, "nll": nll, "bits_per_byte": nll / 2} | more
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("compare")
+
+
+@pytest.fixture
+def write(folder, tmp_path):
+    """`write(name, *overrides)`: a run directory with the lines that are asked for."""
+
+    def write(name, *overrides, train=TRAIN, evals=EVAL, change=None, **more):
+        cfg = runs.config(folder, "model.vocab=257", *overrides)
+        if change is not None:
+            change(cfg)
+        workdir = tmp_path / name
+        workdir.mkdir()
+        save_config(cfg, workdir)
+        timed = {"perf/step_s": 0.5} | more
+        lines = [
+            line("train", step, nll, tokens_seen=step * TOKENS, **timed)
+            for step, nll in train.items()
+        ]
+        lines += [line("eval", step, nll) for step, nll in evals.items()]
+        lines = [line("compile", 0, 0.0), *sorted(lines, key=lambda e: e["step"])]
+        text = "".join(json.dumps(entry) + "\n" for entry in lines)
+        (workdir / "metrics.jsonl").write_text(text)
+        return workdir
+
+    return write
+
+
+@pytest.fixture
+def moex(capsys):
+    """`moex compare` with arguments: what it prints."""
+
+    def moex(*args):
+        capsys.readouterr()
+        cli.main(["compare", *map(str, args)])
+        return capsys.readouterr().out
+
+    return moex
+
+
+@pytest.fixture
+def mistake(capsys):
+    """The one line of an error of `moex compare`."""
+
+    def mistake(*args, code=2):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["compare", *map(str, args)])
+        assert stop.value.code == code
+        err = capsys.readouterr().err
+        assert err.startswith("moex: error: "), err
+        assert err.count("\n") == 1, err
+        return err.removeprefix("moex: error: ").strip()
+
+    return mistake
+
+
+# Reading.
+
+
+def test_what_a_run_had_spent_at_each_line(write):
+    run = read_run(write("run", train={1: 4.0, 3: 2.0}, evals={2: 3.0}))
+    first, last = run.lines["train"].values()
+    first |= {FLOPS: 10.0, "perf/step_s": 0.5}
+    last |= {FLOPS: 30.0, "perf/step_s": 0.25}
+    found = curves(run, expected_flops=math.nan)
+    train, held = found["train"], found["eval"]
+    np.testing.assert_array_equal(train.step_S, [1, 3])
+    np.testing.assert_array_equal(train.tokens_S, [128, 384])
+    # 128 tokens at 10 each, then 256 at (10 + 30) / 2.
+    np.testing.assert_array_equal(train.flops_S, [1280, 1280 + 5120])
+    # One step of 0.5 s, then two of 0.25 s.
+    np.testing.assert_array_equal(train.seconds_S, [0.5, 1.0])
+    np.testing.assert_array_equal(train.nll_S, [4.0, 2.0])
+    # Half way between the lines of steps 1 and 3.
+    assert (held.step_S, held.tokens_S, held.seconds_S) == (2, 256, 0.75)
+    assert held.flops_S == 1280 + 2560
+
+
+def test_flops_that_were_not_measured_are_expected_ones(write):
+    run = read_run(write("run"))
+    cfg = run.cfg
+    cost = model_cost(cfg.model, model_spec(cfg.model), cfg.seq_len)
+    assert cost.train_flops > 0
+    (group, _) = make_groups([run, read_run(write("other", "optim.lr=1.0"))])
+    (flops,) = group.values("train_flops")
+    assert flops == pytest.approx(4 * TOKENS * cost.train_flops)
+    assert (group.params, group.active) == (cost.num_params, cost.num_active)
+
+
+def test_a_last_line_that_is_half_written(write, mistake):
+    run = write("run")
+    log = run / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"kind": "train", "step": 5, "nl')
+    assert list(read_run(run).lines["train"]) == [1, 2, 4]
+    log.write_text("{\n" + whole)
+    assert f"{log}: line 1 is not JSON" in mistake(run, write("other"))
+
+
+# Statistics and groups.
+
+
+def test_the_interval_is_that_of_student():
+    # Deviation 1 of three values; the 97.5 % quantile of t with 2 degrees of freedom
+    # is 4.302653, over the root of 3.
+    assert estimate(np.array([1.0, 2.0, 3.0])) == (2.0, pytest.approx(2.484138, 1e-6))
+    # A mean of equal values may be rounded; they are equal all the same.
+    assert estimate(np.array([0.1, 0.1, 0.1])).half_width == 0
+    # Two values that are 1 apart: 12.70620 * sqrt(1/2) / sqrt(2).
+    assert estimate(np.array([1.0, 2.0])) == (1.5, pytest.approx(6.353102, 1e-6))
+    assert estimate(np.array([5.0])) == (5.0, None)
+    mean_S, half_S = estimate(np.array([[1.0, 1.0], [2.0, 1.0]]))
+    np.testing.assert_allclose(mean_S, [1.5, 1.0])
+    np.testing.assert_allclose(half_S, [6.353102, 0.0], rtol=1e-6)
+
+
+def test_seeds_are_a_group_and_a_label_says_what_differs(write):
+    paths = [
+        write(f"{k}-{seed}", f"{K}={k}", f"seed={seed}")
+        for seed in (0, 1)
+        for k in (1, 2)
+    ]
+    one, two = make_groups(read_runs(paths))
+    assert (one.label, two.label) == (f"{K}=1", f"{K}=2")
+    assert [run.path for run in one.runs] == [paths[0], paths[2]]
+    assert one.params == two.params
+    assert one.active < two.active
+
+
+def test_labels_of_other_kinds_of_layers(write):
+    def topp(cfg):
+        cfg.model.layers[1].pattern[0].router = TopP(p=0.5, k_max=2)
+
+    found = make_groups(read_runs([write("a"), write("b", change=topp)]))
+    router = K.removesuffix(".k")
+    # And nothing of the fields that only one of the two kinds has.
+    assert f"{router}=TopK" in found[0].label.split(", ")
+    assert f"{router}=TopP" in found[1].label.split(", ")
+    assert ".k=" not in found[0].label and ".p=" not in found[1].label
+
+
+def test_where_much_differs_the_label_is_the_folder(write):
+    many = ("steps=9", "batch_size=2", "seq_len=16", "optim.lr=0.5", "remat=dots")
+    a, b = write("a"), write("b", *many)
+    assert [g.label for g in make_groups(read_runs([a, b]))] == [str(a), str(b)]
+    few = make_groups(read_runs([a, write("c", *many[:4])]))
+    assert few[0].label == "batch_size=4, optim.lr=0.01, seq_len=32, steps=8"
+
+
+def test_a_seed_that_comes_again_is_no_further_evidence(write):
+    a, b, c = (write(n, f"seed={s}") for n, s in (("a", 0), ("b", 1), ("c", 0)))
+    parts = grouped(read_runs([a, b, c]))
+    assert [[run.path for run in part] for part in parts] == [[a, b], [c]]
+    labels = [group.label for group in make_groups(read_runs([a, b, c]))]
+    assert labels == [f"{a}, {b}", str(c)]
+
+
+# What is printed.
+
+
+@pytest.fixture
+def four(write):
+    """Two seeds each of two values of k."""
+    last = {(1, 0): 2.0, (1, 1): 2.2, (2, 0): 1.0, (2, 1): 1.0}
+    return [
+        write(f"{k}-{seed}", f"{K}={k}", f"seed={seed}", train=TRAIN | {4: nll})
+        for (k, seed), nll in last.items()
+    ]
+
+
+def test_json(moex, four):
+    one, two = json.loads(moex(*four, "--json"))["groups"]
+    assert one["label"] == f"{K}=1"
+    assert [run["seed"] for run in one["runs"]] == [0, 1]
+    assert one["runs"][1]["run"] == str(four[1])
+    assert one["runs"][1]["train_nll"] == 2.2
+    figures = one["over_seeds"]
+    assert figures["steps"] == {"mean": 4, "half_width": 0}
+    assert figures["tokens"]["mean"] == 4 * TOKENS
+    assert figures["train_s"] == {"mean": 2.0, "half_width": 0}
+    # A fifth of the two values of `test_the_interval_is_that_of_student`.
+    assert figures["train_nll"]["mean"] == pytest.approx(2.1)
+    assert figures["train_nll"]["half_width"] == pytest.approx(6.353102 / 5, 1e-6)
+    assert figures["best_eval_nll"]["mean"] == 3.5
+    assert figures["last_eval_nll"]["mean"] == 3.75
+    assert figures["best_eval_bits_per_byte"]["mean"] == 1.75
+    assert figures["last_eval_bits_per_byte"]["mean"] == 1.875
+    assert two["over_seeds"]["train_nll"] == {"mean": 1.0, "half_width": 0}
+
+
+def test_the_table(moex, four):
+    head, one, two, *note = moex(*four).splitlines()
+    assert head.split()[:3] == ["seeds", "params", "active"]
+    assert one.endswith(f"  {K}=1") and two.endswith(f"  {K}=2")
+    assert " 2.1000 ± 1.2706 " in one
+    assert "  1.0000  " in two  # equal seeds: no interval
+    for cell in (
+        "  4  ",
+        "  512  ",
+        "  2.0 s  ",
+        "  3.5000  ",
+        "  3.7500  ",
+        " 1.8750",
+    ):
+        assert cell in one, cell
+    assert "Student" in note[1]
+    assert note[2].startswith("~: FLOPs as expected before training")
+    assert len(note) == 3
+
+
+def test_measured_flops_are_not_called_expected(moex, write):
+    a, b = (write(n, f"seed={s}", **{FLOPS: 2.0}) for s, n in enumerate("ab"))
+    (row,) = json.loads(moex(a, b, "--json"))["groups"]
+    assert row["flops_measured"] is True
+    assert row["over_seeds"]["train_flops"] == {"mean": 4 * TOKENS * 2, "half_width": 0}
+    assert "~" not in moex(a, b)
+    assert not any("expected" in line for line in moex(a, b).splitlines())
+
+
+def test_runs_without_held_out_data(moex, write):
+    a, b = write("a", evals={}), write("b", "optim.lr=1.0", train={1: 1.0})
+    one, two = json.loads(moex(a, b, "--json"))["groups"]
+    assert one["over_seeds"]["best_eval_nll"] is None
+    assert two["over_seeds"]["best_eval_nll"] == {"mean": 3.5, "half_width": None}
+    assert "  -  " in moex(a, b)
+
+
+def test_seeds_at_different_steps(moex, write):
+    a, b = write("a"), write("b", "seed=1", train={1: 4.0, 2: 3.0}, evals={})
+    _, row, *note = moex(a, b).splitlines()
+    assert "  2-4  256-512  " in row
+    assert row.endswith(f"  {a}, {b}")
+    assert note[-1].startswith(f"{a}, {b}: its seeds are not equally far")
+
+
+# The plot.
+
+
+def test_curves_over_seeds(four):
+    lines = plot_lines(make_groups(read_runs(four)))
+    assert [(each.kind, each.label) for each in lines] == [
+        *(("train", f"{K}=1"), ("train", f"{K}=2")),
+        *(("eval", f"{K}=1"), ("eval", f"{K}=2")),
+    ]
+    first = lines[0]
+    np.testing.assert_array_equal(first.curve.step_S, [1, 2, 4])
+    np.testing.assert_allclose(first.curve.nll_S, [4.0, 3.0, 2.1])
+    np.testing.assert_allclose(first.half_S, [0, 0, 6.353102 / 5], rtol=1e-6)
+    np.testing.assert_allclose(first.curve.seconds_S, [0.5, 1.0, 2.0])
+    assert lines[0].colour == lines[2].colour != lines[1].colour
+
+
+def test_a_mean_curve_has_the_steps_that_all_seeds_have(write):
+    a = curves(read_run(write("a")), 1.0)["train"]
+    b = curves(read_run(write("b", train={2: 5.0, 3: 5.0, 4: 5.0})), 1.0)["train"]
+    mean, half_S = mean_curve([a, b])
+    np.testing.assert_array_equal(mean.step_S, [2, 4])
+    np.testing.assert_array_equal(mean.nll_S, [4.0, 3.5])
+    assert half_S.shape == (2,)
+    assert mean_curve([a])[1] is None
+
+
+@pytest.mark.parametrize("ending", ["html", "png"])
+def test_the_plot_is_one_file(moex, four, write, tmp_path, ending):
+    file = tmp_path / "plot" / f"curves.{ending}"
+    file.parent.mkdir()
+    other = write("other", "optim.lr=0.5", evals={})
+    assert f"written: {file}" in moex(*four, other, f"--out={file}")
+    assert list(file.parent.iterdir()) == [file]
+    if ending == "png":
+        assert file.read_bytes().startswith(b"\x89PNG")
+        return
+    text = file.read_text()
+    assert "<script src=" not in text
+    assert "training FLOPs, as expected before training" in text
+    assert "95 % interval over seeds" in text
+    for words in (f"{K}=1", "wall time of training, s", "tokens"):
+        assert words in text, words
+
+
+def test_points_and_figures_as_files(moex, four, tmp_path):
+    file = tmp_path / "points.csv"
+    assert f"written: {file}" in moex(*four, f"--out={file}")
+    rows = list(csv.DictReader(file.open()))
+    assert len(rows) == 4 * (len(TRAIN) + len(EVAL))
+    row = next(r for r in rows if r["run"] == str(four[1]) and r["step"] == "4")
+    assert (row["group"], row["seed"], row["kind"]) == (f"{K}=1", "1", "train")
+    spent = (float(row["tokens"]), float(row["train_s"]), float(row["nll"]))
+    assert spent == (4 * TOKENS, 2.0, 2.2)
+    figures = tmp_path / "figures.json"
+    assert json.loads(moex(*four, f"--out={figures}", "--json"))["groups"]
+    assert figures.read_text() == moex(*four, "--json")
+
+
+# Mistakes.
+
+
+def test_what_cannot_be_compared(mistake, write, tmp_path):
+    a, b = write("first"), write("second", train={})
+    assert mistake(a) == "compare: needs two runs or more; got 1."
+    again = tmp_path / "." / "first"
+    assert mistake(a, f"{tmp_path}/second/../first").endswith("give it once.")
+    assert mistake(a, again).endswith("give it once.")
+    assert mistake(a, b).startswith(f"{b}: no training step is logged in ")
+    near = tmp_path / "frist"
+    assert mistake(a, near) == (
+        f"{near}: not a run directory (there is no {near / 'config.json'}). "
+        "Did you mean 'first'?"
+    )
+    (b / "metrics.jsonl").unlink()
+    assert mistake(a, b).startswith(f"{b}: no training step is logged in ")
+    c = write("third")
+    told = mistake(a, c, "--out=a.svg")
+    assert told == (
+        "--out = 'a.svg': must be a name that ends in .html, .png, .csv, .json."
+    )
+    told = mistake(a, c, f"--out={tmp_path / 'none' / 'a.html'}")
+    assert told.endswith("must be in a folder that exists.")
+    assert "compare takes the configs of the runs" in mistake(a, c, "--config.seed=1")
+    (c / "config.json").write_text("{")
+    assert mistake(a, c).startswith(f"{c / 'config.json'}: Expecting")
+
+
+def test_a_line_that_is_none_of_moex(mistake, write):
+    a, b = write("a"), write("b")
+    log = b / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"kind": "eval", "step": 5, "nll": 1.0}\n')
+    assert "the eval line of step 5 has no bits_per_byte." in mistake(a, b)
+    log.write_text('{"kind": "train", "step": 1, "nll": 1.0}\n')
+    assert "the train line of step 1 has no tokens_seen." in mistake(a, b)
+    for text in ("3", "[]", '{"kind": "train"}'):
+        log.write_text(text + "\n")
+        assert mistake(a, b) == f"{log}: line 1 has no kind and step."
+
+
+# Equality.
+
+
+def test_equal_runs(moex, write):
+    mine = {"perf/tokens_per_s": 1.0, "moe/device_violation": 0.5}
+    theirs = {"perf/tokens_per_s": 2.0, "perf/step_s": 9}  # and one device
+    a = write("a", grad_norm=math.nan, **mine)
+    b = write("b", grad_norm=math.nan, **theirs)
+    # Of train: nll, bits_per_byte, tokens_seen, grad_norm; of eval: the first two.
+    assert moex(a, b, "--assert-equal") == (
+        f"{a} and {b} are equal exactly: 6 quantities compared at 3 steps\n"
+    )
+    within = "are equal, numbers within 0.1 of the larger: 6 q"
+    assert within in moex(a, b, "--assert-equal=0.1")
+
+
+def test_the_first_difference_is_named(moex, mistake, write):
+    a = write("a", train={1: 4.0, 2: 3.0, 4: 2.0})
+    b = write("b", train={1: 4.0, 2: 3.5, 4: 9.0})
+    told = mistake(a, b, "--assert-equal", code=1)
+    assert told == f"step 2, train nll: 3.0 in {a}, 3.5 in {b}; difference 0.5."
+    assert "step 4, train nll: " in mistake(a, b, "--assert-equal=0.2", code=1)
+    assert "within 0.9 of the larger: " in moex(a, b, "--assert-equal=0.9")
+    assert "step 4, train nll: " in mistake(a, b, "--assert-equal=0,0.5", code=1)
+    assert "within 0 of the larger or 7: " in moex(a, b, "--assert-equal=0,7")
+    c = write("c", evals=EVAL | {2: math.nan})
+    told = mistake(a, c, "--assert-equal", code=1)
+    assert told.startswith(f"step 2, eval nll: 3.5 in {a}, nan in {c}; ")
+
+
+def test_what_only_one_run_has_is_a_difference(mistake, write):
+    a = write("a")
+    b = write("b", train={1: 4.0, 2: 3.0})
+    assert mistake(a, b, "--assert-equal", code=1) == f"step 4: {b} has no train line."
+    c = write("c", evals={4: 3.75})
+    assert mistake(c, a, "--assert-equal", code=1) == f"step 2: {c} has no eval line."
+    d = write("d", grad_norm=1.0)
+    assert mistake(a, d, "--assert-equal", code=1) == (
+        f"step 1, train grad_norm: {a} does not have it."
+    )
+
+
+def test_the_order_of_lines_does_not_matter(moex, write, tmp_path):
+    a, b = write("a"), tmp_path / "b"
+    shutil.copytree(a, b)
+    log = b / "metrics.jsonl"
+    log.write_text("\n".join(reversed(log.read_text().splitlines())) + "\n")
+    assert "are equal exactly" in moex(a, b, "--assert-equal")
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "tolerance", "expected"),
+    [
+        (1.0, 1, 0, True),
+        (1.0, math.nextafter(1.0, 2.0), 0, False),
+        (100.0, 101.0, 0.01, True),
+        (100.0, 102.0, 0.01, False),
+        (math.nan, math.nan, 0, True),
+        (math.nan, 1.0, 0.9, False),
+        (math.inf, math.inf, 0, True),
+        (math.inf, 1e300, 0.9, False),
+        (0.0, 1e-300, 0.5, False),
+        ("a", "a", 0, True),
+        (None, 0.0, 0.5, False),
+        (True, 1.1, 0.5, False),
+        (2**60, 2**60 + 1, 0, False),
+        (0.0, 1e-9, (0, 1e-9), True),
+        (0.0, 1.1e-9, (0, 1e-9), False),
+        (100.0, 101.0, (0.01, 1e-9), True),
+        (1.0, 1.5, (0.01, 0.5), True),
+        (math.inf, 1.0, (0, 5.0), False),
+        (math.nan, 1.0, (0.5, 5.0), False),
+    ],
+)
+def test_when_values_are_the_same(x, y, tolerance, expected):
+    pair = Tolerance(*(tolerance if isinstance(tolerance, tuple) else (tolerance,)))
+    assert same(x, y, pair) is same(y, x, pair) is expected
+
+
+def test_mistakes_of_assert_equal(mistake, write):
+    a, b, c = (write(name, "optim.lr=1.0") for name in "abc")
+    assert "compares two runs; got 3." in mistake(a, b, c, "--assert-equal")
+    told = mistake(a, b, "--json", "--assert-equal")
+    assert told == "--json: --assert-equal says one line; leave it out."
+    for tolerance in ("-1", "1", "0,-1", "0,inf", "nan", "1e-3,", "0,0,0"):
+        told = mistake(a, b, f"--assert-equal={tolerance}")
+        assert f"with RTOL in [0, 1) and ATOL at least 0, not {tolerance!r}" in told
+    assert f"not '{a}'; runs come before it" in mistake("--assert-equal", a, b)
