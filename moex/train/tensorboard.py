@@ -13,7 +13,7 @@ from moex.moe.layer import MoE
 from moex.train.layers import scalar_names, shown, slot_shares
 
 # Charts of figures that exist per layer; each shows the mean and the worst.
-MOE_CHARTS = {
+MOE_CHARTS: dict[str, dict[str, str]] = {
     "MoE: balance": {
         "max violation (0 is balanced)": "max_violation",
         "dead experts, share": "dead_frac",
@@ -39,7 +39,7 @@ MOE_CHARTS = {
         "zero-computation slots, share": "zero_frac",
     },
 }
-CHARTS = {
+CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "training": {
         "loss, nats per token": ("train/nll$", "eval/nll$"),
         "loss by domain, nats per token": ("train/nll/.*", "eval/nll/.*"),
