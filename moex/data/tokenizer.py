@@ -304,13 +304,13 @@ class Tokenizer:
         return made
 
 
-<<<<<<< HEAD
 def _begin_id(model: tokenizers.Tokenizer, doc_id: int) -> int:
     """The token that the template of a tokenizer puts before a text, or `doc_id`."""
     bare = model.encode("a", add_special_tokens=False).ids
     whole = model.encode("a", add_special_tokens=True).ids
     return doc_id if whole[:1] == bare[:1] else whole[0]
-=======
+
+
 def _bytes_of_characters() -> dict[str, int]:
     """The byte that each character of the byte-level alphabet stands for.
 
@@ -328,7 +328,6 @@ BYTE_OF = _bytes_of_characters()
 
 def _text(piece: bytes) -> str:
     return piece.decode(errors="backslashreplace")
->>>>>>> report
 
 
 def _highest_id(model: tokenizers.Tokenizer) -> int:
