@@ -16,8 +16,8 @@ ORDER = ("experiments", "configs", "launch", "moex", "kernels_pallas")
 # What moex uses of nnx; transforms are JAX's own. See docs/decisions.
 NNX_NAMES = {
     *("List", "Module", "Param", "Rngs", "Variable"),
-    *("eval_shape", "merge", "set_graph_mode", "split", "to_flat_state"),
-    "to_pure_dict",
+    *("eval_shape", "iter_modules", "merge", "set_graph_mode", "split"),
+    *("to_flat_state", "to_pure_dict"),
 }
 TEXT = {"", ".cfg", ".html", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yml"}
 

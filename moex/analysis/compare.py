@@ -94,7 +94,7 @@ FIGURES = (
 def figures(run: Run, curve: dict[str, Curve]) -> dict[str, Any]:
     """The figures of `FIGURES` of one run; None for what was not held out."""
     train = curve["train"]
-    found = [
+    found: list[float | None] = [
         int(train.step_S[-1]),
         int(train.tokens_S[-1]),
         *map(float, (train.flops_S[-1], train.seconds_S[-1], train.nll_S[-1])),
