@@ -1,10 +1,11 @@
 """Tensors of a folder as parts of stacked, sharded arrays, and back, a slice at a time.
 
-Nothing here holds more than the parts of one parameter that the devices of this host
-take: a shard asks for the slices of the tensors that it consists of, and a tensor for
-the slices of the shards that it lies in.
+Nothing here holds more than one device's part of one parameter: a shard asks for the
+slices of the tensors that it consists of, and a tensor for the slices of the shards
+that it lies in.
 """
 
+import collections
 import functools
 import math
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import numpy as np
 
 from moex.interop.names import Piece
 
-Ranges = list[tuple[int, int]]
+Ranges = Sequence[tuple[int, int]]
 
 
 def load_array(shape, dtype, sharding, pieces: Sequence[Piece], folder) -> jax.Array:
@@ -27,8 +28,7 @@ def load_array(shape, dtype, sharding, pieces: Sequence[Piece], folder) -> jax.A
       folder: `Folder` or `Dequantised`.
     """
 
-    def part(index) -> np.ndarray:
-        ranges = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+    def part(ranges) -> np.ndarray:
         out = np.empty([stop - start for start, stop in ranges], dtype)
         for piece in pieces:
             window = _window(piece, ranges)
@@ -40,8 +40,23 @@ def load_array(shape, dtype, sharding, pieces: Sequence[Piece], folder) -> jax.A
                 out[here] = values
         return out
 
-    # Or the copies of several arrays wait for their transfer at once.
-    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
+    # `make_array_from_callback` would build the parts of all devices before it moves
+    # one. Devices that hold the same part stand together, so that it is built once.
+    places = sharding.addressable_devices_indices_map(shape)
+    devices_of = collections.defaultdict(list)
+    for device, index in places.items():
+        ranges = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        devices_of[ranges].append(device)
+    arrays = {}
+    for ranges, devices in devices_of.items():
+        values = part(ranges)
+        for device in devices:
+            arrays[device] = jax.device_put(values, device)
+        jax.block_until_ready([arrays[device] for device in devices])
+        del values
+    return jax.make_array_from_single_device_arrays(
+        shape, sharding, [arrays[device] for device in places]
+    )
 
 
 def _window(piece: Piece, ranges: Ranges):
@@ -52,7 +67,7 @@ def _window(piece: Piece, ranges: Ranges):
       ranges: (start, stop) of the shard in each dim of the array.
     """
     here: list[int | slice] = []
-    inside: Ranges = []
+    inside: list[tuple[int, int]] = []
     for dim, (start, stop) in enumerate(ranges):
         at = piece.index[dim] if dim < len(piece.index) else slice(None)
         if isinstance(at, slice):
@@ -73,7 +88,7 @@ def read_part(piece: Piece, ranges: Ranges, folder) -> np.ndarray:
       ranges: (start, stop) in each dim of the piece as ours has it.
       folder: `Folder` or `Dequantised`.
     """
-    wanted: Ranges = [(0, 0)] * len(piece.split)
+    wanted = [(0, 0)] * len(piece.split)
     for ours, theirs in enumerate(piece.order):
         wanted[theirs] = ranges[ours]
     # Of dims that are joined to one in the folder, the outermost is a range there.

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moex import cli
 from moex.config import ConfigError
-from moex.interop.arrays import tensor_of
+from moex.interop.arrays import load_array, tensor_of
 from moex.interop.dequantise import reader
 from moex.interop.families import fold, read_model
 from moex.interop.folder import INDEX, SINGLE, Folder
 from moex.interop.hf import export_hf, import_hf
+from moex.interop.names import Piece
 from moex.interop.writing import Tensor, write
 from moex.nn.context import Context
 from moex.optim import flat_paths
@@ -64,6 +66,26 @@ def test_in_and_out_again(tmp_path, capsys):
         cli.main(["generate", str(run), "--prompt=the", "--max-new-tokens=2"])
     assert "the" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "run"]
+
+
+def test_one_part_at_a_time_is_on_the_host(monkeypatch):
+    """A part is on its devices before the next one is read."""
+    shape, piece = (4, 6), Piece("w", (4, 6), "ours", (), (4, 6), (0, 1))
+    sharding = NamedSharding(mesh_of(8, fsdp=4, tensor=2), PartitionSpec("fsdp"))
+    whole, events = np.arange(24.0, dtype=np.float32).reshape(shape), []
+
+    class Folder:
+        def read(self, name, index):
+            events.append("read")
+            return whole[index]
+
+    put = jax.device_put
+    monkeypatch.setattr(
+        jax, "device_put", lambda *args: events.append("put") or put(*args)
+    )
+    made = load_array(shape, np.float32, sharding, [piece], Folder())
+    np.testing.assert_array_equal(made, whole)
+    assert events == ["read", "put", "put"] * 4  # of two copies each
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "olmoe"])
