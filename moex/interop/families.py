@@ -54,12 +54,16 @@ class Fields:
             )
 
 
+# What transformers takes where a config names none; 10,000 for the other families.
+THETA = {"mixtral": 1e6, "gpt_oss": 150_000.0}
+
+
 def rope(of: Fields) -> tuple[dict, float]:
     """(`rope_theta` and `rope_scaling` of an attention, factor on scores of MLA)."""
     new = of("rope_parameters", {})
     old = of("rope_scaling", {})
     own = Fields(f"{of.where}: rope", {**old, **new})
-    theta = own("rope_theta", of("rope_theta", 10_000.0))
+    theta = own("rope_theta", of("rope_theta", THETA.get(of("model_type"), 10_000.0)))
     kind = own("rope_type", own("type", "default"))
     share = own("partial_rotary_factor", of("partial_rotary_factor", 1.0))
     if share != 1.0:
@@ -131,6 +135,7 @@ def mixtral(of: Fields) -> list[Layer]:
 
 def olmoe(of: Fields) -> list[Layer]:
     """OLMoE."""
+    of.only("head_dim", of("hidden_size") // of("num_attention_heads"))
     own = attention(of, qk_norm="whole", clip=of("clip_qkv", None))
     moe = MoE(
         num_experts=of("num_experts"),
@@ -189,6 +194,8 @@ def _deepseek(of: Fields, router: TopK) -> list[Layer]:
     )
     first = of("first_k_dense_replace", 0)
     layers = of("num_hidden_layers")
+    if not 0 <= first <= layers:
+        raise of.refuse("first_k_dense_replace", first, f"from 0 to {layers} layers")
     dense = Dense(hidden=of("intermediate_size"))
     return [(own, dense)] * first + [(own, moe)] * (layers - first)
 
@@ -211,7 +218,7 @@ def deepseek_v2(of: Fields) -> list[Layer]:
 
 
 def deepseek_v3(of: Fields) -> list[Layer]:
-    """DeepSeek-V3, R1, Kimi-K2 and other models of the same type."""
+    """DeepSeek-V3, R1 and other models of the same type."""
     of.only("scoring_func", "sigmoid")
     of.only("topk_method", "noaux_tc")
     router = TopK(

@@ -86,7 +86,7 @@ class Folder:
         if not path.is_dir():
             what = "is a file, not a folder" if path.exists() else "does not exist"
             raise ConfigError(f"The checkpoint folder {path} {what}.")
-        config = _read_json(path / CONFIG)
+        config = read_json(path / CONFIG)
         weight_map = _weight_map(path)
         files = sorted(set(weight_map.values())) if weight_map else [SINGLE]
         entries: dict[str, Entry] = {}
@@ -150,7 +150,7 @@ class Folder:
         return self.entries[name]
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     if not file.is_file():
         raise ConfigError(f"{file.parent}: has no {file.name}.")
@@ -180,7 +180,7 @@ def _weight_map(path: Path) -> dict[str, str] | None:
                 "with save_pretrained(safe_serialization=True) of transformers."
             )
         raise ConfigError(f"{path}: has neither {SINGLE} nor {INDEX}.")
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{index}: has no weight_map of tensor names to files.")
     for name, file in weight_map.items():

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+import tokenizers
 
 from moex.compress.convert import write_run
 from moex.config import ConfigError, nearest
 from moex.data.files import atomic_write
 from moex.data.pipeline import Data
-from moex.data.tokenizer import SavedTokenizer, TokenizerFile
+from moex.data.tokenizer import SavedTokenizer, Tokenizer, TokenizerFile
 from moex.flags import load_config as load_config_flags
 from moex.interop.arrays import load_array, tensor_of
 from moex.interop.dequantise import reader
@@ -29,10 +30,10 @@ from moex.interop.families import (
     is_unused,
     read_model,
 )
-from moex.interop.folder import Folder, extra_files
+from moex.interop.folder import Folder, extra_files, read_json
 from moex.interop.names import Piece, pieces
 from moex.interop.native import closest, inference
-from moex.interop.writing import Tensor, write
+from moex.interop.writing import Tensor, check_target, write
 from moex.optim import AdamW, Optim, flat_paths, path_name
 from moex.run import Checkpoint, Eval, Log, Loss, check_run
 from moex.sharding import MeshConfig
@@ -72,6 +73,10 @@ def import_hf(
       ConfigError: for a user's mistake or a broken folder, naming file and tensor.
     """
     out = pathlib.Path(out)
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "import-hf: runs in one process; a job of several reads its run directory."
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out={out}: must be new or an empty folder.")
     with Folder.open(folder) as opened:
@@ -197,13 +202,13 @@ def _doc_token(folder: pathlib.Path, config, file: pathlib.Path) -> str:
     """The token that ends a document, by the folder's own files."""
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        token = json.loads(settings.read_text()).get("eos_token")
+        token = read_json(settings).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token:
             return token
     number = config.get("eos_token_id")
     number = number[0] if isinstance(number, list) else number
-    added = json.loads(file.read_text()).get("added_tokens", [])
+    added = read_json(file).get("added_tokens", [])
     for entry in added:
         if number is not None and entry.get("id") == number:
             return entry["content"]
@@ -262,16 +267,35 @@ def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict]:
         config = json.loads((kept / "config.json").read_text())
         model = read_model(str(kept / "config.json"), config)
         if inference(model) == inference(cfg.model):
+            # What the folder does not have: other numbers, code, layers after the last.
             config.pop("quantization_config", None)
+            config.pop("auto_map", None)
+            if "num_nextn_predict_layers" in config:
+                config["num_nextn_predict_layers"] = 0
             files: dict[str, Any] = {f.name: f for f in extra_files(kept)}
             record = json.loads((kept / RECORD).read_text())
             return config, files, record["dtypes"]
-    tokenizer = run / "tokenizer" / "tokenizer.json"
-    files = {"tokenizer.json": tokenizer} if tokenizer.is_file() else {}
-    if files:
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    file = run / "tokenizer" / "tokenizer.json"
+    own = Tokenizer.load(file.parent)
+    begins = own.begin_id != own.doc_id
+    # Else transformers takes the ids of the family's first model.
+    config = closest(cfg.model) | {
+        "bos_token_id": own.begin_id if begins else None,
+        "eos_token_id": own.doc_id,
+        "pad_token_id": None,
+    }
+    files = {}
+    if file.is_file():
+        names = tokenizers.Tokenizer.from_file(str(file))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": names.id_to_token(own.doc_id),
+        }
+        if begins:
+            settings["bos_token"] = names.id_to_token(own.begin_id)
+        files["tokenizer.json"] = file
         files["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
-    return closest(cfg.model), files, {}
+    return config, files, {}
 
 
 def export_hf(run, out, *, dtype: str | None = None, say=print) -> dict:
@@ -283,7 +307,8 @@ def export_hf(run, out, *, dtype: str | None = None, say=print) -> dict:
     Args:
       run: run directory.
       out: the folder; must not exist or be empty.
-      dtype: of all tensors; None: as imported, float32 for others.
+      dtype: of all tensors but the state of routers; None: as imported, float32 for
+        others.
       say: called with each line of news.
 
     Returns:
@@ -298,16 +323,20 @@ def export_hf(run, out, *, dtype: str | None = None, say=print) -> dict:
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype={dtype}: must be float32, bfloat16 or float16.")
     cfg = load_config(run)
+    check_target(out)
     config, files, dtypes = _description(run, cfg)
     family = FAMILIES[config["model_type"]]
     wanted = pieces(cfg.model, family.names)
     loaded = load_run(run, warn=say)
-    arrays = flat_paths(loaded.params) | flat_paths(loaded.state)
+    state = flat_paths(loaded.state)
+    arrays = flat_paths(loaded.params) | state
     before = config.pop("torch_dtype", None)  # its name up to transformers 4
     config["dtype"] = dtype or config.get("dtype") or before or "float32"
 
     def tensor(piece: Piece) -> Tensor:
-        kind = np.dtype(dtype or dtypes.get(piece.name, "float32"))
+        # Selection biases stay what they are: rounded, they choose other experts.
+        given = None if piece.path in state else dtype
+        kind = np.dtype(given or dtypes.get(piece.name, "float32"))
         return Tensor(
             piece.name,
             piece.shape,

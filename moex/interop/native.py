@@ -5,6 +5,7 @@ back, and taken if the model that comes out is the one that went in.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from moex.config import Config, ConfigError, children
@@ -42,18 +43,20 @@ def closest(model: LM) -> dict:
         try:
             read = inference(read_model("config.json", config))
         except ConfigError as error:
-            found = [str(error)]
+            found, distance = [str(error)], (True, math.inf)
         else:
             found = _differences(plain, read)
+            distance = _distance(found)
         if not found:
             architecture = FAMILIES[kind].architecture
             return config | {"architectures": [architecture]}
-        if fewest is None or _distance(found) < _distance(fewest[1]):
-            fewest = kind, found
+        if fewest is None or distance < fewest[0]:
+            fewest = distance, kind, found
     assert fewest is not None
+    _, kind, found = fewest
     raise ConfigError(
-        f"export-hf: no family of transformers has this model; {fewest[0]} is the "
-        f"closest, and differs in {'; '.join(fewest[1][:6])}."
+        f"export-hf: no family of transformers has this model; {kind} is the closest, "
+        f"and differs in {'; '.join(found[:6])}."
     )
 
 
@@ -99,7 +102,10 @@ def _feed_forward(ffn: Any):
     router = dataclasses.replace(
         router, **{k: v for k, v in training.items() if k in own}
     )
-    return dataclasses.replace(ffn, router=router, buffer_slots=None)
+    # Nothing is dropped where it is used: in transformers, and here in decoding.
+    return dataclasses.replace(
+        ffn, router=router, buffer_slots=None, capacity_factor=None
+    )
 
 
 def _fields(model: LM) -> dict:
@@ -108,6 +114,7 @@ def _fields(model: LM) -> dict:
     layers = [f for s in model.layers for _ in range(s.repeat) for f in s.pattern]
     sparse: Any = next((f for f in layers if isinstance(f, MoE)), None)
     dense: Any = next((f for f in layers if isinstance(f, Dense)), None)
+    rope = _rope(attention)
     fields = {
         "hidden_size": model.dim,
         "vocab_size": model.vocab,
@@ -121,7 +128,9 @@ def _fields(model: LM) -> dict:
         "attention_bias": attention.bias,
         "clip_qkv": attention.clip,
         "sliding_window": attention.window,
-        "rope_parameters": _rope(attention),
+        "rope_parameters": rope,
+        "rope_theta": attention.rope_theta,  # for transformers 4, as the next one
+        "rope_scaling": None if attention.rope_scaling is None else rope,
         "intermediate_size": dense.hidden if dense else 1,
     }
     if sparse is not None:
@@ -182,7 +191,7 @@ def _differences(ours: Any, theirs: Any, path: str = "config.model") -> list[str
     return found
 
 
-def _distance(differences: list[str]) -> tuple:
+def _distance(differences: list[str]) -> tuple[bool, float]:
     """Other layers are further than any number of other fields."""
     return any(PARTS in text for text in differences), len(differences)
 

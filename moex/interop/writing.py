@@ -34,6 +34,18 @@ class Tensor:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
+def check_target(folder: str | os.PathLike[str]) -> Path:
+    """The folder that a checkpoint is written to.
+
+    Raises:
+      ConfigError: if it is a file or is not empty.
+    """
+    target = Path(folder).expanduser().resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target}: exists already; name a new or an empty folder.")
+    return target
+
+
 def write(
     folder: str | os.PathLike[str],
     tensors: Sequence[Tensor],
@@ -59,9 +71,7 @@ def write(
       ValueError: for a name given twice, a type that the format does not have, and a
         `read` that returns another shape or type than was said.
     """
-    target = Path(folder).expanduser().resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target}: exists already; name a new or an empty folder.")
+    target = check_target(folder)
     shards = _plan(tensors, max_shard_bytes)
     if len(shards) == 1:
         names = [SINGLE]

@@ -14,12 +14,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
 from moex import accounting, distributed
 from moex import config as configs
-from moex.config import ConfigError
 from moex.data.report import compressor_bits_per_byte
 from moex.optim import path_name
 from moex.run import check_run
@@ -47,8 +45,7 @@ from moex.train.log import (
 )
 from moex.train.profiler import Profiler, profile_steps
 from moex.train.score import continue_texts, evaluate
-
-SEEN_S = 60.0  # a network file system may show a new file late
+from moex.train.workdir import check_workdir
 
 
 class TrainingStopped(RuntimeError):
@@ -79,7 +76,7 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
     profiled = profile_steps(profile, cfg.steps)
     workdir = None if workdir is None else pathlib.Path(workdir)
     if not dry_run:
-        _check_workdir(workdir)
+        check_workdir(workdir)
     job = make_job(cfg, log=say)
     cost = accounting.model_cost(cfg.model, job.spec, cfg.seq_len)
     say(accounting.model_table(cfg.model, job.spec, job.tx, cfg.seq_len))
@@ -125,44 +122,6 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
                 with contextlib.suppress(CheckpointError):
                     checkpointer.wait()
                 checkpointer.close()
-
-
-def _check_workdir(workdir: pathlib.Path) -> None:
-    """Make the run directory and check that it can be written.
-
-    Raises:
-      ConfigError: if it cannot.
-    """
-    probe = workdir / f".write-test-{jax.process_index()}"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        if jax.process_count() > 1:
-            _check_shared(workdir)
-        probe.unlink()
-    except OSError as e:
-        raise ConfigError(
-            f"--workdir={workdir}: cannot be written ({e.strerror}); "
-            "choose a folder that you may write to."
-        ) from None
-
-
-def _check_shared(workdir: pathlib.Path) -> None:
-    """Check that the processes of a job write to one folder, not to disks of their own.
-
-    Raises:
-      ConfigError: if this one does not see the file of process 0.
-    """
-    multihost_utils.sync_global_devices("moex: probes are written")
-    first, deadline = workdir / ".write-test-0", time.monotonic() + SEEN_S
-    while not first.exists():
-        if time.monotonic() > deadline:
-            raise ConfigError(
-                f"--workdir={workdir}: must be one folder that all hosts share; "
-                f"process {jax.process_index()} does not see what process 0 wrote."
-            )
-        time.sleep(0.5)
-    multihost_utils.sync_global_devices("moex: probes are seen")
 
 
 def _start(job: Job, workdir, checkpointer, cost, say) -> "Run":

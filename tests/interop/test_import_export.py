@@ -19,12 +19,17 @@ from moex.interop.families import fold, read_model
 from moex.interop.folder import INDEX, SINGLE, Folder
 from moex.interop.hf import export_hf, import_hf
 from moex.interop.names import Piece
+from moex.interop.native import closest
 from moex.interop.writing import Tensor, write
+from moex.moe.routers.topk import TopK
+from moex.nn.attention import Attention
 from moex.nn.context import Context
+from moex.nn.mlp import Dense
+from moex.nn.stack import Segment
 from moex.optim import flat_paths
 from moex.train.job import load_config, load_run
 from tests import runs
-from tests.helpers import mesh_of
+from tests.helpers import mesh_of, tiny_lm, tiny_moe
 from tests.interop import parity
 
 SAY = {"say": lambda line: None}
@@ -345,6 +350,12 @@ def test_a_native_run_leaves_as_the_closest_family(tmp_path):
         config = export_hf(tmp_path / "run", tmp_path / "folder", **SAY)
         run = load_run(tmp_path / "run")
     assert config["model_type"] == "qwen3_moe" and config["mlp_only_layers"] == [0]
+    # Else transformers takes the family's own: its generation would not end.
+    assert config["eos_token_id"] == run.tokenizer.doc_id == 0
+    assert config["bos_token_id"] is config["pad_token_id"] is None
+    settings = json.loads((tmp_path / "folder" / "tokenizer_config.json").read_text())
+    vocabulary = json.loads((tmp_path / "folder" / "tokenizer.json").read_text())
+    assert vocabulary["model"]["vocab"][settings["eos_token"]] == 0
     model = read_model("c", config)
     assert run.cfg.model.scale_embeddings and not model.scale_embeddings
     values = tensors(tmp_path / "folder")
@@ -356,6 +367,43 @@ def test_a_native_run_leaves_as_the_closest_family(tmp_path):
     )
     up = values["model.layers.1.mlp.experts.3.up_proj.weight"]
     np.testing.assert_array_equal(up.T, w_in[0, 3, :, 1])
+
+
+def test_what_is_different_is_said_of_a_model_that_can_be_read(tmp_path):
+    """Not of a family that refuses the fields, which OLMoE does here."""
+    model = tiny_lm(
+        Segment(pattern=(Dense(hidden=8),)),
+        attention=Attention(heads=2, head_dim=16, bias=True, qk_norm=True),
+    )
+    with pytest.raises(ConfigError, match="llama is the closest, .*qk_norm"):
+        closest(model)
+
+
+def test_a_capacity_does_not_keep_a_run_from_leaving():
+    moe = tiny_moe(router=TopK(k=2), shared=None, capacity_factor=2.0)
+    model = tiny_lm(Segment(pattern=(moe,)), attention=Attention(heads=2))
+    assert closest(model)["model_type"] == "mixtral"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("olmoe", {"head_dim": 3}, "head_dim = 3: must be"),
+        ("deepseek_v3", {"first_k_dense_replace": 99}, "first_k_dense_replace = 99"),
+    ],
+)
+def test_fields_that_contradict_others(name, change, message):
+    config = json.loads((parity.FIXTURES / name / "config.json").read_text())
+    with pytest.raises(ConfigError, match=message):
+        read_model("config.json", config | change)
+
+
+def test_the_base_of_positions_is_that_of_the_family():
+    for name, theta in (("mixtral", 1e6), ("llama", 1e4), ("olmoe", 1e4)):
+        config = json.loads((parity.FIXTURES / name / "config.json").read_text())
+        for field in ("rope_theta", "rope_parameters", "rope_scaling"):
+            config.pop(field, None)
+        assert read_model("config.json", config).attention.rope_theta == theta
 
 
 def test_what_no_family_has_is_refused_with_the_difference(tmp_path):

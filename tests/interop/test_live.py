@@ -3,13 +3,24 @@
 Random weights again, at other sizes and lengths than those of the fixtures.
 """
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moex.compress.convert import write_run
 from moex.interop.hf import export_hf, import_hf
+from moex.moe.experts.glu import Glu
+from moex.moe.layer import MoE
+from moex.moe.routers.topk import TopK
+from moex.nn.attention import Attention
+from moex.nn.mlp import Dense
+from moex.nn.stack import Segment
 from moex.serve.decode import generate
-from moex.train.job import load_run
+from moex.train.job import load_run, make_job
 from tests import runs
+from tests.helpers import built, context
 from tests.interop import make_fixtures, parity
 
 pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore")]
@@ -39,6 +50,44 @@ def test_an_exported_folder_has_the_same_logits(name, tmp_path):
         tmp_path / "folder", output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+SPARSE = MoE(num_experts=4, router=TopK(k=2), experts=Glu(hidden=16))
+PLAIN = MoE(num_experts=4, router=TopK(k=2, normalize="none"), experts=Glu(hidden=16))
+NATIVE = {
+    "mixtral": (False, (SPARSE, SPARSE)),
+    "qwen3_moe": (True, (Dense(hidden=24), SPARSE)),
+    "olmoe": ("whole", (PLAIN, PLAIN)),
+    "llama": (False, (Dense(hidden=24),)),
+    "qwen3": (True, (Dense(hidden=24),)),
+}
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+def test_a_native_model_is_its_closest_family(kind, tmp_path):
+    qk_norm, pattern = NATIVE[kind]
+    cfg = runs.config(tmp_path)
+    cfg.model = dataclasses.replace(
+        cfg.model,
+        layers=(Segment(pattern=pattern),),
+        attention=Attention(heads=2, kv_heads=1, qk_norm=qk_norm),
+    )
+    with runs.one_device():
+        job = make_job(cfg, log=lambda line: None)
+        _, params, state = built(cfg.model)
+        write_run(job, cfg, {"params": params, "state": state}, tmp_path / "run")
+        config = export_hf(tmp_path / "run", tmp_path / "folder", **SAY)
+        run = load_run(tmp_path / "run")
+        token_BL = np.arange(2 * 12).reshape(2, 12) % 100
+        ctx = context(2, 12, token_BL=jnp.asarray(token_BL), mode="eval")
+        ours, _ = run.spec.merge(run.params, run.state)(ctx)
+    assert config["model_type"] == kind
+    model = theirs(tmp_path / "folder")
+    assert model.config.eos_token_id == run.tokenizer.doc_id
+    with torch.no_grad():
+        logits = model(torch.tensor(token_BL)).logits.numpy()
+    scale = np.abs(logits).max()
+    np.testing.assert_allclose(ours, logits, rtol=0, atol=2e-5 * scale)
 
 
 def test_a_native_run_continues_the_same_in_transformers(tmp_path):
