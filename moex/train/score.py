@@ -42,6 +42,10 @@ def evaluate(job: Job, state: dict, eval_step, limit: int | None) -> dict:
     total, count = None, 0
     for batch in job.eval_batches(limit):
         batch = shard_batch(batch, job.mesh)
+        # One step at a time. Nothing orders two of them (the next does not read what
+        # this one makes), and processes that start their collectives in different
+        # orders wait for each other for ever.
+        jax.block_until_ready(total)
         sums = eval_step(state["params"], state["state"], batch)
         total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
         count += 1
