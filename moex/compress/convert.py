@@ -45,15 +45,13 @@ from moex.train.score import score_run
 CONFIG_FILE = '''\
 """The config of this run: moex train --config=THIS_FILE --workdir=ITS_FOLDER."""
 
-import json
 import pathlib
 
-from moex.config import from_dict
+from moex.train.job import load_config
 
 
 def get_config(arg=""):
-    saved = pathlib.Path(__file__).with_suffix(".json")
-    return from_dict(json.loads(saved.read_text()))
+    return load_config(pathlib.Path(__file__).parent)
 '''
 
 

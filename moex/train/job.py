@@ -20,7 +20,7 @@ from moex import optim, sharding
 from moex.config import ConfigError, caution, require
 from moex.data import pipeline
 from moex.data.files import atomic_write
-from moex.data.tokenizer import Tokenizer
+from moex.data.tokenizer import SavedTokenizer, Tokenizer
 from moex.run import check_run
 from moex.train import state as states
 from moex.train import step as steps
@@ -360,6 +360,9 @@ def save_config(cfg, workdir: pathlib.Path) -> None:
 def load_config(workdir: pathlib.Path):
     """The run config of a run directory.
 
+    A saved tokenizer that is no longer where the config says (the folder was moved, or
+    came from another machine) is the copy that every run directory has.
+
     Raises:
       ConfigError: if it is not a run directory.
     """
@@ -367,9 +370,14 @@ def load_config(workdir: pathlib.Path):
     if not path.is_file():
         raise ConfigError(f"{workdir}: not a run directory (there is no {path}).")
     try:
-        return configs.from_dict(read_json(path))
+        cfg = configs.from_dict(read_json(path))
     except ValueError as e:
         raise ConfigError(f"{path}: {e}") from None
+    copy, tokenizer = path.with_name("tokenizer").absolute(), cfg.data.tokenizer
+    saved = isinstance(tokenizer, SavedTokenizer)
+    if saved and copy.is_dir() and not pathlib.Path(tokenizer.path).exists():
+        cfg.data.tokenizer = SavedTokenizer(path=str(copy))
+    return cfg
 
 
 @dataclasses.dataclass

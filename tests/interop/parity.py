@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -10,6 +11,7 @@ from moex.interop.families import find_family, read_model
 from moex.interop.folder import Folder
 from moex.interop.hf import load_model
 from moex.interop.names import pieces
+from moex.nn.context import Context
 from moex.train import state as states
 from tests.helpers import mesh_of
 
@@ -29,8 +31,22 @@ def config_of(name) -> dict:
     return json.loads((FIXTURES / name / "config.json").read_text())
 
 
+def context(want: dict, collect=False) -> Context:
+    """Of the tokens of `expected`."""
+    mask = want["mask"]
+    position = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
+    return Context(
+        segment_BL=jnp.asarray(mask, jnp.int32),
+        position_BL=jnp.asarray(position, jnp.int32),
+        token_BL=jnp.asarray(want["tokens"]),
+        mode="eval",
+        collect=collect,
+        kernels="xla",
+    )
+
+
 def load(name, mesh: Mesh | None = None):
-    """(model config, `ModelSpec`, {"params", "state"}, pieces) of a fixture."""
+    """(model config, `ModelSpec`, {"params", "state"}, pieces) of a fixture or path."""
     config = config_of(name)
     model = read_model("config.json", config)
     spec = states.model_spec(model)

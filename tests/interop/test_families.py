@@ -12,7 +12,6 @@ import pytest
 
 from moex.interop.arrays import tensor_of
 from moex.interop.folder import Folder
-from moex.nn.context import Context
 from moex.optim import flat_paths
 from moex.serve.decode import generate
 from moex.train.losses import moe_layers
@@ -29,17 +28,7 @@ def loaded(name):
 def run(name, params=None, collect=True):
     """(logits at real tokens [T, V], {layer: experts [T, K]})."""
     model, spec, arrays, _ = loaded(name)
-    want = parity.expected(name)
-    mask = want["mask"]
-    position = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
-    ctx = Context(
-        segment_BL=jnp.asarray(mask, jnp.int32),
-        position_BL=jnp.asarray(position, jnp.int32),
-        token_BL=jnp.asarray(want["tokens"]),
-        mode="eval",
-        collect=collect,
-        kernels="xla",
-    )
+    ctx = parity.context(parity.expected(name), collect=collect)
     params = arrays["params"] if params is None else params
     logits_BLV, aux = spec.merge(params, arrays["state"])(ctx)
     return logits_BLV, aux

@@ -1,5 +1,6 @@
 """`moex import-hf` and `moex export-hf`: whole runs, other meshes, broken folders."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -12,7 +13,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moex import cli
+from moex.compress.convert import convert_run
+from moex.compress.upcycle import Upcycle
 from moex.config import ConfigError
+from moex.data.sources import Text
+from moex.flags import load_config as load_config_flags
 from moex.interop.arrays import load_array, tensor_of
 from moex.interop.dequantise import reader
 from moex.interop.families import fold, read_model
@@ -27,6 +32,7 @@ from moex.nn.context import Context
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.optim import flat_paths
+from moex.train import loop
 from moex.train.job import load_config, load_run
 from tests import runs
 from tests.helpers import mesh_of, tiny_lm, tiny_moe
@@ -364,6 +370,38 @@ def test_a_native_run_leaves_as_the_closest_family(tmp_path):
     )
     up = values["model.layers.1.mlp.experts.3.up_proj.weight"]
     np.testing.assert_array_equal(up.T, w_in[0, 3, :, 1])
+
+
+def test_a_dense_folder_leaves_as_one_of_experts(tmp_path):
+    """Import, upcycle, export: of the dense model's logits; moved between all steps."""
+
+    def move(name):
+        shutil.move(tmp_path / name, tmp_path / f"moved_{name}")
+        return tmp_path / f"moved_{name}"
+
+    import_fixture("llama", tmp_path / "dense")
+    options = Upcycle(experts=4, k=2, sequences=0)
+    with runs.one_device():
+        convert_run(move("dense"), tmp_path / "sparse", upcycle=options, **SAY)
+        run = move("sparse")
+        config = export_hf(run, tmp_path / "folder", **SAY)
+    assert (config["model_type"], config["num_local_experts"]) == ("mixtral", 4)
+    want = parity.expected("llama")
+    _, spec, arrays, _ = parity.load(tmp_path / "folder")
+    logits_BLV, _ = spec.merge(arrays["params"], arrays["state"])(parity.context(want))
+    got = np.asarray(logits_BLV)[want["mask"]]
+    scale = np.abs(want["logits"]).max()
+    assert np.abs(got - want["logits"]).max() <= 2e-5 * scale
+    shutil.rmtree(tmp_path / "moved_dense")  # its tokenizer too
+
+    fields = ("steps=2", "optim.warmup_steps=1", "eval.every=0", "batch_size=2")
+    args = [f"--config={run / 'config.py'}", *(f"--config.{f}" for f in fields)]
+    cfg = load_config_flags(args)
+    text = runs.write_corpus(tmp_path / "corpus.txt")
+    cfg.data = dataclasses.replace(cfg.data, sources=(Text(paths=(str(text),)),))
+    with runs.one_device():
+        loop.train(cfg, run, **SAY)
+        assert load_run(run).step == 2
 
 
 def test_what_is_different_is_said_of_a_model_that_can_be_read(tmp_path):
