@@ -134,6 +134,8 @@ def _train(args, config_args):
     if args.workdir is None and not args.dry_run:
         raise ConfigError("--workdir: missing; give a folder, such as runs/first.")
     if args.sweep:
+        if args.profile is not None:
+            raise ConfigError("--profile: is for one run, not for a --sweep.")
         _sweep(args, config_args)
         return
     if args.sweep_index is not None:

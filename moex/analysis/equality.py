@@ -11,6 +11,8 @@ from moex.config import ConfigError
 # Of the machine, or of how a mesh divides the work: free to differ.
 APART = ("perf/", "moe/device_")
 PLACE = ("kind", "step")
+# Names the layer with the worst figure: of two that are nearly the same, either may be.
+WHICH = "_worst_layer"
 
 
 class Tolerance(NamedTuple):
@@ -76,6 +78,8 @@ def _equal_lines(
             raise RunsDiffer(f"step {step}: {run.path} has no {kind} line.")
     one, other = a.lines[kind][step], b.lines[kind][step]
     names = [n for n in one | other if n not in PLACE and not n.startswith(APART)]
+    if any(tolerance):
+        names = [name for name in names if not name.endswith(WHICH)]
     for name in names:
         where = f"step {step}, {kind} {name}"
         for run in (a, b):

@@ -192,10 +192,11 @@ def lost_slots(where: str, dropped_S, lost_S=None) -> Finding | None:
       dropped_S: share of the slots that were not computed.
       lost_S: share that found no room on the way to their experts, where known.
     """
-    if lost_S is not None and np.nanmax(lost_S) > 0:
+    lost = 0.0 if lost_S is None else float(np.max(np.nan_to_num(lost_S)))
+    if lost > 0:
         return Finding(
             "lost tokens",
-            f"{where}: up to {_percent(float(np.nanmax(lost_S)))} of the slots found "
+            f"{where}: up to {_percent(lost)} of the slots found "
             "no room on their way to the experts (threshold: none); raise "
             "config.mesh.exchange_buffer.",
         )

@@ -3,7 +3,6 @@
 R rows · C columns
 """
 
-import html
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,7 +54,7 @@ def with_rows(made: list, rows: Sequence[str], columns=None) -> list:
 
 
 def over_layers(found: Analysis, series: Mapping[str, Sequence[float]], title, unit):
-    """Curves over the layers, one for each entry; names are escaped here."""
+    """Curves over the layers, one for each entry; names are labels, escaped."""
     from plotly.graph_objects import Figure
 
     figure = Figure()
@@ -64,7 +63,7 @@ def over_layers(found: Analysis, series: Mapping[str, Sequence[float]], title, u
         figure.add_scatter(
             x=where,
             y=np.asarray(values, np.float32),
-            name=html.escape(name),
+            name=name,
             mode="lines+markers",
             hovertemplate="layer %{x}: %{y:.4g}",
         )

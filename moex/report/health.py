@@ -5,12 +5,14 @@ S logged steps · E experts
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from moex.analysis import health
 from moex.analysis.health import Finding
 from moex.config import walk
+from moex.moe.chain import Chain
 from moex.moe.layer import MoE
 from moex.moe.routers.topp import TopP
 from moex.report.material import Material, Routing
@@ -132,7 +134,7 @@ def _layers(material: Material, traced, checked, unchecked) -> Iterator[Finding]
             unchecked.append(f"{what}, for {why}")
     by_check: list[list[Finding]] = []
     for label, figures in routing.layers.items():
-        most = dynamic.get(int(label.partition(".")[0]))
+        most = dynamic.get(label)
         for i, result in enumerate(_layer(label, routing.step_S, figures, most)):
             if len(by_check) == i:
                 by_check.append([])
@@ -177,20 +179,32 @@ def _complete(load_SE) -> tuple[np.ndarray, np.ndarray] | None:
     return (rows, load_SE[rows]) if rows.any() else None
 
 
-def most_experts(model) -> dict[int, int]:
-    """By number of a layer with a top-p router: the most experts that a token can have.
+def most_experts(model) -> dict[str, int]:
+    """By label of a layer with a top-p router: the most experts that a token can have.
+
+    Experts are those that compute; a chain's rounds are labelled "003.1", "003.2".
 
     Args:
       model: `LM` config.
     """
-    found: dict[int, int] = {}
+    found: dict[str, int] = {}
     number = 0
     for segment in model.layers:
-        for _ in range(segment.repeat):
-            for ffn in segment.pattern:
-                for _, node in walk(ffn, ""):
-                    if isinstance(node, MoE) and isinstance(node.router, TopP):
-                        choices = node.num_choices()
-                        found[number] = min(node.router.k_max or choices, choices)
-                number += 1
+        for ffn in segment.pattern * segment.repeat:
+            for label, router, experts in _routers(ffn, f"{number:03d}"):
+                if isinstance(router, TopP):
+                    found[label] = min(router.k_max or experts, experts)
+            number += 1
     return found
+
+
+def _routers(ffn, label: str) -> list[tuple[str, Any, int]]:
+    """`(label, router, experts)` of a feed-forward, one for each round of a chain."""
+    sparse: Any = [node for _, node in walk(ffn, "") if isinstance(node, (Chain, MoE))]
+    if not sparse:
+        return []
+    if isinstance(sparse[0], MoE):
+        return [(label, sparse[0].router, sparse[0].num_experts)]
+    experts = sparse[0].moe.num_experts
+    rounds = enumerate(sparse[0].rounds(), 1)
+    return [(f"{label}.{t}", router, experts) for t, router in rounds]

@@ -125,8 +125,9 @@ def sizes(found: Analysis) -> Section:
         ]
     }
     if len(present) > 1:
-        for d in present:
-            series[token(found.domains[d])] = [
+        names = unique([found.domains[d] for d in present])
+        for name, d in zip(names, present, strict=True):
+            series[name] = [
                 stats.size_figures(la.size_DK[d])["mean"]
                 for la in found.layers.values()
             ]

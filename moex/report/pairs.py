@@ -11,8 +11,15 @@ import numpy as np
 from moex.analysis import statistics as stats
 from moex.analysis.summary import Analysis, LayerAnalysis, Step
 from moex.report import maps
-from moex.report.by_layer import COLOURS_END, NUMBERS, left_out, maps_of, over_layers
-from moex.report.page import Note, Plot, Section, style, token
+from moex.report.by_layer import (
+    COLOURS_END,
+    NUMBERS,
+    left_out,
+    maps_of,
+    over_layers,
+    unique,
+)
+from moex.report.page import Note, Plot, Section, style
 from moex.train.layers import shown
 
 
@@ -153,9 +160,10 @@ def saturation(found: Analysis, overlap: dict | None) -> Section:
     }
     present = np.flatnonzero(found.tokens_D)
     if len(present) > 1:
-        for d in present:
+        names = unique([found.domains[d] for d in present])
+        for name, d in zip(names, present, strict=True):
             values = [float(stats.saturation(sums)[d]) for sums in overlap.values()]
-            series[token(found.domains[d])] = values
+            series[name] = values
     series["uniform routing"] = [
         float(stats.uniform_share(la.domain_DE, found.tokens_D))
         for la in found.layers.values()

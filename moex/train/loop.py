@@ -363,8 +363,10 @@ class Run:
             if not is_always_zero(getattr(cfg.loss, name)):
                 values[f"loss/{name}"] = float(value)
         if len(domains) > 1:
-            for name, nll in zip(domains, metrics["domain_nll"], strict=True):
-                values[f"nll/{name}"] = float(nll)
+            figures = metrics["domain_nll"], metrics["domain_tokens"]
+            for name, nll, count in zip(domains, *figures, strict=True):
+                if count > 0:  # a batch may have nothing of a domain
+                    values[f"nll/{name}"] = float(nll)
         if peak is not None:
             rate = tokens / step_seconds * flops
             values["perf/mfu"] = rate / (peak * jax.device_count())

@@ -409,6 +409,17 @@ def test_what_only_one_run_has_is_a_difference(mistake, write):
     )
 
 
+def test_which_layer_is_worst_may_differ_where_figures_nearly_do_not(
+    moex, mistake, write
+):
+    names = ("moe/entropy_worst", "moe/entropy_worst_layer")
+    a = write("a", **dict(zip(names, (1.0, "001"), strict=True)))
+    b = write("b", **dict(zip(names, (1.0000001, "002"), strict=True)))
+    assert "are equal, numbers within" in moex(a, b, "--assert-equal=1e-3")
+    told = mistake(a, b, "--assert-equal", code=1)
+    assert told.startswith("step 1, train moe/entropy_worst: 1.0 in ")
+
+
 def test_the_order_of_lines_does_not_matter(moex, write, tmp_path):
     a, b = write("a"), tmp_path / "b"
     shutil.copytree(a, b)
