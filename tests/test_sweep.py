@@ -135,6 +135,8 @@ def test_mistakes_of_the_command(mistake, tmp_path):
     assert "--workdir: missing" in mistake("--sweep=seed=0,1")
     error = mistake(workdir, "--sweep-index=0")
     assert error == "--sweep-index: is for --sweep; give both."
+    error = mistake(workdir, "--sweep=seed=0,1", "--profile=1:2")
+    assert error == "--profile: is for one run, not for a --sweep."
     error = mistake(workdir, "--sweep=seed=0,1", "--sweep-index=2")
     assert error == "--sweep-index = 2: must be in 0 to 1."
     (tmp_path / "file").write_text("")

@@ -3,8 +3,9 @@
   python -m experiments.monitoring.run [--only=CASE ...] [--out=DIR] [--steps=N]
 
 Trains a healthy model and three unhealthy ones (config.py) on the embedded data, and
-checks that the figures of the last step tell them apart. Writes results.json beside
-this file; exit code 1 if a failure does not show. Look: tensorboard --logdir DIR
+checks that the figures of the last step tell them apart and that `moex report` warns of
+what is wrong and of nothing else. Writes results.json beside this file; exit code 1 if
+a failure does not show. Look: tensorboard --logdir DIR, DIR/CASE/report.html
 """
 
 import argparse
@@ -19,6 +20,9 @@ from flax import nnx
 
 from benchmarks.common import environment
 from experiments.monitoring.config import ROUTERS, get_config
+from moex.report.command import run as report
+from moex.report.health import examine
+from moex.report.material import read
 from moex.train import loop
 from moex.train.job import Job
 
@@ -54,17 +58,33 @@ def train(case: str, workdir: pathlib.Path, steps: int | None) -> dict:
     return {name: result[f"moe/{name}"] for name in NAMES} | {"nll": result["eval_nll"]}
 
 
+# What the report has to warn of, and what else follows from it.
+KINDS: dict[str, tuple[set, set]] = {
+    "healthy": (set(), set()),
+    "dead": ({"dead experts"}, set()),
+    "collapse": ({"collapse"}, {"dead experts", "entropy collapse"}),
+    "saturation": ({"saturated router"}, set()),
+}
+
+
+def warnings(workdir: pathlib.Path) -> dict[str, list[str]]:
+    """What the report of a run warns of; writes the report."""
+    report(workdir)
+    return examine(read(workdir)).groups
+
+
 def shows(case: str, figures: dict) -> bool:
-    """Whether the figures say what is wrong, or that nothing is."""
+    """Whether figures and warnings say what is wrong, or that nothing is."""
     collapsed = figures["effective_frac_worst"] < 0.5
     signs = {
         "dead": figures["dead_frac_worst"] > 0 and not collapsed,
         "collapse": collapsed,
         "saturation": figures["experts_per_token"] > 7.5,
     }
-    return [name for name, there in signs.items() if there] == (
-        [] if case == "healthy" else [case]
-    )
+    seen = [name for name, there in signs.items() if there]
+    told, (must, may) = set(figures["warnings"]), KINDS[case]
+    right = must <= told <= must | may
+    return right and seen == ([] if case == "healthy" else [case])
 
 
 def main() -> None:
@@ -78,6 +98,7 @@ def main() -> None:
     for case in args.only or ROUTERS:
         shutil.rmtree(args.out / case, ignore_errors=True)
         found[case] = train(case, args.out / case, args.steps)
+        found[case]["warnings"] = warnings(args.out / case)
         found[case]["shows"] = shows(case, found[case])
         print(case, json.dumps(found[case]), flush=True)
     if args.only is None and args.steps is None:

@@ -107,6 +107,8 @@ def test_lost_slots():
     kind, text = health.lost_slots("layer 0", np.full(S, 0.25), zeros)
     assert kind == "dropped tokens"
     assert "25 % of the slots" in text and "threshold: 5 %" in text
+    unknown = np.full(S, np.nan)  # of lines from before it was logged
+    assert health.lost_slots("layer 0", zeros, unknown) is None
     lost = zeros.copy()
     lost[30] = 0.002
     kind, text = health.lost_slots("layer 0", zeros, lost)
