@@ -44,7 +44,7 @@ from moex.train.log import (
     step_line,
 )
 from moex.train.profiler import Profiler, profile_steps
-from moex.train.score import continue_texts, evaluate
+from moex.train.score import continue_texts, domain_losses, evaluate
 from moex.train.workdir import check_workdir
 
 
@@ -363,10 +363,8 @@ class Run:
             if not is_always_zero(getattr(cfg.loss, name)):
                 values[f"loss/{name}"] = float(value)
         if len(domains) > 1:
-            figures = metrics["domain_nll"], metrics["domain_tokens"]
-            for name, nll, count in zip(domains, *figures, strict=True):
-                if count > 0:  # a batch may have nothing of a domain
-                    values[f"nll/{name}"] = float(nll)
+            losses = domain_losses(domains, metrics)
+            values |= {f"nll/{name}": nll for name, nll in losses.items()}
         if peak is not None:
             rate = tokens / step_seconds * flops
             values["perf/mfu"] = rate / (peak * jax.device_count())

@@ -58,18 +58,15 @@ def evaluate(job: Job, state: dict, eval_step, limit: int | None) -> dict:
         "bits_per_byte": float(result["bits_per_byte"]),
         "tokens": int(result["tokens"]),
         "bytes": int(result["bytes"]),
-        "domains": {
-            name: float(nll)
-            for name, nll, n in zip(
-                job.data.domains,
-                result["domain_nll"],
-                result["domain_tokens"],
-                strict=True,
-            )
-            if n > 0
-        },
+        "domains": domain_losses(job.data.domains, result),
         "layers": result["layers"],
     }
+
+
+def domain_losses(domains, metrics) -> dict[str, float]:
+    """Nats per token of the domains that have any tokens, from `step.figures`."""
+    named = zip(domains, metrics["domain_nll"], metrics["domain_tokens"], strict=True)
+    return {name: float(nll) for name, nll, tokens in named if tokens > 0}
 
 
 def score_run(workdir, cfg, *, sequences=None) -> dict:

@@ -25,6 +25,7 @@ from moex.train.layers import (
     slot_shares,
 )
 from moex.train.log import RunLog, Stopwatch
+from moex.train.score import domain_losses
 from moex.train.tensorboard import layout
 from tests.helpers import tiny_lm, tiny_moe
 from tests.test_run import run_config
@@ -123,6 +124,12 @@ def test_the_layout_has_the_moe_first_and_what_the_run_has():
     ]
     dense = layout(run_config(model=tiny_lm(Segment(pattern=(Dense(hidden=8),)))), 1)
     assert list(dense) == ["training", "speed"]
+
+
+def test_a_domain_without_tokens_has_no_loss():
+    """Its sum over its tokens is 0 / 1: no loss of a model."""
+    metrics = {"domain_nll": np.array([2.0, 0.0]), "domain_tokens": np.array([9, 0])}
+    assert domain_losses(("code", "prose"), metrics) == {"code": 2.0}
 
 
 def test_balance_of_devices_by_hand():
