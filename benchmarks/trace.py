@@ -3,8 +3,9 @@
   python -m benchmarks.trace [--tokens=1000000] [--layers=8] [--json=FILE]
 
 A tiny model (width 32) with many experts is trained for one step on random text, so
-that routing and writing are what costs. Tracing and analysing run in a process each,
-as `moex trace` and `moex analyse`; the memory is the most that the process had.
+that routing and writing are what costs. Tracing, analysing and the report's page run
+in a process each, as `moex trace`, `moex analyse` and `moex report`; the memory is the
+most that the process had.
 """
 
 import argparse
@@ -92,15 +93,18 @@ def main() -> None:
         run, trace, early = folder / "run", folder / "t.parquet", folder / "e.parquet"
         measured("train", f"--config={folder / 'config.py'}", f"--workdir={run}")
         # The end of training scores what is held out, so that is little there.
-        all_of_it = "--config.data.sources[0].holdout=0.98"
+        all_of_it = "--config.data.sources[0].holdout=1"
         tokens = f"--tokens={args.tokens}", all_of_it
         tenth = f"--tokens={args.tokens // 10}", all_of_it
+        page = f"--out={folder / 'report.html'}"
         rows = {
             "write a tenth": measured("trace", run, f"--out={early}", *tenth),
             "write": measured("trace", run, f"--out={trace}", *tokens),
             "analyse a tenth": measured("analyse", early),
             "analyse": measured("analyse", trace, f"--out={folder / 'a.npz'}"),
             "compare too": measured("analyse", trace, f"--compare={trace}"),
+            "report a tenth": measured("report", run, f"--trace={early}", page),
+            "report": measured("report", run, f"--trace={trace}", page),
         }
         # Without JAX or a model: what is written can be read anywhere.
         from moex.analysis.trace import Trace

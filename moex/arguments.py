@@ -63,7 +63,13 @@ TRACE_EXAMPLES = """
 Examples:
   moex trace runs/first --out first.parquet
   moex trace runs/first --out step500.parquet --step=500 --tokens=100000
-  moex trace runs/olmoe --out web.parquet --config.data.sources[0].paths="('web',)"
+  moex trace runs/olmoe --out t.parquet --data=web.txt --data='code/*.py'
+"""
+
+EVAL_EXAMPLES = """
+Examples:
+  moex eval runs/first
+  moex eval runs/first --data=web.txt --data='code/*.py'
 """
 
 CONVERT_EXAMPLES = """
@@ -139,13 +145,15 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate = command(
         "eval",
         "Score held-out data with the newest checkpoint of a run. Without --config the "
-        "run's own data is used; --config.data... changes it.",
+        "run's own data is used; --config.data... changes it, --data takes its place.",
+        CONFIG_HELP + EVAL_EXAMPLES,
     )
     evaluate.add_argument("run", type=pathlib.Path, help="run directory")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.add_argument(
         "--sequences", type=_positive, help="score at most this many sequences"
     )
+    _add_data(evaluate)
     _add_tasks(evaluate)
     _add_generate(command)
     _add_trace(command)
@@ -330,6 +338,17 @@ def _add_report(command):
     )
 
 
+def _add_data(parser):
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="FILE",
+        help="all of this file (or folder, or glob) instead of held-out data; repeat "
+        "it for several, each a domain. Text, .jsonl of prompt and response, .parquet "
+        "and .arrayrecord of text",
+    )
+
+
 def _add_tasks(evaluate):
     tasks = evaluate.add_argument_group(
         "tasks of the lm_eval harness (extra `eval`)", "Instead of held-out data."
@@ -375,13 +394,15 @@ def _add_trace(command):
         "trace",
         "Write where a run sends the tokens of held-out data. One row per token and "
         "MoE layer in a Parquet file (docs/traces.md): experts, gates, logits. Without "
-        "--config the run's own data is used; --config.data... changes it.",
+        "--config the run's own data is used; --config.data... changes it, --data "
+        "takes its place.",
         CONFIG_HELP + TRACE_EXAMPLES,
     )
     trace.add_argument("run", type=pathlib.Path, help="run directory")
     trace.add_argument(
         "--out", type=pathlib.Path, required=True, help="the file; must not exist"
     )
+    _add_data(trace)
     trace.add_argument(
         "--tokens", type=_positive, help="at most so many tokens; default: all"
     )

@@ -5,6 +5,7 @@ goes to ml_collections. A user's mistake is one line on stderr and exit code 2; 
 that cannot go on is one line and exit code 1.
 """
 
+import dataclasses
 import functools
 import json
 import logging
@@ -271,17 +272,16 @@ def _eval(args, config_args):
     for name in ("include_path", "limit", "num_fewshot"):
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')}: is for --tasks.")
-    from moex.flags import load_config
-    from moex.train.job import load_config as run_config
     from moex.train.score import score_run
 
-    cfg = load_config(config_args, base=run_config(args.run))
+    cfg = _scored_config(args, config_args)
     result = score_run(args.run, cfg, sequences=args.sequences)
     if args.json:
         print(json.dumps(result))
         return
+    what = f"tokens of {', '.join(args.data)}" if args.data else "held-out tokens"
     print(
-        f"{args.run} at step {result['step']}, {result['tokens']:,} held-out tokens:\n"
+        f"{args.run} at step {result['step']}, {result['tokens']:,} {what}:\n"
         f"  loss           {result['nll']:.4f} nats per token\n"
         f"  perplexity     {result['perplexity']:.3f}"
     )
@@ -294,9 +294,13 @@ def _eval(args, config_args):
 def _eval_tasks(args, config_args):
     from moex.serve.harness import score_tasks
 
-    if config_args or args.sequences:
-        given = config_args[0] if config_args else "--sequences"
-        raise ConfigError(f"{given}: --tasks takes the config of the run; see --limit.")
+    for name in ("data", "sequences"):
+        if getattr(args, name):
+            config_args = [*config_args, f"--{name}"]
+    if config_args:
+        raise ConfigError(
+            f"{config_args[0]}: --tasks takes the config of the run; see --limit."
+        )
     result = score_tasks(
         args.run,
         args.tasks.split(","),
@@ -313,12 +317,31 @@ def _eval_tasks(args, config_args):
             print(f"  {task:<24} {name:<24} {value:.4f}")
 
 
-def _trace(args, config_args):
-    from moex.analysis.record import trace_run
+def _scored_config(args, config_args):
+    """The config of a run, or another one, with the data of --data if that is given."""
+    from moex.data.given import given_sources
     from moex.flags import load_config
     from moex.train.job import load_config as run_config
 
-    cfg = load_config(config_args, base=run_config(args.run))
+    base = run_config(args.run)
+    if not args.data:
+        return load_config(config_args, base=base)
+    for arg in config_args:
+        if arg.startswith(("--config=", "--config.data")):
+            raise ConfigError(
+                f"{arg.split('=')[0]}: --data takes the place of config.data; give "
+                "one of the two."
+            )
+    cfg = load_config(config_args, base=base)
+    sources = given_sources(args.data)
+    cfg.data = dataclasses.replace(cfg.data, sources=sources)
+    return cfg
+
+
+def _trace(args, config_args):
+    from moex.analysis.record import trace_run
+
+    cfg = _scored_config(args, config_args)
     made = trace_run(
         args.run,
         cfg,

@@ -90,8 +90,14 @@ def test_help_of_each_verb(verb, capsys):
         "plan": ("--topology", "--compile", "--json", "--config=FILE"),
         "compare": ("--json", "--out", "--assert-equal", "95 % intervals"),
         "report": ("--trace", "--compare-trace", "--token", "--out", "no network"),
-        "eval": ("run directory", "--sequences", "--json", "--config.data..."),
-        "trace": ("--out", "--tokens", "--step", "--logits", "--config.data..."),
+        "eval": (
+            "run directory",
+            "--sequences",
+            "--json",
+            "--config.data...",
+            "--data",
+        ),
+        "trace": ("--out", "--tokens", "--step", "--logits", "--config.d", "--data"),
         "analyse": ("--compare", "--token", "--out", "--json"),
         "generate": ("--prompt", "--temperature", "--top-k", "--top-p", "--seed"),
         "convert": ("--to", "--workdir", "--group", "--latent", "--ops", "--whiten"),
@@ -361,7 +367,49 @@ def test_a_folder_that_cannot_be_written(mistake, tmp_path):
         assert error.startswith(f"--workdir={workdir}: cannot be written (")
 
 
+@pytest.mark.parametrize("arg", ["--workdir={new}", "--dry-run"])
+def test_nothing_to_train_on(mistake, tmp_path, arg):
+    scored = "--config.data.sources[0].holdout=1"
+    error = mistake("train", arg.format(new=tmp_path / "run"), scored)
+    assert error.startswith("config.data.sources[0].holdout = 1.0: must be below 1 for")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 # Mistakes with a run that is there.
+
+
+@pytest.mark.parametrize("verb", ["eval", "trace --out={new}"])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data={no}"], "--data[0] = '{no}': no such file"),
+        (["--data={text}", "--data={no}"], "--data[1] = '{no}': no such file"),
+        (["--data={empty}"], "--data: the file {empty} is empty; remove it."),
+        (["--data={text}", "--data={text}"], "--data = '{text}': is given twice."),
+        (
+            ["--data={text}", "--config.data.sources[0].holdout=0.5"],
+            "--config.data.sources[0].holdout: --data takes the place of config.data",
+        ),
+        (["--data={text}", "--config={cfg}"], "--config: --data takes the place of"),
+    ],
+)
+def test_given_data_that_is_wrong(
+    mistake, trained, folder, tmp_path, verb, args, message
+):
+    names = {n: str(tmp_path / f"{n}.txt") for n in ("text", "empty", "no")}
+    names |= {"new": str(tmp_path / "new.parquet"), "cfg": str(folder / "tiny.py")}
+    for name, text in (("text", "some text"), ("empty", "")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    verb, *out = verb.format(**names).split()
+    args = [arg.format(**names) for arg in args]
+    error = mistake(verb, trained, *out, *args, cfg=False)
+    assert error.startswith(message.format(**names))
+    assert not (tmp_path / "new.parquet").exists()
+
+
+def test_given_data_and_tasks(mistake, trained):
+    error = mistake("eval", trained, "--tasks=a.yaml", "--data=a.txt", cfg=False)
+    assert error == "--data: --tasks takes the config of the run; see --limit."
 
 
 @pytest.mark.parametrize(

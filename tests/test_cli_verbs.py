@@ -7,7 +7,8 @@ import pytest
 
 from moex import cli, config
 from moex.run import RUN_KEYS
-from moex.train.job import load_config, make_job
+from moex.serve.likelihood import continuation_scores
+from moex.train.job import load_config, load_run, make_job
 from tests import runs
 
 
@@ -135,6 +136,30 @@ def test_eval_on_other_data(moex, trained, tmp_path):
         moex("eval", trained, "--json", paths, "--config.data.sources[0].holdout=0.9")
     )
     assert whole["bytes"] > 5 * result["bytes"]
+
+
+def test_eval_of_given_files_scores_all_of_them(moex, trained, tmp_path):
+    """Every token and the end of each document, against the decoder's own figures."""
+    texts = {"web": "the cat sees some bread.\n" * 5, "code": "x = [é for é in y]\n"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    files = [f"--data={tmp_path / name}.txt" for name in texts]
+    result = json.loads(moex("eval", trained, *files, "--json"))
+    run, nll = load_run(trained), {}
+    for name, text in texts.items():
+        doc = run.tokenizer.doc_id
+        ids = [doc, *run.tokenizer.encode(text), doc]
+        starts = range(0, len(ids) - 1, 32)  # a sequence sees nothing before its start
+        pairs = [(ids[at : at + 1], ids[at + 1 : at + 33]) for at in starts]
+        nll[name] = [-score for score, _ in continuation_scores(run, pairs)]
+        texts[name] = len(ids) - 1
+    assert result["tokens"] == sum(texts.values())
+    for name, found in result["domains"].items():
+        assert found == pytest.approx(sum(nll[name]) / texts[name], rel=1e-5)
+    total = sum(map(sum, nll.values()))
+    assert result["nll"] == pytest.approx(total / result["tokens"], rel=1e-5)
+    said = moex("eval", trained, *files[:1])
+    assert f"{texts['web']:,} tokens of {tmp_path / 'web'}.txt:" in said
 
 
 def test_eval_with_more_context(moex, trained):

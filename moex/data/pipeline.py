@@ -81,6 +81,7 @@ def prepare(
     seq_len: int,
     *,
     overlap: int = 0,
+    scoring: bool = False,
     log=print,
     where: str = "data",
 ) -> Prepared:
@@ -91,14 +92,21 @@ def prepare(
       seq_len: L, number of inputs of a sequence, >= 1.
       overlap: tokens that a held-out sequence repeats from the one before as context,
         in [0, seq_len).
+      scoring: only `eval_batches` will be read, so training data may be missing.
       log: called with one line per step of the work.
       where: the path of `config`, for error messages.
 
     Raises:
       ConfigError: for files that cannot be used, and for a source with less training
-        data than one sequence.
+        data than one sequence, unless it is only scored (holdout 1).
     """
     check(config, where)
+    require(
+        scoring or any(source.holdout < 1 for source in config.sources),
+        f"{where}.sources[0].holdout",
+        config.sources[0].holdout,
+        "below 1 for one source at least, or there is nothing to train on",
+    )
     require(seq_len >= 1, "seq_len", seq_len, ">= 1")
     require(0 <= overlap < seq_len, "overlap", overlap, f"in [0, seq_len={seq_len})")
     root = cache.cache_root(config.cache_dir)
@@ -123,15 +131,21 @@ def prepare(
             held_out = Windows(
                 streams[1], seq_len, overlap=overlap, domain=i, partial=True
             )
-        _check_sizes(train, held_out, source, here, log)
+        _check_sizes(train, held_out, source, here, log, scoring)
         prepared.train.append(train)
         prepared.eval.append(held_out)
     return prepared
 
 
-def _check_sizes(train, held_out, source: Source, where: str, log) -> None:
+def _check_sizes(train, held_out, source: Source, where: str, log, scoring) -> None:
     counts = train.stream.counts
-    if len(train) == 0:
+    if source.holdout == 1:
+        if len(held_out) == 0:
+            raise ConfigError(
+                f"{where} ({source.label()!r}): there is no text in it to score."
+            )
+        return
+    if len(train) == 0 and not scoring:
         raise ConfigError(
             f"{where} ({source.label()!r}): seq_len={train.seq_len} is longer than the "
             f"training data ({counts['tokens']} tokens in {counts['documents']} "
@@ -202,11 +216,12 @@ def train_iterator(
     """
     rows = _checked_rows(rows, batch_size)
     require(start >= 0, "start", start, ">= 0")
-    parts = [
-        grain.MapDataset.source(data).seed(seed + i).shuffle().repeat()
-        for i, data in enumerate(prepared.train)
-    ]
-    weights = [source.weight for source in prepared.config.sources]
+    parts, weights = [], []
+    for i, source in enumerate(prepared.config.sources):
+        if source.holdout < 1:
+            part = grain.MapDataset.source(prepared.train[i]).seed(seed + i)
+            parts.append(part.shuffle().repeat())
+            weights.append(source.weight)
     mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
     local = mixed[start:]
     if len(rows) < batch_size:

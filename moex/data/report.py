@@ -77,7 +77,8 @@ def inspect(prepared: Prepared, *, example: int = 0, tokens: int = 64) -> str:
     lines += ["", f"tokenizer: {prepared.tokenizer.vocab_size} tokens, "]
     lines[-1] += f"fingerprint {prepared.tokenizer.fingerprint[:12]}"
     for name, data in zip(prepared.domains, prepared.train, strict=True):
-        lines += ["", *_example(prepared, name, data, example % len(data), tokens)]
+        if len(data) > 0:  # else it is only scored
+            lines += ["", *_example(prepared, name, data, example % len(data), tokens)]
     return "\n".join(lines)
 
 

@@ -40,12 +40,13 @@ class Source(Config):
 
     weight: float = 1.0  # share in the training mixture, > 0
     name: str = ""  # name of the domain; "" takes the class or the file's stem
-    holdout: float = 0.05  # fraction of documents kept for evaluation, in [0, 1)
+    # Fraction of documents kept for evaluation, in [0, 1]; 1: none is trained on.
+    holdout: float = 0.05
 
     def validate(self, path: str) -> None:
         """Check the fields that all sources share."""
         require(self.weight > 0, f"{path}.weight", self.weight, "> 0")
-        require(0 <= self.holdout < 1, f"{path}.holdout", self.holdout, "in [0, 1)")
+        require(0 <= self.holdout <= 1, f"{path}.holdout", self.holdout, "in [0, 1]")
 
     def label(self) -> str:
         """The name of the domain."""
@@ -287,16 +288,23 @@ class PromptResponse(Source):
         """Documents are (prompt, response)."""
         return "pairs"
 
+    def check_file(self, file: File, where: str) -> None:
+        """Check that the first line is JSON and has both fields."""
+        next(self._read_file(file, where), None)
+
     def read(self, where: str) -> Iterator[Document]:
         """Yield one (prompt, response) per line; the prompt alone decides the split."""
         for file in self.files(where):
-            offset = 0
-            with open(file.path, "rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    text = decode_utf8(line, file.path, f"{where}.paths", offset)
-                    offset += len(line)
-                    if text.strip():
-                        yield self._document(text, f"{file.path}:{number}", where)
+            yield from self._read_file(file, where)
+
+    def _read_file(self, file: File, where: str) -> Iterator[Document]:
+        offset = 0
+        with open(file.path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                text = decode_utf8(line, file.path, f"{where}.paths", offset)
+                offset += len(line)
+                if text.strip():
+                    yield self._document(text, f"{file.path}:{number}", where)
 
     def _document(self, line: str, at: str, where: str) -> Document:
         try:

@@ -117,7 +117,12 @@ def run_with_data(workdir, cfg, *, step=None) -> tuple[LoadedRun, Job]:
     tokenizer = SavedTokenizer(path=str(workdir / "tokenizer"))
     data_cfg = dataclasses.replace(cfg.data, tokenizer=tokenizer)
     data = pipeline.prepare(
-        data_cfg, cfg.seq_len, overlap=cfg.eval.overlap, log=_warn, where="config.data"
+        data_cfg,
+        cfg.seq_len,
+        overlap=cfg.eval.overlap,
+        scoring=True,
+        log=_warn,
+        where="config.data",
     )
     return run, Job(cfg, run.mesh, run.spec, None, None, data)
 

@@ -3,6 +3,8 @@
 B batch · L length · T = B * L tokens · N tokens without padding · K slots · E experts
 """
 
+import json
+
 import jax
 import numpy as np
 import pyarrow as pa
@@ -18,6 +20,7 @@ from moex.analysis.record import (
 )
 from moex.analysis.trace import Header, Trace
 from moex.analysis.writer import TraceWriter
+from moex.data.tokenizer import Tokenizer
 from moex.moe.chain import Chain
 from moex.moe.experts.zero import Zero
 from moex.moe.narrow import Narrow
@@ -254,6 +257,41 @@ def test_another_step_and_fewer_tokens(trained, capsys, tmp_path):
     slots = chunk.layers["001"]
     picked_NK = np.take_along_axis(slots.logits_NE, slots.expert_NK, axis=1)
     np.testing.assert_array_equal(picked_NK, slots.logit_NK)
+
+
+def test_given_files_are_traced_whole(trained, tmp_path):
+    """Every token of every file once, in its order; one domain for each --data."""
+    (tmp_path / "code").mkdir()
+    files = {"web.txt": "the cat\n\nsees É " * 30, "code/a.py": "x=1", "code/b.py": "y"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    out, code = tmp_path / "t.parquet", f"{tmp_path}/code/*.py"
+    data = [f"--data={tmp_path / 'web.txt'}", f"--data={code}"]
+    moex("trace", trained[0], f"--out={out}", *data)
+    tokenizer = Tokenizer.load(trained[0] / "tokenizer")
+    want = [[tokenizer.doc_id, *tokenizer.encode(text)] for text in files.values()]
+    with Trace.open(out) as trace:
+        assert trace.domains == ("web", code)
+        (chunk,) = trace.chunks()
+    tokens = chunk.tokens
+    assert tokens.token_N.tolist() == sum(want, [])
+    assert np.bincount(tokens.domain_N).tolist() == [
+        len(want[0]),
+        len(sum(want[1:], [])),
+    ]
+    assert len(chunk.layers["001"].expert_NK) == len(tokens.token_N)
+
+
+def test_prompts_and_responses_are_traced(trained, tmp_path):
+    rows = [("why?", " because"), ("and?", " so")]
+    lines = [json.dumps({"prompt": a, "response": b}) for a, b in rows]
+    (tmp_path / "qa.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "t.parquet"
+    moex("trace", trained[0], f"--out={out}", f"--data={tmp_path / 'qa.jsonl'}")
+    with Trace.open(out) as trace:
+        (chunk,) = trace.chunks()
+        text = "".join(trace.vocabulary[i] for i in chunk.tokens.token_N)
+    assert text == "".join("<|doc|>" + a + b for a, b in rows)
 
 
 @pytest.mark.parametrize(

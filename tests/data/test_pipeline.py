@@ -248,6 +248,47 @@ def test_nothing_held_out_is_a_warning(tmp_path):
         compressor_bits_per_byte(prepared)
 
 
+def test_a_source_that_is_only_scored(tmp_path):
+    """Training batches are as if it were not there; held-out ones have all of it."""
+    own, other = corpus(tmp_path, "a"), corpus(tmp_path, "b", count=3)
+    other.holdout = 1.0
+    prepared = prepare(data(tmp_path, own, other), L, log=quiet)
+    alone = prepare(data(tmp_path, own), L, log=quiet)
+    options = {"batch_size": 4, "seed": 0}
+    assert ids(take(prepared, 30, **options)) == ids(take(alone, 30, **options))
+    scored = [
+        int(target)
+        for batch in eval_batches(prepared, batch_size=1)
+        for target in batch["targets"][batch["loss_mask"] == 1]
+        if batch["domain"] == 1
+    ]
+    text = b"".join(d.value.encode() + b"\0" for d in other.read("s"))
+    assert bytes(t if t < 256 else 0 for t in scored) == text
+    assert "b, training sequence" not in inspect(prepared)
+    assert "a, training sequence 0" in inspect(prepared)
+
+
+def test_nothing_to_train_on(tmp_path):
+    source = corpus(tmp_path, "a", count=1)
+    source.holdout = 1.0
+    config = data(tmp_path, source)
+    with pytest.raises(ConfigError, match=r"holdout = 1\.0: must be below 1 .*train"):
+        prepare(config, L, log=quiet)
+    assert not (tmp_path / "cache").exists()
+    prepared = prepare(config, 1000, scoring=True, log=quiet)
+    assert len(list(eval_batches(prepared, batch_size=1))) == 1
+    # Too short to train on, and all the same a sequence to score.
+    some = data(tmp_path, corpus(tmp_path, "c"))
+    assert prepare(some, 100_000, scoring=True, log=quiet).eval[0][0]["segment"].any()
+
+
+def test_a_source_without_text_cannot_be_scored(tmp_path):
+    (tmp_path / "a.txt").write_text("<|>")
+    source = Text(paths=(str(tmp_path / "a.txt"),), delimiter="<|>", holdout=1.0)
+    with pytest.raises(ConfigError, match=r"sources\[0\] \('a'\): there is no text"):
+        prepare(data(tmp_path, source), L, scoring=True, log=quiet)
+
+
 @pytest.mark.parametrize("delimiter", ["", " "])
 def test_bpe_learns_from_a_sample(delimiter, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_module, "BPE_SAMPLE_BYTES", 1000)

@@ -107,10 +107,11 @@ def test_contract(make, tmp_path):
 def test_more_holdout_never_moves_a_document_back(make, tmp_path):
     source = make(tmp_path)
     kept = []
-    for source.holdout in (0.0, 0.1, 0.5, 0.9):
+    for source.holdout in (0.0, 0.1, 0.5, 0.9, 1.0):
         kept.append({d.key for d in source.documents("eval")})
     assert not kept[0]
-    assert kept[0] <= kept[1] <= kept[2] <= kept[3]
+    assert kept[0] <= kept[1] <= kept[2] <= kept[3] <= kept[4]
+    assert kept[4] == {d.key for d in source.read("s")}
 
 
 def test_adding_a_document_moves_no_other(tmp_path):
@@ -176,7 +177,7 @@ def test_text_that_is_not_utf8(tmp_path):
 
 def test_ranges(tmp_path):
     fails(PythonStdlib(weight=0), "weight = 0", "> 0")
-    fails(PythonStdlib(holdout=1.0), "holdout = 1.0")
+    fails(PythonStdlib(holdout=1.1), "holdout = 1.1", "in [0, 1]")
     fails(Parquet(paths=("a",), kind="txt"), "kind", "Did you mean 'text'")
     fails(ArrayRecord(paths=("a",), token_dtype="uint61"), "Did you mean 'uint16'")
 
