@@ -130,11 +130,13 @@ def layer_metrics(stats: dict) -> dict:
     slots = jnp.maximum(stats["num_slots"], 1.0)
     frac_E = load_E / slots[..., None]
     load_entropy = -jnp.sum(frac_E * jnp.log(jnp.maximum(frac_E, 1e-30)), axis=-1)
+    violation = jnp.max(frac_E, axis=-1) * num_experts - 1.0
+    num_dropped = stats["num_slots"] - stats["num_kept"] - stats["num_zero"]
     mean_real = (stats["num_slots"] - stats["num_zero"]) / tokens
     variance = jnp.maximum(stats["real_sq_sum"] / tokens - mean_real**2, 0.0)
     return {
         "load_frac_E": frac_E,
-        "max_violation": jnp.max(frac_E, axis=-1) * num_experts - 1.0,
+        "max_violation": jnp.where(stats["num_slots"] > 0, violation, 0.0),
         "dead_frac": jnp.mean((load_E == 0).astype(jnp.float32), axis=-1),
         "effective_frac": jnp.exp(load_entropy) / num_experts,
         "entropy": stats["entropy_sum"] / tokens,
@@ -144,7 +146,7 @@ def layer_metrics(stats: dict) -> dict:
         "unrouted_frac": stats["num_unrouted"] / tokens,
         "zero_frac": stats["num_zero"] / slots,
         "lost_frac": stats["num_lost"] / slots,
-        "dropped_frac": 1.0 - (stats["num_kept"] + stats["num_zero"]) / slots,
+        "dropped_frac": num_dropped / slots,
         "logit_norm": jnp.sqrt(stats["logit_sq_sum"] / tokens),
         "output_norm": jnp.sqrt(stats["output_sq_sum"] / tokens),
         "slots_hist_S": stats["slots_S"] / tokens[..., None],

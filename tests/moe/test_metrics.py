@@ -1,7 +1,9 @@
-"""Sums of one layer and the figures made of them, by hand.
+"""Sums of one layer and the figures made of them, by hand and by loops over tokens.
 
-T tokens · E experts · K slots per token
+B sequences · T tokens · E experts · K slots per token · C slots per expert
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +108,10 @@ def test_figures_of_sums_are_those_of_all_tokens():
 
 def test_no_token_gives_finite_figures():
     nothing = jax.tree.map(jnp.zeros_like, example())
-    assert all(np.all(np.isfinite(v)) for v in layer_metrics(nothing).values())
+    figures = layer_metrics(nothing)
+    assert all(np.all(np.isfinite(v)) for v in figures.values())
+    # Of no slots none is dropped, and no expert has more than others.
+    assert figures["dropped_frac"] == figures["max_violation"] == 0
 
 
 def test_zero_computation_slots_are_counted_apart():
@@ -159,10 +164,14 @@ def test_loads_of_experts_that_choose():
     assert real_T.tolist() == [1, 1, 1, 0]
 
 
-def random_case(seed, T=11, E=6, K=4, D=3):
-    """(routing, valid_T, y_TD) with slots and tokens left out."""
+def random_case(seed, T=12, E=6, K=4, D=3):
+    """(routing, valid_T, y_TD) with slots and tokens left out.
+
+    If `seed` is odd nobody wants expert 1: its probabilities are exactly 0.
+    """
     rng = np.random.default_rng(seed)
     logits_TE = rng.normal(size=(T, E)).astype(np.float32)
+    logits_TE[:, 1] -= 200 * (seed % 2)
     expert_TK = np.argsort(-logits_TE, axis=1)[:, :K].astype(np.int32)
     valid_T = rng.random(T) < 0.8
     keep_TK = (rng.random((T, K)) < 0.6) & valid_T[:, None]
@@ -176,34 +185,127 @@ def random_case(seed, T=11, E=6, K=4, D=3):
     return routing, valid_T, rng.normal(size=(T, D)).astype(np.float32)
 
 
-def figures_of(routing, valid_T, y_TD, num_experts):
+def chosen_by_experts(seed, C=5):
+    """The same where experts choose; expert 1 takes nobody if `seed` is odd."""
+    routing, valid_T, y_TD = random_case(seed)
+    rng = np.random.default_rng(seed)
+    T, E = routing.logits_TE.shape
+    token_EC = np.array([rng.permutation(T)[:C] for _ in range(E)], np.int32)
+    keep_EC = (rng.random((E, C)) < 0.6) & valid_T[token_EC]
+    keep_EC[1] &= seed % 2 == 0
+    chosen = ExpertRouting(
+        token_EC=jnp.asarray(token_EC),
+        gate_EC=jnp.ones((E, C)),
+        keep_EC=jnp.asarray(keep_EC),
+        logits_TE=routing.logits_TE,
+        probs_TE=routing.probs_TE,
+    )
+    return chosen, valid_T, y_TD
+
+
+def figures_of(routing, valid_T, y_TD, num_experts, kept=0, lost=0):
     """The sums of one call, as the layer makes them."""
     load_BE, real_T = loads(routing, (1, len(valid_T)), num_experts)
-    zero = jnp.float32(0)
-    rest = (jnp.sum(load_BE, 0), real_T, zero, zero, num_experts, jnp.asarray(y_TD))
+    rows = jnp.float32(kept), jnp.float32(lost)
+    rest = (jnp.sum(load_BE, 0), real_T, *rows, num_experts, jnp.asarray(y_TD))
     return routing_stats(routing, jnp.asarray(valid_T), *rest)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_norms_and_slots_are_those_of_a_loop_over_tokens(seed):
-    """Ids 4 and 5 cost nothing, so they are no slots of a computing expert."""
-    routing, valid_T, y_TD = random_case(seed)
-    figures = layer_metrics(figures_of(routing, valid_T, y_TD, num_experts=4))
-    squares, outputs, count = 0.0, 0.0, np.zeros(5)
-    for t in np.flatnonzero(valid_T):
-        squares += np.linalg.norm(routing.logits_TE[t]) ** 2
-        outputs += np.linalg.norm(y_TD[t]) ** 2
-        kept = np.asarray(routing.expert_TK[t])[np.asarray(routing.keep_TK[t])]
-        count[sum(e < 4 for e in kept)] += 1
-    n = valid_T.sum()
-    assert_close(figures["logit_norm"], np.sqrt(squares / n), "float32")
-    assert_close(figures["output_norm"], np.sqrt(outputs / n), "float32")
-    assert_close(figures["slots_hist_S"], count / n, "float32")
-    assert np.count_nonzero(count) > 2
+def experts_of(routing):
+    """The experts of every token, as lists."""
+    rows = [[] for _ in range(len(routing.logits_TE))]
+    if isinstance(routing, ExpertRouting):
+        token_EC = np.asarray(routing.token_EC)
+        for e, c in np.argwhere(routing.keep_EC):
+            rows[token_EC[e, c]].append(int(e))
+    else:
+        expert_TK = np.asarray(routing.expert_TK)
+        for t, k in np.argwhere(routing.keep_TK):
+            rows[t].append(int(expert_TK[t, k]))
+    return rows
+
+
+def entropy(share):
+    return -sum(p * math.log(p) for p in share if p > 0)
+
+
+def by_definition(rows, fates, logits_TE, probs_TE, y_TD, num_experts):
+    """The figures of some tokens, none of them padding.
+
+    Args:
+      rows: the experts of each token.
+      fates: what became of the slots at experts that compute.
+    """
+    n, E = len(rows), probs_TE.shape[1]
+    load = [sum(e in row for row in rows) for e in range(E)]
+    sizes = [sum(e < num_experts for e in row) for row in rows]
+    slots, middle = sum(load), sum(sizes) / n
+    most = max(len(row) for row in rows)
+    return {
+        "load_frac_E": [count / slots for count in load],
+        "max_violation": max(load) / (slots / E) - 1,
+        "dead_frac": sum(count == 0 for count in load) / E,
+        "effective_frac": math.exp(entropy([c / slots for c in load])) / E,
+        "entropy": sum(map(entropy, probs_TE)) / n,
+        "confidence": sum(map(max, probs_TE)) / n,
+        "experts_per_token": fates.count("computed") / n,
+        "experts_per_token_std": math.sqrt(sum((s - middle) ** 2 for s in sizes) / n),
+        "unrouted_frac": sum(s == 0 for s in sizes) / n,
+        "zero_frac": sum(e >= num_experts for row in rows for e in row) / slots,
+        "lost_frac": fates.count("lost") / slots,
+        "dropped_frac": (fates.count("dropped") + fates.count("lost")) / slots,
+        "logit_norm": math.sqrt(sum(np.linalg.norm(x) ** 2 for x in logits_TE) / n),
+        "output_norm": math.sqrt(sum(np.linalg.norm(y) ** 2 for y in y_TD) / n),
+        "slots_hist_S": [sum(s == i for s in sizes) / n for i in range(most + 1)],
+    }
+
+
+@pytest.mark.parametrize("make", [random_case, chosen_by_experts])
+@pytest.mark.parametrize(("seed", "num_experts"), [(0, 4), (1, 4), (2, 4), (3, 6)])
+def test_figures_are_those_of_a_loop_over_tokens(make, num_experts, seed):
+    """Ids from `num_experts` to 5 cost nothing; some slots find no room."""
+    routing, valid_T, y_TD = make(seed)
+    y_TD[~valid_T] = np.nan
+    rng = np.random.default_rng(seed)
+    rows = experts_of(routing)
+    real = sum(e < num_experts for row in rows for e in row)
+    fates = rng.choice(["computed", "dropped", "lost"], real, p=[0.7, 0.2, 0.1])
+    fates = fates.tolist()
+    rest = num_experts, fates.count("computed"), fates.count("lost")
+    sums = figures_of(routing, valid_T, y_TD, *rest)
+    figures = layer_metrics(sums)
+    valid = np.flatnonzero(valid_T)
+    logits_TE, probs_TE, y_TD = (
+        np.asarray(a, np.float64)[valid]
+        for a in (routing.logits_TE, routing.probs_TE, y_TD)
+    )
+    own = [rows[t] for t in valid]
+    want = by_definition(own, fates, logits_TE, probs_TE, y_TD, num_experts)
+    assert figures.keys() == want.keys()
+    for name, value in want.items():
+        got = figures[name]
+        if name == "slots_hist_S":  # bins for more experts than any token has
+            value = value + [0] * (len(got) - len(value))
+        assert_close(got, value, "float32", name)
+    log_sums = [math.log(sum(map(math.exp, row))) for row in logits_TE]
+    assert_close(sums["z_sum"], sum(z**2 for z in log_sums), "float32")
+    assert_close(sums["prob_sum_E"], sum(probs_TE), "float32")
+
+
+@pytest.mark.parametrize("make", [random_case, chosen_by_experts])
+def test_loads_are_those_of_a_loop_over_sequences(make):
+    """Three sequences of four tokens; ids 4 and 5 cost nothing."""
+    routing, *_ = make(0)
+    rows = experts_of(routing)
+    load_BE, real_T = loads(routing, (3, 4), 4)
+    for b, load_E in enumerate(np.asarray(load_BE)):
+        own = rows[4 * b : 4 * b + 4]
+        assert load_E.tolist() == [sum(e in row for row in own) for e in range(6)]
+    assert real_T.tolist() == [sum(e < 4 for e in row) for row in rows]
 
 
 def test_sums_of_halves_add_up_to_those_of_all_tokens():
-    routing, valid_T, y_TD = random_case(0, T=12)
+    routing, valid_T, y_TD = random_case(0)
     whole = figures_of(routing, valid_T, y_TD, 6)
     halves = []
     for rows in (slice(0, 6), slice(6, 12)):

@@ -147,6 +147,18 @@ def test_balance_of_devices_by_hand():
     assert moe_summary(rows)["device_violation_worst"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize("devices", [1, 2, 3, 6])
+def test_balance_of_devices_is_that_of_a_loop_over_slots(devices):
+    rng = np.random.default_rng(devices)
+    slots = rng.integers(0, 6, 50)
+    rows = [0] * devices
+    for expert in slots:
+        rows[expert // (6 // devices)] += 1
+    want = max(rows) / (sum(rows) / devices) - 1
+    share_E = np.bincount(slots, minlength=6) / len(slots)
+    assert device_violation(share_E, devices) == pytest.approx(want)
+
+
 def test_rounds_of_a_chain_have_figures_of_their_own():
     chain = Chain(moe=tiny_moe(4), iterations=2)
     model = tiny_lm(Segment(pattern=(Dense(hidden=8), chain), repeat=2))
