@@ -1,6 +1,7 @@
 """Processes that meet: who comes, what they were told, and how they end together."""
 
 import importlib.machinery
+import json
 import os
 import pathlib
 import signal
@@ -130,7 +131,12 @@ def test_strangers_at_the_port_are_no_process():
         target=lambda: lines.append(peers.meet(address, 0, 2, FACTS, 20))
     )
     first.start()
-    for words in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b""):
+    hello = {"process": 1, "processes": 2, "facts": FACTS}
+    objects = [{}, {"process": 1}, *(hello | {key: "1"} for key in hello)]
+    objects = [
+        json.dumps(o).encode() + b"\n" for o in (*objects, hello | {"process": 2})
+    ]
+    for words in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", *objects, b""):
         for _ in range(100):
             try:
                 stranger = socket.create_connection(("localhost", port), 1)
