@@ -50,10 +50,10 @@ class Chip:
 # 4 x 200 Gbit/s of a host over its 8 chips. Memory of v5e, v5p and v6e is what libtpu
 # 0.0.42.1 says that it has where a program does not fit.
 # Checked there: v6e 32 GB, 800 GB/s a chip over 4 ports, and its network; v5p 1200 GB/s
-# a chip, 2765 GB/s of HBM, 50 Gbit/s; v4 32 GiB and 1200 GB/s of HBM. Not checked, to be
-# looked up before they are relied on: links of v4, and all figures of GPUs (data sheets
-# of H100, H200 and A100 80 GB SXM; NVLink of 900 and 600 GB/s both ways; one 400 or 200
-# Gbit/s port a GPU).
+# a chip, 2765 GB/s of HBM, 50 Gbit/s; v4 32 GiB and 1200 GB/s of HBM. Not checked, to
+# be looked up before they are relied on: links of v4, and all figures of GPUs (data
+# sheets of H100, H200 and A100 80 GB SXM; NVLink of 900 and 600 GB/s both ways; one 400
+# or 200 Gbit/s port a GPU).
 CHIPS = {
     "v4": Chip(
         platform="tpu",
