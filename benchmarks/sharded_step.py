@@ -4,7 +4,9 @@
       [--json=FILE]
 
 All devices share this machine's cores, so the best that a mesh can reach is about 1:
-what is above is the price of splitting and of what travels. The bytes that each kind
+what is above is the price of splitting and of what travels. All meshes and the one
+device take turns, so that every row is over the same baseline, under the same load; all
+programs and their arrays are held at once. The bytes that each kind
 of collective brings to one device per step are read off the compiled program (layers
 unrolled, so that every one is in its text): they are exact and the same on every
 machine, and show a regression in communication that a time on shared cores would not.
@@ -45,6 +47,7 @@ MESHES = {
     "expert 4, tensor 2": MeshConfig(data=1, expert=4, tensor=2),
     "fsdp 2, expert 2, seq 2": MeshConfig(data=1, fsdp=2, expert=2, seq=2),
 }
+ONE = "one device"
 COLLECTIVE = re.compile(
     r"= (\(.*?\)|\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|"
     r"collective-permute)(?:-start)?\(.*?(?:replica_groups|source_target_pairs)=(\S+)"
@@ -122,6 +125,16 @@ def line(name: str, row: dict) -> str:
     )
 
 
+def rows_of(seconds: dict, compiled: dict[str, dict]) -> dict[str, dict]:
+    """The figures of every mesh, each over the one baseline."""
+    times = summary(seconds)
+    one = times[ONE]["median_s"]
+    return {
+        name: times[name] | {"ratio": times[name]["median_s"] / one} | found
+        for name, found in compiled.items()
+    }
+
+
 def main() -> None:
     rest, config_args = split_config_args(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -134,28 +147,25 @@ def main() -> None:
     cfg = load_config(config_args or ["--config=configs/quickstart.py"])
     cfg.model.vocab = cfg.model.vocab or cfg.data.tokenizer.vocab
     cfg.scan_layers = False
-    alone, _ = compiled_step(cfg, MeshConfig(data=1), jax.devices()[:1])
-    head = ("mesh", "step", "ratio", "compile")
-    print("{:<52}{:>11}{:>7}{:>10}   MB that reach one device".format(*head))
-    rows = {}
-    for name, mesh_cfg in MESHES.items():
-        if args.meshes not in name:
-            continue
+    meshes = {name: mesh for name, mesh in MESHES.items() if args.meshes in name}
+    jobs = {ONE: compiled_step(cfg, MeshConfig(data=1), jax.devices()[:1])[0]}
+    compiled = {}
+    for name, mesh_cfg in meshes.items():
         began = time.perf_counter()
-        run, text = compiled_step(cfg, mesh_cfg, jax.devices())
-        compile_s = time.perf_counter() - began
-        seconds = measure({"one device": alone, name: run}, args.repeats)
-        both = summary(seconds)
-        one, row = both["one device"], both[name]
-        rows[name] = row | {
-            "one_device_median_s": one["median_s"],
-            "ratio": row["median_s"] / one["median_s"],
-            "compile_s": compile_s,
+        jobs[name], text = compiled_step(cfg, mesh_cfg, jax.devices())
+        compiled[name] = {
+            "compile_s": time.perf_counter() - began,
             "collective_bytes": collective_bytes(text),
         }
-        print(line(name, rows[name]), flush=True)
-        del run  # with the arrays that it holds
-        write_json(args.json, {"meshes": rows})
+        print(f"compiled {name}", file=sys.stderr, flush=True)
+    seconds = measure(jobs, args.repeats)
+    rows, one = rows_of(seconds, compiled), summary(seconds)[ONE]
+    print(f"{ONE}: {one['median_s'] * 1e3:.0f} ms")
+    head = ("mesh", "step", "ratio", "compile")
+    print("{:<52}{:>11}{:>7}{:>10}   MB that reach one device".format(*head))
+    for name, row in rows.items():
+        print(line(name, row))
+    write_json(args.json, {"one_device": one, "meshes": rows})
 
 
 if __name__ == "__main__":

@@ -49,7 +49,13 @@ ready() { # a slice that is ACTIVE; waits in the queue for as long as that takes
 train=$(printf '%q ' .venv/bin/moex train --distributed "--workdir=$workdir" "$@")
 for ((attempt = 0; attempt <= restarts; attempt++)); do
   [ "$attempt" = 0 ] || echo "queued_resources.sh: restart $attempt" >&2
-  ready && everywhere "$setup" || exit 1
+  ready || exit 1
+  if ! everywhere "$setup"; then
+    failed=1
+    [ "$attempt" = 0 ] && break # more likely a mistake in SETUP
+    sleep 60                    # a slice that was just preempted is ACTIVE for a while
+    continue
+  fi
   # Exit code 0 is also that of a run that was asked to stop; the last line says which.
   everywhere "cd ~/moex && $train" | tee "$name.log"
   failed=${PIPESTATUS[0]}

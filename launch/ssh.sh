@@ -7,11 +7,13 @@
 # FOLDER (this one): the repository with its .venv, the same path on all hosts. PORT
 # (8476), open between them. RESTARTS (10). SSH without passwords. --workdir is a folder
 # that all hosts share (NFS). Data may lie on disks of their own if it is the same.
-# Resume: the same line, with other HOSTS if need be. Ctrl-C or SIGTERM saves on all.
-set -u
+# Resume: the same line, with other HOSTS if need be. Ctrl-C or SIGTERM saves on all; exit
+# code 143 then. SIGTERM to a process itself saves, and all are started again.
+set -uo pipefail
 read -ra hosts <<<"${HOSTS:?names of the hosts, such as HOSTS="node1 node2"}"
 folder=${FOLDER:-$PWD} port=${PORT:-8476} restarts=${RESTARTS:-10} asked=0
-pidfile="/tmp/moex-$USER-$port.pid"
+pidfile="/tmp/moex-$USER-$port.pid" log=$(mktemp)
+trap 'rm -f "$log"' EXIT
 
 # shellcheck disable=SC2329
 stop() { # SIGTERM to one process: JAX tells the others, and all save at one step
@@ -21,15 +23,22 @@ stop() { # SIGTERM to one process: JAX tells the others, and all save at one ste
 }
 trap stop INT TERM
 
+one() { # the process of host number $1
+  local train
+  train=$(printf '%q ' .venv/bin/moex train "${@:2}" \
+    "--coordinator=${hosts[0]}:$port" "--num-processes=${#hosts[@]}" "--process-id=$1")
+  # A session of its own: Ctrl-C comes to this script alone.
+  setsid ssh -o ServerAliveInterval=15 -o ServerAliveCountMax=4 "${hosts[$1]}" \
+    "cd $(printf '%q' "$folder") && echo \$\$ >$pidfile && exec $train" |
+    tee -a "$log"
+}
+
 for ((attempt = 0; attempt <= restarts; attempt++)); do
   [ "$attempt" = 0 ] || echo "ssh.sh: restart $attempt of $restarts" >&2
   processes=()
+  : >"$log"
   for i in "${!hosts[@]}"; do
-    train=$(printf '%q ' .venv/bin/moex train "$@" \
-      "--coordinator=${hosts[0]}:$port" "--num-processes=${#hosts[@]}" "--process-id=$i")
-    # A session of its own: Ctrl-C comes to this script alone.
-    setsid ssh -o ServerAliveInterval=15 -o ServerAliveCountMax=4 "${hosts[i]}" \
-      "cd $(printf '%q' "$folder") && echo \$\$ >$pidfile && exec $train" &
+    one "$i" "$@" &
     processes+=($!)
   done
   failed=0 mistake=1
@@ -45,7 +54,11 @@ for ((attempt = 0; attempt <= restarts; attempt++)); do
     failed=$code
     [ "$code" = 2 ] || mistake=0
   done
-  [ "$failed" = 0 ] && exit 0
+  # Exit code 0 is also that of a run that was asked to stop; the last line says which.
+  if [ "$failed" = 0 ]; then
+    grep -q "stopped at step" "$log" || exit 0
+    failed=143 mistake=0
+  fi
   [ "$mistake" = 1 ] && exit 2
   [ "$asked" = 1 ] && exit "$failed"
   sleep 5

@@ -213,7 +213,7 @@ def _add_many(train):
     many.add_argument(
         "--distributed",
         action=argparse.BooleanOptionalAction,
-        help="ask TPU metadata and Kubernetes too; --no-distributed joins nobody",
+        help="ask the TPU metadata server too; --no-distributed joins nobody",
     )
     many.add_argument(
         "--coordinator", metavar="HOST:PORT", help="of process 0, to join explicitly"

@@ -236,7 +236,7 @@ def _plan(args, config_args):
         raise ConfigError("--topology: missing; give devices, such as v5p:4x4x4.")
     cfg = load_config(config_args)
     _without_devices()
-    print(run(cfg, args.topology, compile=args.compile, as_json=args.json))
+    run(cfg, args.topology, compile=args.compile, as_json=args.json)
 
 
 def _compare(args, config_args):

@@ -1,12 +1,13 @@
 """Several hosts: find out that this process is one of several, and join the others.
 
 `join` is called before JAX sees any device. The flags say where the others are, or the
-environment does (Open MPI, Slurm, TPU pods); `--distributed` asks JAX, which can also
-ask the TPU's metadata server and Kubernetes. The other functions do nothing in a job of
-one process.
+environment does (Open MPI, Slurm, TPU pods of GKE, indexed jobs of Kubernetes);
+`--distributed` asks JAX, which can also ask the TPU's metadata server. The other
+functions do nothing in a job of one process.
 """
 
 import hashlib
+import importlib.util
 import os
 import pathlib
 import sys
@@ -69,6 +70,11 @@ def detect(environ: Mapping[str, str]) -> Place | None:
         if slices > 1:
             index += hosts * number("MEGASCALE_SLICE_ID")
         return Place("TPU pod", hosts * slices, index, coordinator)
+    # JOB_COMPLETION_INDEX is that of an indexed job; other pods are not counted. A pod
+    # with TPUs was told of its others above.
+    job = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environ.keys()
+    if job and not names:
+        return Place("Kubernetes", None, number("JOB_COMPLETION_INDEX"), coordinator)
     return None
 
 
@@ -79,6 +85,13 @@ def _complete(place: Place, timeout: int) -> Place:
       ConfigError: if it does not know either.
     """
     found: tuple = (place.coordinator, place.count, place.index, None)
+    if place.by == "Kubernetes" and importlib.util.find_spec("kubernetes") is None:
+        raise ConfigError(
+            f"this pod is number {place.index} of an indexed job of Kubernetes "
+            "(JOB_COMPLETION_INDEX), and the package that asks for the others is not "
+            "installed: pip install 'moex[k8s]', or give --no-distributed for a "
+            "process of its own."
+        )
     if place.by != "environment":
         # The function behind `jax.distributed.initialize()`, which does not tell what
         # it found; we meet at that address before JAX does.
@@ -88,8 +101,12 @@ def _complete(place: Place, timeout: int) -> Place:
             found = ClusterEnv.auto_detect_unset_distributed_params(
                 place.coordinator, place.count, place.index, None, None, timeout
             )
-        except (RuntimeError, KeyError, ValueError, OSError) as e:
-            raise ConfigError(f"joining by {place.by} failed: {e}") from None
+        except Exception as e:  # clients of clusters have errors of many kinds
+            raise ConfigError(
+                f"joining by {place.by} failed: {' '.join(str(e).split())} "
+                f"({type(e).__name__}); give --coordinator, --num-processes and "
+                "--process-id, or --no-distributed for a process of its own."
+            ) from None
     coordinator, count, index, devices = found
     if None in (coordinator, count, index):
         raise ConfigError(

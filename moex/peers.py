@@ -54,7 +54,7 @@ def meet(address: str, index: int, count: int, facts: dict, timeout: float) -> "
             reply = _receive(connection, timeout + LINGER_S + HELLO_S)
             if reply is not None and "stop" in reply:
                 raise ConfigError(reply["stop"])
-            if reply is not None:
+            if reply == {"ok": True}:
                 return Line(index, count, {0: connection})
             reason = "what listens there is no moex process that waits for others"
         except OSError as e:
@@ -81,7 +81,7 @@ def _gather(port: int, count: int, facts: dict, timeout: float) -> "Line":
             except TimeoutError:
                 break
             hello = _receive(connection, HELLO_S)
-            if hello is None:  # a scan of ports, or a process that ended
+            if hello is None or not _is_hello(hello):  # a scan of ports, say
                 connection.close()
                 continue
             came += 1
@@ -124,6 +124,15 @@ def _listen(port: int) -> socket.socket:
             f"--coordinator: process 0 cannot listen on port {port} ({e.strerror}); "
             "another program has it, or a run that has not ended yet. Choose another."
         ) from None
+
+
+def _is_hello(message: dict) -> bool:
+    """Whether a process of a job sent this: its keys are there, its numbers numbers."""
+    if {*message} != {"process", "processes", "facts"}:
+        return False
+    index, count = message["process"], message["processes"]
+    numbers = type(index) is type(count) is int
+    return numbers and 0 <= index < count and isinstance(message["facts"], dict)
 
 
 def _refusal(hello: dict, arrived, count: int, facts: dict) -> str | None:

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,9 +14,15 @@ from benchmarks import (
     grouped_matmul,
     moe_layer,
     monitoring,
+    sharded_step,
     tune,
 )
 from kernels_pallas import tuned
+from moex.accounting import num_bytes
+from moex.optim import flat_paths
+from moex.sharding import MeshConfig
+from moex.train import state as states
+from tests import runs
 
 
 @pytest.fixture
@@ -92,6 +99,53 @@ def test_decode_says_what_is_missing(run, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(decode)
     assert "torch is missing" in capsys.readouterr().err
+
+
+PROGRAM = """
+  %a = f32[64,16]{1,0} all-gather(%p), channel_id=1, replica_groups=[2,4]<=[8], dims={0}
+  %b = (f32[8]{0}, bf16[2,4]{1,0}) all-reduce(%x, %y), replica_groups={{0,1},{2,3}}
+  %c = (s32[3,2]{1,0}, s32[3,2]{1,0}) all-to-all(%u, %v), replica_groups={{0,1}}
+  %d = f32[] all-reduce-start(%s), replica_groups={{0,1,2,3}}, to_apply=%add
+  %e = pred[5]{0} collective-permute(%m), source_target_pairs={{0,1},{1,0}}
+  %f = f32[100]{0} all-reduce(%alone), replica_groups={{0},{1}}, to_apply=%add
+  %g = f32[100]{0} all-gather(%alone), replica_groups=[8,1]<=[8], dimensions={0}
+  %h = f32[100]{0} add(%all-reduce, %all-gather)
+"""
+
+
+def test_bytes_of_collectives_are_those_of_their_results():
+    assert sharded_step.collective_bytes(PROGRAM) == {
+        **{"all-gather": 64 * 16 * 4, "all-reduce": 8 * 4 + 8 * 2 + 4},
+        **{"all-to-all": 2 * 6 * 4, "collective-permute": 5},
+    }
+
+
+def test_rows_of_meshes_are_over_one_baseline():
+    seconds = {
+        name: {"wall": [wall] * 3, "cpu": [1.0] * 3}
+        for name, wall in ((sharded_step.ONE, 2.0), ("a", 3.0), ("b", 4.0))
+    }
+    rows = sharded_step.rows_of(seconds, {"a": {"compile_s": 7}, "b": {}})
+    assert {name: row["ratio"] for name, row in rows.items()} == {"a": 1.5, "b": 2.0}
+    assert rows["a"]["compile_s"] == 7
+
+
+def test_bytes_of_a_small_step_are_pinned(tmp_path):
+    """A dense and an expert layer of width 32; 4 rows of 32 tokens on 2 devices.
+
+    There and back, and again in the backward pass: room for the 64 rows of each device
+    in float32. Beside them 8 bytes of id and gate for k = 2 slots, and their gradients.
+    """
+    cfg = runs.config(tmp_path, "model.vocab=264", "scan_layers=False")
+    mesh = MeshConfig(data=1, expert=2, exchange="all_to_all")
+    _, text = sharded_step.compiled_step(cfg, mesh, jax.devices()[:2])
+    found = sharded_step.collective_bytes(text)
+    assert found.pop("all-to-all") == 4 * (2 * 64 * 32 * 4) + 2 * (2 * 64 * 2 * 8)
+    params = flat_paths(states.model_spec(cfg.model).params)
+    copied = num_bytes([p for path, p in params.items() if "experts" not in path])
+    # Gradients of what both devices hold, and a few figures.
+    assert copied <= found.pop("all-reduce") < copied + 500
+    assert not found
 
 
 def test_the_tuner_without_a_device_compares_and_writes_nothing(monkeypatch, capsys):

@@ -146,7 +146,7 @@ def test_kill_9_of_one_and_a_damaged_checkpoint_then_a_restart(
     assert before[:at] + after == expected_ids
 
 
-def test_sigterm_to_one_saves_on_all(folder, undisturbed, four_devices):
+def test_sigterm_to_one_saves_on_all(folder, undisturbed, four_devices, expected_ids):
     workdir = folder / "stopped"
     done = launch(folder, workdir, disturb=f"1 {signal.SIGTERM.value} 4")
     assert done.returncode == 0, done.stderr
@@ -156,8 +156,16 @@ def test_sigterm_to_one_saves_on_all(folder, undisturbed, four_devices):
     # Goes on as one process, on another mesh.
     said = []
     other = (*OVERRIDES, "mesh.fsdp=1", "mesh.data=2", "mesh.expert=2")
-    runs.train(folder, workdir, *other, said=said)
+    with pytest.MonkeyPatch.context() as patch:
+        batches = runs.watch_batches(patch)
+        runs.train(folder, workdir, *other, said=said)
     assert f"resuming {workdir} after step {at}" in said
+    # Two processes and then one read each example that an undisturbed run reads, once.
+    before = recorded.read(workdir, 0, 2)
+    assert before == expected_ids[: len(before)]
+    after = [batch["example_id"].tolist() for batch in batches]
+    assert before[:at] + after == expected_ids
+    assert len(after) == STEPS - at > 0
     np.testing.assert_allclose(final_nll(workdir), final_nll(undisturbed), rtol=1e-3)
 
 

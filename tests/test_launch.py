@@ -140,3 +140,107 @@ def test_ssh_starts_one_process_on_each_host(tmp_path, moex, code, starts):
         f"--process-id={i}"
         for i in range(2)
     ]
+
+
+STOPPED = "echo stopped at step 4 of 9: checkpoint saved"
+
+
+@pytest.mark.parametrize(("restarts", "code", "starts"), [(1, 0, 4), (0, 143, 2)])
+def test_ssh_starts_again_what_was_asked_to_stop(tmp_path, restarts, code, starts):
+    """A host got SIGTERM: all save and exit with 0, which is no end of the run."""
+    moex = f'[ -e once.$NODE ] || {{ touch once.$NODE; [ "$NODE" = b ] || {STOPPED}; }}'
+    env = pretend(tmp_path, ssh=SSH, sleep="", **{".venv/bin/moex": moex})
+    env |= {"HOSTS": "a b", "FOLDER": str(tmp_path), "RESTARTS": f"{restarts}"}
+    env |= {"USER": f"test{os.getpid()}", "PORT": "82"}
+    script = ["bash", ROOT / "launch" / "ssh.sh", *ARGS]
+    done = subprocess.run(script, env=env, timeout=60)
+    pathlib.Path(f"/tmp/moex-test{os.getpid()}-82.pid").unlink()
+    assert done.returncode == code
+    assert sum(c.startswith(".venv/bin/moex") for c in calls(tmp_path)) == starts
+
+
+# What a pod of xpk runs with its --command.
+XPK = """
+[ "$2" = create ] || exit 0
+for word in "$@"; do
+  case "$word" in --command=*) command=${word#--command=} ;; esac
+done
+_sigterm() (kill -SIGTERM $! 2>/dev/null;);
+trap _sigterm SIGTERM;
+eval "($command) & PID=\\$!;"
+while kill -0 $PID 2>/dev/null;
+    do sleep 0.1;
+done;
+wait $PID;
+"""
+WAITS = "trap 'exit {}' TERM; touch started; for ((;;)); do /bin/sleep 0.1; done"
+
+
+@pytest.mark.parametrize(
+    ("moex", "stop", "code"),
+    [
+        *((f"exit {code}", False, code) for code in (0, 1, 2, 10)),
+        *((WAITS.format(0), True, 42), (WAITS.format(3), True, 3)),
+    ],
+)
+def test_a_pod_that_was_asked_to_stop_is_started_again(tmp_path, moex, stop, code):
+    env = pretend(tmp_path, xpk=XPK, moex=moex)
+    env |= {"CLUSTER": "c", "TYPE": "v5e-16", "IMAGE": "i"}
+    process = subprocess.Popen(
+        ["bash", ROOT / "launch" / "gke_xpk.sh", "first", *ARGS], env=env, cwd=tmp_path
+    )
+    try:
+        while stop and not (tmp_path / "started").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        if stop:
+            process.send_signal(signal.SIGTERM)  # the script has become xpk
+        assert process.wait(timeout=20) == code
+    finally:
+        process.kill()
+    delete, create, train = calls(tmp_path)
+    assert delete.startswith("xpk workload delete --cluster=c --workload=first")
+    # Beside 42 and 127 to 255: of an error, and of the others when a host is lost.
+    assert "--restart-on-exit-codes=1 " in create
+    assert train == f"moex train --distributed {' '.join(ARGS)}"
+
+
+# One slice, in the state that the file says; `ssh` runs the command here.
+GCLOUD = """
+case "$*" in
+  *describe*) cat state ;;
+  *create*) echo ACTIVE >state ;;
+  *delete*) rm state ;;
+  *ssh*) for word in "$@"; do
+           case "$word" in --command=*) eval "${word#--command=}" ;; esac
+         done ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("setups", "code", "starts"),
+    [
+        ("ok", 0, 1),
+        ("bad", 1, 0),  # the first time: a mistake
+        # Stopped, preempted while it is prepared, and then a new one.
+        ("ok bad ok", 0, 2),
+    ],
+)
+def test_a_slice_that_goes_while_it_is_prepared_is_replaced(
+    tmp_path, setups, code, starts
+):
+    (tmp_path / "moex" / ".venv" / "bin").mkdir(parents=True)
+    stops = len(setups.split()) > 1
+    moex = f"[ -e ../once ] || {{ touch ../once; {STOPPED if stops else 'true'}; }}"
+    env = pretend(tmp_path, gcloud=GCLOUD, sleep="")
+    pretend(tmp_path / "moex", **{".venv/bin/moex": moex})
+    (tmp_path / "setups").write_text("\n".join(setups.split()) + "\n")
+    setup = "now=$(head -1 setups); sed -i 1d setups; [ $now = ok ] || rm -f state; "
+    env |= {"HOME": str(tmp_path), "SETUP": setup + "[ $now = ok ]", "NAME": "n"}
+    env |= {"ZONE": "z", "TYPE": "t", "WORKDIR": "w"}
+    script = ["bash", ROOT / "launch" / "queued_resources.sh", *ARGS]
+    done = subprocess.run(script, env=env, cwd=tmp_path, timeout=60)
+    assert done.returncode == code
+    trained = [c for c in calls(tmp_path) if c.startswith(".venv/bin/moex")]
+    assert len(trained) == starts

@@ -1,5 +1,7 @@
 """Processes that meet: who comes, what they were told, and how they end together."""
 
+import importlib.machinery
+import json
 import os
 import pathlib
 import signal
@@ -10,6 +12,7 @@ import textwrap
 import threading
 import time
 import types
+from unittest import mock
 
 import jax
 import pytest
@@ -128,7 +131,12 @@ def test_strangers_at_the_port_are_no_process():
         target=lambda: lines.append(peers.meet(address, 0, 2, FACTS, 20))
     )
     first.start()
-    for words in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b""):
+    hello = {"process": 1, "processes": 2, "facts": FACTS}
+    objects = [{}, {"process": 1}, *(hello | {key: "1"} for key in hello)]
+    objects = [
+        json.dumps(o).encode() + b"\n" for o in (*objects, hello | {"process": 2})
+    ]
+    for words in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", *objects, b""):
         for _ in range(100):
             try:
                 stranger = socket.create_connection(("localhost", port), 1)
@@ -237,6 +245,7 @@ OPEN_MPI = {
     "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
 }
 GKE = {"TPU_WORKER_HOSTNAMES": "a,b,c,d", "TPU_WORKER_ID": "2"}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}
 SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
 
 
@@ -254,7 +263,12 @@ SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
         (GKE, ("TPU pod", 4, 2)),
         (GKE | SLICES, ("TPU pod", 8, 6)),
         (GKE | {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}, None),
+        (POD, ("Kubernetes", None, 3)),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # of no indexed job
+        ({"JOB_COMPLETION_INDEX": "3"}, None),
+        (POD | GKE, ("TPU pod", 4, 2)),
+        (POD | {"TPU_WORKER_HOSTNAMES": "localhost"}, None),  # one host of TPUs
+        (POD | OPEN_MPI, ("Open MPI", 2, 1)),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, ("environment", 2, 1)),
     ],
 )
@@ -268,6 +282,7 @@ def test_detection(environ, found):
     [
         ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES = 'two' in the environment"),
         ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID = None in the environment: must"),
+        (POD | {"JOB_COMPLETION_INDEX": ""}, "JOB_COMPLETION_INDEX = '' in the env"),
     ],
 )
 def test_detection_of_what_is_half_set(environ, message):
@@ -280,7 +295,7 @@ def clean(monkeypatch):
     """No variable of any cluster is set; the monkeypatch."""
     heads = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "JAX_NUM_", "JAX_PROCESS_")
     for name in os.environ:
-        if name.startswith((*heads, "JAX_COORDINATOR_", "KUBERNETES_")):
+        if name.startswith((*heads, "JAX_COORDINATOR_", "KUBERNETES_", "JOB_COMP")):
             monkeypatch.delenv(name)
     return monkeypatch
 
@@ -321,6 +336,58 @@ def test_open_mpi_names_the_host_of_mpirun(clean):
     assert place[:3] == ("Open MPI", 2, 1)
     assert place.coordinator.startswith("10.96.0.1:")
     assert place.devices == [0]
+
+
+@pytest.fixture
+def kubernetes(clean):
+    """A pod of a job of four, JAX's client of Kubernetes replaced; its class."""
+    from jax._src.clusters import K8sCluster
+
+    for name, value in POD.items():
+        clean.setenv(name, value)
+    package = types.ModuleType("kubernetes")
+    package.__spec__ = importlib.machinery.ModuleSpec("kubernetes", None)
+    package.config = types.SimpleNamespace(load_incluster_config=lambda: None)
+    package.client = mock.MagicMock()
+    clean.setitem(sys.modules, "kubernetes", package)
+    for name in ("_core_api", "_batch_api", "_ApiException"):  # JAX sets them
+        clean.setattr(K8sCluster, name, None, raising=False)
+    meta = types.SimpleNamespace(name="train", labels={})
+    job = types.SimpleNamespace(
+        metadata=meta, spec=types.SimpleNamespace(parallelism=4)
+    )
+    pod = types.SimpleNamespace(spec=types.SimpleNamespace(subdomain="pods"))
+    clean.setattr(K8sCluster, "_job", lambda: job)
+    clean.setattr(K8sCluster, "_pod", lambda: pod)
+    clean.setattr(K8sCluster, "_controller", lambda: mock.Mock(kind="Job"))
+    clean.setattr(socket, "gethostbyname", lambda name: "10.0.0.2")
+    return K8sCluster
+
+
+def test_a_pod_of_an_indexed_job(kubernetes):
+    expected = distributed.Place("Kubernetes", 4, 3, "train-0.pods:55527")
+    assert distributed._place(flags(), os.environ) == expected
+    assert distributed._place(flags(distributed=False), os.environ) is None
+
+
+def test_a_pod_that_may_not_ask_is_one_line(kubernetes, monkeypatch):
+    def refused():
+        raise LookupError("Kubernetes API Error: 403 - Forbidden\ngrant the account")
+
+    monkeypatch.setattr(kubernetes, "_job", refused)
+    with pytest.raises(ConfigError, match="joining by Kubernetes .*Forbidden") as error:
+        distributed.join(flags(), {})
+    assert "\n" not in str(error.value) and "--no-distributed" in str(error.value)
+
+
+def test_a_pod_without_the_package_names_the_extra(clean):
+    for name, value in POD.items():
+        clean.setenv(name, value)
+    clean.setitem(sys.modules, "kubernetes", None)
+    message = r"number 3 of an indexed job .*'moex\[k8s\]', or give --no-distributed"
+    with pytest.raises(ConfigError, match=message):
+        distributed.join(flags(), {})
+    assert distributed._place(flags(distributed=False), os.environ) is None
 
 
 @pytest.mark.parametrize(

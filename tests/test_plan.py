@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.plan import liveness, rehearsal
 from moex.plan import traffic as traffics
-from moex.plan.advice import advice
+from moex.plan.advice import advice, least_devices
 from moex.plan.planner import check, plan
 from moex.sharding import AXIS_NAMES, MeshConfig
 from moex.train.job import make_program
@@ -364,6 +365,23 @@ def test_advice_where_nothing_helps(run_config, monkeypatch):
     assert "v5p devices at the least" in line
 
 
+@pytest.mark.parametrize(
+    ("mesh", "accum"), [({"data": 8}, 2), ({"data": 1, "fsdp": 8}, 1)]
+)
+def test_the_fewest_devices_hold_state_and_all_gradients_once(
+    run_config, monkeypatch, mesh, accum
+):
+    """Two moments, and of microbatches two gradients; however many copies there are."""
+    small_device(monkeypatch, 1e-6)
+    found = plan(run_config(mesh, grad_accum=accum), topology.parse("v5p:2x2x2"))
+    memory, line = found.memory, least_devices(found)
+    assert memory.gradients == accum * memory.params
+    count = int(line.split(", and ")[1].split()[0])
+    whole = 4 * found.num_params * (3 + accum)  # bytes, but for counters and biases
+    assert whole <= count * 1e-6 * GIB < 1.02 * whole + 1e-6 * GIB
+    assert f"take {(memory.state + memory.gradients) / GIB:.1f} GiB" in line
+
+
 @pytest.fixture
 def moex(folder, capsys):
     def moex(*args):
@@ -398,6 +416,46 @@ def test_a_cpu_has_no_published_speed(moex):
     text = moex("--topology=cpu:4")
     assert "not known" in text
     assert json.loads(moex("--topology=cpu:4", "--json"))["mfu"] is None
+
+
+def test_the_plan_is_printed_if_the_compiler_finds_no_room(
+    moex, folder, monkeypatch, capsys
+):
+    from moex.plan import command
+
+    def refused(cfg, where):
+        raise rehearsal.DoesNotFit(f"{where.name}: the job does not fit: one device.")
+
+    monkeypatch.setattr(command, "compile_step", refused)
+    monkeypatch.setattr(command, "advice", lambda cfg, found: ["--config.remat=full"])
+    for args in ([], ["--json"]):
+        with pytest.raises(SystemExit) as stop:
+            moex("--topology=v5p:2x2x1", "--compile", "--config.batch_size=8", *args)
+        assert stop.value.code == 1
+        said = capsys.readouterr()
+        message = "v5p:2x2x1: the job does not fit: one device. To change: --config.rem"
+        assert said.err.startswith(f"moex: error: {message}")
+        if args:
+            data = json.loads(said.out)
+            assert data["memory"]["peak"] > 0 and data["compiled"] is None
+            assert data["refused"].startswith(message)
+            assert data["advice"]
+        else:
+            assert "peak" in said.out and "parameters" in said.out
+
+
+def test_devices_that_the_compiler_counts_otherwise(monkeypatch):
+    described = types.SimpleNamespace(devices=[None] * 8)
+    monkeypatch.setattr(rehearsal.importlib.metadata, "version", lambda name: "0")
+    monkeypatch.setattr(
+        rehearsal.topologies, "get_topology_desc", lambda **options: described
+    )
+    for name in rehearsal.TPU_ENVIRONMENT:  # what is set there is undone here
+        monkeypatch.setenv(name, "")
+    message = "v4:2x2x1 as 8 devices, and the plan counts 4, one a chip"
+    with pytest.raises(ConfigError, match=message):
+        rehearsal.described_devices(topology.parse("v4:2x2x1"))
+    assert len(rehearsal.described_devices(topology.parse("v5p:2x2x2"))) == 8
 
 
 @pytest.mark.parametrize(

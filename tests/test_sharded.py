@@ -17,7 +17,8 @@ from moex.optim import flat_paths
 from moex.sharding import MeshConfig
 from moex.train import state as states
 
-# Every mesh and way of the rows once, and every kind of layer with a way of its own.
+# Every mesh once, and a choice of routers and experts: not every kind is here, and of
+# those that are each on one mesh. All are among all pairs.
 PAIRS = [
     ("top-k sigmoid, groups, scale", "expert 8, all_to_all"),
     ("glu with biases", "1 data, 4 expert, 2 tensor, all_to_all"),
@@ -26,6 +27,8 @@ PAIRS = [
     ("low rank", "expert 8, gather"),
     ("top-p, controlled", "fsdp 8"),
     ("top-k with capacity", "data 8"),
+    ("chain", "2 data, 2 expert, 2 tensor, all_to_all"),
+    ("latent", "2 fsdp, 2 expert, 2 seq, all_to_all"),
 ]
 # These compile for a minute each.
 SLOW = [
@@ -36,7 +39,11 @@ SLOW = [
 
 
 # What else a step may do. Without a scan every layer is compiled by itself.
-OPTIONS = {"glu with biases": {"grad_accum": 2, "remat": "dots"}}
+OPTIONS = {
+    "glu with biases": {"grad_accum": 2, "remat": "dots"},
+    "latent": {"losses": {"balance_scope": "sequence"}},
+    "chain": {"losses": {"balance_scope": "step"}, "grad_accum": 2},
+}
 SLOW_OPTIONS = {"zero, shared, gated": {"remat": "full", "scan_layers": False}}
 
 

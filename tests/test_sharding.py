@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 
 from moex.config import ConfigError, check
 from moex.sharding import (
+    AXIS_NAMES,
     BATCH_AXES,
     AxisRules,
     MeshConfig,
@@ -113,23 +114,48 @@ def test_an_axis_that_does_not_divide_is_named_with_the_parameter():
     check_divides([leaf], sizes | {"expert": 4})
 
 
-class Slice:
-    """A described TPU chip of a 2x2 slice."""
+class Chip:
+    """A described TPU chip of one of two 2x2 slices."""
 
-    platform = "tpu"
+    platform, device_kind, core_on_chip = "tpu", "TPU v5 lite", 0
 
     def __init__(self, number):
         self.id, self.slice_index = number, number // 4
+        self.process_index = self.slice_index
+        self.coords = (number % 2, number // 2 % 2, 0)
 
     def __repr__(self):
         return f"chip {self.id}"
 
 
-def test_slices_are_on_the_data_axis():
-    chips = [Slice(i) for i in range(8)]
-    assert num_slices(chips) == 2 and num_slices(jax.devices()) == 1
+CHIPS = [Chip(i) for i in range(8)]
+
+
+def test_slices_are_counted():
+    assert num_slices(CHIPS) == 2 and num_slices(jax.devices()) == 1
     with pytest.raises(ConfigError, match="data = 1: must be a multiple .* slices = 2"):
-        MeshConfig(data=1, fsdp=-1).make(chips)
+        MeshConfig(data=1, fsdp=-1).make(CHIPS)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 2, "fsdp": 4},
+        {"data": 2, "expert": 2, "tensor": 2},
+        {"data": 4, "fsdp": 2},
+        {"data": 8},
+    ],
+    ids=str,
+)
+def test_slices_are_on_the_data_axis(sizes):
+    """The first half of `data` is the first slice, whatever the order of the chips."""
+    for chips in (CHIPS, CHIPS[::2] + CHIPS[1::2]):
+        mesh = MeshConfig(**sizes).make(chips)
+        assert dict(mesh.shape) == dict.fromkeys(AXIS_NAMES, 1) | sizes
+        slices = [[c.slice_index for c in copy.flat] for copy in mesh.devices]
+        first, second = np.split(np.array(slices), 2)
+        assert (first == 0).all() and (second == 1).all()
+        assert {c.id for c in mesh.devices.flat} == set(range(8))
 
 
 def test_constrain_without_a_mesh_or_on_one_device_is_nothing():

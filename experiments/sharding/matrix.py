@@ -114,7 +114,15 @@ LAYERS = {
         shared_once=True,
     ),
     "narrow": Narrow(latent=8, inner=moe()),
+    "top-k, balance of sequences": moe(TopK(k=2, init_std=0.7, bias_rate=0.1)),
+    "top-k, balance of steps": moe(TopK(k=2, init_std=0.7, bias_rate=0.1)),
 }
+# Fields of `Loss`, and microbatches, of layers that are trained in a way of their own.
+LOSSES = {
+    "top-k, balance of sequences": {"balance_scope": "sequence"},
+    "top-k, balance of steps": {"balance_scope": "step"},
+}
+GRAD_ACCUM = {"top-k, balance of steps": 2}
 
 # On eight devices, by their mesh and how tokens reach the experts.
 MESHES = {
@@ -150,13 +158,13 @@ def model(layer) -> LM:
     )
 
 
-def batch() -> dict:
+def batch(rows: int = B) -> dict:
     """Rows of two documents each; every other row ends in padding."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, VOCAB, (B, L + 1)).astype(np.int32)
-    at = np.broadcast_to(np.arange(L), (B, L))
-    cut = rng.integers(2, L - 2, (B, 1))
-    padding = (np.arange(B)[:, None] % 2 == 1) & (at >= L - 2)
+    tokens = rng.integers(0, VOCAB, (rows, L + 1)).astype(np.int32)
+    at = np.broadcast_to(np.arange(L), (rows, L))
+    cut = rng.integers(2, L - 2, (rows, 1))
+    padding = (np.arange(rows)[:, None] % 2 == 1) & (at >= L - 2)
     segment = np.where(padding, 0, 1 + (at >= cut)).astype(np.int32)
     position = np.where(at >= cut, at - cut, at).astype(np.int32)
     following = np.pad(segment[:, 1:], ((0, 0), (0, 1)))
@@ -166,9 +174,9 @@ def batch() -> dict:
         "segment": segment,
         "position": position,
         "loss_mask": ((segment > 0) & (segment == following)).astype(np.float32),
-        "num_bytes": np.ones((B, L), np.int32),
-        "domain": np.zeros(B, np.int32),
-        "example_id": np.arange(B, dtype=np.int32),
+        "num_bytes": np.ones((rows, L), np.int32),
+        "domain": np.zeros(rows, np.int32),
+        "example_id": np.arange(rows, dtype=np.int32),
     }
 
 
@@ -216,8 +224,13 @@ def initial(name: str):
     return spec, params, jax.tree_util.tree_map_with_path(start, spec.state)
 
 
-def _prepared(spec, params, state, mesh_cfg, devices, grad_accum=1, **static):
-    """(mesh, jitted step, its arguments) of SGD steps on a mesh."""
+def _prepared(
+    spec, params, state, mesh_cfg, devices, *, losses=None, grad_accum=1, **static
+):
+    """(mesh, jitted step, its arguments) of SGD steps on a mesh.
+
+    `losses`: fields of `Loss` beside `LOSS`. A microbatch is of `B` rows.
+    """
     mesh = mesh_cfg.make(devices)
     states.check_mesh(spec, mesh)
     params, state = jax.device_put((params, state), states.shardings(spec, mesh))
@@ -232,13 +245,13 @@ def _prepared(spec, params, state, mesh_cfg, devices, grad_accum=1, **static):
     step = make_train_step(
         spec,
         TX,
-        Loss(**LOSS),
+        Loss(**LOSS | (losses or {})),
         grad_accum=grad_accum,
         num_domains=1,
         optim=Optim(rule=AdamW(), lr=RATE),
         static=static,
     )
-    key, placed = jax.random.key(KEY), shard_batch(batch(), mesh)
+    key, placed = jax.random.key(KEY), shard_batch(batch(B * grad_accum), mesh)
     return mesh, jax.jit(step), [train_state, np.int32(0), key, placed]
 
 
@@ -262,7 +275,8 @@ def outcome(name: str, mesh_cfg: MeshConfig, devices, **options) -> Outcome:
       devices: all, or one.
       **options: grad_accum, and static fields of `Context` such as remat.
     """
-    mesh, step, args = _prepared(*initial(name), mesh_cfg, devices, **options)
+    own = {"losses": LOSSES.get(name), "grad_accum": GRAD_ACCUM.get(name, 1)}
+    mesh, step, args = _prepared(*initial(name), mesh_cfg, devices, **own | options)
     first: Any = None
     with jax.set_mesh(mesh):
         for number in range(STEPS):

@@ -31,7 +31,7 @@ def advice(cfg, found: Plan) -> list[str]:
         for key, value in change.items():
             together.setdefault(key, value)
     line = _tried(cfg, found, together) if len(changes) > 1 else None
-    return [line] if line else [_least_devices(found)]
+    return [line] if line else [least_devices(found)]
 
 
 def _changes(cfg, found: Plan):
@@ -81,12 +81,13 @@ def _shown(value) -> str:
     return f"{type(value).__name__}(...)" if hasattr(value, "validate") else f"{value}"
 
 
-def _least_devices(found: Plan) -> str:
+def least_devices(found: Plan) -> str:
     """How many devices the state and gradients alone would take, evenly split."""
     limit, memory = found.topology.chip.memory, found.memory
     assert limit is not None
-    fixed = memory.state + memory.params
-    whole = fixed * found.topology.num_devices
+    fixed = memory.state + memory.gradients
+    # Of all parameters, which are float32, over those of one device: copies count once.
+    whole = fixed * 4 * found.num_params / memory.params
     return (
         f"no change here makes it fit; state and gradients alone take "
         f"{fixed / GIB:.1f} GiB of each device, and {math.ceil(whole / limit)} "

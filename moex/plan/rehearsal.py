@@ -115,7 +115,14 @@ def described_devices(topology: Topology) -> list:
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--compile: libtpu knows no {name}: {reason}") from None
-    return list(found.devices)
+    devices = list(found.devices)
+    if len(devices) != topology.num_devices:
+        raise ConfigError(
+            f"--compile: libtpu describes {name} as {len(devices)} devices, and the "
+            f"plan counts {topology.num_devices}, one a chip (libtpu takes each core "
+            "of a v4 chip for a device); without --compile it is planned."
+        )
+    return devices
 
 
 def train_arguments(program: Program) -> tuple:

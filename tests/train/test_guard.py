@@ -1,5 +1,7 @@
 """Updates that would spoil the parameters: skipped, counted, and then the stop."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +67,23 @@ def test_the_run_stops_after_nan_limit(train, folder, tmp_path, monkeypatch):
     # The same command goes on; good batches bring it to the end.
     assert train(tmp_path, "nan_limit=4")["step"] == 8
     assert [r["skipped"] for r in runs.records(tmp_path)] == [0, 0, 0, 1, 2, 3, 3, 3]
+
+
+def test_rows_that_find_no_room_name_the_field(train, tmp_path, monkeypatch, capsys):
+    """Two devices, each with room for the mean number of rows and none above it."""
+    two = jax.local_devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda: two)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    mesh = ("mesh.expert=2", "mesh.exchange=all_to_all", "mesh.exchange_buffer=1.0")
+    with pytest.raises(TrainingStopped, match="raise config.mesh.exchange_buffer"):
+        train(tmp_path, "nan_limit=2", "eval.every=0", *mesh)
+    found = re.findall(
+        r"warning: update \d skipped \(loss [\d.]+, gradient norm [\d.]+, (\d+) rows "
+        "found no room on their way to the experts: raise "
+        r"config\.mesh\.exchange_buffer\); \d in a row, (\d+) in all",
+        capsys.readouterr().out,
+    )
+    assert len(found) >= 2 and all(int(rows) > 0 for rows, _ in found)
 
 
 def test_spikes_are_skipped(train, tmp_path, monkeypatch, capsys):
