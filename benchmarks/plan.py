@@ -23,10 +23,15 @@ CASES = {
         "v5e:1x1",
         ("--config=configs/quickstart.py", "--config.batch_size=256"),
     ),
+    "moe_100m_v5e": (
+        "v5e:2x4",
+        ("--config=configs/moe_100m.py", "--config.model.vocab=32000"),
+    ),
     "moe_1b_v5p": (
         "v5p:2x2x2",
         ("--config=configs/moe_1b.py", "--config.model.vocab=32000"),
     ),
+    "moe_8x7b_v5p_as_it_is": ("v5p:4x4x4", MIXTRAL),
     "moe_8x7b_v5p": (
         "v5p:4x4x4",
         (*MIXTRAL, "--config.mesh.expert=4"),

@@ -277,6 +277,17 @@ def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
     return sorted({row for i in shards.values() if i for row in rows[i[0]]})
 
 
+def told_by_each(value: int, mesh: Mesh) -> jax.Array:
+    """int32[devices of the mesh], `value` on the devices of this process.
+
+    What every process may say otherwise, unlike a batch, whose parts may have copies in
+    several processes.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    one = np.full((1,), value, np.int32)
+    return jax.make_array_from_callback((mesh.size,), sharding, lambda index: one)
+
+
 def shard_batch(batch: dict, mesh: Mesh) -> dict:
     """Host arrays of this process -> global arrays split over batch and length.
 

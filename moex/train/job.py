@@ -54,9 +54,16 @@ class Program:
         )
 
         def with_rate(train_state, number, key, batch):
-            """The learning rate too: outside, asking would wait for the device."""
-            new, metrics = step(train_state, number, key, batch)
-            return new, metrics | {"lr": jnp.float32(self.learning_rate(number))}
+            """The learning rate too: outside, asking would wait for the device.
+
+            A batch with `stop_N`, of `told_by_each`, has all know whether one asked.
+            """
+            rows = {name: a for name, a in batch.items() if name != "stop_N"}
+            new, metrics = step(train_state, number, key, rows)
+            metrics["lr"] = jnp.float32(self.learning_rate(number))
+            if "stop_N" in batch:
+                metrics["stop"] = jnp.max(batch["stop_N"])
+            return new, metrics
 
         # Pinned, so that no step can move the state or leave figures on one device.
         state = jax.tree.map(lambda a: a.sharding, self.abstract_state())

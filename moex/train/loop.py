@@ -22,7 +22,7 @@ from moex.data.report import compressor_bits_per_byte
 from moex.optim import path_name
 from moex.run import check_run
 from moex.schedule import is_always_zero
-from moex.sharding import shard_batch
+from moex.sharding import shard_batch, told_by_each
 from moex.train.checkpoint import Checkpointer, CheckpointError
 from moex.train.environment import save_environment
 from moex.train.flight import Flight
@@ -175,11 +175,9 @@ def keeps_value(info, path) -> bool:
 def _stop_on_sigterm(run: "Run"):
     """SIGTERM asks the run to save and leave; the old handler comes back after.
 
-    With several processes JAX's own notice does this on all of them at one step.
+    JAX's own notice to several processes may find one of them past the step that it
+    chose, and the others wait for it there.
     """
-    if jax.process_count() > 1:
-        yield
-        return
 
     def ask(signum, frame):
         run.stop_asked = True
@@ -192,7 +190,8 @@ def _stop_on_sigterm(run: "Run"):
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, old)
+        # None: it was not Python that had set it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if old is None else old)
 
 
 @dataclasses.dataclass
@@ -208,7 +207,8 @@ class Run:
     step: int  # optimizer steps done
     consumed: int  # training sequences consumed by the whole job
     final: dict | None = None  # figures of a complete run that was restored
-    stop_asked: bool = False
+    stop_asked: bool = False  # of this process
+    stop_agreed: bool = False  # all processes know that one was asked
     last_eval: Any = None  # (step, figures) of the newest evaluation
     last: Any = dataclasses.field(default_factory=dict)
     profiler: Any = None
@@ -232,6 +232,9 @@ class Run:
         while self.step < cfg.steps and not self._should_stop():
             with self.watch.part("data"), TraceAnnotation("data"):
                 batch = shard_batch(next(batches), self.job.mesh)
+                if jax.process_count() > 1:
+                    asked = int(self.stop_asked)
+                    batch["stop_N"] = told_by_each(asked, self.job.mesh)
             if train_step is None:
                 train_step = self._compile(batch, key)
             self.profiler.begin(self.step)
@@ -261,9 +264,9 @@ class Run:
         return self._finish()
 
     def _should_stop(self) -> bool:
-        if jax.process_count() > 1:
-            return self.checkpointer.manager.reached_preemption(self.step)
-        return self.stop_asked
+        # Several processes must leave at one step. They learn of it from the metrics of
+        # a step, which all of them look at after the same number of steps.
+        return self.stop_asked if jax.process_count() == 1 else self.stop_agreed
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0 and self.step < self.job.cfg.steps
@@ -291,6 +294,7 @@ class Run:
         cfg = self.job.cfg
         with self.watch.part("wait"), TraceAnnotation("wait"):
             in_row = int(metrics["skipped_in_row"])
+            self.stop_agreed |= bool(metrics.get("stop", False))
         if in_row:
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
             lost = int(metrics["lost_rows"])
