@@ -42,6 +42,8 @@ from moex.train.job import load_config, load_run, make_job
 
 KEPT = "hf"  # folder of a run
 RECORD = "import.json"
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROWS = 1024  # of a tensor that are compared at a time
 
 
 def import_hf(
@@ -129,7 +131,8 @@ def check_tensors(source, wanted: list[Piece], family, model, config) -> list[st
       Those on the family's list of tensors that moex does not use, sorted.
 
     Raises:
-      ConfigError: for a missing tensor, one of another shape, or one too many.
+      ConfigError: for a missing tensor, one of another shape, or one too many, and for
+        logits of their own where the config says that embeddings are tied.
     """
     names, own = source.names, {p.name for p in wanted}
     for piece in wanted:
@@ -147,13 +150,33 @@ def check_tensors(source, wanted: list[Piece], family, model, config) -> list[st
     extra = int(config.get("num_nextn_predict_layers") or 0)
     unused = sorted(names - own)
     for name in unused:
-        tied = model.tied_embeddings and name == "lm_head.weight"
-        if not tied and not is_unused(family, name, model.num_layers(), extra):
+        if model.tied_embeddings and name == HEAD:
+            _check_tied(source)
+        elif not is_unused(family, name, model.num_layers(), extra):
             raise ConfigError(
                 f"{source.file_of(name)}: tensor {name!r} is one too many: a "
                 f"{config['model_type']} of this config.json has none."
             )
     return unused
+
+
+def _check_tied(source) -> None:
+    """Check that the matrix of logits is a copy of the embeddings.
+
+    Where it is not, which of the two the model was trained with cannot be seen.
+    """
+    shape = tuple(source.shape(HEAD))
+    same = shape == tuple(source.shape(EMBED))
+    for start in range(0, shape[0] if same else 0, ROWS):
+        rows = (slice(start, start + ROWS),)
+        a, b = (source.read(name, rows) for name in (HEAD, EMBED))
+        same = same and np.array_equal(a, b)
+    if not same:
+        raise ConfigError(
+            f"{source.file_of(HEAD)}: tensor {HEAD!r} differs from {EMBED!r}, but "
+            f"{source.path / 'config.json'} says tie_word_embeddings = true; set it to "
+            "false to read both, or remove the tensor."
+        )
 
 
 def load_model(spec, mesh, wanted: list[Piece], source) -> dict:

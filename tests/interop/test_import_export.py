@@ -237,6 +237,34 @@ def test_further_token_layers_are_reported_and_left_out(tmp_path):
     assert "not used: model.layers.3.eh_proj.weight" in said
 
 
+def test_a_copy_of_tied_embeddings_is_reported_and_left_out(tmp_path):
+    def add(values):
+        values["lm_head.weight"] = values["model.embed_tokens.weight"].copy()
+
+    folder = changed(tmp_path, "qwen3", add)
+    record = import_fixture(None, tmp_path / "run", folder)
+    assert record["unused"] == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_logits_of_their_own_are_not_dropped_for_tied_embeddings(tmp_path, cut):
+    def add(values):
+        own = values["model.embed_tokens.weight"].copy()
+        own[-1, -1] += 1  # in the last rows that are compared
+        values["lm_head.weight"] = own[:-1] if cut else own
+
+    folder = changed(tmp_path, "qwen3", add)
+    message = r"model\.safetensors: tensor 'lm_head.weight' differs .*config\.json says"
+    with pytest.raises(ConfigError, match=message):
+        import_fixture(None, tmp_path / "run", folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["changed"]
+    if not cut:  # as the line says
+        file = folder / "config.json"
+        config = json.loads(file.read_text()) | {"tie_word_embeddings": False}
+        file.write_text(json.dumps(config))
+        assert not import_fixture(None, tmp_path / "run", folder)["unused"]
+
+
 # Mistakes: one line that names file and tensor, and nothing left behind.
 
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
