@@ -440,7 +440,7 @@ def _import_hf(args, config_args):
 
 
 def _export_hf(args, config_args):
-    from moex.interop.hf import export_hf
+    from moex.interop.export import export_hf
 
     if config_args:
         raise ConfigError(f"{config_args[0]}: export-hf takes the config of the run.")

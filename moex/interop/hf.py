@@ -1,44 +1,38 @@
-"""`moex import-hf` and `moex export-hf`: runs from and to Hugging Face folders.
+"""`moex import-hf`: a run from a Hugging Face folder.
 
-The folder's own files (config, tokenizer, generation config) are kept in `RUN/hf`, with
-the dtype of every tensor, so that an export gives back what came in.
+The folder's own files (config, tokenizer, generation config, index of shards) are kept
+in `RUN/hf`, with the dtype of every tensor, so that an export gives back what came in.
 """
 
 import json
-import math
 import pathlib
 import shutil
 import uuid
-from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
-import tokenizers
 
 from moex.compress.convert import write_run
 from moex.config import ConfigError, nearest
 from moex.data.files import atomic_write
 from moex.data.pipeline import Data
-from moex.data.tokenizer import SavedTokenizer, Tokenizer, TokenizerFile
+from moex.data.tokenizer import SavedTokenizer, TokenizerFile
 from moex.flags import load_config as load_config_flags
-from moex.interop.arrays import load_array, tensor_of
+from moex.interop.arrays import load_array
 from moex.interop.dequantise import reader
 from moex.interop.families import (
-    FAMILIES,
     find_family,
     is_unused,
     read_model,
 )
-from moex.interop.folder import Folder, extra_files, read_json
+from moex.interop.folder import INDEX, Folder, extra_files, read_json
 from moex.interop.names import Piece, pieces
-from moex.interop.native import closest, inference
-from moex.interop.writing import Tensor, check_target, write
 from moex.optim import AdamW, Optim, flat_paths, path_name
 from moex.run import Checkpoint, Eval, Log, Loss, check_run
 from moex.sharding import MeshConfig
 from moex.train import state as states
-from moex.train.job import load_config, load_run, make_job
+from moex.train.job import make_job
 
 KEPT = "hf"  # folder of a run
 RECORD = "import.json"
@@ -104,13 +98,16 @@ def import_hf(
             arrays = load_model(job.spec, job.mesh, wanted, source)
             kept = temporary / KEPT
             kept.mkdir(parents=True)
-            for extra in extra_files(opened.path):
-                shutil.copyfile(extra, kept / extra.name)
+            for extra in (*extra_files(opened.path), opened.path / INDEX):
+                if extra.is_file():
+                    shutil.copyfile(extra, kept / extra.name)
             record = {
                 "from": str(opened.path),
                 "model_type": opened.config["model_type"],
                 "dtypes": {p.name: source.dtype(p.name).name for p in wanted},
                 "unused": unused,
+                # So the files of an export may be those of the folder.
+                "whole": source is opened and not unused,
             }
             atomic_write(kept / RECORD, json.dumps(record, indent=1) + "\n")
             saved = (out / "tokenizer").absolute()
@@ -281,94 +278,3 @@ def _check_shapes(stored: dict, wanted: dict) -> None:
                 f"--config.model...: changes {name}, of shape {old} in the folder, to "
                 f"{new} (None: there is none); import it as it is, then convert it."
             )
-
-
-def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict]:
-    """(config.json, other files by name, dtype by tensor) of an export."""
-    kept = run / KEPT
-    if (kept / RECORD).is_file():
-        config = json.loads((kept / "config.json").read_text())
-        model = read_model(str(kept / "config.json"), config)
-        if inference(model) == inference(cfg.model):
-            # What the folder does not have: other numbers, code, layers after the last.
-            config.pop("quantization_config", None)
-            config.pop("auto_map", None)
-            if "num_nextn_predict_layers" in config:
-                config["num_nextn_predict_layers"] = 0
-            files: dict[str, Any] = {f.name: f for f in extra_files(kept)}
-            record = json.loads((kept / RECORD).read_text())
-            return config, files, record["dtypes"]
-    file = run / "tokenizer" / "tokenizer.json"
-    own = Tokenizer.load(file.parent)
-    begins = own.begin_id != own.doc_id
-    # Else transformers takes the ids of the family's first model.
-    config = closest(cfg.model) | {
-        "bos_token_id": own.begin_id if begins else None,
-        "eos_token_id": own.doc_id,
-        "pad_token_id": None,
-    }
-    files = {}
-    if file.is_file():
-        names = tokenizers.Tokenizer.from_file(str(file))
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": names.id_to_token(own.doc_id),
-        }
-        if begins:
-            settings["bos_token"] = names.id_to_token(own.begin_id)
-        files["tokenizer.json"] = file
-        files["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
-    return config, files, {}
-
-
-def export_hf(run, out, *, dtype: str | None = None, say=print) -> dict:
-    """Write a run's newest checkpoint as a folder that transformers loads.
-
-    An imported run leaves as its family, each tensor in the dtype it came in. Any other
-    run leaves as the closest family, or is refused with the reason.
-
-    Args:
-      run: run directory.
-      out: the folder; must not exist or be empty.
-      dtype: of all tensors but the state of routers; None: as imported, float32 for
-        others.
-      say: called with each line of news.
-
-    Returns:
-      The `config.json` that is written.
-
-    Raises:
-      ConfigError: if no family has the model, or for a user's mistake.
-    """
-    run = pathlib.Path(run)
-    if jax.process_count() > 1:
-        raise ConfigError("export-hf: runs in one process; all shards must be here.")
-    if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype={dtype}: must be float32, bfloat16 or float16.")
-    cfg = load_config(run)
-    check_target(out)
-    config, files, dtypes = _description(run, cfg)
-    family = FAMILIES[config["model_type"]]
-    wanted = pieces(cfg.model, family.names)
-    loaded = load_run(run, warn=say)
-    state = flat_paths(loaded.state)
-    arrays = flat_paths(loaded.params) | state
-    before = config.pop("torch_dtype", None)  # its name up to transformers 4
-    config["dtype"] = dtype or config.get("dtype") or before or "float32"
-
-    def tensor(piece: Piece) -> Tensor:
-        # Selection biases stay what they are: rounded, they choose other experts.
-        given = None if piece.path in state else dtype
-        kind = np.dtype(given or dtypes.get(piece.name, "float32"))
-        return Tensor(
-            piece.name,
-            piece.shape,
-            kind,
-            lambda: tensor_of(piece, arrays[piece.path], kind),
-        )
-
-    files["config.json"] = json.dumps(config, indent=2) + "\n"
-    write(out, [tensor(p) for p in wanted], files=files)
-    size = sum(math.prod(p.shape) for p in wanted)
-    say(f"{out}: {len(wanted)} tensors, {size:,} parameters, {config['model_type']}")
-    return config

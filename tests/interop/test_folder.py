@@ -130,7 +130,7 @@ def test_a_slice_does_not_load_the_tensor(tmp_path):
         tracemalloc.stop()
 
 
-def test_only_one_shard_is_in_memory_when_writing(tmp_path):
+def test_only_one_tensor_is_in_memory_when_writing(tmp_path):
     size = 1 << 20
     tensors = [
         Tensor(str(i), (size,), np.dtype(np.uint8), lambda: np.zeros(size, np.uint8))
@@ -138,10 +138,25 @@ def test_only_one_shard_is_in_memory_when_writing(tmp_path):
     ]
     tracemalloc.start()
     try:
-        write(tmp_path / "m", tensors, max_shard_bytes=2 * size)
-        assert tracemalloc.get_traced_memory()[1] < 2.5 * size
+        write(tmp_path / "m", tensors)
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * size
     finally:
         tracemalloc.stop()
+
+
+def test_files_are_those_of_an_index_with_the_same_tensors(tmp_path):
+    names = {"a": "second.safetensors", "b": "first.safetensors"}
+    index = {"metadata": {"by": "them", "total_size": 1}, "weight_map": names}
+    tensors = [tensor(n, sample("float32")) for n in "ba"]
+    write(tmp_path / "m", tensors, files={"config.json": "{}"}, index=index)
+    got = json.loads((tmp_path / "m" / INDEX).read_text())
+    assert got["weight_map"] == names and [*got["weight_map"]] == ["a", "b"]
+    assert got["metadata"] == {"by": "them", "total_size": 960}
+    folder = Folder.open(tmp_path / "m")
+    assert {n: folder.file_of(n).name for n in names} == names
+    more = [*tensors, tensor("c", sample("float32"))]
+    write(tmp_path / "more", more, files={"config.json": "{}"}, index=index)
+    assert Folder.open(tmp_path / "more").file_of("a").name == SINGLE
 
 
 def test_no_folder(tmp_path):

@@ -9,13 +9,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
 
 from moex import cli
 from moex.interop.arrays import load_array, tensor_of
 from moex.interop.dequantise import reader
+from moex.interop.export import export_hf
 from moex.interop.families import read_model
-from moex.interop.folder import Folder
-from moex.interop.hf import export_hf, import_hf
+from moex.interop.folder import INDEX, SINGLE, Folder
+from moex.interop.hf import import_hf
 from moex.interop.names import Piece
 from moex.nn.context import Context
 from moex.optim import flat_paths
@@ -51,6 +53,42 @@ def test_in_and_out_again(tmp_path, name):
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (back / file).read_bytes() == (source / file).read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "run"]
+
+
+def test_the_shards_of_a_folder_come_back(tmp_path):
+    """bfloat16 and float32 in files of someone's own choice, byte for byte."""
+    folder, run, back = (tmp_path / name for name in ("folder", "run", "back"))
+    shutil.copytree(parity.FIXTURES / "deepseek_v3", folder)
+    (folder / SINGLE).unlink()
+    values = tensors(parity.FIXTURES / "deepseek_v3")
+    shards = {f"model-{i + 1:05d}-of-00003.safetensors": {} for i in range(3)}
+    for i, name in enumerate(sorted(values, reverse=True)):
+        kind = np.float32 if "bias" in name else ml_dtypes.bfloat16
+        [*shards.values()][i % 3][name] = values[name].astype(kind)
+    for file, members in shards.items():
+        save_file(members, folder / file, metadata={"format": "pt"})
+    size = sum(v.nbytes for members in shards.values() for v in members.values())
+    index = {
+        "metadata": {"total_parameters": 12345, "total_size": size},
+        "weight_map": {n: file for file, members in shards.items() for n in members},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    import_fixture(None, run, folder)
+    with runs.one_device():
+        export_hf(run, back, **SAY)
+        other = export_hf(run, tmp_path / "other", dtype="float16", **SAY)
+    files = {p.name for p in back.iterdir()}
+    assert files == {p.name for p in folder.iterdir()} - {"expected.npz"}
+    for name in files - {"config.json"}:
+        assert (back / name).read_bytes() == (folder / name).read_bytes(), name
+    # Another dtype is another size; the files stay.
+    got = json.loads((tmp_path / "other" / INDEX).read_text())
+    assert got["weight_map"] == index["weight_map"] and other["dtype"] == "float16"
+    with Folder.open(tmp_path / "other") as opened:
+        kinds = {n: opened.dtype(n) for n in opened.names}
+    assert {n for n, kind in kinds.items() if kind != np.float16} == {
+        n for n in values if "bias" in n
+    }
 
 
 def test_an_imported_run_writes_text_and_trains_on(tmp_path, capsys):
@@ -210,4 +248,4 @@ def test_a_copy_of_tied_embeddings_is_reported_and_left_out(tmp_path):
 
     folder = changed(tmp_path, "qwen3", add)
     record = import_fixture(None, tmp_path / "run", folder)
-    assert record["unused"] == ["lm_head.weight"]
+    assert record["unused"] == ["lm_head.weight"] and not record["whole"]

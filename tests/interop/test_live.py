@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from moex.compress.convert import write_run
-from moex.interop.hf import export_hf, import_hf
+from moex.interop.export import export_hf
+from moex.interop.hf import import_hf
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK

@@ -9,8 +9,8 @@ import pytest
 from moex.compress.convert import convert_run
 from moex.compress.upcycle import Upcycle
 from moex.config import ConfigError
+from moex.interop.export import export_hf
 from moex.interop.families import fold, read_model
-from moex.interop.hf import export_hf
 from moex.interop.native import closest
 from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
