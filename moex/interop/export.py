@@ -44,10 +44,10 @@ def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict, dict | None]
             return config, files, dtypes, index
     file = run / "tokenizer" / "tokenizer.json"
     own = Tokenizer.load(file.parent)
-    begins = own.begin_id != own.doc_id
+    begins = own.prefix_id != own.doc_id
     # Else transformers takes the ids of the family's first model.
     config = closest(cfg.model) | {
-        "bos_token_id": own.begin_id if begins else None,
+        "bos_token_id": own.prefix_id if begins else None,
         "eos_token_id": own.doc_id,
         "pad_token_id": None,
     }
@@ -59,7 +59,7 @@ def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict, dict | None]
             "eos_token": names.id_to_token(own.doc_id),
         }
         if begins:
-            settings["bos_token"] = names.id_to_token(own.begin_id)
+            settings["bos_token"] = names.id_to_token(own.prefix_id)
         files["tokenizer.json"] = file
         files["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
     return config, files, {}, None

@@ -26,8 +26,9 @@ from moex.interop.families import (
     is_unused,
     read_model,
 )
-from moex.interop.folder import INDEX, Folder, extra_files, read_json
+from moex.interop.folder import INDEX, Folder, extra_files
 from moex.interop.names import Piece, pieces
+from moex.interop.tokens import end_token, set_begin, tokenizer_file
 from moex.optim import AdamW, Optim, flat_paths, path_name
 from moex.run import Checkpoint, Eval, Log, Loss, check_run
 from moex.sharding import MeshConfig
@@ -82,8 +83,8 @@ def import_hf(
         model = read_model(where, opened.config)
         wanted = pieces(model, family.names)
         unused = check_tensors(source, wanted, family, model, opened.config)
-        file = _tokenizer_file(opened.path, tokenizer)
-        doc_token = doc_token or _doc_token(opened.path, opened.config, file)
+        file = tokenizer_file(opened.path, tokenizer)
+        doc_token = doc_token or end_token(opened.path, opened.config, file)
         shapes = _shapes(model)
         cfg = _run_config(model, opened.config, config_args)
         _check_shapes(shapes, _shapes(cfg.model))
@@ -92,6 +93,7 @@ def import_hf(
         temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             job = make_job(cfg, log=say)
+            set_begin(job.data.tokenizer, opened.path, file)
             for name in unused:
                 say(f"not used: {name}")
             say(f"reading {len(wanted)} tensors of {opened.path}")
@@ -201,41 +203,6 @@ def load_model(spec, mesh, wanted: list[Piece], source) -> dict:
         "params": walk(load, spec.params, params),
         "state": walk(load, spec.state, state),
     }
-
-
-def _tokenizer_file(folder: pathlib.Path, given) -> pathlib.Path:
-    file = pathlib.Path(given) if given else folder / "tokenizer.json"
-    if not file.is_file():
-        hint = (
-            ""
-            if given
-            else (
-                " Give another with --tokenizer, or make it with transformers: "
-                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
-            )
-        )
-        raise ConfigError(f"{file}: there is no such tokenizer file.{hint}")
-    return file
-
-
-def _doc_token(folder: pathlib.Path, config, file: pathlib.Path) -> str:
-    """The token that ends a document, by the folder's own files."""
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        token = read_json(settings).get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if token:
-            return token
-    number = config.get("eos_token_id")
-    number = number[0] if isinstance(number, list) else number
-    added = read_json(file).get("added_tokens", [])
-    for entry in added:
-        if number is not None and entry.get("id") == number:
-            return entry["content"]
-    raise ConfigError(
-        f"{folder}: names no end-of-text token; give it with --doc-token, one of "
-        f"{[entry['content'] for entry in added]}."
-    )
 
 
 def _run_config(model, config, config_args):

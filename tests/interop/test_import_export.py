@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from moex import cli
+from moex.data.tokenizer import Tokenizer
 from moex.interop.arrays import load_array, tensor_of
 from moex.interop.dequantise import reader
 from moex.interop.export import export_hf
@@ -43,6 +44,8 @@ def test_in_and_out_again(tmp_path, name):
     record = import_fixture(name, run)
     assert record["model_type"] == name and not record["unused"]
     assert load_config(run).model == read_model("c", parity.config_of(name))
+    tokenizer = Tokenizer.load(run / "tokenizer")  # its files name no begin token
+    assert (tokenizer.begin_id, tokenizer.prefix_id) == (None, tokenizer.doc_id)
     with runs.one_device():
         config = export_hf(run, back, **SAY)
     same_tensors(source, back)
