@@ -433,10 +433,8 @@ def _import_hf(args, config_args):
         tokenizer=args.tokenizer,
         doc_token=args.doc_token,
     )
-    print(
-        f"go on training: moex train --config={args.out / 'config.py'} "
-        f"--workdir={args.out}"
-    )
+    out = args.out.expanduser()
+    print(f"go on training: moex train --config={out / 'config.py'} --workdir={out}")
 
 
 def _export_hf(args, config_args):

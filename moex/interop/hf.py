@@ -5,7 +5,6 @@ in `RUN/hf`, with the dtype of every tensor, so that an export gives back what c
 """
 
 import json
-import pathlib
 import shutil
 import uuid
 
@@ -29,6 +28,7 @@ from moex.interop.families import (
 from moex.interop.folder import INDEX, Folder, extra_files
 from moex.interop.names import Piece, pieces
 from moex.interop.tokens import end_token, set_begin, tokenizer_file
+from moex.interop.writing import check_target
 from moex.optim import AdamW, Optim, flat_paths, path_name
 from moex.run import Checkpoint, Eval, Log, Loss, check_run
 from moex.sharding import MeshConfig
@@ -69,13 +69,11 @@ def import_hf(
     Raises:
       ConfigError: for a user's mistake or a broken folder, naming file and tensor.
     """
-    out = pathlib.Path(out)
     if jax.process_count() > 1:
         raise ConfigError(
             "import-hf: runs in one process; a job of several reads its run directory."
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out={out}: must be new or an empty folder.")
+    out = check_target(out)
     with Folder.open(folder) as opened:
         source = reader(opened)
         where = str(opened.path / "config.json")
@@ -89,17 +87,16 @@ def import_hf(
         cfg = _run_config(model, opened.config, config_args)
         _check_shapes(shapes, _shapes(cfg.model))
         cfg.data.tokenizer = TokenizerFile(path=str(file), doc_token=doc_token)
-        out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             job = make_job(cfg, log=say)
+            kept = temporary / KEPT
+            kept.mkdir(parents=True)
             set_begin(job.data.tokenizer, opened.path, file)
             for name in unused:
                 say(f"not used: {name}")
             say(f"reading {len(wanted)} tensors of {opened.path}")
             arrays = load_model(job.spec, job.mesh, wanted, source)
-            kept = temporary / KEPT
-            kept.mkdir(parents=True)
             for extra in (*extra_files(opened.path), opened.path / INDEX):
                 if extra.is_file():
                     shutil.copyfile(extra, kept / extra.name)
@@ -112,12 +109,10 @@ def import_hf(
                 "whole": source is opened and not unused,
             }
             atomic_write(kept / RECORD, json.dumps(record, indent=1) + "\n")
-            saved = (out / "tokenizer").absolute()
+            saved = out / "tokenizer"
             cfg.data.tokenizer = SavedTokenizer(path=str(saved))
             write_run(job, cfg, arrays, temporary)
-            if out.exists():
-                out.rmdir()
-            temporary.rename(out)
+            temporary.replace(out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return record
@@ -137,7 +132,7 @@ def check_tensors(source, wanted: list[Piece], family, model, config) -> list[st
     for piece in wanted:
         if piece.name not in names:
             raise ConfigError(
-                f"{source.path}: tensor {piece.name!r} is missing."
+                f"{source.listing}: tensor {piece.name!r} is missing."
                 f"{nearest(piece.name, names - own)}"
             )
         shape = tuple(source.shape(piece.name))

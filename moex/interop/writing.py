@@ -37,14 +37,18 @@ class Tensor:
 
 
 def check_target(folder: str | os.PathLike[str]) -> Path:
-    """The folder that a checkpoint is written to.
+    """The folder that is written to, without symbolic links.
 
     Raises:
-      ConfigError: if it is a file or is not empty.
+      ConfigError: if it is a file, is not empty or is the current folder.
     """
     target = Path(folder).expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target}: exists already; name a new or an empty folder.")
+        raise ConfigError(
+            f"--out={folder}: exists already; must be new or an empty folder."
+        )
+    if target == Path.cwd():  # what is written takes its place
+        raise ConfigError(f"--out={folder}: is the folder you are in; name another.")
     return target
 
 
@@ -71,7 +75,7 @@ def write(
       index: of another folder, whose files this one gets if it has the same tensors.
 
     Raises:
-      ConfigError: if `folder` is a file or is not empty.
+      ConfigError: see `check_target`.
       ValueError: for a name given twice, a type that the format does not have, and a
         `read` that returns another shape or type than was said.
     """

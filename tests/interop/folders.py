@@ -46,7 +46,7 @@ def train_on(tmp_path, run, *fields) -> None:
         loop.train(cfg, run, **SAY)
 
 
-def changed(tmp_path, name, change=None, config=None) -> pathlib.Path:
+def changed(tmp_path, name, change=None, config=None, **options) -> pathlib.Path:
     """A copy of a fixture with other tensors, other fields."""
     source = parity.FIXTURES / name
     values = tensors(source)
@@ -59,5 +59,5 @@ def changed(tmp_path, name, change=None, config=None) -> pathlib.Path:
     made = [
         Tensor(n, v.shape, v.dtype, lambda v=v: v) for n, v in sorted(values.items())
     ]
-    write(tmp_path / "changed", made, files=files)
+    write(tmp_path / "changed", made, files=files, **options)
     return tmp_path / "changed"

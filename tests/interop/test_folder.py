@@ -216,9 +216,17 @@ def test_shards(tmp_path):
 
     path = checkpoint(tmp_path, "short")
     data = (path / SHARDS[0]).read_bytes()
-    for part in (data[:-1], data + b"0", data[:20], b"", b"\xff" * 64):
+    for part in (data + b"0", data[:20], b"", b"\xff" * 64, data[:8] + b"[" * 99):
         (path / SHARDS[0]).write_bytes(part)
         refused(path, SHARDS[0], "truncated or")
+    (path / SHARDS[0]).write_bytes(data[:-1])
+    end = f"the tensor 'a' ends at byte {len(data):,}, the file at {len(data) - 1:,}"
+    refused(path, SHARDS[0], "truncated:", end)
+
+    path = checkpoint(tmp_path, "one", shards=1)
+    data = (path / SINGLE).read_bytes()
+    (path / SINGLE).write_bytes(data[: -sample("bfloat16").nbytes])  # 'a' is whole
+    refused(path, SINGLE, "truncated:", "the tensor 'b' ends")
 
     path = checkpoint(tmp_path, "both")
     save_file({"a": sample("int64"), "b": sample("int64")}, path / SHARDS[1])
@@ -292,7 +300,7 @@ def test_writing_refuses(tmp_path):
     path = checkpoint(tmp_path)
     (tmp_path / "file").write_text("")
     for taken in (path, tmp_path / "file"):
-        with pytest.raises(ConfigError, match="exists already"):
+        with pytest.raises(ConfigError, match="exists already; must be new"):
             write(taken, [tensor("a", sample("float32"))])
     assert Folder.open(path).names == {"a", "b"}
 

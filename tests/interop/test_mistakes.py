@@ -1,15 +1,17 @@
 """Mistakes: one line that names file and tensor, and nothing left behind."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from moex import cli
 from moex.config import ConfigError
-from moex.interop.folder import INDEX, SINGLE
+from moex.interop.folder import INDEX
 from moex.interop.hf import import_hf
+from moex.interop.writing import check_target
+from moex.train.job import load_config
 from tests import runs
 from tests.interop import parity
 from tests.interop.folders import (
@@ -34,7 +36,7 @@ def reshape(values):
 
 
 MISTAKES = [
-    (drop, {}, f"tensor '{GATE}' is missing"),
+    (drop, {}, rf"changed.model\.safetensors: tensor '{GATE}' is missing"),
     (add, {}, r"model\.safetensors: tensor '.*q_proj.bias' is one too many"),
     (reshape, {}, rf"tensor '{GATE}' has shape \[8, 31\].*makes it \[8, 32\]"),
     (None, {"model_type": "mixtrall"}, "model_type = 'mixtrall'.*Did you mean 'mixt"),
@@ -104,14 +106,82 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, args, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_index_with_a_path_is_refused(tmp_path):
-    folder = tmp_path / "bad"
-    shutil.copytree(parity.FIXTURES / "mixtral", folder)
-    (folder / SINGLE).rename(tmp_path / "outside.safetensors")
-    index = {"weight_map": {"lm_head.weight": "../outside.safetensors"}}
+SHARD = "model-00002-of-00003.safetensors"
+
+
+def cut_short(folder):
+    file = folder / SHARD
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def lose(folder):
+    (folder / SHARD).unlink()
+
+
+def lead_out(folder):
+    outside = "../outside.safetensors"
+    edit_index(
+        folder,
+        lambda names: {n: outside if f == SHARD else f for n, f in names.items()},
+    )
+    (folder / SHARD).rename(folder.parent / "outside.safetensors")
+
+
+def lose_a_tensor(folder):
+    last = "model-00003-of-00003.safetensors"
+    values = load_file(folder / last)
+    values.pop("model.norm.weight")
+    save_file(values, folder / last, metadata={"format": "pt"})
+    edit_index(folder, lambda names: names.pop("model.norm.weight") and names)
+
+
+def edit_index(folder, change):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = change(index["weight_map"])
     (folder / INDEX).write_text(json.dumps(index))
-    with pytest.raises(ConfigError, match=r"\.\./outside\.safetensors"):
-        import_fixture(None, tmp_path / "run", folder)
+
+
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [
+        (cut_short, rf"{SHARD} is truncated: the tensor 'model\.layers\.\S+' ends at"),
+        (lose, rf"{INDEX}: the shard {SHARD} of tensor 'model\.\S+' is missing"),
+        (lead_out, rf"{INDEX}: the file of tensor 'model.*' is '\.\./outside"),
+        (lose_a_tensor, rf"{INDEX}: tensor 'model\.norm\.weight' is missing"),
+    ],
+)
+def test_broken_shards(tmp_path, breaks, message):
+    folder = changed(tmp_path, "mixtral", max_shard_bytes=70_000)
+    assert (folder / SHARD).exists()
+    breaks(folder)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=message):
+        import_fixture(None, tmp_path / "deep" / "run", folder)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_mesh_that_does_not_fit_leaves_no_folder(tmp_path):
+    folder, out = parity.FIXTURES / "mixtral", tmp_path / "deep" / "run"
+    with runs.one_device(), pytest.raises(ConfigError, match="mesh"):
+        import_hf(folder, out, ["--config.mesh.fsdp=3"], **SAY)
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_a_run_can_be_written(tmp_path, monkeypatch):
+    """Into an empty folder, by a link and under the home folder; not into this one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for out in (".", str(tmp_path), "./"):
+        with pytest.raises(ConfigError, match="is the folder you are in"):
+            import_hf("nowhere", out, **SAY)  # before anything is looked at
+        with pytest.raises(ConfigError, match="is the folder you are in"):
+            check_target(out)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    import_fixture("llama", "link")
+    assert (tmp_path / "link").is_symlink()
+    assert load_config(tmp_path / "empty").seq_len == 32
+    assert check_target("~/new") == tmp_path / "new"
 
 
 @pytest.mark.parametrize("cut", [False, True])
