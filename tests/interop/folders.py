@@ -4,6 +4,9 @@ import dataclasses
 import json
 import pathlib
 
+import ml_dtypes
+import numpy as np
+
 from moex.data.sources import Text
 from moex.flags import load_config as load_config_flags
 from moex.interop.folder import Folder
@@ -61,3 +64,24 @@ def changed(tmp_path, name, change=None, config=None, **options) -> pathlib.Path
     ]
     write(tmp_path / "changed", made, files=files, **options)
     return tmp_path / "changed"
+
+
+def mxfp4_folder(tmp_path) -> pathlib.Path:
+    """GPT-OSS with experts wide enough to be packed, as it is published."""
+
+    def quantise(values):
+        rng = np.random.default_rng(0)
+        for name in [n for n in values if ".mlp.experts." in n]:
+            own = values.pop(name)
+            E, D = len(own), parity.config_of("gpt_oss")["hidden_size"]
+            if name.endswith("_bias"):
+                wide = rng.normal(size=(E, 64 if "gate_up" in name else D))
+                values[name] = wide.astype(ml_dtypes.bfloat16)
+                continue
+            # [E, out, groups of 32 inputs]: of D and F there is one group each.
+            shape = (E, 64 if "gate_up" in name else D, 1)
+            values[f"{name}_blocks"] = rng.integers(0, 256, (*shape, 16), np.uint8)
+            values[f"{name}_scales"] = rng.integers(120, 127, shape, np.uint8)
+
+    settings = {"quantization_config": {"quant_method": "mxfp4"}}
+    return changed(tmp_path, "gpt_oss", quantise, {"intermediate_size": 32} | settings)

@@ -30,10 +30,12 @@ from tests.interop.folders import (
     SAY,
     changed,
     import_fixture,
+    mxfp4_folder,
     same_tensors,
     tensors,
     train_on,
 )
+from tests.interop.test_dequantise import slow_mxfp4
 
 
 @pytest.mark.parametrize("name", parity.NAMES)
@@ -229,6 +231,25 @@ def test_fp8_is_read_by_its_blocks_and_leaves_as_bfloat16(tmp_path):
     original = tensors(parity.FIXTURES / "deepseek_v3")[name]
     error = np.abs(got[name].astype(np.float32) - original).max()
     assert error <= 0.04 * np.abs(original).max()
+
+
+def test_mxfp4_is_unpacked_and_leaves_as_bfloat16(tmp_path):
+    folder = mxfp4_folder(tmp_path)
+    import_fixture(None, tmp_path / "run", folder)
+    with runs.one_device():
+        config = export_hf(tmp_path / "run", tmp_path / "back", **SAY)
+    assert "quantization_config" not in config
+    packed, got = tensors(folder), tensors(tmp_path / "back")
+    parts = [n.removesuffix("_blocks") for n in packed if n.endswith("_blocks")]
+    assert len(parts) == 8  # gate and up, down of four layers
+    for name in parts:
+        blocks, scales = (packed.pop(f"{name}_{part}") for part in ("blocks", "scales"))
+        assert got[name].dtype == ml_dtypes.bfloat16
+        want = slow_mxfp4(blocks, scales)
+        np.testing.assert_array_equal(got.pop(name).astype(np.float32), want)
+    assert got.keys() == packed.keys()
+    for name, value in packed.items():
+        assert got[name].tobytes() == value.tobytes(), name
 
 
 def test_further_token_layers_are_reported_and_left_out(tmp_path):
