@@ -103,6 +103,8 @@ def test_an_imported_run_writes_text_and_trains_on(tmp_path, capsys):
     with runs.one_device():
         cli.main(["generate", str(run), "--prompt=the", "--max-new-tokens=2"])
     assert "the" in capsys.readouterr().out
+    checkpoint = run / "checkpoints" / "0"
+    assert (checkpoint / "params").is_dir() and not (checkpoint / "opt").exists()
     train_on(tmp_path, run, "steps=1", "optim.warmup_steps=0")
     with runs.one_device():
         assert load_run(run).step == 1
