@@ -47,6 +47,7 @@ def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict, dict | None]
     begins = own.prefix_id != own.doc_id
     # Else transformers takes the ids of the family's first model.
     config = closest(cfg.model) | {
+        "max_position_embeddings": cfg.seq_len,
         "bos_token_id": own.prefix_id if begins else None,
         "eos_token_id": own.doc_id,
         "pad_token_id": None,

@@ -49,6 +49,7 @@ def test_a_native_run_leaves_as_the_closest_family(tmp_path):
     # Else transformers takes the family's own: its generation would not end.
     assert config["eos_token_id"] == run.tokenizer.doc_id == 256
     assert config["bos_token_id"] is config["pad_token_id"] is None
+    assert config["max_position_embeddings"] == run.cfg.seq_len
     model = read_model("c", config)
     assert run.cfg.model.scale_embeddings and not model.scale_embeddings
     values = tensors(tmp_path / "folder")
@@ -109,6 +110,18 @@ def test_a_capacity_does_not_keep_a_run_from_leaving():
     ("name", "change", "message"),
     [
         ("olmoe", {"head_dim": 3}, "head_dim = 3: must be"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers = 0: must be a whole"),
+        (
+            "llama",
+            {"num_hidden_layers": "2"},
+            "num_hidden_layers = '2': must",
+        ),
+        ("llama", {"num_attention_heads": 0}, "num_attention_heads = 0: must be"),
+        (
+            "llama",
+            {"rope_parameters": "yarn"},
+            "rope_parameters = 'yarn': must",
+        ),
         ("deepseek_v3", {"first_k_dense_replace": 99}, "first_k_dense_replace = 99"),
     ],
 )
