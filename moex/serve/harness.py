@@ -68,9 +68,9 @@ class HarnessLM(TemplateLM):
         return self.run.cfg.seq_len
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs) -> list[int]:
-        tokenizer = self.run.tokenizer
-        begins = add_special_tokens is not False and tokenizer.begin_id is not None
-        return [tokenizer.begin_id] * begins + tokenizer.encode(string)
+        ids = self.run.tokenizer.encode(string)
+        first = self.run.tokenizer.begin_id
+        return ids if add_special_tokens is False or first is None else [first, *ids]
 
     def _encode_pair(self, context, continuation):
         before, after = super()._encode_pair(context, continuation)
