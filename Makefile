@@ -35,8 +35,9 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m slow
 
 # Beside transformers itself; brings several GB of packages.
-test-hf: $(STAMP)
-	$(BIN)/python -m pip install --quiet --editable '.[test,hf,eval]'
+test-hf: $(STAMP) constraints-hf.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	  --constraint constraints-hf.txt --editable '.[test,hf,eval]'
 	$(BIN)/python -m pytest -m hf
 
 # Opens pages of `moex report` in a headless Chromium, which must be installed.

@@ -1,17 +1,16 @@
-"""Memory and time of reading a checkpoint folder into a model on one device.
+"""Memory and time of `moex import-hf` and `moex export-hf`, whole, on CPU devices.
 
   python -m benchmarks.import_hf [--gigabytes=1] [--json=FILE]
 
-A Mixtral-type folder of random bfloat16 weights is written, shard by shard, and read
-in a process of its own. On a CPU the arrays are host memory, so what counts is the peak
-beyond them.
+A Mixtral-type folder of random bfloat16 weights is written, shard by shard, imported
+onto one device and onto eight, and exported again, each in a process of its own. On a
+CPU the arrays are host memory, so what counts is the peak beyond the parameters.
 """
 
 import argparse
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,10 +22,12 @@ import numpy as np
 from benchmarks.common import write_json
 
 D, F, V, E = 1024, 3584, 32_000, 8
+DEVICES = (1, 8)
 
 
 def write_folder(folder: pathlib.Path, gigabytes: float) -> None:
     """A folder of about so many GB, shards of 256 MiB."""
+    from moex.data.tokenizer import DOC_TOKEN, train_bpe
     from moex.interop.families import FAMILIES, read_model
     from moex.interop.names import pieces
     from moex.interop.writing import Tensor, write
@@ -55,62 +56,106 @@ def write_folder(folder: pathlib.Path, gigabytes: float) -> None:
 
     model = read_model("config.json", config)
     tensors = [tensor(p) for p in pieces(model, FAMILIES["mixtral"].names)]
-    files = {"config.json": json.dumps(config)}
+    files = {
+        "config.json": json.dumps(config),
+        "tokenizer.json": train_bpe(["the cat sees the dog. " * 20], 272).to_str(),
+        "tokenizer_config.json": json.dumps({"eos_token": DOC_TOKEN}),
+    }
     write(folder, tensors, max_shard_bytes=1 << 28, files=files)
 
 
-def measure(folder: pathlib.Path) -> dict:
-    """Bytes of the arrays, most memory of this process beyond them, seconds."""
+def peak(reset: bool = False) -> int:
+    """Most memory that this process had since the last reset, in bytes; of Linux."""
+    if reset:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(action: str, source: pathlib.Path, out: pathlib.Path) -> dict:
+    """One import or export in this process: bytes of parameters, of the peak beyond."""
     import jax
 
-    from moex.interop.families import FAMILIES, read_model
-    from moex.interop.folder import Folder
-    from moex.interop.hf import load_model
-    from moex.interop.names import pieces
-    from moex.sharding import MeshConfig
+    from moex import cli
+    from moex.interop.export import export_hf
+    from moex.interop.hf import import_hf
+    from moex.interop.names import pieces  # noqa: F401  (all modules, before the peak)
     from moex.train import state as states
+    from moex.train.job import load_config
 
-    with Folder.open(folder) as opened:
-        model = read_model("config.json", opened.config)
-        spec = states.model_spec(model)
-        mesh = MeshConfig().make(jax.devices()[:1])
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time()
-        wanted = pieces(model, FAMILIES["mixtral"].names)
-        arrays = load_model(spec, mesh, wanted, opened)
-        jax.block_until_ready(arrays)
-    seconds = time.time() - start
-    leaves = jax.tree.leaves(arrays)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    size = sum(a.nbytes for a in leaves)
+    cli._quiet()
+    count = jax.device_count()
+    before, began = peak(reset=True), time.time()
+    if action == "import":
+        import_hf(source, out, [f"--config.mesh.fsdp={count}"], say=lambda line: None)
+    else:
+        export_hf(source, out, say=lambda line: None)
+    seconds, most = time.time() - began, peak()
+    run = out if action == "import" else source
+    cfg = load_config(run)
+    spec = states.model_spec(cfg.model)
+    mesh = cfg.mesh.make()
+    sizes, parts = [], []
+    for leaf, at in zip(
+        jax.tree.leaves(spec.params),
+        jax.tree.leaves(states.shardings(spec, mesh)[0]),
+        strict=True,
+    ):
+        sizes.append(leaf.size * leaf.dtype.itemsize)
+        parts.append(int(np.prod(at.shard_shape(leaf.shape))) * leaf.dtype.itemsize)
     return {
-        "folder_bytes": sum(f.stat().st_size for f in folder.iterdir()),
-        "array_bytes": size,
-        "largest_array_bytes": max(a.nbytes for a in leaves),
-        "peak_beyond_arrays_bytes": peak * 1024 - size,
+        "action": action,
+        "devices": count,
+        "array_bytes": sum(sizes),
+        "largest_array_bytes": max(sizes),
+        "largest_device_part_bytes": max(parts),
+        "peak_beyond_arrays_bytes": most - before - sum(sizes),
+        "run_bytes": sum(f.stat().st_size for f in run.rglob("*") if f.is_file()),
         "seconds": seconds,
     }
+
+
+def start(*args, devices: int) -> dict:
+    """`measure` in a process with so many devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.import_hf", "--measure", *map(str, args)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--json", type=pathlib.Path)
-    parser.add_argument("--folder", type=pathlib.Path, help="measure this, here")
+    parser.add_argument("--measure", nargs=3, help="action, from, to: measure it here")
     args = parser.parse_args()
-    if args.folder:
-        print(json.dumps(measure(args.folder)))
+    if args.measure:
+        action, source, out = args.measure
+        print(json.dumps(measure(action, pathlib.Path(source), pathlib.Path(out))))
         return
+    rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(temporary) / "folder"
-        write_folder(folder, args.gigabytes)
-        command = [sys.executable, "-m", "benchmarks.import_hf", f"--folder={folder}"]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    result = json.loads(done.stdout)
-    for name, value in result.items():
-        if name.endswith("bytes"):
-            print(f"{name:<26} {value / 1e6:10.1f} MB")
-    print(f"{'seconds':<26} {result['seconds']:10.1f}")
-    write_json(args.json, result)
+        root = pathlib.Path(temporary)
+        write_folder(root / "folder", args.gigabytes)
+        for n in DEVICES:
+            run = root / f"run{n}"
+            rows.append(start("import", root / "folder", run, devices=n))
+            rows.append(start("export", run, root / f"back{n}", devices=n))
+            for file in (root / "folder").glob("*.safetensors"):
+                assert file.read_bytes() == (root / f"back{n}" / file.name).read_bytes()
+    columns = ("array", "largest_device_part", "peak_beyond_arrays", "run")
+    print(f"{'':<8} {'devices':>8}" + "".join(f"{c:>21}" for c in columns) + " seconds")
+    for row in rows:
+        sizes = (f"{row[f'{c}_bytes'] / 1e6:>18.0f} MB" for c in columns)
+        line = f"{row['action']:<8} {row['devices']:>8}{''.join(sizes)}"
+        print(f"{line} {row['seconds']:>7.1f}")
+    write_json(args.json, {"gigabytes": args.gigabytes, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -456,14 +456,12 @@ def _import_hf(args, config_args):
         tokenizer=args.tokenizer,
         doc_token=args.doc_token,
     )
-    print(
-        f"go on training: moex train --config={args.out / 'config.py'} "
-        f"--workdir={args.out}"
-    )
+    out = args.out.expanduser()
+    print(f"go on training: moex train --config={out / 'config.py'} --workdir={out}")
 
 
 def _export_hf(args, config_args):
-    from moex.interop.hf import export_hf
+    from moex.interop.export import export_hf
 
     if config_args:
         raise ConfigError(f"{config_args[0]}: export-hf takes the config of the run.")

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from moex.config import Config
+from moex.nn.mla import LatentAttention
 from tests.helpers import tiny_lm
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -83,12 +84,36 @@ def walk_modules(node, path=""):
         yield from walk_modules(child, f"{path}/{name}")
 
 
-def test_no_module_keeps_a_config():
-    model = nnx.eval_shape(lambda: tiny_lm().make(nnx.Rngs(params=0)))
+LATENT = LatentAttention(heads=2, kv_latent=4, nope_dim=2, rope_dim=2, v_dim=2)
+
+
+@pytest.mark.parametrize("fields", [{}, {"attention": LATENT}])
+def test_no_module_keeps_a_config(fields):
+    model = nnx.eval_shape(lambda: tiny_lm(**fields).make(nnx.Rngs(params=0)))
     seen = dict(walk_modules(model))
     assert any(path.endswith("router/w_DE") for path in seen)
     for path, value in seen.items():
         assert not isinstance(value, Config), path
+
+
+def pins(file):
+    """{name: line} of a constraints file, by the first line of a name."""
+    lines = (ROOT / file).read_text().splitlines()
+    return {
+        re.split("[=; ]", line)[0].lower().replace("_", "-"): line
+        for line in lines
+        if not line.startswith("#")
+    }
+
+
+def test_the_pins_of_the_hf_extras_are_exact_and_add_to_the_others():
+    """`make test-hf` gives both files to pip, which refuses two pins of one name."""
+    ours, theirs = pins("constraints.txt"), pins("constraints-hf.txt")
+    assert {"torch", "transformers", "lm-eval"} <= theirs.keys()
+    assert not ours.keys() & theirs.keys()
+    for line in theirs.values():  # no URL, no "+cpu" of one index
+        assert re.fullmatch(r"[\w.-]+==[\w.]+", line), line
+    assert "--constraint constraints-hf.txt" in (ROOT / "Makefile").read_text()
 
 
 def test_no_file_names_a_package_registry():

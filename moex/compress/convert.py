@@ -6,12 +6,14 @@ in `to_moe.py` and `to_latent.py`, the mathematics in `upcycle.py` and `latent.p
 """
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moex import config as configs
 from moex.compress.calibrate import input_moments
@@ -29,7 +31,7 @@ from moex.data.tokenizer import SavedTokenizer
 from moex.run import check_run
 from moex.sharding import MeshConfig
 from moex.train import state as states
-from moex.train.checkpoint import Checkpointer
+from moex.train.checkpoint import HOST_BYTES, Checkpointer
 from moex.train.job import (
     Job,
     LoadedRun,
@@ -146,7 +148,8 @@ def write_run(job: Job, cfg, arrays: dict, workdir: pathlib.Path) -> None:
     Args:
       job: whose model, optimizer and tokenizer it has.
       cfg: the run config that is saved.
-      arrays: {"params", "state"}; the optimizer starts afresh.
+      arrays: {"params", "state"}; the optimizer starts afresh. Beside them, one at a
+        time is on the host.
       workdir: made if there is none.
     """
     at = jax.tree.map(lambda a: a.sharding, job.abstract_state())
@@ -154,11 +157,12 @@ def write_run(job: Job, cfg, arrays: dict, workdir: pathlib.Path) -> None:
     state = {
         "params": params,
         "state": jax.device_put(arrays["state"], at["state"]),
-        "opt": jax.jit(job.tx.init, out_shardings=at["opt"])(params),
         "guard": jax.device_put(states.init_guard(), at["guard"]),
     }
+    if not _starts_at_zero(job.tx, params):
+        state["opt"] = jax.jit(job.tx.init, out_shardings=at["opt"])(params)
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpointer = Checkpointer(workdir)
+    checkpointer = Checkpointer(workdir, host_bytes=HOST_BYTES)
     try:
         # The loop's own save: what it writes and what it reads stay one thing.
         fresh: Any = {"cost": None, "log": None, "step": 0, "consumed": 0}
@@ -169,6 +173,13 @@ def write_run(job: Job, cfg, arrays: dict, workdir: pathlib.Path) -> None:
     job.data.tokenizer.save(workdir / "tokenizer")
     atomic_write(workdir / "config.py", CONFIG_FILE)
     save_config(cfg, workdir)  # last: with it a folder is a run
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _starts_at_zero(tx, params):
+    """Whether a fresh optimizer state is zeros, as moments are; it is not kept."""
+    leaves = [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tx.init(params))]
+    return ~jnp.any(jnp.array(leaves, bool))
 
 
 def _size(spec, part="") -> int:

@@ -150,8 +150,9 @@ class Tokenizer:
     Attributes:
       vocab_size: number of ids, V; ids the model never produces may be among them.
       doc_id: the token before and after every document.
-      begin_id: the token before a prompt: that which the model's own template puts
-        before a text, such as "<s>"; doc_id where it puts none.
+      begin_id: the token before a prompt, None: no token; doc_id unless `begin` was
+        called, because that is what moex trains with.
+      prefix_id: the token before a text that is scored whole, or is empty.
       token_bytes: int32[V] bytes of UTF-8 that each token stands for; special ones 0.
       exact: whether `token_bytes` sums to the size of any encoded text.
       fingerprint: sha256 of all of the above and the model.
@@ -164,7 +165,8 @@ class Tokenizer:
         vocab_size: int = 0,
     ):
         self._model: Any = model
-        self.doc_id = self.begin_id = doc_id
+        self.doc_id = self.prefix_id = doc_id
+        self.begin_id: int | None = doc_id
         if model is None:
             self.vocab_size, spec = 257, {}
             self.token_bytes = np.r_[np.ones(256, np.int32), np.int32(0)]
@@ -174,7 +176,6 @@ class Tokenizer:
             model.no_padding()
             model.encode_special_tokens = True  # "<|doc|>" in a text stays text
             self.vocab_size = max(vocab_size, _highest_id(model) + 1)
-            self.begin_id = _begin_id(model, doc_id)
             spec = json.loads(model.to_str())
             self.exact = _is_byte_level(spec)
             self._gpt2_words = self.exact and _has_gpt2_words(spec)
@@ -182,6 +183,16 @@ class Tokenizer:
         self._spec = json.dumps(spec, sort_keys=True)
         identity = f"{self._spec} {self.doc_id} {self.vocab_size}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+
+    def begin(self, begin_id: int | None, prefix_id: int) -> "Tokenizer":
+        """Let texts begin as those that an imported model was trained with."""
+        self.begin_id, self.prefix_id = begin_id, prefix_id
+        return self
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text to be continued, at least one."""
+        first = [] if self.begin_id is None else [self.begin_id]
+        return [*first, *self.encode(text)] or [self.prefix_id]
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; no document token is added."""
@@ -274,7 +285,8 @@ class Tokenizer:
             atomic_write(directory / MODEL, self._model.to_str())
         meta = {
             "kind": "bytes" if self._model is None else "tokenizers",
-            "doc_id": self.doc_id,
+            **{"doc_id": self.doc_id, "begin_id": self.begin_id},
+            "prefix_id": self.prefix_id,
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
         }
@@ -301,14 +313,18 @@ class Tokenizer:
                 f"{directory}: the tokenizer does not match its fingerprint; it was "
                 "changed after it was saved."
             )
-        return made
+        if "begin_id" in meta:
+            return made.begin(meta["begin_id"], meta["prefix_id"])
+        # Of before it was kept: the template's, of native runs too.
+        first = None if model is None else template_begin(model)
+        return made if first is None else made.begin(first, first)
 
 
-def _begin_id(model: tokenizers.Tokenizer, doc_id: int) -> int:
-    """The token that the template of a tokenizer puts before a text, or `doc_id`."""
+def template_begin(model: tokenizers.Tokenizer) -> int | None:
+    """The token that the template of a tokenizer puts before a text."""
     bare = model.encode("a", add_special_tokens=False).ids
     whole = model.encode("a", add_special_tokens=True).ids
-    return doc_id if whole[:1] == bare[:1] else whole[0]
+    return None if whole[:1] == bare[:1] else whole[0]
 
 
 def _bytes_of_characters() -> dict[str, int]:

@@ -56,6 +56,7 @@ class Dequantised:
         """Pair weights and scales; see `reader` for what is raised."""
         self.folder = folder
         self.path: Path = folder.path
+        self.listing: Path = folder.listing
         self.out_dtype = np.dtype(dtype)
         settings = folder.config["quantization_config"]
         self.config = dict(folder.config)

@@ -45,6 +45,13 @@ class Fields:
         """The error for a value that moex has no counterpart of."""
         return ConfigError(f"{self.where}: {name} = {value!r}: must be {allowed}.")
 
+    def count(self, name: str) -> int:
+        """A field that must be a whole number of at least 1."""
+        value = self(name)
+        if type(value) is not int or value < 1:
+            raise self.refuse(name, value, "a whole number of at least 1")
+        return value
+
     def only(self, name: str, *allowed: Any) -> None:
         """Refuse a field that is there and none of `allowed`."""
         value = self.values.get(name)
@@ -60,8 +67,10 @@ THETA = {"mixtral": 1e6, "gpt_oss": 150_000.0}
 
 def rope(of: Fields) -> tuple[dict, float]:
     """(`rope_theta` and `rope_scaling` of an attention, factor on scores of MLA)."""
-    new = of("rope_parameters", {})
-    old = of("rope_scaling", {})
+    new, old = of("rope_parameters", {}), of("rope_scaling", {})
+    for name, value in (("rope_parameters", new), ("rope_scaling", old)):
+        if not isinstance(value, Mapping):
+            raise of.refuse(name, value, "an object or null")
     own = Fields(f"{of.where}: rope", {**old, **new})
     theta = own("rope_theta", of("rope_theta", THETA.get(of("model_type"), 10_000.0)))
     kind = own("rope_type", own("type", "default"))
@@ -317,6 +326,10 @@ FAMILIES = {
 }
 
 
+# Every family divides by these, or has as many of something.
+COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
 def find_family(where: str, config: Mapping[str, Any]) -> Family:
     """The row of a `config.json`.
 
@@ -341,6 +354,8 @@ def read_model(where: str, config: Mapping[str, Any]) -> LM:
     family = find_family(where, config)
     of = Fields(where, config)
     of.only("hidden_act", "silu")
+    for name in COUNTS:
+        of.count(name)
     layers = family.layers(of)
     return LM(
         dim=of("hidden_size"),

@@ -107,6 +107,12 @@ class Folder:
         """The names of all tensors."""
         return set(self.entries)
 
+    @property
+    def listing(self) -> Path:
+        """The file that lists all tensors."""
+        index = self.path / INDEX
+        return index if index.is_file() else self.path / SINGLE
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
         return self._entry(name).shape
@@ -200,13 +206,16 @@ def _weight_map(path: Path) -> dict[str, str] | None:
 def _header(file: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file."""
     try:
-        # The library checks the file: its length, and that no tensors overlap.
-        with safe_open(file, framework="numpy"):
-            pass
         with open(file, "rb") as f:
             size = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(size))
-    except (SafetensorError, OSError, ValueError) as e:
+        _check_length(file, 8 + size, header)
+        # The library checks the rest of a file, such as that no tensors overlap.
+        with safe_open(file, framework="numpy"):
+            pass
+    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as e:
+        if isinstance(e, ConfigError):
+            raise
         raise ConfigError(
             f"{file} is truncated or is not a safetensors file: {e}"
         ) from None
@@ -222,6 +231,29 @@ def _header(file: Path) -> dict[str, Entry]:
         offset = 8 + size + item["data_offsets"][0]
         entries[name] = Entry(file.name, dtype, tuple(item["shape"]), offset)
     return entries
+
+
+def _check_length(file: Path, start: int, header: dict[str, Any]) -> None:
+    """Raise `ConfigError` naming the first tensor that a file is too short for.
+
+    Args:
+      file: of the format.
+      start: first byte of the data.
+      header: of the file; may be anything that JSON can be.
+    """
+    there = file.stat().st_size
+    ends = {}
+    for name, item in header.items() if isinstance(header, dict) else ():
+        offsets = item.get("data_offsets") if isinstance(item, dict) else None
+        match offsets:
+            case [int(), int(end)] if start + end > there:
+                ends[name] = start + end
+    if ends:
+        name = min(ends, key=lambda n: ends[n])
+        raise ConfigError(
+            f"{file} is truncated: the tensor {name!r} ends at byte {ends[name]:,}, "
+            f"the file at {there:,}; copy it again."
+        )
 
 
 def _check_index(

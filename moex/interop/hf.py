@@ -1,47 +1,44 @@
-"""`moex import-hf` and `moex export-hf`: runs from and to Hugging Face folders.
+"""`moex import-hf`: a run from a Hugging Face folder.
 
-The folder's own files (config, tokenizer, generation config) are kept in `RUN/hf`, with
-the dtype of every tensor, so that an export gives back what came in.
+The folder's own files (config, tokenizer, generation config, index of shards) are kept
+in `RUN/hf`, with the dtype of every tensor, so that an export gives back what came in.
 """
 
 import json
-import math
-import pathlib
 import shutil
 import uuid
-from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
-import tokenizers
 
 from moex.compress.convert import write_run
 from moex.config import ConfigError, nearest
 from moex.data.files import atomic_write
 from moex.data.pipeline import Data
-from moex.data.tokenizer import SavedTokenizer, Tokenizer, TokenizerFile
+from moex.data.tokenizer import SavedTokenizer, TokenizerFile
 from moex.flags import load_config as load_config_flags
-from moex.interop.arrays import load_array, tensor_of
+from moex.interop.arrays import load_array
 from moex.interop.dequantise import reader
 from moex.interop.families import (
-    FAMILIES,
     find_family,
     is_unused,
     read_model,
 )
-from moex.interop.folder import Folder, extra_files, read_json
+from moex.interop.folder import INDEX, Folder, extra_files
 from moex.interop.names import Piece, pieces
-from moex.interop.native import closest, inference
-from moex.interop.writing import Tensor, check_target, write
+from moex.interop.tokens import end_token, set_begin, tokenizer_file
+from moex.interop.writing import check_target
 from moex.optim import AdamW, Optim, flat_paths, path_name
 from moex.run import Checkpoint, Eval, Log, Loss, check_run
 from moex.sharding import MeshConfig
 from moex.train import state as states
-from moex.train.job import load_config, load_run, make_job
+from moex.train.job import make_job
 
 KEPT = "hf"  # folder of a run
 RECORD = "import.json"
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROWS = 1024  # of a tensor that are compared at a time
 
 
 def import_hf(
@@ -72,13 +69,11 @@ def import_hf(
     Raises:
       ConfigError: for a user's mistake or a broken folder, naming file and tensor.
     """
-    out = pathlib.Path(out)
     if jax.process_count() > 1:
         raise ConfigError(
             "import-hf: runs in one process; a job of several reads its run directory."
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out={out}: must be new or an empty folder.")
+    out = check_target(out)
     with Folder.open(folder) as opened:
         source = reader(opened)
         where = str(opened.path / "config.json")
@@ -86,37 +81,38 @@ def import_hf(
         model = read_model(where, opened.config)
         wanted = pieces(model, family.names)
         unused = check_tensors(source, wanted, family, model, opened.config)
-        file = _tokenizer_file(opened.path, tokenizer)
-        doc_token = doc_token or _doc_token(opened.path, opened.config, file)
+        file = tokenizer_file(opened.path, tokenizer)
+        doc_token = doc_token or end_token(opened.path, opened.config, file)
         shapes = _shapes(model)
         cfg = _run_config(model, opened.config, config_args)
         _check_shapes(shapes, _shapes(cfg.model))
         cfg.data.tokenizer = TokenizerFile(path=str(file), doc_token=doc_token)
-        out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             job = make_job(cfg, log=say)
+            kept = temporary / KEPT
+            kept.mkdir(parents=True)
+            set_begin(job.data.tokenizer, opened.path, file)
             for name in unused:
                 say(f"not used: {name}")
             say(f"reading {len(wanted)} tensors of {opened.path}")
             arrays = load_model(job.spec, job.mesh, wanted, source)
-            kept = temporary / KEPT
-            kept.mkdir(parents=True)
-            for extra in extra_files(opened.path):
-                shutil.copyfile(extra, kept / extra.name)
+            for extra in (*extra_files(opened.path), opened.path / INDEX):
+                if extra.is_file():
+                    shutil.copyfile(extra, kept / extra.name)
             record = {
                 "from": str(opened.path),
                 "model_type": opened.config["model_type"],
                 "dtypes": {p.name: source.dtype(p.name).name for p in wanted},
                 "unused": unused,
+                # So the files of an export may be those of the folder.
+                "whole": source is opened and not unused,
             }
             atomic_write(kept / RECORD, json.dumps(record, indent=1) + "\n")
-            saved = (out / "tokenizer").absolute()
+            saved = out / "tokenizer"
             cfg.data.tokenizer = SavedTokenizer(path=str(saved))
             write_run(job, cfg, arrays, temporary)
-            if out.exists():
-                out.rmdir()
-            temporary.rename(out)
+            temporary.replace(out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return record
@@ -129,13 +125,14 @@ def check_tensors(source, wanted: list[Piece], family, model, config) -> list[st
       Those on the family's list of tensors that moex does not use, sorted.
 
     Raises:
-      ConfigError: for a missing tensor, one of another shape, or one too many.
+      ConfigError: for a missing tensor, one of another shape, or one too many, and for
+        logits of their own where the config says that embeddings are tied.
     """
     names, own = source.names, {p.name for p in wanted}
     for piece in wanted:
         if piece.name not in names:
             raise ConfigError(
-                f"{source.path}: tensor {piece.name!r} is missing."
+                f"{source.listing}: tensor {piece.name!r} is missing."
                 f"{nearest(piece.name, names - own)}"
             )
         shape = tuple(source.shape(piece.name))
@@ -147,13 +144,33 @@ def check_tensors(source, wanted: list[Piece], family, model, config) -> list[st
     extra = int(config.get("num_nextn_predict_layers") or 0)
     unused = sorted(names - own)
     for name in unused:
-        tied = model.tied_embeddings and name == "lm_head.weight"
-        if not tied and not is_unused(family, name, model.num_layers(), extra):
+        if model.tied_embeddings and name == HEAD:
+            _check_tied(source)
+        elif not is_unused(family, name, model.num_layers(), extra):
             raise ConfigError(
                 f"{source.file_of(name)}: tensor {name!r} is one too many: a "
                 f"{config['model_type']} of this config.json has none."
             )
     return unused
+
+
+def _check_tied(source) -> None:
+    """Check that the matrix of logits is a copy of the embeddings.
+
+    Where it is not, which of the two the model was trained with cannot be seen.
+    """
+    shape = tuple(source.shape(HEAD))
+    same = shape == tuple(source.shape(EMBED))
+    for start in range(0, shape[0] if same else 0, ROWS):
+        rows = (slice(start, start + ROWS),)
+        a, b = (source.read(name, rows) for name in (HEAD, EMBED))
+        same = same and np.array_equal(a, b)
+    if not same:
+        raise ConfigError(
+            f"{source.file_of(HEAD)}: tensor {HEAD!r} differs from {EMBED!r}, but "
+            f"{source.path / 'config.json'} says tie_word_embeddings = true; set it to "
+            "false to read both, or remove the tensor."
+        )
 
 
 def load_model(spec, mesh, wanted: list[Piece], source) -> dict:
@@ -181,41 +198,6 @@ def load_model(spec, mesh, wanted: list[Piece], source) -> dict:
         "params": walk(load, spec.params, params),
         "state": walk(load, spec.state, state),
     }
-
-
-def _tokenizer_file(folder: pathlib.Path, given) -> pathlib.Path:
-    file = pathlib.Path(given) if given else folder / "tokenizer.json"
-    if not file.is_file():
-        hint = (
-            ""
-            if given
-            else (
-                " Give another with --tokenizer, or make it with transformers: "
-                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
-            )
-        )
-        raise ConfigError(f"{file}: there is no such tokenizer file.{hint}")
-    return file
-
-
-def _doc_token(folder: pathlib.Path, config, file: pathlib.Path) -> str:
-    """The token that ends a document, by the folder's own files."""
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        token = read_json(settings).get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if token:
-            return token
-    number = config.get("eos_token_id")
-    number = number[0] if isinstance(number, list) else number
-    added = read_json(file).get("added_tokens", [])
-    for entry in added:
-        if number is not None and entry.get("id") == number:
-            return entry["content"]
-    raise ConfigError(
-        f"{folder}: names no end-of-text token; give it with --doc-token, one of "
-        f"{[entry['content'] for entry in added]}."
-    )
 
 
 def _run_config(model, config, config_args):
@@ -258,94 +240,3 @@ def _check_shapes(stored: dict, wanted: dict) -> None:
                 f"--config.model...: changes {name}, of shape {old} in the folder, to "
                 f"{new} (None: there is none); import it as it is, then convert it."
             )
-
-
-def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict]:
-    """(config.json, other files by name, dtype by tensor) of an export."""
-    kept = run / KEPT
-    if (kept / RECORD).is_file():
-        config = json.loads((kept / "config.json").read_text())
-        model = read_model(str(kept / "config.json"), config)
-        if inference(model) == inference(cfg.model):
-            # What the folder does not have: other numbers, code, layers after the last.
-            config.pop("quantization_config", None)
-            config.pop("auto_map", None)
-            if "num_nextn_predict_layers" in config:
-                config["num_nextn_predict_layers"] = 0
-            files: dict[str, Any] = {f.name: f for f in extra_files(kept)}
-            record = json.loads((kept / RECORD).read_text())
-            return config, files, record["dtypes"]
-    file = run / "tokenizer" / "tokenizer.json"
-    own = Tokenizer.load(file.parent)
-    begins = own.begin_id != own.doc_id
-    # Else transformers takes the ids of the family's first model.
-    config = closest(cfg.model) | {
-        "bos_token_id": own.begin_id if begins else None,
-        "eos_token_id": own.doc_id,
-        "pad_token_id": None,
-    }
-    files = {}
-    if file.is_file():
-        names = tokenizers.Tokenizer.from_file(str(file))
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": names.id_to_token(own.doc_id),
-        }
-        if begins:
-            settings["bos_token"] = names.id_to_token(own.begin_id)
-        files["tokenizer.json"] = file
-        files["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
-    return config, files, {}
-
-
-def export_hf(run, out, *, dtype: str | None = None, say=print) -> dict:
-    """Write a run's newest checkpoint as a folder that transformers loads.
-
-    An imported run leaves as its family, each tensor in the dtype it came in. Any other
-    run leaves as the closest family, or is refused with the reason.
-
-    Args:
-      run: run directory.
-      out: the folder; must not exist or be empty.
-      dtype: of all tensors but the state of routers; None: as imported, float32 for
-        others.
-      say: called with each line of news.
-
-    Returns:
-      The `config.json` that is written.
-
-    Raises:
-      ConfigError: if no family has the model, or for a user's mistake.
-    """
-    run = pathlib.Path(run)
-    if jax.process_count() > 1:
-        raise ConfigError("export-hf: runs in one process; all shards must be here.")
-    if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype={dtype}: must be float32, bfloat16 or float16.")
-    cfg = load_config(run)
-    check_target(out)
-    config, files, dtypes = _description(run, cfg)
-    family = FAMILIES[config["model_type"]]
-    wanted = pieces(cfg.model, family.names)
-    loaded = load_run(run, warn=say)
-    state = flat_paths(loaded.state)
-    arrays = flat_paths(loaded.params) | state
-    before = config.pop("torch_dtype", None)  # its name up to transformers 4
-    config["dtype"] = dtype or config.get("dtype") or before or "float32"
-
-    def tensor(piece: Piece) -> Tensor:
-        # Selection biases stay what they are: rounded, they choose other experts.
-        given = None if piece.path in state else dtype
-        kind = np.dtype(given or dtypes.get(piece.name, "float32"))
-        return Tensor(
-            piece.name,
-            piece.shape,
-            kind,
-            lambda: tensor_of(piece, arrays[piece.path], kind),
-        )
-
-    files["config.json"] = json.dumps(config, indent=2) + "\n"
-    write(out, [tensor(p) for p in wanted], files=files)
-    size = sum(math.prod(p.shape) for p in wanted)
-    say(f"{out}: {len(wanted)} tensors, {size:,} parameters, {config['model_type']}")
-    return config

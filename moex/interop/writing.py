@@ -1,4 +1,4 @@
-"""Writing a Hugging Face checkpoint folder with one shard in memory at a time.
+"""Writing a Hugging Face checkpoint folder with one tensor in memory at a time.
 
 Not here: reading one (`folder.py`), which names a model's tensors have.
 """
@@ -11,12 +11,14 @@ import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from moex.config import ConfigError
 from moex.interop.folder import DTYPES, INDEX, SINGLE
+
+FORMAT = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,14 +37,18 @@ class Tensor:
 
 
 def check_target(folder: str | os.PathLike[str]) -> Path:
-    """The folder that a checkpoint is written to.
+    """The folder that is written to, without symbolic links.
 
     Raises:
-      ConfigError: if it is a file or is not empty.
+      ConfigError: if it is a file, is not empty or is the current folder.
     """
     target = Path(folder).expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target}: exists already; name a new or an empty folder.")
+        raise ConfigError(
+            f"--out={folder}: exists already; must be new or an empty folder."
+        )
+    if target == Path.cwd():  # what is written takes its place
+        raise ConfigError(f"--out={folder}: is the folder you are in; name another.")
     return target
 
 
@@ -53,11 +59,12 @@ def write(
     max_shard_bytes: int = 1 << 30,
     files: Mapping[str, str | Path] | None = None,
     metadata: Mapping[str, str] | None = None,
+    index: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint folder; a failure at any point leaves nothing behind.
 
-    Tensors fill shards in the order given, and one shard is in memory at a time. All
-    is written to a hidden folder beside `folder`, which gets its name at the end.
+    Tensors fill shards in the order given, and one is in memory at a time. All is
+    written to a hidden folder beside `folder`, which gets its name at the end.
 
     Args:
       folder: where to; must be empty or not exist.
@@ -65,35 +72,28 @@ def write(
       max_shard_bytes: largest shard; a tensor above that has a shard of its own.
       files: what else goes into the folder, by file name: a text, or a file to copy.
       metadata: further entries of the header of each shard.
+      index: of another folder, whose files this one gets if it has the same tensors.
 
     Raises:
-      ConfigError: if `folder` is a file or is not empty.
+      ConfigError: see `check_target`.
       ValueError: for a name given twice, a type that the format does not have, and a
         `read` that returns another shape or type than was said.
     """
     target = check_target(folder)
-    shards = _plan(tensors, max_shard_bytes)
-    if len(shards) == 1:
-        names = [SINGLE]
+    _check(tensors)
+    if index is not None and index["weight_map"].keys() == {t.name for t in tensors}:
+        shards = _as_before(tensors, index["weight_map"])
     else:
-        count = len(shards)
-        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        index, shards = None, _plan(tensors, max_shard_bytes)
     header = {**(metadata or {}), "format": "pt"}  # transformers reads no other
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir(parents=True)
     try:
-        for name, shard in zip(names, shards, strict=True):
+        for name, shard in shards.items():
             _write_shard(temporary / name, shard, header)
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(t.nbytes for t in tensors)},
-                "weight_map": {
-                    t.name: name
-                    for name, shard in zip(names, shards, strict=True)
-                    for t in shard
-                },
-            }
-            (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        if list(shards) != [SINGLE]:
+            text = json.dumps(_index(shards, index or {}), indent=2)
+            (temporary / INDEX).write_text(text + "\n")
         for name, content in (files or {}).items():
             if isinstance(content, Path):
                 shutil.copyfile(content, temporary / name)
@@ -105,41 +105,90 @@ def write(
         raise
 
 
-def _plan(tensors: Sequence[Tensor], max_shard_bytes: int) -> list[list[Tensor]]:
-    """Tensors by shard, in the order given; one shard, maybe empty, at least."""
+def _check(tensors: Sequence[Tensor]) -> None:
+    """Check that names differ and that the format has the types."""
     seen: set[str] = set()
-    shards: list[list[Tensor]] = [[]]
-    size = 0
     for tensor in tensors:
         if tensor.name in seen:
             raise ValueError(f"The tensor {tensor.name!r} is given twice.")
-        if np.dtype(tensor.dtype) not in DTYPES.values():
+        if np.dtype(tensor.dtype) not in FORMAT:
             raise ValueError(
                 f"The tensor {tensor.name!r} is of type {tensor.dtype}, which the "
                 "safetensors format does not have."
             )
         seen.add(tensor.name)
+
+
+def _plan(tensors: Sequence[Tensor], max_shard_bytes: int) -> dict[str, list[Tensor]]:
+    """Tensors by file, in the order given; one file, maybe empty, at least."""
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
         if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
         size += tensor.nbytes
+    count = len(shards)
+    if count == 1:
+        return {SINGLE: shards[0]}
+    names = (f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count))
+    return dict(zip(names, shards, strict=True))
+
+
+def _as_before(
+    tensors: Sequence[Tensor], files: Mapping[str, str]
+) -> dict[str, list[Tensor]]:
+    """Tensors by the file that an index places them in."""
+    shards: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        shards.setdefault(files[tensor.name], []).append(tensor)
     return shards
 
 
-def _write_shard(file: Path, shard: list[Tensor], header: dict[str, str]) -> None:
-    """Write one shard; its arrays are freed on return."""
-    arrays = {}
+def _index(shards: dict[str, list[Tensor]], before: Mapping[str, Any]) -> dict:
+    """The index of shards: with what one before it has, in its order."""
+    file_of = {t.name: file for file, shard in shards.items() for t in shard}
+    size = sum(t.nbytes for shard in shards.values() for t in shard)
+    return {
+        **before,
+        "metadata": {**(before.get("metadata") or {}), "total_size": size},
+        "weight_map": {n: file_of[n] for n in before.get("weight_map", file_of)},
+    }
+
+
+def _write_shard(file: Path, shard: list[Tensor], metadata: dict[str, str]) -> None:
+    """Write one file of the format, tensor by tensor, laid out as its library does.
+
+    The library itself wants all tensors of a file in memory.
+    """
+    # Wide types first: every tensor then starts at a multiple of its items.
+    shard = sorted(shard, key=lambda t: (-np.dtype(t.dtype).itemsize, t.name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
     for tensor in shard:
-        value = np.asarray(tensor.read())
-        if value.shape != tuple(tensor.shape) or value.dtype != tensor.dtype:
-            raise ValueError(
-                f"The tensor {tensor.name!r} was to be {np.dtype(tensor.dtype)} of "
-                f"shape {tuple(tensor.shape)}; read() gave {value.dtype} of shape "
-                f"{value.shape}."
-            )
-        # The library writes the bytes at the array's address, whatever its strides.
-        arrays[tensor.name] = np.asarray(value, order="C")
-    save_file(arrays, file, metadata=header)
-    # The library makes files for their owner alone; the folder knows the user's umask.
-    file.chmod(file.parent.stat().st_mode & 0o666)
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": FORMAT[np.dtype(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for tensor in shard:
+            f.write(_value(tensor))
+
+
+def _value(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor."""
+    value = np.asarray(tensor.read())
+    if value.shape != tuple(tensor.shape) or value.dtype != tensor.dtype:
+        raise ValueError(
+            f"The tensor {tensor.name!r} was to be {np.dtype(tensor.dtype)} of "
+            f"shape {tuple(tensor.shape)}; read() gave {value.dtype} of shape "
+            f"{value.shape}."
+        )
+    # One dimension first: a view of a scalar as bytes is refused.
+    return np.ravel(value).view(np.uint8).data

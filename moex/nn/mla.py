@@ -88,9 +88,11 @@ class LatentAttentionLayer(nnx.Module):
     """
 
     def __init__(self, cfg, dim, rngs):
-        self.cfg = cfg
         H, Z, Q = cfg.heads, cfg.kv_latent, cfg.q_latent
         N, P, V = cfg.nope_dim, cfg.rope_dim, cfg.v_dim
+        self.kv_latent, self.nope_dim = Z, N
+        self.rope = (cfg.rope_theta, cfg.rope_scaling, cfg.rope_interleaved)
+        self.scale = cfg.score_scale * (N + P) ** -0.5
 
         def matrix(shape, axes, inputs):
             fan_in = 1
@@ -114,14 +116,12 @@ class LatentAttentionLayer(nnx.Module):
 
     def __call__(self, x_BLD, ctx, cache):
         """Returns `(y_BLD, cache)`; `cache` is None outside decoding."""
-        cfg, dtype = self.cfg, x_BLD.dtype
-        Z, N = cfg.kv_latent, cfg.nope_dim
-        rope = (cfg.rope_theta, cfg.rope_scaling, cfg.rope_interleaved)
+        Z, N, dtype = self.kv_latent, self.nope_dim, x_BLD.dtype
         q_BLHC = constrain(self._queries(x_BLD), "batch", "length", "heads", None)
-        q_rope = rotary(q_BLHC[..., N:], ctx.position_BL, *rope)
+        q_rope = rotary(q_BLHC[..., N:], ctx.position_BL, *self.rope)
         c_BLC = x_BLD @ self.w_kva_DC[...].astype(dtype)
         latent = self.norm_kv(c_BLC[..., :Z])
-        k_rope = rotary(c_BLC[:, :, None, Z:], ctx.position_BL, *rope)[:, :, 0]
+        k_rope = rotary(c_BLC[:, :, None, Z:], ctx.position_BL, *self.rope)[:, :, 0]
         # Where sequences are split every device needs all keys of its rows.
         latent, k_rope = (constrain(a, "batch", None, None) for a in (latent, k_rope))
         if cache is not None:
@@ -144,13 +144,9 @@ class LatentAttentionLayer(nnx.Module):
         q_BLQ = self.norm_q(x_BLD @ self.w_qa_DQ[...].astype(dtype))
         return jnp.einsum("blq,qhc->blhc", q_BLQ, self.w_qb_QHC[...].astype(dtype))
 
-    def _scale(self) -> float:
-        cfg = self.cfg
-        return cfg.score_scale * (cfg.nope_dim + cfg.rope_dim) ** -0.5
-
     def _grown(self, q_nope, q_rope, latent_BSZ, k_rope_BSP, places, ctx):
         """Keys and values of every head, then attention as any other."""
-        N = self.cfg.nope_dim
+        N = self.nope_dim
         w_kvb = self.w_kvb_ZHC[...].astype(latent_BSZ.dtype)
         kv_BSHC = jnp.einsum("bsz,zhc->bshc", latent_BSZ, w_kvb)
         kv_BSHC = constrain(kv_BSHC, "batch", None, "heads", None)
@@ -161,12 +157,12 @@ class LatentAttentionLayer(nnx.Module):
         k = jnp.concatenate([kv_BSHC[..., :N], k_rope], axis=-1)
         name = choose(ctx.attention, q, cached=True, plain=False)
         return attend(
-            q, k, kv_BSHC[..., N:], *places, implementation=name, scale=self._scale()
+            q, k, kv_BSHC[..., N:], *places, implementation=name, scale=self.scale
         )
 
     def _absorbed(self, q_nope, q_rope, latent_BSZ, k_rope_BSP, places, ctx):
         """One shared key of width Z + P; what comes back are mixed latents."""
-        N = self.cfg.nope_dim
+        N = self.nope_dim
         w_kvb = self.w_kvb_ZHC[...].astype(latent_BSZ.dtype)
         q_latent = jnp.einsum("blhn,zhn->blhz", q_nope, w_kvb[..., :N])
         q = jnp.concatenate([q_latent, q_rope], axis=-1)
@@ -178,6 +174,6 @@ class LatentAttentionLayer(nnx.Module):
             latent_BSZ[:, :, None],
             *places,
             implementation=name,
-            scale=self._scale(),
+            scale=self.scale,
         )
         return jnp.einsum("blhz,zhv->blhv", mixed_BLHZ, w_kvb[..., N:])

@@ -34,8 +34,9 @@ GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top
 class HarnessLM(TemplateLM):
     """A run as a model of the harness.
 
-    Every text starts with the document token, as texts do in training; a context that
-    is too long is cut from the left, and loses it.
+    Every text starts with the begin token of the run's tokenizer, if it has one: the
+    document token, as texts do in training, or that of the model that was imported. A
+    context that is too long is cut from the left, and loses it.
 
     Args:
       run: from `load_run`.
@@ -60,7 +61,7 @@ class HarnessLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.run.tokenizer.begin_id
+        return self.run.tokenizer.prefix_id
 
     @property
     def max_length(self) -> int:
@@ -68,12 +69,14 @@ class HarnessLM(TemplateLM):
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs) -> list[int]:
         ids = self.run.tokenizer.encode(string)
-        return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
+        first = self.run.tokenizer.begin_id
+        return ids if add_special_tokens is False or first is None else [first, *ids]
 
     def _encode_pair(self, context, continuation):
         before, after = super()._encode_pair(context, continuation)
         # A token over the border of both; the harness would have nothing to score.
-        return before, after or self.tok_encode(continuation, add_special_tokens=False)
+        after = after or self.tok_encode(continuation, add_special_tokens=False)
+        return before or [self.prefix_token_id], after  # of a context that is spaces
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
         """Per (texts, context, continuation), `continuation_scores` of any length."""
@@ -95,7 +98,7 @@ class HarnessLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
         texts = [self.tok_encode(r.args[0], False) for r in requests]
-        whole = [(None, [self.eot_token_id], text) for text in texts]
+        whole = [(None, [self.prefix_token_id], text) for text in texts]
         return [total for total, _ in self._loglikelihood_tokens(whole)]
 
     def generate_until(self, requests, disable_tqdm=False) -> list[str]:
@@ -109,7 +112,7 @@ class HarnessLM(TemplateLM):
         for i, (context, options) in enumerate(r.args for r in requests):
             until, arguments = self._generation(options)
             room = self.max_length - arguments["max_new_tokens"]
-            prompt = self.tok_encode(context)[-room:]
+            prompt = run.tokenizer.prompt(context)[-room:]
             if arguments["temperature"] > 0:
                 text = f"{asked[context]} {context}"
                 arguments["seed"] = zlib.crc32(text.encode()) >> 1

@@ -1,7 +1,8 @@
 """Checkpoints: Orbax writes and reads, checksums say whether the bytes are ours.
 
 Layout: checkpoints/<step>/{params, opt, state, data, meta}, separate items so that
-warm starts and exports read `params` alone. Orbax commits a step atomically but
+warm starts and exports read `params` alone. Step 0 of a run that was imported or
+converted has no `opt`: it is zeros. Orbax commits a step atomically but
 verifies nothing on restore, so `meta` carries a checksum of every array, computed on
 the devices from the global arrays: the same for any mesh and any number of hosts.
 """
@@ -22,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from moex.config import require
 
 ARRAY_ITEMS = ("params", "opt", "state")
+HOST_BYTES = 1 << 28  # of arrays that are on the host where few should be
 
 
 class ChecksumError(ValueError):
@@ -47,13 +49,25 @@ def _checksum(x) -> jax.Array:
     element by an odd number, so that changing any single element always shows; the
     second mixes value and place, so that changes cannot cancel by design.
     """
-    bits = _bits(x).reshape(-1)
-    place = jax.lax.iota(jnp.uint32, bits.size)
-    weighted = jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+    bits = _bits(x)
+    # Not of a flat copy, which each device would get whole.
+    place = jnp.zeros((), jnp.uint32)
+    for dim in range(x.ndim):
+        stride = np.uint32(math.prod(x.shape[dim + 1 :]) % 2**32)
+        along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
+        place = place + along * stride
+    weighted = bits * (2 * place + 1)
     mixed = bits ^ (place * jnp.uint32(0x9E3779B1) + jnp.uint32(0x7F4A7C15))
     mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.stack([weighted, jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)])
+    # Both sums in one reduction: XLA then keeps none of the above in memory.
+    sums = jax.lax.reduce(
+        (weighted, mixed ^ (mixed >> 16)),
+        (jnp.uint32(0), jnp.uint32(0)),
+        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        tuple(range(x.ndim)),
+    )
+    return jnp.stack(sums)
 
 
 @jax.jit
@@ -73,8 +87,19 @@ def checksums(tree) -> dict[str, str]:
 class Checkpointer:
     """The checkpoints of one run directory."""
 
-    def __init__(self, workdir, *, keep=1, keep_best=0, read_only=False):
-        """Opens (and unless `read_only` creates) `workdir/checkpoints`."""
+    def __init__(
+        self, workdir, *, keep=1, keep_best=0, read_only=False, host_bytes=None
+    ):
+        """Opens (and unless `read_only` creates) `workdir/checkpoints`.
+
+        Args:
+          workdir: run directory.
+          keep, keep_best: checkpoints that are kept: newest, and best.
+          read_only: nothing is written or moved.
+          host_bytes: about as many bytes of arrays are on the host at a time, or one
+            array; `save` then reads them until `wait` returns, so that they may not be
+            donated. None: all of them, in a copy.
+        """
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
         self.quarantine = self.directory.parent / "corrupt"
         self.read_only = read_only
@@ -96,18 +121,36 @@ class Checkpointer:
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
         )
-        self.manager = ocp.CheckpointManager(self.directory, options=options)
+        handler, self._save_args = None, ocp.args.StandardSave
+        if host_bytes is not None and read_only:
+            handler = ocp.StandardCheckpointHandler(
+                restore_concurrent_gb=host_bytes / 1e9  # type: ignore[arg-type]
+            )
+        elif host_bytes is not None:
+            handler = ocp.PyTreeCheckpointHandler(
+                save_device_host_concurrent_gb=host_bytes / 1e9  # type: ignore[arg-type]
+            )
+            self._save_args = ocp.args.PyTreeSave
+        self.manager = ocp.CheckpointManager(
+            self.directory,
+            options=options,
+            item_handlers=handler
+            and dict.fromkeys(ARRAY_ITEMS, handler)
+            | {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")},
+        )
 
     def steps(self) -> list[int]:
         """Committed steps, ascending."""
         return sorted(self.manager.all_steps())
 
     def save(self, step, train_state, *, data, meta, metrics=None) -> None:
-        """Start writing `step`; returns when the arrays are copied off the devices.
+        """Start writing `step`; returns when the arrays are copied off the devices
+        (without `host_bytes`).
 
         Args:
           step: optimizer steps done.
-          train_state: {"params", "opt", "state", "guard"}.
+          train_state: {"params", "opt", "state", "guard"}; without "opt" it is restored
+            as zeros.
           data: JSON data, the position in the data.
           meta: JSON data; checksums are added.
           metrics: {"nll": float} of held-out data, for keep-best, or None.
@@ -117,7 +160,7 @@ class Checkpointer:
         """
         items = _items(train_state)
         meta = meta | {"checksums": {k: checksums(v) for k, v in items.items()}}
-        args = {k: ocp.args.StandardSave(v) for k, v in items.items()}
+        args = {k: self._save_args(v) for k, v in items.items()}
         args |= {"data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(meta)}
         if metrics is not None and not math.isfinite(metrics["nll"]):
             metrics = None  # Orbax would rank NaN as the best
@@ -213,6 +256,9 @@ class Checkpointer:
     def _restore_step(self, step, abstract, items):
         wanted = {k: v for k, v in _items(abstract).items() if k in items}
         about = self.read_meta(step)
+        fresh = {}
+        if "opt" in wanted and "opt" not in about["meta"]["checksums"]:
+            fresh["opt"] = _zeros(wanted.pop("opt"))
         args = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
         arrays = dict(self.manager.restore(step, args=ocp.args.Composite(**args)))
         for name, tree in arrays.items():
@@ -223,6 +269,7 @@ class Checkpointer:
                 raise ChecksumError(f"checksum of {name}{(bad or ['?'])[0]} differs")
         if "state" in arrays:
             arrays |= arrays["state"]
+        arrays |= fresh
         return arrays, about["data"], about["meta"]
 
     def _set_aside(self, step):
@@ -258,6 +305,15 @@ class Checkpointer:
             target = self.quarantine / f"{step}.{n}"
         with contextlib.suppress(FileNotFoundError):  # another process was quicker
             (self.directory / str(step)).rename(target)
+
+
+def _zeros(abstract):
+    """Arrays of zeros in the shapes and places of a tree of `ShapeDtypeStruct`s."""
+
+    def make():
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
+
+    return jax.jit(make, out_shardings=jax.tree.map(lambda a: a.sharding, abstract))()
 
 
 def _nll(metrics) -> float:

@@ -24,7 +24,7 @@ from moex.data.tokenizer import SavedTokenizer, Tokenizer
 from moex.run import check_run
 from moex.train import state as states
 from moex.train import step as steps
-from moex.train.checkpoint import Checkpointer, read_json
+from moex.train.checkpoint import HOST_BYTES, Checkpointer, read_json
 
 
 @dataclasses.dataclass
@@ -452,7 +452,10 @@ def restore_params(workdir, spec, mesh, *, warn=print, step=None):
         "state": _with_shardings(spec.state, state),
         "guard": _with_shardings(guard, jax.tree.map(lambda _: whole, guard)),
     }
-    checkpointer = Checkpointer(workdir, read_only=True)
+    # Orbax refuses an array above its limit, and may read all to get one part.
+    largest = max(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract))
+    limit = max(HOST_BYTES, 2 * largest)
+    checkpointer = Checkpointer(workdir, read_only=True, host_bytes=limit)
     try:
         found = checkpointer.restore(
             abstract, items=("params", "state"), warn=warn, step=step

@@ -178,7 +178,7 @@ def continue_texts(cfg, spec, state, tokenizer, prompts, **sampling) -> list[str
         cfg.model,
         state["params"],
         state["state"],
-        [[tokenizer.begin_id, *tokenizer.encode(p)] for p in prompts],
+        [tokenizer.prompt(p) for p in prompts],
         stop_token=tokenizer.doc_id,
         dtype=static["dtype"],
         kernels=static["kernels"],

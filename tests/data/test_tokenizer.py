@@ -12,7 +12,7 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from moex.config import ConfigError, check
 from moex.data import tokenizer as tokenizer_module
-from moex.data.tokenizer import DOC_TOKEN, Bpe, Bytes, Tokenizer, TokenizerFile
+from moex.data.tokenizer import DOC_TOKEN, META, Bpe, Bytes, Tokenizer, TokenizerFile
 
 SAMPLE = ["def f(x):\n    return x + 1\n\n", "the cat's hat é\u4e2d\U0001f600 "] * 20
 ANY = settings(derandomize=True, deadline=None, max_examples=60)
@@ -65,10 +65,8 @@ def all_tokenizers(tmp_path_factory):
     }
 
 
-def test_a_prompt_begins_as_the_template_of_the_file_says(all_tokenizers, tmp_path):
-    plain = all_tokenizers["file"]
-    assert plain.begin_id == plain.doc_id
-    file = tmp_path / "template.json"
+def with_template(file):
+    """A tokenizer whose template puts "<s>" before a text, in `file`; id of "<s>"."""
     gpt2_like(file)
     model = tokenizers.Tokenizer.from_file(str(file))
     model.add_special_tokens(["<s>"])
@@ -76,11 +74,31 @@ def test_a_prompt_begins_as_the_template_of_the_file_says(all_tokenizers, tmp_pa
     model.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", begin)]
     )
-    made = from_file(model, file, DOC_TOKEN)
-    assert made.begin_id == begin != made.doc_id
-    assert made.encode("a") == plain.encode("a")
-    made.save(tmp_path / "saved")
-    assert Tokenizer.load(tmp_path / "saved").begin_id == begin
+    return from_file(model, file, DOC_TOKEN), begin
+
+
+def test_a_prompt_begins_with_the_document_token_as_in_training(tmp_path):
+    made, begin = with_template(tmp_path / "template.json")
+    assert made.begin_id == made.prefix_id == made.doc_id != begin
+    assert made.prompt("a") == [made.doc_id, *made.encode("a")]
+    made.save(tmp_path)
+    meta = json.loads((tmp_path / META).read_text())
+    del meta["begin_id"], meta["prefix_id"]  # before they were kept, the template's
+    (tmp_path / META).write_text(json.dumps(meta))
+    assert Tokenizer.load(tmp_path).begin_id == begin
+
+
+@pytest.mark.parametrize("begin", [None, 5])
+def test_how_texts_of_an_imported_model_begin_is_kept(tmp_path, begin):
+    made, _ = with_template(tmp_path / "template.json")
+    before = made.fingerprint
+    made.begin(begin, 7).save(tmp_path)
+    read = Tokenizer.load(tmp_path)
+    assert (read.begin_id, read.prefix_id) == (begin, 7)
+    assert read.fingerprint == before
+    first = [] if begin is None else [begin]
+    assert read.prompt("a") == [*first, *made.encode("a")]
+    assert read.prompt("") == (first or [7])  # no model continues no token
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe", "file"])

@@ -130,7 +130,7 @@ def test_a_slice_does_not_load_the_tensor(tmp_path):
         tracemalloc.stop()
 
 
-def test_only_one_shard_is_in_memory_when_writing(tmp_path):
+def test_only_one_tensor_is_in_memory_when_writing(tmp_path):
     size = 1 << 20
     tensors = [
         Tensor(str(i), (size,), np.dtype(np.uint8), lambda: np.zeros(size, np.uint8))
@@ -138,10 +138,25 @@ def test_only_one_shard_is_in_memory_when_writing(tmp_path):
     ]
     tracemalloc.start()
     try:
-        write(tmp_path / "m", tensors, max_shard_bytes=2 * size)
-        assert tracemalloc.get_traced_memory()[1] < 2.5 * size
+        write(tmp_path / "m", tensors)
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * size
     finally:
         tracemalloc.stop()
+
+
+def test_files_are_those_of_an_index_with_the_same_tensors(tmp_path):
+    names = {"a": "second.safetensors", "b": "first.safetensors"}
+    index = {"metadata": {"by": "them", "total_size": 1}, "weight_map": names}
+    tensors = [tensor(n, sample("float32")) for n in "ba"]
+    write(tmp_path / "m", tensors, files={"config.json": "{}"}, index=index)
+    got = json.loads((tmp_path / "m" / INDEX).read_text())
+    assert got["weight_map"] == names and [*got["weight_map"]] == ["a", "b"]
+    assert got["metadata"] == {"by": "them", "total_size": 960}
+    folder = Folder.open(tmp_path / "m")
+    assert {n: folder.file_of(n).name for n in names} == names
+    more = [*tensors, tensor("c", sample("float32"))]
+    write(tmp_path / "more", more, files={"config.json": "{}"}, index=index)
+    assert Folder.open(tmp_path / "more").file_of("a").name == SINGLE
 
 
 def test_no_folder(tmp_path):
@@ -201,9 +216,17 @@ def test_shards(tmp_path):
 
     path = checkpoint(tmp_path, "short")
     data = (path / SHARDS[0]).read_bytes()
-    for part in (data[:-1], data + b"0", data[:20], b"", b"\xff" * 64):
+    for part in (data + b"0", data[:20], b"", b"\xff" * 64, data[:8] + b"[" * 99):
         (path / SHARDS[0]).write_bytes(part)
         refused(path, SHARDS[0], "truncated or")
+    (path / SHARDS[0]).write_bytes(data[:-1])
+    end = f"the tensor 'a' ends at byte {len(data):,}, the file at {len(data) - 1:,}"
+    refused(path, SHARDS[0], "truncated:", end)
+
+    path = checkpoint(tmp_path, "one", shards=1)
+    data = (path / SINGLE).read_bytes()
+    (path / SINGLE).write_bytes(data[: -sample("bfloat16").nbytes])  # 'a' is whole
+    refused(path, SINGLE, "truncated:", "the tensor 'b' ends")
 
     path = checkpoint(tmp_path, "both")
     save_file({"a": sample("int64"), "b": sample("int64")}, path / SHARDS[1])
@@ -277,7 +300,7 @@ def test_writing_refuses(tmp_path):
     path = checkpoint(tmp_path)
     (tmp_path / "file").write_text("")
     for taken in (path, tmp_path / "file"):
-        with pytest.raises(ConfigError, match="exists already"):
+        with pytest.raises(ConfigError, match="exists already; must be new"):
             write(taken, [tensor("a", sample("float32"))])
     assert Folder.open(path).names == {"a", "b"}
 

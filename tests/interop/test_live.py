@@ -4,13 +4,15 @@ Random weights again, at other sizes and lengths than those of the fixtures.
 """
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moex.compress.convert import write_run
-from moex.interop.hf import export_hf, import_hf
+from moex.interop.export import export_hf
+from moex.interop.hf import import_hf
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
@@ -22,6 +24,7 @@ from moex.train.job import load_run, make_job
 from tests import runs
 from tests.helpers import built, context
 from tests.interop import make_fixtures, parity
+from tests.interop.folders import mxfp4_folder
 
 pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore")]
 torch = pytest.importorskip("torch", reason="needs the hf extra")
@@ -55,6 +58,26 @@ def test_an_exported_folder_has_the_same_logits(name, tmp_path):
         tmp_path / "folder", output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_an_mxfp4_folder_has_the_same_logits_unpacked(tmp_path):
+    folder = mxfp4_folder(tmp_path)
+    with runs.one_device():
+        import_hf(folder, tmp_path / "run", ["--config.seq_len=32"], **SAY)
+        export_hf(tmp_path / "run", tmp_path / "back", **SAY)
+    load = functools.partial(
+        transformers.AutoModelForCausalLM.from_pretrained,
+        attn_implementation="eager",
+        dtype="bfloat16",  # the others too: it unpacks to this one only
+    )
+    settings = transformers.Mxfp4Config(dequantize=True)
+    unpacked = load(folder, quantization_config=settings)
+    with torch.no_grad():
+        found, want = (
+            make_fixtures.expected(model.float().eval(), "", torch)["logits"]
+            for model in (load(tmp_path / "back"), unpacked)
+        )
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 SPARSE = MoE(num_experts=4, router=TopK(k=2), experts=Glu(hidden=16))

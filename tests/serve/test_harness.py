@@ -3,6 +3,7 @@
 The harness is an extra: what needs it is marked `hf`, and skipped where it is missing.
 """
 
+import dataclasses
 import json
 import math
 import socket
@@ -374,6 +375,34 @@ def test_texts_of_any_length(offline, run, slowly):
     assert model.loglikelihood_rolling(requests(("",), (long,))) == [0, rolling]
     assert len(long) > 2 * SEQ_LEN
     assert whole[0] == pytest.approx(rolling, abs=20)  # another first context
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("begin", [None, 3])
+def test_texts_of_an_imported_model(offline, run, slowly, begin):
+    """Its own begin token or none, and one other than the end before whole texts."""
+    tokenizer = Tokenizer(None, doc_id=DOC, vocab_size=257).begin(begin, 3)
+    model = HarnessLM(dataclasses.replace(run, tokenizer=tokenizer))
+    pairs = [("the cat", " sees"), ("", "a"), (" ", "a")]
+    first = [] if begin is None else [begin]
+    expected = [(first + ids("the cat"), ids(" sees")), ([3], ids("a"))]
+    expected.append(([3], ids(" a")))
+    assert_close(
+        model.loglikelihood(requests(*pairs)), [slowly(*pair) for pair in expected]
+    )
+    (rolling,) = model.loglikelihood_rolling(requests(("the cat",)))
+    assert rolling == pytest.approx(slowly([3], ids("the cat"))[0], **CLOSE)
+    asked = []
+
+    def answer(*args, stop_token, **options):
+        asked.extend((prompt, stop_token) for prompt in args[4])
+        return [[]] * len(args[4])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "generate", answer)
+        options = {"until": [], "max_gen_toks": 8}
+        model.generate_until(requests(("the cat", options), ("", options)))
+    assert (first + ids("the cat"), DOC) in asked and ([3], DOC) in asked
 
 
 @pytest.mark.hf

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moex.optim import AdamW, Muon, Optim, make_optimizer
+from moex.train import checkpoint
 from moex.train.checkpoint import Checkpointer, CheckpointError
 from moex.train.state import ParamInfo, init_guard
 from tests import runs
@@ -104,6 +105,50 @@ def test_optimizer_states_come_back(opened, tmp_path, rule):
     assert arrays.keys() == state.keys()
     for name, tree in state.items():
         assert_same(arrays[name], tree)
+
+
+def test_an_optimizer_state_that_was_not_kept_is_zeros(opened, tmp_path):
+    """As runs are written that were imported, few bytes on the host at a time."""
+    mesh = mesh_of(8, fsdp=4, tensor=2)
+    state = {k: v for k, v in STATE.items() if k != "opt"}
+    split = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    experts = jax.device_put(STATE["params"]["experts"]["w_EDF"], split)
+    state["params"] = STATE["params"] | {"experts": {"w_EDF": experts}}
+    save(opened(tmp_path, host_bytes=100), 0, state=state)
+    assert not (tmp_path / "checkpoints" / "0" / "opt").exists()
+    for limit in (None, 1 << 16):
+        reader = opened(tmp_path, read_only=True, host_bytes=limit)
+        _, arrays, _, _ = reader.restore(abstract(STATE))
+        assert_same({k: arrays[k] for k in state}, state)
+        assert_same(arrays["opt"], jax.tree.map(jnp.zeros_like, STATE["opt"]))
+    with pytest.raises(CheckpointError):  # "opt" of a run that had one
+        save(opened(tmp_path / "other"), 0)
+        shutil.rmtree(tmp_path / "other" / "checkpoints" / "0" / "opt")
+        opened(tmp_path / "other").restore(abstract(STATE), warn=lambda line: None)
+
+
+def test_checksums_need_no_memory():
+    """Of a sharded array neither; one that is gathered would fill every device."""
+    mesh = mesh_of(8, fsdp=8)
+    split = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    for sharding in (NamedSharding(mesh, PartitionSpec()), split):
+        array = jax.ShapeDtypeStruct((64, 1024, 16), jnp.float32, sharding=sharding)
+        compiled = jax.jit(checkpoint._checksum).lower(array).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 10_000
+
+
+def test_a_checksum_by_hand():
+    """Its definition, which the checkpoints that there are were written with."""
+    values = np.random.default_rng(0).normal(size=(3, 5, 2)).astype(np.float32)
+    bits = values.reshape(-1).view(np.uint32)
+    place = np.arange(bits.size, dtype=np.uint32)
+    mixed = bits ^ (place * np.uint32(0x9E3779B1) + np.uint32(0x7F4A7C15))
+    mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
+    sums = (bits * (2 * place + 1)).sum(dtype=np.uint32)
+    more = (mixed ^ (mixed >> 16)).sum(dtype=np.uint32)
+    found = checkpoint.checksums({"x": jnp.asarray(values)})
+    assert found == {"['x']": f"{sums:08x}{more:08x}"}
 
 
 def test_dtypes_and_special_values_come_back(opened, tmp_path):

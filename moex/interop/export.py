@@ -1,0 +1,119 @@
+"""`moex export-hf`: a run as a folder that transformers loads."""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import tokenizers
+
+from moex.config import ConfigError
+from moex.data.tokenizer import Tokenizer
+from moex.interop.arrays import tensor_of
+from moex.interop.families import FAMILIES, read_model
+from moex.interop.folder import INDEX, SINGLE, extra_files, read_json
+from moex.interop.hf import KEPT, RECORD
+from moex.interop.names import Piece, pieces
+from moex.interop.native import closest, inference
+from moex.interop.writing import Tensor, check_target, write
+from moex.optim import flat_paths
+from moex.train.job import load_config, load_run
+
+
+def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict, dict | None]:
+    """(config.json, other files by name, dtype by tensor, index) of an export."""
+    kept = run / KEPT
+    if (kept / RECORD).is_file():
+        config = json.loads((kept / "config.json").read_text())
+        model = read_model(str(kept / "config.json"), config)
+        if inference(model) == inference(cfg.model):
+            # What the folder does not have: other numbers, code, layers after the last.
+            config.pop("quantization_config", None)
+            config.pop("auto_map", None)
+            if "num_nextn_predict_layers" in config:
+                config["num_nextn_predict_layers"] = 0
+            files: dict[str, Any] = {f.name: f for f in extra_files(kept)}
+            record = json.loads((kept / RECORD).read_text())
+            dtypes, index = record["dtypes"], None
+            if record.get("whole"):
+                index = {"weight_map": dict.fromkeys(dtypes, SINGLE)}
+                if (kept / INDEX).is_file():
+                    index = read_json(kept / INDEX)
+            return config, files, dtypes, index
+    file = run / "tokenizer" / "tokenizer.json"
+    own = Tokenizer.load(file.parent)
+    begins = own.prefix_id != own.doc_id
+    # Else transformers takes the ids of the family's first model.
+    config = closest(cfg.model) | {
+        "max_position_embeddings": cfg.seq_len,
+        "bos_token_id": own.prefix_id if begins else None,
+        "eos_token_id": own.doc_id,
+        "pad_token_id": None,
+    }
+    files = {}
+    if file.is_file():
+        names = tokenizers.Tokenizer.from_file(str(file))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": names.id_to_token(own.doc_id),
+        }
+        if begins:
+            settings["bos_token"] = names.id_to_token(own.prefix_id)
+        files["tokenizer.json"] = file
+        files["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
+    return config, files, {}, None
+
+
+def export_hf(run, out, *, dtype: str | None = None, say=print) -> dict:
+    """Write a run's newest checkpoint as a folder that transformers loads.
+
+    An imported run leaves as its family, each tensor in the dtype and the file it came
+    in. Any other run leaves as the closest family, or is refused with the reason.
+
+    Args:
+      run: run directory.
+      out: the folder; must not exist or be empty.
+      dtype: of all tensors but the state of routers; None: as imported, float32 for
+        others.
+      say: called with each line of news.
+
+    Returns:
+      The `config.json` that is written.
+
+    Raises:
+      ConfigError: if no family has the model, or for a user's mistake.
+    """
+    run = pathlib.Path(run)
+    if jax.process_count() > 1:
+        raise ConfigError("export-hf: runs in one process; all shards must be here.")
+    if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype={dtype}: must be float32, bfloat16 or float16.")
+    cfg = load_config(run)
+    check_target(out)
+    config, files, dtypes, index = _description(run, cfg)
+    family = FAMILIES[config["model_type"]]
+    wanted = pieces(cfg.model, family.names)
+    loaded = load_run(run, warn=say)
+    state = flat_paths(loaded.state)
+    arrays = flat_paths(loaded.params) | state
+    before = config.pop("torch_dtype", None)  # its name up to transformers 4
+    config["dtype"] = dtype or config.get("dtype") or before or "float32"
+
+    def tensor(piece: Piece) -> Tensor:
+        # Selection biases stay what they are: rounded, they choose other experts.
+        given = None if piece.path in state else dtype
+        kind = np.dtype(given or dtypes.get(piece.name, "float32"))
+        return Tensor(
+            piece.name,
+            piece.shape,
+            kind,
+            lambda: tensor_of(piece, arrays[piece.path], kind),
+        )
+
+    files["config.json"] = json.dumps(config, indent=2) + "\n"
+    write(out, [tensor(p) for p in wanted], files=files, index=index)
+    size = sum(math.prod(p.shape) for p in wanted)
+    say(f"{out}: {len(wanted)} tensors, {size:,} parameters, {config['model_type']}")
+    return config
