@@ -16,7 +16,7 @@ pidfile="/tmp/moex-$USER-$port.pid" log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
 # shellcheck disable=SC2329
-stop() { # SIGTERM to one process: JAX tells the others, and all save at one step
+stop() { # SIGTERM to one process: it tells the others, and all save at one step
   asked=1
   # shellcheck disable=SC2029
   ssh "${hosts[0]}" "kill -TERM \$(cat $pidfile)"
