@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import types
 
 import jax
@@ -538,3 +539,24 @@ def test_a_job_that_does_not_fit_is_said_in_words(folder, capsys):
     err = capsys.readouterr().err
     assert "v5e:1x1: the job does not fit: one device needs" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.aot
+def test_the_shared_expert_is_computed_while_rows_travel(run_config):
+    """Between the start and the end of an exchange, forward and backward."""
+    tpu_compiler()
+    mesh = {"expert": 4, "exchange": "all_to_all"}
+    cfg = run_config(mesh, precision="bfloat16", kernels="xla", batch_size=64)
+    cfg.model.layers[1].pattern[0].shared = Dense(hidden=2048)
+    mesh = cfg.mesh.make(rehearsal.described_devices(topology.parse("v5p:2x2x1")))
+    with jax.set_mesh(mesh):
+        program = make_program(cfg, mesh)
+        arguments = rehearsal.train_arguments(program)
+        text = program.train_step().lower(*arguments).compile().as_text()
+    covered = "\n".join(
+        re.findall(r"ragged-all-to-all-start\(.*?ragged-all-to-all-done\(", text, re.S)
+    )
+    forward = [line for line in covered.splitlines() if "/shared/" in line]
+    assert any("transpose(" not in line for line in forward)
+    assert any("transpose(" in line for line in forward)
+    assert " ragged-all-to-all(" not in text

@@ -26,6 +26,17 @@ from moex.train import state as states
 from moex.train import step as steps
 from moex.train.checkpoint import HOST_BYTES, Checkpointer, read_json
 
+# By default libtpu's exchange of ragged rows is one operation that nothing runs beside.
+# With this it is a start and an end, and the shared expert is computed in between
+# (`tests/test_plan.py`, -m aot; both versions of JAX know it).
+ASYNC_EXCHANGE = {"xla_tpu_enable_async_ragged_all_to_all": True}
+
+
+def compiler_options(mesh: Mesh) -> dict | None:
+    """What XLA is to be told beside its defaults for training on this mesh."""
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    return ASYNC_EXCHANGE if on_tpu and mesh.shape["expert"] > 1 else None
+
 
 @dataclasses.dataclass
 class Program:
@@ -67,7 +78,12 @@ class Program:
 
         # Pinned, so that no step can move the state or leave figures on one device.
         state = jax.tree.map(lambda a: a.sharding, self.abstract_state())
-        return jax.jit(with_rate, donate_argnums=0, out_shardings=(state, self.whole))
+        return jax.jit(
+            with_rate,
+            donate_argnums=0,
+            out_shardings=(state, self.whole),
+            compiler_options=compiler_options(self.mesh),
+        )
 
     def eval_step(self):
         """The jitted evaluation step."""
