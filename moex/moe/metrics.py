@@ -86,7 +86,8 @@ def routing_stats(
 
 def _square_sum(x_TX, valid_T):
     """Sum of the squares of all numbers of the valid tokens."""
-    return jnp.sum(jnp.where(valid_T[:, None], jnp.square(x_TX.astype(jnp.float32)), 0))
+    square_T = jnp.sum(jnp.square(x_TX.astype(jnp.float32)), axis=-1)
+    return jnp.sum(jnp.where(valid_T, square_T, 0))  # no mask of the size of x
 
 
 def _most_slots(routing, num_experts) -> int:
