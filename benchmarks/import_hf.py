@@ -80,7 +80,6 @@ def measure(action: str, source: pathlib.Path, out: pathlib.Path) -> dict:
     from moex import cli
     from moex.interop.export import export_hf
     from moex.interop.hf import import_hf
-    from moex.interop.names import pieces  # noqa: F401  (all modules, before the peak)
     from moex.train import state as states
     from moex.train.job import load_config
 
