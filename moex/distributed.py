@@ -176,6 +176,9 @@ def join(flags, facts: dict) -> None:
     sys.excepthook = _unexpected
     import jax
 
+    # The loop has a way of its own with SIGTERM; before it a process may just end.
+    # JAX's would take the signal, and nobody asks it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             place.coordinator,

@@ -190,8 +190,7 @@ def _stop_on_sigterm(run: "Run"):
     try:
         yield
     finally:
-        # None: it was not Python that had set it.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if old is None else old)
+        signal.signal(signal.SIGTERM, old)
 
 
 @dataclasses.dataclass
