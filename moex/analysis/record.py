@@ -4,8 +4,6 @@ B batch · L length · T = B * L tokens · N tokens without padding · R copies 
 C slots per expert · K slots per token · E experts
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,13 +11,12 @@ import numpy as np
 from moex import config as configs
 from moex.analysis.trace import Header, LayerInfo, Slots, Tokens
 from moex.analysis.writer import TraceWriter, check_new
-from moex.config import ConfigError, walk
-from moex.moe.chain import Chain
-from moex.moe.layer import MoE
+from moex.config import ConfigError
 from moex.moe.routing import ExpertRouting
 from moex.sharding import shard_batch
 from moex.train.job import LoadedRun, static_options
 from moex.train.job import load_config as run_config
+from moex.train.layers import Routed, routers
 from moex.train.losses import make_context, moe_layers
 from moex.train.score import run_with_data
 
@@ -80,38 +77,22 @@ def layer_infos(model) -> tuple[LayerInfo, ...]:
 
     Layers are numbered from 0 with the dense ones, rounds of a chain from 1.
     """
-    infos, start = [], 0
-    for segment in model.layers:
-        for copy in range(segment.repeat):
-            for i, ffn in enumerate(segment.pattern):
-                number = start + copy * len(segment.pattern) + i
-                infos += _infos_of(ffn, number)
-        start += segment.repeat * len(segment.pattern)
-    return tuple(infos)
+    return tuple(map(_info, routers(model)))
 
 
-def _infos_of(ffn, number: int) -> list[LayerInfo]:
-    sparse: Any = [n for _, n in walk(ffn, "") if isinstance(n, (Chain, MoE))]
-    if not sparse:
-        return []
-    chain = isinstance(sparse[0], Chain)
-    moe = sparse[0].moe if chain else sparse[0]
-    routers = sparse[0].rounds() if chain else [moe.router]
-    choices = moe.num_choices()
-    return [
-        LayerInfo(
-            layer=number,
-            round=t if chain else 0,
-            num_experts=moe.num_experts,
-            num_choices=choices,
-            # Where experts choose, a token may be taken by all of them.
-            slots=router.slots(choices) if hasattr(router, "slots") else choices,
-            router=type(router).__name__,
-            causal=getattr(router, "causal", True),
-            capacity_factor=moe.capacity_factor,
-        )
-        for t, router in enumerate(routers, 1)
-    ]
+def _info(routed: Routed) -> LayerInfo:
+    router, choices = routed.router, routed.moe.num_choices()
+    return LayerInfo(
+        layer=routed.layer,
+        round=routed.round,
+        num_experts=routed.moe.num_experts,
+        num_choices=choices,
+        # Where experts choose, a token may be taken by all of them.
+        slots=router.slots(choices) if hasattr(router, "slots") else choices,
+        router=type(router).__name__,
+        causal=getattr(router, "causal", True),
+        capacity_factor=routed.moe.capacity_factor,
+    )
 
 
 def _header(run: LoadedRun, workdir, cfg, domains, *, logits: bool) -> Header:

@@ -5,18 +5,14 @@ S logged steps · E experts
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from moex.analysis import health
 from moex.analysis.health import Finding
-from moex.config import walk
-from moex.moe.chain import Chain
-from moex.moe.layer import MoE
 from moex.moe.routers.topp import TopP
 from moex.report.material import Material, Routing
-from moex.train.layers import shown
+from moex.train.layers import routers, shown
 
 DEVICES = "device_violation"
 # What needs which figure.
@@ -188,23 +184,8 @@ def most_experts(model) -> dict[str, int]:
       model: `LM` config.
     """
     found: dict[str, int] = {}
-    number = 0
-    for segment in model.layers:
-        for ffn in segment.pattern * segment.repeat:
-            for label, router, experts in _routers(ffn, f"{number:03d}"):
-                if isinstance(router, TopP):
-                    found[label] = min(router.k_max or experts, experts)
-            number += 1
+    for routed in routers(model):
+        if isinstance(routed.router, TopP):
+            experts = routed.moe.num_experts
+            found[routed.label] = min(routed.router.k_max or experts, experts)
     return found
-
-
-def _routers(ffn, label: str) -> list[tuple[str, Any, int]]:
-    """`(label, router, experts)` of a feed-forward, one for each round of a chain."""
-    sparse: Any = [node for _, node in walk(ffn, "") if isinstance(node, (Chain, MoE))]
-    if not sparse:
-        return []
-    if isinstance(sparse[0], MoE):
-        return [(label, sparse[0].router, sparse[0].num_experts)]
-    experts = sparse[0].moe.num_experts
-    rounds = enumerate(sparse[0].rounds(), 1)
-    return [(f"{label}.{t}", router, experts) for t, router in rounds]

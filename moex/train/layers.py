@@ -4,12 +4,13 @@ E experts · S bins of a histogram
 """
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moex.config import walk
+from moex.moe.chain import Chain
 from moex.moe.layer import MoE
 
 # What "the worst layer" means, for the figures of which one can be worse than another.
@@ -27,6 +28,41 @@ WORST: dict[str, Callable] = {
     "logit_norm": max,
     "output_norm": max,
 }
+
+
+class Routed(NamedTuple):
+    """A router of a model.
+
+    Attributes:
+      layer: number from 0, dense layers counted.
+      round: of a chain, from 1; 0 where there is no chain.
+      router: its config.
+      moe: config of the layer whose experts it chooses.
+    """
+
+    layer: int
+    round: int
+    router: Any
+    moe: MoE
+
+    @property
+    def label(self) -> str:
+        """As in `by_layer`."""
+        return f"{self.layer:03d}" + (f".{self.round}" if self.round else "")
+
+
+def routers(model) -> Iterator[Routed]:
+    """Every router of an `LM` config, in the order of its layers and rounds."""
+    blocks = [ffn for s in model.layers for ffn in s.pattern * s.repeat]
+    for number, ffn in enumerate(blocks):
+        sparse: Any = [n for _, n in walk(ffn, "") if isinstance(n, (Chain, MoE))]
+        if not sparse:
+            continue
+        if isinstance(sparse[0], MoE):
+            yield Routed(number, 0, sparse[0].router, sparse[0])
+            continue
+        for t, router in enumerate(sparse[0].rounds(), 1):
+            yield Routed(number, t, router, sparse[0].moe)
 
 
 def by_layer(model, layers: dict, *, expert_devices=1) -> dict[str, dict[str, Any]]:
