@@ -18,6 +18,7 @@ from kernels_pallas.device import platform
 from kernels_pallas.grouped_glu import compose
 from kernels_pallas.grouped_glu import cpu as glu_cpu
 from kernels_pallas.grouped_glu import mosaic as glu_mosaic
+from kernels_pallas.grouped_glu import native as glu_native
 from kernels_pallas.grouped_glu import reference as glu_reference
 from kernels_pallas.grouped_glu import tpu as glu_tpu
 from kernels_pallas.grouped_glu import triton as glu_triton
@@ -25,6 +26,7 @@ from kernels_pallas.grouped_glu import vjp as glu_vjp
 from kernels_pallas.grouped_glu import xla as glu_xla
 from kernels_pallas.grouped_matmul import cpu as matmul_cpu
 from kernels_pallas.grouped_matmul import mosaic as matmul_mosaic
+from kernels_pallas.grouped_matmul import native as matmul_native
 from kernels_pallas.grouped_matmul import reference as matmul_reference
 from kernels_pallas.grouped_matmul import tpu as matmul_tpu
 from kernels_pallas.grouped_matmul import triton as matmul_triton
@@ -161,6 +163,13 @@ IMPLEMENTATIONS = {
         platforms=PLATFORMS,
         purpose="a loop over tiles of one expert's rows",
     ),
+    "native": _made_of(
+        matmul_native,
+        glu_native,
+        platforms=("cpu",),
+        purpose="C, compiled on first use: whole experts a block of rows at a time",
+        unsupported=matmul_native.unsupported,
+    ),
 }
 for _name, _backend in PALLAS.items():
     IMPLEMENTATIONS[_name] = _made_of(
@@ -175,7 +184,19 @@ for _name, _backend in PALLAS.items():
 
 # What None means on each platform: the first that can do what is asked for. Of the two
 # for GPUs the one that runs on more of them, until both were timed.
-DEFAULTS = {"cpu": ("cpu",), "gpu": ("triton", "xla"), "tpu": ("tpu", "xla")}
+DEFAULTS = {
+    "cpu": ("native", "cpu"),
+    "gpu": ("triton", "xla"),
+    "tpu": ("tpu", "xla"),
+}
+
+
+def default_names(request: Request, where: str) -> tuple[str, ...]:
+    """What None means; "native" has nothing to say to dtypes that are not its own."""
+    names = DEFAULTS.get(where, ("xla",))
+    if matmul_native.takes(request):
+        return names
+    return tuple(name for name in names if name != "native")
 
 
 def choose(name: str | None, request: Request) -> Implementation:
@@ -191,7 +212,7 @@ def choose(name: str | None, request: Request) -> Implementation:
       ValueError: if a name is unknown, or none of those named can do it.
     """
     here = platform()
-    names = DEFAULTS.get(here, ("xla",)) if name is None else split_names(name)
+    names = default_names(request, here) if name is None else split_names(name)
     refusals: list[str] = []
     for candidate in names:
         reason = why_not(candidate, request, here)
@@ -204,9 +225,9 @@ def choose(name: str | None, request: Request) -> Implementation:
                 )
             return IMPLEMENTATIONS[candidate]
         refusals.append(f"{candidate!r} cannot do {request.operation}: {reason}")
-    able = [n for n in IMPLEMENTATIONS if why_not(n, request, here) is None]
+    others = ", ".join(map(repr, able(request, here)))
     raise ValueError(
-        f"{'; '.join(refusals)}. These can: {', '.join(map(repr, able))}. "
+        f"{'; '.join(refusals)}. These can: {others}. "
         "Several names with commas between them allow a fallback."
     )
 
@@ -231,6 +252,11 @@ def why_not(name: str, request: Request, where: str) -> str | None:
     if where not in entry.platforms:
         return f"it runs on {' and '.join(entry.platforms)}, not on {where}"
     return entry.unsupported(request)
+
+
+def able(request: Request, where: str) -> list[str]:
+    """Names of all that can do something on a platform."""
+    return [name for name in IMPLEMENTATIONS if why_not(name, request, where) is None]
 
 
 def runnable() -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 
 from kernels_pallas import grouped_glu, grouped_swiglu, make_plan
 from kernels_pallas.grouped_matmul.shapes import AWKWARD
-from kernels_pallas.implementations import runnable
+from tests.backends import backends
 
 # float32: sums of at most 101 products. bfloat16: the activations between the two
 # matmuls are rounded as well, 2**-8 relative each.
@@ -24,7 +24,7 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
 # Compiling is nearly all the time these tests take; half of it is LLVM optimising.
 QUICK = {"xla_backend_optimization_level": 0}
 
-implementations = pytest.mark.parametrize("implementation", runnable())
+implementations = pytest.mark.parametrize("implementation", backends())
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +169,7 @@ def test_buffers_bound_what_is_kept():
     assert kept(None) - kept(128) >= 0.9 * 128 * row_bytes
 
 
-@implementations
+@pytest.mark.parametrize("implementation", backends("bfloat16"))
 def test_bfloat16(implementation):
     case = draw(AWKWARD["small"], "bfloat16")
     actual = value_and_gradients(*case, implementation)

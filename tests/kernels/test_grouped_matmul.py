@@ -16,7 +16,7 @@ from jax.experimental import checkify
 from kernels_pallas import grouped_matmul
 from kernels_pallas.cpu_tiles import tile_sizes
 from kernels_pallas.grouped_matmul.api import WEIGHT_DTYPES
-from kernels_pallas.implementations import runnable
+from tests.backends import backends
 
 K, N = 5, 7
 
@@ -37,7 +37,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 # Compiling is nearly all the time these tests take; half of it is LLVM optimising.
 QUICK = {"xla_backend_optimization_level": 0}
 
-implementations = pytest.mark.parametrize("implementation", runnable())
+implementations = pytest.mark.parametrize("implementation", backends())
 
 
 @pytest.fixture(autouse=True)
@@ -103,8 +103,9 @@ def test_equals_the_loop(case, implementation):
     check(actual, oracle(*arguments[:3], CASES[case][1]))
 
 
-@implementations
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "dtype, implementation", [(d, name) for d in TOLERANCE for name in backends(d)]
+)
 def test_transposed_weights(dtype, implementation):
     case = "prime, empty groups, tail"
     lhs_MK, rhs_GKN, dout_MN, sizes_G = draw(case, dtype)
@@ -183,9 +184,11 @@ def test_group_offset_computes_a_shard(offset, implementation):
     check([drhs_GKN], [expected[2][mine]])
 
 
-@implementations
 @pytest.mark.parametrize("transpose_rhs", [False, True])
-@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+@pytest.mark.parametrize(
+    "dtype, implementation",
+    [(d, name) for d in WEIGHT_DTYPES for name in backends(weights=d)],
+)
 def test_quantised_weights_are_constants_with_a_scale(
     dtype, transpose_rhs, implementation
 ):
@@ -209,7 +212,7 @@ def test_quantised_weights_are_constants_with_a_scale(
     check((out_MN, *pull(dout_MN)), expected[:2])
 
 
-@implementations
+@pytest.mark.parametrize("implementation", backends("bfloat16"))
 def test_sums_in_float32(implementation):
     # 1 + 256 * 2**-8 = 2 exactly; a bfloat16 sum that meets 1 first stays at 1.
     lhs_MK = jnp.full((1, 257), 2.0**-8, jnp.bfloat16).at[0, 0].set(1)

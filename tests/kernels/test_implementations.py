@@ -16,6 +16,7 @@ from kernels_pallas.implementations import (
     choose,
     why_not,
 )
+from kernels_pallas.native import library
 
 REQUEST = Request("grouped_matmul", "bfloat16", 128, 256, 8)
 
@@ -40,8 +41,16 @@ def test_every_platform_has_a_default_that_runs_there():
     assert all(entry.purpose for entry in IMPLEMENTATIONS.values())
 
 
-def test_the_default_of_a_cpu_is_cpu():
-    assert platform() != "cpu" or choose(None, REQUEST) is IMPLEMENTATIONS["cpu"]
+@pytest.mark.skipif(platform() != "cpu", reason="what a CPU does")
+def test_the_default_of_a_cpu_goes_by_dtype_and_compiler(monkeypatch):
+    assert choose(None, REQUEST) is IMPLEMENTATIONS["cpu"]
+    request = REQUEST._replace(dtype="float32")
+    monkeypatch.setattr(library, "why_not", lambda: None)
+    assert choose(None, request) is IMPLEMENTATIONS["native"]
+    assert choose(None, request._replace(weights="int8")) is IMPLEMENTATIONS["cpu"]
+    monkeypatch.setattr(library, "why_not", lambda: "it needs a C compiler")
+    with pytest.warns(ImplementationFallback, match="needs a C compiler. Using 'cpu'"):
+        assert choose(None, request) is IMPLEMENTATIONS["cpu"]
 
 
 def test_the_first_that_can_is_taken_without_a_word(fussy):

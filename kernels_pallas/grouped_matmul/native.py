@@ -1,0 +1,35 @@
+"""grouped_matmul in C for CPUs: see native/experts.c.
+
+Legend: M rows, K contraction, N columns, G groups. `bounds` is int32[G + 1]: rows
+bounds[g] to bounds[g + 1] are those of group g.
+"""
+
+from kernels_pallas.native import library
+
+
+def takes(request) -> bool:
+    """Whether tokens and weights have the dtype that it computes in."""
+    return {request.dtype, request.weights or request.dtype} == {"float32"}
+
+
+def unsupported(request) -> str | None:
+    """Why it cannot do that, or None."""
+    if not takes(request):
+        return "it takes float32 tokens and weights alone"
+    return library.why_not()
+
+
+def product(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype):
+    """Rows times the matrix of their group; rows of no group are zero."""
+    shape = (lhs_MK.shape[0], rhs_GKN.shape[1 if transpose_rhs else 2])
+    inputs = (lhs_MK, rhs_GKN, bounds)
+    (out_MN,) = library.call("moex_product", [shape], inputs, transposed=transpose_rhs)
+    return out_MN.astype(out_dtype)
+
+
+def weight_product(lhs_MK, rhs_MN, bounds, out_dtype):
+    """For each group the sum over its rows of outer products, [G, K, N]."""
+    size = (lhs_MK.shape[1], rhs_MN.shape[1])
+    shapes = [(bounds.shape[0] - 1, *size), (library.most_pieces(), *size)]
+    inputs = (lhs_MK, rhs_MN, bounds)
+    return library.call("moex_weight_product", shapes, inputs)[0].astype(out_dtype)

@@ -1,0 +1,745 @@
+// Expert matmuls and whole gated experts on a CPU, as XLA FFI handlers; float32.
+//
+// Rows are computed as they lie sorted by expert, in blocks of at most BLOCK: gathered,
+// multiplied, activated and multiplied again while they are in the cache. Nothing is
+// padded, nothing is masked, and every result is written once: rows of no expert are
+// never read, and memory for them is never touched.
+//
+// Legend: T tokens, K slots per token, N sorted rows, D model width, F expert hidden
+// width, C pre-activation columns (2F: gate, then up), E experts.
+
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "xla/ffi/api/c_api.h"
+
+// ---- Matrix products --------------------------------------------------------------
+//
+// A tile of C, at most ROWS x COLUMNS, stays in registers while it sums over DEPTH. Its
+// part of B is copied to where it is read in order, its part of A is read in place.
+
+#if defined(__AVX512F__)
+enum { LANES = 16, ROWS = 14 };
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX2__)
+enum { LANES = 8, ROWS = 6 };
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+enum { LANES = 4, ROWS = 8 };
+#define LOW 0, 4, 1, 5
+#define HIGH 2, 6, 3, 7
+#endif
+enum { COLUMNS = 2 * LANES, DEPTH = 256, BLOCK = 256 };
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec load(const float *from) { return *(const loose *)from; }
+INLINE void store(float *to, vec value) { *(loose *)to = value; }
+INLINE vec splat(float value) { return value - (vec){}; }
+
+// Element (i, j) of a matrix is at[i * row + j * column]; one of the two strides is 1.
+typedef struct {
+  const float *at;
+  int64_t row, column;
+} Matrix;
+
+INLINE void tile(int rows, int transposed, int64_t depth, const float *a, int64_t stride,
+                 const vec *b, float *c, int64_t c_row, int64_t columns, int add) {
+  vec sum[ROWS][2];
+  UNROLL for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vec){};
+  for (int64_t p = 0; p < depth; p++) {
+    const vec b0 = b[2 * p], b1 = b[2 * p + 1];
+    UNROLL for (int i = 0; i < rows; i++) {
+      const vec a_i = splat(transposed ? a[p * stride + i] : a[i * stride + p]);
+      sum[i][0] += a_i * b0;
+      sum[i][1] += a_i * b1;
+    }
+  }
+  UNROLL for (int i = 0; i < rows; i++, c += c_row) {
+    if (columns == COLUMNS) {
+      store(c, add ? load(c) + sum[i][0] : sum[i][0]);
+      store(c + LANES, add ? load(c + LANES) + sum[i][1] : sum[i][1]);
+    } else {
+      for (int64_t j = 0; j < columns; j++) {
+        const float value = sum[i][j / LANES][j % LANES];
+        c[j] = add ? c[j] + value : value;
+      }
+    }
+  }
+}
+
+INLINE void tile_of(int rows, int transposed, int64_t depth, const float *a,
+                    int64_t stride, const vec *b, float *c, int64_t c_row,
+                    int64_t columns, int add) {
+  // The number of rows has to be a constant for the sums to stay in registers.
+  switch (rows) {
+#define CASE(n)                                                                   \
+  case n:                                                                         \
+    if (n <= ROWS)                                                                \
+      tile(n <= ROWS ? n : 1, transposed, depth, a, stride, b, c, c_row, columns, add); \
+    break;
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+    CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+#undef CASE
+  }
+}
+
+static __attribute__((noinline)) void tile_in_rows(int rows, int64_t depth, const float *a,
+                                                   int64_t stride, const vec *b, float *c,
+                                                   int64_t c_row, int64_t columns, int add) {
+  tile_of(rows, 0, depth, a, stride, b, c, c_row, columns, add);
+}
+
+static __attribute__((noinline)) void tile_in_columns(int rows, int64_t depth,
+                                                      const float *a, int64_t stride,
+                                                      const vec *b, float *c,
+                                                      int64_t c_row, int64_t columns,
+                                                      int add) {
+  tile_of(rows, 1, depth, a, stride, b, c, c_row, columns, add);
+}
+
+// Transposes LANES vectors of LANES: log2(LANES) times the same perfect shuffle.
+INLINE void transpose(vec *x) {
+  for (int step = 1; step < LANES; step *= 2) {
+    vec y[LANES];
+    UNROLL for (int i = 0; i < LANES / 2; i++) {
+      const vec a = x[i], b = x[i + LANES / 2];
+      y[2 * i] = SHUFFLE(a, b, LOW);
+      y[2 * i + 1] = SHUFFLE(a, b, HIGH);
+    }
+    memcpy(x, y, sizeof y);
+  }
+}
+
+// Copies `depth` rows of at most COLUMNS columns of B, with zeros to the right.
+static void pack(Matrix b, int64_t depth, int64_t columns, vec *to) {
+  float *out = (float *)to;
+  if (columns == COLUMNS && b.column == 1) {
+    for (int64_t p = 0; p < depth; p++) {
+      to[2 * p] = load(b.at + p * b.row);
+      to[2 * p + 1] = load(b.at + p * b.row + LANES);
+    }
+    return;
+  }
+  int64_t p = 0;
+  if (columns == COLUMNS && b.row == 1) {
+    for (; p + LANES <= depth; p += LANES) {
+      for (int half = 0; half < 2; half++) {
+        vec x[LANES];
+        for (int j = 0; j < LANES; j++)
+          x[j] = load(b.at + p + (half * LANES + j) * b.column);
+        transpose(x);
+        for (int j = 0; j < LANES; j++) to[2 * (p + j) + half] = x[j];
+      }
+    }
+  }
+  for (; p < depth; p++)
+    for (int64_t j = 0; j < COLUMNS; j++)
+      out[p * COLUMNS + j] = j < columns ? b.at[p * b.row + j * b.column] : 0;
+}
+
+// C [m, n] = A [m, k] B [k, n], or C += where `add`.
+static void multiply(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float *c,
+                     int64_t c_row, int add) {
+  static _Thread_local vec panel[2 * DEPTH];
+  const int64_t panels = (m + ROWS - 1) / ROWS, depths = (k + DEPTH - 1) / DEPTH;
+  const int transposed = a.row == 1 && a.column != 1;
+  const int64_t stride = transposed ? a.column : a.row;
+  for (int64_t j = 0; j < n; j += COLUMNS) {
+    const int64_t columns = n - j < COLUMNS ? n - j : COLUMNS;
+    for (int64_t s = 0; s < depths; s++) {
+      const int64_t p = k * s / depths, depth = k * (s + 1) / depths - p;
+      pack((Matrix){b.at + p * b.row + j * b.column, b.row, b.column}, depth, columns,
+           panel);
+      for (int64_t q = 0; q < panels; q++) {
+        const int64_t i = m * q / panels;
+        const int rows = m * (q + 1) / panels - i;
+        (transposed ? tile_in_columns : tile_in_rows)(
+            rows, depth, a.at + i * a.row + p * a.column, stride, panel,
+            c + i * c_row + j, c_row, columns, add || s > 0);
+      }
+    }
+  }
+  if (k == 0 && !add)
+    for (int64_t i = 0; i < m; i++) memset(c + i * c_row, 0, n * sizeof(float));
+}
+
+// ---- Work for several threads -----------------------------------------------------
+//
+// Threads of XLA's own pool take jobs by a counter, and so does the calling thread: it
+// waits for jobs that were begun, never for a thread, so calls from inside of the pool
+// cannot lock each other out. Which thread does a job changes no result.
+
+typedef struct {
+  void (*run)(void *of, int64_t job);
+  void *of;
+  int64_t jobs;
+  atomic_llong next, holders;
+  int64_t done;
+  pthread_mutex_t lock;
+  pthread_cond_t all_done;
+} Work;
+
+static void release(Work *work) {
+  if (atomic_fetch_sub(&work->holders, 1) > 1) return;
+  pthread_mutex_destroy(&work->lock);
+  pthread_cond_destroy(&work->all_done);
+  free(work);
+}
+
+static void take_jobs(Work *work) {
+  int64_t done = 0;
+  for (int64_t i; (i = atomic_fetch_add(&work->next, 1)) < work->jobs; done++)
+    work->run(work->of, i);
+  if (!done) return;
+  pthread_mutex_lock(&work->lock);
+  work->done += done;
+  if (work->done == work->jobs) pthread_cond_signal(&work->all_done);
+  pthread_mutex_unlock(&work->lock);
+}
+
+static void help(void *data) {
+  take_jobs(data);
+  release(data);
+}
+
+static void drop(const XLA_FFI_Api *api, XLA_FFI_Error *error) {
+  XLA_FFI_Error_Destroy_Args args = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, 0, error};
+  if (error) api->XLA_FFI_Error_Destroy(&args);
+}
+
+static void in_parallel(XLA_FFI_CallFrame *frame, int64_t jobs,
+                        void (*run)(void *of, int64_t job), void *of) {
+  int64_t threads = 1;
+  XLA_FFI_ThreadPool_NumThreads_Args count = {
+      XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, 0, frame->ctx, &threads};
+  drop(frame->api, frame->api->XLA_FFI_ThreadPool_NumThreads(&count));
+  Work *work = threads > 1 && jobs > 1 ? malloc(sizeof *work) : 0;
+  if (!work) {
+    for (int64_t i = 0; i < jobs; i++) run(of, i);
+    return;
+  }
+  *work = (Work){.run = run, .of = of, .jobs = jobs};
+  pthread_mutex_init(&work->lock, 0);
+  pthread_cond_init(&work->all_done, 0);
+  const int64_t helpers = (threads < jobs ? threads : jobs) - 1;
+  atomic_store(&work->holders, helpers + 1);
+  for (int64_t i = 0; i < helpers; i++) {
+    XLA_FFI_ThreadPool_Schedule_Args task = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE,
+                                             0, frame->ctx, help, work};
+    XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&task);
+    if (error) release(work);
+    drop(frame->api, error);
+  }
+  take_jobs(work);
+  pthread_mutex_lock(&work->lock);
+  while (work->done < work->jobs) pthread_cond_wait(&work->all_done, &work->lock);
+  pthread_mutex_unlock(&work->lock);
+  release(work);
+}
+
+// ---- Rows of experts, cut into pieces -----------------------------------------------
+//
+// An expert with more than 1 / `most` of the rows is cut, so that a few large experts keep
+// all threads busy too. The cuts depend on the routing alone. A piece that is not its
+// expert's first sums weight gradients into a `part` of its own, added at the end: these
+// are fewer than `most`, since each stands for more than N / most rows.
+
+typedef struct {
+  int64_t group, begin, end;
+  int64_t part;  // -1: the group's own sum
+} Piece;
+
+// What `Experts` and `Products` begin with.
+typedef struct {
+  const int32_t *bounds;  // group g has the rows bounds[g] to bounds[g + 1] - 1
+  int64_t groups, rows;
+  Piece *piece;
+  int64_t count;
+  atomic_int failed;  // out of memory
+} Groups;
+
+static int cut(Groups *s, int64_t most) {
+  const int64_t largest = s->rows / most + 1 > BLOCK ? s->rows / most + 1 : BLOCK;
+  int64_t part = 0;
+  s->piece = malloc((s->groups + most) * sizeof(Piece));
+  for (int64_t g = 0; s->piece && g < s->groups; g++) {
+    const int64_t size = s->bounds[g + 1] - s->bounds[g];
+    const int64_t pieces = size > largest ? (size + largest - 1) / largest : 1;
+    for (int64_t i = 0; i < pieces; i++)
+      s->piece[s->count++] = (Piece){g, s->bounds[g] + size * i / pieces,
+                                     s->bounds[g] + size * (i + 1) / pieces,
+                                     i == 0 ? -1 : part++};
+  }
+  return s->piece != 0;
+}
+
+static float *scratch(Groups *s, int64_t floats) {
+  float *out = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+  if (!out) atomic_store(&s->failed, 1);
+  return out;
+}
+
+// Phases after the pieces run over SHARES equal shares of the tokens, or of an array.
+enum { SHARES = 16 };
+
+static void add_to(float *to, const float *from, int64_t count) {
+  for (int64_t i = 0; i < count; i++) to[i] += from[i];
+}
+
+// Adds a share of every part to its expert's entry, of `size`, in `sum`.
+static void add_parts(const Groups *s, const float *parts, int64_t part_size,
+                      float *sum, int64_t size, int64_t share) {
+  const int64_t begin = size * share / SHARES, end = size * (share + 1) / SHARES;
+  for (int64_t i = 0; i < s->count; i++) {
+    const Piece piece = s->piece[i];
+    if (piece.part >= 0)
+      add_to(sum + piece.group * size + begin, parts + piece.part * part_size + begin,
+             end - begin);
+  }
+}
+
+// ---- Activations ------------------------------------------------------------------
+
+INLINE vec choose(ints mask, vec a, vec b) { return (vec)((mask & (ints)a) | (~mask & (ints)b)); }
+
+// Within 2 units in the last place where neither result nor argument is extreme.
+INLINE vec exponential(vec x) {
+  x = choose(x > splat(88.0f), splat(88.0f), x);  // what is NaN stays NaN
+  x = choose(x < splat(-87.0f), splat(-87.0f), x);
+  const vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vec n = (x * splat(1.44269504f) + shift) - shift;
+  const vec r = (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
+  vec y = splat(1.9875691500e-4f);
+  y = y * r + splat(1.3981999507e-3f);
+  y = y * r + splat(8.3334519073e-3f);
+  y = y * r + splat(4.1665795894e-2f);
+  y = y * r + splat(1.6666665459e-1f);
+  y = y * r + splat(5.0000001201e-1f);
+  y = y * r * r + r + splat(1.0f);
+  const ints power = (__builtin_convertvector(n, ints) + 127) << 23;
+  return y * (vec)power;
+}
+
+INLINE vec sigmoid(vec x) { return splat(1.0f) / (splat(1.0f) + exponential(-x)); }
+
+INLINE vec normal_cdf(vec x) {
+  for (int i = 0; i < LANES; i++) x[i] = 0.5f * (1 + erff(x[i] * 0.70710678f));
+  return x;
+}
+
+typedef enum { SILU, GELU, CLAMPED } Activation;  // as ACTIVATIONS are ordered
+
+typedef struct {
+  vec h, d_gate, d_up;  // value, and its derivatives
+} Unit;
+
+INLINE Unit unit(Activation which, vec gate, vec up) {
+  const vec one = splat(1.0f);
+  if (which == SILU) {
+    const vec s = sigmoid(gate), silu = gate * s;
+    return (Unit){silu * up, up * (s + silu * (one - s)), silu};
+  }
+  if (which == GELU) {
+    const vec cdf = normal_cdf(gate);
+    const vec density = splat(0.39894228f) * exponential(splat(-0.5f) * gate * gate);
+    return (Unit){gate * cdf * up, up * (cdf + gate * density), gate * cdf};
+  }
+  const vec limit = splat(7.0f), slope = splat(1.702f), zero = {};
+  const vec g = choose(gate > limit, limit, gate);
+  const vec u = choose(up > limit, limit, choose(up < -limit, -limit, up));
+  const vec s = sigmoid(slope * g);
+  return (Unit){g * s * (u + one),
+                choose(gate > limit, zero, (u + one) * (s + slope * g * s * (one - s))),
+                choose((up > limit) | (up < -limit), zero, g * s)};
+}
+
+// Vectors of a row's last, partial group of lanes go by way of these.
+INLINE vec load_some(const float *from, int64_t lanes) {
+  if (lanes >= LANES) return load(from);
+  vec x = {};
+  memcpy(&x, from, lanes * sizeof(float));
+  return x;
+}
+
+INLINE void store_some(float *to, vec x, int64_t lanes) {
+  if (lanes >= LANES)
+    store(to, x);
+  else
+    memcpy(to, &x, lanes * sizeof(float));
+}
+
+// h [F] of one row.
+INLINE void activate_as(Activation which, const float *a, int64_t F, float *h) {
+  for (int64_t f = 0; f < F; f += LANES)
+    store_some(h + f,
+               unit(which, load_some(a + f, F - f), load_some(a + F + f, F - f)).h, F - f);
+}
+
+// Of one row: dh becomes weight * h, da is written, and dh . h is returned.
+INLINE float pull_as(Activation which, const float *a, float weight, int64_t F, float *dh,
+                     float *da) {
+  vec sum = {};
+  for (int64_t f = 0; f < F; f += LANES) {
+    const int64_t lanes = F - f;
+    const Unit u = unit(which, load_some(a + f, lanes), load_some(a + F + f, lanes));
+    const vec d = load_some(dh + f, lanes), weighted = splat(weight) * d;
+    sum += d * u.h;
+    store_some(dh + f, splat(weight) * u.h, lanes);
+    store_some(da + f, weighted * u.d_gate, lanes);
+    store_some(da + F + f, weighted * u.d_up, lanes);
+  }
+  float total = 0;
+  for (int i = 0; i < LANES; i++) total += sum[i];
+  return total;
+}
+
+static void activate(Activation which, const float *a, int64_t F, float *h) {
+  if (which == SILU) activate_as(SILU, a, F, h);
+  if (which == GELU) activate_as(GELU, a, F, h);
+  if (which == CLAMPED) activate_as(CLAMPED, a, F, h);
+}
+
+static float pull(Activation which, const float *a, float weight, int64_t F, float *dh,
+                  float *da) {
+  if (which == SILU) return pull_as(SILU, a, weight, F, dh, da);
+  if (which == GELU) return pull_as(GELU, a, weight, F, dh, da);
+  return pull_as(CLAMPED, a, weight, F, dh, da);
+}
+
+// Rows of scratch lie a little apart: whole powers of two would share cache sets.
+INLINE int64_t apart(int64_t width) { return (width + 15) / 16 * 16 + 16; }
+
+// ---- Whole experts ----------------------------------------------------------------
+
+typedef struct {
+  Groups of;  // the experts' rows
+  int64_t T, K, D, F;
+  Activation activation;
+  const float *a, *x, *w_in, *w_out, *gate, *dy;
+  const int32_t *order, *row;  // order [N]: slots; row [T, K]: their rows
+  float *y, *y_row, *kept;              // forward; kept is a [N, C] or null
+  float *dx, *dw_in, *dw_out, *dgate, *dx_row, *parts;  // backward
+} Experts;
+
+static void gather(const Experts *s, const float *from, int64_t begin, int64_t rows,
+                   float *to) {
+  const int64_t D = s->D, stride = apart(D);
+  for (int64_t i = 0; i < rows; i++)
+    memcpy(to + i * stride, from + s->order[begin + i] / s->K * D, D * sizeof(float));
+}
+
+static void forward_piece(void *of, int64_t job) {
+  Experts *s = of;
+  const Piece piece = s->of.piece[job];
+  const int64_t D = s->D, F = s->F, C = 2 * F, x_row = apart(D), h_row = apart(F);
+  if (piece.begin == piece.end) return;
+  float *x = scratch(&s->of, BLOCK * (x_row + h_row + (s->kept ? 0 : C)));
+  if (!x) return;
+  float *h = x + BLOCK * x_row, *spare = h + BLOCK * h_row;
+  for (int64_t begin = piece.begin; begin < piece.end; begin += BLOCK) {
+    const int64_t rows = piece.end - begin < BLOCK ? piece.end - begin : BLOCK;
+    float *a = s->kept ? s->kept + begin * C : spare;
+    gather(s, s->x, begin, rows, x);
+    multiply(rows, C, D, (Matrix){x, x_row, 1},
+             (Matrix){s->w_in + piece.group * D * C, C, 1}, a, C, 0);
+    for (int64_t i = 0; i < rows; i++) activate(s->activation, a + i * C, F, h + i * h_row);
+    multiply(rows, D, F, (Matrix){h, h_row, 1},
+             (Matrix){s->w_out + piece.group * F * D, D, 1}, s->y_row + begin * D, D, 0);
+  }
+  free(x);
+}
+
+static void backward_piece(void *of, int64_t job) {
+  Experts *s = of;
+  const Piece piece = s->of.piece[job];
+  const int64_t D = s->D, F = s->F, C = 2 * F, e = piece.group;
+  const int64_t x_row = apart(D), h_row = apart(F), a_row = apart(C);
+  float *part = s->parts + piece.part * 3 * D * F;
+  float *dw_in = piece.part < 0 ? s->dw_in + e * D * C : part;
+  float *dw_out = piece.part < 0 ? s->dw_out + e * F * D : part + D * C;
+  if (piece.begin == piece.end) {
+    memset(dw_in, 0, D * C * sizeof(float));
+    memset(dw_out, 0, F * D * sizeof(float));
+    return;
+  }
+  float *x = scratch(&s->of, BLOCK * (2 * x_row + h_row + a_row));
+  if (!x) return;
+  float *dy = x + BLOCK * x_row, *dh = dy + BLOCK * x_row, *da = dh + BLOCK * h_row;
+  for (int64_t begin = piece.begin; begin < piece.end; begin += BLOCK) {
+    const int64_t rows = piece.end - begin < BLOCK ? piece.end - begin : BLOCK;
+    const int add = begin > piece.begin;
+    gather(s, s->x, begin, rows, x);
+    gather(s, s->dy, begin, rows, dy);
+    multiply(rows, F, D, (Matrix){dy, x_row, 1}, (Matrix){s->w_out + e * F * D, 1, D}, dh,
+             h_row, 0);
+    for (int64_t i = 0; i < rows; i++) {
+      const int32_t slot = s->order[begin + i];
+      s->dgate[slot] = pull(s->activation, s->a + (begin + i) * C, s->gate[slot], F,
+                            dh + i * h_row, da + i * a_row);
+    }
+    multiply(rows, D, C, (Matrix){da, a_row, 1}, (Matrix){s->w_in + e * D * C, 1, C},
+             s->dx_row + begin * D, D, 0);
+    multiply(D, C, rows, (Matrix){x, 1, x_row}, (Matrix){da, a_row, 1}, dw_in, C, add);
+    multiply(F, D, rows, (Matrix){dh, 1, h_row}, (Matrix){dy, x_row, 1}, dw_out, D, add);
+  }
+  free(x);
+}
+
+static void combine_share(void *of, int64_t job) {
+  Experts *s = of;
+  const int32_t end = s->of.bounds[s->of.groups];
+  for (int64_t t = s->T * job / SHARES; t < s->T * (job + 1) / SHARES; t++) {
+    float *y = s->y + t * s->D;
+    memset(y, 0, s->D * sizeof(float));
+    for (int64_t slot = t * s->K; slot < (t + 1) * s->K; slot++) {
+      if (s->row[slot] >= end) continue;
+      const float weight = s->gate[slot], *from = s->y_row + s->row[slot] * s->D;
+      for (int64_t i = 0; i < s->D; i++) y[i] += weight * from[i];
+    }
+  }
+}
+
+static void collect_share(void *of, int64_t job) {
+  Experts *s = of;
+  const int32_t end = s->of.bounds[s->of.groups];
+  for (int64_t t = s->T * job / SHARES; t < s->T * (job + 1) / SHARES; t++) {
+    float *dx = s->dx + t * s->D;
+    memset(dx, 0, s->D * sizeof(float));
+    for (int64_t slot = t * s->K; slot < (t + 1) * s->K; slot++) {
+      if (s->row[slot] < end)
+        add_to(dx, s->dx_row + s->row[slot] * s->D, s->D);
+      else
+        s->dgate[slot] = 0;
+    }
+  }
+  const int64_t in = 2 * s->D * s->F, out = s->D * s->F;
+  add_parts(&s->of, s->parts, in + out, s->dw_in, in, job);
+  add_parts(&s->of, s->parts + in, in + out, s->dw_out, out, job);
+}
+
+// ---- Grouped matmuls ----------------------------------------------------------------
+
+typedef struct {
+  Groups of;
+  int64_t K, N;
+  int transposed;  // rhs is [G, N, K]
+  const float *lhs, *rhs;
+  float *out, *parts;
+} Products;
+
+// Copies rows of `width` to where they lie apart.
+static void spread(const float *from, int64_t width, int64_t rows, float *to) {
+  for (int64_t i = 0; i < rows; i++)
+    memcpy(to + i * apart(width), from + i * width, width * sizeof(float));
+}
+
+static void product_piece(void *of, int64_t job) {
+  Products *s = of;
+  const Piece piece = s->of.piece[job];
+  const int64_t K = s->K, N = s->N;
+  if (piece.begin == piece.end) return;
+  float *lhs = scratch(&s->of, BLOCK * apart(K));
+  if (!lhs) return;
+  for (int64_t begin = piece.begin; begin < piece.end; begin += BLOCK) {
+    const int64_t rows = piece.end - begin < BLOCK ? piece.end - begin : BLOCK;
+    spread(s->lhs + begin * K, K, rows, lhs);
+    const float *rhs = s->rhs + piece.group * K * N;
+    multiply(rows, N, K, (Matrix){lhs, apart(K), 1},
+             s->transposed ? (Matrix){rhs, 1, K} : (Matrix){rhs, N, 1},
+             s->out + begin * N, N, 0);
+  }
+  free(lhs);
+}
+
+// Zeros in rows of no group.
+static void product_share(void *of, int64_t job) {
+  Products *s = of;
+  const int32_t first = s->of.bounds[0], last = s->of.bounds[s->of.groups];
+  const int64_t M = s->of.rows;
+  for (int64_t i = M * job / SHARES; i < M * (job + 1) / SHARES; i++)
+    if (i < first || i >= last)
+      memset(s->out + i * s->N, 0, s->N * sizeof(float));
+}
+
+// lhs [M, K], rhs [M, N] -> [G, K, N].
+static void weight_piece(void *of, int64_t job) {
+  Products *s = of;
+  const Piece piece = s->of.piece[job];
+  const int64_t K = s->K, N = s->N;
+  float *to = piece.part < 0 ? s->out + piece.group * K * N : s->parts + piece.part * K * N;
+  if (piece.begin == piece.end) {
+    memset(to, 0, K * N * sizeof(float));
+    return;
+  }
+  float *lhs = scratch(&s->of, BLOCK * (apart(K) + apart(N)));
+  if (!lhs) return;
+  float *rhs = lhs + BLOCK * apart(K);
+  for (int64_t begin = piece.begin; begin < piece.end; begin += BLOCK) {
+    const int64_t rows = piece.end - begin < BLOCK ? piece.end - begin : BLOCK;
+    spread(s->lhs + begin * K, K, rows, lhs);
+    spread(s->rhs + begin * N, N, rows, rhs);
+    multiply(K, N, rows, (Matrix){lhs, 1, apart(K)}, (Matrix){rhs, apart(N), 1}, to, N,
+             begin > piece.begin);
+  }
+  free(lhs);
+}
+
+static void weight_share(void *of, int64_t job) {
+  Products *s = of;
+  const int64_t size = s->K * s->N;
+  add_parts(&s->of, s->parts, size, s->out, size, job);
+}
+
+// ---- XLA ---------------------------------------------------------------------------
+
+// What XLA asks a handler before it is called: the version it was built for.
+static int is_question(XLA_FFI_CallFrame *frame) {
+  XLA_FFI_Extension_Base *extension = frame->extension_start;
+  if (!extension || extension->type != XLA_FFI_Extension_Metadata) return 0;
+  XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
+  metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+  metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+  metadata->traits = 0;
+  return 1;
+}
+
+INLINE XLA_FFI_Buffer *argument(XLA_FFI_CallFrame *frame, int i) {
+  return frame->args.args[i];
+}
+
+INLINE void *in(XLA_FFI_CallFrame *frame, int i) { return argument(frame, i)->data; }
+
+INLINE void *out(XLA_FFI_CallFrame *frame, int i) {
+  return ((XLA_FFI_Buffer *)frame->rets.rets[i])->data;
+}
+
+// An attribute, int32.
+static int32_t attribute(XLA_FFI_CallFrame *frame, const char *name) {
+  for (int64_t i = 0; i < frame->attrs.size; i++) {
+    const XLA_FFI_ByteSpan *span = frame->attrs.names[i];
+    if (span->len == strlen(name) && !memcmp(span->ptr, name, span->len))
+      return *(int32_t *)((XLA_FFI_Scalar *)frame->attrs.attrs[i])->value;
+  }
+  return 0;
+}
+
+static XLA_FFI_Error *out_of_memory(XLA_FFI_CallFrame *frame) {
+  XLA_FFI_Error_Create_Args args = {
+      XLA_FFI_Error_Create_Args_STRUCT_SIZE, 0,
+      "grouped experts: no memory for the rows of a block",
+      XLA_FFI_Error_Code_RESOURCE_EXHAUSTED};
+  return frame->api->XLA_FFI_Error_Create(&args);
+}
+
+// Arguments `first` on: x [T, D], w_in [E, D, C], w_out [E, F, D], gate [T, K],
+// order [N], bounds [E + 1], row [T, K].
+static Experts experts_of(XLA_FFI_CallFrame *frame, int first) {
+  const int64_t *x = argument(frame, first)->dims;
+  const int64_t *w_out = argument(frame, first + 2)->dims;
+  return (Experts){
+      .of = {.bounds = in(frame, first + 5),
+             .groups = w_out[0],
+             .rows = argument(frame, first + 4)->dims[0]},
+      .T = x[0],
+      .D = x[1],
+      .F = w_out[1],
+      .K = argument(frame, first + 3)->dims[1],
+      .activation = attribute(frame, "activation"),
+      .x = in(frame, first),
+      .w_in = in(frame, first + 1),
+      .w_out = in(frame, first + 2),
+      .gate = in(frame, first + 3),
+      .order = in(frame, first + 4),
+      .row = in(frame, first + 6),
+  };
+}
+
+// Runs `piece` over all pieces and then `share` over all shares, on what `s` begins.
+static XLA_FFI_Error *run(XLA_FFI_CallFrame *frame, Groups *s,
+                          void (*piece)(void *, int64_t), void (*share)(void *, int64_t)) {
+  if (!cut(s, attribute(frame, "most"))) return out_of_memory(frame);
+  in_parallel(frame, s->count, piece, s);
+  in_parallel(frame, SHARES, share, s);
+  free(s->piece);
+  return s->failed ? out_of_memory(frame) : 0;
+}
+
+// -> y [T, D], rows of y [N, D] (scratch), and pre-activations [N, C] if wanted.
+XLA_FFI_Error *moex_experts_forward(XLA_FFI_CallFrame *frame) {
+  if (is_question(frame)) return 0;
+  Experts s = experts_of(frame, 0);
+  s.y = out(frame, 0);
+  s.y_row = out(frame, 1);
+  s.kept = frame->rets.size > 2 ? out(frame, 2) : 0;
+  return run(frame, &s.of, forward_piece, combine_share);
+}
+
+// Pre-activations before the rest, dy [T, D] after it -> dx [T, D], dw_in, dw_out,
+// dgate [T, K], rows of dx [N, D] and parts [most, 3 D F] (scratch).
+XLA_FFI_Error *moex_experts_backward(XLA_FFI_CallFrame *frame) {
+  if (is_question(frame)) return 0;
+  Experts s = experts_of(frame, 1);
+  s.a = in(frame, 0);
+  s.dy = in(frame, 8);
+  s.dx = out(frame, 0);
+  s.dw_in = out(frame, 1);
+  s.dw_out = out(frame, 2);
+  s.dgate = out(frame, 3);
+  s.dx_row = out(frame, 4);
+  s.parts = out(frame, 5);
+  return run(frame, &s.of, backward_piece, collect_share);
+}
+
+// lhs [M, K], rhs [G, K, N] or [G, N, K], bounds [G + 1] -> [M, N].
+XLA_FFI_Error *moex_product(XLA_FFI_CallFrame *frame) {
+  if (is_question(frame)) return 0;
+  const int64_t *lhs = argument(frame, 0)->dims, *rhs = argument(frame, 1)->dims;
+  const int transposed = attribute(frame, "transposed");
+  Products s = {
+      .of = {.bounds = in(frame, 2), .groups = rhs[0], .rows = lhs[0]},
+      .K = lhs[1],
+      .N = rhs[transposed ? 1 : 2],
+      .transposed = transposed,
+      .lhs = in(frame, 0),
+      .rhs = in(frame, 1),
+      .out = out(frame, 0),
+  };
+  return run(frame, &s.of, product_piece, product_share);
+}
+
+// lhs [M, K], rhs [M, N], bounds [G + 1] -> [G, K, N] and parts [most, K, N] (scratch).
+XLA_FFI_Error *moex_weight_product(XLA_FFI_CallFrame *frame) {
+  if (is_question(frame)) return 0;
+  const int64_t *lhs = argument(frame, 0)->dims, *rhs = argument(frame, 1)->dims;
+  Products s = {
+      .of = {.bounds = in(frame, 2),
+             .groups = argument(frame, 2)->dims[0] - 1,
+             .rows = lhs[0]},
+      .K = lhs[1],
+      .N = rhs[1],
+      .lhs = in(frame, 0),
+      .rhs = in(frame, 1),
+      .out = out(frame, 0),
+      .parts = out(frame, 1),
+  };
+  return run(frame, &s.of, weight_piece, weight_share);
+}

@@ -1,0 +1,113 @@
+"""Compiles experts.c once per machine and registers its functions with XLA.
+
+The compiler is $CC, cc, gcc or clang; or `zig cc` of the package ziglang (the extra
+`native`), for machines that have Python and no compiler.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import jax
+import numpy as np
+
+SOURCE = pathlib.Path(__file__).with_name("experts.c")
+FUNCTIONS = (
+    "moex_experts_forward",
+    "moex_experts_backward",
+    "moex_product",
+    "moex_weight_product",
+)
+FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
+LIBRARIES = ("-lm", "-lpthread")
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why the functions are not there; None once they are registered with XLA."""
+    if os.name != "posix":
+        return f"it is compiled on Linux and macOS, and this is {platform.system()}"
+    compiler = find_compiler()
+    if compiler is None:
+        return (
+            "it needs a C compiler: $CC, cc, gcc, clang, or pip install ziglang (the "
+            "extra `native` of moex)"
+        )
+    try:
+        path = _compile(compiler)
+        library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        first = next((line for line in said.splitlines() if "error" in line), said)
+        return f"{' '.join(compiler)} could not compile {SOURCE.name}: {first.strip()}"
+    for name in FUNCTIONS:
+        capsule = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    return None
+
+
+def find_compiler() -> tuple[str, ...] | None:
+    """The beginning of its command line; None if there is none."""
+    if os.environ.get("CC"):
+        return tuple(shlex.split(os.environ["CC"]))
+    for name in ("cc", "gcc", "clang"):
+        if path := shutil.which(name):
+            return (path,)
+    if importlib.util.find_spec("ziglang"):
+        return (sys.executable, "-m", "ziglang", "cc")
+    return None
+
+
+def _compile(compiler) -> pathlib.Path:
+    """The path of the compiled library; from the cache if it is there."""
+    march = "-march" if platform.machine() in ("x86_64", "AMD64") else "-mcpu"
+    command = [*compiler, *FLAGS, f"{march}=native", f"-I{jax.ffi.include_dir()}"]
+    name = hashlib.sha256(repr((command, _processor(), jax.__version__)).encode())
+    name.update(SOURCE.read_bytes())
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    path = folder / "moex" / f"experts-{name.hexdigest()[:24]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Another process may compile at the same time: the last one's file stays.
+        with tempfile.TemporaryDirectory(dir=path.parent) as work:
+            made = pathlib.Path(work, path.name)
+            command += ["-o", str(made), str(SOURCE), *LIBRARIES]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            made.replace(path)
+    return path
+
+
+def call(name, shapes, inputs, **attributes):
+    """The results, float32 of `shapes`, of one of FUNCTIONS.
+
+    Args:
+      attributes: ints; `most`, how many pieces rows are cut into, comes from here.
+    """
+    results = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    attributes = {k: np.int32(v) for k, v in attributes.items()}
+    run = jax.ffi.ffi_call(name, results, vmap_method="sequential")
+    return run(*inputs, most=np.int32(most_pieces()), **attributes)
+
+
+def most_pieces() -> int:
+    """Pieces that the rows of few experts are cut into: two for each core."""
+    return min(max(4, 2 * (os.cpu_count() or 1)), 32)
+
+
+def _processor() -> str:
+    """What -march=native may depend on: a home folder can be shared by machines."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "Features")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
