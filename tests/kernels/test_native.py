@@ -6,6 +6,7 @@ Legend: T tokens, K slots per token, D model width, F expert hidden width, E exp
 """
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -15,12 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import grouped_glu, grouped_matmul, make_plan
-from kernels_pallas.device import platform
+from kernels_pallas import device, grouped_glu, grouped_matmul, make_plan
 from kernels_pallas.native import library
 
 pytestmark = pytest.mark.skipif(
-    platform() != "cpu" or library.find_compiler() is None, reason="no C compiler"
+    device.platform() != "cpu" or library.find_compiler() is None, reason="no C compiler"
 )
 
 # Rows in blocks of 256, sums over 256 at a time, columns by 32 on AVX-512.
@@ -123,6 +123,30 @@ def test_it_is_compiled_once(tmp_path):
     # Other code is another library.
     other = in_a_process(ASK, XDG_CACHE_HOME=str(tmp_path), CC="cc -DOTHER")
     assert other.stdout == "None\n" and len([*(tmp_path / "moex").iterdir()]) == 2
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86")
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx -mno-avx2 -mno-avx512f"])
+def test_narrower_vectors(tmp_path, flags):
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from kernels_pallas import grouped_glu, make_plan
+rng = np.random.default_rng(0)
+T, K, D, F, E = 90, 2, 45, 37, 3
+sizes = ((T, D), (E, D, 2, F), (E, F, D))
+arrays = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in sizes]
+arrays.append(jnp.asarray(rng.random((T, K)), jnp.float32))
+expert = jnp.asarray([rng.permutation(E)[:K] for _ in range(T)])
+plan = make_plan(expert, rng.random((T, K)) < 0.9, E)
+def loss(arrays, name):
+    return jnp.sum(grouped_glu(*arrays, plan, implementation=name) ** 2)
+pull = jax.jit(jax.grad(loss), static_argnums=1)
+for a, b in zip(pull(arrays, "native"), pull(arrays, "reference")):
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0)
+print("equal")
+"""
+    done = in_a_process(code, XDG_CACHE_HOME=str(tmp_path), CC=f"cc {flags}")
+    assert done.stdout == "equal\n", done
 
 
 @pytest.mark.parametrize(
