@@ -20,6 +20,7 @@ from moex.config import Config, require, require_choice
 from moex.nn.attention_blocks import FLOOR, attend_in_blocks, visible
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
+from moex.nn.project import in_c, project
 from moex.nn.rope import Scaling, rotary
 from moex.sharding import constrain, partition_spec
 
@@ -158,19 +159,18 @@ class AttentionLayer(nnx.Module):
         self.bias_out_D = _zeros(rngs, (dim,), ("embed",), cfg.bias)
         self.sink_GR = _zeros(rngs, (G, R), ("heads", None), cfg.sinks)
 
-    def _project(self, x_BLD):
+    def _project(self, x_BLD, ctx):
         """Queries [B, L, H, A], keys and values [B, L, G, A], not rotated."""
         dtype = x_BLD.dtype
         B, L, _ = x_BLD.shape
         _, G, R, A = self.w_q_DGRA[...].shape
-        q = jnp.einsum("bld,dgra->blgra", x_BLD, self.w_q_DGRA[...].astype(dtype))
-        kv = jnp.einsum("bld,dcga->blcga", x_BLD, self.w_kv_D2GA[...].astype(dtype))
+        q = project(x_BLD, self.w_q_DGRA[...].astype(dtype), ctx)
+        k, v = self._keys_and_values(x_BLD, ctx)
         if self.bias_q_GRA is not None and self.bias_kv_2GA is not None:
             q += self.bias_q_GRA[...].astype(dtype)[None, None]
-            kv += self.bias_kv_2GA[...].astype(dtype)[None, None]
+            bias_k, bias_v = self.bias_kv_2GA[...].astype(dtype)[:, None, None]
+            k, v = k + bias_k, v + bias_v
         q_BLHA = constrain(q.reshape(B, L, G * R, A), "batch", "length", "heads", None)
-        # A split, whose gradient is one concatenation; that of slices is padding twice.
-        k, v = (jnp.squeeze(part, 2) for part in jnp.split(kv, 2, axis=2))
         if self.norm_q is not None and self.norm_k is not None:
             if self.whole_norm:
                 q_BLHA = self.norm_q(q_BLHA.reshape(B, L, -1)).reshape(q_BLHA.shape)
@@ -181,12 +181,23 @@ class AttentionLayer(nnx.Module):
             q_BLHA, k, v = (jnp.clip(a, -self.clip, self.clip) for a in (q_BLHA, k, v))
         return q_BLHA, k, v
 
+    def _keys_and_values(self, x_BLD, ctx):
+        """Keys and values [B, L, G, A], without biases."""
+        w_D2GA = self.w_kv_D2GA[...].astype(x_BLD.dtype)
+        # Splits, whose gradient is one concatenation; that of slices is padding twice.
+        # On a CPU of the weights, which are smaller than what they give.
+        if platform() == "cpu":
+            w_k, w_v = (jnp.squeeze(w, 1) for w in jnp.split(w_D2GA, 2, axis=1))
+            return project(x_BLD, w_k, ctx), project(x_BLD, w_v, ctx)
+        kv = project(x_BLD, w_D2GA, ctx)
+        return tuple(jnp.squeeze(part, 2) for part in jnp.split(kv, 2, axis=2))
+
     def __call__(self, x_BLD, ctx, cache):
         """Returns `(y_BLD, cache)`; `cache` is None outside decoding."""
         dtype = x_BLD.dtype
         B, L, _ = x_BLD.shape
         _, G, R, A = self.w_q_DGRA[...].shape
-        q_BLHA, k, v = self._project(x_BLD)
+        q_BLHA, k, v = self._project(x_BLD, ctx)
         q_BLHA = rotary(q_BLHA, ctx.position_BL, *self.rope)
         k = rotary(k, ctx.position_BL, *self.rope)
         # Where sequences are split every device needs all keys of its rows.
@@ -205,9 +216,10 @@ class AttentionLayer(nnx.Module):
             implementation=name,
             window=self.window,
             sink_H=sink_H,
+            in_c=in_c(dtype, ctx.kernels),
         )
         y = y_BLHA.reshape(B, L, G, R, A)
-        y = jnp.einsum("blgra,grad->bld", y, self.w_out_GRAD[...].astype(dtype))
+        y = project(y, self.w_out_GRAD[...].astype(dtype), ctx, contract=3)
         if self.bias_out_D is not None:
             y += self.bias_out_D[...].astype(dtype)[None, None]
         return y, cache
@@ -289,6 +301,7 @@ def attend(
     scale=None,
     window=None,
     sink_H=None,
+    in_c=False,
 ):
     """Exact softmax attention within segments, not to later positions.
 
@@ -299,7 +312,8 @@ def attend(
       positions: int32 (queries [B, L], keys [B, S]) inside the segments. "blocks" and
         "splash" take queries and keys of the same rows, with positions that rise along
         the row inside a segment.
-      implementation: one of `IMPLEMENTATIONS`; the rest is for "einsum" only.
+      implementation: one of `IMPLEMENTATIONS`; the rest is for "einsum" only, but
+      in_c: of "blocks": whether its products are computed in C; see `project.in_c`.
       scale: factor on the scores; None: A^-0.5.
       window: keys that a query sees, its own included; None: all before it.
       sink_H: logit of each head that takes weight and gives no value; None: none.
@@ -311,7 +325,8 @@ def attend(
     if implementation == "splash":
         return _splash(q_BLHA, k_BSGA, v_BSGA, segments)
     if implementation == "blocks":
-        return attend_in_blocks(q_BLHA, k_BSGA, v_BSGA, segments[0], positions[0])
+        rows = (segments[0], positions[0])
+        return attend_in_blocks(q_BLHA, k_BSGA, v_BSGA, *rows, in_c)
     mask_BLS = visible(segments, positions)
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(

@@ -11,6 +11,7 @@ from flax import nnx
 
 from moex.config import Config, require
 from moex.nn.param import param
+from moex.nn.project import project
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -50,6 +51,6 @@ class DenseLayer(nnx.Module):
     def __call__(self, x_BLD, ctx):
         dtype = x_BLD.dtype
         w_in = self.w_in_D2F[...].astype(dtype)
-        h_BL2F = jnp.einsum("...d,dgf->...gf", x_BLD, w_in)
+        h_BL2F = project(x_BLD, w_in, ctx)
         h_BLF = jax.nn.silu(h_BL2F[..., 0, :]) * h_BL2F[..., 1, :]
-        return h_BLF @ self.w_out_FD[...].astype(dtype), {}
+        return project(h_BLF, self.w_out_FD[...].astype(dtype), ctx), {}

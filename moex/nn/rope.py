@@ -6,6 +6,7 @@ B batch · L length · H heads · A head width
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -116,8 +117,32 @@ def rotary(x_BLHA, position_BL, theta, scaling=None, interleaved=False):
     sin, cos = jnp.sin(angle) * magnitude, jnp.cos(angle) * magnitude
     x32 = x_BLHA.astype(jnp.float32)
     if interleaved:
-        x1, x2 = x32[..., ::2], x32[..., 1::2]
-    else:
-        x1, x2 = jnp.split(x32, 2, axis=-1)
-    y = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+        x32 = jnp.concatenate([x32[..., ::2], x32[..., 1::2]], axis=-1)
+    cos = jnp.concatenate([cos, cos], axis=-1)
+    sin = jnp.concatenate([-sin, sin], axis=-1)
+    y = _turn(x32, cos, sin)
     return y.astype(x_BLHA.dtype)
+
+
+@jax.custom_vjp
+def _turn(x, cos, sin):
+    """Halves of rows turned; `sin` is negative in the first half.
+
+    Factors of whole rows, and halves that change places: to compute the halves apart and
+    to join them costs three times as much on a CPU. The gradient turns back in the same
+    way; left to itself it would join products.
+    """
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cos + jnp.concatenate([second, first], axis=-1) * sin
+
+
+def _turn_forward(x, cos, sin):
+    return _turn(x, cos, sin), (cos, sin)
+
+
+def _turn_backward(saved, dy):
+    cos, sin = saved
+    return _turn(dy, cos, -sin), None, None
+
+
+_turn.defvjp(_turn_forward, _turn_backward)

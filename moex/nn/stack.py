@@ -140,11 +140,24 @@ class SegmentStack(nnx.Module):
             return x_BLD, aux, cache
         # Not the scan's own `unroll`, which still stacks what the backward pass needs.
         outs = []
-        for i in range(repeat):
-            x_BLD, out = body(x_BLD, jax.tree.map(lambda a, i=i: a[i], layers))
+        for layer in _unstacked(layers, repeat):
+            x_BLD, out = body(x_BLD, layer)
             outs.append(out)
         aux, cache = jax.tree.map(lambda *a: jnp.stack(a), *outs)
         return x_BLD, aux, cache
+
+
+def _unstacked(layers, repeat) -> list:
+    """The layers' own arrays; by splits, whose gradients are one concatenation.
+
+    That of an index is padding of the whole size, once for each layer.
+    """
+    leaves, treedef = jax.tree.flatten(layers)
+    parts = [
+        [jnp.squeeze(part, 0) for part in jax.lax.split(leaf, (1,) * repeat)]
+        for leaf in leaves
+    ]
+    return [treedef.unflatten(own) for own in zip(*parts, strict=True)]
 
 
 def stack_readers(blocks) -> set[tuple]:
