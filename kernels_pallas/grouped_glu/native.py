@@ -5,7 +5,7 @@ width, C pre-activation columns (2F), E experts.
 """
 
 from kernels_pallas.activations import ACTIVATIONS
-from kernels_pallas.native.library import call, most_pieces
+from kernels_pallas.native.library import call, weight_pieces
 
 
 def forward(x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, save):
@@ -22,10 +22,12 @@ def forward(x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, save):
 def backward(a_NC, x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, dy_TD):
     """`(dx_TD, dw_in_EDC, dw_out_EFD, dgate_TK)`."""
     _, F, D = w_out_EFD.shape
+    pieces = weight_pieces()
     shapes = [x_TD.shape, w_in_EDC.shape, w_out_EFD.shape, gate_TK.shape]
-    shapes += [(plan.order_N.shape[0], D), (most_pieces(), 3 * D * F)]
+    shapes += [(plan.order_N.shape[0], D), (pieces, 3 * D * F)]
     inputs = (a_NC, x_TD, w_in_EDC, w_out_EFD, gate_TK, *_of(plan), dy_TD)
-    out = call("moex_experts_backward", shapes, inputs, activation=_number(activation))
+    which = _number(activation)
+    out = call("moex_experts_backward", shapes, inputs, pieces, activation=which)
     return tuple(out[:4])
 
 

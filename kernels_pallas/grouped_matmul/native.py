@@ -30,6 +30,8 @@ def product(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype):
 def weight_product(lhs_MK, rhs_MN, bounds, out_dtype):
     """For each group the sum over its rows of outer products, [G, K, N]."""
     size = (lhs_MK.shape[1], rhs_MN.shape[1])
-    shapes = [(bounds.shape[0] - 1, *size), (library.most_pieces(), *size)]
+    pieces = library.weight_pieces()
+    shapes = [(bounds.shape[0] - 1, *size), (pieces, *size)]
     inputs = (lhs_MK, rhs_MN, bounds)
-    return library.call("moex_weight_product", shapes, inputs)[0].astype(out_dtype)
+    out_GKN, _ = library.call("moex_weight_product", shapes, inputs, pieces)
+    return out_GKN.astype(out_dtype)

@@ -35,7 +35,7 @@ enum { LANES = 4, ROWS = 8, WIDE = 2 };
 #define LOW 0, 4, 1, 5
 #define HIGH 2, 6, 3, 7
 #endif
-enum { COLUMNS = WIDE * LANES, DEPTH = 128, BLOCK = 256 };
+enum { COLUMNS = WIDE * LANES, DEPTH = 128, BLOCK = 320, FEW = 64 };
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -53,18 +53,19 @@ typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE vec load(const float *from) { return *(const loose *)from; }
-INLINE void store(float *to, vec value) { *(loose *)to = value; }
+INLINE vec load(const float* from) { return *(const loose*)from; }
+INLINE void store(float* to, vec value) { *(loose*)to = value; }
 INLINE vec splat(float value) { return value - (vec){}; }
 
 // Element (i, j) of a matrix is at[i * row + j * column]; one of the two strides is 1.
 typedef struct {
-  const float *at;
+  const float* at;
   int64_t row, column;
 } Matrix;
 
-INLINE void tile(int rows, int transposed, int64_t depth, const float *a, int64_t stride,
-                 const vec *b, float *c, int64_t c_row, int64_t columns, int add) {
+INLINE void tile(int rows, int transposed, int64_t depth, const float* a,
+                 int64_t stride, const vec* b, float* c, int64_t c_row, int64_t columns,
+                 int add) {
   vec sum[ROWS][WIDE];
   UNROLL for (int i = 0; i < rows; i++) {
     for (int v = 0; v < WIDE; v++) {
@@ -81,7 +82,7 @@ INLINE void tile(int rows, int transposed, int64_t depth, const float *a, int64_
   UNROLL for (int i = 0; i < rows; i++, c += c_row) {
     if (columns == COLUMNS) {
       UNROLL for (int v = 0; v < WIDE; v++)
-        store(c + v * LANES, add ? load(c + v * LANES) + sum[i][v] : sum[i][v]);
+          store(c + v * LANES, add ? load(c + v * LANES) + sum[i][v] : sum[i][v]);
     } else {
       for (int64_t j = 0; j < columns; j++) {
         const float value = sum[i][j / LANES][j % LANES];
@@ -91,37 +92,40 @@ INLINE void tile(int rows, int transposed, int64_t depth, const float *a, int64_
   }
 }
 
-INLINE void tile_of(int rows, int transposed, int64_t depth, const float *a,
-                    int64_t stride, const vec *b, float *c, int64_t c_row,
+INLINE void tile_of(int rows, int transposed, int64_t depth, const float* a,
+                    int64_t stride, const vec* b, float* c, int64_t c_row,
                     int64_t columns, int add) {
   // The number of rows has to be a constant for the sums to stay in registers.
   switch (rows) {
 #define CASE(n)                                                                   \
   case n:                                                                         \
     if (n <= ROWS)                                                                \
-      tile(n <= ROWS ? n : 1, transposed, depth, a, stride, b, c, c_row, columns, add); \
+      tile(n <= ROWS ? n : 1, transposed, depth, a, stride, b, c, c_row, columns, \
+           add);                                                                  \
     break;
     CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
   }
 }
 
-static __attribute__((noinline)) void tile_in_rows(int rows, int64_t depth, const float *a,
-                                                   int64_t stride, const vec *b, float *c,
-                                                   int64_t c_row, int64_t columns, int add) {
+static __attribute__((noinline)) void tile_in_rows(int rows, int64_t depth,
+                                                   const float* a, int64_t stride,
+                                                   const vec* b, float* c,
+                                                   int64_t c_row, int64_t columns,
+                                                   int add) {
   tile_of(rows, 0, depth, a, stride, b, c, c_row, columns, add);
 }
 
 static __attribute__((noinline)) void tile_in_columns(int rows, int64_t depth,
-                                                      const float *a, int64_t stride,
-                                                      const vec *b, float *c,
+                                                      const float* a, int64_t stride,
+                                                      const vec* b, float* c,
                                                       int64_t c_row, int64_t columns,
                                                       int add) {
   tile_of(rows, 1, depth, a, stride, b, c, c_row, columns, add);
 }
 
 // Transposes LANES vectors of LANES: log2(LANES) times the same perfect shuffle.
-INLINE void transpose(vec *x) {
+INLINE void transpose(vec* x) {
   for (int step = 1; step < LANES; step *= 2) {
     vec y[LANES];
     UNROLL for (int i = 0; i < LANES / 2; i++) {
@@ -134,17 +138,19 @@ INLINE void transpose(vec *x) {
 }
 
 // Copies `depth` rows of at most COLUMNS columns of B, with zeros to the right.
-static void pack(Matrix b, int64_t depth, int64_t columns, vec *to) {
-  float *out = (float *)to;
+static void pack(Matrix b, int64_t depth, int64_t columns, vec* to) {
+  float* out = (float*)to;
   int64_t p = 0;
   if (columns == COLUMNS && b.column == 1) {
     for (; p < depth; p++)
-      for (int v = 0; v < WIDE; v++) to[WIDE * p + v] = load(b.at + p * b.row + v * LANES);
+      for (int v = 0; v < WIDE; v++)
+        to[WIDE * p + v] = load(b.at + p * b.row + v * LANES);
   } else if (columns == COLUMNS && b.row == 1) {
     for (; p + LANES <= depth; p += LANES) {
       for (int v = 0; v < WIDE; v++) {
         vec x[LANES];
-        for (int j = 0; j < LANES; j++) x[j] = load(b.at + p + (v * LANES + j) * b.column);
+        for (int j = 0; j < LANES; j++)
+          x[j] = load(b.at + p + (v * LANES + j) * b.column);
         transpose(x);
         for (int j = 0; j < LANES; j++) to[WIDE * (p + j) + v] = x[j];
       }
@@ -155,18 +161,19 @@ static void pack(Matrix b, int64_t depth, int64_t columns, vec *to) {
       out[p * COLUMNS + j] = j < columns ? b.at[p * b.row + j * b.column] : 0;
 }
 
-// Fetches share `q` of `shares` of the rows that `pack` will copy. Rows lie pages apart,
-// where the processor does not guess ahead.
+// Fetches share `q` of `shares` of the rows that `pack` will copy. Rows lie pages
+// apart, where the processor does not guess ahead.
 INLINE void fetch(Matrix b, int64_t depth, int64_t q, int64_t shares) {
   const int along = b.column == 1;
   const int64_t lines = along ? depth : COLUMNS, width = along ? COLUMNS : depth;
   const int64_t jump = along ? b.row : b.column;
   for (int64_t i = lines * q / shares; i < lines * (q + 1) / shares; i++)
-    for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(b.at + i * jump + j, 0, 2);
+    for (int64_t j = 0; j < width; j += 16)
+      __builtin_prefetch(b.at + i * jump + j, 0, 2);
 }
 
 // C [m, n] = A [m, k] B [k, n], or C += where `add`.
-static void multiply(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float *c,
+static void multiply(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c,
                      int64_t c_row, int add) {
   static _Thread_local vec panel[WIDE * DEPTH];
   const int64_t panels = (m + ROWS - 1) / ROWS, depths = (k + DEPTH - 1) / DEPTH;
@@ -200,8 +207,8 @@ static void multiply(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float 
 // cannot lock each other out. Which thread does a job changes no result.
 
 typedef struct {
-  void (*run)(void *of, int64_t job);
-  void *of;
+  void (*run)(void* of, int64_t job);
+  void* of;
   int64_t jobs;
   atomic_llong next, holders;
   int64_t done;
@@ -209,14 +216,14 @@ typedef struct {
   pthread_cond_t all_done;
 } Work;
 
-static void release(Work *work) {
+static void release(Work* work) {
   if (atomic_fetch_sub(&work->holders, 1) > 1) return;
   pthread_mutex_destroy(&work->lock);
   pthread_cond_destroy(&work->all_done);
   free(work);
 }
 
-static void take_jobs(Work *work) {
+static void take_jobs(Work* work) {
   int64_t done = 0;
   for (int64_t i; (i = atomic_fetch_add(&work->next, 1)) < work->jobs; done++)
     work->run(work->of, i);
@@ -227,23 +234,23 @@ static void take_jobs(Work *work) {
   pthread_mutex_unlock(&work->lock);
 }
 
-static void help(void *data) {
+static void help(void* data) {
   take_jobs(data);
   release(data);
 }
 
-static void drop(const XLA_FFI_Api *api, XLA_FFI_Error *error) {
+static void drop(const XLA_FFI_Api* api, XLA_FFI_Error* error) {
   XLA_FFI_Error_Destroy_Args args = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, 0, error};
   if (error) api->XLA_FFI_Error_Destroy(&args);
 }
 
-static void in_parallel(XLA_FFI_CallFrame *frame, int64_t jobs,
-                        void (*run)(void *of, int64_t job), void *of) {
+static void in_parallel(XLA_FFI_CallFrame* frame, int64_t jobs,
+                        void (*run)(void* of, int64_t job), void* of) {
   int64_t threads = 1;
   XLA_FFI_ThreadPool_NumThreads_Args count = {
       XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, 0, frame->ctx, &threads};
   drop(frame->api, frame->api->XLA_FFI_ThreadPool_NumThreads(&count));
-  Work *work = threads > 1 && jobs > 1 ? malloc(sizeof *work) : 0;
+  Work* work = threads > 1 && jobs > 1 ? malloc(sizeof *work) : 0;
   if (!work) {
     for (int64_t i = 0; i < jobs; i++) run(of, i);
     return;
@@ -254,9 +261,9 @@ static void in_parallel(XLA_FFI_CallFrame *frame, int64_t jobs,
   const int64_t helpers = (threads < jobs ? threads : jobs) - 1;
   atomic_store(&work->holders, helpers + 1);
   for (int64_t i = 0; i < helpers; i++) {
-    XLA_FFI_ThreadPool_Schedule_Args task = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE,
-                                             0, frame->ctx, help, work};
-    XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&task);
+    XLA_FFI_ThreadPool_Schedule_Args task = {
+        XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, 0, frame->ctx, help, work};
+    XLA_FFI_Error* error = frame->api->XLA_FFI_ThreadPool_Schedule(&task);
     if (error) release(work);
     drop(frame->api, error);
   }
@@ -269,10 +276,10 @@ static void in_parallel(XLA_FFI_CallFrame *frame, int64_t jobs,
 
 // ---- Rows of experts, cut into pieces -----------------------------------------------
 //
-// An expert with more than 1 / `most` of the rows is cut, so that a few large experts keep
-// all threads busy too. The cuts depend on the routing alone. A piece that is not its
-// expert's first sums weight gradients into a `part` of its own, added at the end: these
-// are fewer than `most`, since each stands for more than N / most rows.
+// An expert with more than 1 / `most` of the rows is cut, so that a few large experts
+// keep all threads busy too. The cuts depend on the routing alone. A piece that is not
+// its expert's first sums weight gradients into a `part` of its own, added at the end:
+// these are fewer than `most`, since each stands for more than N / most rows.
 
 typedef struct {
   int64_t group, begin, end;
@@ -281,30 +288,36 @@ typedef struct {
 
 // What `Experts` and `Products` begin with.
 typedef struct {
-  const int32_t *bounds;  // group g has the rows bounds[g] to bounds[g + 1] - 1
+  const int32_t* bounds;  // group g has the rows bounds[g] to bounds[g + 1] - 1
   int64_t groups, rows;
-  Piece *piece;
+  Piece* piece;
   int64_t count;
   atomic_int failed;  // out of memory
 } Groups;
 
-static int cut(Groups *s, int64_t most) {
-  const int64_t largest = s->rows / most + 1 > BLOCK ? s->rows / most + 1 : BLOCK;
+static int cut(Groups* s, int64_t most) {
+  const int64_t largest = s->rows / most + 1 > FEW ? s->rows / most + 1 : FEW;
   int64_t part = 0;
   s->piece = malloc((s->groups + most) * sizeof(Piece));
   for (int64_t g = 0; s->piece && g < s->groups; g++) {
     const int64_t size = s->bounds[g + 1] - s->bounds[g];
     const int64_t pieces = size > largest ? (size + largest - 1) / largest : 1;
     for (int64_t i = 0; i < pieces; i++)
-      s->piece[s->count++] = (Piece){g, s->bounds[g] + size * i / pieces,
-                                     s->bounds[g] + size * (i + 1) / pieces,
-                                     i == 0 ? -1 : part++};
+      s->piece[s->count++] =
+          (Piece){g, s->bounds[g] + size * i / pieces,
+                  s->bounds[g] + size * (i + 1) / pieces, i == 0 ? -1 : part++};
   }
   return s->piece != 0;
 }
 
-static float *scratch(Groups *s, int64_t floats) {
-  float *out = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+// Rows of the block that begins at `begin`: equal blocks, none with only a few.
+INLINE int64_t block_of(Piece piece, int64_t begin) {
+  const int64_t left = piece.end - begin, blocks = (left + BLOCK - 1) / BLOCK;
+  return (left + blocks - 1) / blocks;
+}
+
+static float* scratch(Groups* s, int64_t floats) {
+  float* out = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
   if (!out) atomic_store(&s->failed, 1);
   return out;
 }
@@ -312,13 +325,13 @@ static float *scratch(Groups *s, int64_t floats) {
 // Phases after the pieces run over SHARES equal shares of the tokens, or of an array.
 enum { SHARES = 16 };
 
-static void add_to(float *to, const float *from, int64_t count) {
+static void add_to(float* to, const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i++) to[i] += from[i];
 }
 
 // Adds a share of every part to its expert's entry, of `size`, in `sum`.
-static void add_parts(const Groups *s, const float *parts, int64_t part_size,
-                      float *sum, int64_t size, int64_t share) {
+static void add_parts(const Groups* s, const float* parts, int64_t part_size,
+                      float* sum, int64_t size, int64_t share) {
   const int64_t begin = size * share / SHARES, end = size * (share + 1) / SHARES;
   for (int64_t i = 0; i < s->count; i++) {
     const Piece piece = s->piece[i];
@@ -330,7 +343,9 @@ static void add_parts(const Groups *s, const float *parts, int64_t part_size,
 
 // ---- Activations ------------------------------------------------------------------
 
-INLINE vec choose(ints mask, vec a, vec b) { return (vec)((mask & (ints)a) | (~mask & (ints)b)); }
+INLINE vec choose(ints mask, vec a, vec b) {
+  return (vec)((mask & (ints)a) | (~mask & (ints)b));
+}
 
 // Within 2 units in the last place where neither result nor argument is extreme.
 INLINE vec exponential(vec x) {
@@ -384,14 +399,14 @@ INLINE Unit unit(Activation which, vec gate, vec up) {
 }
 
 // Vectors of a row's last, partial group of lanes go by way of these.
-INLINE vec load_some(const float *from, int64_t lanes) {
+INLINE vec load_some(const float* from, int64_t lanes) {
   if (lanes >= LANES) return load(from);
   vec x = {};
   memcpy(&x, from, lanes * sizeof(float));
   return x;
 }
 
-INLINE void store_some(float *to, vec x, int64_t lanes) {
+INLINE void store_some(float* to, vec x, int64_t lanes) {
   if (lanes >= LANES)
     store(to, x);
   else
@@ -399,15 +414,16 @@ INLINE void store_some(float *to, vec x, int64_t lanes) {
 }
 
 // h [F] of one row.
-INLINE void activate_as(Activation which, const float *a, int64_t F, float *h) {
+INLINE void activate_as(Activation which, const float* a, int64_t F, float* h) {
   for (int64_t f = 0; f < F; f += LANES)
     store_some(h + f,
-               unit(which, load_some(a + f, F - f), load_some(a + F + f, F - f)).h, F - f);
+               unit(which, load_some(a + f, F - f), load_some(a + F + f, F - f)).h,
+               F - f);
 }
 
 // Of one row: dh becomes weight * h, da is written, and dh . h is returned.
-INLINE float pull_as(Activation which, const float *a, float weight, int64_t F, float *dh,
-                     float *da) {
+INLINE float pull_as(Activation which, const float* a, float weight, int64_t F,
+                     float* dh, float* da) {
   vec sum = {};
   for (int64_t f = 0; f < F; f += LANES) {
     const int64_t lanes = F - f;
@@ -423,14 +439,14 @@ INLINE float pull_as(Activation which, const float *a, float weight, int64_t F, 
   return total;
 }
 
-static void activate(Activation which, const float *a, int64_t F, float *h) {
+static void activate(Activation which, const float* a, int64_t F, float* h) {
   if (which == SILU) activate_as(SILU, a, F, h);
   if (which == GELU) activate_as(GELU, a, F, h);
   if (which == CLAMPED) activate_as(CLAMPED, a, F, h);
 }
 
-static float pull(Activation which, const float *a, float weight, int64_t F, float *dh,
-                  float *da) {
+static float pull(Activation which, const float* a, float weight, int64_t F, float* dh,
+                  float* da) {
   if (which == SILU) return pull_as(SILU, a, weight, F, dh, da);
   if (which == GELU) return pull_as(GELU, a, weight, F, dh, da);
   return pull_as(CLAMPED, a, weight, F, dh, da);
@@ -447,61 +463,63 @@ typedef struct {
   Activation activation;
   const float *a, *x, *w_in, *w_out, *gate, *dy;
   const int32_t *order, *row;  // order [N]: slots; row [T, K]: their rows
-  float *y, *y_row, *kept;              // forward; kept is a [N, C] or null
+  float *y, *y_row, *kept;     // forward; kept is a [N, C] or null
   float *dx, *dw_in, *dw_out, *dgate, *dx_row, *parts;  // backward
 } Experts;
 
-static void gather(const Experts *s, const float *from, int64_t begin, int64_t rows,
-                   float *to) {
+static void gather(const Experts* s, const float* from, int64_t begin, int64_t rows,
+                   float* to) {
   const int64_t D = s->D, stride = apart(D);
   for (int64_t i = 0; i < rows; i++)
     memcpy(to + i * stride, from + s->order[begin + i] / s->K * D, D * sizeof(float));
 }
 
-static void forward_piece(void *of, int64_t job) {
-  Experts *s = of;
+static void forward_piece(void* of, int64_t job) {
+  Experts* s = of;
   const Piece piece = s->of.piece[job];
   const int64_t D = s->D, F = s->F, C = 2 * F, x_row = apart(D), h_row = apart(F);
   if (piece.begin == piece.end) return;
-  float *x = scratch(&s->of, BLOCK * (x_row + h_row + (s->kept ? 0 : C)));
+  float* x = scratch(&s->of, BLOCK * (x_row + h_row + (s->kept ? 0 : C)));
   if (!x) return;
   float *h = x + BLOCK * x_row, *spare = h + BLOCK * h_row;
-  for (int64_t begin = piece.begin; begin < piece.end; begin += BLOCK) {
-    const int64_t rows = piece.end - begin < BLOCK ? piece.end - begin : BLOCK;
-    float *a = s->kept ? s->kept + begin * C : spare;
+  for (int64_t begin = piece.begin, rows; begin < piece.end; begin += rows) {
+    rows = block_of(piece, begin);
+    float* a = s->kept ? s->kept + begin * C : spare;
     gather(s, s->x, begin, rows, x);
     multiply(rows, C, D, (Matrix){x, x_row, 1},
              (Matrix){s->w_in + piece.group * D * C, C, 1}, a, C, 0);
-    for (int64_t i = 0; i < rows; i++) activate(s->activation, a + i * C, F, h + i * h_row);
+    for (int64_t i = 0; i < rows; i++)
+      activate(s->activation, a + i * C, F, h + i * h_row);
     multiply(rows, D, F, (Matrix){h, h_row, 1},
-             (Matrix){s->w_out + piece.group * F * D, D, 1}, s->y_row + begin * D, D, 0);
+             (Matrix){s->w_out + piece.group * F * D, D, 1}, s->y_row + begin * D, D,
+             0);
   }
   free(x);
 }
 
-static void backward_piece(void *of, int64_t job) {
-  Experts *s = of;
+static void backward_piece(void* of, int64_t job) {
+  Experts* s = of;
   const Piece piece = s->of.piece[job];
   const int64_t D = s->D, F = s->F, C = 2 * F, e = piece.group;
   const int64_t x_row = apart(D), h_row = apart(F), a_row = apart(C);
-  float *part = s->parts + piece.part * 3 * D * F;
-  float *dw_in = piece.part < 0 ? s->dw_in + e * D * C : part;
-  float *dw_out = piece.part < 0 ? s->dw_out + e * F * D : part + D * C;
+  float* part = s->parts + piece.part * 3 * D * F;
+  float* dw_in = piece.part < 0 ? s->dw_in + e * D * C : part;
+  float* dw_out = piece.part < 0 ? s->dw_out + e * F * D : part + D * C;
   if (piece.begin == piece.end) {
     memset(dw_in, 0, D * C * sizeof(float));
     memset(dw_out, 0, F * D * sizeof(float));
     return;
   }
-  float *x = scratch(&s->of, BLOCK * (2 * x_row + h_row + a_row));
+  float* x = scratch(&s->of, BLOCK * (2 * x_row + h_row + a_row));
   if (!x) return;
   float *dy = x + BLOCK * x_row, *dh = dy + BLOCK * x_row, *da = dh + BLOCK * h_row;
-  for (int64_t begin = piece.begin; begin < piece.end; begin += BLOCK) {
-    const int64_t rows = piece.end - begin < BLOCK ? piece.end - begin : BLOCK;
+  for (int64_t begin = piece.begin, rows; begin < piece.end; begin += rows) {
+    rows = block_of(piece, begin);
     const int add = begin > piece.begin;
     gather(s, s->x, begin, rows, x);
     gather(s, s->dy, begin, rows, dy);
-    multiply(rows, F, D, (Matrix){dy, x_row, 1}, (Matrix){s->w_out + e * F * D, 1, D}, dh,
-             h_row, 0);
+    multiply(rows, F, D, (Matrix){dy, x_row, 1}, (Matrix){s->w_out + e * F * D, 1, D},
+             dh, h_row, 0);
     for (int64_t i = 0; i < rows; i++) {
       const int32_t slot = s->order[begin + i];
       s->dgate[slot] = pull(s->activation, s->a + (begin + i) * C, s->gate[slot], F,
@@ -510,16 +528,17 @@ static void backward_piece(void *of, int64_t job) {
     multiply(rows, D, C, (Matrix){da, a_row, 1}, (Matrix){s->w_in + e * D * C, 1, C},
              s->dx_row + begin * D, D, 0);
     multiply(D, C, rows, (Matrix){x, 1, x_row}, (Matrix){da, a_row, 1}, dw_in, C, add);
-    multiply(F, D, rows, (Matrix){dh, 1, h_row}, (Matrix){dy, x_row, 1}, dw_out, D, add);
+    multiply(F, D, rows, (Matrix){dh, 1, h_row}, (Matrix){dy, x_row, 1}, dw_out, D,
+             add);
   }
   free(x);
 }
 
-static void combine_share(void *of, int64_t job) {
-  Experts *s = of;
+static void combine_share(void* of, int64_t job) {
+  Experts* s = of;
   const int32_t end = s->of.bounds[s->of.groups];
   for (int64_t t = s->T * job / SHARES; t < s->T * (job + 1) / SHARES; t++) {
-    float *y = s->y + t * s->D;
+    float* y = s->y + t * s->D;
     memset(y, 0, s->D * sizeof(float));
     for (int64_t slot = t * s->K; slot < (t + 1) * s->K; slot++) {
       if (s->row[slot] >= end) continue;
@@ -529,11 +548,11 @@ static void combine_share(void *of, int64_t job) {
   }
 }
 
-static void collect_share(void *of, int64_t job) {
-  Experts *s = of;
+static void collect_share(void* of, int64_t job) {
+  Experts* s = of;
   const int32_t end = s->of.bounds[s->of.groups];
   for (int64_t t = s->T * job / SHARES; t < s->T * (job + 1) / SHARES; t++) {
-    float *dx = s->dx + t * s->D;
+    float* dx = s->dx + t * s->D;
     memset(dx, 0, s->D * sizeof(float));
     for (int64_t slot = t * s->K; slot < (t + 1) * s->K; slot++) {
       if (s->row[slot] < end)
@@ -558,22 +577,22 @@ typedef struct {
 } Products;
 
 // Copies rows of `width` to where they lie apart.
-static void spread(const float *from, int64_t width, int64_t rows, float *to) {
+static void spread(const float* from, int64_t width, int64_t rows, float* to) {
   for (int64_t i = 0; i < rows; i++)
     memcpy(to + i * apart(width), from + i * width, width * sizeof(float));
 }
 
-static void product_piece(void *of, int64_t job) {
-  Products *s = of;
+static void product_piece(void* of, int64_t job) {
+  Products* s = of;
   const Piece piece = s->of.piece[job];
   const int64_t K = s->K, N = s->N;
   if (piece.begin == piece.end) return;
-  float *lhs = scratch(&s->of, BLOCK * apart(K));
+  float* lhs = scratch(&s->of, BLOCK * apart(K));
   if (!lhs) return;
-  for (int64_t begin = piece.begin; begin < piece.end; begin += BLOCK) {
-    const int64_t rows = piece.end - begin < BLOCK ? piece.end - begin : BLOCK;
+  for (int64_t begin = piece.begin, rows; begin < piece.end; begin += rows) {
+    rows = block_of(piece, begin);
     spread(s->lhs + begin * K, K, rows, lhs);
-    const float *rhs = s->rhs + piece.group * K * N;
+    const float* rhs = s->rhs + piece.group * K * N;
     multiply(rows, N, K, (Matrix){lhs, apart(K), 1},
              s->transposed ? (Matrix){rhs, 1, K} : (Matrix){rhs, N, 1},
              s->out + begin * N, N, 0);
@@ -582,30 +601,30 @@ static void product_piece(void *of, int64_t job) {
 }
 
 // Zeros in rows of no group.
-static void product_share(void *of, int64_t job) {
-  Products *s = of;
+static void product_share(void* of, int64_t job) {
+  Products* s = of;
   const int32_t first = s->of.bounds[0], last = s->of.bounds[s->of.groups];
   const int64_t M = s->of.rows;
   for (int64_t i = M * job / SHARES; i < M * (job + 1) / SHARES; i++)
-    if (i < first || i >= last)
-      memset(s->out + i * s->N, 0, s->N * sizeof(float));
+    if (i < first || i >= last) memset(s->out + i * s->N, 0, s->N * sizeof(float));
 }
 
 // lhs [M, K], rhs [M, N] -> [G, K, N].
-static void weight_piece(void *of, int64_t job) {
-  Products *s = of;
+static void weight_piece(void* of, int64_t job) {
+  Products* s = of;
   const Piece piece = s->of.piece[job];
   const int64_t K = s->K, N = s->N;
-  float *to = piece.part < 0 ? s->out + piece.group * K * N : s->parts + piece.part * K * N;
+  float* to =
+      piece.part < 0 ? s->out + piece.group * K * N : s->parts + piece.part * K * N;
   if (piece.begin == piece.end) {
     memset(to, 0, K * N * sizeof(float));
     return;
   }
-  float *lhs = scratch(&s->of, BLOCK * (apart(K) + apart(N)));
+  float* lhs = scratch(&s->of, BLOCK * (apart(K) + apart(N)));
   if (!lhs) return;
-  float *rhs = lhs + BLOCK * apart(K);
-  for (int64_t begin = piece.begin; begin < piece.end; begin += BLOCK) {
-    const int64_t rows = piece.end - begin < BLOCK ? piece.end - begin : BLOCK;
+  float* rhs = lhs + BLOCK * apart(K);
+  for (int64_t begin = piece.begin, rows; begin < piece.end; begin += rows) {
+    rows = block_of(piece, begin);
     spread(s->lhs + begin * K, K, rows, lhs);
     spread(s->rhs + begin * N, N, rows, rhs);
     multiply(K, N, rows, (Matrix){lhs, 1, apart(K)}, (Matrix){rhs, apart(N), 1}, to, N,
@@ -614,8 +633,8 @@ static void weight_piece(void *of, int64_t job) {
   free(lhs);
 }
 
-static void weight_share(void *of, int64_t job) {
-  Products *s = of;
+static void weight_share(void* of, int64_t job) {
+  Products* s = of;
   const int64_t size = s->K * s->N;
   add_parts(&s->of, s->parts, size, s->out, size, job);
 }
@@ -623,37 +642,37 @@ static void weight_share(void *of, int64_t job) {
 // ---- XLA ---------------------------------------------------------------------------
 
 // What XLA asks a handler before it is called: the version it was built for.
-static int is_question(XLA_FFI_CallFrame *frame) {
-  XLA_FFI_Extension_Base *extension = frame->extension_start;
+static int is_question(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_Extension_Base* extension = frame->extension_start;
   if (!extension || extension->type != XLA_FFI_Extension_Metadata) return 0;
-  XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
+  XLA_FFI_Metadata* metadata = ((XLA_FFI_Metadata_Extension*)extension)->metadata;
   metadata->api_version.major_version = XLA_FFI_API_MAJOR;
   metadata->api_version.minor_version = XLA_FFI_API_MINOR;
   metadata->traits = 0;
   return 1;
 }
 
-INLINE XLA_FFI_Buffer *argument(XLA_FFI_CallFrame *frame, int i) {
+INLINE XLA_FFI_Buffer* argument(XLA_FFI_CallFrame* frame, int i) {
   return frame->args.args[i];
 }
 
-INLINE void *in(XLA_FFI_CallFrame *frame, int i) { return argument(frame, i)->data; }
+INLINE void* in(XLA_FFI_CallFrame* frame, int i) { return argument(frame, i)->data; }
 
-INLINE void *out(XLA_FFI_CallFrame *frame, int i) {
-  return ((XLA_FFI_Buffer *)frame->rets.rets[i])->data;
+INLINE void* out(XLA_FFI_CallFrame* frame, int i) {
+  return ((XLA_FFI_Buffer*)frame->rets.rets[i])->data;
 }
 
 // An attribute, int32.
-static int32_t attribute(XLA_FFI_CallFrame *frame, const char *name) {
+static int32_t attribute(XLA_FFI_CallFrame* frame, const char* name) {
   for (int64_t i = 0; i < frame->attrs.size; i++) {
-    const XLA_FFI_ByteSpan *span = frame->attrs.names[i];
+    const XLA_FFI_ByteSpan* span = frame->attrs.names[i];
     if (span->len == strlen(name) && !memcmp(span->ptr, name, span->len))
-      return *(int32_t *)((XLA_FFI_Scalar *)frame->attrs.attrs[i])->value;
+      return *(int32_t*)((XLA_FFI_Scalar*)frame->attrs.attrs[i])->value;
   }
   return 0;
 }
 
-static XLA_FFI_Error *out_of_memory(XLA_FFI_CallFrame *frame) {
+static XLA_FFI_Error* out_of_memory(XLA_FFI_CallFrame* frame) {
   XLA_FFI_Error_Create_Args args = {
       XLA_FFI_Error_Create_Args_STRUCT_SIZE, 0,
       "grouped experts: no memory for the rows of a block",
@@ -663,9 +682,9 @@ static XLA_FFI_Error *out_of_memory(XLA_FFI_CallFrame *frame) {
 
 // Arguments `first` on: x [T, D], w_in [E, D, C], w_out [E, F, D], gate [T, K],
 // order [N], bounds [E + 1], row [T, K].
-static Experts experts_of(XLA_FFI_CallFrame *frame, int first) {
-  const int64_t *x = argument(frame, first)->dims;
-  const int64_t *w_out = argument(frame, first + 2)->dims;
+static Experts experts_of(XLA_FFI_CallFrame* frame, int first) {
+  const int64_t* x = argument(frame, first)->dims;
+  const int64_t* w_out = argument(frame, first + 2)->dims;
   return (Experts){
       .of = {.bounds = in(frame, first + 5),
              .groups = w_out[0],
@@ -685,8 +704,9 @@ static Experts experts_of(XLA_FFI_CallFrame *frame, int first) {
 }
 
 // Runs `piece` over all pieces and then `share` over all shares, on what `s` begins.
-static XLA_FFI_Error *run(XLA_FFI_CallFrame *frame, Groups *s,
-                          void (*piece)(void *, int64_t), void (*share)(void *, int64_t)) {
+static XLA_FFI_Error* run(XLA_FFI_CallFrame* frame, Groups* s,
+                          void (*piece)(void*, int64_t),
+                          void (*share)(void*, int64_t)) {
   if (!cut(s, attribute(frame, "most"))) return out_of_memory(frame);
   in_parallel(frame, s->count, piece, s);
   in_parallel(frame, SHARES, share, s);
@@ -695,7 +715,7 @@ static XLA_FFI_Error *run(XLA_FFI_CallFrame *frame, Groups *s,
 }
 
 // -> y [T, D], rows of y [N, D] (scratch), and pre-activations [N, C] if wanted.
-XLA_FFI_Error *moex_experts_forward(XLA_FFI_CallFrame *frame) {
+XLA_FFI_Error* moex_experts_forward(XLA_FFI_CallFrame* frame) {
   if (is_question(frame)) return 0;
   Experts s = experts_of(frame, 0);
   s.y = out(frame, 0);
@@ -706,7 +726,7 @@ XLA_FFI_Error *moex_experts_forward(XLA_FFI_CallFrame *frame) {
 
 // Pre-activations before the rest, dy [T, D] after it -> dx [T, D], dw_in, dw_out,
 // dgate [T, K], rows of dx [N, D] and parts [most, 3 D F] (scratch).
-XLA_FFI_Error *moex_experts_backward(XLA_FFI_CallFrame *frame) {
+XLA_FFI_Error* moex_experts_backward(XLA_FFI_CallFrame* frame) {
   if (is_question(frame)) return 0;
   Experts s = experts_of(frame, 1);
   s.a = in(frame, 0);
@@ -721,7 +741,7 @@ XLA_FFI_Error *moex_experts_backward(XLA_FFI_CallFrame *frame) {
 }
 
 // lhs [M, K], rhs [G, K, N] or [G, N, K], bounds [G + 1] -> [M, N].
-XLA_FFI_Error *moex_product(XLA_FFI_CallFrame *frame) {
+XLA_FFI_Error* moex_product(XLA_FFI_CallFrame* frame) {
   if (is_question(frame)) return 0;
   const int64_t *lhs = argument(frame, 0)->dims, *rhs = argument(frame, 1)->dims;
   const int transposed = attribute(frame, "transposed");
@@ -738,7 +758,7 @@ XLA_FFI_Error *moex_product(XLA_FFI_CallFrame *frame) {
 }
 
 // lhs [M, K], rhs [M, N], bounds [G + 1] -> [G, K, N] and parts [most, K, N] (scratch).
-XLA_FFI_Error *moex_weight_product(XLA_FFI_CallFrame *frame) {
+XLA_FFI_Error* moex_weight_product(XLA_FFI_CallFrame* frame) {
   if (is_question(frame)) return 0;
   const int64_t *lhs = argument(frame, 0)->dims, *rhs = argument(frame, 1)->dims;
   Products s = {

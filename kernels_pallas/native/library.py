@@ -86,20 +86,24 @@ def _compile(compiler) -> pathlib.Path:
     return path
 
 
-def call(name, shapes, inputs, **attributes):
+def call(name, shapes, inputs, pieces=None, **attributes):
     """The results, float32 of `shapes`, of one of FUNCTIONS.
 
     Args:
-      attributes: ints; `most`, how many pieces rows are cut into, comes from here.
+      pieces: into how many the rows are cut if they are all of one group; None: four
+        for each core, so that they end together.
+      attributes: ints.
     """
     results = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    attributes["most"] = pieces or min(max(8, 4 * (os.cpu_count() or 1)), 64)
     attributes = {k: np.int32(v) for k, v in attributes.items()}
-    run = jax.ffi.ffi_call(name, results, vmap_method="sequential")
-    return run(*inputs, most=np.int32(most_pieces()), **attributes)
+    return jax.ffi.ffi_call(name, results, vmap_method="sequential")(
+        *inputs, **attributes
+    )
 
 
-def most_pieces() -> int:
-    """Pieces that the rows of few experts are cut into: two for each core."""
+def weight_pieces() -> int:
+    """Fewer, where each piece has its own sum of a weight gradient."""
     return min(max(4, 2 * (os.cpu_count() or 1)), 32)
 
 

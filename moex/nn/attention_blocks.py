@@ -69,25 +69,27 @@ def _backward(in_c, saved, dy_BLHA):
     G = k.shape[1]
     dy, y = _grouped(dy_BLHA, G), _grouped(y_BLHA, G)
     dq = []
-    dk_T = dv_T = jnp.zeros((*k.shape[:2], k.shape[3], k.shape[2]), jnp.float32)
+    # `_sum_rows` gives [B, G, A, S], and in C [B, G, S, A].
+    keys, to_last = (2, (0, 2, 1, 3)) if in_c else (3, (0, 3, 1, 2))
+    dk = dv = jnp.zeros(k.shape if in_c else jnp.swapaxes(k, 2, 3).shape, jnp.float32)
+    # sum over keys of weight * dweight, and the sum over A of dy * y, are one
+    mean = jnp.sum(_float(dy) * _float(y), axis=-1, keepdims=True)
     for rows, norm in zip(_blocks(q_BLHA.shape[1]), norms, strict=True):
         seen, behind = rows.stop, q_BLHA.shape[1] - rows.stop
         weight = jnp.exp(_scores(q, k, rows, masks, in_c) - norm)
         dy_N = dy[:, :, :, rows]
-        # sum over keys of weight * dweight, and the sum over A of dy * y, are one
-        mean = jnp.sum(_float(dy_N) * _float(y[:, :, :, rows]), axis=-1, keepdims=True)
         dweight = _matmul(dy_N, v[:, :, :seen], in_c, transpose=True)
-        dscore = (weight * (dweight - mean)).astype(q.dtype)
+        dscore = (weight * (dweight - mean[:, :, :, rows])).astype(q.dtype)
         dq.append(_matmul(dscore, k[:, :, :seen], in_c).astype(q.dtype))
-        pad = [(0, 0)] * 3 + [(0, behind)]
-        dk_T += jnp.pad(_sum_rows(q[:, :, :, rows], dscore, in_c), pad)
-        dv_T += jnp.pad(_sum_rows(dy_N, weight.astype(v.dtype), in_c), pad)
+        pad = [(0, behind if axis == keys else 0) for axis in range(4)]
+        dk += jnp.pad(_sum_rows(q[:, :, :, rows], dscore, in_c), pad)
+        dv += jnp.pad(_sum_rows(dy_N, weight.astype(v.dtype), in_c), pad)
     scale = q_BLHA.shape[-1] ** -0.5  # q in here is scaled: dk needs no more of it
-    dk_BLGA = jnp.transpose(dk_T, (0, 3, 1, 2)).astype(k.dtype)
-    dv_BLGA = jnp.transpose(dv_T, (0, 3, 1, 2)).astype(v.dtype)
+    dk_BLGA = jnp.transpose(dk, to_last).astype(k.dtype)
+    dv_BLGA = jnp.transpose(dv, to_last).astype(v.dtype)
+    gradients = (_heads_last(dq) * scale, dk_BLGA, dv_BLGA)
     # Or XLA joins the transposes and whatever comes next to one slow loop.
-    dk_BLGA, dv_BLGA = jax.lax.optimization_barrier((dk_BLGA, dv_BLGA))
-    return _heads_last(dq) * scale, dk_BLGA, dv_BLGA, None, None
+    return *jax.lax.optimization_barrier(gradients), None, None
 
 
 attend_in_blocks.defvjp(_forward, _backward)
@@ -151,13 +153,13 @@ def _matmul(x_BGRNC, w_BGSA, in_c, *, transpose=False):
 
 
 def _sum_rows(x_BGRNA, y_BGRNS, in_c):
-    """x.T @ y over all rows of a group, float32[B, G, A, S]."""
+    """x.T @ y over all rows of a group, float32[B, G, A, S]; in C [B, G, S, A]."""
     B, G, R, N, A = x_BGRNA.shape
     S = y_BGRNS.shape[-1]
     if in_c:
-        x, y = x_BGRNA.reshape(-1, A), y_BGRNS.reshape(-1, S)
-        total = native.weight_product(x, y, _bounds(B * G, R * N), jnp.float32)
-        return total.reshape(B, G, A, S)
+        y, x = y_BGRNS.reshape(-1, S), x_BGRNA.reshape(-1, A)
+        total = native.weight_product(y, x, _bounds(B * G, R * N), jnp.float32)
+        return total.reshape(B, G, S, A)
     x = jnp.swapaxes(x_BGRNA.reshape(B, G, R * N, A), 2, 3)
     y = y_BGRNS.reshape(B, G, R * N, S)
     # The barrier keeps XLA from transposing y, the larger one, instead.

@@ -15,6 +15,7 @@ from moex.config import Config, require
 from moex.nn.context import fold_key
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
+from moex.nn.project import in_c, project
 from moex.nn.stack import Segment, require_attention
 from moex.sharding import constrain
 
@@ -113,7 +114,7 @@ class LanguageModel(nnx.Module):
             w_DV = self.w_embed_VD[...].T
         else:
             w_DV = self.w_logits_DV[...]
-        logits_BLV = logits(x_BLD, w_DV.astype(dtype))
+        logits_BLV = logits(x_BLD, w_DV.astype(dtype), ctx)
         logits_BLV = constrain(logits_BLV, "batch", "length", "vocab")
         return logits_BLV, {"segments": aux}, new_caches
 
@@ -125,13 +126,15 @@ def _inside(ctx, i):
     return dataclasses.replace(ctx, key=key, forced=forced)
 
 
-def logits(x_BLD, w_DV):
+def logits(x_BLD, w_DV, ctx):
     """float32[B, L, V]: the product, with a quick weight gradient on a CPU.
 
-    XLA:CPU makes one dot of two transposed operands of that gradient, at a third of the
-    speed of one whose first operand was transposed before (measured on 2 cores, JAX
-    0.10.2: [2048, 256] and [2048, 8192], 23 and 73 GFLOP/s).
+    Where there is no C: XLA:CPU makes one dot of two transposed operands of that
+    gradient, at a third of the speed of one whose first operand was transposed before
+    (2 cores, JAX 0.10.2: [2048, 256] and [2048, 8192], 23 and 73 GFLOP/s).
     """
+    if in_c(x_BLD.dtype, ctx.kernels):
+        return project(x_BLD, w_DV, ctx)
     if platform() == "cpu" and x_BLD.dtype == jnp.float32:
         return _logits_on_cpu(x_BLD, w_DV)
     return _product(x_BLD, w_DV)

@@ -6,7 +6,6 @@ T tokens · B batch · L length · D model width · F hidden width
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from moex.config import Config, require

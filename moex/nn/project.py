@@ -51,8 +51,10 @@ def in_c(dtype, kernels) -> bool:
       dtype: of tokens and weights.
       kernels: `ctx.kernels`.
     """
-    names = split_names(kernels) if kernels else DEFAULTS[platform()]
-    if platform() != "cpu" or on_a_mesh() or names[0] != "native":
+    if platform() != "cpu" or on_a_mesh():
+        return False
+    names = split_names(kernels) if kernels else DEFAULTS["cpu"]
+    if names[0] != "native":
         return False
     request = Request("grouped_matmul", dtype.name, 1, 1, 1)
     return IMPLEMENTATIONS["native"].unsupported(request) is None

@@ -128,9 +128,9 @@ def rotary(x_BLHA, position_BL, theta, scaling=None, interleaved=False):
 def _turn(x, cos, sin):
     """Halves of rows turned; `sin` is negative in the first half.
 
-    Factors of whole rows, and halves that change places: to compute the halves apart and
-    to join them costs three times as much on a CPU. The gradient turns back in the same
-    way; left to itself it would join products.
+    Factors of whole rows, and halves that change places: to compute the halves apart
+    and to join them costs three times as much on a CPU. The gradient turns back in the
+    same way; left to itself it would join products.
     """
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([second, first], axis=-1) * sin

@@ -157,7 +157,7 @@ def _unstacked(layers, repeat) -> list:
         [jnp.squeeze(part, 0) for part in jax.lax.split(leaf, (1,) * repeat)]
         for leaf in leaves
     ]
-    return [treedef.unflatten(own) for own in zip(*parts, strict=True)]
+    return [jax.tree.unflatten(treedef, own) for own in zip(*parts, strict=True)]
 
 
 def stack_readers(blocks) -> set[tuple]:

@@ -20,7 +20,8 @@ from kernels_pallas import device, grouped_glu, grouped_matmul, make_plan
 from kernels_pallas.native import library
 
 pytestmark = pytest.mark.skipif(
-    device.platform() != "cpu" or library.find_compiler() is None, reason="no C compiler"
+    device.platform() != "cpu" or library.find_compiler() is None,
+    reason="no C compiler",
 )
 
 # Rows in blocks of 256, sums over 256 at a time, columns by 32 on AVX-512.
@@ -125,7 +126,9 @@ def test_it_is_compiled_once(tmp_path):
     assert other.stdout == "None\n" and len([*(tmp_path / "moex").iterdir()]) == 2
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86")
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86"
+)
 @pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx -mno-avx2 -mno-avx512f"])
 def test_narrower_vectors(tmp_path, flags):
     code = """
