@@ -113,7 +113,7 @@ def main() -> None:
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--shape", default="cpu", help="a name, or T,K,D,F,E")
     parser.add_argument("--loads", default="random,zipf")
-    default = "cpu" if on_cpu else "triton,mosaic"
+    default = "native,cpu" if on_cpu else "triton,mosaic"
     parser.add_argument("--implementations", default=default)
     parser.add_argument("--others", default="ragged_dot", help=", ".join(OTHERS))
     parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")

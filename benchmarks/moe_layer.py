@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--variants", action="store_true", help="whole layers")
     parser.add_argument("--shape", default=None, help="a name, or T,K,D,F,E")
     parser.add_argument("--loads", default="balanced,random,zipf,two")
-    default = "cpu" if on_cpu else "triton,mosaic"
+    default = "native,cpu" if on_cpu else "triton,mosaic"
     parser.add_argument("--implementations", default=default)
     parser.add_argument("--others", default="dense", help=", ".join(OTHERS))
     parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
