@@ -642,13 +642,14 @@ static void weight_share(void* of, int64_t job) {
 // ---- XLA ---------------------------------------------------------------------------
 
 // What XLA asks a handler before it is called: the version it was built for.
-static int is_question(XLA_FFI_CallFrame* frame) {
-  XLA_FFI_Extension_Base* extension = frame->extension_start;
-  if (!extension || extension->type != XLA_FFI_Extension_Metadata) return 0;
-  XLA_FFI_Metadata* metadata = ((XLA_FFI_Metadata_Extension*)extension)->metadata;
-  metadata->api_version.major_version = XLA_FFI_API_MAJOR;
-  metadata->api_version.minor_version = XLA_FFI_API_MINOR;
-  metadata->traits = 0;
+static int is_question(XLA_FFI_CallFrame *frame) {
+  // The type of `extension_start` has another name in every version of JAX.
+  XLA_FFI_Metadata_Extension *question = (void *)frame->extension_start;
+  if (!question || question->extension_base.type != XLA_FFI_Extension_Metadata)
+    return 0;
+  question->metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+  question->metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+  question->metadata->traits = 0;
   return 1;
 }
 

@@ -1,0 +1,88 @@
+"""Dense projections: the same numbers whichever way they are computed.
+
+B batch · L length · D model width · H heads · A head width
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.device import platform
+from kernels_pallas.native import library
+from moex.nn.attention_blocks import attend_in_blocks
+from moex.nn.context import Context
+from moex.nn.project import FEW_ROWS, in_c, project
+
+needs_c = pytest.mark.skipif(
+    platform() != "cpu" or library.find_compiler() is None, reason="no C compiler"
+)
+FLOAT32 = jnp.dtype("float32")
+
+
+def context(B, L, kernels=None):
+    index = jnp.tile(jnp.arange(L, dtype=jnp.int32), (B, 1))
+    return Context(
+        segment_BL=jnp.ones_like(index),
+        position_BL=index,
+        token_BL=index,
+        kernels=kernels,
+    )
+
+
+def normal(*shape):
+    rng = np.random.default_rng(len(shape))
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def value_and_pull(f, *arrays):
+    def run(*arrays):
+        y, pull = jax.vjp(f, *arrays)
+        return y, *pull(jnp.cos(y))
+
+    return jax.jit(run)(*arrays)
+
+
+def check(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()), rtol=0)
+
+
+@pytest.mark.parametrize("length", [3, 150])  # below FEW_ROWS and above
+@pytest.mark.parametrize(
+    "contract, inner, outer", [(1, (20,), (2, 3, 5)), (2, (4, 5), (7,))]
+)
+def test_it_is_a_product_over_the_inner_axes(length, contract, inner, outer):
+    assert 2 * 3 < FEW_ROWS < 2 * 150
+    x, w = normal(2, length, *inner), normal(*inner, *outer)
+    actual = value_and_pull(
+        lambda x, w: project(x, w, context(2, length), contract), x, w
+    )
+    check(actual, value_and_pull(lambda x, w: jnp.tensordot(x, w, contract), x, w))
+
+
+@needs_c
+def test_it_is_c_on_one_cpu_in_float32_alone():
+    assert in_c(FLOAT32, None) and in_c(FLOAT32, "native,cpu")
+    assert not in_c(FLOAT32, "cpu") and not in_c(jnp.dtype("bfloat16"), None)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",))):
+        assert not in_c(FLOAT32, None)
+
+
+@needs_c
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("length", [70, 256])
+def test_attention_in_blocks_is_the_same_in_c(length, kv_heads):
+    B, H, A = 2, 4, 24
+    q = normal(B, length, H, A)
+    k, v = normal(B, length, kv_heads, A), normal(B, length, kv_heads, A)[::-1]
+    row = jnp.tile(jnp.arange(length, dtype=jnp.int32), (B, 1))
+    segment, position = 1 + row // 50, row % 50
+
+    def run(c):
+        return value_and_pull(
+            lambda *a: attend_in_blocks(*a, segment, position, c), q, k, v
+        )
+
+    check(run(True), run(False))
