@@ -257,12 +257,3 @@ def why_not(name: str, request: Request, where: str) -> str | None:
 def able(request: Request, where: str) -> list[str]:
     """Names of all that can do something on a platform."""
     return [name for name in IMPLEMENTATIONS if why_not(name, request, where) is None]
-
-
-def runnable() -> list[str]:
-    """Names of the implementations that run, and not only interpreted, right here."""
-    return [
-        name
-        for name, entry in IMPLEMENTATIONS.items()
-        if platform() in entry.platforms and not name.endswith(INTERPRETED)
-    ]

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.device import platform
-from kernels_pallas.implementations import IMPLEMENTATIONS, runnable, split_names
+from kernels_pallas.implementations import (
+    INTERPRETED,
+    Request,
+    able,
+    split_names,
+    why_not,
+)
 from moex import config as configs
 from moex import optim, sharding
 from moex.config import ConfigError, caution, require
@@ -185,11 +191,16 @@ def static_options(cfg, *, train: bool) -> dict:
 
 
 def kernels_here(cfg) -> bool:
-    """Whether one at least of the kernels that a run names runs on this platform."""
+    """Whether one at least of the kernels that a run names can compute it here."""
     return cfg.kernels == "auto" or any(
-        platform() in IMPLEMENTATIONS[name].platforms
+        why_not(name, _experts_of(cfg), platform()) is None
         for name in split_names(cfg.kernels)
     )
+
+
+def _experts_of(cfg) -> Request:
+    """What experts ask of kernels, of sizes that no kernel refuses."""
+    return Request("grouped_glu", compute_dtype(cfg), 1024, 1024, 8, "silu")
 
 
 def eval_batch_size(cfg) -> int:
@@ -246,11 +257,14 @@ def _platform(mesh) -> str:
 
 def check_kernels(cfg) -> None:
     """Check that the kernels that a run names can run on the platform of the mesh."""
-    require(
-        kernels_here(cfg),
-        "config.kernels",
-        cfg.kernels,
-        f"'auto' or have one among {', '.join(runnable())} on a {platform()}",
+    if kernels_here(cfg):
+        return
+    request, where = _experts_of(cfg), platform()
+    can = [name for name in able(request, where) if not name.endswith(INTERPRETED)]
+    reasons = (f"{n}: {why_not(n, request, where)}" for n in split_names(cfg.kernels))
+    raise ConfigError(
+        f"config.kernels = {cfg.kernels!r}: must be 'auto' or have one among "
+        f"{', '.join(can)} on a {where} in {request.dtype}. {'; '.join(reasons)}."
     )
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from configs import base
-from moex.config import ConfigWarning
-from moex.train.job import kernels_here, static_options
+from moex.config import ConfigError, ConfigWarning
+from moex.train.job import check_kernels, kernels_here, static_options
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,13 @@ def test_kernels_of_another_platform_are_not_here(kernels, here):
         return
     with pytest.warns(ConfigWarning, match="do not run here; 'auto' is used"):
         assert static_options(cfg, train=False)["kernels"] is None
+
+
+def test_kernels_that_cannot_are_refused_with_their_reasons():
+    cfg = base.get_config()
+    cfg.kernels, cfg.precision = "native,triton", "bfloat16"
+    said = (
+        "'native,triton'.*among .*cpu.* in bfloat16. native: .*float32.*triton: it runs"
+    )
+    with pytest.raises(ConfigError, match=said):
+        check_kernels(cfg)
