@@ -22,7 +22,7 @@ def forward(x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, save):
 def backward(a_NC, x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, dy_TD):
     """`(dx_TD, dw_in_EDC, dw_out_EFD, dgate_TK)`."""
     _, F, D = w_out_EFD.shape
-    pieces = weight_pieces()
+    pieces = weight_pieces(3 * D * F)
     shapes = [x_TD.shape, w_in_EDC.shape, w_out_EFD.shape, gate_TK.shape]
     shapes += [(plan.order_N.shape[0], D), (pieces, 3 * D * F)]
     inputs = (a_NC, x_TD, w_in_EDC, w_out_EFD, gate_TK, *_of(plan), dy_TD)

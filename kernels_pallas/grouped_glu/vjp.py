@@ -88,6 +88,6 @@ def _within(plan, buffer_rows, small, large):
         return small(plan)
     return lax.cond(
         plan.bounds[-1] <= buffer_rows,
-        lambda: small(plan.first_rows(buffer_rows)),
+        lambda: small(plan.truncated(buffer_rows)),
         lambda: large(plan),
     )

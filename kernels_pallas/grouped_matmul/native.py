@@ -29,9 +29,7 @@ def product(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype):
 
 def weight_product(lhs_MK, rhs_MN, bounds, out_dtype):
     """For each group the sum over its rows of outer products, [G, K, N]."""
-    size = (lhs_MK.shape[1], rhs_MN.shape[1])
-    pieces = library.weight_pieces()
-    shapes = [(bounds.shape[0] - 1, *size), (pieces, *size)]
+    shape = (bounds.shape[0] - 1, lhs_MK.shape[1], rhs_MN.shape[1])
     inputs = (lhs_MK, rhs_MN, bounds)
-    out_GKN, _ = library.call("moex_weight_product", shapes, inputs, pieces)
+    (out_GKN,) = library.call("moex_weight_product", [shape], inputs)
     return out_GKN.astype(out_dtype)

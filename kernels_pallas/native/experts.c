@@ -2,8 +2,8 @@
 //
 // Rows are computed as they lie sorted by expert, in blocks of at most BLOCK: gathered,
 // multiplied, activated and multiplied again while they are in the cache. Nothing is
-// padded, nothing is masked, and every result is written once: rows of no expert are
-// never read, and memory for them is never touched.
+// padded, nothing is masked: rows of no expert are never read, and memory for them is
+// never touched.
 //
 // Legend: T tokens, K slots per token, N sorted rows, D model width, F expert hidden
 // width, C pre-activation columns (2F: gate, then up), E experts.
@@ -277,9 +277,9 @@ static void in_parallel(XLA_FFI_CallFrame* frame, int64_t jobs,
 // ---- Rows of experts, cut into pieces -----------------------------------------------
 //
 // An expert with more than 1 / `most` of the rows is cut, so that a few large experts
-// keep all threads busy too. The cuts depend on the routing alone. A piece that is not
-// its expert's first sums weight gradients into a `part` of its own, added at the end:
-// these are fewer than `most`, since each stands for more than N / most rows.
+// keep all threads busy too; `most` goes by the cores of the machine. A piece that is
+// not its expert's first sums weight gradients into a `part` of its own, added at the
+// end: these are fewer than `most`, since each stands for more than N / most rows.
 
 typedef struct {
   int64_t group, begin, end;
@@ -295,8 +295,24 @@ typedef struct {
   atomic_int failed;  // out of memory
 } Groups;
 
+// Its own bounds, rising and inside of the rows: nothing checks those of a program.
+// Wrong ones give wrong numbers then, but no access outside of the arrays.
+static int own_bounds(Groups* s) {
+  int32_t *own = malloc((s->groups + 1) * sizeof *own), low = 0;
+  for (int64_t g = 0; own && g <= s->groups; g++) {
+    const int32_t bound = s->bounds[g] < s->rows ? s->bounds[g] : (int32_t)s->rows;
+    own[g] = low = bound > low ? bound : low;
+  }
+  s->bounds = own;
+  return own != 0;
+}
+
+static int64_t largest_of(const Groups* s, int64_t most) {
+  return s->rows / most + 1 > FEW ? s->rows / most + 1 : FEW;
+}
+
 static int cut(Groups* s, int64_t most) {
-  const int64_t largest = s->rows / most + 1 > FEW ? s->rows / most + 1 : FEW;
+  const int64_t largest = largest_of(s, most);
   int64_t part = 0;
   s->piece = malloc((s->groups + most) * sizeof(Piece));
   for (int64_t g = 0; s->piece && g < s->groups; g++) {
@@ -306,6 +322,20 @@ static int cut(Groups* s, int64_t most) {
       s->piece[s->count++] =
           (Piece){g, s->bounds[g] + size * i / pieces,
                   s->bounds[g] + size * (i + 1) / pieces, i == 0 ? -1 : part++};
+  }
+  return s->piece != 0;
+}
+
+// The same for sums over rows: `shares` pieces of a large group, each all of its rows
+// and the share `part` of the columns.
+static int cut_columns(Groups* s, int64_t most, int64_t shares) {
+  const int64_t largest = largest_of(s, most);
+  s->piece = malloc((s->groups + most * shares) * sizeof(Piece));
+  for (int64_t g = 0; s->piece && g < s->groups; g++) {
+    const int64_t begin = s->bounds[g], end = s->bounds[g + 1];
+    const int64_t pieces = end - begin > largest ? shares : 1;
+    for (int64_t i = 0; i < pieces; i++)
+      s->piece[s->count++] = (Piece){g, begin, end, pieces > 1 ? i : -1};
   }
   return s->piece != 0;
 }
@@ -572,28 +602,35 @@ typedef struct {
   Groups of;
   int64_t K, N;
   int transposed;  // rhs is [G, N, K]
+  int64_t shares;  // of the columns of a sum over rows
   const float *lhs, *rhs;
-  float *out, *parts;
+  float* out;
 } Products;
 
-// Copies rows of `width` to where they lie apart.
-static void spread(const float* from, int64_t width, int64_t rows, float* to) {
+// Copies `width` columns of rows that are `row` long to where they lie apart.
+static void spread(const float* from, int64_t row, int64_t width, int64_t rows,
+                   float* to) {
   for (int64_t i = 0; i < rows; i++)
-    memcpy(to + i * apart(width), from + i * width, width * sizeof(float));
+    memcpy(to + i * apart(width), from + i * row, width * sizeof(float));
 }
+
+// Wider rows stay where they are: a copy of a block would not fit in the cache.
+enum { WIDEST = 4096 };
 
 static void product_piece(void* of, int64_t job) {
   Products* s = of;
   const Piece piece = s->of.piece[job];
   const int64_t K = s->K, N = s->N;
   if (piece.begin == piece.end) return;
-  float* lhs = scratch(&s->of, BLOCK * apart(K));
+  float* lhs = scratch(&s->of, K > WIDEST ? 1 : BLOCK * apart(K));
   if (!lhs) return;
   for (int64_t begin = piece.begin, rows; begin < piece.end; begin += rows) {
     rows = block_of(piece, begin);
-    spread(s->lhs + begin * K, K, rows, lhs);
+    if (K <= WIDEST) spread(s->lhs + begin * K, K, K, rows, lhs);
+    const Matrix block =
+        K > WIDEST ? (Matrix){s->lhs + begin * K, K, 1} : (Matrix){lhs, apart(K), 1};
     const float* rhs = s->rhs + piece.group * K * N;
-    multiply(rows, N, K, (Matrix){lhs, apart(K), 1},
+    multiply(rows, N, K, block,
              s->transposed ? (Matrix){rhs, 1, K} : (Matrix){rhs, N, 1},
              s->out + begin * N, N, 0);
   }
@@ -614,37 +651,34 @@ static void weight_piece(void* of, int64_t job) {
   Products* s = of;
   const Piece piece = s->of.piece[job];
   const int64_t K = s->K, N = s->N;
-  float* to =
-      piece.part < 0 ? s->out + piece.group * K * N : s->parts + piece.part * K * N;
+  float* to = s->out + piece.group * K * N;
   if (piece.begin == piece.end) {
     memset(to, 0, K * N * sizeof(float));
     return;
   }
-  float* lhs = scratch(&s->of, BLOCK * (apart(K) + apart(N)));
+  const int64_t panels = (N + COLUMNS - 1) / COLUMNS, part = piece.part, n = s->shares;
+  const int64_t first = part < 0 ? 0 : panels * part / n * COLUMNS;
+  const int64_t last = part < 0 ? N : panels * (part + 1) / n * COLUMNS;
+  const int64_t width = (last < N ? last : N) - first;
+  float* lhs = scratch(&s->of, BLOCK * (apart(K) + apart(width)));
   if (!lhs) return;
   float* rhs = lhs + BLOCK * apart(K);
   for (int64_t begin = piece.begin, rows; begin < piece.end; begin += rows) {
     rows = block_of(piece, begin);
-    spread(s->lhs + begin * K, K, rows, lhs);
-    spread(s->rhs + begin * N, N, rows, rhs);
-    multiply(K, N, rows, (Matrix){lhs, 1, apart(K)}, (Matrix){rhs, apart(N), 1}, to, N,
-             begin > piece.begin);
+    spread(s->lhs + begin * K, K, K, rows, lhs);
+    spread(s->rhs + begin * N + first, N, width, rows, rhs);
+    multiply(K, width, rows, (Matrix){lhs, 1, apart(K)}, (Matrix){rhs, apart(width), 1},
+             to + first, N, begin > piece.begin);
   }
   free(lhs);
-}
-
-static void weight_share(void* of, int64_t job) {
-  Products* s = of;
-  const int64_t size = s->K * s->N;
-  add_parts(&s->of, s->parts, size, s->out, size, job);
 }
 
 // ---- XLA ---------------------------------------------------------------------------
 
 // What XLA asks a handler before it is called: the version it was built for.
-static int is_question(XLA_FFI_CallFrame *frame) {
+static int is_question(XLA_FFI_CallFrame* frame) {
   // The type of `extension_start` has another name in every version of JAX.
-  XLA_FFI_Metadata_Extension *question = (void *)frame->extension_start;
+  XLA_FFI_Metadata_Extension* question = (void*)frame->extension_start;
   if (!question || question->extension_base.type != XLA_FFI_Extension_Metadata)
     return 0;
   question->metadata->api_version.major_version = XLA_FFI_API_MAJOR;
@@ -704,14 +738,20 @@ static Experts experts_of(XLA_FFI_CallFrame* frame, int first) {
   };
 }
 
-// Runs `piece` over all pieces and then `share` over all shares, on what `s` begins.
-static XLA_FFI_Error* run(XLA_FFI_CallFrame* frame, Groups* s,
+// Runs `piece` over all pieces, cut by rows or into `columns` shares of the columns,
+// and then `share`, if any, over all shares, on what `s` begins.
+static XLA_FFI_Error* run(XLA_FFI_CallFrame* frame, Groups* s, int64_t columns,
                           void (*piece)(void*, int64_t),
                           void (*share)(void*, int64_t)) {
-  if (!cut(s, attribute(frame, "most"))) return out_of_memory(frame);
-  in_parallel(frame, s->count, piece, s);
-  in_parallel(frame, SHARES, share, s);
+  const int64_t most = attribute(frame, "most");
+  if (own_bounds(s) && (columns ? cut_columns(s, most, columns) : cut(s, most))) {
+    in_parallel(frame, s->count, piece, s);
+    if (share) in_parallel(frame, SHARES, share, s);
+  } else {
+    s->failed = 1;
+  }
   free(s->piece);
+  free((void*)s->bounds);
   return s->failed ? out_of_memory(frame) : 0;
 }
 
@@ -722,7 +762,7 @@ XLA_FFI_Error* moex_experts_forward(XLA_FFI_CallFrame* frame) {
   s.y = out(frame, 0);
   s.y_row = out(frame, 1);
   s.kept = frame->rets.size > 2 ? out(frame, 2) : 0;
-  return run(frame, &s.of, forward_piece, combine_share);
+  return run(frame, &s.of, 0, forward_piece, combine_share);
 }
 
 // Pre-activations before the rest, dy [T, D] after it -> dx [T, D], dw_in, dw_out,
@@ -738,7 +778,7 @@ XLA_FFI_Error* moex_experts_backward(XLA_FFI_CallFrame* frame) {
   s.dgate = out(frame, 3);
   s.dx_row = out(frame, 4);
   s.parts = out(frame, 5);
-  return run(frame, &s.of, backward_piece, collect_share);
+  return run(frame, &s.of, 0, backward_piece, collect_share);
 }
 
 // lhs [M, K], rhs [G, K, N] or [G, N, K], bounds [G + 1] -> [M, N].
@@ -755,10 +795,10 @@ XLA_FFI_Error* moex_product(XLA_FFI_CallFrame* frame) {
       .rhs = in(frame, 1),
       .out = out(frame, 0),
   };
-  return run(frame, &s.of, product_piece, product_share);
+  return run(frame, &s.of, 0, product_piece, product_share);
 }
 
-// lhs [M, K], rhs [M, N], bounds [G + 1] -> [G, K, N] and parts [most, K, N] (scratch).
+// lhs [M, K], rhs [M, N], bounds [G + 1] -> [G, K, N].
 XLA_FFI_Error* moex_weight_product(XLA_FFI_CallFrame* frame) {
   if (is_question(frame)) return 0;
   const int64_t *lhs = argument(frame, 0)->dims, *rhs = argument(frame, 1)->dims;
@@ -771,7 +811,9 @@ XLA_FFI_Error* moex_weight_product(XLA_FFI_CallFrame* frame) {
       .lhs = in(frame, 0),
       .rhs = in(frame, 1),
       .out = out(frame, 0),
-      .parts = out(frame, 1),
   };
-  return run(frame, &s.of, weight_piece, weight_share);
+  const int64_t panels = (s.N + COLUMNS - 1) / COLUMNS;
+  const int64_t most = attribute(frame, "most");
+  s.shares = panels < 1 ? 1 : panels < most ? panels : most;
+  return run(frame, &s.of, s.shares, weight_piece, 0);
 }

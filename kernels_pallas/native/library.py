@@ -1,4 +1,4 @@
-"""Compiles experts.c once per machine and registers its functions with XLA.
+"""Compiles experts.c once for a machine and a jaxlib; registers its functions.
 
 The compiler is $CC, cc, gcc or clang; or `zig cc` of the package ziglang (the extra
 `native`), for machines that have Python and no compiler.
@@ -11,13 +11,13 @@ import importlib.util
 import os
 import pathlib
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 
 import jax
+import jaxlib
 import numpy as np
 
 SOURCE = pathlib.Path(__file__).with_name("experts.c")
@@ -29,6 +29,9 @@ FUNCTIONS = (
 )
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
 LIBRARIES = ("-lm", "-lpthread")
+MOST_FLOATS = (
+    2**28
+)  # 1 GiB, touched only where one expert has a large share of the rows
 
 
 @functools.cache
@@ -43,8 +46,7 @@ def why_not() -> str | None:
             "extra `native` of moex)"
         )
     try:
-        path = _compile(compiler)
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(_compile(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         first = next((line for line in said.splitlines() if "error" in line), said)
@@ -58,7 +60,7 @@ def why_not() -> str | None:
 def find_compiler() -> tuple[str, ...] | None:
     """The beginning of its command line; None if there is none."""
     if os.environ.get("CC"):
-        return tuple(shlex.split(os.environ["CC"]))
+        return tuple(os.environ["CC"].split())
     for name in ("cc", "gcc", "clang"):
         if path := shutil.which(name):
             return (path,)
@@ -71,12 +73,10 @@ def _compile(compiler) -> pathlib.Path:
     """The path of the compiled library; from the cache if it is there."""
     march = "-march" if platform.machine() in ("x86_64", "AMD64") else "-mcpu"
     command = [*compiler, *FLAGS, f"{march}=native", f"-I{jax.ffi.include_dir()}"]
-    name = hashlib.sha256(repr((command, _processor(), jax.__version__)).encode())
+    name = hashlib.sha256(repr((command, _processor(), jaxlib.__version__)).encode())
     name.update(SOURCE.read_bytes())
-    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    path = folder / "moex" / f"experts-{name.hexdigest()[:24]}.so"
+    path = _cache_folder() / f"experts-{name.hexdigest()[:24]}.so"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Another process may compile at the same time: the last one's file stays.
         with tempfile.TemporaryDirectory(dir=path.parent) as work:
             made = pathlib.Path(work, path.name)
@@ -93,7 +93,16 @@ def call(name, shapes, inputs, pieces=None, **attributes):
       pieces: into how many the rows are cut if they are all of one group; None: four
         for each core, so that they end together.
       attributes: ints.
+
+    Raises:
+      ValueError: on inputs of other dtypes, which C would read as these.
+      RuntimeError: if there is no library; see `why_not`.
     """
+    if reason := why_not():
+        raise RuntimeError(f"{name}: {reason}")
+    dtypes = {a.dtype.name for a in inputs}
+    if not dtypes <= {"float32", "int32"}:
+        raise ValueError(f"{name} takes float32 and int32; got {sorted(dtypes)}.")
     results = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
     attributes["most"] = pieces or min(max(8, 4 * (os.cpu_count() or 1)), 64)
     attributes = {k: np.int32(v) for k, v in attributes.items()}
@@ -102,9 +111,23 @@ def call(name, shapes, inputs, pieces=None, **attributes):
     )
 
 
-def weight_pieces() -> int:
-    """Fewer, where each piece has its own sum of a weight gradient."""
-    return min(max(4, 2 * (os.cpu_count() or 1)), 32)
+def weight_pieces(num_floats) -> int:
+    """Fewer, where each piece has its own sum of a weight gradient of that size."""
+    most = min(max(4, 2 * (os.cpu_count() or 1)), 32)
+    return max(1, min(most, MOST_FLOATS // num_floats))
+
+
+def _cache_folder() -> pathlib.Path:
+    """Where libraries are kept; a new folder where nothing can be."""
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        folder = pathlib.Path(cache, "moex")
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # read only; or a user without a home
+        pass
+    return pathlib.Path(tempfile.mkdtemp(prefix="moex-"))
 
 
 def _processor() -> str:

@@ -185,8 +185,9 @@ class AttentionLayer(nnx.Module):
         """Keys and values [B, L, G, A], without biases."""
         w_D2GA = self.w_kv_D2GA[...].astype(x_BLD.dtype)
         # Splits, whose gradient is one concatenation; that of slices is padding twice.
-        # On a CPU of the weights, which are smaller than what they give.
-        if platform() == "cpu":
+        # In C of the weights, which are smaller than what they give; but a scan over
+        # layers would keep both halves of each.
+        if in_c(x_BLD.dtype, ctx.kernels) and not ctx.scan_layers:
             w_k, w_v = (jnp.squeeze(w, 1) for w in jnp.split(w_D2GA, 2, axis=1))
             return project(x_BLD, w_k, ctx), project(x_BLD, w_v, ctx)
         kv = project(x_BLD, w_D2GA, ctx)
@@ -312,9 +313,9 @@ def attend(
       positions: int32 (queries [B, L], keys [B, S]) inside the segments. "blocks" and
         "splash" take queries and keys of the same rows, with positions that rise along
         the row inside a segment.
-      implementation: one of `IMPLEMENTATIONS`; the rest is for "einsum" only, but
+      implementation: one of `IMPLEMENTATIONS`.
       in_c: of "blocks": whether its products are computed in C; see `project.in_c`.
-      scale: factor on the scores; None: A^-0.5.
+      scale: factor on the scores; None: A^-0.5. This and the rest: "einsum" only.
       window: keys that a query sees, its own included; None: all before it.
       sink_H: logit of each head that takes weight and gives no value; None: none.
 

@@ -1,20 +1,25 @@
-"""Dense projections: one product, written for the platform."""
+"""Dense projections: one product, written for the platform.
+
+Legend: M rows, K inner width, N outer width.
+"""
 
 import math
+from functools import partial
 
+import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas import grouped_matmul
 from kernels_pallas.device import platform
+from kernels_pallas.grouped_matmul import native
 from kernels_pallas.implementations import (
     DEFAULTS,
     IMPLEMENTATIONS,
     Request,
     split_names,
 )
+from kernels_pallas.names import GROUPED_MATMUL
 from moex.sharding import on_a_mesh
-
-FEW_ROWS = 256  # below them XLA:CPU's own product is as quick
 
 
 def project(x, w, ctx, contract=1):
@@ -32,16 +37,39 @@ def project(x, w, ctx, contract=1):
     Returns:
       [..., *outer] in the dtype of `x`.
     """
-    inner, outer = w.shape[:contract], w.shape[contract:]
-    rows = x.shape[: x.ndim - contract]
-    M, K, N = math.prod(rows), math.prod(inner), math.prod(outer)
-    if M < FEW_ROWS or not in_c(x.dtype, ctx.kernels):
+    if ctx.mode == "decode" or not in_c(x.dtype, ctx.kernels):
         return jnp.tensordot(x, w, contract)
-    sizes = jnp.array([M], jnp.int32)
-    y_MN = grouped_matmul(
-        x.reshape(M, K), w.reshape(1, K, N), sizes, implementation="native"
-    )
-    return y_MN.reshape(*rows, *outer)
+    return _project_in_c(x, w, contract)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _project_in_c(x, w, contract):
+    M, K, N = _sizes(x, w, contract)
+    group = jnp.array([0, M], jnp.int32)
+    y_MN = native.product(x.reshape(M, K), w.reshape(1, K, N), group, False, x.dtype)
+    return y_MN.reshape(x.shape[: x.ndim - contract] + w.shape[contract:])
+
+
+def _forward(x, w, contract):
+    # Weights as they came: a scan over layers would keep a reshaped copy of each.
+    return checkpoint_name(_project_in_c(x, w, contract), GROUPED_MATMUL), (x, w)
+
+
+def _backward(contract, saved, dy):
+    x, w = saved
+    M, K, N = _sizes(x, w, contract)
+    group, dy_MN = jnp.array([0, M], jnp.int32), dy.reshape(M, N)
+    dx_MK = native.product(dy_MN, w.reshape(1, K, N), group, True, x.dtype)
+    dw_1KN = native.weight_product(x.reshape(M, K), dy_MN, group, w.dtype)
+    return dx_MK.reshape(x.shape), dw_1KN.reshape(w.shape)
+
+
+_project_in_c.defvjp(_forward, _backward)
+
+
+def _sizes(x, w, contract):
+    rows, inner = x.shape[: x.ndim - contract], w.shape[:contract]
+    return math.prod(rows), math.prod(inner), math.prod(w.shape[contract:])
 
 
 def in_c(dtype, kernels) -> bool:

@@ -5,6 +5,7 @@ What it shares with the other implementations is in test_grouped_{matmul,glu}.py
 Legend: T tokens, K slots per token, D model width, F expert hidden width, E experts.
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -24,8 +25,15 @@ pytestmark = pytest.mark.skipif(
     reason="no C compiler",
 )
 
-# Rows in blocks of 256, sums over 256 at a time, columns by 32 on AVX-512.
-T, K, D, F, E = 700, 2, 271, 49, 5
+# More than a block of 320 rows in a piece; sums over 128 at a time, columns by 64.
+T, K, D, F, E = 1500, 2, 171, 49, 5
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # larger pieces
+
+
 ROUTINGS = {
     "random": lambda rng: np.stack([rng.permutation(E)[:K] for _ in range(T)]),
     "two experts": lambda rng: np.tile([1, 3], (T, 1)),
@@ -68,11 +76,13 @@ def test_whole_experts_of_many_blocks(routing, activation):
         np.testing.assert_array_equal(a, again)  # whichever thread had which piece
 
 
-@pytest.mark.parametrize("sizes", [(700, 0, 3, 90), (1, 255, 256, 257), (0, 0, 0, 900)])
+@pytest.mark.parametrize(
+    "sizes", [(2700, 0, 3, 90), (1, 319, 1320, 641), (0, 0, 0, 2900), (2800,)]
+)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_grouped_matmul_of_many_blocks(sizes, transposed):
     rng = np.random.default_rng(1)
-    M, K, N = 1000, 530, 67
+    M, K, N = 3000, 230, 167
     lhs, dout = (jnp.asarray(rng.normal(size=s), "float32") for s in ((M, K), (M, N)))
     shape = (len(sizes), N, K) if transposed else (len(sizes), K, N)
     rhs = jnp.asarray(rng.normal(size=shape), "float32")
@@ -86,6 +96,21 @@ def test_grouped_matmul_of_many_blocks(sizes, transposed):
 
     for a, b in zip(outputs("native"), outputs("reference"), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max(), rtol=0)
+
+
+@pytest.mark.parametrize("sizes", [(9, 0), (-1, 3), (3, -1), (1_000_000, 2)])
+def test_group_sizes_that_are_wrong_touch_nothing_else(sizes):
+    # Nothing checks them inside of jit: numbers without a meaning, and no crash.
+    lhs, rhs = jnp.ones((8, 5)), jnp.ones((2, 5, 7))
+
+    def loss(lhs, rhs, sizes):
+        return jnp.sum(grouped_matmul(lhs, rhs, sizes, implementation="native"))
+
+    for _ in range(20):
+        value, pull = jax.jit(jax.value_and_grad(loss, (0, 1)))(
+            lhs, rhs, jnp.array(sizes)
+        )
+        assert np.isfinite(value) and all(np.isfinite(g).all() for g in pull)
 
 
 def test_several_at_a_time_and_under_vmap():
@@ -152,6 +177,12 @@ print("equal")
     assert done.stdout == "equal\n", done
 
 
+def test_without_a_home_it_is_compiled_elsewhere(tmp_path):
+    said = in_a_process(ASK, XDG_CACHE_HOME="/proc/no-home", TMPDIR=str(tmp_path))
+    assert said.stdout == "None\n", said
+    assert any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "environment, said",
     [
@@ -161,5 +192,7 @@ print("equal")
     ],
 )
 def test_what_is_said_without_a_compiler(tmp_path, environment, said):
+    if not environment["CC"] and importlib.util.find_spec("ziglang"):
+        pytest.skip("the package ziglang is one")
     done = in_a_process(ASK, XDG_CACHE_HOME=str(tmp_path), **environment)
     assert re.search(said, done.stdout), done

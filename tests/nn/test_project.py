@@ -12,7 +12,7 @@ from kernels_pallas.device import platform
 from kernels_pallas.native import library
 from moex.nn.attention_blocks import attend_in_blocks
 from moex.nn.context import Context
-from moex.nn.project import FEW_ROWS, in_c, project
+from moex.nn.project import in_c, project
 
 needs_c = pytest.mark.skipif(
     platform() != "cpu" or library.find_compiler() is None, reason="no C compiler"
@@ -20,13 +20,13 @@ needs_c = pytest.mark.skipif(
 FLOAT32 = jnp.dtype("float32")
 
 
-def context(B, L, kernels=None):
+def context(B, L, **options):
     index = jnp.tile(jnp.arange(L, dtype=jnp.int32), (B, 1))
     return Context(
         segment_BL=jnp.ones_like(index),
         position_BL=index,
         token_BL=index,
-        kernels=kernels,
+        **options,
     )
 
 
@@ -49,15 +49,14 @@ def check(actual, expected):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()), rtol=0)
 
 
-@pytest.mark.parametrize("length", [3, 150])  # below FEW_ROWS and above
+@pytest.mark.parametrize("mode", ["train", "decode"])
 @pytest.mark.parametrize(
     "contract, inner, outer", [(1, (20,), (2, 3, 5)), (2, (4, 5), (7,))]
 )
-def test_it_is_a_product_over_the_inner_axes(length, contract, inner, outer):
-    assert 2 * 3 < FEW_ROWS < 2 * 150
-    x, w = normal(2, length, *inner), normal(*inner, *outer)
+def test_it_is_a_product_over_the_inner_axes(mode, contract, inner, outer):
+    x, w = normal(2, 150, *inner), normal(*inner, *outer)
     actual = value_and_pull(
-        lambda x, w: project(x, w, context(2, length), contract), x, w
+        lambda x, w: project(x, w, context(2, 150, mode=mode), contract), x, w
     )
     check(actual, value_and_pull(lambda x, w: jnp.tensordot(x, w, contract), x, w))
 
@@ -68,6 +67,19 @@ def test_it_is_c_on_one_cpu_in_float32_alone():
     assert not in_c(FLOAT32, "cpu") and not in_c(jnp.dtype("bfloat16"), None)
     with jax.set_mesh(jax.make_mesh((2,), ("data",))):
         assert not in_c(FLOAT32, None)
+
+
+@needs_c
+def test_a_scan_over_layers_keeps_no_copy_of_weights():
+    x, w = normal(1, 40, 24), normal(5, 24, 24)
+    ctx = context(1, 40)
+
+    def run(x, w):
+        return jax.lax.scan(lambda x, w: (project(x, w, ctx), None), x, w)[0]
+
+    pull = jax.eval_shape(lambda *a: jax.vjp(run, *a)[1], x, w)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(pull))
+    assert kept < 2 * w.size + 5 * x.size
 
 
 @needs_c
