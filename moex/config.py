@@ -145,8 +145,14 @@ def fits(value: Any, annotation: Any) -> bool:
         if len(args) == 2 and args[1] is Ellipsis:
             return all(fits(v, args[0]) for v in value)
         return len(args) == len(value) and all(map(fits, value, args))
+    if origin is list:
+        return isinstance(value, list) and all(fits(v, args[0]) for v in value)
     if origin is dict:
-        return isinstance(value, (dict, ml_collections.ConfigDict))
+        if isinstance(value, ml_collections.ConfigDict):
+            return True
+        return isinstance(value, dict) and all(
+            fits(k, args[0]) and fits(v, args[1]) for k, v in value.items()
+        )
     if annotation is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if annotation is int:
@@ -162,6 +168,10 @@ def type_name(annotation: Any) -> str:
     if origin is tuple:
         inner = [type_name(a) for a in args if a is not Ellipsis]
         return "tuple of " + (inner[0] if len(set(inner)) == 1 else ", ".join(inner))
+    if origin is list:
+        return f"list of {type_name(args[0])}"
+    if origin is dict:
+        return f"mapping of {type_name(args[0])} to {type_name(args[1])}"
     if annotation in (None, type(None)):
         return "None"
     return getattr(annotation, "__name__", str(annotation))

@@ -1,0 +1,1 @@
+"""moex: a research training framework for mixture-of-experts models."""

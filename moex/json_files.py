@@ -1,0 +1,192 @@
+"""The one reader of JSON that a person or another program may have changed.
+
+Everything that is wrong is a `ConfigError` of one line that names the file, the line
+of it and the field. Python's own parser accepts `NaN`, repeated keys and numbers that
+overflow to infinity; it fails with a traceback on deep nesting, very long numbers and
+text that is not UTF-8.
+
+Not here: JSON of which moex wrote every byte a moment ago, in the same process.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moex.config import ConfigError, fits, nearest, type_name
+
+MOST_BYTES = 1 << 30  # of one file or line; more is no JSON of moex
+
+
+def parse_json(text: str | bytes, where: str, *, nan: bool = False) -> Any:
+    """JSON text as Python data.
+
+    Args:
+      text: JSON; bytes are UTF-8, with or without a byte-order mark.
+      where: begins the error message, such as "runs/a/config.json".
+      nan: whether the words NaN, Infinity and -Infinity, which are not JSON, are
+        accepted, as floats. Logs of moex before version 0.2 have them.
+
+    Raises:
+      ConfigError: if it is not JSON, repeats a key in an object, or has a number that
+        no float holds; with the line and column if there is one.
+    """
+    options: dict[str, Any] = {"object_pairs_hook": _object}
+    if not nan:
+        options |= {"parse_constant": _not_json, "parse_float": _finite}
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        return json.loads(text, **options)
+    except UnicodeDecodeError as e:
+        reason = f"byte {e.start} is not UTF-8"
+    except json.JSONDecodeError as e:
+        reason = f"{e.msg}, line {e.lineno}, column {e.colno}"
+    except RecursionError:
+        reason = "it is nested too deep"
+    except ValueError as e:  # of the hooks below, and of numbers of 4,300 digits
+        reason = str(e).split(";")[0]
+    raise ConfigError(f"{where}: is not JSON: {reason}.")
+
+
+def read_json(file: str | os.PathLike, *, nan: bool = False) -> Any:
+    """The JSON in a file as Python data; see `parse_json`.
+
+    Raises:
+      ConfigError: if the file cannot be read, is larger than `MOST_BYTES` or is not
+        JSON.
+    """
+    file = Path(file)
+    try:
+        size = file.stat().st_size
+        if size > MOST_BYTES:
+            raise ConfigError(f"{file}: has {size:,} bytes; too large for JSON.")
+        data = file.read_bytes()
+    except OSError as e:
+        raise ConfigError(f"{file}: cannot be read ({e.strerror}).") from None
+    return parse_json(data, str(file), nan=nan)
+
+
+def read_object(file: str | os.PathLike, *, nan: bool = False) -> dict[str, Any]:
+    """As `read_json`, for a file that must hold one JSON object."""
+    return expect_object(read_json(file, nan=nan), str(file))
+
+
+def read_json_lines(
+    file: str | os.PathLike, *, nan: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield `(line number from 1, object)` of a file with one JSON object a line.
+
+    A last line without its end is being written and is left out. Empty lines are
+    skipped.
+
+    Raises:
+      ConfigError: naming the file and the line, if one is not a JSON object.
+    """
+    file = Path(file)
+    try:
+        with file.open("rb") as lines:
+            for number, raw in enumerate(lines, 1):
+                if not raw.endswith(b"\n"):
+                    return
+                if raw.strip():
+                    where = f"{file}, line {number}"
+                    yield number, expect_object(parse_json(raw, where, nan=nan), where)
+    except OSError as e:
+        raise ConfigError(f"{file}: cannot be read ({e.strerror}).") from None
+
+
+def expect_object(data: Any, where: str) -> dict[str, Any]:
+    """`data`, if it is a JSON object.
+
+    Raises:
+      ConfigError: if it is anything else.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: must be a JSON object, not {json_kind(data)}.")
+    return data
+
+
+_MISSING = object()
+
+
+def field(
+    data: dict[str, Any], name: str, kind: Any, where: str, default: Any = _MISSING
+) -> Any:
+    """A field of a JSON object, if it is of the right type.
+
+    Args:
+      data: the object.
+      name: of the field.
+      kind: a type as configs are annotated with them: `int`, `float | None`,
+        `list[str]`, `dict[str, int]`, `tuple[int, ...]` for a list. An `int` fits
+        `float`; a `bool` is no number.
+      where: begins the error message, such as "runs/a/config.json".
+      default: what a missing field gives; without it a missing field is an error.
+
+    Raises:
+      ConfigError: if the field is missing or of another type.
+    """
+    if name not in data:
+        if default is not _MISSING:
+            return default
+        raise ConfigError(f"{where}: has no field {name!r}.{nearest(name, data)}")
+    value = data[name]
+    if not fits(value, kind):
+        raise ConfigError(
+            f"{where}: {name} = {short(value)}: must be {type_name(kind)}, "
+            f"not {json_kind(value)}."
+        )
+    return value
+
+
+def dump_json(data: Any, **options: Any) -> str:
+    """JSON text of plain data, in which a float that is not finite is null.
+
+    JSON has no NaN; other programs refuse a file that has one.
+    """
+    return json.dumps(_finite_only(data), allow_nan=False, **options)
+
+
+def short(value: Any, most: int = 60) -> str:
+    """The repr of a value, cut to `most` characters, for an error message."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def json_kind(value: Any) -> str:
+    """What JSON calls the kind of a value: "an object", "a string", "null"."""
+    names = {bool: "true or false", dict: "an object", list: "a list", str: "a string"}
+    return names.get(type(value), "null" if value is None else "a number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {short(twice)} stands twice in one object")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"no float holds the number {text[:20]}")
+    return value
+
+
+def _not_json(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _finite_only(data: Any) -> Any:
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    if isinstance(data, dict):
+        return {key: _finite_only(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite_only(value) for value in data]
+    return data
