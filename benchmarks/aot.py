@@ -135,12 +135,14 @@ def identity(record: dict) -> tuple:
 def save(path: pathlib.Path, records: list[dict]) -> None:
     """Adds records to a file, instead of older ones of the same."""
     kept = (
-        {identity(r): r for r in json.loads(path.read_text())} if path.exists() else {}
+        {identity(r): r for r in json.loads(path.read_text(encoding="utf-8"))}
+        if path.exists()
+        else {}
     )
     kept |= {identity(r): r for r in records}
     ordered = [kept[key] for key in sorted(kept)]
     lines = ",\n".join(" " + json.dumps(record) for record in ordered)
-    path.write_text(f"[\n{lines}\n]\n")
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def main() -> None:

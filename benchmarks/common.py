@@ -130,7 +130,10 @@ def summary(seconds: dict, limit: str | None = None) -> dict:
 def environment() -> dict:
     """Device, versions and commit: what a figure is worth nothing without."""
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
     ).stdout.strip()
     return {
         "device": jax.devices()[0].device_kind,
@@ -149,4 +152,4 @@ def write_json(path: pathlib.Path | None, figures: dict) -> None:
     """Figures with their environment, if a file is named."""
     if path is not None:
         figures = {**figures, "environment": environment()}
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

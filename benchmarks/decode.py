@@ -154,7 +154,9 @@ def both(name: str, args) -> tuple:
     theirs = torch_model(config, args.experts.split(",")[0])
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        saved = json.loads((pathlib.Path(folder) / "config.json").read_text())
+        saved = json.loads(
+            (pathlib.Path(folder) / "config.json").read_text(encoding="utf-8")
+        )
         return moex_model(saved, folder), theirs
 
 

@@ -67,8 +67,8 @@ def write_folder(folder: pathlib.Path, gigabytes: float) -> None:
 def peak(reset: bool = False) -> int:
     """Most memory that this process had since the last reset, in bytes; of Linux."""
     if reset:
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    lines = pathlib.Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     (line,) = (line for line in lines if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
@@ -122,8 +122,9 @@ def start(*args, devices: int) -> dict:
         [sys.executable, "-m", "benchmarks.import_hf", "--measure", *map(str, args)],
         check=True,
         stdout=subprocess.PIPE,
-        text=True,
         env=os.environ | {"XLA_FLAGS": flags},
+        encoding="utf-8",
+        errors="replace",
     )
     return json.loads(done.stdout.splitlines()[-1])
 

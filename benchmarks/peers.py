@@ -15,7 +15,9 @@ PUBLISHED = pathlib.Path(__file__).parent / "published.json"
 
 def published(shape_name: str | None) -> dict:
     """`{system: [forward, backward or None]}` in TFLOP/s of one H100, bfloat16."""
-    return json.loads(PUBLISHED.read_text())["shapes"].get(shape_name or "", {})
+    return json.loads(PUBLISHED.read_text(encoding="utf-8"))["shapes"].get(
+        shape_name or "", {}
+    )
 
 
 def ragged_dot_experts(ragged_dot):

@@ -110,7 +110,7 @@ def main() -> None:
         if args.json:
             args.json.mkdir(parents=True, exist_ok=True)
             path = args.json / f"{name}.json"
-            path.write_text(json.dumps(made, indent=1) + "\n")
+            path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def write_corpus(path: pathlib.Path, tokens: int) -> None:
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(5000)]
     weights = [1 / rank for rank in range(1, len(words) + 1)]
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for _ in range(1 + tokens // 200):
             file.write(" ".join(rng.choices(words, weights, k=220)) + "\n\n")
 
@@ -89,7 +89,9 @@ def main() -> None:
         text = CONFIG.replace("CORPUS", str(folder / "corpus.txt"))
         text = text.replace("CACHE", str(folder / "cache"))
         text = text.replace("EXPERTS", str(args.experts)).replace("CHOSEN", str(args.k))
-        (folder / "config.py").write_text(text.replace("LAYERS", str(args.layers)))
+        (folder / "config.py").write_text(
+            text.replace("LAYERS", str(args.layers)), encoding="utf-8"
+        )
         run, trace, early = folder / "run", folder / "t.parquet", folder / "e.parquet"
         measured("train", f"--config={folder / 'config.py'}", f"--workdir={run}")
         # The end of training scores what is held out, so that is little there.

@@ -156,7 +156,7 @@ def main() -> None:
         figures = report(job, measure(job, args.repeats))
     print(table(figures))
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

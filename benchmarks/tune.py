@@ -193,7 +193,7 @@ def main() -> None:
     if args.dry_run:
         shapes = {"small": SMALL}
     device = device_kind()
-    table = json.loads(tuned.PATH.read_text())
+    table = json.loads(tuned.PATH.read_text(encoding="utf-8"))
     for shape_name, shape in shapes.items():
         for name in args.implementations.split(","):
             for operation in args.operations.split(","):
@@ -204,7 +204,9 @@ def main() -> None:
                 )
                 replace(table, device, name, entry)
                 if not args.dry_run:  # as it goes: a lease may end at any time
-                    tuned.PATH.write_text(json.dumps(table, indent=1) + "\n")
+                    tuned.PATH.write_text(
+                        json.dumps(table, indent=1) + "\n", encoding="utf-8"
+                    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ FACTOR = 2  # an entry serves mean group sizes up to this many times larger or s
 @functools.cache
 def table() -> dict:
     """`{device kind: {backend: [entry]}}`; read when a kernel is first traced."""
-    return json.loads(PATH.read_text())
+    return json.loads(PATH.read_text(encoding="utf-8"))
 
 
 def lookup(device, backend, operation, M, K, N, G, dtype) -> dict | None:

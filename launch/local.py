@@ -106,7 +106,7 @@ class Job:
                 [sys.executable, "-m", args.module, "train", *train, *place],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                text=True,
+                encoding="utf-8",
                 errors="replace",
                 env=env,
                 start_new_session=True,  # Ctrl-C comes to us, and we pass it on

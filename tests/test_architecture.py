@@ -61,6 +61,59 @@ def test_kernels_do_not_import_flax():
         assert "flax" not in imported(path), path
 
 
+TEXT_CALLS = {"read_text", "write_text", "open", "fdopen"}
+
+
+def opens_text_by_locale(node) -> bool:
+    """Whether a call reads or writes text in an encoding that the machine decides."""
+    if not isinstance(node, ast.Call):
+        return False
+    named = isinstance(node.func, ast.Attribute)
+    name = node.func.attr if named else getattr(node.func, "id", "")
+    given = {word.arg: word.value for word in node.keywords}
+    if "encoding" in given:
+        return False
+    if "text" in given:  # of a subprocess
+        return True
+    owner = getattr(node.func.value, "id", "") if named else ""
+    if name not in TEXT_CALLS or owner[:1].isupper():  # such as Trace.open
+        return False
+    if name in ("read_text", "write_text"):
+        return named
+    first = 0 if named and owner not in ("os", "io", "gzip") else 1
+    mode = given.get("mode", next(iter(node.args[first:]), ast.Constant("r")))
+    return "b" not in getattr(mode, "value", "")
+
+
+@pytest.mark.parametrize("package", (*ORDER, "benchmarks"))
+def test_text_files_are_opened_in_an_encoding_that_is_named(package):
+    for path in sources(package):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            assert not opens_text_by_locale(node), f'{where}: give encoding="utf-8"'
+
+
+@pytest.mark.parametrize(
+    "code, wrong",
+    [
+        ("p.read_text()", True),
+        ("(d / 'f').write_text(t)", True),
+        ("open(f)", True),
+        ("open(f, 'a')", True),
+        ("p.open('w', newline='')", True),
+        ("subprocess.run(c, text=True)", True),
+        ("p.read_text(encoding='utf-8')", False),
+        ("open(f, 'rb')", False),
+        ("p.open(mode='wb')", False),
+        ("os.fdopen(n, 'wb')", False),
+        ("Trace.open(f)", False),
+        ("write_text(run, prompts)", False),
+    ],
+)
+def test_text_without_an_encoding_is_seen(code, wrong):
+    assert opens_text_by_locale(ast.parse(code).body[0].value) == wrong
+
+
 def test_only_the_agreed_part_of_nnx_is_used():
     for path in sources("moex"):
         text = path.read_text()

@@ -35,7 +35,12 @@ def train_command(config, workdir, *overrides) -> list[str]:
 def start(command, env) -> subprocess.Popen:
     """The process; its lines of progress come through a pipe."""
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env,
+        encoding="utf-8",
+        errors="replace",
     )
 
 
@@ -103,7 +108,11 @@ def finish(command, env) -> None:
 
 def logged(workdir) -> dict:
     """`{(kind, step): figures}` of metrics.jsonl, without times and memory."""
-    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    lines = (
+        (pathlib.Path(workdir) / "metrics.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     found: dict[tuple, dict] = {}
     for line in map(json.loads, lines):
         key = line.pop("kind"), line.pop("step")
@@ -163,7 +172,9 @@ def main():
         "python": platform.python_version(),
         "moments": kills,
     }
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / "results.json").write_text(
+        json.dumps(results, indent=1) + "\n", encoding="utf-8"
+    )
     print(json.dumps({k: v for k, v in results.items() if k != "moments"}, indent=1))
     sys.exit(results["records_different"] != 0)
 

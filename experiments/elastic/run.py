@@ -46,9 +46,10 @@ def start(workdir, env, processes: int, devices: int, *train) -> subprocess.Pope
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         env=env,
         cwd=ROOT,
+        encoding="utf-8",
+        errors="replace",
     )
 
 
@@ -65,8 +66,17 @@ def child(launcher: subprocess.Popen, index: int) -> int:
     """The process id of one process of a launcher."""
     for entry in pathlib.Path("/proc").glob("[0-9]*"):
         try:
-            parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[1]
-            words = (entry / "cmdline").read_text().split("\0")
+            parent = (
+                (entry / "stat")
+                .read_text(encoding="utf-8")
+                .rsplit(")", 1)[1]
+                .split()[1]
+            )
+            words = (
+                (entry / "cmdline")
+                .read_text(encoding="utf-8", errors="replace")
+                .split("\0")
+            )
         except OSError:  # it ended meanwhile
             continue
         if int(parent) == launcher.pid and f"--process-id={index}" in words:
@@ -155,7 +165,9 @@ def main():
         "python": platform.python_version(),
         "jax": jax.__version__,
     }
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / "results.json").write_text(
+        json.dumps(results, indent=1) + "\n", encoding="utf-8"
+    )
     exact = restarts[0]["final_loss"] == results["final_loss_undisturbed"]
     close = all(r["relative_difference"] < 1e-3 for r in restarts)
     sys.exit(not (exact and close))

@@ -74,7 +74,7 @@ def score(run: pathlib.Path) -> float:
 def converted(base, out, **options) -> dict:
     """The report of a conversion to `out`, made now or before."""
     if (out / "convert.json").is_file():
-        return json.loads((out / "convert.json").read_text())
+        return json.loads((out / "convert.json").read_text(encoding="utf-8"))
     return convert_run(base, out, ToLatent(sequences=SEQUENCES, **options))
 
 
@@ -118,7 +118,9 @@ def main() -> None:
         for calibration in (0, SEQUENCES):
             results["rows"].append(row(base, out, group, calibration))
             print(results["rows"][-1], flush=True)
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / "results.json").write_text(
+        json.dumps(results, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -103,7 +103,9 @@ def main() -> None:
         print(case, json.dumps(found[case]), flush=True)
     if args.only is None and args.steps is None:
         results = {"cases": found, "environment": environment()}
-        (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (HERE / "results.json").write_text(
+            json.dumps(results, indent=1) + "\n", encoding="utf-8"
+        )
     sys.exit(0 if all(row["shows"] for row in found.values()) else 1)
 
 

@@ -40,9 +40,11 @@ def run(kind: str, seed: int, steps: int | None, out: pathlib.Path) -> dict:
     workdir = out / f"{kind}-{seed}"
     cfg = config(kind, seed, steps)
     log = workdir / "metrics.jsonl"
-    if not log.exists() or f'"step": {cfg.steps}, "nll"' not in log.read_text():
+    if not log.exists() or f'"step": {cfg.steps}, "nll"' not in log.read_text(
+        encoding="utf-8"
+    ):
         train(cfg, workdir)
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     evals = [line for line in lines if line["kind"] == "eval"]
     return {
         "seed": seed,
@@ -108,7 +110,7 @@ def main() -> None:
     for kind in KINDS:
         results[kind]["summary"] = summary(results[kind]["runs"])
     text = json.dumps(results, indent=1)
-    (HERE / "results.json").write_text(text + "\n")
+    (HERE / "results.json").write_text(text + "\n", encoding="utf-8")
     plot(results)
     print(json.dumps({k: results[k]["summary"] for k in KINDS}, indent=1))
 

@@ -64,13 +64,15 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     jax.config.update("jax_num_cpu_devices", 8)
     path = args.out / "results.json"
-    done = json.loads(path.read_text())["distances"] if args.resume else {}
+    done = (
+        json.loads(path.read_text(encoding="utf-8"))["distances"] if args.resume else {}
+    )
     for layer in args.layers:
         if layer in done:
             continue
         done[layer] = row(layer, args.meshes)
         result = {"environment": environment(), "limit": LIMIT, "distances": done}
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     pairs = [(a, b, d) for a, of_mesh in done.items() for b, d in of_mesh.items()]
     bad = [f"{a} on {b}" for a, b, d in pairs if not is_good(d)]
     worst = max(max(d.values()) for _, _, d in pairs)

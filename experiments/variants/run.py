@@ -53,7 +53,9 @@ def config(arg: str, steps: int):
 
 def records(workdir) -> list[dict]:
     """Training lines of metrics.jsonl without what is measured."""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    lines = map(
+        json.loads, (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     return [
         {k: v for k, v in line.items() if not k.startswith("perf/")}
         for line in lines
@@ -75,7 +77,9 @@ def variant(arg: str, steps: int, out: pathlib.Path) -> dict:
     result = train(cfg, straight)
     speeds = [
         json.loads(line)["perf/tokens_per_s"]
-        for line in (straight / "metrics.jsonl").read_text().splitlines()
+        for line in (straight / "metrics.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
         if '"kind": "train"' in line
     ]
     shutil.copytree(straight, resumed)
@@ -143,7 +147,9 @@ def main() -> None:
     print(table(results))
     if not args.only:
         data = {"steps": args.steps, "environment": environment(), "results": results}
-        (HERE / "results.json").write_text(json.dumps(data, indent=1) + "\n")
+        (HERE / "results.json").write_text(
+            json.dumps(data, indent=1) + "\n", encoding="utf-8"
+        )
     bad = [
         r["variant"]
         for r in results

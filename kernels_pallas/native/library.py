@@ -81,7 +81,13 @@ def _compile(compiler) -> pathlib.Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as work:
             made = pathlib.Path(work, path.name)
             command += ["-o", str(made), str(SOURCE), *LIBRARIES]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            subprocess.run(
+                command,
+                check=True,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+            )
             made.replace(path)
     return path
 
@@ -133,7 +139,7 @@ def _cache_folder() -> pathlib.Path:
 def _processor() -> str:
     """What -march=native may depend on: a home folder can be shared by machines."""
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     wanted = ("model name", "flags", "Features")

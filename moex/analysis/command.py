@@ -52,7 +52,7 @@ def run(
 
 def _write(groups: Sequence[Group], out: pathlib.Path) -> None:
     if out.suffix == ".json":
-        out.write_text(_json(groups) + "\n")
+        out.write_text(_json(groups) + "\n", encoding="utf-8")
     elif out.suffix == ".csv":
         write_points(groups, out)
     else:

@@ -13,7 +13,7 @@ NUMBERS = ("step", "tokens", "train_flops", "train_s", "nll")  # in the order of
 
 def write_points(groups: Sequence[Group], file: pathlib.Path) -> None:
     """Write every point of every run's curves; nothing is averaged over seeds."""
-    with file.open("w", newline="") as out:
+    with file.open("w", newline="", encoding="utf-8") as out:
         lines = csv.writer(out)
         lines.writerow(COLUMNS + NUMBERS)
         for group in groups:

@@ -118,7 +118,7 @@ def read_lines(path: pathlib.Path) -> list[dict]:
     Raises:
       ConfigError: if any other line is not JSON, or has no kind or step.
     """
-    found, texts = [], path.read_text(errors="replace").splitlines()
+    found, texts = [], path.read_text(errors="replace", encoding="utf-8").splitlines()
     for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)

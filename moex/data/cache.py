@@ -89,7 +89,7 @@ def prepared(
 def _read(directory: Path) -> dict[str, Any] | None:
     """The manifest of a complete directory, else None."""
     try:
-        manifest = json.loads((directory / "manifest.json").read_text())
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     sizes = {f: (directory / f).stat().st_size for f in _content(directory)}
@@ -114,7 +114,9 @@ def _make(source, scan, tokenizer, seq_len, out, where, log) -> dict[str, Any]:
     manifest["tokenizer"] = tokenizer.fingerprint
     manifest["seconds"] = round(time.perf_counter() - began, 2)
     manifest["cache_files"] = {f: (out / f).stat().st_size for f in _content(out)}
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    (out / "manifest.json").write_text(
+        json.dumps(manifest, indent=1) + "\n", encoding="utf-8"
+    )
     tokens = sum(c["tokens"] for c in made["splits"].values())
     log(f"data: {source.label()}: {tokens:,} tokens in {manifest['seconds']} s")
     return manifest

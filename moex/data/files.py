@@ -79,7 +79,7 @@ def content_key(*parts: bytes) -> str:
 def atomic_write(path: Path, text: str) -> None:
     """Write a small file so that a kill leaves the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -87,7 +87,7 @@ def atomic_write(path: Path, text: str) -> None:
 def locked(file: Path) -> Iterator[None]:
     """Wait for other processes that make the same thing; a killed one lets go."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w") as f:
+    with open(file, "w", encoding="utf-8") as f:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(f, fcntl.LOCK_EX)
         yield

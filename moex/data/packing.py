@@ -147,7 +147,7 @@ def pack_rows(directory: Path, seq_len: int, truncate: bool, where: str) -> None
     Raises:
       ConfigError: for examples longer than `seq_len`, unless they may be truncated.
     """
-    meta = json.loads((directory / "meta.json").read_text())
+    meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
     starts = np.load(directory / "starts.npy")
     lengths = np.diff(np.r_[starts, meta["tokens"] - 1]) if len(starts) else starts
     long = lengths > seq_len

@@ -93,7 +93,9 @@ class StreamWriter:
             "unreadable_documents": self._skipped,
         }
         meta = counts | {"dtype": self._dtype.str}
-        (self._dir / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        (self._dir / "meta.json").write_text(
+            json.dumps(meta, indent=2) + "\n", encoding="utf-8"
+        )
         return counts
 
 
@@ -107,7 +109,7 @@ class Stream:
     """
 
     def __init__(self, directory: Path, token_bytes: np.ndarray):
-        meta = json.loads((directory / "meta.json").read_text())
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         self.directory = directory
         self.counts = {k: v for k, v in meta.items() if k != "dtype"}
         self.tokens = _mapped(directory / "tokens.bin", meta["dtype"], meta["tokens"])

@@ -67,7 +67,7 @@ class Bpe(Config):
         with locked(file.with_suffix(".lock")):
             if not file.exists():
                 self._train(file, sample(BPE_SAMPLE_BYTES), where, log)
-        model = tokenizers.Tokenizer.from_str(file.read_text())
+        model = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         return Tokenizer(model, doc_id=0, vocab_size=self.vocab)
 
     def _train(self, file: Path, texts: list[str], where: str, log) -> None:
@@ -79,7 +79,7 @@ class Bpe(Config):
         size = sum(map(len, texts)) / 1e6
         log(f"tokenizer: training BPE with {self.vocab} tokens on {size:.1f} MB")
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(train_bpe(texts, self.vocab).to_str())
+        temporary.write_text(train_bpe(texts, self.vocab).to_str(), encoding="utf-8")
         os.replace(temporary, file)
 
 
@@ -100,7 +100,7 @@ class TokenizerFile(Config):
         if not file.is_file():
             raise ConfigError(f"{where}.path = {self.path!r}: no such file.")
         try:
-            model = tokenizers.Tokenizer.from_str(file.read_text())
+            model = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as e:  # the library raises plain Exception
             raise ConfigError(
                 f"{where}.path = {self.path!r}: not a tokenizers JSON file ({e})."
@@ -302,10 +302,10 @@ class Tokenizer:
         file = Path(directory) / META
         if not file.is_file():
             raise ConfigError(f"{directory}: holds no tokenizer ({META} is missing).")
-        meta = json.loads(file.read_text())
+        meta = json.loads(file.read_text(encoding="utf-8"))
         model = None
         if meta["kind"] != "bytes":
-            text = (file.parent / MODEL).read_text()
+            text = (file.parent / MODEL).read_text(encoding="utf-8")
             model = tokenizers.Tokenizer.from_str(text)
         made = cls(model, meta["doc_id"], meta["vocab_size"])
         if made.fingerprint != meta["fingerprint"]:

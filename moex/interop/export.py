@@ -26,7 +26,7 @@ def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict, dict | None]
     """(config.json, other files by name, dtype by tensor, index) of an export."""
     kept = run / KEPT
     if (kept / RECORD).is_file():
-        config = json.loads((kept / "config.json").read_text())
+        config = json.loads((kept / "config.json").read_text(encoding="utf-8"))
         model = read_model(str(kept / "config.json"), config)
         if inference(model) == inference(cfg.model):
             # What the folder does not have: other numbers, code, layers after the last.
@@ -35,7 +35,7 @@ def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict, dict | None]
             if "num_nextn_predict_layers" in config:
                 config["num_nextn_predict_layers"] = 0
             files: dict[str, Any] = {f.name: f for f in extra_files(kept)}
-            record = json.loads((kept / RECORD).read_text())
+            record = json.loads((kept / RECORD).read_text(encoding="utf-8"))
             dtypes, index = record["dtypes"], None
             if record.get("whole"):
                 index = {"weight_map": dict.fromkeys(dtypes, SINGLE)}

@@ -93,7 +93,7 @@ def write(
             _write_shard(temporary / name, shard, header)
         if list(shards) != [SINGLE]:
             text = json.dumps(_index(shards, index or {}), indent=2)
-            (temporary / INDEX).write_text(text + "\n")
+            (temporary / INDEX).write_text(text + "\n", encoding="utf-8")
         for name, content in (files or {}).items():
             if isinstance(content, Path):
                 shutil.copyfile(content, temporary / name)

@@ -104,7 +104,7 @@ def _environment(file: pathlib.Path) -> list[dict]:
     if not file.is_file():
         return []
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as e:
         raise ConfigError(f"{file}: is not JSON: {e}") from None
 

@@ -223,7 +223,7 @@ def score_tasks(
             for task, values in found["results"].items()
         },
     }
-    with open(pathlib.Path(workdir) / "harness.jsonl", "a") as f:
+    with open(pathlib.Path(workdir) / "harness.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps(result) + "\n")
     return result
 

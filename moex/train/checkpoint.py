@@ -330,4 +330,4 @@ def _items(train_state) -> dict:
 
 def read_json(path: pathlib.Path):
     """A JSON file as Python data."""
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

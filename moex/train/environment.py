@@ -52,7 +52,7 @@ def save_environment(workdir: pathlib.Path, step: int) -> None:
     """Add this start to `workdir/environment.json`."""
     path = workdir / FILE
     try:
-        starts = json.loads(path.read_text())
+        starts = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):  # a damaged one is begun again
         starts = []
     text = json.dumps([*starts, environment(step)], indent=1)

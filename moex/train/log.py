@@ -48,7 +48,7 @@ class RunLog:
         path = workdir / "metrics.jsonl"
         for log in (path, workdir / "routing.jsonl"):
             _trim(log, step)
-        self.jsonl = path.open("a", buffering=1)
+        self.jsonl = path.open("a", buffering=1, encoding="utf-8")
         if cfg.log.tensorboard:
             # TensorBoard forgets what a killed session wrote from this step on.
             # A long queue: the loop never waits for the disk.
@@ -98,7 +98,9 @@ class RunLog:
         if not self.active or not rows:
             return
         if self.routing is None:
-            self.routing = (self.workdir / "routing.jsonl").open("a", buffering=1)
+            self.routing = (self.workdir / "routing.jsonl").open(
+                "a", buffering=1, encoding="utf-8"
+            )
         line = {"kind": kind, "step": step, "layers": routing_record(rows)}
         self.routing.write(json.dumps(line) + "\n")
         if self.board is not None and kind == "train":
@@ -131,7 +133,7 @@ def _trim(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
@@ -139,7 +141,7 @@ def _trim(path: pathlib.Path, step: int) -> None:
         if entry["step"] <= step:
             kept.append(line + "\n")
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
 
 
