@@ -153,6 +153,7 @@ class Tokenizer:
       begin_id: the token before a prompt, None: no token; doc_id unless `begin` was
         called, because that is what moex trains with.
       prefix_id: the token before a text that is scored whole, or is empty.
+      stop_ids: the tokens that end a text; doc_id, and those of an imported model.
       token_bytes: int32[V] bytes of UTF-8 that each token stands for; special ones 0.
       exact: whether `token_bytes` sums to the size of any encoded text.
       fingerprint: sha256 of all of the above and the model.
@@ -167,6 +168,7 @@ class Tokenizer:
         self._model: Any = model
         self.doc_id = self.prefix_id = doc_id
         self.begin_id: int | None = doc_id
+        self.stop_ids: tuple[int, ...] = (doc_id,)
         if model is None:
             self.vocab_size, spec = 257, {}
             self.token_bytes = np.r_[np.ones(256, np.int32), np.int32(0)]
@@ -187,6 +189,11 @@ class Tokenizer:
     def begin(self, begin_id: int | None, prefix_id: int) -> "Tokenizer":
         """Let texts begin as those that an imported model was trained with."""
         self.begin_id, self.prefix_id = begin_id, prefix_id
+        return self
+
+    def stop_at(self, ids: Iterable[int]) -> "Tokenizer":
+        """Let texts end at any of these tokens too."""
+        self.stop_ids = tuple(sorted({self.doc_id, *ids}))
         return self
 
     def prompt(self, text: str) -> list[int]:
@@ -287,6 +294,7 @@ class Tokenizer:
             "kind": "bytes" if self._model is None else "tokenizers",
             **{"doc_id": self.doc_id, "begin_id": self.begin_id},
             "prefix_id": self.prefix_id,
+            "stop_ids": list(self.stop_ids),
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
         }
@@ -313,6 +321,7 @@ class Tokenizer:
                 f"{directory}: the tokenizer does not match its fingerprint; it was "
                 "changed after it was saved."
             )
+        made.stop_at(meta.get("stop_ids", ()))
         if "begin_id" in meta:
             return made.begin(meta["begin_id"], meta["prefix_id"])
         # Of before it was kept: the template's, of native runs too.

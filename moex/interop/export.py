@@ -49,7 +49,7 @@ def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict, dict | None]
     config = closest(cfg.model) | {
         "max_position_embeddings": cfg.seq_len,
         "bos_token_id": own.prefix_id if begins else None,
-        "eos_token_id": own.doc_id,
+        "eos_token_id": list(own.stop_ids) if own.stop_ids[1:] else own.doc_id,
         "pad_token_id": None,
     }
     files = {}

@@ -27,7 +27,7 @@ from moex.interop.families import (
 )
 from moex.interop.folder import INDEX, Folder, extra_files
 from moex.interop.names import Piece, pieces
-from moex.interop.tokens import end_token, set_begin, tokenizer_file
+from moex.interop.tokens import end_token, set_ends, tokenizer_file
 from moex.interop.writing import check_target
 from moex.optim import AdamW, Optim, flat_paths, path_name
 from moex.run import Checkpoint, Eval, Log, Loss, check_run
@@ -92,7 +92,7 @@ def import_hf(
             job = make_job(cfg, log=say)
             kept = temporary / KEPT
             kept.mkdir(parents=True)
-            set_begin(job.data.tokenizer, opened.path, file)
+            set_ends(job.data.tokenizer, opened.path, opened.config, file)
             for name in unused:
                 say(f"not used: {name}")
             say(f"reading {len(wanted)} tensors of {opened.path}")

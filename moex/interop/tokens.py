@@ -1,14 +1,16 @@
 """What a folder's tokenizer files say: where they are, how texts begin and end."""
 
 import pathlib
+from typing import Any
 
 import tokenizers
 
 from moex.config import ConfigError
 from moex.data.tokenizer import Tokenizer, template_begin
-from moex.interop.folder import read_json
+from moex.json_files import field, read_object
 
-SETTINGS = "tokenizer_config.json"
+SETTINGS, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+GENERATION = "generation_config.json"
 
 
 def tokenizer_file(folder: pathlib.Path, given) -> pathlib.Path:
@@ -29,27 +31,46 @@ def tokenizer_file(folder: pathlib.Path, given) -> pathlib.Path:
 
 def end_token(folder: pathlib.Path, config, file: pathlib.Path) -> str:
     """The token that ends a document, by the folder's own files."""
-    token = _named(folder, "eos_token")
-    if token:
+    if token := _named(folder, "eos_token"):
         return token
-    number = config.get("eos_token_id")
-    number = number[0] if isinstance(number, list) else number
-    added = read_json(file).get("added_tokens", [])
+    ends = end_ids(folder, config)
+    added = field(read_object(file), "added_tokens", list[dict], str(file), [])
+    names = {}
     for entry in added:
-        if number is not None and entry.get("id") == number:
-            return entry["content"]
+        number = field(entry, "id", int, f"{file}: added_tokens")
+        names[number] = field(entry, "content", str, f"{file}: added_tokens")
+    if ends and ends[0] in names:
+        return names[ends[0]]
     raise ConfigError(
         f"{folder}: names no end-of-text token; give it with --doc-token, one of "
-        f"{[entry['content'] for entry in added]}."
+        f"{[*names.values()]}."
     )
 
 
-def set_begin(tokenizer: Tokenizer, folder: pathlib.Path, file: pathlib.Path) -> None:
-    """Let texts begin as they do in transformers and in the harness with it.
+def end_ids(folder: pathlib.Path, config) -> list[int]:
+    """The tokens that end a text in transformers, of which there may be several.
+
+    `generation_config.json` is asked first, as transformers does.
+
+    Raises:
+      ConfigError: if `eos_token_id` is neither a number nor a list of numbers.
+    """
+    generation = _fields(folder, GENERATION)
+    for name, fields in ((GENERATION, generation), ("config.json", config)):
+        where = str(folder / name)
+        found = field(fields, "eos_token_id", int | list[int] | None, where, None)
+        if found is not None:
+            return found if isinstance(found, list) else [found]
+    return []
+
+
+def set_ends(tokenizer: Tokenizer, folder: pathlib.Path, config, file) -> None:
+    """Let texts begin and end as in transformers and in the harness with it.
 
     Args:
       tokenizer: of the run; is changed.
-      folder: with `tokenizer_config.json`.
+      folder: with `tokenizer_config.json` and `generation_config.json`.
+      config: its `config.json`.
       file: the `tokenizer.json` that the tokenizer was made of.
     """
     model = tokenizers.Tokenizer.from_file(str(file))
@@ -58,18 +79,27 @@ def set_begin(tokenizer: Tokenizer, folder: pathlib.Path, file: pathlib.Path) ->
     # The template comes first, as in transformers 5. Version 4 made one of these two
     # fields for the classes of Llama, whose files still have them.
     begin = template_begin(model)
-    if begin is None and _settings(folder).get("add_bos_token"):
+    settings = _fields(folder, SETTINGS)
+    if begin is None and field(settings, "add_bos_token", bool | None, SETTINGS, None):
         begin = named
     scored = begin if named is None else named
     tokenizer.begin(begin, tokenizer.doc_id if scored is None else scored)
+    tokenizer.stop_at(end_ids(folder, config))
 
 
-def _settings(folder: pathlib.Path) -> dict:
-    file = folder / SETTINGS
-    return read_json(file) if file.is_file() else {}
+def _fields(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    """The fields of a file that a folder need not have."""
+    file = folder / name
+    return read_object(file) if file.is_file() else {}
 
 
-def _named(folder: pathlib.Path, field: str) -> str | None:
-    """A special token of `tokenizer_config.json`, written in either form."""
-    token = _settings(folder).get(field)
-    return token.get("content") if isinstance(token, dict) else token
+def _named(folder: pathlib.Path, name: str) -> str | None:
+    """A special token by the first file that names it, written in either form."""
+    for file in (SETTINGS, SPECIAL):
+        where = str(folder / file)
+        token = field(_fields(folder, file), name, str | dict | None, where, None)
+        if isinstance(token, dict):
+            token = field(token, "content", str, f"{where}: {name}")
+        if token:
+            return token
+    return None

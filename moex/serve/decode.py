@@ -10,6 +10,7 @@ B batch · L length of one call · P padded prompt length · S slots of the cach
 
 import functools
 import operator
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop_token: int | None = None,
+    stop_tokens: Collection[int] = (),
     dtype: str = "float32",
     kernels: str | None = None,
 ) -> list[list[int]]:
@@ -56,12 +57,12 @@ def generate(
       top_k: sample among the k most likely tokens; 0: among all.
       top_p: sample among the fewest tokens whose probability reaches this, in (0, 1].
       seed: of the random numbers.
-      stop_token: a row ends before this token; None: never.
+      stop_tokens: a row ends before any of these.
       dtype: compute dtype of the matmuls, and dtype of the cache.
       kernels: name of the grouped-matmul implementation, or None to choose.
 
     Returns:
-      New tokens per prompt, without the stop token.
+      New tokens per prompt, without the one that it stopped at.
 
     Raises:
       ValueError: for arguments outside their range or tokens outside the vocabulary.
@@ -85,7 +86,7 @@ def generate(
         graphdef=spec.graphdef,
         sampling=(float(temperature), int(top_k), float(top_p)),
         max_new_tokens=max_new_tokens,
-        stop_token=-1 if stop_token is None else int(stop_token),
+        stop_tokens=tuple(sorted({int(token) for token in stop_tokens})),
         context=(("dtype", dtype), ("kernels", kernels)),
     )
     new_BN, num_new_B = np.asarray(new_BN), np.asarray(num_new_B)
@@ -124,7 +125,13 @@ def sample(logits_BV, key, temperature, top_k=0, top_p=1.0) -> jax.Array:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "sampling", "max_new_tokens", "stop_token", "context"),
+    static_argnames=(
+        "graphdef",
+        "sampling",
+        "max_new_tokens",
+        "stop_tokens",
+        "context",
+    ),
     donate_argnames="cache",
 )
 def _generate(
@@ -138,7 +145,7 @@ def _generate(
     graphdef,
     sampling,
     max_new_tokens,
-    stop_token,
+    stop_tokens,
     context,
 ):
     """Returns (new_BN, num_new_B, cache); the cache only to be donated in place."""
@@ -160,7 +167,8 @@ def _generate(
 
     def emit(i, logits_BV, stopped_B, new_BN):
         token_B = sample(logits_BV, jax.random.fold_in(key, i), *sampling)
-        stopped_B = stopped_B | (token_B == stop_token)
+        for stop in stop_tokens:
+            stopped_B = stopped_B | (token_B == stop)
         column_B1 = jnp.where(stopped_B, 0, token_B)[:, None]
         new_BN = jax.lax.dynamic_update_slice_in_dim(new_BN, column_B1, i, axis=1)
         return stopped_B, new_BN

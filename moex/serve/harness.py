@@ -130,7 +130,7 @@ class HarnessLM(TemplateLM):
                     outputs = generate(
                         *(run.spec, run.cfg.model, run.params, run.state),
                         prompts + prompts[-1:] * (rows - len(some)),
-                        stop_token=self.eot_token_id,
+                        stop_tokens=run.tokenizer.stop_ids,
                         dtype=static["dtype"],
                         kernels=static["kernels"],
                         **dict(chosen),

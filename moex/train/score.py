@@ -162,7 +162,7 @@ def write_text(workdir, prompts: list[str], *, max_new_tokens, seed, **sampling)
 
 
 def continue_texts(cfg, spec, state, tokenizer, prompts, **sampling) -> list[str]:
-    """Each prompt with its continuation; documents end at the document token.
+    """Each prompt with its continuation, up to the first of the stop tokens.
 
     Args:
       cfg: run config, for the model and the compute dtype.
@@ -179,7 +179,7 @@ def continue_texts(cfg, spec, state, tokenizer, prompts, **sampling) -> list[str
         state["params"],
         state["state"],
         [tokenizer.prompt(p) for p in prompts],
-        stop_token=tokenizer.doc_id,
+        stop_tokens=tokenizer.stop_ids,
         dtype=static["dtype"],
         kernels=static["kernels"],
         **sampling,

@@ -22,6 +22,8 @@ from moex.interop.hf import import_hf
 from moex.interop.names import Piece
 from moex.nn.context import Context
 from moex.optim import flat_paths
+from moex.serve.decode import generate
+from moex.train import score
 from moex.train.job import load_config, load_run
 from tests import runs
 from tests.helpers import mesh_of
@@ -116,6 +118,36 @@ def test_an_imported_run_writes_text_and_trains_on(tmp_path, capsys):
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     moved = np.abs(new[bias] - old[bias])
     np.testing.assert_allclose(moved[moved > 0], 1e-3, rtol=1e-3)  # bias_rate
+
+
+def test_generation_ends_at_any_of_a_list_of_tokens(tmp_path, monkeypatch):
+    """Which an export has again, in both files."""
+    wanted = parity.expected("llama")["greedy"].tolist()
+    prompt = parity.expected("llama")["tokens"][1, :9].tolist()
+    ends = [wanted[9], wanted[4]]
+    folder = changed(tmp_path, "llama", config={"eos_token_id": ends})
+    kept = {"eos_token_id": ends, "do_sample": False}
+    (folder / "generation_config.json").write_text(json.dumps(kept))
+    import_fixture(None, tmp_path / "run", folder)
+    with runs.one_device():
+        run = load_run(tmp_path / "run")
+        run.tokenizer.prompt = lambda text: prompt  # its words are of no language
+        made = []
+        monkeypatch.setattr(
+            score, "generate", lambda *a, **k: made.extend(generate(*a, **k)) or made
+        )
+        state = {"params": run.params, "state": run.state}
+        score.continue_texts(
+            *(run.cfg, run.spec, state, run.tokenizer, [""]),
+            max_new_tokens=20,
+            temperature=0,
+        )
+        config = export_hf(tmp_path / "run", tmp_path / "back", **SAY)
+    stop = min(wanted.index(end) for end in ends)
+    assert made == [wanted[:stop]]
+    assert config["eos_token_id"] == ends
+    back = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert back == kept
 
 
 def test_one_part_at_a_time_is_on_the_host(monkeypatch):

@@ -5,8 +5,9 @@ import json
 import pytest
 import tokenizers
 
-from moex.data.tokenizer import DOC_TOKEN, TokenizerFile
-from moex.interop.tokens import set_begin
+from moex.config import ConfigError
+from moex.data.tokenizer import DOC_TOKEN, Tokenizer, TokenizerFile
+from moex.interop.tokens import end_ids, end_token, set_ends
 from tests.interop import parity
 
 END = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": DOC_TOKEN}
@@ -28,7 +29,7 @@ OLD = (False, SPELLED | {"add_bos_token": True}, "<s>", "<s>")
 
 
 def write_files(folder, template, fields):
-    """The two files; (the `Tokenizer` before `set_begin`, id of a token)."""
+    """The two files; (the `Tokenizer` before `set_ends`, id of a token)."""
     file = folder / "tokenizer.json"
     model = tokenizers.Tokenizer.from_file(
         str(parity.FIXTURES / "mixtral" / "tokenizer.json")
@@ -47,9 +48,49 @@ def write_files(folder, template, fields):
 @pytest.mark.parametrize(("template", "fields", "begin", "scored"), [*CASES, OLD])
 def test_the_first_token(tmp_path, template, fields, begin, scored):
     tokenizer, id_of = write_files(tmp_path, template, fields)
-    set_begin(tokenizer, tmp_path, tmp_path / "tokenizer.json")
+    set_ends(tokenizer, tmp_path, {}, tmp_path / "tokenizer.json")
     assert tokenizer.begin_id == (None if begin is None else id_of(begin))
     assert tokenizer.prefix_id == id_of(scored)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({"eos_token_id": 5}, None, {5}),
+        ({"eos_token_id": [5, 7]}, None, {5, 7}),
+        ({"eos_token_id": 5}, {"eos_token_id": [7, 9]}, {7, 9}),
+        ({"eos_token_id": [5]}, {"eos_token_id": None}, {5}),
+        ({"eos_token_id": None}, {}, set()),
+        ({}, None, set()),
+    ],
+)
+def test_texts_end_at_every_token_of_the_folder(tmp_path, config, generation, ends):
+    tokenizer, _ = write_files(tmp_path, False, {})
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    set_ends(tokenizer, tmp_path, config, tmp_path / "tokenizer.json")
+    assert set(tokenizer.stop_ids) == {tokenizer.doc_id} | ends
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").stop_ids == tokenizer.stop_ids
+
+
+@pytest.mark.parametrize("value", ["</s>", [1, "2"], [[1]], 1.5, {"id": 1}, True])
+def test_a_token_that_ends_texts_is_a_number(tmp_path, value):
+    for file in ("config.json", "generation_config.json"):
+        where = tmp_path if file != "config.json" else tmp_path / "none"
+        if file != "config.json":
+            (tmp_path / file).write_text(json.dumps({"eos_token_id": value}))
+        with pytest.raises(ConfigError, match=rf"{file}: eos_token_id = .*must be int"):
+            end_ids(where, {"eos_token_id": value})
+
+
+def test_a_special_token_may_stand_in_a_file_of_its_own(tmp_path):
+    file = tmp_path / "special_tokens_map.json"
+    file.write_text(json.dumps({"eos_token": {"content": "<end>"}}))
+    assert end_token(tmp_path, {}, tmp_path / "tokenizer.json") == "<end>"
+    file.write_text(json.dumps({"eos_token": ["<end>"]}))
+    with pytest.raises(ConfigError, match="special_tokens_map.json: eos_token = "):
+        end_token(tmp_path, {}, tmp_path / "tokenizer.json")
 
 
 @pytest.mark.hf
@@ -58,7 +99,7 @@ def test_the_first_token(tmp_path, template, fields, begin, scored):
 def test_texts_begin_as_in_transformers(tmp_path, template, fields, begin, scored):
     transformers = pytest.importorskip("transformers", "5.23", reason="needs >= 5.23")
     tokenizer, _ = write_files(tmp_path, template, fields)
-    set_begin(tokenizer, tmp_path, tmp_path / "tokenizer.json")
+    set_ends(tokenizer, tmp_path, {}, tmp_path / "tokenizer.json")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.prompt("the cat") == theirs("the cat").input_ids
     prefix = theirs.bos_token_id if "bos_token" in fields else None

@@ -326,7 +326,7 @@ def test_generate_until(offline, run, tmp_path, monkeypatch):
     def answer(question):
         prompt = [DOC, *ids(question)][-(SEQ_LEN - 8) :]
         (output,) = generate(
-            *(*args, [prompt]), max_new_tokens=8, temperature=0, stop_token=DOC
+            *(*args, [prompt]), max_new_tokens=8, temperature=0, stop_tokens=[DOC]
         )
         return run.tokenizer.decode(output)
 
@@ -394,8 +394,8 @@ def test_texts_of_an_imported_model(offline, run, slowly, begin):
     assert rolling == pytest.approx(slowly([3], ids("the cat"))[0], **CLOSE)
     asked = []
 
-    def answer(*args, stop_token, **options):
-        asked.extend((prompt, stop_token) for prompt in args[4])
+    def answer(*args, stop_tokens, **options):
+        asked.extend((prompt, *stop_tokens) for prompt in args[4])
         return [[]] * len(args[4])
 
     with pytest.MonkeyPatch.context() as patch:
