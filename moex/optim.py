@@ -13,6 +13,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from moex.config import Config, ConfigError, nearest, require, require_choice
+from moex.exact import exact
 from moex.schedule import (
     Schedule,
     is_always_zero,
@@ -72,7 +73,7 @@ class Optim(Config):
     rule: Config  # AdamW(...) or Muon(...)
     lr: float  # peak learning rate, > 0
     schedule: str = "cosine"  # "cosine", "wsd" (warm-up, stable, decay) or "constant"
-    warmup_steps: int = 0  # linear warm-up from 0, in optimizer steps
+    warmup_steps: int = 0  # linear warm-up from 0; the last of them is at the peak
     decay_frac: float = 0.2  # wsd: share of all steps that decay linearly, in (0, 1]
     final_lr_frac: float = 0.1  # learning rate of the last step over the peak, [0, 1]
     weight_decay: float = 0.0  # times the learning rate; matrices only, >= 0
@@ -114,30 +115,50 @@ class Optim(Config):
             where = f"{path}.lr_factors[{pattern!r}]"
             require_values(lambda v: v >= 0, where, factor, ">= 0")
 
+    def decay_steps(self, steps: int) -> int:
+        """Of wsd: how many of all steps decay; the last of them is the last step."""
+        return max(1, round(exact(self.decay_frac) * steps))
+
+    def validate_steps(self, steps: int, path: str) -> None:
+        """Check that warm-up and decay fit into a run of so many steps."""
+        room, why = steps, f"steps = {steps}"
+        if self.schedule == "cosine":
+            room, why = steps - 1, f"steps - 1 = {steps - 1}, or nothing decays"
+        elif self.schedule == "wsd":
+            decay = self.decay_steps(steps)
+            room = steps - decay
+            why = (
+                f"steps - decay = {steps} - {decay} = {room}, for the decay of "
+                f"decay_frac = {self.decay_frac} of the steps comes last"
+            )
+        require(
+            self.warmup_steps <= room,
+            f"{path}.warmup_steps",
+            self.warmup_steps,
+            f"at most {why}",
+        )
+
 
 def schedule_frac(cfg: Optim, steps: int):
-    """Learning rate over its peak, as an optax schedule of the optimizer step."""
-    warmup = min(cfg.warmup_steps, steps)
-    rest = max(steps - warmup, 1)
-    if cfg.schedule == "cosine":
-        main = optax.cosine_decay_schedule(1.0, rest, alpha=cfg.final_lr_frac)
-    elif cfg.schedule == "constant":
-        main = optax.constant_schedule(1.0)
-    else:
-        decay = max(1, round(cfg.decay_frac * steps))
-        stable = max(rest - decay, 0)
-        main = optax.join_schedules(
-            [
-                optax.constant_schedule(1.0),
-                optax.linear_schedule(1.0, cfg.final_lr_frac, decay),
-            ],
-            [stable],
-        )
-    if warmup == 0:
-        return main
+    """Learning rate over its peak, as an optax schedule of the optimizer step from 0.
+
+    The last step of the warm-up is at the peak, and the last step of the run at
+    `final_lr_frac`. Without warm-up step 0 is at the peak.
+    """
+    warmup = cfg.warmup_steps
+    # The number of steps up to the last one at the peak, and of those after it.
+    level = max(steps - cfg.decay_steps(steps) if cfg.schedule == "wsd" else warmup, 1)
+    decay = max(steps - level, 1)
+    fall = {
+        "cosine": optax.cosine_decay_schedule(1.0, decay, alpha=cfg.final_lr_frac),
+        "wsd": optax.linear_schedule(1.0, cfg.final_lr_frac, decay),
+        "constant": optax.constant_schedule(1.0),
+    }[cfg.schedule]
     # Step 0 already learns: the ramp runs over (0, 1], not [0, 1).
-    ramp = optax.linear_schedule(1.0 / warmup, 1.0, max(warmup - 1, 1))
-    return optax.join_schedules([ramp, main], [warmup])
+    ramp = optax.linear_schedule(1 / max(warmup, 1), 1.0, max(warmup - 1, 1))
+    # `fall` is at the peak at its own step 0, which is the last step of the level part.
+    parts = [ramp, optax.constant_schedule(1.0), lambda step: fall(step + 1)]
+    return optax.join_schedules(parts, [warmup, level])
 
 
 def flat_paths(tree) -> dict[str, Any]:

@@ -187,12 +187,10 @@ def _check_values(cfg):
         cfg.eval.overlap,
         f"below seq_len = {cfg.seq_len}",
     )
-    require(
-        cfg.optim.warmup_steps <= cfg.steps,
-        "config.optim.warmup_steps",
-        cfg.optim.warmup_steps,
-        f"at most steps = {cfg.steps}",
-    )
+    cfg.optim.validate_steps(cfg.steps, "config.optim")
+    for where, node in configs.walk(cfg, "config"):
+        if isinstance(node, Schedule):
+            node.check_reached(cfg.steps, where)
 
 
 def not_causal(model: LM, path: str = "config.model") -> str | None:

@@ -5,8 +5,9 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
-from moex.config import Config, require
+from moex.config import Config, caution, require
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -34,6 +35,17 @@ class Schedule(Config):
             self.points,
             "(step, value) pairs with rising steps",
         )
+
+    def check_reached(self, steps, path):
+        """Warn of a last point that a run of so many steps does not come to."""
+        reached = np.interp(steps - 1, *zip(*self.points, strict=True))
+        late = [value for step, value in self.points if step > steps - 1]
+        if any(value != reached for value in late):
+            step, value = self.points[-1]
+            caution(
+                f"{path}.points: the last one, {value} at step {step}, is not reached: "
+                f"the last of {steps} steps is number {steps - 1}, with {reached:.4g}."
+            )
 
 
 def value_at(value, step):

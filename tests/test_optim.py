@@ -76,26 +76,100 @@ def moved(params):
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        # Cosine from 1 to 0.1 over 80 steps after 20 of warm-up; the middle is 0.55.
+        # Cosine from 1 at step 19, the last of the warm-up, to 0.1 at step 99: 80
+        # intervals, whose middle is 0.55. Step 20 is 1 / 80 of the way:
+        # 0.1 + 0.9 (1 + cos(pi / 80)) / 2.
         (
             {"schedule": "cosine", "warmup_steps": 20},
-            {0: 0.05, 9: 0.5, 19: 1, 20: 1, 60: 0.55, 100: 0.1},
+            {0: 0.05, 9: 0.5, 19: 1, 20: 0.99965306, 59: 0.55, 99: 0.1},
         ),
-        ({"schedule": "cosine"}, {0: 1, 50: 0.55, 100: 0.1}),
-        ({"schedule": "constant", "warmup_steps": 2}, {0: 0.5, 1: 1, 2: 1, 100: 1}),
-        # Stable until step 80, then linear to 0.
+        # 99 intervals: step 33 is a third of the way, 0.1 + 0.9 (1 + 1 / 2) / 2.
+        ({"schedule": "cosine"}, {0: 1, 33: 0.775, 66: 0.325, 99: 0.1}),
+        ({"schedule": "constant", "warmup_steps": 2}, {0: 0.5, 1: 1, 2: 1, 99: 1}),
+        # 20 steps of 1 / 20 each, of which the last is the last step: 80 to 99.
         (
             {"schedule": "wsd", "warmup_steps": 10, "final_lr_frac": 0.0},
-            {0: 0.1, 9: 1, 10: 1, 79: 1, 80: 1, 90: 0.5, 100: 0},
+            {0: 0.1, 9: 1, 10: 1, 79: 1, 80: 0.95, 89: 0.5, 98: 0.05, 99: 0},
         ),
-        ({"schedule": "wsd", "decay_frac": 1.0}, {0: 1, 50: 0.55, 100: 0.1}),
-        ({"schedule": "cosine", "warmup_steps": 100}, {0: 0.01, 99: 1}),
+        ({"schedule": "wsd", "decay_frac": 1.0}, {0: 1, 33: 0.7, 66: 0.4, 99: 0.1}),
+        # Warm-up and decay share the run: 50 steps up, 50 down.
+        (
+            {"schedule": "wsd", "warmup_steps": 50, "decay_frac": 0.5},
+            {0: 0.02, 49: 1, 50: 0.982, 74: 0.55, 99: 0.1},
+        ),
+        ({"schedule": "cosine", "warmup_steps": 99}, {0: 1 / 99, 98: 1, 99: 0.1}),
+        ({"schedule": "constant", "warmup_steps": 100}, {0: 0.01, 99: 1}),
     ],
 )
 def test_schedules_by_hand(fields, expected):
     frac = schedule_frac(Optim(rule=AdamW(), lr=1.0, **fields), 100)
     for step, value in expected.items():
         assert_close(frac(step), value, "float32", f"step {step}")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize(
+    ("steps", "warmup", "final"),
+    [(2, 0, 0.1), (2, 1, 0.37), (7, 5, 0.0), (97, 1, 0.1), (1000, 50, 1.0)],
+)
+def test_every_schedule_arrives(schedule, steps, warmup, final):
+    """The peak and the final value are reached exactly, in every length of run."""
+    cfg = Optim(
+        rule=AdamW(),
+        lr=1.0,
+        schedule=schedule,
+        warmup_steps=warmup,
+        final_lr_frac=final,
+        decay_frac=1 / steps,
+    )
+    cfg.validate_steps(steps, "config.optim")
+    frac = jax.vmap(schedule_frac(cfg, steps))(jnp.arange(steps))
+    assert frac[max(cfg.warmup_steps - 1, 0)] == 1 == frac.max()
+    assert frac[-1] == np.float32(final)
+    assert frac[0] > 0
+    before, after = np.split(np.asarray(frac), [cfg.warmup_steps])
+    assert np.all(np.diff(before) > 0) and np.all(np.diff(after) <= 0)
+
+
+def test_a_run_that_is_resumed_with_other_steps_ends_at_their_final_value():
+    cfg = Optim(rule=AdamW(), lr=0.5, schedule="wsd", decay_frac=0.5)
+    for steps in (10, 30, 6):
+        _, lr = make_optimizer(cfg, steps, PARAMS, INFO)
+        assert lr(steps - 1) == np.float32(0.05)
+
+
+@pytest.mark.parametrize(
+    ("fields", "allowed"),
+    [
+        (
+            {"schedule": "wsd", "warmup_steps": 90, "decay_frac": 0.5},
+            "steps - decay = 100 - 50 = 50, for the decay of decay_frac = 0.5 of the "
+            "steps comes last.",
+        ),
+        (
+            {"schedule": "wsd", "warmup_steps": 81},
+            "steps - decay = 100 - 20 = 80, for ",
+        ),
+        ({"warmup_steps": 100}, "steps - 1 = 99, or nothing decays."),
+        ({"schedule": "constant", "warmup_steps": 101}, "steps = 100."),
+    ],
+)
+def test_a_schedule_that_does_not_fit_the_run_is_refused(fields, allowed):
+    cfg = Optim(rule=AdamW(), lr=1.0, **fields)
+    expected = f"config.optim.warmup_steps = {cfg.warmup_steps}: must be at most "
+    with pytest.raises(ConfigError) as error:
+        cfg.validate_steps(100, "config.optim")
+    assert str(error.value).startswith(expected + allowed)
+    cfg.warmup_steps -= {90: 40, 81: 1, 100: 1, 101: 1}[cfg.warmup_steps]
+    cfg.validate_steps(100, "config.optim")
+
+
+def test_decay_steps_are_rounded_from_the_number_that_was_written():
+    """0.575 of 100 is a half, 57.5, which float64 puts below it; even 58 is taken."""
+    optim = functools.partial(Optim, rule=AdamW(), lr=1.0)
+    assert 0.575 * 100 < 57.5
+    assert optim(decay_frac=0.575).decay_steps(100) == 58
+    assert optim(decay_frac=0.001).decay_steps(10) == 1
 
 
 def test_the_schedule_is_in_units_of_lr():

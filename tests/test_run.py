@@ -9,8 +9,10 @@ import pytest
 
 from configs import base
 from moex import config
-from moex.config import Config, ConfigError
+from moex.config import Config, ConfigError, ConfigWarning
+from moex.optim import AdamW, Optim
 from moex.run import RUN_KEYS, Checkpoint, Eval, Log, Loss, check_run, kernel_names
+from moex.schedule import Schedule
 from moex.train.state import model_spec
 from tests.helpers import tiny_lm
 
@@ -130,9 +132,41 @@ def test_a_key_that_is_missing(key):
 def test_warmup_longer_than_the_run():
     cfg = run_config(steps=10)
     with pytest.raises(
-        ConfigError, match="warmup_steps = 50: must be at most steps = 1"
+        ConfigError, match="warmup_steps = 50: must be at most steps - 1 = 9, or noth"
     ):
         check_run(cfg)
+
+
+@pytest.mark.parametrize(
+    ("points", "reached"),
+    [
+        (((0, 0.02), (1000, 0.0)), True),  # the last of 1001 steps is step 1000
+        (((0, 0.02), (1001, 0.0)), False),
+        (((0, 0.02), (400, 0.0), (2000, 0.0)), True),  # nothing changes after 400
+        (((3000, 0.02),), True),  # the same at every step
+        (((0, 0.0), (500, 0.1), (1500, 0.0)), False),
+    ],
+)
+def test_a_schedule_that_is_not_reached_is_said(points, reached):
+    cfg = run_config(steps=1001, loss=Loss(load_balance=Schedule(points=points)))
+    if reached:
+        return check_run(cfg)  # warnings are errors here
+    said = (
+        r"config.loss.load_balance.points: the last one, 0.0 at step \d+, is not "
+        "reached: the last of 1001 steps is number 1000, with "
+    )
+    with pytest.warns(ConfigWarning, match=said):
+        check_run(cfg)
+
+
+def test_a_schedule_of_a_learning_rate_factor_is_looked_at_too():
+    optim = Optim(
+        rule=AdamW(),
+        lr=1e-3,
+        lr_factors=(("router", Schedule(points=((5, 0.0), (9, 1.0)))),),
+    )
+    with pytest.warns(ConfigWarning, match=r"config.optim.lr_factors\[0\]\[1\].points"):
+        check_run(run_config(steps=9, optim=optim))
 
 
 @pytest.mark.parametrize("value", ["auto", "cpu", "triton,xla", "mosaic, triton,xla"])

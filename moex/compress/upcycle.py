@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from moex.config import ConfigError, require, require_choice
+from moex.exact import exact
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE, split_experts
 from moex.moe.routers.topk import TopK
@@ -188,7 +189,7 @@ def layer_of_dense(weights: dict, options: Upcycle, number: int) -> dict:
         w_out_EFD += options.noise * std * _normal(rng, w_out_EFD.shape)
     if options.reinit:
         rng = np.random.default_rng((options.seed, number, 1))
-        n = round(options.reinit * (F // g))
+        n = round(exact(options.reinit) * (F // g))
         for e in range(C * g):
             column_n = rng.choice(F // g, n, replace=False)
             w_in_ED2F[e][:, :, column_n] = std_21 * _normal(rng, (D, 2, n))

@@ -10,15 +10,16 @@ import math
 import jax.numpy as jnp
 
 from kernels_pallas import make_plan
+from moex.exact import exact
 from moex.moe.routing import Routing
 
 
 def expert_capacity(capacity_factor, num_slots, num_experts) -> int:
-    """Rows an expert accepts: ceil(factor * slots / experts).
+    """Rows an expert accepts: ceil(factor * slots / experts), without rounding.
 
     Source: Fedus et al. 2021, arXiv:2101.03961, equation 3.
     """
-    return math.ceil(capacity_factor * num_slots / num_experts)
+    return math.ceil(exact(capacity_factor) * num_slots / num_experts)
 
 
 def drop_over_capacity(routing: Routing, num_experts, capacity) -> Routing:

@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import combine, dispatch, make_plan
 from kernels_pallas.permute import take
+from moex.exact import exact
 from moex.moe.travel import moves_all_to_all, plan_travel
 from moex.sharding import TOKEN_AXES, on_a_mesh, partition_spec
 
@@ -50,7 +51,7 @@ class Rows:
         """Arguments of `local_sums`, of a device that sees more tokens than its own."""
         limits: dict[str, int] = {}
         if self.buffer_slots is not None:
-            limits["buffer_rows"] = math.ceil(self.buffer_slots * num_tokens)
+            limits["buffer_rows"] = math.ceil(exact(self.buffer_slots) * num_tokens)
         if self.per_expert is not None:
             limits["max_rows"] = num_experts * min(self.per_expert, num_seen)
         return limits
@@ -269,7 +270,7 @@ class _ExpertAxis:
         limits = self.rows.limits(t, x_RD.shape[0], e)
         lost = jnp.zeros(())
         if ctx.exchange_buffer is not None:
-            room = math.ceil(ctx.exchange_buffer * t * K)
+            room = math.ceil(exact(ctx.exchange_buffer) * t * K)
             limits["max_rows"] = min(room, limits.get("max_rows", room))
             lost = jnp.maximum(jnp.sum(slots[2], dtype=jnp.float32) - room, 0)
         sums = sums or sums_of(experts)

@@ -11,6 +11,7 @@ R rows that arrive · C rows of one pair of devices at most, padded ones include
 import dataclasses
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from kernels_pallas import make_plan
 from kernels_pallas.device import platform
 from kernels_pallas.permute import take
 from kernels_pallas.plan import Layout
+from moex.exact import exact
 
 # all_to_all is chosen if it moves less than this share of the rows that a gather moves:
 # a gather needs no sort, no packing and no ids beside the rows. A judgement, not timed.
@@ -79,16 +81,16 @@ def device_pairs(device_tK, keep_tK):
 RAGGED = ("gpu", "tpu")
 
 
-def mean_frac(n: int, K: int) -> float:
+def mean_frac(n: int, K: int) -> Fraction:
     """Share of tokens with any of K slots on one of n devices, if routing is even."""
-    return 1 - (1 - 1 / n) ** K
+    return 1 - Fraction(n - 1, n) ** K
 
 
 def rows_per_pair(n: int, t: int, K: int, buffer: float | None) -> int:
     """Rows that a device has room for from one other; t, all of them, is the most."""
     if buffer is None:
         return t
-    return min(t, math.ceil(buffer * t * mean_frac(n, K)))
+    return min(t, math.ceil(exact(buffer) * t * mean_frac(n, K)))
 
 
 def moves_all_to_all(n: int, t: int, K: int, buffer: float | None) -> bool:

@@ -20,7 +20,7 @@ from moex.moe import travel
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
 from moex.moe.layer import MoE
-from moex.moe.parallel import local_sums, sums_of
+from moex.moe.parallel import Rows, local_sums, sums_of
 from moex.moe.routers.forced import Forced
 from moex.moe.routers.topk import Groups, TopK
 from moex.moe.routers.topp import TopP
@@ -197,6 +197,13 @@ def test_ragged_rows_arrive_and_come_back(cfg, ragged_on_cpu):
     mesh_cfg = MeshConfig(data=2, expert=4, exchange="all_to_all")
     actual, expected = values(cfg, mesh_cfg), values(cfg, None)
     jax.tree.map(lambda a, b: assert_close(a, b, "order"), actual, expected)
+
+
+def test_rooms_are_of_the_numbers_that_were_written():
+    """1.1 * 180 / 2 = 99 and 1.1 * 90 = 99: in float64 a little more, so 100."""
+    assert travel.rows_per_pair(2, 180, 1, 1.1) == 99
+    assert travel.rows_per_pair(2, 180, 1, 1.11) == 100  # 99.9
+    assert Rows(buffer_slots=1.1).limits(90, 90, 2) == {"buffer_rows": 99}
 
 
 def test_latents_travel_in_their_width():

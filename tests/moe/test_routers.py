@@ -415,6 +415,7 @@ def test_uniform_routing_keeps_floor_p_e_plus_one():
     assert jnp.all(jnp.sum(routing.keep_TK, axis=1) == 7)
     assert router.expected_slots(16) == 7
     assert TopP(p=0.3, k_max=10).expected_slots(10) == 4
+    assert TopP(p=0.29, k_max=100).expected_slots(100) == 30  # 0.29 * 100 < 29
 
 
 def test_p_by_layer():
@@ -587,6 +588,17 @@ def test_expert_choice_takes_its_share_of_real_tokens():
     routing = module(tokens(), context(1, T, num_padding=4))
     assert jnp.sum(routing.keep_EC, axis=1).tolist() == [2] * E
     assert jnp.all(routing.token_EC[:, :2] < 7)
+
+
+@pytest.mark.parametrize("num_padding", [0, 6])
+def test_expert_choice_of_a_decimal_k_rounds_nothing(num_padding):
+    """1.1 * 90 / 3 = 33, and 33.00000000000001 in float64: of 90 and of 96 - 6."""
+    x_TD = jax.random.normal(jax.random.key(1), (90 + num_padding, D))
+    module = ExpertChoice(k=1.1, init_std=0.5).make(D, 3, nnx.Rngs(params=0))
+    ctx = context(1, 90 + num_padding, num_padding=num_padding)
+    keep_EC = module(x_TD, ctx).keep_EC
+    assert keep_EC.shape[1] == (33 if num_padding == 0 else 36)  # of 96: 35.2
+    assert jnp.sum(keep_EC, axis=1).tolist() == [33] * 3
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moex.config import Config, caution, require
+from moex.exact import exact
 from moex.moe.routing import ExpertRouting, replayed, router_logits
 from moex.nn.param import param
 
@@ -79,14 +80,16 @@ class ExpertChoiceRouter(nnx.Module):
         logits_TE = router_logits(x_TD, self.w_DE[...])
         probs_TE = jax.nn.softmax(logits_TE, axis=-1)
         T, E = logits_TE.shape
-        C = min(math.ceil(self.k * T / E), T)
+        k = exact(self.k)
+        C = min(math.ceil(k * T / E), T)
         valid_T = ctx.valid_BL.reshape(-1)
         wanted_TE = jnp.where(valid_T[:, None], jax.lax.stop_gradient(probs_TE), -1.0)
         _, token_EC = jax.lax.top_k(wanted_TE.T, C)
         token_EC = token_EC.astype(jnp.int32)
         # Padding takes no share: of C slots, as many are kept as real tokens give.
-        num_kept = jnp.ceil(self.k * jnp.sum(valid_T, dtype=jnp.float32) / E)
-        in_share_C = jnp.arange(C, dtype=jnp.float32) < num_kept
+        # Slot c is below k n / E if n, the number of real tokens, is above c E / k.
+        most_C = [c * E * k.denominator // k.numerator for c in range(C)]
+        in_share_C = jnp.sum(valid_T) > jnp.array(most_C, jnp.int32)
         keep_EC = valid_T[token_EC] & in_share_C[None]
         token_EC, keep_EC = replayed(ctx, "token", token_EC, keep_EC)
         gate_EC = jnp.take_along_axis(probs_TE.T, token_EC, axis=1)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moex.config import Config, caution, require, require_choice
+from moex.exact import exact
 from moex.moe.balance import Controller, ControlP, ScheduledValue
 from moex.moe.routing import (
     Routing,
@@ -101,8 +102,7 @@ class TopP(Config):
         ps = self.p if isinstance(self.p, (tuple, list)) else (self.p,)
         ps = (points[-1][1],) if points is not None else ps
         K = self.slots(num_experts)
-        # The nudge keeps 0.3 * 10 from being 2.9999999999999996.
-        counts = [math.floor(p * num_experts + 1e-9) + 1 for p in ps]
+        counts = [math.floor(exact(p) * num_experts) + 1 for p in ps]
         return sum(min(max(n, self.k_min), K) for n in counts) / len(counts)
 
     def make(self, dim, num_experts, rngs):
