@@ -12,14 +12,16 @@
 set -uo pipefail
 read -ra hosts <<<"${HOSTS:?names of the hosts, such as HOSTS="node1 node2"}"
 folder=${FOLDER:-$PWD} port=${PORT:-8476} restarts=${RESTARTS:-10} asked=0
-pidfile="/tmp/moex-$USER-$port.pid" log=$(mktemp)
+log=$(mktemp)
+# At home, where nobody else can write; all hosts may have one home.
+pidfile() { echo "\$HOME/.moex-ssh-$port-$1.pid"; }
 trap 'rm -f "$log"' EXIT
 
 # shellcheck disable=SC2329
 stop() { # SIGTERM to one process: it tells the others, and all save at one step
   asked=1
   # shellcheck disable=SC2029
-  ssh "${hosts[0]}" "kill -TERM \$(cat $pidfile)"
+  ssh "${hosts[0]}" "kill -TERM \$(cat $(pidfile 0))"
 }
 trap stop INT TERM
 
@@ -29,7 +31,7 @@ one() { # the process of host number $1
     "--coordinator=${hosts[0]}:$port" "--num-processes=${#hosts[@]}" "--process-id=$1")
   # A session of its own: Ctrl-C comes to this script alone.
   setsid ssh -o ServerAliveInterval=15 -o ServerAliveCountMax=4 "${hosts[$1]}" \
-    "cd $(printf '%q' "$folder") && echo \$\$ >$pidfile && exec $train" |
+    "cd $(printf '%q' "$folder") && (umask 077 && echo \$\$ >$(pidfile "$1")) && exec $train" |
     tee -a "$log"
 }
 

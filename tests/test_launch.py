@@ -126,12 +126,11 @@ SSH = 'while [ "$1" = -o ]; do shift 2; done\nexport NODE=$1; shift; eval "$@"'
 def test_ssh_starts_one_process_on_each_host(tmp_path, moex, code, starts):
     env = pretend(tmp_path, ssh=SSH, **{".venv/bin/moex": moex})
     env |= {"HOSTS": "a b", "FOLDER": str(tmp_path), "RESTARTS": "1", "PORT": "81"}
-    env |= {"USER": f"test{os.getpid()}"}
+    env |= {"HOME": str(tmp_path)}
     args = [*ARGS, "--workdir=a b"]
     done = subprocess.run(
         ["bash", ROOT / "launch" / "ssh.sh", *args], env=env, timeout=60
     )
-    pathlib.Path(f"/tmp/moex-test{os.getpid()}-81.pid").unlink()
     assert done.returncode == code
     started = [c for c in calls(tmp_path) if c.startswith(".venv/bin/moex")]
     assert len(started) == starts
@@ -151,10 +150,9 @@ def test_ssh_starts_again_what_was_asked_to_stop(tmp_path, restarts, code, start
     moex = f'[ -e once.$NODE ] || {{ touch once.$NODE; [ "$NODE" = b ] || {STOPPED}; }}'
     env = pretend(tmp_path, ssh=SSH, sleep="", **{".venv/bin/moex": moex})
     env |= {"HOSTS": "a b", "FOLDER": str(tmp_path), "RESTARTS": f"{restarts}"}
-    env |= {"USER": f"test{os.getpid()}", "PORT": "82"}
+    env |= {"HOME": str(tmp_path)}
     script = ["bash", ROOT / "launch" / "ssh.sh", *ARGS]
     done = subprocess.run(script, env=env, timeout=60)
-    pathlib.Path(f"/tmp/moex-test{os.getpid()}-82.pid").unlink()
     assert done.returncode == code
     assert sum(c.startswith(".venv/bin/moex") for c in calls(tmp_path)) == starts
 

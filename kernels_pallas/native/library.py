@@ -1,9 +1,13 @@
 """Compiles experts.c once for a machine and a jaxlib; registers its functions.
 
+The library is kept under $XDG_CACHE_HOME/moex/native; its name holds the sha256 of its
+bytes, and it is loaded only if nobody else can have written it (`private.py`).
+
 The compiler is $CC, cc, gcc or clang; or `zig cc` of the package ziglang (the extra
 `native`), for machines that have Python and no compiler.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 
 import jax
 import jaxlib
@@ -46,7 +51,7 @@ def why_not() -> str | None:
             "extra `native` of moex)"
         )
     try:
-        library = ctypes.CDLL(str(_compile(compiler)))
+        library = _load(compiler)
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         first = next((line for line in said.splitlines() if "error" in line), said)
@@ -69,27 +74,62 @@ def find_compiler() -> tuple[str, ...] | None:
     return None
 
 
-def _compile(compiler) -> pathlib.Path:
-    """The path of the compiled library; from the cache if it is there."""
+def _load(compiler) -> ctypes.CDLL:
+    """The compiled library; from the cache if it is there, whole and of this user.
+
+    Raises:
+      OSError: if it cannot be written or loaded.
+      subprocess.CalledProcessError: if the compiler fails.
+    """
+    from kernels_pallas.native import private  # needs POSIX
+
     march = "-march" if platform.machine() in ("x86_64", "AMD64") else "-mcpu"
     command = [*compiler, *FLAGS, f"{march}=native", f"-I{jax.ffi.include_dir()}"]
-    name = hashlib.sha256(repr((command, _processor(), jaxlib.__version__)).encode())
-    name.update(SOURCE.read_bytes())
-    path = _cache_folder() / f"experts-{name.hexdigest()[:24]}.so"
-    if not path.exists():
-        # Another process may compile at the same time: the last one's file stays.
-        with tempfile.TemporaryDirectory(dir=path.parent) as work:
-            made = pathlib.Path(work, path.name)
-            command += ["-o", str(made), str(SOURCE), *LIBRARIES]
-            subprocess.run(
-                command,
-                check=True,
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-            )
-            made.replace(path)
-    return path
+    about = (command, _processor(), platform.libc_ver(), jaxlib.__version__)
+    key = hashlib.sha256(repr(about).encode() + SOURCE.read_bytes()).hexdigest()[:24]
+    folder = _cache_folder()
+    if folder is not None and (found := _cached(folder, f"experts-{key}-")):
+        return found.load()
+    parent = folder.name() if folder and os.access(folder.name(), os.W_OK) else None
+    with private.work_folder(parent or tempfile.gettempdir()) as work:
+        made = "experts.so"
+        command += ["-o", work.name(made), str(SOURCE), *LIBRARIES]
+        subprocess.run(
+            command,
+            check=True,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            umask=0o077,
+            env=os.environ | {"TMPDIR": work.name()},
+            pass_fds=work.inherited,
+        )
+        found = private.open_library(work, made)
+        loaded = found.load()
+        if parent is not None:
+            # Another process may compile at the same time: a name says what is inside,
+            # so that both files are good.
+            name = f"experts-{key}-{found.sha256}.so"
+            with contextlib.suppress(OSError):  # a full disk: it is loaded already
+                os.replace(made, name, src_dir_fd=work.fd, dst_dir_fd=folder.fd)
+    return loaded
+
+
+def _cached(folder, start: str):
+    """The library in the cache whose name begins so; one that is damaged is removed."""
+    from kernels_pallas.native import private
+
+    for name in sorted(os.listdir(folder.fd)):
+        if not name.startswith(start):
+            continue
+        with contextlib.suppress(OSError):
+            found = private.open_library(folder, name)
+            if name == f"{start}{found.sha256}.so":
+                return found
+            os.close(found.fd)
+        with contextlib.suppress(OSError):
+            os.unlink(name, dir_fd=folder.fd)
+    return None
 
 
 def call(name, shapes, inputs, pieces=None, **attributes):
@@ -123,17 +163,25 @@ def weight_pieces(num_floats) -> int:
     return max(1, min(most, MOST_FLOATS // num_floats))
 
 
-def _cache_folder() -> pathlib.Path:
-    """Where libraries are kept; a new folder where nothing can be."""
+def _cache_folder():
+    """Where libraries are kept, open; None where nothing can be, and it is said why.
+
+    A read-only folder, or a user without a home, is no reason to say anything.
+    """
+    from kernels_pallas.native import private
+
     try:
         cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        folder = pathlib.Path(cache, "moex")
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # read only; or a user without a home
+        return private.open_folder(pathlib.Path(cache, "moex", "native").absolute())
+    except private.Refused as error:
+        warnings.warn(
+            f"{error}: the library of implementation 'native' is compiled anew in each "
+            "process; set XDG_CACHE_HOME to a folder of your own",
+            stacklevel=2,
+        )
+    except (OSError, RuntimeError):
         pass
-    return pathlib.Path(tempfile.mkdtemp(prefix="moex-"))
+    return None
 
 
 def _processor() -> str:

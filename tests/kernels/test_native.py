@@ -138,19 +138,6 @@ def in_a_process(code, **environment):
 ASK = "from kernels_pallas.native import library; print(library.why_not())"
 
 
-def test_it_is_compiled_once(tmp_path):
-    times = set()
-    for _ in range(2):
-        done = in_a_process(ASK, XDG_CACHE_HOME=str(tmp_path))
-        assert done.stdout == "None\n", done.stderr
-        (made,) = (tmp_path / "moex").iterdir()
-        times.add(made.stat().st_mtime_ns)
-    assert len(times) == 1
-    # Other code is another library.
-    other = in_a_process(ASK, XDG_CACHE_HOME=str(tmp_path), CC="cc -DOTHER")
-    assert other.stdout == "None\n" and len([*(tmp_path / "moex").iterdir()]) == 2
-
-
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86"
 )
@@ -175,12 +162,6 @@ print("equal")
 """
     done = in_a_process(code, XDG_CACHE_HOME=str(tmp_path), CC=f"cc {flags}")
     assert done.stdout == "equal\n", done
-
-
-def test_without_a_home_it_is_compiled_elsewhere(tmp_path):
-    said = in_a_process(ASK, XDG_CACHE_HOME="/proc/no-home", TMPDIR=str(tmp_path))
-    assert said.stdout == "None\n", said
-    assert any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

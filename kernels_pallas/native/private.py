@@ -1,0 +1,164 @@
+"""A folder that only this user can write, and libraries that are loaded from it.
+
+Another user may be able to rename a folder above. So the folder stays open, its owner
+is asked of the open folder, and its files are named through it; a library is checked
+and loaded as one open file.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import pathlib
+import shutil
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+WORK = "moex-native-"  # begins the name of a folder in which a process compiles
+STALE_S = 24 * 3600  # after which it is left over from a machine that was switched off
+
+
+class Refused(PermissionError):
+    """A file or folder that another user owns or can write."""
+
+
+class Damaged(OSError):
+    """A file that does not hold the bytes that were written."""
+
+
+class Folder(NamedTuple):
+    """An open folder.
+
+    Attributes:
+      fd: of the folder.
+      path: where it was opened.
+      inherited: descriptors that a child must inherit to use `name`.
+    """
+
+    fd: int
+    path: pathlib.Path
+    inherited: tuple[int, ...] = ()
+
+    def name(self, file: str = "") -> str:
+        """A path of one of its files, or of itself, in this process and its children.
+
+        It leads to the open folder on Linux; elsewhere to the one of that name now.
+        """
+        if os.path.isdir(f"/proc/self/fd/{self.fd}"):
+            return f"/proc/self/fd/{self.fd}/{file}"
+        return str(self.path / file)
+
+
+def open_folder(path: pathlib.Path) -> Folder:
+    """Hold a folder open; it is made if it is missing, and is private then.
+
+    A folder of root is taken as it is; one of this user is made private.
+
+    Raises:
+      Refused: if another user owns it or can write there.
+      OSError: if it cannot be made or opened.
+    """
+    for part in reversed([path, *path.parents]):
+        if not part.exists():
+            part.mkdir(mode=0o700, exist_ok=True)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        found = os.fstat(fd)
+        if found.st_uid == os.geteuid() and found.st_mode & 0o077:
+            os.fchmod(fd, 0o700)
+        _check_owner(fd, path)
+    except OSError:
+        os.close(fd)
+        raise
+    return Folder(fd, path)
+
+
+def _check_owner(fd: int, path) -> None:
+    found = os.fstat(fd)
+    if found.st_uid not in (0, os.geteuid()):
+        raise Refused(f"{path} belongs to user {found.st_uid}")
+    if found.st_mode & 0o022:
+        mode = stat.S_IMODE(found.st_mode)
+        raise Refused(f"{path} can be written by other users (its mode is {mode:03o})")
+
+
+@contextlib.contextmanager
+def work_folder(parent: str) -> Iterator[Folder]:
+    """A private folder under `parent` that goes with the block, or with this process.
+
+    Raises:
+      OSError: if it cannot be made.
+    """
+    _remove_stale(parent)
+    path = pathlib.Path(os.path.realpath(tempfile.mkdtemp(prefix=WORK, dir=parent)))
+    # A process of its own removes the folder once this process and those that inherit
+    # the pipe have ended, so that it also goes when they are killed.
+    remove = 'cd / && cat >/dev/null; rm -rf -- "$0"'
+    try:
+        remover = subprocess.Popen(
+            ["sh", "-c", remove, path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError:
+        path.rmdir()
+        raise
+    assert remover.stdin is not None
+    with remover:
+        folder = open_folder(path)
+        try:
+            yield folder._replace(inherited=(folder.fd, remover.stdin.fileno()))
+        finally:
+            os.close(folder.fd)
+
+
+def _remove_stale(parent: str) -> None:
+    for old in pathlib.Path(parent).glob(f"{WORK}*"):
+        with contextlib.suppress(OSError):
+            found = old.lstat()
+            old_enough = time.time() - found.st_mtime > STALE_S
+            if found.st_uid == os.geteuid() and old_enough:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+class Library(NamedTuple):
+    """An open file that nobody else can write, and the sha256 of its bytes."""
+
+    fd: int
+    sha256: str
+    path: str
+
+    def load(self) -> ctypes.CDLL:
+        """Load it into this process, for its lifetime."""
+        # The file stays open: the dynamic linker knows a library by its name, and no
+        # other file may get this one.
+        name = f"/proc/self/fd/{self.fd}"
+        return ctypes.CDLL(name if os.path.exists(name) else self.path)
+
+
+def open_library(folder: Folder, name: str) -> Library:
+    """Open a file and read its bytes once.
+
+    Raises:
+      Refused: if another user owns it or can write it.
+      Damaged: if it is no file.
+      OSError: if it cannot be read.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = os.open(name, flags, dir_fd=folder.fd)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise Damaged(f"{folder.path / name} is no file")
+        _check_owner(fd, folder.path / name)
+        with open(fd, "rb", closefd=False) as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        os.close(fd)
+        raise
+    return Library(fd, sha256, folder.name(name))
