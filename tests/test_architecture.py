@@ -78,6 +78,8 @@ def opens_text_by_locale(node) -> bool:
     owner = getattr(node.func.value, "id", "") if named else ""
     if name not in TEXT_CALLS or owner[:1].isupper():  # such as Trace.open
         return False
+    if (owner, name) == ("os", "open"):  # a number, not a file of text
+        return False
     if name in ("read_text", "write_text"):
         return named
     first = 0 if named and owner not in ("os", "io", "gzip") else 1
