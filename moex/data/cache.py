@@ -24,7 +24,7 @@ from moex.data.packing import pack_rows
 from moex.data.stream import SPLITS, write_source
 
 STALE_S = 24 * 3600
-FORMAT = 1  # raise when the meaning of cached files changes
+FORMAT = 2  # raise when the meaning of cached files changes
 
 
 class Made(NamedTuple):

@@ -90,7 +90,8 @@ def _cells(row: tuple[str, ...], widths: list[int]) -> list[str]:
 
 def _example(prepared: Prepared, name: str, data, index: int, tokens: int) -> list[str]:
     """One sequence as a table, a token a line."""
-    shown = data[index]
+    shown, tokenizer = data[index], prepared.tokenizer
+    pieces = tokenizer.pieces()
     learned = int(shown["loss_mask"].sum())
     padding = int(np.sum(shown["segment"] == 0))
     lines = [
@@ -99,7 +100,7 @@ def _example(prepared: Prepared, name: str, data, index: int, tokens: int) -> li
         "segment  position  learn  bytes  token -> target",
     ]
     for i in range(min(tokens, prepared.seq_len)):
-        token, target = (_spell(prepared.tokenizer, shown[k][i]) for k in _SHOWN)
+        token, target = (_spell(tokenizer, pieces, shown[k][i]) for k in _SHOWN)
         lines.append(
             f"{shown['segment'][i]:7}  {shown['position'][i]:8}  "
             f"{shown['loss_mask'][i]:5.0f}  {shown['num_bytes'][i]:5}  "
@@ -111,5 +112,5 @@ def _example(prepared: Prepared, name: str, data, index: int, tokens: int) -> li
 _SHOWN = ("tokens", "targets")
 
 
-def _spell(tokenizer, token: np.integer) -> str:
-    return "<doc>" if token == tokenizer.doc_id else repr(tokenizer.decode([token]))
+def _spell(tokenizer, pieces: list[str], token: np.integer) -> str:
+    return "<doc>" if token == tokenizer.doc_id else repr(pieces[token])

@@ -143,7 +143,7 @@ def write_source(source, tokenizer, out: Path, where: str) -> dict[str, Any]:
     Returns:
       The counts of each split, and a hash of the keys of the held-out documents.
     """
-    with_bytes = not tokenizer.exact and source.content() != "tokens"
+    with_bytes = not tokenizer.exact
     held_out = hashlib.sha256()
     encode = {"text": _texts, "tokens": _tokens, "pairs": _pairs}[source.content()]
     with contextlib.ExitStack() as stack:
@@ -195,8 +195,13 @@ def _texts(texts: list[str], tokenizer, where: str) -> Iterator[tuple]:
 
 def _pairs(pairs: list, tokenizer, where: str) -> Iterator[tuple]:
     """Arguments of `StreamWriter.add` per (prompt, response)."""
-    coded = tokenizer.encode_with_bytes([text for pair in pairs for text in pair])
-    for pair, first, second in zip(pairs, coded[::2], coded[1::2], strict=True):
+    prompts = tokenizer.encode_with_bytes([prompt for prompt, _ in pairs])
+    # A response goes on with its prompt; an empty prompt leaves it to begin the text.
+    answers = tokenizer.encode_with_bytes([text for _, text in pairs], inside=True)
+    alone = tokenizer.encode_with_bytes([text for prompt, text in pairs if not prompt])
+    begins = iter(alone)
+    for pair, first, second in zip(pairs, prompts, answers, strict=True):
+        second = second if pair[0] else next(begins)
         ids, sizes = (np.r_[a, b] for a, b in zip(first, second, strict=True))
         yield ids, sizes, sum(len(text.encode()) for text in pair), len(first[0])
 
@@ -211,7 +216,7 @@ def _tokens(documents: list, tokenizer, where: str) -> Iterator[tuple]:
                 f"{tokenizer.vocab_size}; the ids were made with another tokenizer."
             )
         ids = _strip(ids, tokenizer.doc_id)
-        sizes = tokenizer.token_bytes[ids]
+        sizes = tokenizer.bytes_of(ids)
         yield ids, sizes, int(sizes.sum())
 
 

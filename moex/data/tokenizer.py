@@ -18,15 +18,19 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from moex.config import Config, ConfigError, nearest, require
-from moex.data.files import atomic_write, locked
+from moex.config import Config, ConfigError, nearest, require, require_choice
+from moex.data import token_text
+from moex.data.files import atomic_write, decode_utf8, locked
+from moex.data.library import one_line_errors
 from moex.data.words import encode_ascii
+from moex.json_files import field, read_object
 
 DOC_TOKEN = "<|doc|>"
 BPE_SAMPLE_BYTES = 4_000_000
 PIECE_CHARS = 1_000_000
 FEW_CORES = 4  # with more, the library itself is faster than `words.py`
 META, MODEL = "moex_tokenizer.json", "tokenizer.json"
+MOST_TOKENS = 2**24  # of a vocabulary; the largest that are published have 2**18
 
 # Texts of the training split up to about so many bytes in all, and their digest.
 Corpus = tuple[Callable[[int], list[str]], str]
@@ -45,11 +49,12 @@ class Bytes(Config):
 class Bpe(Config):
     """A byte-level BPE trained on the training split; any text can be encoded."""
 
-    vocab: int = 4096  # number of tokens, > 256
+    vocab: int = 4096  # number of tokens, > 256 and at most MOST_TOKENS
 
     def validate(self, path: str) -> None:
         """Check that all bytes and the document token fit."""
-        require(self.vocab > 256, f"{path}.vocab", self.vocab, "> 256 (all bytes)")
+        allowed = f"> 256 (all bytes) and at most {MOST_TOKENS:,}"
+        require(256 < self.vocab <= MOST_TOKENS, f"{path}.vocab", self.vocab, allowed)
 
     def make(self, where: str, corpus: Corpus, cache: Path, log=print) -> "Tokenizer":
         """Train, or read what was trained before on the same text.
@@ -61,16 +66,19 @@ class Bpe(Config):
           ConfigError: if there is no text to train on.
         """
         sample, digest = corpus
-        key = f"bpe-v1 {tokenizers.__version__} {self.vocab} {digest}"
-        key = hashlib.sha256(key.encode()).hexdigest()[:32]
+        key = f"bpe-v2 {tokenizers.__version__} {self.vocab} {digest}"
+        key = _sha256(key)[:32]
         file = cache / f"bpe-{self.vocab}-{key}.json"
         with locked(file.with_suffix(".lock")):
-            if not file.exists():
-                self._train(file, sample(BPE_SAMPLE_BYTES), where, log)
-        model = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            text = _kept(file)
+            if text is None:
+                text = self._train(sample(BPE_SAMPLE_BYTES), where, log)
+                kept = {"sha256": _sha256(text), "tokenizer": text}
+                atomic_write(file, json.dumps(kept) + "\n")
+        model = tokenizers.Tokenizer.from_str(text)
         return Tokenizer(model, doc_id=0, vocab_size=self.vocab)
 
-    def _train(self, file: Path, texts: list[str], where: str, log) -> None:
+    def _train(self, texts: list[str], where: str, log) -> str:
         if not texts:
             raise ConfigError(
                 f"{where}: Bpe needs text to train on and no source has any in its "
@@ -78,9 +86,23 @@ class Bpe(Config):
             )
         size = sum(map(len, texts)) / 1e6
         log(f"tokenizer: training BPE with {self.vocab} tokens on {size:.1f} MB")
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(train_bpe(texts, self.vocab).to_str(), encoding="utf-8")
-        os.replace(temporary, file)
+        return train_bpe(texts, self.vocab).to_str()
+
+
+def _kept(file: Path) -> str | None:
+    """The tokenizer in a file of the cache; None if it is damaged or not there."""
+    try:
+        kept = read_object(file)
+    except ConfigError:
+        return None
+    text = kept.get("tokenizer")
+    return (
+        text if isinstance(text, str) and kept.get("sha256") == _sha256(text) else None
+    )
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -97,21 +119,17 @@ class TokenizerFile(Config):
           ConfigError: if it is missing, cannot be read or lacks `doc_token`.
         """
         file = Path(self.path).expanduser()
+        name = f"{where}.path = {self.path!r}"
         if not file.is_file():
-            raise ConfigError(f"{where}.path = {self.path!r}: no such file.")
-        try:
-            model = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as e:  # the library raises plain Exception
-            raise ConfigError(
-                f"{where}.path = {self.path!r}: not a tokenizers JSON file ({e})."
-            ) from None
+            raise ConfigError(f"{name}: no such file.")
+        model = _read_model(file, name)
         doc_id = model.token_to_id(self.doc_token)
         if doc_id is None:
             raise ConfigError(
                 f"{where}.doc_token = {self.doc_token!r}: not in the vocabulary of "
                 f"{self.path}.{nearest(self.doc_token, model.get_vocab())}"
             )
-        return Tokenizer(model, doc_id=doc_id)
+        return Tokenizer(model, doc_id=doc_id, name=name)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -144,6 +162,22 @@ def train_bpe(texts: Iterable[str], vocab: int) -> tokenizers.Tokenizer:
     return model
 
 
+def _read_model(file: Path, name: str) -> tokenizers.Tokenizer:
+    """The tokenizer in a file that others may have written; `name` begins errors."""
+    text = decode_utf8(file.read_bytes(), file, name)
+    with one_line_errors(f"{name}: not a tokenizers JSON file"):
+        model = tokenizers.Tokenizer.from_str(text)
+    ids = model.get_vocab(with_added_tokens=True).values()
+    require(len(ids) > 0, name, len(ids), "a tokenizer of one token at least")
+    require(
+        max(ids) < MOST_TOKENS,
+        f"{name}: a token id",
+        max(ids),
+        f"below {MOST_TOKENS:,}",
+    )
+    return model
+
+
 class Tokenizer:
     """Text to token ids and back.
 
@@ -164,8 +198,11 @@ class Tokenizer:
         model: tokenizers.Tokenizer | None,
         doc_id: int,
         vocab_size: int = 0,
+        name: str = "the tokenizer",
     ):
+        """A tokenizer of bytes, or one of the library; `name` begins its errors."""
         self._model: Any = model
+        self._name = name
         self.doc_id = self.prefix_id = doc_id
         self.begin_id: int | None = doc_id
         self.stop_ids: tuple[int, ...] = (doc_id,)
@@ -177,14 +214,20 @@ class Tokenizer:
             model.no_truncation()
             model.no_padding()
             model.encode_special_tokens = True  # "<|doc|>" in a text stays text
-            self.vocab_size = max(vocab_size, _highest_id(model) + 1)
+            vocab = model.get_vocab(with_added_tokens=True)
+            self.vocab_size = max(vocab_size, max(vocab.values()) + 1)
             spec = json.loads(model.to_str())
-            self.exact = _is_byte_level(spec)
-            self._gpt2_words = self.exact and _has_gpt2_words(spec)
-            self.token_bytes = _token_bytes(model, spec, self.vocab_size, doc_id)
+            self.exact = token_text.is_byte_level(spec)
+            self._gpt2_words = self.exact and token_text.has_gpt2_words(spec)
+            self.token_bytes = token_text.token_bytes(
+                model, spec, self.vocab_size, doc_id
+            )
+            self._inside = _inside(model, spec)
+            self._byte_of = token_text.fallback_bytes(spec, vocab)
+            self._hidden = token_text.special_ids(spec)
         self._spec = json.dumps(spec, sort_keys=True)
         identity = f"{self._spec} {self.doc_id} {self.vocab_size}"
-        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        self.fingerprint = _sha256(identity)
 
     def begin(self, begin_id: int | None, prefix_id: int) -> "Tokenizer":
         """Let texts begin as those that an imported model was trained with."""
@@ -205,21 +248,32 @@ class Tokenizer:
         """The ids of a text; no document token is added."""
         return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(
+        self, texts: Sequence[str], *, inside: bool = False
+    ) -> list[np.ndarray]:
         """The ids of several texts, each int32[n]; uses all cores.
 
         A long text is encoded in pieces (split after a newline where there is one), so
         that one large file neither runs on one core nor needs memory in proportion.
+
+        Args:
+          texts: of valid Unicode.
+          inside: whether each goes on with another text, so that nothing is put before
+            its first word.
+
+        Raises:
+          ConfigError: if the tokenizer cannot encode one of them.
         """
         if self._model is None:
-            raw = [np.frombuffer(t.encode(), np.uint8) for t in texts]
+            with self._errors():
+                raw = [np.frombuffer(t.encode(), np.uint8) for t in texts]
             return [r.astype(np.int32) for r in raw]
         pieces = [_pieces(t) if self.exact else [t] for t in texts]
         flat = [p for group in pieces for p in group]
         if self._gpt2_words and (os.cpu_count() or 1) <= FEW_CORES:
             parts = iter(self._ids_by_words(flat))
         else:
-            parts = iter(self._model_ids(flat))
+            parts = iter(self._model_ids(flat, inside))
         joined = [[next(parts) for _ in group] for group in pieces]
         return [g[0] if len(g) == 1 else np.concatenate(g) for g in joined]
 
@@ -232,37 +286,90 @@ class Tokenizer:
         slow_ids = iter(self._model_ids(slow))
         return [next(fast_ids if p else slow_ids) for p in plain]
 
-    def _model_ids(self, texts: Sequence[str]) -> list[np.ndarray]:
-        codes = self._model.encode_batch_fast(texts, add_special_tokens=False)
+    def _model_ids(self, texts: Sequence[str], inside=False) -> list[np.ndarray]:
+        model = self._inside if inside else self._model
+        with self._errors():
+            codes = model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(c.ids, np.int32) for c in codes]
 
+    def _errors(self):
+        begins = f"{self._name}: cannot encode a text"
+        return one_line_errors(begins, may_panic='"Regex"' in self._spec)
+
     def encode_with_bytes(
-        self, texts: Sequence[str]
+        self, texts: Sequence[str], *, inside: bool = False
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids and the bytes each stands for, both int32[n], exact in sum per text.
 
         The table is used where it sums to the text's size. Elsewhere (a tokenizer that
         drops or normalises characters) a token gets the bytes from the end of the one
-        before it to its own end, and the last one what is left.
+        before it to its own end, and the last one what is left. A text of which no
+        token is left has no bytes.
+
+        Args:
+          texts: of valid Unicode.
+          inside: as `encode_batch` has it.
         """
         if self.exact:
-            return [(i, self.token_bytes[i]) for i in self.encode_batch(texts)]
-        codes = self._model.encode_batch(list(texts), add_special_tokens=False)
+            coded = self.encode_batch(texts, inside=inside)
+            return [(ids, self.token_bytes[ids]) for ids in coded]
+        model = self._inside if inside else self._model
+        with self._errors():
+            codes = model.encode_batch(list(texts), add_special_tokens=False)
         pairs = []
         for text, code in zip(texts, codes, strict=True):
             ids = np.array(code.ids, np.int32)
             sizes = self.token_bytes[ids]
             if len(ids) and sizes.sum() != len(text.encode()):
-                sizes = _bytes_from_offsets(text, code.offsets)
+                sizes = token_text.bytes_from_offsets(text, code.offsets)
             pairs.append((ids, sizes))
         return pairs
 
+    def bytes_of(self, ids: np.ndarray) -> np.ndarray:
+        """int32[n] bytes of each id of a whole document, in sum those of its text."""
+        sizes = self.token_bytes[ids]
+        if self.exact or len(ids) == 0:
+            return sizes
+        return token_text.bytes_with_sum(sizes, len(self.decode(ids).encode()))
+
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; document tokens are left out."""
+        """The text of token ids; document tokens are left out.
+
+        Texts of ids that were decoded apart are not to be joined: many tokenizers drop
+        the space before the first word. `continuation` tells what ids add to others.
+        """
         ids = [int(i) for i in ids]
         if self._model is None:
-            return bytes(i for i in ids if i < 256).decode(errors="replace")
-        return self._model.decode(ids)
+            return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+        shown = token_text.broken_runs(ids, self._byte_of)
+        if shown == ids:
+            return self._model.decode(ids)
+        spelled = (
+            part if isinstance(part, str) else self._model.id_to_token(part)
+            for part in shown
+            if part not in self._hidden
+        )
+        return self._model.decoder.decode([text for text in spelled if text])
+
+    def continuation(self, before: Sequence[int], after: Sequence[int]) -> str:
+        """The text that the ids `after` add to that of the ids `before`."""
+        known, whole = self.decode(before), self.decode([*before, *after])
+        return whole[len(os.path.commonprefix([known, whole])) :]
+
+    def continued(self, prompt: str, new: Sequence[int]) -> str:
+        """The text of a prompt with new ids after those of `self.prompt(prompt)`.
+
+        A prompt stands there as it was given, also where the tokenizer changes it.
+        """
+        before = self.prompt(prompt)
+        whole = self.decode([*before, *new])
+        if whole.startswith(prompt):
+            return whole
+        added = self.continuation(before, new)
+        if prompt[-1:] == " " != self.decode(before)[-1:]:
+            # The space was dropped there, and comes back before the next word.
+            added = added.removeprefix(" ")
+        return prompt + added
 
     def pieces(self) -> list[str]:
         """What each id stands for, as text for people; "" for ids that are not used.
@@ -270,19 +377,10 @@ class Tokenizer:
         Bytes that are no whole character are written as \\xNN.
         """
         if self._model is None:
-            return [*(_text(bytes([i])) for i in range(256)), DOC_TOKEN]
-        spec, pieces = json.loads(self._spec), [""] * self.vocab_size
-        byte_level = "ByteLevel" in _kinds([spec["pre_tokenizer"], spec["decoder"]])
-        for token, i in self._model.get_vocab(with_added_tokens=False).items():
-            if byte_level and all(c in BYTE_OF for c in token):
-                pieces[i] = _text(bytes(BYTE_OF[c] for c in token))
-            elif len(token) == 6 and token.startswith("<0x"):
-                pieces[i] = _text(bytes([int(token[3:5], 16)]))
-            else:
-                pieces[i] = token.replace("\u2581", " ")
-        for token in spec["added_tokens"]:
-            pieces[token["id"]] = token["content"]
-        return pieces
+            spell = token_text.spelled
+            return [*(spell(bytes([i])) for i in range(256)), DOC_TOKEN]
+        vocab = self._model.get_vocab(with_added_tokens=False)
+        return token_text.pieces(json.loads(self._spec), vocab, self.vocab_size)
 
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer into a directory, for `load`; survives a kill."""
@@ -298,6 +396,7 @@ class Tokenizer:
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
         }
+        meta["sha256"] = _sha256(json.dumps(meta, sort_keys=True))
         atomic_write(directory / META, json.dumps(meta, indent=2) + "\n")
 
     @classmethod
@@ -305,28 +404,62 @@ class Tokenizer:
         """Read what `save` wrote.
 
         Raises:
-          ConfigError: if there is none, or if the file was changed since.
+          ConfigError: if there is none, or if a file was changed since.
         """
         file = Path(directory) / META
         if not file.is_file():
             raise ConfigError(f"{directory}: holds no tokenizer ({META} is missing).")
-        meta = json.loads(file.read_text(encoding="utf-8"))
-        model = None
-        if meta["kind"] != "bytes":
-            text = (file.parent / MODEL).read_text(encoding="utf-8")
-            model = tokenizers.Tokenizer.from_str(text)
-        made = cls(model, meta["doc_id"], meta["vocab_size"])
-        if made.fingerprint != meta["fingerprint"]:
+        meta, where = read_object(file), str(file)
+        kind, size, fingerprint = (
+            field(meta, name, type_, where)
+            for name, type_ in (
+                ("kind", str),
+                ("vocab_size", int),
+                ("fingerprint", str),
+            )
+        )
+        require_choice(f"{where}: kind", kind, ("bytes", "tokenizers"))
+        allowed = f"in [1, {MOST_TOKENS:,}]"
+        require(1 <= size <= MOST_TOKENS, f"{where}: vocab_size", size, allowed)
+        doc_id = _token_id(meta, "doc_id", int, size, where)
+        model_file = file.with_name(MODEL)
+        if kind != "bytes" and not model_file.is_file():
+            raise ConfigError(f"{directory}: holds no tokenizer ({MODEL} is missing).")
+        model = None if kind == "bytes" else _read_model(model_file, str(model_file))
+        made = cls(model, doc_id, size, str(model_file))
+        seal = meta.pop("sha256", None)  # not in files of before version 0.2
+        sealed = seal in (None, _sha256(json.dumps(meta, sort_keys=True)))
+        if made.fingerprint != fingerprint or not sealed:
             raise ConfigError(
                 f"{directory}: the tokenizer does not match its fingerprint; it was "
                 "changed after it was saved."
             )
         made.stop_at(meta.get("stop_ids", ()))
         if "begin_id" in meta:
-            return made.begin(meta["begin_id"], meta["prefix_id"])
+            begin = _token_id(meta, "begin_id", int | None, made.vocab_size, where)
+            prefix = _token_id(meta, "prefix_id", int, made.vocab_size, where)
+            return made.begin(begin, prefix)
         # Of before it was kept: the template's, of native runs too.
         first = None if model is None else template_begin(model)
         return made if first is None else made.begin(first, first)
+
+
+def _token_id(meta: dict, name: str, kind: Any, vocab_size: int, where: str) -> Any:
+    """A field that is a token id."""
+    value = field(meta, name, kind, where)
+    ok = value is None or 0 <= value < vocab_size
+    require(ok, f"{where}: {name}", value, f"in [0, {vocab_size})")
+    return value
+
+
+def _inside(model: tokenizers.Tokenizer, spec: dict) -> tokenizers.Tokenizer:
+    """For text that goes on with another; `model` itself where that is no matter."""
+    changed = token_text.inside_a_text(spec)
+    if changed == spec:
+        return model
+    made = tokenizers.Tokenizer.from_str(json.dumps(changed))
+    made.encode_special_tokens = True
+    return made
 
 
 def template_begin(model: tokenizers.Tokenizer) -> int | None:
@@ -334,77 +467,6 @@ def template_begin(model: tokenizers.Tokenizer) -> int | None:
     bare = model.encode("a", add_special_tokens=False).ids
     whole = model.encode("a", add_special_tokens=True).ids
     return None if whole[:1] == bare[:1] else whole[0]
-
-
-def _bytes_of_characters() -> dict[str, int]:
-    """The byte that each character of the byte-level alphabet stands for.
-
-    Printable characters of Latin-1 stand for themselves, the other bytes, in order, for
-    those from U+0100 on.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    own = {chr(b): b for b in printable}
-    return own | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-BYTE_OF = _bytes_of_characters()
-
-
-def _text(piece: bytes) -> str:
-    return piece.decode(errors="backslashreplace")
-
-
-def _highest_id(model: tokenizers.Tokenizer) -> int:
-    return max(model.get_vocab(with_added_tokens=True).values())
-
-
-def _kinds(part) -> set[str]:
-    """The `type` of a part of a tokenizer's JSON, and of all parts inside it."""
-    if isinstance(part, list):
-        return set().union(*map(_kinds, part))
-    if not isinstance(part, dict):
-        return set()
-    return {str(part.get("type"))}.union(*map(_kinds, part.values()))
-
-
-def _is_byte_level(spec: dict) -> bool:
-    """Whether every byte of a text ends up in exactly one token."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    return (
-        spec.get("normalizer") is None
-        and "ByteLevel" in _kinds(spec.get("pre_tokenizer"))
-        and _kinds(spec.get("pre_tokenizer")) <= {"ByteLevel", "Sequence", "Split"}
-        and '"add_prefix_space": true' not in json.dumps(spec["pre_tokenizer"])
-        and '"Removed"' not in json.dumps(spec["pre_tokenizer"])
-        and spec["model"].get("type") == "BPE"
-        and set(alphabet) <= spec["model"]["vocab"].keys()
-        and not any(t["lstrip"] or t["rstrip"] for t in spec["added_tokens"])
-    )
-
-
-def _has_gpt2_words(spec: dict) -> bool:
-    """Whether words are those of `words.py`."""
-    how = spec["pre_tokenizer"]
-    special = all(t["special"] for t in spec["added_tokens"])
-    return special and how["type"] == "ByteLevel" and how.get("use_regex", True)
-
-
-def _token_bytes(model, spec: dict, vocab_size: int, doc_id: int) -> np.ndarray:
-    byte_level = "ByteLevel" in _kinds([spec["pre_tokenizer"], spec["decoder"]])
-    table = np.zeros(vocab_size, np.int32)
-    for token, i in model.get_vocab(with_added_tokens=False).items():
-        if byte_level:
-            table[i] = len(token)  # one character of its alphabet is one byte
-        elif len(token) == 6 and token.startswith("<0x"):
-            table[i] = 1
-        else:
-            table[i] = len(token.replace("\u2581", " ").encode())
-    for token in spec["added_tokens"]:
-        size = 0 if token["special"] else len(token["content"].encode())
-        table[token["id"]] = size
-    table[doc_id] = 0
-    return table
 
 
 def _pieces(text: str) -> list[str]:
@@ -418,12 +480,3 @@ def _pieces(text: str) -> list[str]:
         pieces.append(text[start:end])
         start = end
     return pieces
-
-
-def _bytes_from_offsets(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
-    code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    size = 1 + (code >= 0x80) + (code >= 0x800).astype(int) + (code >= 0x10000)
-    byte_at = np.r_[0, np.cumsum(size)]
-    ends = np.maximum.accumulate(np.array([e for _, e in offsets], np.int64))
-    ends[-1] = len(text)
-    return np.diff(byte_at[ends], prepend=0).astype(np.int32)

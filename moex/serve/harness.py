@@ -5,7 +5,6 @@ Scoring itself is in `likelihood.py` and knows nothing of the harness.
 
 import collections
 import contextlib
-import json
 import os
 import pathlib
 import sys
@@ -15,6 +14,7 @@ from itertools import chain
 import jax
 
 from moex.config import ConfigError, nearest, require
+from moex.json_files import dump_json
 from moex.run import not_causal
 from moex.serve.decode import generate
 from moex.serve.likelihood import chunks, continuation_scores, padded_length
@@ -74,8 +74,9 @@ class HarnessLM(TemplateLM):
 
     def _encode_pair(self, context, continuation):
         before, after = super()._encode_pair(context, continuation)
-        # A token over the border of both; the harness would have nothing to score.
-        after = after or self.tok_encode(continuation, add_special_tokens=False)
+        if not after:  # a token over the border of both
+            (ids,) = self.run.tokenizer.encode_batch([continuation], inside=True)
+            after = ids.tolist()
         return before or [self.prefix_token_id], after  # of a context that is spaces
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
@@ -135,8 +136,8 @@ class HarnessLM(TemplateLM):
                         kernels=static["kernels"],
                         **dict(chosen),
                     )
-                for (i, _, until), output in zip(some, outputs, strict=False):
-                    texts[i] = run.tokenizer.decode(output)
+                for (i, prompt, until), output in zip(some, outputs, strict=False):
+                    texts[i] = run.tokenizer.continuation(prompt, output)
                     for stop in filter(None, until):
                         texts[i] = texts[i].split(stop)[0]
         return texts
@@ -224,7 +225,7 @@ def score_tasks(
         },
     }
     with open(pathlib.Path(workdir) / "harness.jsonl", "a", encoding="utf-8") as f:
-        f.write(json.dumps(result) + "\n")
+        f.write(dump_json(result) + "\n")
     return result
 
 

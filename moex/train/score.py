@@ -184,4 +184,4 @@ def continue_texts(cfg, spec, state, tokenizer, prompts, **sampling) -> list[str
         kernels=static["kernels"],
         **sampling,
     )
-    return [p + tokenizer.decode(o) for p, o in zip(prompts, outputs, strict=True)]
+    return [tokenizer.continued(p, o) for p, o in zip(prompts, outputs, strict=True)]

@@ -1,0 +1,58 @@
+"""The tokenizers library: its errors as one line each.
+
+It raises plain `Exception` and, where a regular expression gives up, it panics: that is
+no `Exception`, and every thread writes its stack to standard error.
+"""
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+
+from moex.config import ConfigError
+
+ALONE = threading.Lock()
+
+
+@contextlib.contextmanager
+def one_line_errors(begins: str, *, may_panic: bool = False) -> Iterator[None]:
+    """Make an error of the library inside a `ConfigError` that begins with `begins`.
+
+    Args:
+      begins: what failed, and of which tokenizer.
+      may_panic: hold back what is written to standard error meanwhile, and drop it if
+        the library panics.
+    """
+    with _standard_error_held() if may_panic else contextlib.nullcontext([]) as held:
+        try:
+            yield
+        except BaseException as e:
+            panicked = type(e).__name__ == "PanicException"
+            if not isinstance(e, Exception) and not panicked:
+                raise
+            if panicked:
+                held.clear()
+            reason = " ".join(str(e).split())[:200].rstrip(".")
+            raise ConfigError(f"{begins} ({reason}).") from None
+
+
+@contextlib.contextmanager
+def _standard_error_held() -> Iterator[list]:
+    """Write what comes to file descriptor 2 only at the end, if it is still wanted.
+
+    Yields:
+      A list; once it is empty nothing is written.
+    """
+    wanted = [True]
+    with ALONE, tempfile.TemporaryFile() as held:
+        old = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield wanted
+        finally:
+            os.dup2(old, 2)
+            os.close(old)
+            if wanted:
+                held.seek(0)
+                os.write(2, held.read())
