@@ -7,6 +7,7 @@ that cannot go on is one line and exit code 1.
 
 import dataclasses
 import functools
+import io
 import json
 import logging
 import os
@@ -93,7 +94,10 @@ def _is_run_error(error: RuntimeError) -> bool:
 
 
 def _quiet() -> None:
-    """Libraries raise errors and print nothing: a person reads the run's own lines."""
+    """Libraries raise errors and print nothing: a person reads the run's own lines.
+
+    Those lines never fail, in a terminal of any encoding.
+    """
     from absl import logging as absl_logging
     from flax import nnx
 
@@ -101,6 +105,9 @@ def _quiet() -> None:
     for name in ("jax", "orbax", "grain"):
         logging.getLogger(name).setLevel(logging.ERROR)
     nnx.set_graph_mode(False)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     show = warnings.showwarning
 
     def showwarning(message, category, *where, **options):
@@ -388,12 +395,16 @@ def _analyse(args, config_args):
 
 
 def _generate(args, config_args):
+    from moex.data.files import decode_utf8
     from moex.train.score import write_text
 
     if config_args:
         raise ConfigError(f"{config_args[0]}: generate takes the config of the run.")
     require(0 <= args.seed < 2**31, "--seed", args.seed, "in [0, 2**31)")
-    prompts = args.prompt or [sys.stdin.read()]
+    prompts = args.prompt
+    if not prompts:
+        given = sys.stdin.buffer.read()
+        prompts = [decode_utf8(given, "standard input", "--prompt")]
     texts = write_text(
         args.run,
         prompts,

@@ -1,5 +1,6 @@
 """The command line: help, one clear line per mistake, and what the verbs print."""
 
+import io
 import pathlib
 import re
 import shutil
@@ -320,6 +321,24 @@ def test_a_command_that_is_wrong(mistake, monkeypatch, args, message):
     monkeypatch.chdir(runs.ROOT)
     monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: SIM115
     assert message in mistake(*args, cfg=False)
+
+
+def test_a_prompt_from_standard_input_is_utf8(mistake, monkeypatch, tmp_path):
+    (tmp_path / "prompt").write_bytes(b"the \xff")
+    with open(tmp_path / "prompt", encoding="ascii") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        said = mistake("generate", "/nowhere", cfg=False)
+    assert "--prompt: standard input is not UTF-8 text: byte 0xff at offset 4" in said
+
+
+def test_lines_do_not_fail_in_a_terminal_of_another_encoding(monkeypatch):
+    for owner, name in ((warnings, "showwarning"), (sys, "unraisablehook")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    cli._quiet()
+    print("caf\u00e9 \udcff", flush=True)
+    assert stream.buffer.getvalue() == b"caf\\xe9 \\udcff\n"
 
 
 def get_config(body):

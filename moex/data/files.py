@@ -67,7 +67,7 @@ def decode_utf8(data: bytes, file: Path | str, where: str, offset: int = 0) -> s
     except UnicodeDecodeError as e:
         raise ConfigError(
             f"{where}: {file} is not UTF-8 text: byte 0x{data[e.start]:02x} at offset "
-            f"{offset + e.start}. Convert the file to UTF-8 or leave it out."
+            f"{offset + e.start}. Convert it to UTF-8 or leave it out."
         ) from None
 
 

@@ -410,14 +410,9 @@ class Tokenizer:
         if not file.is_file():
             raise ConfigError(f"{directory}: holds no tokenizer ({META} is missing).")
         meta, where = read_object(file), str(file)
-        kind, size, fingerprint = (
-            field(meta, name, type_, where)
-            for name, type_ in (
-                ("kind", str),
-                ("vocab_size", int),
-                ("fingerprint", str),
-            )
-        )
+        kind = field(meta, "kind", str, where)
+        size = field(meta, "vocab_size", int, where)
+        fingerprint = field(meta, "fingerprint", str, where)
         require_choice(f"{where}: kind", kind, ("bytes", "tokenizers"))
         allowed = f"in [1, {MOST_TOKENS:,}]"
         require(1 <= size <= MOST_TOKENS, f"{where}: vocab_size", size, allowed)
@@ -434,7 +429,8 @@ class Tokenizer:
                 f"{directory}: the tokenizer does not match its fingerprint; it was "
                 "changed after it was saved."
             )
-        made.stop_at(meta.get("stop_ids", ()))
+        stops = field(meta, "stop_ids", list[int], where, [])
+        made.stop_at(_in_vocabulary(i, "stop_ids", size, where) for i in stops)
         if "begin_id" in meta:
             begin = _token_id(meta, "begin_id", int | None, made.vocab_size, where)
             prefix = _token_id(meta, "prefix_id", int, made.vocab_size, where)
@@ -446,7 +442,10 @@ class Tokenizer:
 
 def _token_id(meta: dict, name: str, kind: Any, vocab_size: int, where: str) -> Any:
     """A field that is a token id."""
-    value = field(meta, name, kind, where)
+    return _in_vocabulary(field(meta, name, kind, where), name, vocab_size, where)
+
+
+def _in_vocabulary(value: int | None, name: str, vocab_size: int, where: str) -> Any:
     ok = value is None or 0 <= value < vocab_size
     require(ok, f"{where}: {name}", value, f"in [0, {vocab_size})")
     return value
@@ -464,8 +463,9 @@ def _inside(model: tokenizers.Tokenizer, spec: dict) -> tokenizers.Tokenizer:
 
 def template_begin(model: tokenizers.Tokenizer) -> int | None:
     """The token that the template of a tokenizer puts before a text."""
-    bare = model.encode("a", add_special_tokens=False).ids
-    whole = model.encode("a", add_special_tokens=True).ids
+    with one_line_errors("the tokenizer: cannot encode the text 'a'"):
+        bare = model.encode("a", add_special_tokens=False).ids
+        whole = model.encode("a", add_special_tokens=True).ids
     return None if whole[:1] == bare[:1] else whole[0]
 
 

@@ -1,6 +1,7 @@
 """Round trips, exact byte counts, and refusals of the three tokenizers."""
 
 import json
+import os
 from unittest import mock
 
 import numpy as np
@@ -12,6 +13,7 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from moex.config import ConfigError, check
 from moex.data import tokenizer as tokenizer_module
+from moex.data.library import one_line_errors
 from moex.data.tokenizer import DOC_TOKEN, META, Bpe, Bytes, Tokenizer, TokenizerFile
 
 SAMPLE = ["def f(x):\n    return x + 1\n\n", "the cat's hat é\u4e2d\U0001f600 "] * 20
@@ -205,6 +207,111 @@ def test_load_refusals(all_tokenizers, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(ConfigError, match="fingerprint"):
         Tokenizer.load(tmp_path)
+
+
+def damaged(folder, **fields):
+    """What `load` says of a tokenizer whose metadata someone changed by hand."""
+    meta = json.loads((folder / META).read_text())
+    changed = {k: v for k, v in (meta | fields).items() if v != "dropped"}
+    (folder / META).write_text(json.dumps(changed))
+    with pytest.raises(ConfigError) as e:
+        Tokenizer.load(folder)
+    (folder / META).write_text(json.dumps(meta))
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def test_metadata_of_other_hands_is_refused(all_tokenizers, tmp_path):
+    made = all_tokenizers["file"]
+    made.save(tmp_path)
+    assert "has no field 'kind'" in damaged(tmp_path, kind="dropped")
+    assert "must be one of 'bytes', 'tokenizers'" in damaged(tmp_path, kind="byte")
+    assert "must be int, not a string" in damaged(tmp_path, doc_id="0")
+    assert "doc_id = 300: must be in [0, 290)" in damaged(tmp_path, doc_id=300)
+    assert "in [1, 16,777,216]" in damaged(tmp_path, vocab_size=4 * 10**9)
+    for field in ("begin_id", "prefix_id", "doc_id", "vocab_size"):
+        value = json.loads((tmp_path / META).read_text())[field]
+        assert "was changed" in damaged(tmp_path, **{field: value + 1}), field
+    assert "stop_ids" in damaged(tmp_path, sha256="dropped", stop_ids=[-1])
+    assert "begin_id = 400" in damaged(tmp_path, sha256="dropped", begin_id=400)
+    for text in ("", "{", "[]", "null", '{"a": 1, "a": 2}', "[" * 10**5):
+        whole = (tmp_path / META).read_text()
+        (tmp_path / META).write_text(text)
+        with pytest.raises(ConfigError, match=META):
+            Tokenizer.load(tmp_path)
+        (tmp_path / META).write_text(whole)
+    for text in ("", "{", "null", '{"model": 3}', "\xff"):
+        (tmp_path / "tokenizer.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+            Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is missing"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_damaged_tokenizer_of_the_cache_is_trained_again(tmp_path):
+    first = bpe(tmp_path)
+    (file,) = tmp_path.glob("bpe-*.json")
+    whole = file.read_text()
+    other = json.loads(whole)
+    other["tokenizer"] = other["tokenizer"].replace("<|doc|>", "<|dog|>")
+    for text in ("", "{}", whole[:-40], json.dumps(other), "null"):
+        file.write_text(text)
+        assert bpe(tmp_path).fingerprint == first.fingerprint
+        assert file.read_text() == whole
+
+
+def test_a_text_that_cannot_be_encoded_is_one_line(tmp_path, capfd):
+    model = tokenizers.Tokenizer(models.WordLevel({"[DOC]": 0, "the": 1}))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = from_file(model, tmp_path / "no_unk.json")
+    assert made.encode("the the") == [1, 1]
+    with pytest.raises(ConfigError, match=r"t\.path = .*no_unk.*Missing \[UNK\]"):
+        made.encode("the cat")
+    for tokenizer in (made, gpt2_like(tmp_path / "a"), Tokenizer(None, doc_id=256)):
+        with pytest.raises(ConfigError, match="cannot encode a text"):
+            tokenizer.encode("a\udcff")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_regular_expression_that_gives_up_is_one_line(tmp_path, capfd):
+    model = tokenizers.Tokenizer(models.WordLevel({"[DOC]": 0, "[UNK]": 1}, "[UNK]"))
+    slow = tokenizers.Regex(r"(a+)+$|(x+x+)+y")
+    model.pre_tokenizer = pre_tokenizers.Split(slow, "isolated")
+    made = from_file(model, tmp_path / "slow.json")
+    os.write(2, b"before\n")
+    with pytest.raises(ConfigError, match=r"slow\.json.*retry-limit-in-match") as e:
+        made.encode_batch(["a" * 40 + "b"] * 2)
+    assert "\n" not in str(e.value)
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "before\nafter\n"
+
+
+def test_what_others_write_to_standard_error_meanwhile_is_kept(capfd):
+    with one_line_errors("t", may_panic=True):
+        os.write(2, b"of another thread\n")
+    with pytest.raises(KeyboardInterrupt), one_line_errors("t", may_panic=True):
+        os.write(2, b"too\n")
+        raise KeyboardInterrupt
+    assert capfd.readouterr().err == "of another thread\ntoo\n"
+
+
+def test_sizes_that_no_machine_has(tmp_path):
+    for vocab in (10**12, 2**24 + 1, 0, -1):
+        with pytest.raises(
+            ConfigError, match=rf"config\.vocab = {vocab}: .*16,777,216"
+        ):
+            check(Bpe(vocab=vocab))
+    check(Bpe(vocab=2**24))
+    file = tmp_path / "far.json"
+    model = tokenizers.Tokenizer(models.WordLevel({"[DOC]": 0, "far": 1}))
+    # The library takes minutes to write such a file.
+    file.write_text(model.to_str().replace('"far":1', '"far":4000000000'))
+    with pytest.raises(ConfigError, match=r"t\.path = .*4000000000: must be below"):
+        TokenizerFile(path=str(file), doc_token="[DOC]").make("t", None, tmp_path)
+    empty = tokenizers.Tokenizer(models.WordLevel({}))
+    with pytest.raises(ConfigError, match="one token at least"):
+        from_file(empty, tmp_path / "empty.json")
 
 
 def test_config_refusals(tmp_path):

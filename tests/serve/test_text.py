@@ -1,5 +1,6 @@
-"""Texts that a model writes, with a tokenizer that drops the space of the first word."""
+"""Texts that a model writes, with a tokenizer that drops the first word's space."""
 
+import contextlib
 import types
 
 import pytest
@@ -42,9 +43,8 @@ def model(tokenizer, monkeypatch):
 
 @pytest.mark.hf
 def test_an_answer_to_a_task_keeps_it_too(model, tokenizer, monkeypatch):
-    import contextlib
-
-    model.run.__dict__ |= dict.fromkeys(("mesh", "spec", "params", "state"))
+    for name in ("mesh", "spec", "params", "state"):
+        setattr(model.run, name, None)
     new = new_ids(tokenizer, "the cat", "the cat sees the red")
     monkeypatch.setattr(harness, "generate", lambda *args, **options: [new])
     monkeypatch.setattr(harness, "eval_batch_size", lambda cfg: 1)
