@@ -261,6 +261,26 @@ def by_rows(function, x_TC):
     return run(x_TC)
 
 
+def sum_over_rows(function, *arrays):
+    """`function` of the rows of arrays, computed where the rows are, and added up.
+
+    Args:
+      function: arrays whose first dim is t -> one array.
+      *arrays: their first dim is of tokens, as in `by_rows`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in TOKEN_AXES)
+    if parts == 1 or arrays[0].shape[0] % parts:
+        return function(*arrays)
+    run = jax.shard_map(
+        lambda *own: jax.lax.psum(function(*own), TOKEN_AXES),
+        in_specs=PartitionSpec(TOKEN_AXES),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    return run(*arrays)
+
+
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """Of one array of a batch: [B], or [B, L]."""
     return NamedSharding(mesh, partition_spec(("batch", "length")[:ndim]))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from moex.config import Config, require
 from moex.moe.losses import update_bias
+from moex.moe.quantile import SPAN, balancing_bias
 from moex.schedule import static_value, value_at
 
 
@@ -29,30 +30,28 @@ class SignBias:
 
 @dataclasses.dataclass(frozen=True)
 class QuantileBias:
-    """Loss-free balancing by quantiles: `rate` of the way to the balancing bias.
+    """Loss-free balancing by quantiles of the whole step: see `moe/quantile.py`.
 
-    The balancing bias of an expert is minus the (1 - k/E) quantile over tokens of its
-    margin, score - (k+1-th best biased score of the token), made to have mean 0: with
-    it, k/E of the tokens would choose the expert if thresholds stayed. Averaged over
-    the microbatches of a step.
-
-    Source: the quantile balancing of Kimi K3's report as described by third parties
-    (equation 14); its text was not available to us.
+    The published rule has no rate: that is rate 1. A rate below is a running mean, the
+    new bias weighing so much.
     """
 
     rate: float | tuple
+    k: int
+    span: float
     keeps_value = True
 
     def __call__(self, bias_E, stats, step):
-        count = jnp.maximum(stats["margin_count"], 1.0)[..., None]
-        target_E = -stats["margin_sum_E"] / count
-        target_E = target_E - jnp.mean(target_E, axis=-1, keepdims=True)
-        seen = stats["margin_count"][..., None] > 0
-        moved_E = bias_E + value_at(self.rate, step) * (target_E - bias_E)
-        return jnp.where(seen, moved_E, bias_E)
+        if "margin_EB" not in stats:  # k = E: every token takes every expert
+            return bias_E
+        target_E = balancing_bias(stats["margin_EB"], bias_E, self.k, self.span)
+        if self.rate == 1:
+            return target_E
+        rate = value_at(self.rate, step)
+        return rate * target_E + (1 - rate) * bias_E
 
 
-BIAS_RULES = {"sign": SignBias, "quantile": QuantileBias}
+BIAS_RULES = ("sign", "quantile")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +116,14 @@ class ControlP:
         return jnp.where(stats["num_tokens"][..., None] > 0, moved, state)
 
 
-def bias_rule(name, rate):
-    """The rule called `name` with a rate that is a number or a schedule."""
-    return BIAS_RULES[name](static_value(rate))
+def bias_rule(name, rate, k, score):
+    """The rule called `name` of a router.
+
+    Args:
+      name: of `BIAS_RULES`.
+      rate: a number or a schedule.
+      k: slots per token.
+      score: of `routing.SCORES`.
+    """
+    rate = static_value(rate)
+    return SignBias(rate) if name == "sign" else QuantileBias(rate, k, SPAN[score])

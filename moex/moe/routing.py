@@ -30,8 +30,8 @@ class Routing:
       logits_TE: float32 router logits, before normalisation and without noise.
       probs_TE: float32 normalised scores; each row sums to 1. The load-balance loss
         averages these.
-      sums: what the router's own state update needs beside the load; float32 arrays
-        that may be added over microbatches.
+      sums: what the router's own state update needs beside the load; float32 or int32
+        arrays that may be added over microbatches.
     """
 
     expert_TK: jax.Array

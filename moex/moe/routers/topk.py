@@ -11,6 +11,7 @@ from flax import nnx
 
 from moex.config import Config, caution, require, require_choice
 from moex.moe.balance import BIAS_RULES, bias_rule
+from moex.moe.quantile import SPAN, margin_counts
 from moex.moe.routing import (
     NORMALIZE,
     SCORES,
@@ -83,8 +84,8 @@ class TopK(FixedK):
     normalize: str = "after"  # gates sum to 1 "after" or "before" selection, or "none"
     scale: float = 1.0  # factor on the gates, after normalisation, > 0
     groups: Groups | None = None  # choose from each token's best groups only
-    bias_rate: float | Schedule = 0.0  # step of the loss-free bias; 0: no bias
-    bias_rule: str = "sign"  # "sign", or "quantile" (rate 1: all of the way at once)
+    bias_rate: float | Schedule = 0.0  # of the loss-free bias; 0: no bias
+    bias_rule: str = "sign"  # "sign": the rate is a step; "quantile": 1 is the rule's
     jitter: float = 0.0  # training: inputs times a uniform of [1 - jitter, 1 + jitter]
     noise: float = 0.0  # training: standard deviation of noise on the logits
     init_std: float = 0.02  # standard deviation of the initial router weights
@@ -103,9 +104,21 @@ class TopK(FixedK):
         rate_path = f"{path}.bias_rate"
         require_values(lambda v: v >= 0, rate_path, self.bias_rate, ">= 0")
         require_choice(f"{path}.bias_rule", self.bias_rule, BIAS_RULES)
+        if self.bias_rule == "quantile":
+            self._validate_quantile(path)
         require(0 <= self.jitter < 1, f"{path}.jitter", self.jitter, "in [0, 1)")
         require(self.noise >= 0, f"{path}.noise", self.noise, ">= 0")
         require(self.init_std >= 0, f"{path}.init_std", self.init_std, ">= 0")
+
+    def _validate_quantile(self, path):
+        rate_path = f"{path}.bias_rate"
+        allowed = "at most 1, with which the quantile rule goes all of the way"
+        require_values(lambda v: v <= 1, rate_path, self.bias_rate, allowed)
+        if is_always_zero(self.bias_rate):
+            caution(
+                f"{rate_path} = 0: there is no bias, whatever the bias_rule; set 1.0 "
+                "for quantile balancing."
+            )
 
     def validate_experts(self, num_experts, path):
         """Checks that need the number of experts, which only the layer knows."""
@@ -122,7 +135,8 @@ class TopKRouter(nnx.Module):
 
     The bias, if there is one, only selects: gates are the scores without it, and no
     gradient reaches it. Ties go to the lowest expert. Noise moves selection and gates
-    of training steps; the reported logits are without it.
+    of training steps; the reported logits are without it. Quantile balancing knows no
+    groups (nor does the published rule): it balances less well with them.
 
     Parameters: w_DE [D, E]; with `logit_bias` bias_logits_E [E]; bias_E float32 [E],
     state that the train step moves.
@@ -140,7 +154,9 @@ class TopKRouter(nnx.Module):
         self.jitter, self.noise = cfg.jitter, cfg.noise
         groups = cfg.groups
         self.groups = groups and (groups.num, groups.keep, groups.score)
-        self.wants_margins = cfg.bias_rule == "quantile"
+        # With k = E there is nothing to balance, and no (k+1)-th best.
+        by_quantile = cfg.bias_rule == "quantile" and cfg.k < num_experts
+        self.span = SPAN[cfg.score] if by_quantile else None
         self.w_DE = param(rngs, (dim, num_experts), ("embed", None), std=cfg.init_std)
         self.bias_logits_E: nnx.Param | None = (
             param(rngs, (num_experts,), (None,), value=0.0) if cfg.logit_bias else None
@@ -152,7 +168,7 @@ class TopKRouter(nnx.Module):
             else RouterState(
                 jnp.zeros(num_experts, jnp.float32),
                 axes=(None,),
-                rule=bias_rule(cfg.bias_rule, cfg.bias_rate),
+                rule=bias_rule(cfg.bias_rule, cfg.bias_rate, cfg.k, cfg.score),
             )
         )
 
@@ -206,19 +222,15 @@ class TopKRouter(nnx.Module):
         return logits_TE
 
     def _margins(self, choice_TE, score_TE, ctx) -> dict:
-        """What `QuantileBias` needs, over the valid tokens."""
-        if self.bias_E is None or not self.wants_margins:
+        """What `QuantileBias` needs of a microbatch that is trained on."""
+        if self.bias_E is None or self.span is None or ctx.mode != "train":
             return {}
-        E, k = choice_TE.shape[-1], self.k
-        best_TK, _ = top_k(choice_TE, min(k + 1, E))
-        margin_TE = jax.lax.stop_gradient(score_TE) - best_TK[:, -1:]
-        valid_T1 = ctx.valid_BL.reshape(-1, 1)
-        margin_TE = jnp.where(valid_T1, margin_TE, jnp.nan)
-        quantile_E = jnp.nanquantile(margin_TE, 1 - k / E, axis=0)
-        return {
-            "margin_sum_E": jnp.nan_to_num(quantile_E),
-            "margin_count": jnp.any(valid_T1).astype(jnp.float32),
-        }
+        best_TK, _ = top_k(choice_TE, self.k + 1)
+        valid_T = ctx.valid_BL.reshape(-1)
+        count_EB = margin_counts(
+            best_TK[:, -1], score_TE, valid_T, self.bias_E[...], self.span
+        )
+        return {"margin_EB": count_EB}
 
 
 def limit_to_groups(choice_TE, num_groups, keep, score):

@@ -1,0 +1,86 @@
+"""Quantile balancing in a step: one result on every mesh, for any microbatches."""
+
+import jax
+import numpy as np
+import pytest
+
+from moex.moe.chain import Chain
+from moex.moe.routers.topk import TopK
+from moex.nn.stack import Segment
+from moex.run import Loss
+from moex.sharding import MeshConfig, shard_batch
+from moex.train import state as states
+from moex.train.losses import lm_loss, make_context
+from moex.train.step import _accumulate, update_state
+from tests.helpers import built, random_batch, tiny_lm, tiny_moe
+
+ROUTER = TopK(k=2, score="sigmoid", bias_rule="quantile", bias_rate=1.0, init_std=0.7)
+PLAIN = tiny_moe(router=ROUTER, shared=None)
+CHAIN = Chain(moe=PLAIN, iterations=2, routers="shared")
+MODEL = tiny_lm(Segment(pattern=(PLAIN, CHAIN), repeat=2))
+
+
+def biases_after_a_step(mesh_cfg, devices, grad_accum):
+    """{path: bits} of the router state that one batch of 8 rows gives."""
+    spec, params, state = built(MODEL)
+    rng = np.random.default_rng(5)
+    state = jax.tree.map(
+        lambda a: (0.1 * rng.normal(size=a.shape)).astype(np.float32), state
+    )
+    mesh = mesh_cfg.make(devices)
+
+    def moved(params, state, batch):
+        def micro(args, before):
+            _, part = args
+            model = spec.merge(params, state)
+            ctx = make_context(part, mode="train", exchange=mesh_cfg.exchange)
+            options = {"num_microbatches": grad_accum, "num_domains": 2}
+            return lm_loss(model, ctx, part, Loss(), num_tokens=1.0, **options)[1]
+
+        sums = _accumulate(micro, batch, grad_accum)
+        return update_state(spec, state, sums["layers"], 0)
+
+    params, state = jax.device_put((params, state), states.shardings(spec, mesh))
+    with jax.set_mesh(mesh):
+        new = jax.jit(moved)(params, state, shard_batch(random_batch(8, 16), mesh))
+    return {
+        jax.tree_util.keystr(path): np.asarray(value).tobytes()
+        for path, value in jax.tree_util.tree_leaves_with_path(new)
+    }
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return biases_after_a_step(MeshConfig(data=1), jax.devices()[:1], 1)
+
+
+MESHES = [
+    pytest.param({"data": 1}, 1, 4, id="4 microbatches"),
+    pytest.param({"data": 2, "fsdp": 2, "expert": 2}, 8, 1, id="data, fsdp, expert"),
+    pytest.param(
+        {"data": 1, "fsdp": 2, "seq": 2}, 4, 2, id="fsdp, seq, 2 microbatches"
+    ),
+    *(
+        pytest.param({"data": 1} | sizes, n, parts, id=f"{sizes} {parts}", marks=[slow])
+        for slow in (pytest.mark.slow,)
+        for sizes, n in (
+            ({"data": 8}, 8),
+            ({"fsdp": 8}, 8),
+            ({"expert": 8}, 8),
+            ({"seq": 4}, 4),
+            ({"expert": 4, "tensor": 2}, 8),
+        )
+        for parts in (1, 2, 4)
+        if 8 % (parts * sizes.get("data", sizes.get("fsdp", sizes.get("expert", 1))))
+        == 0
+    ),
+]
+
+
+@pytest.mark.parametrize(("sizes", "num_devices", "grad_accum"), MESHES)
+def test_the_bias_is_the_same_to_the_bit_on_every_mesh(
+    on_one_device, sizes, num_devices, grad_accum
+):
+    mesh_cfg = MeshConfig(**sizes)
+    actual = biases_after_a_step(mesh_cfg, jax.devices()[:num_devices], grad_accum)
+    assert actual == on_one_device
