@@ -46,10 +46,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def scan(source, where: str) -> dict[str, Any]:
-    """Names, sizes and hashes of the files of a source, and one hash of it all."""
+def scan(source, where: str, say=None) -> dict[str, Any]:
+    """Names, sizes and hashes of the files of a source, and one hash of it all.
+
+    Args:
+      source: config of the source.
+      where: its path, for error messages.
+      say: called with one line per kind of file that was left out.
+    """
     files = []
-    found = source.files(where)
+    found = source.files(where, say)
     for file in found:
         source.check_file(file, where)
     for file in found:

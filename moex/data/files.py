@@ -4,16 +4,20 @@ on every machine.
 Not here: what a file's documents are (`sources.py`).
 """
 
+import collections
 import contextlib
 import fcntl
 import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from moex.config import ConfigError, require
+from moex.json_files import short
+
+BOM = b"\xef\xbb\xbf"  # some editors begin UTF-8 files so; it is no text
 
 
 class File(NamedTuple):
@@ -23,41 +27,165 @@ class File(NamedTuple):
     path: Path
 
 
+class Candidate(NamedTuple):
+    """What a path leads to: the file, where it really lies, whether by a link."""
+
+    file: File
+    real: str
+    linked: bool
+
+
 def unit_hash(key: str, salt: str) -> float:
     """A number in [0, 1) that depends on `key` and `salt` alone, on every machine."""
-    digest = hashlib.sha256(f"{salt}\0{key}".encode()).digest()
+    digest = hashlib.sha256(f"{salt}\0{key}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def find_files(paths: tuple[str, ...], where: str) -> list[File]:
+def find_files(
+    paths: tuple[str, ...], where: str, say: Callable[[str], None] | None = None
+) -> list[File]:
     """The files named by `paths`: files, directories (recursive) or globs, sorted.
 
     A file's name is relative to the directory that was given, so that keys do not
-    depend on where the data lies.
+    depend on where the data lies. Hidden files and folders are left out unless a path
+    names them, and so are empty files. Links to folders are followed. A file that
+    several paths or links lead to is taken once.
+
+    Args:
+      paths: as the config has them.
+      where: the field, for error messages.
+      say: called with one line of what was left out, if anything was.
+
+    Raises:
+      ConfigError: for a path that leads to no file, and if all files are empty.
     """
     require(len(paths) > 0, where, paths, "at least one file, directory or glob")
-    found = []
+    found: list[Candidate] = []
+    nowhere: list[str] = []
     for i, entry in enumerate(paths):
-        root = Path(entry).expanduser()
-        if root.is_dir():
-            inside = [p for p in sorted(root.rglob("*")) if p.is_file()]
-            inside = [p for p in inside if not p.name.startswith(".")]
-            matches = [File(p.relative_to(root).as_posix(), p) for p in inside]
-        elif root.is_file():
-            matches = [File(root.name, root)]
-        else:
-            names = sorted(glob.glob(str(root), recursive=True))
-            matches = [File(Path(n).name, Path(n)) for n in names if Path(n).is_file()]
+        require(bool(entry.strip()), f"{where}[{i}]", entry, "a file, folder or glob")
+        matches = _matches(os.path.expanduser(entry), nowhere)
         if not matches:
             raise ConfigError(
                 f"{where}[{i}] = {entry!r}: no such file, no file in that directory "
                 f"or none matches that pattern (looked from {os.getcwd()})."
             )
         found += matches
-    for file in found:
-        if file.path.stat().st_size == 0:
-            raise ConfigError(f"{where}: the file {file.path} is empty; remove it.")
-    return found
+    chosen: dict[str, Candidate] = {}
+    for candidate in found:  # the place itself before links to it
+        known = chosen.setdefault(candidate.real, candidate)
+        if known.linked and not candidate.linked:
+            chosen[candidate.real] = candidate
+    once = [c for c in found if chosen[c.real] is c]
+    again = [str(c.file.path) for c in found if chosen[c.real] is not c]
+    files = [c.file for c in once if c.file.path.stat().st_size > 0]
+    empty = [str(c.file.path) for c in once if c.file.path.stat().st_size == 0]
+    if not files:
+        raise ConfigError(
+            f"{where} = {short(paths)}: must have text; {empty[0]} and all "
+            f"{len(empty)} files there are empty."
+        )
+    if say is not None:
+        left_out = {
+            "empty and left out": empty,
+            "named twice and read once": again,
+            "no file to read": nowhere,
+        }
+        told = (_told(reason, names) for reason, names in left_out.items() if names)
+        for line in told:
+            say(f"data: {where}: {line}")
+    return files
+
+
+def _told(reason: str, names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}: {reason}"
+
+
+def _matches(path: str, nowhere: list[str]) -> list[Candidate]:
+    """The files that one path leads to; names of broken links go to `nowhere`."""
+    if os.path.isdir(path):
+        inside = _files_in(Path(path), nowhere)
+        return sorted(inside, key=lambda candidate: candidate.file.path)
+    names = [path] if os.path.isfile(path) else sorted(set(_glob(Path(path))))
+    return [_candidate(Path(n), Path(n).name) for n in names if os.path.isfile(n)]
+
+
+def _candidate(path: Path, name: str) -> Candidate:
+    real = os.path.realpath(path)
+    return Candidate(File(name, path), real, path.is_symlink())
+
+
+def _files_in(root: Path, nowhere: list[str]) -> Iterator[Candidate]:
+    """All files under a folder, in no order."""
+    for folder, real, entries, linked in _folders(root):
+        for entry in entries:
+            path, by_link = folder / entry.name, entry.is_symlink()
+            if os.path.isfile(path) if by_link else entry.is_file():
+                name = path.relative_to(root).as_posix()
+                at = os.path.realpath(path) if by_link else f"{real}/{entry.name}"
+                yield Candidate(File(name, path), at, linked or by_link)
+            elif not os.path.isdir(path):
+                nowhere.append(str(path))
+
+
+def _folders(root: Path) -> Iterator[tuple[Path, str, list[os.DirEntry], bool]]:
+    """`(folder, where it really lies, what is in it, whether by a link)`, each once.
+
+    Folders come before links to folders, so that a link hides none. Links back to what
+    was visited, or to a folder that `root` lies in, are not followed: they end.
+    """
+    seen = set(map(str, Path(os.path.realpath(root)).parents))
+    links = collections.deque([(root, False)])
+    while links:
+        first, linked = links.popleft()
+        folders = [first]
+        while folders:
+            folder = folders.pop()
+            real = os.path.realpath(folder)
+            if real in seen:
+                continue
+            seen.add(real)
+            entries = _entries(folder)
+            yield folder, real, entries, linked
+            for entry in entries:
+                at = folder / entry.name
+                if entry.is_symlink():
+                    if os.path.isdir(at):
+                        links.append((at, True))
+                elif entry.is_dir():
+                    folders.append(at)
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What is in a folder and not hidden, by name."""
+    with os.scandir(folder) as found:
+        shown = [entry for entry in found if not entry.name.startswith(".")]
+    return sorted(shown, key=lambda entry: entry.name)
+
+
+def _glob(pattern: Path) -> Iterator[str]:
+    """Names that match; `**` is any depth of folders, as `_folders` visits them."""
+    if "**" not in pattern.parts:
+        yield from glob.glob(str(pattern))
+        return
+    at = pattern.parts.index("**")
+    rest = pattern.parts[at + 1 :] or ("*",)
+    for head in sorted(glob.glob(str(Path(*pattern.parts[:at])))):
+        if os.path.isdir(head):
+            for folder, *_ in _folders(Path(head)):
+                yield from _glob(Path(glob.escape(str(folder)), *rest))
+
+
+def read_text(file: File, where: str) -> str:
+    """The text of a file, without a byte-order mark.
+
+    Raises:
+      ConfigError: if it is not UTF-8.
+    """
+    data = file.path.read_bytes()
+    begin = len(BOM) if data.startswith(BOM) else 0
+    return decode_utf8(data[begin:], file.path, where, begin)
 
 
 def decode_utf8(data: bytes, file: Path | str, where: str, offset: int = 0) -> str:
@@ -69,6 +197,11 @@ def decode_utf8(data: bytes, file: Path | str, where: str, offset: int = 0) -> s
             f"{where}: {file} is not UTF-8 text: byte 0x{data[e.start]:02x} at offset "
             f"{offset + e.start}. Convert it to UTF-8 or leave it out."
         ) from None
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says of a damaged file, on one line and not too long."""
+    return " ".join(str(error).split())[:200].rstrip(".")
 
 
 def content_key(*parts: bytes) -> str:

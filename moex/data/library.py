@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 
 from moex.config import ConfigError
+from moex.data.files import one_line
 
 ALONE = threading.Lock()
 
@@ -33,8 +34,7 @@ def one_line_errors(begins: str, *, may_panic: bool = False) -> Iterator[None]:
                 raise
             if panicked:
                 held.clear()
-            reason = " ".join(str(e).split())[:200].rstrip(".")
-            raise ConfigError(f"{begins} ({reason}).") from None
+            raise ConfigError(f"{begins} ({one_line(e)}).") from None
 
 
 @contextlib.contextmanager

@@ -111,7 +111,7 @@ def prepare(
     require(0 <= overlap < seq_len, "overlap", overlap, f"in [0, seq_len={seq_len})")
     root = cache.cache_root(config.cache_dir)
     named = [(f"{where}.sources[{i}]", s) for i, s in enumerate(config.sources)]
-    scans = [cache.scan(source, here) for here, source in named]
+    scans = [cache.scan(source, here, log) for here, source in named]
     digest = cache.digest([s["sha256"] for s in scans])
     total = sum(s["bytes"] for s in scans)
     corpus = (lambda limit: _sample(named, total, limit), digest)

@@ -9,17 +9,29 @@ Not here: tokenizing (`tokenizer.py`), packing into sequences (`packing.py`).
 
 import dataclasses
 import glob
-import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moex.config import Config, ConfigError, nearest, require, require_choice
-from moex.data.files import File, content_key, decode_utf8, find_files, unit_hash
+from moex.data import parquet
+from moex.data.files import (
+    BOM,
+    File,
+    content_key,
+    decode_utf8,
+    find_files,
+    one_line,
+    read_text,
+    unit_hash,
+)
+from moex.json_files import parse_json
+
+Say = Callable[[str], None]  # takes one line for people
 
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 
@@ -38,14 +50,15 @@ class Document(NamedTuple):
 class Source(Config):
     """What every source has: its share of the mixture, its name, its held-out part."""
 
-    weight: float = 1.0  # share in the training mixture, > 0
+    weight: float = 1.0  # share in the training mixture, in [1e-6, 1e6]
     name: str = ""  # name of the domain; "" takes the class or the file's stem
     # Fraction of documents kept for evaluation, in [0, 1]; 1: none is trained on.
     holdout: float = 0.05
 
     def validate(self, path: str) -> None:
         """Check the fields that all sources share."""
-        require(self.weight > 0, f"{path}.weight", self.weight, "> 0")
+        ok = 1e-6 <= self.weight <= 1e6  # Grain mixes by whole numbers
+        require(ok, f"{path}.weight", self.weight, "> 0, in [1e-6, 1e6]")
         require(0 <= self.holdout <= 1, f"{path}.holdout", self.holdout, "in [0, 1]")
 
     def label(self) -> str:
@@ -61,13 +74,17 @@ class Source(Config):
         """What documents hold: `text`, `tokens` or `pairs`."""
         return getattr(self, "kind", "text")
 
-    def files(self, where: str) -> list[File]:
+    def files(self, where: str, say: Say | None = None) -> list[File]:
         """All input files in a fixed order; `where` names this source in errors.
 
+        Args:
+          where: the path of this config.
+          say: called with one line of what was left out, if anything was.
+
         Raises:
-          ConfigError: for a path that matches no file, and for an empty file.
+          ConfigError: for a path that matches no file, and if all files are empty.
         """
-        return find_files(getattr(self, "paths"), f"{where}.paths")  # noqa: B009
+        return find_files(getattr(self, "paths"), f"{where}.paths", say)  # noqa: B009
 
     def check_file(self, file: File, where: str) -> None:
         """Raise `ConfigError` for what can be seen without reading all of a file."""
@@ -97,7 +114,7 @@ class PythonStdlib(Source):
         """The name of the domain."""
         return self.name or "python_stdlib"
 
-    def files(self, where: str) -> list[File]:
+    def files(self, where: str, say: Say | None = None) -> list[File]:
         """All `.py` files of the standard library, sorted by relative path."""
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
@@ -118,7 +135,7 @@ class PythonStdlib(Source):
         """Yield one document per file."""
         for file in self.files(where):
             try:
-                yield Document(file.name, file.path.read_bytes().decode())
+                yield Document(file.name, file.path.read_bytes().decode("utf-8-sig"))
             except UnicodeDecodeError:
                 yield Document(file.name, None)
 
@@ -133,7 +150,7 @@ class Text(Source):
     def read(self, where: str) -> Iterator[Document]:
         """Yield one document per file, or per delimited part."""
         for file in self.files(where):
-            text = decode_utf8(file.path.read_bytes(), file.path, f"{where}.paths")
+            text = read_text(file, f"{where}.paths")
             if not self.delimiter:
                 yield Document(file.name, text)
                 continue
@@ -157,20 +174,20 @@ class Parquet(Source):
 
     def check_file(self, file: File, where: str) -> None:
         """Check that the file is Parquet and has the column, of the right type."""
-        import pyarrow.types as types
-
-        schema = _open_parquet(file, where).schema_arrow
-        if self.column not in schema.names:
+        schema = parquet.open_file(file, where).schema_arrow
+        count = schema.names.count(self.column)
+        if count == 0:
             raise ConfigError(
                 f"{where}.column = {self.column!r}: {file.path} has the columns "
                 f"{', '.join(schema.names)}.{nearest(self.column, schema.names)}"
             )
-        found = schema.field(self.column).type
-        ok = types.is_string(found) or types.is_large_string(found)
-        if self.kind == "tokens":
-            ok = types.is_list(found) or types.is_large_list(found)
-            ok = ok and types.is_integer(found.value_type)
-        if not ok:
+        if count > 1:
+            raise ConfigError(
+                f"{where}.column = {self.column!r}: {file.path} has {count} columns of "
+                "that name; give the one to be read a name of its own."
+            )
+        found = schema.field(schema.names.index(self.column)).type
+        if not parquet.holds(found, self.kind):
             raise ConfigError(
                 f"{where}.column = {self.column!r}: has type {found} in {file.path}, "
                 f"but kind={self.kind!r} needs "
@@ -180,33 +197,22 @@ class Parquet(Source):
     def read(self, where: str) -> Iterator[Document]:
         """Yield one document per row; a null is counted as unreadable."""
         for file in self.files(where):
-            batches = _open_parquet(file, where).iter_batches(columns=[self.column])
-            for row in (v for batch in batches for v in batch.column(0)):
+            for i, row in enumerate(parquet.rows(file, self.column, where)):
                 if not row.is_valid:
                     yield Document("null", None)
                 elif self.kind == "tokens":
+                    if row.values.null_count:
+                        raise ConfigError(
+                            f"{where}.column = {self.column!r}: row {i} of {file.path} "
+                            "has a null among its token ids."
+                        )
                     ids = row.values.to_numpy(zero_copy_only=False)
                     yield _token_document(ids.astype(np.int64))
                 else:
                     raw = row.as_buffer().to_pybytes()
-                    text = decode_utf8(raw, file.path, f"{where}.paths")
+                    here = f"row {i} of {file.path}"
+                    text = decode_utf8(raw, here, f"{where}.paths")
                     yield Document(content_key(raw), text)
-
-
-def _open_parquet(file: File, where: str) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError(
-            f"{where}: Parquet files need the package pyarrow; install it."
-        ) from None
-    try:
-        return pyarrow.parquet.ParquetFile(file.path)
-    except pyarrow.ArrowInvalid as e:
-        raise ConfigError(
-            f"{where}.paths: {file.path} is not a Parquet file ({e})."
-        ) from None
 
 
 def _token_document(ids: np.ndarray) -> Document:
@@ -235,7 +241,7 @@ class ArrayRecord(Source):
         """Yield one document per record."""
         dtype = np.dtype(self.token_dtype).newbyteorder("<")
         for file in self.files(where):
-            for i, raw in enumerate(_records(_open_array_record(file, where))):
+            for i, raw in enumerate(_records(file, where)):
                 here = f"record {i} of {file.path}"
                 if self.kind == "text":
                     yield Document(
@@ -260,9 +266,17 @@ def _open_array_record(file: File, where: str) -> Any:
     return reader
 
 
-def _records(reader: Any) -> Iterator[bytes]:
-    for start in range(0, reader.num_records(), 1024):
-        yield from reader.read(start, min(start + 1024, reader.num_records()))
+def _records(file: File, where: str) -> Iterator[bytes]:
+    reader = _open_array_record(file, where)
+    count = reader.num_records()
+    for start in range(0, count, 1024):
+        try:
+            records = reader.read(start, min(start + 1024, count))
+        except RuntimeError as e:
+            raise ConfigError(
+                f"{where}.paths: {file.path} is damaged ({one_line(e)})."
+            ) from None
+        yield from records
     reader.close()
 
 
@@ -275,8 +289,10 @@ def _surrogate(character: str) -> bool:
 class PromptResponse(Source):
     """JSON lines with a prompt and a response; only the response is learned.
 
-    Prompt and response are encoded apart and joined as they are: put separators into
-    the texts. Examples are packed whole; the token that ends a response is learned too.
+    Prompt and response are joined as they are: put separators into the texts. The
+    prompt is encoded as it is when it is given to be continued, and the response as
+    what goes on after it. Examples are packed whole; the token that ends a response is
+    learned too.
     """
 
     paths: tuple[str, ...]  # files, directories (recursive) or globs
@@ -301,18 +317,16 @@ class PromptResponse(Source):
         offset = 0
         with open(file.path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
-                text = decode_utf8(line, file.path, f"{where}.paths", offset)
+                begin = len(BOM) if number == 1 and line.startswith(BOM) else 0
+                at = offset + begin
+                text = decode_utf8(line[begin:], file.path, f"{where}.paths", at)
                 offset += len(line)
                 if text.strip():
                     yield self._document(text, f"{file.path}:{number}", where)
 
     def _document(self, line: str, at: str, where: str) -> Document:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise ConfigError(
-                f"{where}.paths: {at}: not JSON ({e.msg}, column {e.colno})."
-            ) from None
+        # Other fields are not read, and may have numbers that JSON does not know.
+        record = parse_json(line, f"{where}.paths: {at}", nan=True)
         if not isinstance(record, dict):
             raise ConfigError(f"{where}.paths: {at}: must be an object {{...}}.")
         parts = []
@@ -323,9 +337,7 @@ class PromptResponse(Source):
                     f"{', '.join(record)}.{nearest(name, record)}"
                 )
             text = record[name]
-            if not isinstance(text, str) or any(
-                "\ud800" <= c <= "\udfff" for c in text
-            ):
+            if not isinstance(text, str) or any(map(_surrogate, text)):
                 raise ConfigError(
                     f"{where}.{field} = {name!r}: {at} must have a string of valid "
                     f"Unicode there, not {text!r:.40}."

@@ -164,7 +164,7 @@ def write_source(source, tokenizer, out: Path, where: str) -> dict[str, Any]:
                 split = source.split(key)
                 writers[split].add(*document)
                 if split == "eval":
-                    held_out.update(key.encode() + b"\n")
+                    held_out.update(key.encode(errors="surrogateescape") + b"\n")
         counts = {split: writer.close() for split, writer in writers.items()}
     return {"splits": counts, "held_out_sha256": held_out.hexdigest()}
 

@@ -53,7 +53,7 @@ def test_names_are_as_short_as_they_can_be(tmp_path):
     ("name", "content", "words"),
     [
         ("a.jsonl", '{"text": "t"}', "prompt = 'prompt': {file}:1 has the fields text"),
-        ("a.jsonl", "text", "PromptResponse.paths: {file}:1: not JSON"),
+        ("a.jsonl", "text", "PromptResponse.paths: {file}:1: is not JSON"),
         ("a.parquet", "text", "Parquet.paths: {file} is not a Parquet file"),
         ("a.arrayrecord", "text", "ArrayRecord.paths: {file} is not an ArrayRecord"),
         ("a.json", "{}", "{file} must end in one of .txt, "),

@@ -167,7 +167,9 @@ def test_missing_and_empty_files(tmp_path):
     fails(Text(paths=()), "paths", "at least one")
     for name in ("none.txt", "*.none", "folder"):
         fails(Text(paths=(str(tmp_path / name),)), "paths[0]", name, "no such file")
-    fails(Text(paths=(str(tmp_path / "empty.txt"),)), "empty.txt is empty")
+    fails(Text(paths=(str(tmp_path / "empty.txt"),)), "empty.txt", "are empty")
+    for path in ("", " ", "~nobody/x"):
+        fails(Text(paths=(path,)), "paths[0]")
 
 
 def test_text_that_is_not_utf8(tmp_path):
@@ -177,6 +179,8 @@ def test_text_that_is_not_utf8(tmp_path):
 
 def test_ranges(tmp_path):
     fails(PythonStdlib(weight=0), "weight = 0", "> 0")
+    for weight in (1e308, 5e-324, -1.0):  # Grain mixes by whole numbers
+        fails(PythonStdlib(weight=weight), f"weight = {weight}", "in [1e-6, 1e6]")
     fails(PythonStdlib(holdout=1.1), "holdout = 1.1", "in [0, 1]")
     fails(Parquet(paths=("a",), kind="txt"), "kind", "Did you mean 'text'")
     fails(ArrayRecord(paths=("a",), token_dtype="uint61"), "Did you mean 'uint16'")
@@ -215,6 +219,9 @@ def test_array_record_refusals(tmp_path):
     [
         (b'{"prompt": "a", "response"', ("a.jsonl:2", "not JSON")),
         (b'["a"]', ("a.jsonl:2", "object")),
+        (b"[" * 100_000, ("a.jsonl:2", "not JSON")),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", ("a.jsonl:2", "not JSON")),
+        (b'{"prompt": "a", "prompt": "b"}', ("a.jsonl:2", "twice")),
         (b'{"prompt": "a", "respnse": "b"}', ("a.jsonl:2", "Did you mean 'respnse'")),
         (b'{"prompt": 1, "response": "b"}', ("a.jsonl:2", ".prompt", "string")),
         (b'{"prompt": "\\ud800", "response": ""}', ("a.jsonl:2", "Unicode")),
