@@ -16,7 +16,10 @@
 set -u
 workload=${1:?a name for the workload}
 shift
-train=$(printf '%q ' moex train --distributed "$@")
+# A secret of this job, so that no stranger can join. Who may read the cluster's pods sees
+# it in their command.
+token=${MOEX_JOB_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d " \n")}
+train="MOEX_JOB_TOKEN=$(printf %q "$token") $(printf '%q ' moex train --distributed "$@")"
 # In each pod, one line in a subshell of xpk that gets the SIGTERM. Exit code 0 is also
 # that of a run that was asked to stop: to JobSet it would be the end of the work.
 pod="$train & moex=\$!; asked=; trap 'asked=1; kill -TERM \$moex' TERM; wait \$moex; \

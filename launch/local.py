@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -95,6 +96,7 @@ class Job:
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(args.devices_per_process),
+            "MOEX_JOB_TOKEN": secrets.token_hex(16),
         }
         for index in range(args.processes):
             place = (

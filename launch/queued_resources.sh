@@ -46,7 +46,10 @@ ready() { # a slice that is ACTIVE; waits in the queue for as long as that takes
   done
 }
 
+# A secret of this job, so that no stranger can join.
+token=${MOEX_JOB_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d " \n")}
 train=$(printf '%q ' .venv/bin/moex train --distributed "--workdir=$workdir" "$@")
+train="MOEX_JOB_TOKEN=$(printf %q "$token") $train"
 for ((attempt = 0; attempt <= restarts; attempt++)); do
   [ "$attempt" = 0 ] || echo "queued_resources.sh: restart $attempt" >&2
   ready || exit 1

@@ -13,6 +13,8 @@ set -uo pipefail
 read -ra hosts <<<"${HOSTS:?names of the hosts, such as HOSTS="node1 node2"}"
 folder=${FOLDER:-$PWD} port=${PORT:-8476} restarts=${RESTARTS:-10} asked=0
 log=$(mktemp)
+# A secret of this job, so that no stranger can join; hosts read it where nobody sees it.
+token=${MOEX_JOB_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d " \n")}
 # At home, where nobody else can write; all hosts may have one home.
 pidfile() { echo "\$HOME/.moex-ssh-$port-$1.pid"; }
 trap 'rm -f "$log"' EXIT
@@ -31,7 +33,8 @@ one() { # the process of host number $1
     "--coordinator=${hosts[0]}:$port" "--num-processes=${#hosts[@]}" "--process-id=$1")
   # A session of its own: Ctrl-C comes to this script alone.
   setsid ssh -o ServerAliveInterval=15 -o ServerAliveCountMax=4 "${hosts[$1]}" \
-    "cd $(printf '%q' "$folder") && (umask 077 && echo \$\$ >$(pidfile "$1")) && exec $train" |
+    "read -r MOEX_JOB_TOKEN; export MOEX_JOB_TOKEN; cd $(printf '%q' "$folder") &&" \
+    "(umask 077 && echo \$\$ >$(pidfile "$1")) && exec $train" <<<"$token" |
     tee -a "$log"
 }
 

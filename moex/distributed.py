@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from moex import peers
+from moex import listening, meeting, peers
 from moex.config import ConfigError, require
 
 LINE: peers.Line | None = None
@@ -152,6 +152,33 @@ def _check(place: Place) -> None:
     require(good, "--coordinator", place.coordinator, "HOST:PORT, such as node1:8476")
 
 
+def _token(place: Place, environ: Mapping[str, str]) -> str:
+    """The secret that the processes of a job share; "" if there is none.
+
+    The number of a Slurm step is no secret from its other users, but tells jobs apart.
+    """
+    token = environ.get("MOEX_JOB_TOKEN", "")
+    if not token and place.by == "Slurm":
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+        token = ".".join(environ.get(name, "") for name in names)
+    return token
+
+
+def _bind_address(coordinator: str) -> str | None:
+    """Where JAX's service listens; None: at every address, or as the environment says.
+
+    It takes one address: the one where the processes met.
+    """
+    host, port = listening.split(coordinator)
+    addresses = listening.bind_addresses(host)
+    if os.environ.get(meeting.BIND) or not addresses:
+        return None
+    if len(addresses) > 1 and not listening.is_loopback(host):
+        return None
+    address = addresses[0]
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
 def join(flags, facts: dict) -> None:
     """Join the other processes of the job, if there are any.
 
@@ -170,8 +197,13 @@ def join(flags, facts: dict) -> None:
         _check_alone()
         return
     _check(place)
-    LINE = peers.meet(
-        place.coordinator, place.index, place.count, facts, flags.join_timeout
+    LINE = meeting.meet(
+        place.coordinator,
+        place.index,
+        place.count,
+        facts,
+        flags.join_timeout,
+        _token(place, os.environ),
     )
     sys.excepthook = _unexpected
     import jax
@@ -186,6 +218,7 @@ def join(flags, facts: dict) -> None:
             place.index,
             place.devices,
             cluster_detection_method="deactivate",
+            coordinator_bind_address=_bind_address(place.coordinator),
             initialization_timeout=flags.join_timeout,
             heartbeat_timeout_seconds=flags.heartbeat_timeout,
         )

@@ -50,7 +50,9 @@ def pretend(folder, **programs):
     for name, body in programs.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'#!/bin/bash\necho {name} "$@" >>"$CALLS"\n{body}\n')
+        token = 'echo "$MOEX_JOB_TOKEN" >>"$CALLS.tokens"'
+        text = f'#!/bin/bash\necho {name} "$@" >>"$CALLS"\n{token}\n{body}\n'
+        path.write_text(text, encoding="utf-8")
         path.chmod(0o755)
     return os.environ | {
         "CALLS": str(folder / "calls"),
@@ -62,6 +64,20 @@ def pretend(folder, **programs):
 
 def calls(folder):
     return (folder / "calls").read_text().splitlines()
+
+
+def has_a_secret(folder, *programs):
+    """Whether the processes of moex that were started had one secret, and no other."""
+    names = [call.split()[0] for call in calls(folder)]
+    tokens = (folder / "calls.tokens").read_text(encoding="utf-8").splitlines()
+    pairs = zip(names, tokens, strict=True)
+    (token,) = {token for name, token in pairs if name in programs}
+    return re.fullmatch("[0-9a-f]{32}", token) is not None
+
+
+def token_in(folder):
+    """The secret of a job: the last word that a program was given."""
+    return (folder / "calls.tokens").read_text(encoding="utf-8").split()[-1]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +93,7 @@ def test_slurm_queues_again_what_failed(tmp_path, code, restarts, exit_code, req
     srun, *rest = calls(tmp_path)
     assert srun == " ".join(["srun --kill-on-bad-exit=1 moex train", *ARGS])
     assert rest == (["scontrol requeue 7"] if requeued else [])
+    assert has_a_secret(tmp_path, "srun")
 
 
 def test_slurm_trains_one_point_of_a_sweep_in_each_job_of_an_array(tmp_path):
@@ -127,6 +144,7 @@ def test_ssh_starts_one_process_on_each_host(tmp_path, moex, code, starts):
     env = pretend(tmp_path, ssh=SSH, **{".venv/bin/moex": moex})
     env |= {"HOSTS": "a b", "FOLDER": str(tmp_path), "RESTARTS": "1", "PORT": "81"}
     env |= {"HOME": str(tmp_path)}
+    env.pop("MOEX_JOB_TOKEN", None)
     args = [*ARGS, "--workdir=a b"]
     done = subprocess.run(
         ["bash", ROOT / "launch" / "ssh.sh", *args], env=env, timeout=60
@@ -134,6 +152,8 @@ def test_ssh_starts_one_process_on_each_host(tmp_path, moex, code, starts):
     assert done.returncode == code
     started = [c for c in calls(tmp_path) if c.startswith(".venv/bin/moex")]
     assert len(started) == starts
+    assert has_a_secret(tmp_path, ".venv/bin/moex")
+    assert not any(token_in(tmp_path) in call for call in calls(tmp_path))
     assert sorted(started[:2]) == [
         f".venv/bin/moex train {' '.join(args)} --coordinator=a:81 --num-processes=2 "
         f"--process-id={i}"
@@ -201,6 +221,7 @@ def test_a_pod_that_was_asked_to_stop_is_started_again(tmp_path, moex, stop, cod
     # Beside 42 and 127 to 255: of an error, and of the others when a host is lost.
     assert "--restart-on-exit-codes=1 " in create
     assert train == f"moex train --distributed {' '.join(ARGS)}"
+    assert has_a_secret(tmp_path, "moex")
 
 
 # One slice, in the state that the file says; `ssh` runs the command here.
@@ -242,3 +263,4 @@ def test_a_slice_that_goes_while_it_is_prepared_is_replaced(
     assert done.returncode == code
     trained = [c for c in calls(tmp_path) if c.startswith(".venv/bin/moex")]
     assert len(trained) == starts
+    assert not starts or has_a_secret(tmp_path, ".venv/bin/moex")

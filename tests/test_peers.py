@@ -1,7 +1,6 @@
 """Processes that meet: who comes, what they were told, and how they end together."""
 
 import importlib.machinery
-import json
 import os
 import pathlib
 import signal
@@ -18,7 +17,7 @@ import jax
 import pytest
 
 from launch.local import free_port
-from moex import cli, distributed, peers
+from moex import cli, distributed, meeting, peers
 from moex.arguments import make_parser
 from moex.config import ConfigError
 from moex.flags import load_config
@@ -27,13 +26,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 FACTS = {"config": {"optim": {"lr": 0.1}, "layers": [1, 2]}, "code": "abc"}
 
 
-def meet_all(*calls):
-    """`peers.meet(address, *call)` of each at once; a Line or a ConfigError of each."""
+def meet_all(*calls, token="a secret"):
+    """`meet(address, *call, token)` of each at once: Lines or ConfigErrors."""
     address, ended = f"localhost:{free_port()}", [None] * len(calls)
 
     def work(i, call):
         try:
-            ended[i] = peers.meet(address, *call)
+            ended[i] = meeting.meet(address, *call, token)
         except ConfigError as e:
             ended[i] = e
 
@@ -123,40 +122,13 @@ def test_a_process_that_does_not_come_is_named():
     assert time.monotonic() - began < 10
 
 
-def test_strangers_at_the_port_are_no_process():
-    address = f"localhost:{free_port()}"
-    port = int(address.split(":")[1])
-    lines = []
-    first = threading.Thread(
-        target=lambda: lines.append(peers.meet(address, 0, 2, FACTS, 20))
-    )
-    first.start()
-    hello = {"process": 1, "processes": 2, "facts": FACTS}
-    objects = [{}, {"process": 1}, *(hello | {key: "1"} for key in hello)]
-    objects = [
-        json.dumps(o).encode() + b"\n" for o in (*objects, hello | {"process": 2})
-    ]
-    for words in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", *objects, b""):
-        for _ in range(100):
-            try:
-                stranger = socket.create_connection(("localhost", port), 1)
-                break
-            except OSError:
-                time.sleep(0.05)
-        stranger.sendall(words)
-        stranger.close()
-    lines.append(peers.meet(address, 1, 2, FACTS, 20))
-    first.join(10)
-    assert sorted(line.index for line in lines) == [0, 1]
-
-
 def processes(*bodies):
     """Each body in a process of its own, as process i of a line; (code, error)."""
     head = f"""
     import os, signal, sys, time
-    from moex import peers
+    from moex import meeting, peers
     index = int(sys.argv[1])
-    line = peers.meet("localhost:{free_port()}", index, {len(bodies)}, {{}}, 20)
+    line = meeting.meet("localhost:{free_port()}", index, {len(bodies)}, {{}}, 20)
     """
     started = [
         subprocess.Popen(
@@ -295,7 +267,8 @@ def clean(monkeypatch):
     """No variable of any cluster is set; the monkeypatch."""
     heads = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "JAX_NUM_", "JAX_PROCESS_")
     for name in os.environ:
-        if name.startswith((*heads, "JAX_COORDINATOR_", "KUBERNETES_", "JOB_COMP")):
+        more = ("JAX_COORDINATOR_", "KUBERNETES_", "JOB_COMP", "MOEX_JOB_TOKEN")
+        if name.startswith((*heads, *more)):
             monkeypatch.delenv(name)
     return monkeypatch
 
@@ -472,10 +445,11 @@ def test_another_config_is_refused_on_both_in_one_line(clean, capsys):
 
     def first():
         try:
-            peers.meet(address, 0, 2, cli._told(cfg, args), 30)
+            meeting.meet(address, 0, 2, cli._told(cfg, args), 30, "a secret")
         except ConfigError as e:
             ended.append(str(e))
 
+    clean.setenv("MOEX_JOB_TOKEN", "a secret")
     thread = threading.Thread(target=first)
     thread.start()
     place = (f"--coordinator={address}", "--num-processes=2", "--process-id=1")

@@ -1,0 +1,61 @@
+"""Lines between processes that share a secret: nobody else can write one.
+
+A line is the proof that its writer knows the secret, and what it says, as JSON. It can
+be read by all who see it, and answers one line, so that it cannot be sent again.
+"""
+
+import contextlib
+import hashlib
+import hmac
+import json
+import re
+import socket
+import time
+
+from moex import peers
+
+LINE = re.compile(rb"[0-9a-f]{64} \{")
+
+
+def seal(token: str, about: str, message: dict) -> bytes:
+    """A line that nobody can write who does not know the token.
+
+    Args:
+      token: of the job.
+      about: what it answers, so that no line serves twice.
+      message: what it says.
+    """
+    body = json.dumps(message).encode()
+    return f"{_proof(token, about, body)} ".encode() + body + b"\n"
+
+
+def _proof(token: str, about: str, body: bytes) -> str:
+    key = token.encode(errors="surrogateescape")
+    return hmac.new(key, about.encode() + b" " + body, hashlib.sha256).hexdigest()
+
+
+def unseal(token: str, about: str, line: bytes) -> dict | None:
+    """The message of such a line; None if it was made with another token."""
+    proof, _, body = line.rstrip(b"\n").partition(b" ")
+    if not hmac.compare_digest(proof, _proof(token, about, body).encode()):
+        return None
+    return peers.parse(body)
+
+
+def name_of(line: bytes) -> str:
+    """Of a sealed line, for the answer to it."""
+    return line[:64].decode()
+
+
+def receive(connection: socket.socket, timeout: float, most: int) -> bytes:
+    """One line, or as much of it as came in that time and is no longer than `most`."""
+    data, deadline = b"", time.monotonic() + timeout
+    with contextlib.suppress(OSError):
+        while not data.endswith(b"\n") and len(data) < most:
+            connection.settimeout(max(deadline - time.monotonic(), 0.001))
+            piece = connection.recv(65536, socket.MSG_PEEK)
+            if not piece:
+                break
+            # No byte more than this message: the next one may be there already.
+            data += connection.recv(piece.find(b"\n") + 1 or len(piece))
+    return data
