@@ -69,6 +69,9 @@ def main(argv: list[str] | None = None) -> None:
         _fail(e, 1)
 
 
+LONGEST = 2000  # characters of an error
+
+
 def _check_command(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         raise ConfigError(
@@ -78,8 +81,11 @@ def _check_command(argv: list[str]) -> None:
 
 
 def _fail(error, code: int) -> None:
-    distributed.fail(str(error), code)  # in a job of several processes said once
-    say(str(error))
+    text = str(error)
+    if len(text) > LONGEST:  # it quotes what somebody gave
+        text = f"{text[:LONGEST]}..."
+    distributed.fail(text, code)  # in a job of several processes said once
+    say(text)
     raise SystemExit(code)
 
 

@@ -65,7 +65,16 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 def require(ok: bool, path: str, value: Any, allowed: str) -> None:
     """Raise a `ConfigError` that names the field, its value and what is allowed."""
     if not ok:
-        raise ConfigError(f"{path} = {value!r}: must be {allowed}.")
+        raise ConfigError(f"{path} = {short(value)}: must be {allowed}.")
+
+
+def short(value: Any, most: int = 200) -> str:
+    """The repr of a value in one line of at most `most` characters, for a message."""
+    try:
+        text = " ".join(repr(value).split())
+    except (RecursionError, ValueError):  # nested too deep, or 4,300 digits and more
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def caution(text: str) -> None:
@@ -79,16 +88,34 @@ def require_choice(path: str, value: Any, allowed: Iterable[str]) -> None:
     if value not in allowed:
         names = ", ".join(map(repr, allowed))
         raise ConfigError(
-            f"{path} = {value!r}: must be one of {names}.{nearest(value, allowed)}"
+            f"{path} = {short(value)}: must be one of {names}.{nearest(value, allowed)}"
         )
 
 
-def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield `(path, node)` for `value` and everything nested in it, parents first."""
+DEEPEST = 50  # levels of nesting; no config of moex has 20
+
+
+def walk(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yield `(path, node)` for `value` and everything nested in it, parents first.
+
+    Raises:
+      ConfigError: if it is nested deeper than `DEEPEST`.
+    """
+    check_depth(depth, path)
     yield path, value
     for name, child in children(value):
-        sep = name if name.startswith("[") else f".{name}"
-        yield from walk(child, path + sep)
+        yield from walk(child, join(path, name), depth + 1)
+
+
+def join(path: str, name: str) -> str:
+    """The path of a child: `a.b` or `a[0]`."""
+    return path + (name if name.startswith("[") else f".{name}")
+
+
+def check_depth(depth: int, path: str) -> None:
+    """Refuse what is nested deeper than `DEEPEST`, before Python's stack ends."""
+    if depth > DEEPEST:
+        raise ConfigError(f"{path[:100]}...: nested deeper than {DEEPEST} levels.")
 
 
 def children(value: Any) -> list[tuple[str, Any]]:
@@ -110,11 +137,49 @@ def check(config: Any, path: str = "config") -> None:
     """
     nodes = list(walk(config, path))
     for node_path, node in nodes:
-        if isinstance(node, Config):
-            check_types(node, node_path)
-    for node_path, node in nodes:
-        if isinstance(node, Config):
-            node.validate(node_path)
+        check_plain(node, node_path)
+    found = [(p, node) for p, node in nodes if isinstance(node, Config)]
+    for node_path, node in found:
+        check_types(node, node_path)
+    # Children first: a parent may count with the fields of its children.
+    for node_path, node in reversed(found):
+        node.validate(node_path)
+
+
+LARGEST = 2**31 - 1  # of every integer: sizes, steps and ids are int32 on devices
+# Of every float but 0. Float32 ends at 1e-45 and 3e38; what is computed needs room.
+TINIEST, HUGEST = 1e-30, 1e30
+# Of integers that say how many of something are made, started or kept one by one.
+MOST = {
+    "copy": 2**20,
+    "constant": 2**20,
+    "iterations": 1000,
+    "ns_steps": 100,
+    "null": 2**20,
+    "num_experts": 2**20,
+    "prefetch": 10_000,
+    "repeat": 10_000,
+    "threads": 1000,
+}
+
+
+def check_plain(value: Any, path: str) -> None:
+    """Check that a number or a text is one that can be computed with, or written."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        most = MOST.get(path.rpartition(".")[2], LARGEST)
+        allowed = f"between {-LARGEST:,} and {most:,}"
+        require(-LARGEST <= value <= most, path, value, allowed)
+    elif isinstance(value, float):
+        require(math.isfinite(value), path, value, "finite")
+        require(
+            value == 0 or TINIEST <= abs(value) <= HUGEST,
+            path,
+            value,
+            f"0, or between {TINIEST:g} and {HUGEST:g} in magnitude",
+        )
+    elif isinstance(value, str):
+        ok = "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
+        require(ok, path, value, "text without zero bytes, that UTF-8 can hold")
 
 
 def check_types(config: Config, path: str) -> None:
@@ -123,11 +188,9 @@ def check_types(config: Config, path: str) -> None:
         value = getattr(config, field.name)
         if not fits(value, field.type):
             raise ConfigError(
-                f"{path}.{field.name} = {value!r}: must be "
+                f"{path}.{field.name} = {short(value)}: must be "
                 f"{type_name(field.type)}, not {type(value).__name__}."
             )
-        if isinstance(value, float):
-            require(math.isfinite(value), f"{path}.{field.name}", value, "finite")
 
 
 def fits(value: Any, annotation: Any) -> bool:
@@ -211,45 +274,62 @@ def flat(data: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
-def from_dict(data: Any) -> Any:
+def from_dict(data: Any, path: str = "config", depth: int = 0) -> Any:
     """The inverse of `to_dict`; tuples come back as tuples, mappings as `ConfigDict`.
 
     Only subclasses of `Config` inside the `moex` package are built, so a config file
-    from elsewhere cannot run code.
+    from elsewhere cannot run code. Types and ranges are left to `check`.
 
     Raises:
-      ConfigError: for an unknown class, an unknown field or a missing field.
+      ConfigError: for an unknown class, an unknown field or a missing field, or if it
+        is nested too deep; `path` names where `data` stands.
     """
+    check_depth(depth, path)
     if isinstance(data, list):
-        return tuple(from_dict(v) for v in data)
+        return tuple(
+            from_dict(v, join(path, f"[{i}]"), depth + 1) for i, v in enumerate(data)
+        )
     if not isinstance(data, dict):
         return data
-    values = {k: from_dict(v) for k, v in data.items() if k != TYPE_KEY}
+    values = {
+        k: from_dict(v, join(path, k), depth + 1)
+        for k, v in data.items()
+        if k != TYPE_KEY
+    }
     if TYPE_KEY not in data:
-        return ml_collections.ConfigDict(values, convert_dict=False)
-    cls = _config_class(data[TYPE_KEY])
-    names = [f.name for f in dataclasses.fields(cls)]
+        try:
+            return ml_collections.ConfigDict(values, convert_dict=False)
+        except (KeyError, ValueError) as e:  # of names that it needs itself
+            raise ConfigError(f"{path}: {short(str(e))}.") from None
+    cls = _config_class(data[TYPE_KEY], path)
+    fields = dataclasses.fields(cls)
+    names = [f.name for f in fields]
     for name in values:
         if name not in names:
             raise ConfigError(
-                f"{cls.__name__} has no field {name!r}.{nearest(name, names)}"
+                f"{path}: {cls.__name__} has no field {short(name)}."
+                f"{nearest(name, names)}"
             )
-    try:
-        return cls(**values)
-    except TypeError as e:
-        raise ConfigError(f"{cls.__name__}: {e}") from None
+    for field in fields:
+        if field.name not in values and _is_needed(field):
+            raise ConfigError(f"{path}: {cls.__name__} needs the field {field.name!r}.")
+    return cls(**values)
 
 
-def _config_class(tag: Any) -> type[Config]:
-    module, _, name = str(tag).rpartition(".")
+def _is_needed(field: dataclasses.Field) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def _config_class(tag: Any, path: str) -> type[Config]:
+    module, _, name = str(tag).rpartition(".") if isinstance(tag, str) else ("",) * 3
     if module.split(".")[0] == "moex":
         try:
             cls = getattr(importlib.import_module(module), name, None)
-        except ImportError:
+        except (ImportError, ValueError):
             cls = None
         if isinstance(cls, type) and issubclass(cls, Config):
             return cls
-    raise ConfigError(f"{tag!r} is not a config class of moex.")
+    raise ConfigError(f"{path}: {short(tag)} is not a config class of moex.")
 
 
 def describe(value: Any, name: str = "config", indent: int = 0) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moex.config import ConfigError, fits, nearest, type_name
+from moex.config import ConfigError, fits, nearest, short, type_name
 
 MOST_BYTES = 1 << 30  # of one file or line; more is no JSON of moex
 
@@ -136,7 +136,7 @@ def field(
     value = data[name]
     if not fits(value, kind):
         raise ConfigError(
-            f"{where}: {name} = {short(value)}: must be {type_name(kind)}, "
+            f"{where}: {name} = {short(value, 60)}: must be {type_name(kind)}, "
             f"not {json_kind(value)}."
         )
     return value
@@ -150,12 +150,6 @@ def dump_json(data: Any, **options: Any) -> str:
     return json.dumps(_finite_only(data), allow_nan=False, **options)
 
 
-def short(value: Any, most: int = 60) -> str:
-    """The repr of a value, cut to `most` characters, for an error message."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
 def json_kind(value: Any) -> str:
     """What JSON calls the kind of a value: "an object", "a string", "null"."""
     names = {bool: "true or false", dict: "an object", list: "a list", str: "a string"}
@@ -167,7 +161,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {short(twice)} stands twice in one object")
+        raise ValueError(f"the key {short(twice, 60)} stands twice in one object")
     return found
 
 

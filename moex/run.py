@@ -10,7 +10,15 @@ import dataclasses
 import ml_collections
 
 from moex import config as configs
-from moex.config import Config, ConfigError, nearest, require, require_choice
+from moex.config import (
+    LARGEST,
+    Config,
+    ConfigError,
+    nearest,
+    require,
+    require_choice,
+    short,
+)
 from moex.data.pipeline import Data
 from moex.nn.lm import LM
 from moex.nn.stack import REMAT
@@ -141,10 +149,14 @@ def check_run(cfg: ml_collections.ConfigDict) -> None:
     Raises:
       ConfigError: one line with the field, its value and what is allowed.
     """
+    if not isinstance(cfg, ml_collections.ConfigDict):
+        raise ConfigError(
+            f"config: must be a mapping of run keys, not {type(cfg).__name__}."
+        )
     for key in cfg:
         if key not in RUN_KEYS:
             raise ConfigError(
-                f"config.{key}: no such run key.{nearest(key, RUN_KEYS)} "
+                f"config.{short(key)[1:-1]}: no such run key.{nearest(key, RUN_KEYS)} "
                 f"Run keys are {', '.join(RUN_KEYS)}."
             )
     for key, kind in RUN_KEYS.items():
@@ -153,7 +165,7 @@ def check_run(cfg: ml_collections.ConfigDict) -> None:
         is_bool = isinstance(cfg[key], bool)
         if not isinstance(cfg[key], kind) or is_bool != (kind is bool):
             raise ConfigError(
-                f"config.{key} = {cfg[key]!r}: must be {kind.__name__}, "
+                f"config.{key} = {short(cfg[key])}: must be {kind.__name__}, "
                 f"not {type(cfg[key]).__name__}."
             )
     configs.check(cfg)
@@ -168,6 +180,12 @@ def _check_values(cfg):
     require_choice("config.remat", cfg.remat, REMAT)
     for name in cfg.kernels.split(","):
         require_choice("config.kernels", name.strip(), kernel_names(cfg.kernels))
+    require(
+        cfg.batch_size * cfg.seq_len <= LARGEST,
+        "config.batch_size",
+        cfg.batch_size,
+        f"at most {LARGEST:,} tokens over seq_len = {cfg.seq_len}",
+    )
     require(
         cfg.batch_size % cfg.grad_accum == 0,
         "config.batch_size",

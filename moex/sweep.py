@@ -5,10 +5,12 @@ of its own: what one run leaves behind in memory or on a device is gone before t
 `sweep.json` beside them holds the base config and the grid.
 """
 
+import collections
 import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 import re
 import shlex
@@ -21,10 +23,11 @@ from typing import Any
 from moex.config import ConfigError, flat, require, to_dict
 from moex.data.files import atomic_write, locked
 from moex.flags import load_config
+from moex.json_files import field, read_object
 from moex.run import check_run
-from moex.train.job import read_json
 
 FILE = "sweep.json"
+MOST_POINTS = 10_000
 LONGEST = 200  # bytes of a folder's name; file systems take 255
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 RECIPE = "launch/slurm.sbatch"
@@ -76,6 +79,8 @@ def make_sweep(texts: Sequence[str], config_args: list[str]) -> Sweep:
         if field in grid:
             raise ConfigError(f"--sweep {field}: is given twice; give all values once.")
         grid[field] = values
+    count = math.prod(map(len, grid.values()))
+    require(count <= MOST_POINTS, "--sweep", count, f"at most {MOST_POINTS:,} runs")
     base = to_dict(load_config(config_args))
     points, seen = [], dict[str, str]()
     for values in itertools.product(*grid.values()):
@@ -106,11 +111,11 @@ def parse_axis(text: str) -> tuple[str, tuple[str, ...]]:
     if not field or not equals:
         raise ConfigError(f"--sweep {text}: must be FIELD=V1,V2, as in seed=0,1.")
     values = tuple(value.strip() for value in split_top(rest))
-    for value in values:
-        if not value:
-            raise ConfigError(f"--sweep {text}: a value is missing.")
-        if values.count(value) > 1:
-            raise ConfigError(f"--sweep {text}: {value} is given twice.")
+    if "" in values:
+        raise ConfigError(f"--sweep {text}: a value is missing.")
+    value, times = collections.Counter(values).most_common(1)[0]
+    if times > 1:
+        raise ConfigError(f"--sweep {text}: {value} is given twice.")
     return field, values
 
 
@@ -167,14 +172,19 @@ def claim(sweep: Sweep, workdir: pathlib.Path) -> None:
         raise ConfigError(f"{flag}: is a run; a sweep needs a folder of its own.")
     with locked(workdir / ".sweep.lock"):  # jobs of a Slurm array come at once
         if file.is_file():
-            try:
-                theirs = read_json(file)
-            except ValueError as e:
-                raise ConfigError(f"{file}: {e}") from None
+            theirs = _read(file)
             _check_grows(theirs, mine, flag)
             if theirs == mine:
                 return
         atomic_write(file, json.dumps(mine, indent=1) + "\n")
+
+
+def _read(file: pathlib.Path) -> dict:
+    """The sweep that a folder holds, as `claim` wrote it."""
+    data = read_object(file)
+    field(data, "config", dict[str, Any], str(file))
+    field(data, "grid", dict[str, list[str]], str(file))
+    return data
 
 
 def _check_grows(theirs: dict, mine: dict, flag: str) -> None:

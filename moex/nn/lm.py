@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas.device import platform
-from moex.config import Config, require
+from moex.config import MOST, Config, require
 from moex.nn.context import fold_key
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
@@ -35,6 +35,8 @@ class LM(Config):
     def validate(self, path):
         require(self.dim >= 1, f"{path}.dim", self.dim, "at least 1")
         require(len(self.layers) >= 1, f"{path}.layers", self.layers, "not empty")
+        layers, most = self.num_layers(), MOST["repeat"]
+        require(layers <= most, f"{path}.layers", layers, f"at most {most:,} blocks")
         require(self.norm_eps > 0, f"{path}.norm_eps", self.norm_eps, "above 0")
         require(
             self.vocab is None or self.vocab >= 2,

@@ -7,6 +7,7 @@ from a run directory.
 import dataclasses
 import json
 import pathlib
+import warnings
 from typing import Any
 
 import jax
@@ -23,14 +24,16 @@ from kernels_pallas.implementations import (
 )
 from moex import config as configs
 from moex import optim, sharding
-from moex.config import ConfigError, caution, require
+from moex.config import ConfigError, ConfigWarning, caution, require
 from moex.data import pipeline
 from moex.data.files import atomic_write
 from moex.data.tokenizer import SavedTokenizer, Tokenizer
+from moex.json_files import read_object
 from moex.run import check_run
 from moex.train import state as states
 from moex.train import step as steps
-from moex.train.checkpoint import HOST_BYTES, Checkpointer, read_json
+from moex.train.checkpoint import HOST_BYTES, Checkpointer
+from moex.train.room import check_room
 
 # By default libtpu's exchange of ragged rows is one operation that nothing runs beside.
 # With this it is a start and an end, and the shared expert is computed in between
@@ -308,6 +311,7 @@ def make_job(cfg, *, log=print) -> Job:
         f"at least the vocabulary of the tokenizer, {vocab} (or None to take it)",
     )
     made = make_program(cfg, mesh)
+    check_room(cfg, mesh, made.abstract_state())
     return Job(cfg, mesh, made.spec, made.tx, made.learning_rate, data)
 
 
@@ -401,14 +405,19 @@ def load_config(workdir: pathlib.Path):
     came from another machine) is the copy that every run directory has.
 
     Raises:
-      ConfigError: if it is not a run directory.
+      ConfigError: if it is not a run directory, or its config.json is none that
+        `check_run` accepts.
     """
     path = pathlib.Path(workdir) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{workdir}: not a run directory (there is no {path}).")
+    data = read_object(path)
     try:
-        cfg = configs.from_dict(read_json(path))
-    except ValueError as e:
+        cfg = configs.from_dict(data)
+        with warnings.catch_warnings():  # who trained it was cautioned
+            warnings.simplefilter("ignore", ConfigWarning)
+            check_run(cfg)
+    except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from None
     copy, tokenizer = path.with_name("tokenizer").absolute(), cfg.data.tokenizer
     saved = isinstance(tokenizer, SavedTokenizer)

@@ -1,0 +1,60 @@
+"""Whether the devices of a mesh can hold a job at all, before anything is compiled.
+
+A lower bound: the train state, and the logits of one microbatch. `moex plan` says what
+a job really needs, also of devices that are not here.
+"""
+
+import math
+import os
+
+import jax
+from jax.sharding import Mesh
+
+from moex import sharding
+from moex.config import ConfigError
+
+
+def check_room(cfg, mesh: Mesh, state) -> None:
+    """Check that the memory of a device is not less than what it must hold.
+
+    Args:
+      cfg: run config, with the vocabulary filled in.
+      mesh: of real devices.
+      state: the abstract train state, with shardings.
+
+    Raises:
+      ConfigError: with both sizes, if it is.
+    """
+    most = device_bytes(mesh)
+    held = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(state)
+    )
+    if held > most:
+        raise ConfigError(
+            f"config.model: parameters and optimizer take {held / 2**30:,.1f} GiB of "
+            f"each device, which has {most / 2**30:,.1f}; shard the model "
+            "(config.mesh), make it smaller, or `moex plan` it for other devices."
+        )
+    rows = cfg.batch_size // cfg.grad_accum / sharding.batch_shards(mesh)
+    parts = mesh.shape["seq"] * mesh.shape["tensor"]
+    logits = 4 * rows * cfg.seq_len * cfg.model.vocab / parts
+    if held + logits > most:
+        raise ConfigError(
+            f"config.batch_size = {cfg.batch_size}: the float32 logits of a microbatch "
+            f"take {logits / 2**30:,.1f} GiB of each device, which has "
+            f"{most / 2**30:,.1f}, {held / 2**30:,.1f} of them for parameters and "
+            "optimizer; raise config.grad_accum, or lower batch_size or seq_len."
+        )
+
+
+def device_bytes(mesh: Mesh) -> float:
+    """Memory of one device; that of the host is shared by its CPU devices."""
+    device = mesh.local_devices[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    if device.platform != "cpu":
+        return math.inf
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return host / len(mesh.local_devices)
