@@ -71,7 +71,10 @@ def require(ok: bool, path: str, value: Any, allowed: str) -> None:
 def short(value: Any, most: int = 200) -> str:
     """The repr of a value in one line of at most `most` characters, for a message."""
     try:
-        text = " ".join(repr(value).split())
+        data = (
+            value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
+        )
+        text = " ".join(repr(data).split())
     except (RecursionError, ValueError):  # nested too deep, or 4,300 digits and more
         text = f"<{type(value).__name__}>"
     return text if len(text) <= most else f"{text[: most - 3]}..."
@@ -176,6 +179,12 @@ def check_plain(value: Any, path: str) -> None:
             path,
             value,
             f"0, or between {TINIEST:g} and {HUGEST:g} in magnitude",
+        )
+        require(
+            not 1 - 2**-25 <= abs(value) < 1,
+            path,
+            value,
+            "1, or a number that float32 can tell from 1",
         )
     elif isinstance(value, str):
         ok = "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
@@ -299,7 +308,11 @@ def from_dict(data: Any, path: str = "config", depth: int = 0) -> Any:
     if TYPE_KEY not in data:
         try:
             return ml_collections.ConfigDict(values, convert_dict=False)
-        except (KeyError, ValueError) as e:  # of names that it needs itself
+        except (
+            AttributeError,
+            KeyError,
+            ValueError,
+        ) as e:  # its own names
             raise ConfigError(f"{path}: {short(str(e))}.") from None
     cls = _config_class(data[TYPE_KEY], path)
     fields = dataclasses.fields(cls)

@@ -20,10 +20,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from moex import json_files
 from moex.config import ConfigError, flat, require, to_dict
 from moex.data.files import atomic_write, locked
 from moex.flags import load_config
-from moex.json_files import field, read_object
 from moex.run import check_run
 
 FILE = "sweep.json"
@@ -181,9 +181,9 @@ def claim(sweep: Sweep, workdir: pathlib.Path) -> None:
 
 def _read(file: pathlib.Path) -> dict:
     """The sweep that a folder holds, as `claim` wrote it."""
-    data = read_object(file)
-    field(data, "config", dict[str, Any], str(file))
-    field(data, "grid", dict[str, list[str]], str(file))
+    data = json_files.read_object(file)
+    json_files.field(data, "config", dict[str, Any], str(file))
+    json_files.field(data, "grid", dict[str, list[str]], str(file))
     return data
 
 

@@ -80,7 +80,10 @@ class Foreign(Config):
             {TYPE_KEY: "moex.nn.mlp.Dense", "hiden": 3},
             "Dense has no field 'hiden'. Did you mean 'hidden'",
         ),
-        ({TYPE_KEY: "moex.nn.mlp.Dense"}, r"^config.model\[0\]: Dense needs the field 'hidden'"),
+        (
+            {TYPE_KEY: "moex.nn.mlp.Dense"},
+            r"^config.model\[0\]: Dense needs the field 'hidden'",
+        ),
     ],
 )
 def test_json_that_is_refused(data, message):

@@ -104,6 +104,9 @@ def test_names_are_safe_for_file_systems_and_shells():
     assert all(len(each) == 200 and "/" not in each for each in long)
 
 
+THOUSAND = ",".join(map(str, range(1, 1001)))
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
@@ -122,7 +125,13 @@ def test_names_are_safe_for_file_systems_and_shells():
         # Only this combination is wrong, and only as a whole.
         ([f"{K}=2,5"], "router.k = 5: must be at most num_experts = 4"),
         (["log.sample_prompts=('a,b'"], "--sweep ...=('a,b': ) is missing."),
+        (
+            [f"{name}={THOUSAND}" for name in ("seed", "steps", "eval.every")],
+            "--sweep = 1000000000: must be at most 10,000 runs.",
+        ),
+        ([f"seed={','.join(map(str, range(10**5)))}"], "= 100000: must be at most 10,"),
     ],
+    ids=range(12),
 )
 def test_mistakes_in_a_grid_come_before_any_run(mistake, tmp_path, texts, message):
     flags = [f"--sweep={text}" for text in texts]
@@ -187,6 +196,24 @@ def test_a_run_is_no_folder_for_a_sweep(made, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="is a run; a sweep needs a folder of its"):
         sweep.claim(made("seed=0,1"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "must be a JSON object, not a list"),
+        ("{}", "has no field 'config'"),
+        ('{"config": {}, "grid": {"seed": "0"}}', "must be mapping of str to list of"),
+        ('{"config": {}, "grid": {"seed": [0]}}', "must be mapping of str to list of"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_a_damaged_sweep_file_is_refused(made, tmp_path, text, said):
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        sweep.claim(made("seed=0,1"), tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'sweep.json'}: ")
+    assert said in str(error.value)
 
 
 # Running, with a process that only pretends to be `moex train`.

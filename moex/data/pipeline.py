@@ -22,7 +22,7 @@ from moex.data.files import unit_hash
 from moex.data.packing import Rows, Windows, blank_example
 from moex.data.sources import PythonStdlib, Source
 from moex.data.stream import SPLITS, Stream
-from moex.data.tokenizer import Bpe, Tokenizer
+from moex.data.tokenizer import TOKENIZERS, Bpe, Tokenizer
 
 Batch = dict[str, np.ndarray]
 
@@ -40,7 +40,7 @@ class Data(Config):
     def validate(self, path: str) -> None:
         """Check the counts and the names of the sources."""
         require(len(self.sources) > 0, f"{path}.sources", self.sources, "not empty")
-        ok = hasattr(self.tokenizer, "make")
+        ok = isinstance(self.tokenizer, TOKENIZERS)
         require(ok, f"{path}.tokenizer", self.tokenizer, "a tokenizer of moex.data")
         require(self.threads >= 0, f"{path}.threads", self.threads, ">= 0")
         require(self.prefetch >= 1, f"{path}.prefetch", self.prefetch, ">= 1")

@@ -57,6 +57,8 @@ class Source(Config):
 
     def validate(self, path: str) -> None:
         """Check the fields that all sources share."""
+        kinds = "a kind of source, such as Text"
+        require(type(self).read is not Source.read, path, self, kinds)
         ok = 1e-6 <= self.weight <= 1e6  # Grain mixes by whole numbers
         require(ok, f"{path}.weight", self.weight, "> 0, in [1e-6, 1e6]")
         require(0 <= self.holdout <= 1, f"{path}.holdout", self.holdout, "in [0, 1]")

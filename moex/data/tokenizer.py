@@ -178,6 +178,9 @@ def _read_model(file: Path, name: str) -> tokenizers.Tokenizer:
     return model
 
 
+TOKENIZERS = (Bytes, Bpe, TokenizerFile, SavedTokenizer)
+
+
 class Tokenizer:
     """Text to token ids and back.
 

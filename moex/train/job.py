@@ -366,7 +366,7 @@ def check_init_from(job: Job) -> None:
             f"{tokenizer.vocab_size}, here {job.data.tokenizer.vocab_size}); use "
             f"SavedTokenizer(path='{path / 'tokenizer'}') as config.data.tokenizer."
         )
-    spec = states.model_spec(other.model)
+    spec = _saved_spec(other, path)
     old, new = (_shapes((s.params, s.state)) for s in (spec, job.spec))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
@@ -426,6 +426,16 @@ def load_config(workdir: pathlib.Path):
     return cfg
 
 
+def _saved_spec(cfg, workdir: pathlib.Path) -> states.ModelSpec:
+    """The abstract model of a run that was started, whose vocabulary is known."""
+    if cfg.model.vocab is None:
+        raise ConfigError(
+            f"{workdir / 'config.json'}: config.model.vocab = None: training fills it "
+            "in; was the file edited?"
+        )
+    return states.model_spec(cfg.model)
+
+
 @dataclasses.dataclass
 class LoadedRun:
     """A trained model from a run directory."""
@@ -456,7 +466,7 @@ def load_run(workdir, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun:
     workdir = pathlib.Path(workdir)
     cfg = load_config(workdir)
     tokenizer = Tokenizer.load(workdir / "tokenizer")
-    spec = states.model_spec(cfg.model)
+    spec = _saved_spec(cfg, workdir)
     if mesh_cfg is None:
         mesh = _mesh_here(cfg, spec, warn)
     else:
