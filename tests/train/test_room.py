@@ -56,7 +56,7 @@ def test_sharding_makes_room(ten_gib):
 def test_logits_that_no_device_can_hold(ten_gib):
     mesh = mesh_of()
     large = cfg(batch_size=40)
-    with pytest.raises(ConfigError, match=r"batch_size = 40: .* take 5.0 GiB .* 6.0 of"):
+    with pytest.raises(ConfigError, match=r"batch_size = 40: .* 5.0 GiB .* 6.0 of"):
         check_room(large, mesh, state(mesh, 6))
     check_room(cfg(batch_size=40, grad_accum=8), mesh, state(mesh, 6))
     split = mesh_of(2, data=2)
