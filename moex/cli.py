@@ -24,6 +24,7 @@ from moex.arguments import (
     many_flags,
 )
 from moex.config import ConfigError, ConfigWarning, nearest, require
+from moex.json_files import dump_json
 from moex.peers import say
 
 
@@ -290,7 +291,7 @@ def _eval(args, config_args):
     cfg = _scored_config(args, config_args)
     result = score_run(args.run, cfg, sequences=args.sequences)
     if args.json:
-        print(json.dumps(result))
+        print(dump_json(result))
         return
     what = f"tokens of {', '.join(args.data)}" if args.data else "held-out tokens"
     print(
@@ -322,7 +323,7 @@ def _eval_tasks(args, config_args):
         num_fewshot=args.num_fewshot,
     )
     if args.json:
-        print(json.dumps(result))
+        print(dump_json(result))
         return
     print(f"{args.run} at step {result['step']}:")
     for task, figures in result["tasks"].items():
@@ -392,7 +393,7 @@ def _analyse(args, config_args):
     if args.out is not None:
         output.save(found, args.out)
     if args.json:
-        print(json.dumps({"run": found.run, "step": found.step, "layers": rows}))
+        print(dump_json({"run": found.run, "step": found.step, "layers": rows}))
         return
     print(f"{found.run} at step {found.step}, {found.num_tokens:,} tokens:")
     print(output.table(rows))

@@ -1,6 +1,5 @@
 """`moex compare`: a table of runs, a file of them, or whether two are equal."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ from moex.analysis.plotting import page, picture, plot_lines
 from moex.analysis.points import write_points
 from moex.analysis.reading import read_runs
 from moex.config import ConfigError, require
+from moex.json_files import dump_json
 
 ENDINGS = (".html", ".png", ".csv", ".json")
 
@@ -61,4 +61,4 @@ def _write(groups: Sequence[Group], out: pathlib.Path) -> None:
 
 
 def _json(groups: Sequence[Group]) -> str:
-    return json.dumps({"groups": [group.to_dict() for group in groups]})
+    return dump_json({"groups": [group.to_dict() for group in groups]})

@@ -7,7 +7,6 @@ in `to_moe.py` and `to_latent.py`, the mathematics in `upcycle.py` and `latent.p
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 from typing import Any
@@ -28,6 +27,7 @@ from moex.compress.upcycle import Upcycle, check_upcycle
 from moex.config import ConfigError
 from moex.data.files import atomic_write
 from moex.data.tokenizer import SavedTokenizer
+from moex.json_files import dump_json
 from moex.run import check_run
 from moex.sharding import MeshConfig
 from moex.train import state as states
@@ -122,7 +122,7 @@ def convert_run(
         "loss": _losses(run, workdir, job, report["sequences"]),
         "errors": errors,
     }
-    atomic_write(workdir / "convert.json", json.dumps(report, indent=1) + "\n")
+    atomic_write(workdir / "convert.json", dump_json(report, indent=1) + "\n")
     return report
 
 

@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moex.config import TYPE_KEY, to_dict
+from moex.config import TYPE_KEY, ConfigError, to_dict
 from moex.data.files import locked
 from moex.data.packing import pack_rows
 from moex.data.stream import SPLITS, write_source
+from moex.json_files import read_object
 
 STALE_S = 24 * 3600
 FORMAT = 2  # raise when the meaning of cached files changes
@@ -86,6 +87,8 @@ def prepared(
     with locked(root / f"{final.name}.lock"):
         manifest = _read(final)
         if manifest is None:
+            if final.exists():
+                log(f"data: {final} is damaged and made again")
             shutil.rmtree(final, ignore_errors=True)
             with _temporary(root, final) as out:
                 manifest = _make(source, scan, tokenizer, seq_len, out, where, log)
@@ -93,13 +96,26 @@ def prepared(
 
 
 def _read(directory: Path) -> dict[str, Any] | None:
-    """The manifest of a complete directory, else None."""
+    """The manifest of a complete directory with every byte as written, else None."""
     try:
-        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        manifest = read_object(directory / "manifest.json")
+        seal = manifest.pop("sha256_of_manifest", None)
+        whole = (
+            seal == digest(manifest) and _hashes(directory) == manifest["cache_files"]
+        )
+    except (ConfigError, OSError):
         return None
-    sizes = {f: (directory / f).stat().st_size for f in _content(directory)}
-    return manifest if sizes == manifest["cache_files"] else None
+    return manifest if whole else None
+
+
+def _hashes(directory: Path) -> dict[str, list]:
+    """{name: [size, sha256]} of the files of the splits."""
+    found = {}
+    for name in _content(directory):
+        with open(directory / name, "rb") as f:
+            sha = hashlib.file_digest(f, "sha256").hexdigest()
+            found[name] = [f.tell(), sha]
+    return found
 
 
 def _content(directory: Path) -> list[str]:
@@ -119,10 +135,10 @@ def _make(source, scan, tokenizer, seq_len, out, where, log) -> dict[str, Any]:
     manifest = scan | made
     manifest["tokenizer"] = tokenizer.fingerprint
     manifest["seconds"] = round(time.perf_counter() - began, 2)
-    manifest["cache_files"] = {f: (out / f).stat().st_size for f in _content(out)}
-    (out / "manifest.json").write_text(
-        json.dumps(manifest, indent=1) + "\n", encoding="utf-8"
-    )
+    manifest["cache_files"] = _hashes(out)
+    sealed = manifest | {"sha256_of_manifest": digest(manifest)}
+    text = json.dumps(sealed, indent=1) + "\n"
+    (out / "manifest.json").write_text(text, encoding="utf-8")
     tokens = sum(c["tokens"] for c in made["splits"].values())
     log(f"data: {source.label()}: {tokens:,} tokens in {manifest['seconds']} s")
     return manifest

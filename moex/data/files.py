@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moex.config import ConfigError, require
-from moex.json_files import short
 
 BOM = b"\xef\xbb\xbf"  # some editors begin UTF-8 files so; it is no text
 
@@ -80,10 +79,11 @@ def find_files(
     again = [str(c.file.path) for c in found if chosen[c.real] is not c]
     files = [c.file for c in once if c.file.path.stat().st_size > 0]
     empty = [str(c.file.path) for c in once if c.file.path.stat().st_size == 0]
+    if len(empty) == 1 and not files:
+        raise ConfigError(f"{where}: the file {empty[0]} is empty; remove it.")
     if not files:
         raise ConfigError(
-            f"{where} = {short(paths)}: must have text; {empty[0]} and all "
-            f"{len(empty)} files there are empty."
+            f"{where}: all {len(empty)} files are empty ({empty[0]}, ...); remove them."
         )
     if say is not None:
         left_out = {

@@ -20,6 +20,7 @@ from moex.config import Config, ConfigError, check, require
 from moex.data import cache
 from moex.data.files import unit_hash
 from moex.data.packing import Rows, Windows, blank_example
+from moex.data.shared import check_shared
 from moex.data.sources import PythonStdlib, Source
 from moex.data.stream import SPLITS, Stream
 from moex.data.tokenizer import TOKENIZERS, Bpe, Tokenizer
@@ -34,16 +35,19 @@ class Data(Config):
     sources: tuple[Source, ...] = (PythonStdlib(),)
     tokenizer: Config = dataclasses.field(default_factory=Bpe)
     cache_dir: str | None = None  # None: $MOEX_CACHE, else ~/.cache/moex
-    threads: int = 1  # threads that build batches ahead; 0 builds them when asked
-    prefetch: int = 2  # batches built ahead, >= 1
+    # Threads that build batches ahead, at most 256; 0 builds them when asked.
+    threads: int = 1
+    prefetch: int = 2  # batches built ahead, in [1, 1024]
 
     def validate(self, path: str) -> None:
         """Check the counts and the names of the sources."""
         require(len(self.sources) > 0, f"{path}.sources", self.sources, "not empty")
         ok = isinstance(self.tokenizer, TOKENIZERS)
         require(ok, f"{path}.tokenizer", self.tokenizer, "a tokenizer of moex.data")
-        require(self.threads >= 0, f"{path}.threads", self.threads, ">= 0")
-        require(self.prefetch >= 1, f"{path}.prefetch", self.prefetch, ">= 1")
+        threads, prefetch = self.threads, self.prefetch
+        require(0 <= threads <= 256, f"{path}.threads", threads, ">= 0, at most 256")
+        ok = 1 <= prefetch <= 1024
+        require(ok, f"{path}.prefetch", prefetch, ">= 1, at most 1024")
         names = [source.label() for source in self.sources]
         for i, name in enumerate(names):
             if name in names[:i]:
@@ -111,6 +115,8 @@ def prepare(
     require(0 <= overlap < seq_len, "overlap", overlap, f"in [0, seq_len={seq_len})")
     root = cache.cache_root(config.cache_dir)
     named = [(f"{where}.sources[{i}]", s) for i, s in enumerate(config.sources)]
+    if not scoring:
+        check_shared(named, log)
     scans = [cache.scan(source, here, log) for here, source in named]
     digest = cache.digest([s["sha256"] for s in scans])
     total = sum(s["bytes"] for s in scans)

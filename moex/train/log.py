@@ -5,7 +5,6 @@ plain line per logging step everywhere.
 """
 
 import contextlib
-import json
 import math
 import pathlib
 import resource
@@ -18,6 +17,8 @@ from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 from tqdm import tqdm
 
+from moex.config import ConfigError
+from moex.json_files import dump_json, expect_object, field, parse_json
 from moex.train.layers import layer_rows, routing_record, shown
 from moex.train.tensorboard import Board, layout
 
@@ -47,7 +48,9 @@ class RunLog:
         self.workdir = workdir = pathlib.Path(workdir)
         path = workdir / "metrics.jsonl"
         for log in (path, workdir / "routing.jsonl"):
-            _trim(log, step)
+            damaged = _trim(log, step)
+            if damaged:
+                print(f"warning: {log}: {damaged} damaged lines were dropped")
         self.jsonl = path.open("a", buffering=1, encoding="utf-8")
         if cfg.log.tensorboard:
             # TensorBoard forgets what a killed session wrote from this step on.
@@ -82,7 +85,7 @@ class RunLog:
         """One line of metrics.jsonl and one scalar per value in TensorBoard."""
         if not self.active:
             return
-        self.jsonl.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
+        self.jsonl.write(dump_json({"kind": kind, "step": step} | values) + "\n")
         if self.board is not None:
             self.board.values(kind, step, values)
 
@@ -102,7 +105,7 @@ class RunLog:
                 "a", buffering=1, encoding="utf-8"
             )
         line = {"kind": kind, "step": step, "layers": routing_record(rows)}
-        self.routing.write(json.dumps(line) + "\n")
+        self.routing.write(dump_json(line) + "\n")
         if self.board is not None and kind == "train":
             self.board.layers(step, rows, image=image)
 
@@ -128,21 +131,27 @@ class RunLog:
                 part.close()
 
 
-def _trim(path: pathlib.Path, step: int) -> None:
-    """Drop lines after `step` and a half-written last line."""
+def _trim(path: pathlib.Path, step: int) -> int:
+    """Drop lines after `step`, a half-written last line and damaged lines.
+
+    Returns:
+      How many lines were damaged.
+    """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+        return 0
+    kept, damaged = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if entry["step"] <= step:
-            kept.append(line + "\n")
+            # Logs of before version 0.2 have NaN.
+            entry = expect_object(parse_json(line, "", nan=True), "")
+            if field(entry, "step", int, "") <= step:
+                kept.append(line.rstrip(b"\n") + b"\n")
+        except ConfigError:
+            damaged += line.endswith(b"\n")
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_bytes(b"".join(kept))
     temporary.replace(path)
+    return damaged
 
 
 def clock(seconds: float) -> str:

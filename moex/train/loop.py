@@ -18,6 +18,7 @@ from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
 from moex import accounting, distributed
 from moex import config as configs
+from moex.data.changes import changed_data, save_data
 from moex.data.report import compressor_bits_per_byte
 from moex.optim import path_name
 from moex.run import check_run
@@ -89,6 +90,8 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
         }
     )
     if resuming:
+        for line in changed_data(workdir, job.data.manifest):
+            say(line)
         for change in check_resume(cfg, workdir, job.data.tokenizer):
             say(f"resuming with a changed config: {change}")
     elif cfg.init_from:
@@ -108,6 +111,7 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
     if jax.process_index() == 0:
         # The config comes last: with it a folder is a run, and a run has a tokenizer.
         job.data.tokenizer.save(workdir / "tokenizer")
+        save_data(workdir, job.data.manifest)
         save_environment(workdir, run.step)
         save_config(cfg, workdir)
     with jax.set_mesh(job.mesh), _stop_on_sigterm(run):

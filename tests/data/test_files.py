@@ -88,9 +88,8 @@ def test_empty_files_and_broken_links_are_left_out_and_said(tmp_path):
         f"data: p: {tmp_path / '__init__.py'} and 1 more: empty and left out",
         f"data: p: {tmp_path / 'gone'} and 1 more: no file to read",
     ]
-    with pytest.raises(ConfigError, match="p = .*b.txt.* are empty") as e:
+    with pytest.raises(ConfigError, match=r"p: all 2 files are empty \(.*b.txt, ..."):
         names(tmp_path / "b.txt", tmp_path / "__init__.py")
-    assert "\n" not in str(e.value)
 
 
 def test_a_scan_says_it_once(tmp_path):

@@ -1,5 +1,6 @@
 """Prepared data: the cache, the order of training, held-out batches, the report."""
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -12,6 +13,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from moex.config import ConfigError, check, from_dict, to_dict
 from moex.data import cache
 from moex.data import tokenizer as tokenizer_module
+from moex.data.changes import changed_data, save_data
 from moex.data.files import unit_hash
 from moex.data.pipeline import Data, eval_batches, prepare, train_iterator
 from moex.data.report import compressor_bits_per_byte, inspect
@@ -350,6 +352,121 @@ def test_a_damaged_entry_is_made_again(tmp_path):
     after = take(prepare(config, L, log=lines.append), 3, batch_size=2, seed=0)
     assert lines
     np.testing.assert_array_equal(before[2]["tokens"], after[2]["tokens"])
+
+
+def hostile(meta):
+    """Texts in place of a JSON file of the cache."""
+    yield from ("", "{", "{}", "null", "[]", "[" * 10**5, '{"a": 1, "a": 2}')
+    yield json.dumps({name: "x" for name in meta})
+    yield json.dumps({name: -1 for name in meta})
+    for name in meta:
+        yield json.dumps({k: v for k, v in meta.items() if k != name})
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "train/meta.json"])
+def test_metadata_of_other_hands_is_made_again(file, tmp_path):
+    config = data(tmp_path)
+    first = prepare(config, L, log=quiet)
+    (entry,) = entries(tmp_path)
+    whole = json.loads((entry / file).read_text())
+    expected = take(first, 2, batch_size=2, seed=0)
+    for text in hostile(whole):
+        (entry / file).write_text(text)
+        lines = []
+        again = prepare(config, L, log=lines.append)
+        assert "is damaged and made again" in lines[0], text[:80]
+        for a, b in zip(take(again, 2, batch_size=2, seed=0), expected, strict=True):
+            np.testing.assert_array_equal(a["tokens"], b["tokens"])
+        assert json.loads((entry / file).read_text()).keys() == whole.keys()
+    lines = []
+    prepare(config, L, log=lines.append)
+    assert not lines
+
+
+def test_any_changed_byte_of_the_cache_is_seen(tmp_path):
+    rows = [{"prompt": f"q{i} ", "response": f"é {i}"} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs = PromptResponse(paths=(str(tmp_path / "a.jsonl"),), holdout=0.3)
+    config = data(tmp_path, pairs, tokenizer=words(tmp_path))
+    prepare(config, 40, log=quiet)
+    (entry,) = entries(tmp_path)
+    files = sorted(p for p in entry.rglob("*") if p.is_file())
+    names = {p.name for p in files}
+    assert {"tokens.bin", "bytes.bin", "starts.npy", "order.npy", "rows.npy"} < names
+    for file in files:
+        whole = file.read_bytes()
+        for changed in (
+            whole[:-1] + bytes([whole[-1] ^ 1]),
+            bytes([whole[0] ^ 0x40]) + whole[1:],
+            whole + b"\0",
+            b"",
+        ):
+            file.write_bytes(changed)
+            lines = []
+            prepare(config, 40, log=lines.append)
+            assert "made again" in lines[0], file
+            assert len(file.read_bytes()) == len(whole)
+
+
+def test_a_file_that_two_sources_read(tmp_path):
+    """Refused where one trains on what the other holds out, else said."""
+    source = corpus(tmp_path, "a")
+
+    def said(scoring=False, **fields):
+        other = dataclasses.replace(source, **({"name": "b"} | fields))
+        lines = []
+        prepare(data(tmp_path, source, other), L, log=lines.append, scoring=scoring)
+        return [line for line in lines if "both" in line]
+
+    (line,) = said(weight=2.0)
+    assert line.endswith("a.txt: read by both data.sources[0] and data.sources[1]")
+    folder = str(tmp_path / "*.txt")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    for fields in (
+        *({"holdout": 1.0}, {"holdout": 0.0}, {"paths": (folder,), "holdout": 0.1}),
+        {"delimiter": ""},
+        {"paths": (str(tmp_path / "link.txt"),), "holdout": 0.2},
+    ):
+        with pytest.raises(ConfigError, match=r"sources\[1\]: .*also in .*\[0\]"):
+            said(**fields)
+        assert said(scoring=True, **fields) == []
+
+
+def test_a_changed_file_is_named_on_resume(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in "abcde":
+        (texts / f"{name}.txt").write_text(f"text of {name} " * 40)
+    config = data(tmp_path, Text(paths=(str(texts),), name="mine", holdout=0))
+
+    def manifest():
+        return prepare(config, L, log=quiet).manifest
+
+    assert changed_data(tmp_path, manifest()) == []  # a run of before it was kept
+    save_data(tmp_path, manifest())
+    assert changed_data(tmp_path, manifest()) == []
+    (texts / "a.txt").write_text("text of A " * 40)
+    (texts / "b.txt").unlink()
+    for name in "vwxyz":
+        (texts / f"{name}.txt").write_text(f"text of {name} " * 40)
+    (line,) = changed_data(tmp_path, manifest())
+    assert line.startswith(
+        "resuming with changed data: files of 'mine': 1 changed (a.txt), "
+        "5 new (v.txt, w.txt, x.txt, ...), 1 gone (b.txt); "
+    )
+    for text in (
+        "",
+        "{",
+        "[]",
+        '{"mine": 3}',
+        '{"mine": [3]}',
+        '{"mine": [["a", {}, 1]]}',
+    ):
+        (tmp_path / "data.json").write_text(text)
+        (line,) = changed_data(tmp_path, manifest())
+        assert "is not known" in line and "data.json" in line
+    (tmp_path / "data.json").write_text('{"other": []}')
+    assert changed_data(tmp_path, manifest()) == []
 
 
 def _prepare_quietly(config):

@@ -130,6 +130,40 @@ def test_lines_after_the_restored_step_are_dropped(tmp_path):
     assert [json.loads(s)["step"] for s in path.read_text().splitlines()][-2:] == [3, 4]
 
 
+def strict(text):
+    """JSON as other programs read it: NaN is none."""
+    return json.loads(
+        text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON")
+    )
+
+
+def test_figures_that_are_not_finite_are_null(tmp_path):
+    log = open_log(tmp_path)
+    log.record("train", 1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.1})
+    found = layers()
+    found[next(iter(PATHS))]["entropy"][:] = np.nan
+    log.layers("train", 1, by_layer(MODEL, found))
+    log.close()
+    entry = strict((tmp_path / "metrics.jsonl").read_text())
+    assert entry["loss"] is None and entry["grad_norm"] is None and entry["lr"] == 0.1
+    assert "null" in (tmp_path / "routing.jsonl").read_text()
+    strict((tmp_path / "routing.jsonl").read_text())
+
+
+def test_old_lines_with_nan_stay_and_damaged_ones_are_said(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    good = '{"kind": "eval", "step": 1, "nll": NaN}\n'
+    bad = ["{}", "null", '{"step": "1"}', "{", "[" * 10**5, '{"step": 1', "\x00"]
+    path.write_bytes(
+        ("".join(f"{b}\n" for b in bad) + good).encode() + b"\xff\n" + b"{"
+    )
+    open_log(tmp_path, step=2).close()
+    assert path.read_text() == good
+    assert capsys.readouterr().out == f"warning: {path}: 8 damaged lines were dropped\n"
+    open_log(tmp_path, step=2).close()
+    assert capsys.readouterr().out == ""
+
+
 def test_a_last_line_without_its_end_is_mended(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 1}')

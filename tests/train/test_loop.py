@@ -266,8 +266,17 @@ def never(*args, **kwargs):
 def test_a_complete_run_goes_on_with_more_steps(train, straight, tmp_path):
     workdir, said = tmp_path / "run", []
     shutil.copytree(straight[0], workdir)
+    kept = json.loads((workdir / "data.json").read_text())
+    (name,) = kept
+    kept[name][0][2] = "the hash of another text"
+    (workdir / "data.json").write_text(json.dumps(kept))
     result = train(workdir, "steps=10", said=said)
     assert result["step"] == 10
+    changed = "resuming with changed data: files of 'corpus': 1 changed (corpus.txt); "
+    assert any(line.startswith(changed) for line in said)
+    again = []
+    train(workdir, "steps=10", said=again)
+    assert not any("changed data" in line for line in again)
     assert "resuming with a changed config: config.steps: 8 -> 10" in said
     assert [r["step"] for r in runs.records(workdir)] == list(range(1, 11))
 

@@ -1,0 +1,80 @@
+"""What a run reads, kept beside it: `data.json`, so that a change is said on resume.
+
+The position in the data is one number in a fixed order of all sequences. Where files
+have changed the order is another, so some sequences come twice and some not at all.
+
+Not here: changed settings, which are those of the config (`train/job.py`).
+"""
+
+import collections
+import json
+from pathlib import Path
+from typing import Any
+
+from moex.config import ConfigError
+from moex.data.files import atomic_write
+from moex.json_files import read_object
+
+FILE = "data.json"
+MOST_NAMES = 3  # of changed files in a line
+
+
+def save_data(workdir: Path, manifest: dict[str, Any]) -> None:
+    """Write which files a run reads, with size and hash.
+
+    Args:
+      workdir: run directory.
+      manifest: of `Prepared`.
+    """
+    files = {name: source["files"] for name, source in manifest.items()}
+    atomic_write(workdir / FILE, json.dumps(files) + "\n")
+
+
+def changed_data(workdir: Path, manifest: dict[str, Any]) -> list[str]:
+    """One line per source of which files have changed since the run was last started.
+
+    Args:
+      workdir: run directory; one of before version 0.2 has no `data.json`.
+      manifest: of `Prepared`, now.
+    """
+    if not (workdir / FILE).exists():
+        return []
+    try:
+        before = read_object(workdir / FILE)
+        compared = [
+            (name, _by_name(before[name]), _by_name(manifest[name]["files"]))
+            for name in manifest
+            if name in before
+        ]
+    except (ConfigError, ValueError, TypeError) as e:
+        reason = str(e) if isinstance(e, ConfigError) else f"{workdir / FILE}: damaged"
+        return [f"data: whether files have changed is not known ({reason})"]
+    lines = [_line(name, old, new) for name, old, new in compared if old != new]
+    return [
+        f"resuming with changed data: {line}; from here on the order is another, so "
+        "that some sequences come twice and some not at all"
+        for line in lines
+    ]
+
+
+def _by_name(files: list) -> dict[str, list]:
+    """{name: sizes and hashes}; files of several folders may have one name."""
+    found = collections.defaultdict(list)
+    for name, size, sha in files:
+        found[str(name)].append((int(size), str(sha)))
+    return {name: sorted(both) for name, both in found.items()}
+
+
+def _line(source: str, old: dict, new: dict) -> str:
+    kinds = {
+        "changed": [n for n in new if n in old and old[n] != new[n]],
+        "new": [n for n in new if n not in old],
+        "gone": [n for n in old if n not in new],
+    }
+    parts = [
+        f"{len(names)} {kind} ({', '.join(names[:MOST_NAMES])}"
+        f"{', ...' if len(names) > MOST_NAMES else ''})"
+        for kind, names in kinds.items()
+        if names
+    ]
+    return f"files of {source!r}: {', '.join(parts)}"

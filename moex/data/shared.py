@@ -1,0 +1,54 @@
+"""Files that two sources of a mixture read: is anything trained on and held out?"""
+
+import os
+from collections.abc import Callable, Sequence
+
+from moex.config import ConfigError, to_dict
+from moex.data.files import File
+from moex.data.sources import Source
+
+# Fields that do not say which text of a file is read.
+ASIDE = ("weight", "name", "paths", "holdout", "delimiter", "truncate")
+
+
+def check_shared(
+    named: Sequence[tuple[str, Source]], say: Callable[[str], None]
+) -> None:
+    """Refuse text that one source holds out and another trains on.
+
+    Args:
+      named: (path of the config, source) of each.
+      say: called with one line for two sources that share files, which is allowed
+        where both hold out the same of them.
+
+    Raises:
+      ConfigError: naming the file and both sources.
+    """
+    known: dict[str, tuple[str, str]] = {}  # of a file and field: its source and split
+    shared: dict[tuple[str, str], list[str]] = {}
+    for where, source in named:
+        settings = {k: v for k, v in to_dict(source).items() if k not in ASIDE}
+        for file in source.files(where):
+            key = f"{os.path.realpath(file.path)} {settings}"
+            other, split = known.setdefault(key, (where, _split(source, file)))
+            if other == where:
+                continue
+            if split != _split(source, file):
+                raise ConfigError(
+                    f"{where}: {file.path} is also in {other}, which holds out other "
+                    "documents of it: what one is scored on, the other trains on. "
+                    "Take it out of one of them."
+                )
+            shared.setdefault((other, where), []).append(str(file.path))
+    for (other, where), files in shared.items():
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        say(f"data: {files[0]}{more}: read by both {other} and {where}")
+
+
+def _split(source: Source, file: File) -> str:
+    """What decides the documents of a file that a source holds out."""
+    if source.holdout in (0, 1):
+        return f"{source.holdout:g}"
+    delimiter = getattr(source, "delimiter", None)
+    by_name = file.name if delimiter == "" else None
+    return f"{source.holdout!r} {delimiter!r} {by_name!r}"
