@@ -24,7 +24,6 @@ import tempfile
 
 import jax
 import numpy as np
-from flax import nnx
 
 from benchmarks import common
 from moex.interop.families import find_family, read_model
@@ -278,7 +277,6 @@ def main() -> None:
             figures |= {"transformers": transformers.__version__}
     except ValueError as e:
         parser.error(str(e))
-    nnx.set_graph_mode(False)
     names = args.models.split(",")
     if names != [EXPERTS]:
         head = ("prefill", "x", "min x", "decode", "x", "min x", "same")

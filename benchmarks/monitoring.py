@@ -26,7 +26,6 @@ import time
 
 import jax
 import numpy as np
-from flax import nnx
 
 from benchmarks.common import write_json
 from moex import accounting
@@ -191,7 +190,6 @@ def main() -> None:
     args = parser.parse_args(rest)
     if args.repeats < 1:
         parser.error(f"--repeats={args.repeats}: must be at least 1.")
-    nnx.set_graph_mode(False)
     try:
         job = make_job(load_config(config_args))
     except ConfigError as e:

@@ -24,7 +24,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-from flax import nnx  # noqa: E402
 
 from benchmarks.common import measure, summary, write_json  # noqa: E402
 from moex import optim  # noqa: E402
@@ -143,7 +142,6 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args(rest)
     jax.config.update("jax_num_cpu_devices", 8)
-    nnx.set_graph_mode(False)
     cfg = load_config(config_args or ["--config=configs/quickstart.py"])
     cfg.model.vocab = cfg.model.vocab or cfg.data.tokenizer.vocab
     cfg.scan_layers = False

@@ -17,7 +17,6 @@ import time
 
 import jax
 import numpy as np
-from flax import nnx
 
 from benchmarks.common import environment
 from moex import accounting
@@ -147,7 +146,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args(rest)
-    nnx.set_graph_mode(False)
     try:
         job = make_job(load_config(config_args))
     except ConfigError as e:

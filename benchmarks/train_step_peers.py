@@ -29,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from flax import nnx
 
 from benchmarks import common
 from configs import base
@@ -276,7 +275,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     torch.set_float32_matmul_precision("high" if GPU else "highest")
-    nnx.set_graph_mode(False)
     figures = {"torch": torch.__version__, "transformers": transformers.__version__}
     figures |= {"threads": args.threads, "settings": {}}
     for E in [args.experts] if args.experts else SETTINGS:

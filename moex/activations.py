@@ -19,6 +19,7 @@ from kernels_pallas.device import platform
 from moex.accounting import num_bytes
 from moex.nn.context import Context
 from moex.nn.lm import LM
+from moex.nn.param import split_params
 from moex.nn.stack import Segment
 from moex.train.job import static_options
 from moex.train.losses import lm_loss, make_context, moe_layers
@@ -56,9 +57,10 @@ def _pattern_bytes(cfg, segment: Segment, pattern) -> float:
     stack = nnx.eval_shape(
         lambda: segment.make(
             model.attention, model.dim, nnx.Rngs(params=0), norm_eps=model.norm_eps
-        )
+        ),
+        graph=False,
     )
-    graphdef, params, state = nnx.split(stack, nnx.Param, ...)  # type: ignore
+    graphdef, params, state = split_params(stack)
     params, state = _copies(params), _copies(state)
 
     def residuals(params, state, x_BLD, ctx):

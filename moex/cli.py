@@ -106,12 +106,10 @@ def _quiet() -> None:
     Those lines never fail, in a terminal of any encoding.
     """
     from absl import logging as absl_logging
-    from flax import nnx
 
     absl_logging.set_verbosity(absl_logging.FATAL)
     for name in ("jax", "orbax", "grain"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    nnx.set_graph_mode(False)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

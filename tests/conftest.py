@@ -30,13 +30,11 @@ if PLATFORM == "cpu":
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from flax import nnx  # noqa: E402
 
 if PLATFORM == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
-nnx.set_graph_mode(False)  # a module reachable by two paths is an error
 
 hypothesis.settings.register_profile(
     "moex", derandomize=True, deadline=None, max_examples=40, database=None

@@ -8,7 +8,9 @@ import pytest
 from flax import nnx
 
 from moex.config import Config
+from moex.nn.attention import Attention
 from moex.nn.mla import LatentAttention
+from moex.nn.rope import Yarn
 from tests.helpers import tiny_lm
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -17,7 +19,7 @@ ORDER = ("experiments", "configs", "launch", "moex", "kernels_pallas")
 # What moex uses of nnx; transforms are JAX's own. See docs/decisions.
 NNX_NAMES = {
     *("List", "Module", "Param", "Rngs", "Variable"),
-    *("eval_shape", "iter_modules", "merge", "set_graph_mode", "split"),
+    *("eval_shape", "iter_modules", "merge", "split"),
     *("to_flat_state", "to_pure_dict"),
 }
 TEXT = {"", ".cfg", ".html", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yml"}
@@ -59,6 +61,24 @@ def test_the_launcher_starts_moex_and_imports_nothing_of_it():
 def test_kernels_do_not_import_flax():
     for path in sources("kernels_pallas"):
         assert "flax" not in imported(path), path
+
+
+GRAPH_CALLS = {"split", "eval_shape", "iter_modules"}
+
+
+def test_nothing_depends_on_the_graph_mode_of_nnx():
+    """Which nobody but the user sets: every call that asks for it says it."""
+    found = set()
+    for path in sources("moex"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            func = getattr(node, "func", None)
+            if getattr(getattr(func, "value", None), "id", "") != "nnx":
+                continue
+            if func.attr in GRAPH_CALLS:
+                found.add(func.attr)
+                words = {word.arg for word in node.keywords}
+                assert "graph" in words, f"{path.relative_to(ROOT)}:{node.lineno}"
+    assert found == GRAPH_CALLS
 
 
 TEXT_CALLS = {"read_text", "write_text", "open", "fdopen"}
@@ -142,7 +162,11 @@ def walk_modules(node, path=""):
 LATENT = LatentAttention(heads=2, kv_latent=4, nope_dim=2, rope_dim=2, v_dim=2)
 
 
-@pytest.mark.parametrize("fields", [{}, {"attention": LATENT}])
+SCALING = Yarn(factor=2.0, original=16)
+SCALED = Attention(heads=4, rope_scaling=SCALING)
+
+
+@pytest.mark.parametrize("fields", [{}, {"attention": LATENT}, {"attention": SCALED}])
 def test_no_module_keeps_a_config(fields):
     model = nnx.eval_shape(lambda: tiny_lm(**fields).make(nnx.Rngs(params=0)))
     seen = dict(walk_modules(model))

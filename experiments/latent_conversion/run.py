@@ -13,7 +13,6 @@ import pathlib
 
 import jax
 import ml_collections
-from flax import nnx
 
 from configs import quickstart
 from moex.compress.convert import ToLatent, convert_run
@@ -100,7 +99,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/latent"))
     out = parser.parse_args().out.absolute()
-    nnx.set_graph_mode(False)
     # The two conversions of a group are the same programs.
     jax.config.update("jax_compilation_cache_dir", str(out / "programs"))
     base = out / "base"

@@ -16,7 +16,6 @@ import sys
 from unittest import mock
 
 import jax
-from flax import nnx
 
 from benchmarks.common import environment
 from experiments.monitoring.config import ROUTERS, get_config
@@ -93,7 +92,6 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default="runs/monitoring")
     parser.add_argument("--steps", type=int)
     args = parser.parse_args()
-    nnx.set_graph_mode(False)
     found = {}
     for case in args.only or ROUTERS:
         shutil.rmtree(args.out / case, ignore_errors=True)

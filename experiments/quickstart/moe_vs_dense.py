@@ -14,7 +14,6 @@ import statistics
 
 import matplotlib
 import ml_collections
-from flax import nnx
 
 from configs import quickstart
 from moex import accounting
@@ -100,7 +99,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: those of the quickstart")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/mvd"))
     args = parser.parse_args()
-    nnx.set_graph_mode(False)
     results = {kind: {"sizes": sizes(kind), "runs": []} for kind in KINDS}
     for seed in range(args.seeds):
         for kind in KINDS:

@@ -17,7 +17,6 @@ import sys
 import tempfile
 
 import jax
-from flax import nnx
 
 from benchmarks.common import environment
 from configs import quickstart
@@ -137,7 +136,6 @@ def main() -> None:
     parser.add_argument("--only", action="append", metavar="ARG")
     parser.add_argument("--out", type=pathlib.Path, help="folder of the runs")
     args = parser.parse_args()
-    nnx.set_graph_mode(False)
     out = args.out or pathlib.Path(tempfile.mkdtemp(prefix="variants-"))
     jax.config.update("jax_compilation_cache_dir", str(out / "programs"))
     results = []

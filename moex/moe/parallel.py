@@ -31,6 +31,7 @@ from kernels_pallas import combine, dispatch, make_plan
 from kernels_pallas.permute import take
 from moex.exact import exact
 from moex.moe.travel import moves_all_to_all, plan_travel
+from moex.nn.param import split_params
 from moex.sharding import TOKEN_AXES, on_a_mesh, partition_spec
 
 
@@ -90,7 +91,7 @@ def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
                 f"axes {', '.join(TOKEN_AXES)}; got {x_TD.shape[0]} tokens."
             )
         tokens = P()  # a few tokens that are decoded: every device has them all
-    graphdef, params, rest = nnx.split(experts, nnx.Param, ...)  # type: ignore
+    graphdef, params, rest = split_params(experts)
     axes = {path: v.get_metadata()["axes"] for path, v in nnx.to_flat_state(params)}
     specs = {path: partition_spec(own) for path, own in axes.items()}
     weights = {path: v[...] for path, v in nnx.to_flat_state(params)}

@@ -21,7 +21,7 @@ from moex.nn.attention_blocks import FLOOR, attend_in_blocks, visible
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
 from moex.nn.project import in_c, project
-from moex.nn.rope import Scaling, rotary
+from moex.nn.rope import Scaling, frequencies, rotary
 from moex.sharding import constrain, partition_spec
 
 IMPLEMENTATIONS = ("einsum", "blocks", "cudnn", "splash")
@@ -124,7 +124,7 @@ class AttentionLayer(nnx.Module):
         A = cfg.width(dim)
         G = cfg.heads if cfg.kv_heads is None else cfg.kv_heads
         R = cfg.heads // G
-        self.rope = (cfg.rope_theta, cfg.rope_scaling)
+        self.rope = frequencies(A, cfg.rope_theta, cfg.rope_scaling)
         self.clip, self.window = cfg.clip, cfg.window
         self.w_q_DGRA = param(
             rngs,

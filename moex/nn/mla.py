@@ -18,7 +18,7 @@ from moex.config import Config, require
 from moex.nn.attention import attend, choose, extend, key_places, mean_visible
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
-from moex.nn.rope import Scaling, rotary
+from moex.nn.rope import Scaling, frequencies, rotary
 from moex.sharding import constrain
 
 
@@ -91,7 +91,8 @@ class LatentAttentionLayer(nnx.Module):
         H, Z, Q = cfg.heads, cfg.kv_latent, cfg.q_latent
         N, P, V = cfg.nope_dim, cfg.rope_dim, cfg.v_dim
         self.kv_latent, self.nope_dim = Z, N
-        self.rope = (cfg.rope_theta, cfg.rope_scaling, cfg.rope_interleaved)
+        rope = frequencies(P, cfg.rope_theta, cfg.rope_scaling)
+        self.rope = (*rope, cfg.rope_interleaved)
         self.scale = cfg.score_scale * (N + P) ** -0.5
 
         def matrix(shape, axes, inputs):

@@ -5,6 +5,8 @@ mesh, and `sharding.py` reads the axes later. A stack of layers adds leading dim
 the axes do not name; the rule is "extra leading dims are `layers`".
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,6 +21,15 @@ class RouterState(nnx.Variable):
     Its metadata are `axes`, as for parameters, and `rule`: a hashable callable
     `(value, stats, step) -> value` that the train step applies (`moe/balance.py`).
     """
+
+
+def split_params(module) -> tuple[Any, Any, Any]:
+    """(graph definition, parameters, other state) for `nnx.merge`.
+
+    moex says `graph=False` wherever nnx asks, and so does not depend on the mode that
+    nnx is in: a module that is reachable by two paths is an error.
+    """
+    return nnx.split(module, nnx.Param, ..., graph=False)  # type: ignore
 
 
 def param(

@@ -90,30 +90,32 @@ Scaling = Linear | Llama3 | Yarn
 
 
 def frequencies(width: int, theta: float, scaling: Scaling | None = None):
-    """(float32[width / 2] radians per position, factor on queries and keys)."""
+    """(width / 2 radians per position, factor on queries and keys).
+
+    Plain numbers, of float32: a module that holds them can be hashed, and does not
+    change with its config.
+    """
     frequency = theta ** (-np.arange(width // 2, dtype=np.float64) / (width // 2))
     magnitude = 1.0
     if scaling is not None:
         frequency, magnitude = scaling.scale(frequency, theta)
-    return frequency.astype(np.float32), magnitude
+    return tuple(frequency.astype(np.float32).tolist()), float(magnitude)
 
 
-def rotary(x_BLHA, position_BL, theta, scaling=None, interleaved=False):
+def rotary(x_BLHA, position_BL, frequency, magnitude=1.0, interleaved=False):
     """Rotate pairs of the last axis by position * frequency, in float32.
 
     Args:
       x_BLHA: queries or keys; pair i is (i, i + A/2).
       position_BL: int32.
-      theta: base of the frequencies.
-      scaling: `Scaling`, or None.
+      frequency, magnitude: from `frequencies`.
       interleaved: pair i is (2i, 2i + 1) of the input; that of the output stays (i,
         i + A/2), which no product of queries and keys sees.
 
     Source: Su et al. 2021, arXiv:2104.09864; halves as in Llama.
     """
-    frequency, magnitude = frequencies(x_BLHA.shape[-1], theta, scaling)
     position_BL11 = position_BL[:, :, None, None].astype(jnp.float32)
-    angle = position_BL11 * frequency[None, None, None]
+    angle = position_BL11 * np.asarray(frequency, np.float32)[None, None, None]
     sin, cos = jnp.sin(angle) * magnitude, jnp.cos(angle) * magnitude
     x32 = x_BLHA.astype(jnp.float32)
     if interleaved:

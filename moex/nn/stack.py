@@ -110,7 +110,7 @@ class SegmentStack(nnx.Module):
         in_place = ctx.mode == "decode" and x_BLD.shape[1] == 1 and not on_a_mesh()
         paths = stack_readers(self.blocks) if in_place else set()
         graphdef, stacked, blocks = nnx.split(  # type: ignore
-            self.blocks, lambda path, _: path[:-1] in paths, ...
+            self.blocks, lambda path, _: path[:-1] in paths, ..., graph=False
         )
         outer = dataclasses.replace(ctx, forced=None, key=None, whole_stack=bool(paths))
 
@@ -162,7 +162,8 @@ def _unstacked(layers, repeat) -> list:
 
 def stack_readers(blocks) -> set[tuple]:
     """Paths of the experts that can read their weights out of the whole stack."""
-    return {path for path, module in nnx.iter_modules(blocks) if reads_stack(module)}
+    modules = nnx.iter_modules(blocks, graph=False)
+    return {path for path, module in modules if reads_stack(module)}
 
 
 REMAT = ("none", "dots", "full")

@@ -154,7 +154,7 @@ def _generate(
     slots = P + N - 1
     model = nnx.merge(graphdef, params, state)
     cast_experts(model, dict(context)["dtype"])
-    graphdef, arrays = nnx.split(model)
+    graphdef, arrays = nnx.split(model, graph=False)
 
     def run(token_BL, first_slot, stopped_B, cache):
         """Next-token logits after `token_BL`, written from slot `first_slot` on."""
@@ -195,7 +195,7 @@ def _generate(
 
 def cast_experts(model, dtype) -> None:
     """Experts in the compute dtype: once, not all of them again for every token."""
-    for _, module in nnx.iter_modules(model):
+    for _, module in nnx.iter_modules(model, graph=False):
         if reads_stack(module):
             for weight in jax.tree.leaves(module, is_leaf=_is_param):
                 weight[...] = weight[...].astype(dtype)

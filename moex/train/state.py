@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moex import sharding
 from moex.nn.lm import LM
+from moex.nn.param import split_params
 from moex.optim import flat_paths, path_name
 
 
@@ -53,14 +54,10 @@ class ModelSpec:
         return nnx.merge(self.graphdef, params, state)
 
 
-def _split(model) -> tuple[Any, Any, Any]:
-    return nnx.split(model, nnx.Param, ...)  # type: ignore
-
-
 def model_spec(cfg: LM) -> ModelSpec:
     """The abstract model of a config; allocates nothing."""
-    abstract = nnx.eval_shape(lambda: cfg.make(nnx.Rngs(params=0)))
-    graphdef, params, state = _split(abstract)
+    abstract = nnx.eval_shape(lambda: cfg.make(nnx.Rngs(params=0)), graph=False)
+    graphdef, params, state = split_params(abstract)
     info = {}
     for tree in (params, state):
         for path, variable in nnx.to_flat_state(tree):
@@ -86,7 +83,7 @@ def _string_keys(tree):
 
 def init_params(cfg: LM, key) -> tuple[dict, dict]:
     """Fresh (params, state) of a config; jit it with `out_shardings`."""
-    _, params, state = _split(cfg.make(nnx.Rngs(params=key)))
+    _, params, state = split_params(cfg.make(nnx.Rngs(params=key)))
     return _pure(params), _pure(state)
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from moex.config import ConfigError, check
 from moex.nn import attention, attention_blocks
 from moex.nn.attention import Attention, attend, choose
-from moex.nn.rope import rotary
+from moex.nn.rope import frequencies, rotary
 from tests.helpers import context, mesh_of, split_module
 from tests.tolerances import assert_close
 
@@ -158,8 +158,8 @@ def test_grouped_queries_are_repeated_heads():
 def test_rotary_keeps_norms_and_position_zero():
     x, _, _ = arrays()
     zero = jnp.zeros((B, L), jnp.int32)
-    assert_close(rotary(x, zero, THETA), x, "float32")
-    y = rotary(x, jnp.asarray(POSITION), THETA)
+    assert_close(rotary(x, zero, *frequencies(x.shape[-1], THETA)), x, "float32")
+    y = rotary(x, jnp.asarray(POSITION), *frequencies(x.shape[-1], THETA))
     norms = (jnp.linalg.norm(a, axis=-1) for a in (x, y))
     assert_close(*norms, "float32")
 
@@ -167,7 +167,7 @@ def test_rotary_keeps_norms_and_position_zero():
 def test_rotary_by_hand():
     # A = 4: angles position * (1, 1/10) for theta 100; pairs are (0, 2) and (1, 3).
     x = jnp.array([1.0, 0.0, 0.0, 1.0]).reshape(1, 1, 1, 4)
-    y = rotary(x, jnp.array([[2]]), THETA)[0, 0, 0]
+    y = rotary(x, jnp.array([[2]]), *frequencies(x.shape[-1], THETA))[0, 0, 0]
     expected = [np.cos(2.0), -np.sin(0.2), np.sin(2.0), np.cos(0.2)]
     assert_close(y, expected, "float32")
 
@@ -177,7 +177,10 @@ def test_rotary_scores_depend_on_the_distance_alone():
     position = jnp.asarray(POSITION)
 
     def scores(shift):
-        rotated = (rotary(a, position + shift, THETA) for a in (q, k))
+        rotated = (
+            rotary(a, position + shift, *frequencies(a.shape[-1], THETA))
+            for a in (q, k)
+        )
         return jnp.einsum("blha,bsha->bhls", *rotated)
 
     assert_close(scores(1000), scores(0), "step")  # angles of 1000 round to 6e-5

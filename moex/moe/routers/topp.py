@@ -134,7 +134,8 @@ class TopPRouter(nnx.Module):
             param(rngs, (), (), value=1.0) if cfg.logit_norm else None
         )
         points = points_of(cfg.p) if isinstance(cfg.p, Schedule) else None
-        self.p_fixed = cfg.p if points is None and cfg.control is None else None
+        fixed = tuple(cfg.p) if isinstance(cfg.p, (tuple, list)) else cfg.p
+        self.p_fixed = fixed if points is None and cfg.control is None else None
         self.p: RouterState | None = (
             None
             if points is None
@@ -177,7 +178,7 @@ class TopPRouter(nnx.Module):
             return self.p[...]
         if self.p_and_error is not None:
             return self.p_and_error[..., 0]
-        if isinstance(self.p_fixed, (tuple, list)):
+        if isinstance(self.p_fixed, tuple):
             layer = 0 if ctx.layer is None else ctx.layer
             return jnp.array(self.p_fixed, jnp.float32)[layer]
         return jnp.float32(self.p_fixed)
