@@ -26,6 +26,7 @@ from moex.arguments import (
 from moex.config import ConfigError, ConfigWarning, nearest, require
 from moex.json_files import dump_json
 from moex.peers import say
+from moex.terminal import Terminal
 
 
 def split_config_args(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -103,7 +104,7 @@ def _is_run_error(error: RuntimeError) -> bool:
 def _quiet() -> None:
     """Libraries raise errors and print nothing: a person reads the run's own lines.
 
-    Those lines never fail, in a terminal of any encoding.
+    Those lines never fail, in a terminal of any encoding, and control no terminal.
     """
     from absl import logging as absl_logging
 
@@ -113,11 +114,13 @@ def _quiet() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if sys.stdout.isatty():
+        sys.stdout = Terminal(sys.stdout)  # type: ignore[assignment]
     show = warnings.showwarning
 
     def showwarning(message, category, *where, **options):
         if issubclass(category, ConfigWarning):
-            print(f"moex: warning: {message}", file=sys.stderr)
+            say(str(message), "warning")
         else:
             show(message, category, *where, **options)
 

@@ -17,6 +17,7 @@ import time
 
 from moex.config import ConfigError
 from moex.json_files import expect_object, parse_json
+from moex.terminal import printable
 
 LINGER_S = 3.0  # for which a process that fails waits for the others to hear of it
 LIMIT = 1 << 24  # bytes of one message
@@ -201,7 +202,8 @@ def _keep_alive(link: socket.socket) -> None:
 
 def say(text: str, kind: str = "error") -> None:
     """One line of error, or of warning."""
-    print(f"moex: {kind}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    line = printable(" ".join(text.split()))
+    print(f"moex: {kind}: {line}", file=sys.stderr, flush=True)
 
 
 def _exit(code: int) -> None:

@@ -1,9 +1,12 @@
 """Loss against tokens, FLOPs and time: as a page of HTML, or as a picture.
 
+A label may be the name of a folder or a text of a config file: nothing in it is markup.
+
 S logged steps · R runs of a group
 """
 
 import functools
+import html
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,6 +15,7 @@ import numpy as np
 
 from moex.analysis.compare import Group, estimate
 from moex.analysis.reading import Curve
+from moex.terminal import printable
 
 PANELS = (
     ("tokens_S", "tokens"),
@@ -19,6 +23,18 @@ PANELS = (
     ("seconds_S", "wall time of training, s"),
 )
 LOSS = "loss, nats per token"
+PLOT = {
+    "displaylogo": False,
+    "responsive": True,
+    "displayModeBar": "hover",
+    "modeBarButtons": [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
+}
+# A page runs what is in it, which plotly needs, and fetches nothing from anywhere.
+POLICY = (
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+    "script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "base-uri 'none'; form-action 'none'\">"
+)
 TITLE = "Held-out loss with markers, training loss faint"
 SEEDS = "; mean and 95 % interval over seeds"
 FAINT, BAND = 0.35, 0.2  # opacity of training losses and of intervals
@@ -50,7 +66,8 @@ class Line(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.label if self.kind == "eval" else f"{self.label} (train)"
+        label = printable(self.label)
+        return label if self.kind == "eval" else f"{label} (train)"
 
 
 def plot_lines(groups: Sequence[Group]) -> list[Line]:
@@ -104,13 +121,17 @@ def page(lines: Sequence[Line], file: pathlib.Path) -> None:
     figure.update_layout(
         template="plotly_white", legend=legend, title_text=_title(lines)
     )
-    figure.write_html(file, include_plotlyjs=True)
+    text = figure.to_html(include_plotlyjs=True, div_id="plot", config=PLOT)
+    head, found, rest = text.partition("<head>")
+    assert found, "plotly writes a page without a head"
+    file.write_text(f"{head}{found}{POLICY}{rest}", encoding="utf-8")
 
 
 def _traces(line: Line, x_S: np.ndarray) -> list[dict]:
     """A line of one panel, and its interval if there is one."""
     held = line.kind == "eval"
-    about = {"type": "scatter", "name": line.name, "legendgroup": line.name}
+    name = html.escape(line.name)  # plotly reads it as markup
+    about = {"type": "scatter", "name": name, "legendgroup": name}
     traces = [
         about
         | {"x": x_S, "y": line.curve.nll_S, "showlegend": True}
@@ -136,11 +157,12 @@ def picture(lines: Sequence[Line], file: pathlib.Path) -> None:
     figure = Figure(figsize=(15, 5), layout="constrained")
     panels = figure.subplots(1, len(PANELS), sharey=True)
     for axes, (field, title) in zip(panels, PANELS, strict=True):
+        handles = []
         for line in lines:
             x_S, y_S = getattr(line.curve, field), line.curve.nll_S
             held = line.kind == "eval"
             style = {"marker": "o", "markersize": 4} if held else {"alpha": FAINT}
-            axes.plot(x_S, y_S, color=line.colour, label=line.name, **style)
+            handles += axes.plot(x_S, y_S, color=line.colour, **style)
             if line.half_S is not None:
                 axes.fill_between(
                     *(x_S, y_S - line.half_S, y_S + line.half_S),
@@ -155,6 +177,10 @@ def picture(lines: Sequence[Line], file: pathlib.Path) -> None:
         axes.grid(alpha=BAND)
     figure.suptitle(_title(lines), fontsize="medium")
     panels[0].set_ylabel(LOSS)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize="small")
+    names = [line.name for line in lines]
+    legend = figure.legend(
+        handles, names, loc="outside lower center", ncols=2, fontsize="small"
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a dollar begins no formula
     figure.savefig(file, dpi=120)

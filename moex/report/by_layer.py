@@ -10,8 +10,7 @@ import numpy as np
 
 from moex.analysis.summary import Analysis, LayerAnalysis
 from moex.report import maps
-from moex.report.page import label, style
-from moex.train.layers import shown
+from moex.report.page import label, layer_name, style
 
 NUMBERS = 400_000  # of the maps of one figure; four bytes each
 COLOURS_END = f"Colours end at the {100 * maps.TOP:g} % quantile of all cells."
@@ -29,7 +28,7 @@ def unique(names: Sequence[str]) -> list[str]:
 def maps_of(found: Analysis, make: Callable[[LayerAnalysis], Any]) -> list:
     """A map of each layer, or of evenly spaced ones where there is no room for all."""
     made = [
-        maps.Map(shown(name), *_pair(make(layer)))
+        maps.Map(layer_name(name), *_pair(make(layer)))
         for name, layer in found.layers.items()
     ]
     numbers = max(one.z_RC.size * (1 + (one.about_RC is not None)) for one in made)
@@ -58,7 +57,7 @@ def over_layers(found: Analysis, series: Mapping[str, Sequence[float]], title, u
     from plotly.graph_objects import Figure
 
     figure = Figure()
-    where = [shown(name) for name in found.layers]
+    where = [layer_name(name) for name in found.layers]
     for name, values in series.items():
         figure.add_scatter(
             x=where,

@@ -9,8 +9,7 @@ from moex.analysis import statistics as stats
 from moex.analysis.summary import Analysis, LayerAnalysis
 from moex.report import maps
 from moex.report.by_layer import left_out, maps_of, over_layers, unique, with_rows
-from moex.report.page import Note, Plot, Section, token
-from moex.train.layers import shown
+from moex.report.page import Note, Plot, Section, layer_name, token
 
 INFORMATION = (
     "How much a slot's expert tells of the domain, or the position bucket, of its "
@@ -26,7 +25,7 @@ def load(found: Analysis, about: str) -> Section:
     for row, layer in zip(z_RE, layers, strict=True):
         row[: len(layer.load_E)] = stats.share(layer.load_E) * len(layer.load_E)
     figure = maps.sliding(
-        [maps.Map("", z_RE, [shown(name) for name in found.layers])],
+        [maps.Map("", z_RE, [layer_name(name) for name in found.layers])],
         maps.LOAD,
         title="Load by layer and expert, all traced tokens",
         axes=("layer", "expert"),
@@ -137,7 +136,7 @@ def sizes(found: Analysis) -> Section:
     for row, count_K in zip(z_RK, counts.values(), strict=True):
         row[: len(count_K)] = stats.share(count_K)
     spread = maps.sliding(
-        [maps.Map("", z_RK, [shown(name) for name in counts])],
+        [maps.Map("", z_RK, [layer_name(name) for name in counts])],
         maps.share("share of<br>tokens"),
         title="Distribution of experts per token",
         axes=("layer", "experts of a token"),

@@ -13,12 +13,10 @@ from typing import Any
 import jinja2
 import markupsafe
 
-PLOT = {
-    "displaylogo": False,
-    "responsive": True,
-    "displayModeBar": "hover",
-    "modeBarButtons": [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
-}
+from moex.analysis.plotting import PLOT, POLICY
+from moex.terminal import printable
+from moex.train.layers import shown
+
 MARGIN = {"l": 70, "r": 30, "t": 60, "b": 50}
 WHITE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}  # as they are shown in tokens
 
@@ -101,6 +99,11 @@ def label(text: str, most: int = 40) -> str:
     return html.escape(token(text, most))
 
 
+def layer_name(name: str) -> str:
+    """The label of a layer in a trace or a log as a plotly label."""
+    return html.escape(printable(shown(name)))
+
+
 def token(text: str, most: int = 40) -> str:
     """Text of a corpus on one line, with its white space visible, and shortened."""
     runs = [(char, len(list(run))) for char, run in itertools.groupby(text[: 4 * most])]
@@ -180,5 +183,6 @@ def render(title: str, about: Sequence[str], findings, sections) -> str:
         findings=findings,
         sections=sections,
         plot=_Plots(),
+        policy=markupsafe.Markup(POLICY),
         plotlyjs=markupsafe.Markup(get_plotlyjs()),
     )

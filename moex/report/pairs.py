@@ -19,8 +19,7 @@ from moex.report.by_layer import (
     over_layers,
     unique,
 )
-from moex.report.page import Note, Plot, Section, style
-from moex.train.layers import shown
+from moex.report.page import Note, Plot, Section, layer_name, style
 
 
 def coactivation(found: Analysis) -> Section:
@@ -60,7 +59,9 @@ def _steps(found: Analysis, kind: str) -> list[Step]:
 def _transitions(steps: list[Step], title: str, count: Callable[[Step], Any]):
     """`(figure, what is left out)` of P(column | row) between routers."""
     made = [
-        maps.Map(f"{shown(s.source)} → {shown(s.target)}", stats.affinity(count(s)))
+        maps.Map(
+            f"{layer_name(s.source)} → {layer_name(s.target)}", stats.affinity(count(s))
+        )
         for s in steps
     ]
     kept = maps.affordable(made, max(m.z_RC.size for m in made), NUMBERS)
@@ -86,7 +87,7 @@ def affinity(found: Analysis) -> Section:
         steps, "Expert of the next layer, given that of this one", lambda s: s.top_AB
     )
     known = [stats.predictability(step.top_AB) for step in steps]
-    where = [f"{shown(s.source)} → {shown(s.target)}" for s in steps]
+    where = [f"{layer_name(s.source)} → {layer_name(s.target)}" for s in steps]
     plot = _over(
         where,
         {
@@ -132,7 +133,7 @@ def chain(found: Analysis) -> Section:
         else np.nan
         for s in steps
     ]
-    where = [f"{shown(s.source)} → {shown(s.target)}" for s in steps]
+    where = [f"{layer_name(s.source)} → {layer_name(s.target)}" for s in steps]
     plot = _over(
         where,
         {"repeated": same},

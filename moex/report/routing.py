@@ -9,7 +9,7 @@ import numpy as np
 from moex.report import maps, thin
 from moex.report.health import judged
 from moex.report.material import Material, Routing
-from moex.report.page import Grid, Note, Plot, Section, Table, style
+from moex.report.page import Grid, Note, Plot, Section, Table, layer_name, style
 from moex.train.layers import shown
 
 # Numbers of all frames, and of all curves, of a page; four bytes each.
@@ -109,7 +109,7 @@ def ratios(routing: Routing) -> list[np.ndarray]:
 
 
 def _labels(routing: Routing, name: str) -> list[str]:
-    return [shown(r) for r, figures in routing.layers.items() if name in figures]
+    return [layer_name(r) for r, figures in routing.layers.items() if name in figures]
 
 
 def load_maps(routing: Routing):
@@ -183,11 +183,10 @@ def curves(routing: Routing, name: str, title: str, unit: str) -> Plot | None:
         figure.add_scatter(
             x=steps,
             y=value_S[chosen],
-            name=shown(label),
+            name=layer_name(label),
             mode="lines" if len(steps) > 1 else "markers",
             line={"color": colour, "width": 1.3},
-            hovertemplate=f"layer {shown(label)}, step %{{x}}: %{{y:.4g}}"
-            "<extra></extra>",
+            hovertemplate="layer %{fullData.name}, step %{x}: %{y:.4g}<extra></extra>",
         )
     if len(layers) > LEGEND:
         _depth_bar(figure, list(layers))
@@ -217,7 +216,7 @@ def _depth_bar(figure, labels: list[str]) -> None:
             "colorbar": {
                 "title": {"text": "layer"},
                 "tickvals": ends,
-                "ticktext": [shown(labels[i]) for i in ends],
+                "ticktext": [layer_name(labels[i]) for i in ends],
                 "thickness": 12,
             },
         },
@@ -236,7 +235,7 @@ def slots(routing: Routing) -> Plot | None:
     if np.all(np.sum(np.nan_to_num(z_RK) > 0, axis=1) <= 1):
         return None
     figure = maps.sliding(
-        [maps.Map("", z_RK, [shown(label) for label in have])],
+        [maps.Map("", z_RK, [layer_name(label) for label in have])],
         maps.share("share of<br>tokens"),
         title=f"Experts per token at step {routing.step_S[-1]}",
         axes=("layer", "experts of a token"),

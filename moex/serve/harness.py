@@ -18,6 +18,7 @@ from moex.json_files import dump_json
 from moex.run import not_causal
 from moex.serve.decode import generate
 from moex.serve.likelihood import chunks, continuation_scores, padded_length
+from moex.terminal import printable
 from moex.train.job import LoadedRun, eval_batch_size, load_run, static_options
 
 try:
@@ -201,7 +202,7 @@ def score_tasks(
         if task not in manager.all_tasks:
             hint = nearest(task, manager.all_tasks)
             raise ConfigError(f"--tasks = {task!r}: no such task or file.{hint}")
-    run = load_run(workdir, warn=lambda line: print(line, file=sys.stderr))
+    run = load_run(workdir, warn=lambda line: print(printable(line), file=sys.stderr))
     # The harness would fork this process for its bootstrap, under the threads of JAX.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout is for results

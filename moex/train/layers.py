@@ -139,7 +139,7 @@ def layer_rows(model, layers: dict, name: str) -> list[tuple[str, Any]]:
 def shown(label: str) -> str:
     """A label for people: "3", or "3.1" for the first round of a chain."""
     number, dot, chain_round = label.partition(".")
-    return f"{int(number)}{dot}{chain_round}"
+    return f"{number.lstrip('0') or number[-1:]}{dot}{chain_round}"
 
 
 def moe_summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from moex.config import ConfigError
 from moex.json_files import dump_json, expect_object, field, parse_json
+from moex.terminal import printable
 from moex.train.layers import layer_rows, routing_record, shown
 from moex.train.tensorboard import Board, layout
 
@@ -69,6 +70,7 @@ class RunLog:
         """One line for people."""
         if not self.active:
             return
+        text = printable(text)  # of a sample, say
         if self.bar is not None:
             self.bar.write(text)
         else:

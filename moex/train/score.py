@@ -15,6 +15,7 @@ from moex.data.tokenizer import SavedTokenizer
 from moex.run import check_run, not_causal
 from moex.serve.decode import generate
 from moex.sharding import batch_shards, shard_batch
+from moex.terminal import printable
 from moex.train.job import (
     Job,
     LoadedRun,
@@ -128,7 +129,7 @@ def run_with_data(workdir, cfg, *, step=None) -> tuple[LoadedRun, Job]:
 
 
 def _warn(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 def write_text(workdir, prompts: list[str], *, max_new_tokens, seed, **sampling):

@@ -1,12 +1,14 @@
 """`moex compare` on run directories that are written here, line by line."""
 
 import csv
+import html
 import json
 import math
 import shutil
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from moex import cli
 from moex.accounting import model_cost
@@ -15,9 +17,11 @@ from moex.analysis.equality import Tolerance, same
 from moex.analysis.plotting import mean_curve, plot_lines
 from moex.analysis.reading import FLOPS, curves, read_run, read_runs
 from moex.moe.routers.topp import TopP
+from moex.terminal import printable
 from moex.train.job import save_config
 from moex.train.state import model_spec
 from tests import runs
+from tests.report import pages
 
 K = "model.layers[1].pattern[0].router.k"
 TRAIN = {1: 4.0, 2: 3.0, 4: 2.0}
@@ -310,6 +314,88 @@ def test_the_plot_is_one_file(moex, four, write, tmp_path, ending):
     assert "95 % interval over seeds" in text
     for words in (f"{K}=1", "wall time of training, s", "tokens"):
         assert words in text, words
+
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)>",
+    '"><script>alert(1)<',
+    "{{7*7}}<b>bold<b>",
+    "%{x} &lt;b&gt;",
+    "\x1b[31mred",
+    r"$\frac{$",
+)
+
+
+@pytest.fixture
+def hostile(write):
+    """Runs whose labels are their folders, for their configs are equal."""
+    return [write(name) for name in HOSTILE]
+
+
+def names_of(folders):
+    return {f"{printable(str(f))}{end}" for f in folders for end in ("", " (train)")}
+
+
+def drawn(file):
+    """`(page, traces of plotly)` of a page without plotly itself."""
+    page = pages.Page(file.read_text(encoding="utf-8"))
+    (call,) = (s for s in page.scripts if "Plotly.newPlot(" in s)
+    start = call.index("[", call.index("Plotly.newPlot("))
+    return page, json.JSONDecoder().raw_decode(call[start:])[0]
+
+
+@pytest.fixture
+def without_plotly(monkeypatch):
+    monkeypatch.setattr("plotly.io._html.get_plotlyjs", lambda: pages.LIBRARY)
+
+
+def test_labels_are_text_in_a_page_that_may_fetch_nothing(
+    moex, hostile, tmp_path, without_plotly
+):
+    file = tmp_path / "curves.html"
+    moex(*hostile, f"--out={file}")
+    page, traces = drawn(file)
+    text = page.source
+    assert text.index("Content-Security-Policy") < text.index("<script")
+    assert "default-src 'none'" in text and "base-uri 'none'" in text
+    assert {*page.tags} <= {"html", "head", "meta", "style", "body", "div", "script"}
+    assert page.links == []
+    # Plotly reads names as markup.
+    assert not any(set(trace["name"]) & set("<>") for trace in traces)
+    assert {html.unescape(trace["name"]) for trace in traces} == names_of(hostile)
+
+
+def test_a_value_of_a_config_ends_no_script(moex, write, tmp_path, without_plotly):
+    def change(cfg):
+        cfg.init_from = pages.EVIL
+
+    file = tmp_path / "curves.html"
+    moex(write("a"), write("b", change=change), f"--out={file}")
+    page, traces = drawn(file)
+    assert "<b onload" not in page.source and "evil=1</" not in page.source
+    names = {html.unescape(trace["name"]) for trace in traces}
+    assert f"init_from={pages.EVIL}" in names
+
+
+def test_a_picture_takes_any_label(moex, hostile, tmp_path):
+    file = tmp_path / "curves.png"
+    hidden = hostile[0].with_name("_hidden")
+    shutil.copytree(hostile[0], hidden)
+    legends = []
+
+    def watch(self, *args, **options):
+        legends.append(legend(self, *args, **options))
+        return legends[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        legend = Figure.legend
+        patch.setattr(Figure, "legend", watch)
+        patch.chdir(tmp_path)
+        # The label of a path that begins so is left out by matplotlib itself.
+        moex(hidden.name, *hostile, f"--out={file}")
+    assert file.read_bytes().startswith(b"\x89PNG")
+    texts = {text.get_text() for text in legends[0].get_texts()}
+    assert texts == names_of([hidden.name, *hostile])
 
 
 def test_points_and_figures_as_files(moex, four, tmp_path):

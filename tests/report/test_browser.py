@@ -1,11 +1,13 @@
 """Pages in a real headless Chromium: `pytest -m browser`."""
 
+import html
 import re
 import shutil
 import subprocess
 
 import pytest
 
+from moex.analysis.command import run as compare
 from tests.report import pages
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -69,3 +71,20 @@ def test_a_page_draws_all_its_plots(tmp_path):
         drawn = 'class="hm"' in part or 'class="trace scatter' in part
         assert drawn, part[:300]
     assert "<b onload" not in document
+
+
+NAMES_OF_RUNS = ("plain", "<img src=x onerror=alert(1)>", "{{7*7}} <b>&lt;", "%{x}")
+
+
+def test_a_comparison_draws_and_shows_names_as_they_are(tmp_path):
+    runs = [pages.write_run(tmp_path, tmp_path / name) for name in NAMES_OF_RUNS]
+    file = tmp_path / "curves.html"
+    compare(runs, out=file)
+    said, document = browse(file, tmp_path)
+    assert said == []
+    assert document.count('class="cartesianlayer"') == 1
+    assert document.count('class="trace scatter') == 2 * 3 * len(runs)  # three panels
+    texts = re.findall(r'<text class="legendtext"[^>]*>(.*?)</text>', document)
+    shown = {html.unescape(re.sub(r"</?tspan[^>]*>", "", text)) for text in texts}
+    assert shown == {f"{run}{end}" for run in runs for end in ("", " (train)")}
+    assert "<img" not in document and "<b>" not in document
