@@ -15,22 +15,48 @@ import numpy as np
 from moex.nn.lm import LM
 from moex.optim import flat_paths
 
-# Dense bfloat16 peak, FLOP/s per device as JAX counts devices, by substring of
-# `device_kind` (vendors' data sheets, without sparsity). First match wins.
-PEAK_FLOPS = (
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("B200", 2250e12),
-    ("A100", 312e12),
-    ("L4", 121e12),
-    ("TPU v6 lite", 918e12),
-    ("TPU v6e", 918e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5p", 459e12),
-    ("TPU v5", 459e12),
-    ("TPU v4", 275e12),
-)
+# Dense bfloat16 peak with float32 sums, 10^12 FLOP/s per device as JAX counts devices
+# (half a chip of TPU v2, v3 and TPU7x), by the whole of `device_kind`: names that begin
+# alike are of other devices. NVIDIA's data sheets, halved where they count sparsity,
+# and for GeForce the white papers of Ampere, Ada and Blackwell; Google's page of each
+# TPU (docs.cloud.google.com/tpu/docs). A device that is not here, or has no bfloat16
+# (V100, T4), has no MFU.
+PEAK_TFLOPS = {
+    "NVIDIA A10": 125.0,
+    "NVIDIA A10G": 70.0,
+    "NVIDIA A30": 165.0,
+    "NVIDIA A40": 149.7,
+    "NVIDIA L4": 121.0,
+    "NVIDIA L40": 181.05,
+    "NVIDIA L40S": 362.05,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.0,  # SXM
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 NVL": 835.0,
+    "NVIDIA H200": 989.0,  # SXM
+    "NVIDIA H200 NVL": 835.0,
+    "NVIDIA GH200 480GB": 989.0,
+    "NVIDIA GH200 120GB": 989.0,
+    "NVIDIA B100": 1750.0,
+    "NVIDIA B200": 2250.0,
+    "NVIDIA GB200": 2500.0,
+    "NVIDIA GeForce RTX 3090": 71.0,
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 5090": 209.5,
+    "TPU v2": 23.0,
+    "TPU v3": 61.5,
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
+    "TPU v5": 459.0,
+    "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
+    "TPU7x": 1153.5,
+}
 
 # Zero-computation experts are in "experts", projections and shared experts in "dense".
 GROUPS = ("embedding", "attention", "router", "experts", "dense", "norms", "logits")
@@ -155,8 +181,8 @@ class Cost:
 
 def device_peak_flops(device=None) -> float | None:
     """Dense bfloat16 FLOP/s of a device, or None where it is not known."""
-    kind = (device or jax.devices()[0]).device_kind
-    return next((peak for name, peak in PEAK_FLOPS if name in kind), None)
+    tera = PEAK_TFLOPS.get((device or jax.devices()[0]).device_kind)
+    return None if tera is None else tera * 1e12
 
 
 def _by_group(sizes: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 `parse("v5p:4x4x4")` is a `Topology`: how many devices, the memory of each, and how long
 a mesh axis takes to carry bytes. Nothing here asks for a device.
 
-Peak FLOP/s are in `accounting.PEAK_FLOPS`.
+Peak FLOP/s are in `accounting.PEAK_TFLOPS`.
 """
 
 import dataclasses

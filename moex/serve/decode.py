@@ -24,6 +24,7 @@ from moex.nn.lm import LM
 # Prompts are padded to a power of two of at least this many tokens, so that a session
 # of many prompts compiles few programs.
 SHORTEST_PROMPT = 16
+LEAST, MOST = 2.0**-126, 2.0**127  # temperatures, in float32
 
 
 def generate(
@@ -97,18 +98,19 @@ def sample(logits_BV, key, temperature, top_k=0, top_p=1.0) -> jax.Array:
     """One token per row, int32[B].
 
     First top-k, then top-p on what is left of the distribution: the fewest tokens
-    whose probability reaches `top_p`, at least one. Ties go to the lowest token.
+    whose probability reaches `top_p`, at least one. Ties go to the lowest token. A
+    temperature that is too small for float32 is 0, one too large makes all alike.
 
     Args:
       logits_BV: float32[B, V].
       key: random key; not used at temperature 0.
       temperature, top_k, top_p: Python numbers, as in `generate`.
     """
-    if temperature == 0:
+    if temperature < LEAST:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     # With the maximum at 0 a small temperature cannot overflow.
     logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
-    logits_BV = logits_BV / temperature
+    logits_BV = logits_BV / min(temperature, MOST)
     V = logits_BV.shape[-1]
     num_sorted = min(top_k or V, V)
     if num_sorted == V and top_p == 1.0:
@@ -118,7 +120,8 @@ def sample(logits_BV, key, temperature, top_k=0, top_p=1.0) -> jax.Array:
     if top_p < 1.0:  # at 1 the float32 sum of the tokens before could reach it
         probs_BK = jax.nn.softmax(logits_BK, axis=-1)
         before_BK = jnp.cumsum(probs_BK, axis=-1) - probs_BK
-        logits_BK = jnp.where(before_BK < top_p, logits_BK, -jnp.inf)
+        keep_BK = (before_BK < top_p).at[:, 0].set(True)  # a tiny top_p is 0 here
+        logits_BK = jnp.where(keep_BK, logits_BK, -jnp.inf)
     choice_B1 = jax.random.categorical(key, logits_BK)[:, None]
     return jnp.take_along_axis(token_BK, choice_B1, axis=-1)[:, 0].astype(jnp.int32)
 

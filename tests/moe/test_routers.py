@@ -24,7 +24,7 @@ from moex.moe.routers.forced import Forced, forced_experts
 from moex.moe.routers.hash import Hash, hashed_experts
 from moex.moe.routers.soft import Soft
 from moex.moe.routers.topk import Groups, TopK
-from moex.moe.routers.topp import TopP, keep_until
+from moex.moe.routers.topp import TopP, keep_until, standardize
 from moex.moe.routing import ExpertRouting, Routing, kept_softmax, router_scores
 from moex.schedule import Schedule
 from tests.helpers import context, split_module
@@ -620,3 +620,24 @@ def test_a_capacity_does_not_fit_expert_choice():
     moe = dataclasses.replace(moe, router=ExpertChoice(k=1.0), capacity_factor=1.0)
     with pytest.raises(ConfigError, match=r"capacity_factor = 1.0: must be None"):
         check(moe, "config.ffn")
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.3, -3.3e-3, 1e3, 1.7e5, -1e30])
+@pytest.mark.parametrize("num_experts", [1, 3, 7, 60])
+def test_standardized_logits_that_are_equal_are_zero(value, num_experts):
+    """The mean of 7 times 1000 is not 1000 in float32: that gave 0.06."""
+    equal_TE = jnp.full((3, num_experts), value, jnp.float32)
+    assert np.all(np.asarray(standardize(equal_TE)) == 0)
+    gradient = jax.grad(lambda x: jnp.sum(standardize(x) ** 2))(equal_TE)
+    assert np.all(np.asarray(gradient) == 0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_standardized_logits_are_those_of_float64(offset):
+    """An offset of all logits changes nothing, as far as they hold their digits."""
+    logit_TE = np.random.default_rng(0).normal(size=(6, 7)).astype(np.float32) + offset
+    logit_TE = logit_TE.astype(np.float32)
+    exact_TE = np.float64(logit_TE)
+    exact_TE -= exact_TE.mean(axis=1, keepdims=True)
+    exact_TE /= np.sqrt((exact_TE**2).mean(axis=1, keepdims=True) + 1e-6)
+    assert np.max(abs(standardize(jnp.asarray(logit_TE)) - exact_TE)) < 1e-5

@@ -175,6 +175,14 @@ LOGITS = np.log(np.array([0.25, 0.1, 0.5, 0.15], np.float32))
         # A low temperature sharpens before top-p looks: 0.25 / 0.345 = 0.72.
         ((0.5, 0, 0.7), {2}),
         ((1e-20, 0, 1.0), {2}),
+        # Less than float32 holds, and more.
+        *(((t, 0, 1.0), {2}) for t in (2e-38, 1e-38, 1e-45, 1e-300, 5e-324)),
+        ((1e-300, 3, 0.8), {2}),
+        *(((t, 0, 1.0), {0, 1, 2, 3}) for t in (1e30, 1e39, 1e300)),
+        ((1e300, 2, 1.0), {2, 0}),
+        *(((1.0, 0, p), {2}) for p in (1e-30, 1e-46, 1e-300, 5e-324)),
+        ((1.0, 0, 1 - 1e-16), {0, 1, 2, 3}),
+        ((1.0, 10**12, 1.0), {0, 1, 2, 3}),
     ],
 )
 def test_sample_reaches_exactly(settings, reachable):
@@ -212,6 +220,8 @@ def test_ties_go_to_the_lowest_token():
         ([[1]], {"top_k": -1}, "top_k >= 0; got -1"),
         ([[1]], {"top_p": 0.0}, "0 < top_p <= 1; got 0.0"),
         ([[1]], {"top_p": 1.1}, "0 < top_p <= 1; got 1.1"),
+        ([[1]], {"top_p": float("nan")}, "0 < top_p <= 1; got nan"),
+        ([[1]], {"temperature": float("inf")}, "temperature >= 0; got inf"),
     ],
 )
 def test_wrong_arguments(prompts, change, message):

@@ -199,7 +199,10 @@ def keep_until(choice_TK, p, k_min=1):
 
 
 def standardize(logits_TE):
-    """Each row with mean 0 and deviation 1; a constant row gives 0."""
+    """Each row with mean 0 and deviation 1; a constant row gives 0, exactly."""
+    # Less the largest at first: the mean of equal numbers is not always that number.
+    top_T1 = jnp.max(logits_TE, axis=-1, keepdims=True)
+    logits_TE = logits_TE - jax.lax.stop_gradient(top_T1)
     centred_TE = logits_TE - jnp.mean(logits_TE, axis=-1, keepdims=True)
     variance_T1 = jnp.mean(centred_TE**2, axis=-1, keepdims=True)
     return centred_TE * jax.lax.rsqrt(variance_T1 + 1e-6)
