@@ -121,7 +121,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--config=FILE[:arg] --workdir=RUN [--config.a.b=value ...] [options]",
     )
     train.add_argument(
-        "--workdir", type=pathlib.Path, help="run directory: config, logs, checkpoints"
+        "--workdir", type=_path, help="run directory: config, logs, checkpoints"
     )
     train.add_argument(
         "--dry-run",
@@ -148,7 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
         "run's own data is used; --config.data... changes it, --data takes its place.",
         CONFIG_HELP + EVAL_EXAMPLES,
     )
-    evaluate.add_argument("run", type=pathlib.Path, help="run directory")
+    evaluate.add_argument("run", type=_path, help="run directory")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.add_argument(
         "--sequences", type=_positive, help="score at most this many sequences"
@@ -288,11 +288,11 @@ def _add_compare(command):
         COMPARE_EXAMPLES,
         "RUN RUN ... [options]",
     )
-    compare.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN")
+    compare.add_argument("runs", nargs="+", type=_path, metavar="RUN")
     compare.add_argument("--json", action="store_true", help="print JSON")
     compare.add_argument(
         "--out",
-        type=pathlib.Path,
+        type=_path,
         metavar="FILE",
         help="write a plot of loss against tokens, FLOPs and time (.html, .png), its "
         "points (.csv), or what --json prints (.json)",
@@ -316,13 +316,11 @@ def _add_report(command):
         REPORT_EXAMPLES,
         "RUN [--trace=FILE] [--compare-trace=FILE] [--out=FILE.html]",
     )
-    report.add_argument("run", type=pathlib.Path, help="run directory")
-    report.add_argument(
-        "--trace", type=pathlib.Path, metavar="FILE", help="of `moex trace`"
-    )
+    report.add_argument("run", type=_path, help="run directory")
+    report.add_argument("--trace", type=_path, metavar="FILE", help="of `moex trace`")
     report.add_argument(
         "--compare-trace",
-        type=pathlib.Path,
+        type=_path,
         metavar="FILE",
         help="trace of the same tokens with another checkpoint",
     )
@@ -334,7 +332,7 @@ def _add_report(command):
         help="show the experts that go with this token; repeat it for several",
     )
     report.add_argument(
-        "--out", type=pathlib.Path, metavar="FILE", help="default: RUN/report.html"
+        "--out", type=_path, metavar="FILE", help="default: RUN/report.html"
     )
 
 
@@ -356,7 +354,9 @@ def _add_tasks(evaluate):
     tasks.add_argument(
         "--tasks", metavar="A,B", help="YAML files or names, between commas"
     )
-    tasks.add_argument("--include-path", metavar="FOLDER", help="of more tasks by name")
+    tasks.add_argument(
+        "--include-path", type=_path, metavar="FOLDER", help="of more tasks by name"
+    )
     tasks.add_argument(
         "--limit", type=_positive, help="at most this many documents of a task"
     )
@@ -369,7 +369,7 @@ def _add_generate(command):
     generate = command(
         "generate", "Write text with the newest checkpoint of a run.", ""
     )
-    generate.add_argument("run", type=pathlib.Path, help="run directory")
+    generate.add_argument("run", type=_path, help="run directory")
     generate.add_argument(
         "--prompt",
         action="append",
@@ -398,9 +398,9 @@ def _add_trace(command):
         "takes its place.",
         CONFIG_HELP + TRACE_EXAMPLES,
     )
-    trace.add_argument("run", type=pathlib.Path, help="run directory")
+    trace.add_argument("run", type=_path, help="run directory")
     trace.add_argument(
-        "--out", type=pathlib.Path, required=True, help="the file; must not exist"
+        "--out", type=_path, required=True, help="the file; must not exist"
     )
     _add_data(trace)
     trace.add_argument(
@@ -424,10 +424,10 @@ def _add_analyse(command):
         "model is needed.",
         "",
     )
-    analyse.add_argument("trace", type=pathlib.Path, help="file of `moex trace`")
+    analyse.add_argument("trace", type=_path, help="file of `moex trace`")
     analyse.add_argument(
         "--compare",
-        type=pathlib.Path,
+        type=_path,
         metavar="TRACE",
         help="of another checkpoint on the same data: how far routing is the same",
     )
@@ -437,9 +437,7 @@ def _add_analyse(command):
         metavar="TEXT",
         help="list the experts that go with this token, such as '<think>'; repeat it",
     )
-    analyse.add_argument(
-        "--out", type=pathlib.Path, help="numpy archive (.npz) of all counts"
-    )
+    analyse.add_argument("--out", type=_path, help="numpy archive (.npz) of all counts")
     analyse.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -466,10 +464,10 @@ def _add_convert(command):
         "and can be scored, sampled and trained on.",
         CONVERT_EXAMPLES,
     )
-    convert.add_argument("run", type=pathlib.Path, help="run directory")
+    convert.add_argument("run", type=_path, help="run directory")
     convert.add_argument("--to", choices=("latent", "moe"), required=True)
     convert.add_argument(
-        "--workdir", type=pathlib.Path, required=True, help="the new run directory"
+        "--workdir", type=_path, required=True, help="the new run directory"
     )
     _add_to_latent(convert.add_argument_group("to latent"))
     _add_to_moe(convert.add_argument_group("to moe"))
@@ -546,12 +544,12 @@ def _add_interop(command):
         INTEROP_EXAMPLES,
         usage="FOLDER --out RUN [options]",
     )
-    import_hf.add_argument("folder", type=pathlib.Path, help="the checkpoint folder")
+    import_hf.add_argument("folder", type=_path, help="the checkpoint folder")
     import_hf.add_argument(
-        "--out", type=pathlib.Path, required=True, help="the new run directory"
+        "--out", type=_path, required=True, help="the new run directory"
     )
     import_hf.add_argument(
-        "--tokenizer", type=pathlib.Path, help="file in place of its tokenizer.json"
+        "--tokenizer", type=_path, help="file in place of its tokenizer.json"
     )
     import_hf.add_argument(
         "--doc-token", help="token between documents; default: its end-of-text token"
@@ -562,14 +560,20 @@ def _add_interop(command):
         "its family, any other as the closest one, or is refused with the difference.",
         INTEROP_EXAMPLES,
     )
-    export_hf.add_argument("run", type=pathlib.Path, help="run directory")
-    export_hf.add_argument(
-        "--out", type=pathlib.Path, required=True, help="the new folder"
-    )
+    export_hf.add_argument("run", type=_path, help="run directory")
+    export_hf.add_argument("--out", type=_path, required=True, help="the new folder")
     export_hf.add_argument(
         "--dtype",
         help="float32, bfloat16 or float16; default: as imported, else float32",
     )
+
+
+def _path(text: str) -> pathlib.Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "must name a file or folder; the one you are in is '.'"
+        )
+    return pathlib.Path(text)
 
 
 def _positive(text: str) -> int:

@@ -52,7 +52,7 @@ def split_config_args(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the `moex` command."""
-    argv = sys.argv[1:] if argv is None else argv
+    alone, argv = argv is None, sys.argv[1:] if argv is None else argv
     try:
         rest, config_args = split_config_args(argv)
         _check_command(rest)
@@ -61,10 +61,13 @@ def main(argv: list[str] | None = None) -> None:
         COMMANDS[args.command](args, config_args)
     except ConfigError as e:
         _fail(e, 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the last checkpoint", 130)
-    except OSError as e:  # such as a full disk; the text names the file
-        _fail(e, 1)
+    except KeyboardInterrupt as e:
+        text = str(e) or "interrupted"
+        # In a process of its own: threads that read data or write files crash when
+        # the interpreter is taken apart under them.
+        (distributed.leave_now if alone else _fail)(text, 130)
+    except OSError as e:  # such as a full disk
+        _fail(f"{e.filename}: {e.strerror}" if e.filename else e, 1)
     except RuntimeError as e:
         if not _is_run_error(e):
             raise
@@ -95,9 +98,10 @@ def _is_run_error(error: RuntimeError) -> bool:
     from moex.analysis.equality import RunsDiffer
     from moex.plan.rehearsal import DoesNotFit
     from moex.train.checkpoint import CheckpointError
+    from moex.train.lock import LockLostError
     from moex.train.loop import TrainingStopped
 
-    known = (CheckpointError, DoesNotFit, RunsDiffer, TrainingStopped)
+    known = (CheckpointError, DoesNotFit, LockLostError, RunsDiffer, TrainingStopped)
     return isinstance(error, known)
 
 
@@ -158,8 +162,10 @@ def _train(args, config_args):
         raise ConfigError("--sweep-index: is for --sweep; give both.")
     cfg = load_config(config_args)
     distributed.join(args, _told(cfg, args))
-    train(cfg, args.workdir, dry_run=args.dry_run, profile=args.profile)
+    made = train(cfg, args.workdir, dry_run=args.dry_run, profile=args.profile)
     distributed.leave()
+    if made.get("interrupted"):
+        raise SystemExit(130)
 
 
 def _sweep(args, config_args):
@@ -180,7 +186,7 @@ def _sweep(args, config_args):
     runner = sweep.Runner(args.workdir, say)
     failed = runner.run(points, shared)
     if runner.asked == signal.SIGINT:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("interrupted; the same command goes on from here")
     if runner.asked is not None:
         say("sweep: stopped; the same command goes on from here")
     elif args.sweep_index is None and (line := sweep.compare_line(made, args.workdir)):
@@ -319,7 +325,7 @@ def _eval_tasks(args, config_args):
     result = score_tasks(
         args.run,
         args.tasks.split(","),
-        include_path=args.include_path,
+        include_path=args.include_path and str(args.include_path),
         limit=args.limit,
         num_fewshot=args.num_fewshot,
     )

@@ -80,6 +80,15 @@ def short(value: Any, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def require_path(path: str, value: Any) -> None:
+    """Raise a `ConfigError` if a path is empty: it would mean the current folder."""
+    if str(value).strip() == "" or "\0" in str(value):
+        raise ConfigError(
+            f"{path} = {str(value)!r}: must name a file or folder; the one you are in "
+            "is '.'."
+        )
+
+
 def caution(text: str) -> None:
     """Warn of what works but is probably not meant; `text` begins with the field."""
     warnings.warn(text, ConfigWarning, stacklevel=3)

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from moex import listening, meeting, peers
 from moex.config import ConfigError, require
@@ -278,6 +278,16 @@ def fail(text: str, code: int) -> None:
     """End all processes with this error, which is said once; alone: returns."""
     if LINE is not None:
         LINE.fail(text, code)
+
+
+def leave_now(text: str, code: int) -> NoReturn:
+    """End all processes with this line, without the orderly end of the libraries.
+
+    Threads of JAX, Grain and Orbax may be in the middle of something.
+    """
+    fail(text, code)
+    peers.say(text)
+    peers.end_now(code)
 
 
 def _unexpected(kind, error, trace) -> None:

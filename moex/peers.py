@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from typing import NoReturn
 
 from moex.config import ConfigError
 from moex.json_files import expect_object, parse_json
@@ -137,14 +138,14 @@ class Line:
                 link.settimeout(max(deadline - time.monotonic(), 0.001))
                 while link.recv(65536):
                     pass
-        _exit(code)
+        end_now(code)
 
     def _end(self, text: str | None, code: int) -> None:
         """End this process alone."""
         self.ending.acquire()
         if text is not None:
             say(text)
-        _exit(code)
+        end_now(code)
 
     def _listen(self) -> None:
         selector, pending = selectors.DefaultSelector(), dict.fromkeys(self.links, b"")
@@ -206,7 +207,7 @@ def say(text: str, kind: str = "error") -> None:
     print(f"moex: {kind}: {line}", file=sys.stderr, flush=True)
 
 
-def _exit(code: int) -> None:
+def end_now(code: int) -> NoReturn:
     """End at once: the orderly end of JAX would wait for the others."""
     with contextlib.suppress(Exception):
         sys.stdout.flush()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moex.config import ConfigError, require
+from moex.config import ConfigError, require, require_path
 
 BOM = b"\xef\xbb\xbf"  # some editors begin UTF-8 files so; it is no text
 
@@ -62,7 +62,7 @@ def find_files(
     found: list[Candidate] = []
     nowhere: list[str] = []
     for i, entry in enumerate(paths):
-        require(bool(entry.strip()), f"{where}[{i}]", entry, "a file, folder or glob")
+        require_path(f"{where}[{i}]", entry)
         matches = _matches(os.path.expanduser(entry), nowhere)
         if not matches:
             raise ConfigError(
@@ -209,10 +209,22 @@ def content_key(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
 
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Have an error of the system name the file: that of a full disk names none."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None:
+            e.filename = str(file)
+        raise
+
+
 def atomic_write(path: Path, text: str) -> None:
     """Write a small file so that a kill leaves the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with naming(path):
+        temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -18,7 +18,14 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from moex.config import Config, ConfigError, nearest, require, require_choice
+from moex.config import (
+    Config,
+    ConfigError,
+    nearest,
+    require,
+    require_choice,
+    require_path,
+)
 from moex.data import token_text
 from moex.data.files import atomic_write, decode_utf8, locked
 from moex.data.library import one_line_errors
@@ -112,6 +119,10 @@ class TokenizerFile(Config):
     path: str  # the file, usually called tokenizer.json
     doc_token: str = "<|endoftext|>"  # the token that ends a document
 
+    def validate(self, path: str) -> None:
+        """Check the fields."""
+        require_path(f"{path}.path", self.path)
+
     def make(self, where: str, corpus: Corpus, cache: Path, log=print) -> "Tokenizer":
         """Read the file.
 
@@ -137,6 +148,10 @@ class SavedTokenizer(Config):
     """The tokenizer that a run saved; what `Tokenizer.save` wrote."""
 
     path: str  # the directory, usually RUN/tokenizer
+
+    def validate(self, path: str) -> None:
+        """Check the fields."""
+        require_path(f"{path}.path", self.path)
 
     def make(self, where: str, corpus: Corpus, cache: Path, log=print) -> "Tokenizer":
         """Read it.

@@ -4,7 +4,9 @@ Layout: checkpoints/<step>/{params, opt, state, data, meta}, separate items so t
 warm starts and exports read `params` alone. Step 0 of a run that was imported or
 converted has no `opt`: it is zeros. Orbax commits a step atomically but
 verifies nothing on restore, so `meta` carries a checksum of every array, computed on
-the devices from the global arrays: the same for any mesh and any number of hosts.
+the devices from the global arrays: the same for any mesh and any number of hosts. A
+digest covers those checksums and the rest; the run's own record has it too
+(`record.py`), and so a checkpoint cannot pass as an old one that had no digest.
 """
 
 import contextlib
@@ -15,73 +17,41 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from moex.config import require
+from moex.config import ConfigError, require
+from moex.train.checksums import checksums
+from moex.train.record import (
+    ChecksumError,
+    digest,
+    read_about,
+    read_record,
+    write_record,
+)
 
 ARRAY_ITEMS = ("params", "opt", "state")
 HOST_BYTES = 1 << 28  # of arrays that are on the host where few should be
-
-
-class ChecksumError(ValueError):
-    """Bytes were read that were not written; all processes find the same ones."""
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or none could be read."""
 
 
-def _bits(x) -> jax.Array:
-    """The bit pattern of an array as uint32, same shape."""
-    if x.dtype == jnp.bool_:
-        return x.astype(jnp.uint32)
-    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    return jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """Steps whose checkpoints are committed, ascending; nothing is restored."""
+    found = (pathlib.Path(workdir) / "checkpoints").glob("*")
+    return sorted(int(p.name) for p in found if p.name.isdecimal())
 
 
-def _checksum(x) -> jax.Array:
-    """uint32[2] of the bits and places of all elements.
+class _Hold(policies.PreservationPolicy):
+    """Keeps all checkpoints that there are, while `active`."""
 
-    Sums of integers do not depend on order or sharding. The first sum weighs each
-    element by an odd number, so that changing any single element always shows; the
-    second mixes value and place, so that changes cannot cancel by design.
-    """
-    bits = _bits(x)
-    # Not of a flat copy, which each device would get whole.
-    place = jnp.zeros((), jnp.uint32)
-    for dim in range(x.ndim):
-        stride = np.uint32(math.prod(x.shape[dim + 1 :]) % 2**32)
-        along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
-        place = place + along * stride
-    weighted = bits * (2 * place + 1)
-    mixed = bits ^ (place * jnp.uint32(0x9E3779B1) + jnp.uint32(0x7F4A7C15))
-    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-    # Both sums in one reduction: XLA then keeps none of the above in memory.
-    sums = jax.lax.reduce(
-        (weighted, mixed ^ (mixed >> 16)),
-        (jnp.uint32(0), jnp.uint32(0)),
-        lambda a, b: (a[0] + b[0], a[1] + b[1]),
-        tuple(range(x.ndim)),
-    )
-    return jnp.stack(sums)
+    active = False
 
-
-@jax.jit
-def _checksums(tree):
-    return jax.tree.map(_checksum, tree)
-
-
-def checksums(tree) -> dict[str, str]:
-    """`{path: 16 hex digits}` of every array of a tree, independent of sharding."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(_checksums(tree)))
-    return {
-        jax.tree_util.keystr(path): "".join(f"{int(v):08x}" for v in np.asarray(pair))
-        for path, pair in leaves
-    }
+    def should_preserve(self, checkpoints, *, context):
+        return [self.active] * len(checkpoints)
 
 
 class Checkpointer:
@@ -100,10 +70,18 @@ class Checkpointer:
             array; `save` then reads them until `wait` returns, so that they may not be
             donated. None: all of them, in a copy.
         """
-        self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
-        self.quarantine = self.directory.parent / "corrupt"
-        self.read_only = read_only
-        keepers = [policies.LatestN(keep)]
+        self.workdir = pathlib.Path(workdir).absolute()
+        self.directory = self.workdir / "checkpoints"
+        self.quarantine = self.workdir / "corrupt"
+        self.read_only, self._ranks = read_only, keep_best > 0
+        self._record = read_record(self.workdir)
+        self._digests = dict(self._record or {})
+        self._saving: int | None = None
+        if self._record is not None and not read_only:
+            self._forget_unfinished(self._record)
+        self._skipped: set[int] = set()  # steps saved after an update was skipped
+        self._hold = _Hold()
+        keepers = [policies.LatestN(keep), self._hold]
         if keep_best:
             keepers.append(
                 policies.BestN(
@@ -120,6 +98,9 @@ class Checkpointer:
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self.write_record
+            ),
         )
         handler, self._save_args = None, ocp.args.StandardSave
         if host_bytes is not None and read_only:
@@ -143,7 +124,9 @@ class Checkpointer:
         """Committed steps, ascending."""
         return sorted(self.manager.all_steps())
 
-    def save(self, step, train_state, *, data, meta, metrics=None) -> None:
+    def save(
+        self, step, train_state, *, data, meta, metrics=None, skipped_in_row=0
+    ) -> None:
         """Start writing `step`; returns when the arrays are copied off the devices
         (without `host_bytes`).
 
@@ -154,22 +137,58 @@ class Checkpointer:
           data: JSON data, the position in the data.
           meta: JSON data; checksums are added.
           metrics: {"nll": float} of held-out data, for keep-best, or None.
+          skipped_in_row: updates that were skipped right before. If there are any, the
+            checkpoint is not ranked and takes no other's place.
 
         Raises:
           CheckpointError: if this or an earlier save failed.
         """
         items = _items(train_state)
+        self.wait()  # Orbax would; its thread reads what is set below
         meta = meta | {"checksums": {k: checksums(v) for k, v in items.items()}}
-        args = {k: self._save_args(v) for k, v in items.items()}
-        args |= {"data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(meta)}
+        meta |= {"skipped_in_row": skipped_in_row}
         if metrics is not None and not math.isfinite(metrics["nll"]):
             metrics = None  # Orbax would rank NaN as the best
+        if skipped_in_row:
+            metrics = None
+            self._skipped.add(step)
+        written = metrics if self._ranks else None
+        self._digests[step] = digest(step=step, data=data, metrics=written, meta=meta)
+        meta = {"digest": self._digests[step], "covered": meta}
+        args = {k: self._save_args(v) for k, v in items.items()}
+        args |= {"data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(meta)}
+        self._saving, self._hold.active = step, skipped_in_row > 0
         try:
             self.manager.save(
                 step, args=ocp.args.Composite(**args), metrics=metrics, force=True
             )
         except Exception as e:
             raise self._failed(f"saving step {step}", e) from e
+
+    def write_record(self) -> None:
+        """Record the checkpoints that there are, and the one that is being written.
+
+        Orbax calls this right before it gives that one its name.
+        """
+        if jax.process_index() == 0:
+            steps = saved_steps(self.workdir)
+            if self._saving is not None:
+                steps.append(self._saving)
+            write_record(self.workdir, {s: self._digests.get(s) for s in steps})
+
+    def _forget_unfinished(self, record: dict) -> None:
+        """Take from the record what a kill kept from getting its name."""
+        names = [p.name for p in self.directory.glob("*.orbax-checkpoint-tmp*")]
+        for step in {int(n.split(".")[0]) for n in names} - {
+            *saved_steps(self.workdir)
+        }:
+            if record.pop(step, None) is not None:
+                self.write_record()
+
+    def last_good(self, before: float = math.inf) -> int | None:
+        """The newest step below `before` that was saved after an update was taken."""
+        good = (s for s in saved_steps(self.workdir) if s not in self._skipped)
+        return max((s for s in good if s < before), default=None)
 
     def wait(self) -> None:
         """Block until all saves are committed.
@@ -190,8 +209,8 @@ class Checkpointer:
         reason = " ".join(str(error).split())
         if len(reason) > 300:  # the cause, such as a full disk, is at the end
             reason = f"{reason[:100]} ... {reason[-200:]}"
-        steps = [p.name for p in self.directory.glob("*") if p.name.isdigit()]
-        kept = f"step {max(steps, key=int)}" if steps else "none"
+        good = self.last_good()
+        kept = "none" if good is None else f"step {good}"
         return CheckpointError(
             f"{doing} under {self.directory} failed: {reason}. "
             f"Last good checkpoint: {kept}."
@@ -201,17 +220,9 @@ class Checkpointer:
         """Release Orbax's threads; call `wait` first."""
         self.manager.close()
 
-    def read_meta(self, step) -> dict:
-        """The `meta` and `data` of a step."""
-        restored = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                meta=ocp.args.JsonRestore(), data=ocp.args.JsonRestore()
-            ),
-        )
-        return {"meta": restored["meta"], "data": restored["data"]}
-
-    def restore(self, abstract, *, items=ARRAY_ITEMS, warn=print, step=None):
+    def restore(
+        self, abstract, *, items=ARRAY_ITEMS, warn=print, step=None, check=None
+    ):
         """The newest step whose bytes are intact, or the one that is asked for.
 
         A damaged step is reported, moved to `corrupt/` (never deleted), and the step
@@ -223,12 +234,14 @@ class Checkpointer:
           items: which of `ARRAY_ITEMS`.
           warn: called with one line per damaged step.
           step: this one and no other; None: the newest.
+          check: called as `check(step, meta)` before arrays are read; raises
+            `ConfigError` if the checkpoint is of another model.
 
         Returns:
           (step, arrays, data, meta); None if the run has no checkpoint.
 
         Raises:
-          ConfigError: if there is no checkpoint of `step`.
+          ConfigError: if there is no checkpoint of `step`, or it is of another model.
           CheckpointError: if there are checkpoints but none is intact.
         """
         steps = self.steps()
@@ -236,33 +249,90 @@ class Checkpointer:
             there = ", ".join(map(str, steps))
             require(step in steps, "--step", step, f"one of the checkpoints: {there}")
             steps = [step]
+        elif not self.read_only:
+            self._look_over(steps, abstract, warn)
         for step in reversed(steps):
             try:
-                return (step, *self._restore_step(step, abstract, items))
-            except jax.errors.JaxRuntimeError:
-                raise  # out of memory is no damage
+                found = step, *self._restore_step(step, abstract, items, check)
+            except (ConfigError, jax.errors.JaxRuntimeError):
+                raise  # neither a wrong config nor too little memory is damage
             except Exception as e:  # Orbax and TensorStore raise plain Exceptions
-                reason = " ".join(str(e).split())[:300]
-                if jax.process_count() > 1 and not isinstance(e, ChecksumError):
-                    self._give_up(step, reason)
-                warn(f"warning: checkpoint {step} is damaged and set aside: {reason}")
-                self._set_aside(step)
+                self._damaged(step, e, warn)
+            else:
+                if not self.read_only:
+                    self.write_record()
+                return found
         if steps:
             raise CheckpointError(
                 f"no intact checkpoint under {self.directory} (damaged: {steps})"
             )
         return None
 
-    def _restore_step(self, step, abstract, items):
+    def _look_over(self, steps: list[int], abstract, warn) -> None:
+        """Before a run goes on: are all checkpoints there, and what they rank by?
+
+        Removes damaged steps from `steps`, but for the newest, which is read next.
+        """
+        newest = max(self._record or {}, default=-1)
+        if steps and newest > steps[-1] and not self._quarantined(newest):
+            warn(
+                f"warning: the checkpoint of step {newest}, which this run saved, is "
+                f"gone; the newest is that of step {steps[-1]}"
+            )
+        for step in list(steps):
+            try:
+                meta, _ = self._about(step)
+                skipped = meta.get("skipped_in_row")
+                if skipped is None:  # of moex before 0.2; here it is in the guard
+                    skipped = self._guard(step, abstract)["skipped_in_row"]
+                if skipped:
+                    self._skipped.add(step)
+            except Exception as e:
+                if step != steps[-1]:
+                    self._damaged(step, e, warn)
+                    steps.remove(step)
+
+    def _guard(self, step: int, abstract) -> dict:
+        """The update guard in a checkpoint; `state` is the smallest of its items."""
+        wanted = ocp.args.StandardRestore(_items(abstract)["state"])
+        restored = self.manager.restore(step, args=ocp.args.Composite(state=wanted))
+        return restored["state"]["guard"]
+
+    def _damaged(self, step: int, error: Exception, warn) -> None:
+        """Report a step that cannot be read and set it aside.
+
+        Raises:
+          CheckpointError: if it may be intact, or other processes do not know of it.
+        """
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, PermissionError) or "PERMISSION_DENIED" in reason:
+            raise CheckpointError(f"checkpoint {step} may not be read: {reason}")
+        if jax.process_count() > 1 and not isinstance(error, ChecksumError):
+            self._give_up(step, reason)
+        warn(f"warning: checkpoint {step} is damaged and set aside: {reason}")
+        self._set_aside(step)
+
+    def _about(self, step: int) -> tuple[dict, dict]:
+        """`meta` and `data` of a step; see `record.read_about`."""
+        # None: of moex before 0.2, which had no digest; "": not recorded yet.
+        known = None if self._record is None else self._record.get(step, "")
+        meta, data, self._digests[step] = read_about(self.directory / str(step), known)
+        return meta, data
+
+    def _restore_step(self, step, abstract, items=ARRAY_ITEMS, check=None):
         wanted = {k: v for k, v in _items(abstract).items() if k in items}
-        about = self.read_meta(step)
+        meta, data = self._about(step)
+        if check is not None:
+            check(step, meta)
         fresh = {}
-        if "opt" in wanted and "opt" not in about["meta"]["checksums"]:
+        if "opt" in wanted and "opt" not in meta["checksums"]:
             fresh["opt"] = _zeros(wanted.pop("opt"))
+        for name, tree in wanted.items():
+            _check_names(step, name, tree, meta)
         args = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
         arrays = dict(self.manager.restore(step, args=ocp.args.Composite(**args)))
         for name, tree in arrays.items():
-            expected = about["meta"]["checksums"][name]
+            expected = meta["checksums"][name]
             found = checksums(tree)
             bad = [k for k in found if found[k] != expected.get(k)]
             if bad or len(found) != len(expected):
@@ -270,7 +340,10 @@ class Checkpointer:
         if "state" in arrays:
             arrays |= arrays["state"]
         arrays |= fresh
-        return arrays, about["data"], about["meta"]
+        return arrays, data, meta
+
+    def _quarantined(self, step: int) -> bool:
+        return any(self.quarantine.glob(f"{step}*"))
 
     def _set_aside(self, step):
         """Move a step to `corrupt/`; with several processes all come here at once."""
@@ -326,6 +399,27 @@ def _items(train_state) -> dict:
     if "state" in train_state:
         items["state"] = {k: train_state[k] for k in ("state", "guard")}
     return items
+
+
+def _check_names(step: int, name: str, tree, meta: dict) -> None:
+    """Check that a checkpoint has the arrays of an item that the config asks for.
+
+    Raises:
+      ConfigError: if not, and the names are covered by a digest.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    wanted = {jax.tree_util.keystr(path) for path, _ in leaves}
+    there = set(meta["checksums"][name])
+    if wanted == there or "skipped_in_row" not in meta:
+        return
+    array = min(wanted ^ there)
+    has, lacks = "config", "checkpoint"
+    if array in there:
+        has, lacks = lacks, has
+    raise ConfigError(
+        f"config.{'optim' if name == 'opt' else 'model'} does not match the checkpoint "
+        f"of step {step}: the {has} has an array {name}{array}, the {lacks} has none."
+    )
 
 
 def read_json(path: pathlib.Path):

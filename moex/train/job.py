@@ -349,6 +349,37 @@ def check_resume(cfg, workdir: pathlib.Path, tokenizer: Tokenizer) -> list[str]:
     return [f"config.{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed]
 
 
+def saved_with(cfg, tokenizer: Tokenizer):
+    """`check(step, meta)`: that a checkpoint has the model and tokenizer of a config.
+
+    It raises a `ConfigError` that names the first field that differs.
+    """
+    model = configs.to_dict(cfg.model)
+
+    def check(step: int, meta: dict) -> None:
+        where = f"the checkpoint of step {step}"
+        if meta.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+            raise ConfigError(
+                f"{where} was trained with another tokenizer than the one that the "
+                "run directory has now; put the folder tokenizer back."
+            )
+        if "model" not in meta:
+            return
+        try:  # fields that were added since get their defaults
+            saved = configs.to_dict(configs.from_dict(meta["model"]))
+        except ConfigError:
+            return  # a field has another name now; the arrays are compared
+        old, new = _flat(saved, "model"), _flat(model, "model")
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                raise ConfigError(
+                    f"config.{key} = {new.get(key)!r}, but {where} was trained with "
+                    f"{old.get(key)!r}; put config.json of the run back."
+                )
+
+    return check
+
+
 def check_init_from(job: Job) -> None:
     """Check that the run named by `init_from` has parameters for this model.
 
@@ -472,7 +503,10 @@ def load_run(workdir, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun:
     else:
         mesh = mesh_cfg.make()
         states.check_mesh(spec, mesh)
-    arrays, step = restore_params(workdir, spec, mesh, warn=warn, step=step)
+    check = saved_with(cfg, tokenizer)
+    arrays, step = restore_params(
+        workdir, spec, mesh, warn=warn, step=step, check=check
+    )
     return LoadedRun(
         cfg, mesh, spec, tokenizer, step, arrays["params"], arrays["state"]
     )
@@ -489,8 +523,11 @@ def _mesh_here(cfg, spec, warn) -> Mesh:
     return mesh
 
 
-def restore_params(workdir, spec, mesh, *, warn=print, step=None):
-    """`({"params", "state"}, step)` of the newest intact checkpoint, or of `step`."""
+def restore_params(workdir, spec, mesh, *, warn=print, step=None, check=None):
+    """`({"params", "state"}, step)` of the newest intact checkpoint, or of `step`.
+
+    `check` is that of `Checkpointer.restore`.
+    """
     if not (pathlib.Path(workdir) / "checkpoints").is_dir():
         raise ConfigError(f"{workdir}: the run has no checkpoint yet.")
     params, state = states.shardings(spec, mesh)
@@ -507,7 +544,7 @@ def restore_params(workdir, spec, mesh, *, warn=print, step=None):
     checkpointer = Checkpointer(workdir, read_only=True, host_bytes=limit)
     try:
         found = checkpointer.restore(
-            abstract, items=("params", "state"), warn=warn, step=step
+            abstract, items=("params", "state"), warn=warn, step=step, check=check
         )
     finally:
         checkpointer.close()

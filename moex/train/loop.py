@@ -6,8 +6,8 @@ logging never makes the device wait; see `train/flight.py`.
 
 import contextlib
 import dataclasses
+import math
 import pathlib
-import signal
 import sys
 import time
 from typing import Any
@@ -18,6 +18,7 @@ from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
 from moex import accounting, distributed
 from moex import config as configs
+from moex.config import require_path
 from moex.data.changes import changed_data, save_data
 from moex.data.report import compressor_bits_per_byte
 from moex.optim import path_name
@@ -25,17 +26,21 @@ from moex.run import check_run
 from moex.schedule import is_always_zero
 from moex.sharding import shard_batch, told_by_each
 from moex.train.checkpoint import Checkpointer, CheckpointError
+from moex.train.checksums import all_finite
 from moex.train.environment import save_environment
 from moex.train.flight import Flight
 from moex.train.job import (
     Job,
     check_init_from,
     check_resume,
+    load_config,
     make_job,
     restore_params,
     save_config,
+    saved_with,
 )
 from moex.train.layers import by_layer, moe_summary
+from moex.train.lock import RunLock
 from moex.train.log import (
     RunLog,
     Stopwatch,
@@ -45,8 +50,10 @@ from moex.train.log import (
     step_line,
 )
 from moex.train.profiler import Profiler, profile_steps
+from moex.train.record import check_may_begin
 from moex.train.score import continue_texts, domain_losses, evaluate
-from moex.train.workdir import check_workdir
+from moex.train.stop import said_where_it_stands, stands, stop_on_signals
+from moex.train.workdir import claimed
 
 
 class TrainingStopped(RuntimeError):
@@ -72,12 +79,41 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
       TrainingStopped: after `nan_limit` skipped updates in a row.
     """
     say = say or (print if jax.process_index() == 0 else lambda *_: None)
-    # 1. Check, prepare data, build the abstract model.
     check_run(cfg)  # before anything else, so that a mistake leaves no folder
     profiled = profile_steps(profile, cfg.steps)
-    workdir = None if workdir is None else pathlib.Path(workdir)
-    if not dry_run:
-        check_workdir(workdir)
+    if dry_run:
+        _prepare(cfg, None if workdir is None else pathlib.Path(workdir), say)
+        say("dry run: the config is good; nothing was trained")
+        return {}
+    require_path("--workdir", workdir)
+    workdir = pathlib.Path(workdir)
+    with claimed(workdir, say) as lock, said_where_it_stands(workdir):
+        job, cost = _prepare(cfg, workdir, say)
+        checkpointer = Checkpointer(
+            workdir, keep=cfg.checkpoint.keep, keep_best=cfg.checkpoint.keep_best
+        )
+        run = _start(job, workdir, checkpointer, cost, say)
+        run.lock = lock
+        run.profiler = Profiler(profiled, workdir / "profile", run.log.line)
+        if jax.process_index() == 0:
+            # The config comes last: with it a folder is a run, and has a tokenizer.
+            job.data.tokenizer.save(workdir / "tokenizer")
+            save_data(workdir, job.data.manifest)
+            save_environment(workdir, run.step)
+            save_config(cfg, workdir)
+        with jax.set_mesh(job.mesh), stop_on_signals(run):
+            try:
+                return run.loop()
+            finally:
+                _close(run)
+
+
+def _prepare(cfg, workdir: pathlib.Path | None, say) -> tuple[Job, accounting.Cost]:
+    """Prepare the data, build the abstract model, compare with the run that is there.
+
+    Raises:
+      ConfigError: for a mistake in the config, or a run of another model.
+    """
     job = make_job(cfg, log=say)
     cost = accounting.model_cost(cfg.model, job.spec, cfg.seq_len)
     say(accounting.model_table(cfg.model, job.spec, job.tx, cfg.seq_len))
@@ -89,7 +125,7 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
             "answer to whether --workdir holds a run": resuming,
         }
     )
-    if resuming:
+    if resuming and workdir is not None:
         for line in changed_data(workdir, job.data.manifest):
             say(line)
         for change in check_resume(cfg, workdir, job.data.tokenizer):
@@ -98,39 +134,26 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
         check_init_from(job)
     if not job.holds_out:
         say("no data is held out: nothing will be evaluated")
-    if dry_run:
-        say("dry run: the config is good; nothing was trained")
-        return {}
-    # 2. Parameters: from this run's checkpoint, from another run, or fresh.
-    checkpointer = Checkpointer(
-        workdir, keep=cfg.checkpoint.keep, keep_best=cfg.checkpoint.keep_best
-    )
-    run = _start(job, workdir, checkpointer, cost, say)
-    run.profiler = Profiler(profiled, workdir / "profile", run.log.line)
-    # 3. Train.
-    if jax.process_index() == 0:
-        # The config comes last: with it a folder is a run, and a run has a tokenizer.
-        job.data.tokenizer.save(workdir / "tokenizer")
-        save_data(workdir, job.data.manifest)
-        save_environment(workdir, run.step)
-        save_config(cfg, workdir)
-    with jax.set_mesh(job.mesh), _stop_on_sigterm(run):
-        try:
-            return run.loop()
-        finally:
-            run.profiler.end(run.step)
-            run.log.close()
-            # After an error of one process of several the others do not come here, and
-            # Orbax would wait for them.
-            if jax.process_count() == 1 or sys.exception() is None:
-                with contextlib.suppress(CheckpointError):
-                    checkpointer.wait()
-                checkpointer.close()
+    return job, cost
+
+
+def _close(run: "Run") -> None:
+    """Close what a run has open, also after an error, which goes on from here."""
+    run.profiler.end(run.step)
+    run.log.close()
+    # After an error of one process of several the others do not come here, and Orbax
+    # would wait for them.
+    if jax.process_count() == 1 or sys.exception() is None:
+        with contextlib.suppress(CheckpointError):
+            run.checkpointer.wait()
+        run.checkpointer.close()
 
 
 def _start(job: Job, workdir, checkpointer, cost, say) -> "Run":
     """Restore or make the train state."""
-    found = checkpointer.restore(job.abstract_state(), warn=say)
+    found = checkpointer.restore(
+        job.abstract_state(), warn=say, check=saved_with(job.cfg, job.data.tokenizer)
+    )
     final = None
     if found is not None:
         step, state, data, meta = found
@@ -138,9 +161,16 @@ def _start(job: Job, workdir, checkpointer, cost, say) -> "Run":
         say(f"resuming {workdir} after step {step}")
         consumed = data["sequences"]
     else:
+        if (workdir / "config.json").is_file():
+            check_may_begin(workdir, load_config(workdir).checkpoint.every)
+            say(f"{workdir} has no checkpoint yet: it begins again at step 0")
+        checkpointer.write_record()  # from here on it tells what was saved
         step, consumed, state = 0, 0, job.init_state()
         if job.cfg.init_from:
-            arrays, at = restore_params(job.cfg.init_from, job.spec, job.mesh, warn=say)
+            check = saved_with(load_config(job.cfg.init_from), job.data.tokenizer)
+            arrays, at = restore_params(
+                job.cfg.init_from, job.spec, job.mesh, warn=say, check=check
+            )
             # What follows this run's own schedule or target starts as configured.
             fresh, info = state["state"], job.spec.info
             carried = jax.tree_util.tree_map_with_path(
@@ -157,7 +187,9 @@ def _start(job: Job, workdir, checkpointer, cost, say) -> "Run":
         total_steps=job.cfg.steps,
         num_domains=len(job.data.domains),
     )
-    return Run(job, workdir, checkpointer, cost, log, state, step, consumed, final)
+    run = Run(job, workdir, checkpointer, cost, log, state, step, consumed, final)
+    run.in_row = int(state["guard"]["skipped_in_row"])
+    return run
 
 
 def _lost(rows: int) -> str:
@@ -175,28 +207,6 @@ def keeps_value(info, path) -> bool:
     return info[path_name(path)].rule.keeps_value
 
 
-@contextlib.contextmanager
-def _stop_on_sigterm(run: "Run"):
-    """SIGTERM asks the run to save and leave; the old handler comes back after.
-
-    JAX's own notice to several processes may find one of them past the step that it
-    chose, and the others wait for it there.
-    """
-
-    def ask(signum, frame):
-        run.stop_asked = True
-
-    try:
-        old = signal.signal(signal.SIGTERM, ask)
-    except ValueError:  # not the main thread: nobody to ask
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
-
-
 @dataclasses.dataclass
 class Run:
     """A run in progress: the job, its arrays and where it stands."""
@@ -211,7 +221,12 @@ class Run:
     consumed: int  # training sequences consumed by the whole job
     final: dict | None = None  # figures of a complete run that was restored
     stop_asked: bool = False  # of this process
+    interrupted: bool = False  # by Ctrl-C
+    lock: RunLock | None = None  # of the run directory, in process 0
     stop_agreed: bool = False  # all processes know that one was asked
+    in_row: int = 0  # skipped updates, up to the step that was looked at last
+    suspect: int | None = None  # step before the first skipped, if its loss is wrong
+    owed: set[str] = dataclasses.field(default_factory=set)  # see `_due`
     last_eval: Any = None  # (step, figures) of the newest evaluation
     last: Any = dataclasses.field(default_factory=dict)
     profiler: Any = None
@@ -233,6 +248,8 @@ class Run:
         self.profiler.check_start(self.step)
         flight = Flight(self._look, self._is_logged)
         while self.step < cfg.steps and not self._should_stop():
+            if self.lock is not None:
+                self.lock.check_told()
             with self.watch.part("data"), TraceAnnotation("data"):
                 batch = shard_batch(next(batches), self.job.mesh)
                 if jax.process_count() > 1:
@@ -251,19 +268,23 @@ class Run:
                 flight.add(self.step, metrics)
             if self.profiler.ends(self.step):
                 self._aside(lambda: self.profiler.end(self.step, self.state))
-            if any(map(self._due, self._pauses())):
+            self.owed |= self._due()
+            if self.owed:
                 flight.land()
-                self._pause()
+                # After a skipped update the state may be dead: it all waits.
+                if not self.in_row:
+                    self._pause()
         flight.land()
         if self.step < cfg.steps:
-            if self.step not in self.checkpointer.steps():
-                self._save()
+            saved = self.step in self.checkpointer.steps() or self._save()
             self.checkpointer.wait()
+            done = "checkpoint saved; the same command goes on from here"
             log.line(
-                f"stopped at step {self.step} of {cfg.steps}: checkpoint saved; "
-                "the same command goes on from here"
+                f"stopped at step {self.step} of {cfg.steps}: "
+                f"{done if saved else stands(self.workdir)}"
             )
-            return self.last | {"step": self.step, "stopped": True}
+            left = {"stopped": True, "interrupted": self.interrupted}
+            return self.last | {"step": self.step} | left
         return self._finish()
 
     def _should_stop(self) -> bool:
@@ -271,12 +292,17 @@ class Run:
         # a step, which all of them look at after the same number of steps.
         return self.stop_asked if jax.process_count() == 1 else self.stop_agreed
 
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0 and self.step < self.job.cfg.steps
-
-    def _pauses(self) -> tuple[int, ...]:
+    def _due(self) -> set[str]:
+        """What is to be done after this step: "eval", "sample", "save"."""
         cfg = self.job.cfg
-        return cfg.eval.every, cfg.checkpoint.every, cfg.log.sample_every
+        every = {
+            "eval": cfg.eval.every if self.job.holds_out else 0,
+            "sample": cfg.log.sample_every,
+            "save": cfg.checkpoint.every,
+        }
+        if self.step >= cfg.steps:
+            return set()
+        return {k for k, n in every.items() if n > 0 and self.step % n == 0}
 
     def _is_logged(self, step: int) -> bool:
         return step % self.job.cfg.log.every == 0 or step in (1, self.job.cfg.steps)
@@ -296,11 +322,13 @@ class Run:
         """Look at the metrics of a step: guard, and log line and scalars if due."""
         cfg = self.job.cfg
         with self.watch.part("wait"), TraceAnnotation("wait"):
-            in_row = int(metrics["skipped_in_row"])
+            in_row = self.in_row = int(metrics["skipped_in_row"])
             self.stop_agreed |= bool(metrics.get("stop", False))
         if in_row:
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
             lost = int(metrics["lost_rows"])
+            if in_row == 1 and not math.isfinite(loss):
+                self.suspect = step - 1
             self.log.line(
                 f"warning: update {step} skipped (loss {loss:.4g}, gradient norm "
                 f"{norm:.4g}{_lost(lost)}); {in_row} in a row, "
@@ -320,12 +348,15 @@ class Run:
 
     def _give_up(self, step: int, in_row: int, lost: int) -> None:
         self.checkpointer.wait()
-        kept = self.checkpointer.steps()
+        good, doubt = self.checkpointer.last_good(), ""
+        if good is not None and good == self.suspect:
+            doubt = f" (not {good}: the first loss after it was not finite)"
+            good = self.checkpointer.last_good(before=good)
         raise TrainingStopped(
             f"{in_row} updates in a row had a loss or gradient that is not finite or "
             f"spikes{_lost(lost)} (config.nan_limit = {self.job.cfg.nan_limit}); "
             f"stopped at step {step}. Last good checkpoint: "
-            f"{kept[-1] if kept else 'none'}."
+            f"{'none' if good is None else good}{doubt}."
         )
 
     def _log_step(self, step: int, metrics, seconds: dict[str, float]) -> None:
@@ -378,13 +409,13 @@ class Run:
         return values
 
     def _pause(self) -> None:
-        """Evaluate and save if it is time, with the training clock stopped."""
-        cfg = self.job.cfg
-        if self._due(cfg.eval.every) and self.job.holds_out:
-            self._aside(lambda: self._evaluate(cfg.eval.sequences))
-        if self._due(cfg.log.sample_every):
+        """Do what is owed, with the training clock stopped."""
+        owed, self.owed = self.owed, set()
+        if "eval" in owed:
+            self._aside(lambda: self._evaluate(self.job.cfg.eval.sequences))
+        if "sample" in owed:
             self._aside(self._sample)
-        if self._due(cfg.checkpoint.every):
+        if "save" in owed:
             self._aside(self._save)
 
     def _aside(self, work):
@@ -412,8 +443,17 @@ class Run:
         )
         return result
 
-    def _save(self, final: dict | None = None) -> None:
+    def _save(self, final: dict | None = None) -> bool:
+        """Save this step; False, and a warning, if its parameters are not finite."""
         cfg = self.job.cfg
+        if self.lock is not None:
+            self.lock.check()
+        if not all_finite((self.state["params"], self.state["state"])):
+            self.log.line(
+                f"warning: step {self.step} is not saved: some parameters are not "
+                "finite"
+            )
+            return False
         scored = self.last_eval is not None and self.last_eval[0] == self.step
         self.checkpointer.save(
             self.step,
@@ -427,7 +467,9 @@ class Run:
                 "final": final,
             },
             metrics={"nll": self.last_eval[1]["nll"]} if scored else None,
+            skipped_in_row=self.in_row,
         )
+        return True
 
     def _sample(self) -> None:
         cfg = self.job.cfg
@@ -456,8 +498,11 @@ class Run:
         scored = self._evaluate(None) if self.job.holds_out else None
         names = ("nll", "bits_per_byte")
         figures = {f"eval_{n}": scored[n] for n in names} if scored else {}
-        if self.step not in self.checkpointer.steps():
-            self._save(final=figures)
+        if self.step not in self.checkpointer.steps() and not self._save(figures):
+            raise TrainingStopped(
+                f"the last step, {self.step}, has parameters that are not finite. Last "
+                f"good checkpoint: {self.checkpointer.last_good()}."
+            )
         self.checkpointer.wait()
         self._sample()
         if scored is not None:

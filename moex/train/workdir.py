@@ -1,34 +1,56 @@
-"""The run directory before a run: that it can be written, and by all processes."""
+"""The run directory before a run: it can be written, by all processes of one job."""
 
+import contextlib
 import pathlib
 import time
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
+from moex import distributed
 from moex.config import ConfigError
+from moex.train.lock import RunLock, held
 
 SEEN_S = 60.0  # a network file system may show a new file late
 
 
-def check_workdir(workdir: pathlib.Path) -> None:
-    """Make the run directory and check that it can be written.
+@contextlib.contextmanager
+def claimed(workdir: pathlib.Path, say=print) -> Iterator[RunLock | None]:
+    """The run directory for this job alone, made if there is none.
+
+    Args:
+      workdir: run directory.
+      say: called with a line where the lock of a dead process is taken over.
+
+    Yields:
+      The lock; None in processes other than 0, for which process 0 holds it.
 
     Raises:
-      ConfigError: if it cannot.
+      ConfigError: if the folder cannot be written, or another job writes it.
     """
+    flag = f"--workdir={workdir}"
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            first = jax.process_index() == 0
+            lock = stack.enter_context(held(workdir, flag, say)) if first else None
+            distributed.agree({"step of the start": "the run directory is locked"})
+            _check_writable(workdir)
+        except OSError as e:
+            raise ConfigError(
+                f"{flag}: cannot be written ({e.strerror}); "
+                "choose a folder that you may write to."
+            ) from None
+        yield lock
+
+
+def _check_writable(workdir: pathlib.Path) -> None:
     probe = workdir / f".write-test-{jax.process_index()}"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        if jax.process_count() > 1:
-            check_shared(workdir)
-        probe.unlink()
-    except OSError as e:
-        raise ConfigError(
-            f"--workdir={workdir}: cannot be written ({e.strerror}); "
-            "choose a folder that you may write to."
-        ) from None
+    probe.write_bytes(b"x")
+    if jax.process_count() > 1:
+        check_shared(workdir)
+    probe.unlink()
 
 
 def check_shared(workdir: pathlib.Path) -> None:

@@ -3,6 +3,7 @@
 E experts · D, F widths
 """
 
+import json
 import shutil
 
 import jax
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from moex.config import ConfigError
 from moex.optim import AdamW, Muon, Optim, make_optimizer
-from moex.train import checkpoint
+from moex.train import checksums
 from moex.train.checkpoint import Checkpointer, CheckpointError
+from moex.train.record import read_record
 from moex.train.state import ParamInfo, init_guard
 from tests import runs
 from tests.helpers import mesh_of
@@ -71,13 +74,18 @@ def opened():
         checkpointer.close()
 
 
-def save(checkpointer, *steps, state=None, nll=None):
+def save(checkpointer, *steps, state=None, nll=None, **options):
     """Save one state per step; the data position tells the step."""
     for step in steps:
         values = STATE if state is None else state
         metrics = None if nll is None else {"nll": nll[step]}
         checkpointer.save(
-            step, values, data={"sequences": 4 * step}, meta={"a": 1}, metrics=metrics
+            step,
+            values,
+            data={"sequences": 4 * step},
+            meta={"a": 1},
+            metrics=metrics,
+            **options,
         )
     checkpointer.wait()
 
@@ -133,7 +141,7 @@ def test_checksums_need_no_memory():
     split = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
     for sharding in (NamedSharding(mesh, PartitionSpec()), split):
         array = jax.ShapeDtypeStruct((64, 1024, 16), jnp.float32, sharding=sharding)
-        compiled = jax.jit(checkpoint._checksum).lower(array).compile()
+        compiled = jax.jit(checksums._checksum).lower(array).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 10_000
 
 
@@ -147,7 +155,7 @@ def test_a_checksum_by_hand():
     mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
     sums = (bits * (2 * place + 1)).sum(dtype=np.uint32)
     more = (mixed ^ (mixed >> 16)).sum(dtype=np.uint32)
-    found = checkpoint.checksums({"x": jnp.asarray(values)})
+    found = checksums.checksums({"x": jnp.asarray(values)})
     assert found == {"['x']": f"{sums:08x}{more:08x}"}
 
 
@@ -227,6 +235,34 @@ def test_the_best_are_kept_besides(opened, tmp_path):
     assert again.steps() == [2, 3, 7]
 
 
+def test_after_skipped_updates_nothing_is_replaced_or_ranked(opened, tmp_path):
+    nll = dict.fromkeys(range(1, 8), 2.0) | {3: 0.1}
+    checkpointer = opened(tmp_path, keep=1, keep_best=1)
+    save(checkpointer, 1, 2, nll=nll)
+    before = checkpointer.steps()
+    save(checkpointer, 3, nll=nll, skipped_in_row=2)
+    assert checkpointer.steps() == [*before, 3]
+    assert checkpointer.last_good() == 2
+    assert checkpointer.last_good(before=2) == (1 if 1 in before else None)
+    again = opened(tmp_path, keep=1, keep_best=1)
+    assert again.restore(abstract(STATE))[0] == 3  # the updates go on from there
+    assert again.last_good() == 2
+    save(again, 4, nll=nll)  # one was taken
+    assert 4 in again.steps() and 3 not in again.steps()
+    assert again.last_good() == 4
+
+
+def test_what_an_older_moex_saved_while_it_skipped_is_not_good(opened, tmp_path):
+    skipping = STATE | {"guard": STATE["guard"] | {"skipped_in_row": jnp.int32(5)}}
+    checkpointer = opened(tmp_path, keep=3)
+    save(checkpointer, 2)
+    save(checkpointer, 4, 6, state=skipping)
+    as_before_digests(tmp_path)
+    again = opened(tmp_path, keep=3)
+    assert again.restore(abstract(STATE))[0] == 6
+    assert again.last_good() == 2
+
+
 # Damage.
 
 
@@ -250,9 +286,23 @@ def truncate(folder):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def edit(folder, before, after):
+    file = folder / "metadata"
+    assert before in file.read_text()
+    file.write_text(file.read_text().replace(before, after))
+
+
 def empty_checksums(folder):
-    meta = folder / "meta" / "metadata"
-    meta.write_text(meta.read_text().replace('"checksums"', '"checksum"'))
+    edit(folder / "meta", '"checksums"', '"checksum"')
+
+
+def as_before_digests(workdir):
+    """Have the checkpoints look as moex before version 0.2 wrote them."""
+    (workdir / "checkpoints.json").unlink()
+    for meta in workdir.glob("checkpoints/*/meta/metadata"):
+        covered = json.loads(meta.read_text())["covered"]
+        del covered["skipped_in_row"]
+        meta.write_text(json.dumps(covered))
 
 
 DAMAGES = {
@@ -266,6 +316,11 @@ DAMAGES = {
     "a meta without checksums": empty_checksums,
     "no position in the data": lambda d: shutil.rmtree(d / "data"),
     "no optimizer": lambda d: shutil.rmtree(d / "opt"),
+    "another position in the data": lambda d: edit(
+        d / "data", '"sequences"', '"other"'
+    ),
+    "other figures": lambda d: edit(d / "meta", '"a"', '"b"'),
+    "no checksums of the optimizer": lambda d: edit(d / "meta", '"opt"', '"op"'),
     "nothing": lambda d: [shutil.rmtree(p) for p in d.iterdir() if p.is_dir()],
 }
 
@@ -294,6 +349,110 @@ def test_damage_is_noticed_and_the_step_before_is_taken(
     assert opened(workdir).restore(abstract(STATE))[0] == 3
 
 
+def test_old_checkpoints_are_read_and_then_recorded(opened, saved, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    as_before_digests(workdir)
+    reader = opened(workdir, read_only=True)
+    assert reader.restore(abstract(STATE), items=("params",))[0] == 3
+    writer = opened(workdir, keep=2)
+    assert writer.restore(abstract(STATE))[0] == 3
+    assert read_record(workdir) == {1: None, 2: None, 3: None}
+    save(writer, 4)
+    assert read_record(workdir)[4] is not None
+    # From now on none may look as if it came before.
+    shutil.copytree(workdir / "checkpoints" / "3", workdir / "checkpoints" / "5")
+    said = []
+    assert opened(workdir, keep=2).restore(abstract(STATE), warn=said.append)[0] == 4
+    assert len(said) == 1 and "checkpoint 5 is damaged" in said[0]
+
+
+def test_swapped_folders_are_noticed(opened, saved, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    folder = workdir / "checkpoints"
+    for a, b in (("3", "x"), ("2", "3"), ("x", "2")):
+        (folder / a).rename(folder / b)
+    said = []
+    assert opened(workdir).restore(abstract(STATE), warn=said.append)[0] == 1
+    assert len(said) == 2
+
+
+def test_scores_that_rank_are_looked_at_in_every_checkpoint(opened, tmp_path):
+    nll = {1: 3.0, 2: 1.0, 3: 2.0}
+    save(opened(tmp_path, keep=1, keep_best=2), 1, 2, 3, nll=nll)
+    scores = tmp_path / "checkpoints" / "2" / "metrics" / "metrics"
+    scores.write_text(scores.read_text().replace("1.0", "9.0"))
+    said = []
+    again = opened(tmp_path, keep=1, keep_best=2)
+    assert again.restore(abstract(STATE), warn=said.append)[0] == 3
+    assert len(said) == 1 and "checkpoint 2 is damaged and set aside" in said[0]
+    assert 2 not in again.steps()
+
+
+def test_the_newest_that_is_gone_is_said(opened, saved, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    said = []
+    assert opened(workdir).restore(abstract(STATE), warn=said.append)[0] == 2
+    (line,) = said
+    assert "checkpoint of step 3, which this run saved, is gone" in line
+    assert "the newest is that of step 2" in line
+    said.clear()  # once
+    assert opened(workdir).restore(abstract(STATE), warn=said.append)[0] == 2
+    assert said == []
+
+
+def test_a_config_of_other_arrays_is_no_damage(opened, saved, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    bias_E = jnp.zeros(4)
+    params = STATE["params"] | {"more": {"bias_E": bias_E}}
+    with pytest.raises(
+        ConfigError, match=r"config.model .* params\['more'\]\['bias_E'\]"
+    ):
+        opened(workdir).restore(abstract(STATE | {"params": params}))
+    frozen = abstract(train_state("frozen"))
+    with pytest.raises(ConfigError, match="config.optim does not match the checkpoint"):
+        opened(workdir).restore(frozen)
+
+    def refuse(step, meta):
+        raise ConfigError(f"{step} {meta['a']}")
+
+    with pytest.raises(ConfigError, match="^3 1$"):
+        opened(workdir).restore(abstract(STATE), check=refuse)
+    assert not (workdir / "corrupt").exists()
+    assert opened(workdir).restore(abstract(STATE))[0] == 3
+
+
+def test_a_checkpoint_that_may_not_be_read_is_no_damage(
+    opened, saved, tmp_path, monkeypatch
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    checkpointer = opened(workdir)
+    monkeypatch.setattr(checkpointer.manager, "restore", refuse)
+    with pytest.raises(CheckpointError, match="checkpoint 3 may not be read: .*denied"):
+        checkpointer.restore(abstract(STATE))
+    assert not (workdir / "corrupt").exists()
+
+
+def test_a_kill_right_before_a_checkpoint_has_its_name(opened, tmp_path):
+    """The record has it already; it is no checkpoint that was lost."""
+    save(opened(tmp_path), 1)
+    folder = tmp_path / "checkpoints"
+    (folder / "1").rename(folder / "1.orbax-checkpoint-tmp")
+    said = []
+    again = opened(tmp_path)
+    assert again.restore(abstract(STATE), warn=said.append) is None
+    assert (said, read_record(tmp_path)) == ([], {})
+
+
 def test_the_checksum_names_the_array(opened, saved, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(saved, workdir)
@@ -318,7 +477,9 @@ def test_a_reader_changes_nothing(opened, saved, tmp_path):
     reader = opened(workdir, read_only=True)
     assert reader.restore(abstract(STATE), warn=warnings.append)[0] == 2
     assert len(warnings) == 1
-    assert sorted(p.name for p in workdir.iterdir()) == ["checkpoints"]
+    assert sorted(p.name for p in workdir.iterdir()) == [
+        *("checkpoints", "checkpoints.json")
+    ]
     assert reader.steps() == [1, 2, 3]
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moex.train import loop
-from moex.train.checkpoint import Checkpointer
+from moex.train import checkpoint, loop
 from moex.train.loop import TrainingStopped
+from moex.train.record import read_about
 from moex.train.step import SPIKE_WARMUP
 from tests import runs
 
@@ -33,40 +33,79 @@ def train(folder):
     return train
 
 
+def saved(workdir):
+    """`(step, skipped_in_row)` of the checkpoints there."""
+    return [
+        (step, read_about(workdir / "checkpoints" / str(step), "")[0]["skipped_in_row"])
+        for step in checkpoint.saved_steps(workdir)
+    ]
+
+
 def test_bad_updates_are_skipped_and_counted(train, tmp_path, monkeypatch, capsys):
-    """The batch of step 3 has no finite loss: the run is as if there was no step 3."""
-    runs.watch_batches(monkeypatch, poison={2})
-    train(tmp_path, "steps=4", "eval.every=0")
+    """The batch of step 2 has no finite loss: the run is as if there was no step 2.
+
+    What was due then is done after the next update that is taken.
+    """
+    runs.watch_batches(monkeypatch, poison={1})
+    train(tmp_path, "steps=5", "eval.every=2")
     found = runs.records(tmp_path)
-    assert [r["skipped"] for r in found] == [0, 0, 1, 1]
-    assert [np.isfinite(r["loss"]) for r in found] == [True, True, False, True]
+    assert [r["skipped"] for r in found] == [0, 1, 1, 1, 1]
+    finite = [r["loss"] is not None and np.isfinite(r["loss"]) for r in found]
+    assert finite == [True, False, True, True, True]
     assert (
-        "warning: update 3 skipped (loss nan, gradient norm nan); 1 in a row, 1 in all"
+        "warning: update 2 skipped (loss nan, gradient norm nan); 1 in a row, 1 in all"
         in capsys.readouterr().out
     )
-    monkeypatch.undo()
-    watch = Checkpointer(tmp_path, read_only=True)
-    assert watch.steps() == [2, 4]
-    watch.close()
+    assert saved(tmp_path) == [(3, 0), (4, 0), (5, 0)]
+    assert [r["step"] for r in runs.records(tmp_path, "eval")] == [3, 4, 5]
 
 
-def test_the_run_stops_after_nan_limit(train, folder, tmp_path, monkeypatch):
-    runs.watch_batches(monkeypatch, poison=set(range(3, 8)))
+def test_the_run_stops_after_nan_limit(train, tmp_path, monkeypatch):
+    runs.watch_batches(monkeypatch, poison=set(range(4, 8)))
     with pytest.raises(TrainingStopped) as stopped:
         train(tmp_path, "nan_limit=4")
     message = str(stopped.value)
     assert "4 updates in a row had a loss or gradient that is not finite" in message
     assert "config.nan_limit = 4" in message
-    assert "stopped at step 7. Last good checkpoint: 6." in message
-    # Checkpoints of steps 4 and 6 hold what step 3 made.
-    four, six = (runs.saved_state(folder, tmp_path, step=s) for s in (4, 6))
-    for name in ("params", "opt"):
-        jax.tree.map(np.testing.assert_array_equal, four[1][name], six[1][name])
-    assert [s[1]["guard"]["skipped_in_row"] for s in (four, six)] == [1, 3]
+    assert "stopped at step 8. Last good checkpoint: 2 (not 4: the " in message
+    assert saved(tmp_path) == [(2, 0), (4, 0)]
     monkeypatch.undo()
     # The same command goes on; good batches bring it to the end.
     assert train(tmp_path, "nan_limit=4")["step"] == 8
-    assert [r["skipped"] for r in runs.records(tmp_path)] == [0, 0, 0, 1, 2, 3, 3, 3]
+    assert [r["skipped"] for r in runs.records(tmp_path)] == [0] * 8
+
+
+def test_a_stop_among_skipped_updates_replaces_nothing(train, tmp_path, monkeypatch):
+    """The step is saved, and the healthy checkpoint stays; the count goes on."""
+    runs.watch_batches(monkeypatch, poison=set(range(3, 8)))
+    look = loop.Run._look
+
+    def looked(run, at, *args):
+        look(run, at, *args)
+        run.stop_asked |= at == 5
+
+    monkeypatch.setattr(loop.Run, "_look", looked)
+    result = train(tmp_path, "checkpoint.keep=1", "checkpoint.every=3")
+    at = result["step"]
+    assert result["stopped"] and at in (5, 6)
+    assert saved(tmp_path) == [(3, 0), (at, at - 3)]
+    monkeypatch.undo()
+    runs.watch_batches(monkeypatch, poison=set(range(8)))
+    with pytest.raises(TrainingStopped) as stopped:
+        train(tmp_path, f"nan_limit={at - 2}", "checkpoint.keep=1")
+    assert f"stopped at step {at + 1}. Last good checkpoint: 3." in str(stopped.value)
+
+
+def test_a_state_that_is_not_finite_is_not_saved(train, tmp_path, monkeypatch, capsys):
+    real = loop.all_finite
+    finite = iter([True, False, False])
+    monkeypatch.setattr(loop, "all_finite", lambda tree: next(finite) and real(tree))
+    with pytest.raises(TrainingStopped, match="Last good checkpoint: 2"):
+        train(tmp_path, "steps=5", "eval.every=0")
+    assert saved(tmp_path) == [(2, 0)]
+    assert "warning: step 4 is not saved: some parameters are not finite" in (
+        capsys.readouterr().out
+    )
 
 
 def test_rows_that_find_no_room_name_the_field(train, tmp_path, monkeypatch, capsys):
@@ -101,7 +140,7 @@ def test_spikes_are_skipped(train, tmp_path, monkeypatch, capsys):
         return run
 
     monkeypatch.setattr(loop, "_start", started)
-    with pytest.raises(TrainingStopped, match="spikes .* stopped at step 3. .*: 2"):
+    with pytest.raises(TrainingStopped, match="spikes .* stopped at step 3. .*: none"):
         train(tmp_path, "nan_limit=3")
     first, second = runs.records(tmp_path)
     assert [first["skipped"], second["skipped"]] == [1, 2]

@@ -1,0 +1,160 @@
+"""`checkpoints.json`: which checkpoints a run has saved, with a digest of each.
+
+It lies beside the checkpoints, so that it tells when they are gone, or are not the ones
+that the run wrote. A digest covers all of a checkpoint that is no array: position in
+the data, step, scores, checksums of the arrays.
+"""
+
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from moex.config import ConfigError
+from moex.data.files import atomic_write
+from moex.json_files import (
+    expect_object,
+    field,
+    parse_json,
+    read_json_lines,
+    read_object,
+)
+from moex.train.environment import FILE as ENVIRONMENT
+
+FILE = "checkpoints.json"
+
+
+class ChecksumError(ValueError):
+    """Bytes were read that were not written; all processes find the same ones."""
+
+
+def digest(**parts: Any) -> str:
+    """The sha256 of JSON data, the same before it is written and after it is read."""
+    plain = json.loads(json.dumps(parts))  # tuples are lists then, keys are strings
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def read_record(workdir: pathlib.Path) -> dict[int, str | None] | None:
+    """`{step: digest}` of the checkpoints that were there at the last save, ascending.
+
+    A digest is None for a checkpoint of moex before version 0.2, which has none.
+
+    Returns:
+      None if there is no record: the run is as old.
+
+    Raises:
+      ConfigError: if the file is damaged.
+    """
+    file = workdir / FILE
+    if not file.exists():
+        return None
+    steps = field(read_object(file), "steps", dict[str, str | None], str(file))
+    if not all(step.isdecimal() for step in steps):
+        raise ConfigError(f"{file}: steps = {list(steps)}: must be whole numbers.")
+    return {int(step): steps[step] for step in sorted(steps, key=int)}
+
+
+def write_record(workdir: pathlib.Path, steps: dict[int, str | None]) -> None:
+    """Write what `read_record` reads."""
+    text = json.dumps({"steps": {str(s): steps[s] for s in sorted(steps)}}, indent=1)
+    atomic_write(workdir / FILE, text + "\n")
+
+
+def read_about(
+    folder: pathlib.Path, known: str | None
+) -> tuple[dict, dict, str | None]:
+    """What a checkpoint has beside its arrays, if it is what the run wrote.
+
+    Args:
+      folder: of the checkpoint; its name is the step.
+      known: its digest by the record; "" if the record lacks the step, None if it is
+        known to be of moex before 0.2 (or may be), which wrote no digest.
+
+    Returns:
+      (meta, data, its own digest).
+
+    Raises:
+      ChecksumError: if anything was changed.
+      OSError: if a file cannot be read.
+    """
+    step = int(folder.name)
+    stored, data = (_json(folder / n / "metadata") for n in ("meta", "data"))
+    scores = folder / "metrics" / "metrics"
+    metrics = _json(scores) if scores.exists() else None
+    meta, own = stored.get("covered", stored), stored.get("digest")
+    if not isinstance(meta, dict) or not isinstance(meta.get("checksums"), dict):
+        raise ChecksumError("meta has no checksums")
+    if meta.get("step", step) != step:
+        raise ChecksumError(f"the folder of step {step} holds step {meta['step']}")
+    if known is None and own is None and "covered" not in stored:
+        has_sum = "opt" in meta["checksums"]
+        if not has_sum and (step > 0 or (folder / "opt").exists()):
+            raise ChecksumError("meta has no checksum of opt")
+    elif own != digest(step=step, data=data, metrics=metrics, meta=meta):
+        raise ChecksumError("its position in the data, scores or meta were changed")
+    elif known and own != known:
+        raise ChecksumError("it is not the checkpoint that this run saved")
+    return meta, data, own
+
+
+def _json(file: pathlib.Path) -> dict:
+    """A JSON object among what Orbax wrote.
+
+    Raises:
+      ChecksumError: if it is none.
+    """
+    try:
+        return expect_object(parse_json(file.read_bytes(), file.name, nan=True), "it")
+    except ConfigError as e:
+        raise ChecksumError(f"{file.parent.name}/{e}") from None
+
+
+def check_may_begin(workdir: pathlib.Path, every: int) -> None:
+    """Check that a run without checkpoints never had any, so that nothing is lost.
+
+    Args:
+      workdir: run directory with a `config.json`.
+      every: steps between checkpoints, of that config.
+
+    Raises:
+      ConfigError: if it had: training from step 0 would drop what it has logged.
+    """
+    recorded = read_record(workdir)
+    if recorded:
+        why = f"it saved step {max(recorded)}"
+    elif recorded is None and (step := _trained(workdir)) > 2 * every > 0:
+        why = f"it trained {step} steps and saved one in {every}"
+    elif (step := _resumed_at(workdir)) > 0:
+        why = f"it went on from step {step} once"
+    elif not (workdir / ENVIRONMENT).exists() and not _trained(workdir):
+        why = "it was imported or converted, and began with one"
+    else:
+        return
+    aside = workdir / "corrupt"
+    where = f" (damaged ones are in {aside})" if aside.is_dir() else ""
+    raise ConfigError(
+        f"{workdir}: all checkpoints of this run are gone, and {why}{where}. Put "
+        f"{workdir / 'checkpoints'} back; to train from the beginning, give another "
+        "--workdir or delete this one."
+    )
+
+
+def _trained(workdir: pathlib.Path) -> int:
+    """The last step in the log, 0 if there is none."""
+    file = workdir / "metrics.jsonl"
+    if not file.exists():
+        return 0
+    where, last = str(file), 0
+    for number, line in read_json_lines(file, nan=True):
+        last = max(last, field(line, "step", int, f"{where}, line {number}"))
+    return last
+
+
+def _resumed_at(workdir: pathlib.Path) -> int:
+    """The last step that a start of the run went on from."""
+    file = workdir / ENVIRONMENT
+    try:
+        starts = json.loads(file.read_text(encoding="utf-8"))
+        return max(start["step"] for start in starts)
+    except (OSError, ValueError, KeyError, TypeError):  # it is written anew each start
+        return 0

@@ -1,0 +1,54 @@
+"""How training is asked to stop, and what a person is told of where it stands."""
+
+import contextlib
+import os
+import pathlib
+import signal
+
+from moex import distributed
+from moex.train.checkpoint import saved_steps
+
+
+@contextlib.contextmanager
+def said_where_it_stands(workdir: pathlib.Path):
+    """Have Ctrl-C before the first step say where the run is, which is as it was."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {stands(workdir)}") from None
+
+
+def stands(workdir: pathlib.Path) -> str:
+    """From which step the same command goes on, for people."""
+    steps = saved_steps(workdir)
+    if not steps:
+        return "no checkpoint was saved yet: the same command begins at step 0"
+    return f"the same command goes on from the checkpoint of step {steps[-1]}"
+
+
+@contextlib.contextmanager
+def stop_on_signals(run):
+    """SIGTERM or Ctrl-C asks the run to save and leave; Ctrl-C again leaves at once.
+
+    The old handlers come back after. JAX's own notice to several processes may find one
+    of them past the step that it chose, and the others wait for it there.
+    """
+
+    def ask(number, frame):
+        if number == signal.SIGINT:
+            if run.interrupted:
+                distributed.leave_now(f"left at once; {stands(run.workdir)}", 130)
+            run.interrupted = True
+            # Not `print`, which may be what this came in the middle of.
+            os.write(2, b"interrupt: saving, then leaving (again: leave at once)\n")
+        run.stop_asked = True
+
+    before = {}
+    with contextlib.suppress(ValueError):  # not the main thread: nobody to ask
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
