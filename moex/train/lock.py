@@ -23,6 +23,7 @@ from moex.config import ConfigError
 from moex.data.files import naming
 
 FILE = "run.lock"
+BOOT = "/proc/sys/kernel/random/boot_id"  # differs with every start of a machine
 BEAT_S = 5.0  # seconds between two signs of life of a writer
 STALE_S = 60.0  # of silence after which a writer on another machine counts as dead
 SETTLE_S = 2.0  # for which a lock that was taken over must stay ours
@@ -213,7 +214,7 @@ class RunLock:
 def _here(folder: int, locked: bool | None) -> dict:
     """This process for others: `locks` and `pids` say who can tell that it lives."""
     try:
-        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = pathlib.Path(BOOT).read_text(encoding="ascii").strip()
         space = os.readlink("/proc/self/ns/pid")
     except OSError:  # no Linux
         boot, space = platform.node(), ""
@@ -229,8 +230,8 @@ def _here(folder: int, locked: bool | None) -> dict:
 def _born(pid) -> str | None:
     """When a process of this machine began, in its own units; None: there is none."""
     try:
-        text = pathlib.Path(f"/proc/{int(pid)}/stat").read_text()
-        return text.rpartition(")")[2].split()[19]
+        text = pathlib.Path(f"/proc/{int(pid)}/stat").read_bytes()
+        return text.rpartition(b")")[2].split()[19].decode()
     except (TypeError, ValueError, IndexError):
         return None
     except OSError:
