@@ -5,14 +5,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moex.analysis.reading import KINDS, Run, read_runs
+from moex.analysis.reading import KINDS, WHICH, Run, read_runs
 from moex.config import ConfigError
 
 # Of the machine, or of how a mesh divides the work: free to differ.
 APART = ("perf/", "moe/device_")
 PLACE = ("kind", "step")
-# Names the layer with the worst figure: of two that are nearly the same, either may be.
-WHICH = "_worst_layer"
 
 
 class Tolerance(NamedTuple):

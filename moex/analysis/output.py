@@ -4,15 +4,17 @@ D domains · E experts
 """
 
 import dataclasses
-import json
 import pathlib
+import zipfile
+import zlib
 
 import numpy as np
 
 from moex.analysis import statistics as stats
+from moex.analysis.header import read_layer
 from moex.analysis.summary import Analysis, LayerAnalysis, Step
-from moex.analysis.trace import LayerInfo
 from moex.config import ConfigError
+from moex.json_files import dump_json, expect_object, field, parse_json
 
 ARRAYS = ("tokens_D", "tokens_P", "tokens_V", "marker_ids")
 
@@ -127,7 +129,7 @@ def save(analysis: Analysis, path) -> None:
     about["layers"] = [dataclasses.asdict(v.info) for v in analysis.layers.values()]
     names = ("source", "target", "kind")
     about["steps"] = [{n: getattr(step, n) for n in names} for step in analysis.steps]
-    text = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    text = np.frombuffer(dump_json(about).encode(), np.uint8)
     partial = pathlib.Path(path).with_name(pathlib.Path(path).name + ".partial")
     with partial.open("wb") as file:
         np.savez_compressed(file, about=text, **arrays)
@@ -140,25 +142,44 @@ def load(path) -> Analysis:
     Raises:
       ConfigError: if it is no such file.
     """
+    where = str(path)
     try:
         with np.load(path) as file:
             data = dict(file)
-        about = json.loads(data.pop("about").tobytes())
-    except (OSError, ValueError, KeyError) as e:
+        text = data.pop("about").tobytes()
+    except (*UNREADABLE, KeyError) as e:
         raise ConfigError(f"{path}: not an analysis of moex ({e}).") from None
+    about = expect_object(parse_json(text, where, nan=True), where)
     layers = {}
-    for fields in about.pop("layers"):
-        info = LayerInfo(**fields)
-        layers[info.label] = LayerAnalysis(info=info, **_under(data, info.label))
-    steps = [
-        Step(**names, **_under(data, str(i), "steps"))
-        for i, names in enumerate(about.pop("steps"))
-    ]
-    tuples = {k: tuple(v) for k, v in about.items() if isinstance(v, list)}
-    arrays = {name: data[name] for name in ARRAYS}
-    return Analysis(**about | tuples | arrays, layers=layers, steps=steps)
+    for i, fields in enumerate(field(about, "layers", list[dict], where)):
+        info = read_layer(fields, f"{where}: layer {i}")
+        arrays = _under(data, f"layers/{info.label}", LayerAnalysis, where)
+        layers[info.label] = LayerAnalysis(info=info, **arrays)
+    steps = []
+    for i, names in enumerate(field(about, "steps", list[dict], where)):
+        plain = {n: field(names, n, str, where) for n in ("source", "target", "kind")}
+        steps.append(Step(**plain, **_under(data, f"steps/{i}", Step, where)))
+    plain = {
+        f.name: field(about, f.name, f.type, where)
+        for f in dataclasses.fields(Analysis)
+        if f.name not in (*ARRAYS, "layers", "steps")
+    }
+    tuples = {k: tuple(v) for k, v in plain.items() if isinstance(v, list)}
+    arrays = {name: _array(data, name, where) for name in ARRAYS}
+    return Analysis(**plain | tuples | arrays, layers=layers, steps=steps)
 
 
-def _under(data: dict, name: str, part: str = "layers") -> dict:
-    start = f"{part}/{name}/"
-    return {k.removeprefix(start): v for k, v in data.items() if k.startswith(start)}
+# What numpy raises for a file that is no archive, or a damaged one.
+UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def _under(data: dict, start: str, owner: type, where: str) -> dict[str, np.ndarray]:
+    """The arrays of one layer or step: the fields of `owner` that are arrays."""
+    names = [f.name for f in dataclasses.fields(owner) if f.type is np.ndarray]
+    return {name: _array(data, f"{start}/{name}", where) for name in names}
+
+
+def _array(data: dict, name: str, where: str) -> np.ndarray:
+    if name not in data or data[name].dtype.kind not in "iuf":
+        raise ConfigError(f"{where}: has no array of numbers {name!r}.")
+    return data[name]

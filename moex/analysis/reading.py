@@ -4,17 +4,21 @@ S logged steps of one kind, ascending
 """
 
 import dataclasses
-import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from moex.config import ConfigError, nearest
+from moex.config import LARGEST, ConfigError, nearest, require
+from moex.json_files import field, read_json_lines
 from moex.train.job import load_config
 
 KINDS = ("train", "eval")  # of the lines that are compared, in their order in a step
+# Ends the names of values that are a layer, the one with the worst figure: of two that
+# are nearly the same, either may be.
+WHICH = "_worst_layer"
 FLOPS = "perf/train_flops_per_token"
 # Without these a line is none of moex.
 NEEDED = {
@@ -115,21 +119,49 @@ def read_run(path: pathlib.Path) -> Run:
 def read_lines(path: pathlib.Path) -> list[dict]:
     """The lines of a metrics.jsonl, but for a last one that is being written.
 
+    Of training and evaluation all values are numbers, null and NaN among them, but for
+    names of layers.
+
     Raises:
-      ConfigError: if any other line is not JSON, or has no kind or step.
+      ConfigError: naming the file and the line, if any other line is not JSON, or none
+        that moex writes.
     """
-    found, texts = [], path.read_text(errors="replace", encoding="utf-8").splitlines()
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as e:
-            if number < len(texts):
-                raise ConfigError(f"{path}: line {number} is not JSON: {e}") from None
-            continue
-        if not isinstance(line, dict) or not {"kind", "step"} <= line.keys():
-            raise ConfigError(f"{path}: line {number} has no kind and step.")
-        found.append(line)
+    return [
+        _checked(line, f"{path}, line {number}")
+        for number, line in read_json_lines(path, nan=True)
+    ]
+
+
+def _checked(line: dict, where: str) -> dict:
+    kind, step = read_place(line, where)
+    if kind == "sample":
+        field(line, "texts", list[str], where)
+    if kind not in KINDS:
+        return line
+    found = {"kind": kind, "step": step}
+    for name, value in line.items():
+        if name.endswith(WHICH):
+            found[name] = field(line, name, str, where)
+        elif name not in found:
+            value = field(line, name, float | None, where)
+            ok = value is None or abs(value) < 2**63 or not isinstance(value, int)
+            require(ok, f"{where}: {name}", value, "below 2**63")
+            found[name] = math.nan if value is None else value
+    if "tokens_seen" in line:  # a count: it has no NaN
+        tokens = field(line, "tokens_seen", int, where)
+        require(tokens >= 0, f"{where}: tokens_seen", tokens, ">= 0")
     return found
+
+
+def read_place(line: dict, where: str) -> tuple[str, int]:
+    """Kind and step of a line of metrics.jsonl or routing.jsonl.
+
+    Raises:
+      ConfigError: if it has none.
+    """
+    kind, step = field(line, "kind", str, where), field(line, "step", int, where)
+    require(0 <= step <= LARGEST, f"{where}: step", step, f"in 0 to {LARGEST:,}")
+    return kind, step
 
 
 def curves(run: Run, expected_flops: float) -> dict[str, Curve]:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moex import config as configs
-from moex.analysis.trace import Header, LayerInfo, Slots, Tokens
+from moex.analysis.header import Header, LayerInfo
+from moex.analysis.trace import Slots, Tokens
 from moex.analysis.writer import TraceWriter, check_new
 from moex.config import ConfigError
 from moex.moe.routing import ExpertRouting

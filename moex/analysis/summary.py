@@ -12,7 +12,8 @@ import numpy as np
 
 from moex.analysis import scores
 from moex.analysis import statistics as stats
-from moex.analysis.trace import Chunk, LayerInfo, Slots, Tokens, Trace
+from moex.analysis.header import LayerInfo
+from moex.analysis.trace import Chunk, Slots, Tokens, Trace
 from moex.config import ConfigError, nearest
 
 MOST_IDS = 8192  # of the most frequent token ids, whose experts are counted one by one
@@ -138,6 +139,7 @@ def analyse(
         raise ConfigError(f"{trace.path}: the trace has no tokens.")
     marker_ids = find_markers(trace, markers)
     _check_pool(trace, pool)
+    _check_room(trace, len(markers))
     first = _FirstPass(trace, pool)
     for marker, i in zip(markers, marker_ids, strict=True):
         if first.tokens_V[i] == 0:
@@ -215,6 +217,23 @@ def _check_pool(trace: Trace, pool: int | None) -> None:
                 f"pool = {pool}: layer {label} allows 1 to {most} in {trace.path}; "
                 "a trace with the logits of all experts (--logits) allows all."
             )
+
+
+MOST_COUNTS = 2**33  # numbers of 8 bytes that an analysis may keep: 64 GiB
+
+
+def _check_room(trace: Trace, markers: int) -> None:
+    """Check that the counts of a trace fit into memory, before any is made."""
+    groups = 4 * len(trace.domains) + BUCKETS + MOST_IDS // 2 + markers
+    sizes = [info.num_choices for info in trace.layers.values()]
+    pairs = [2 * a * b for a, b in zip(sizes, sizes[1:], strict=False)]
+    counts = sum(pairs) + sum(E * (E + groups) for E in sizes)
+    if counts > MOST_COUNTS:
+        raise ConfigError(
+            f"{trace.path}: {len(trace.domains):,} domains and routers of up to "
+            f"{max(sizes):,} experts: counting needs {counts * 8 / 2**30:,.0f} GiB, "
+            f"and at most {MOST_COUNTS * 8 / 2**30:.0f} are allowed."
+        )
 
 
 def _steps(layers: dict[str, LayerInfo]) -> list[Step]:

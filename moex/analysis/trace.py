@@ -11,8 +11,8 @@ included)
 """
 
 import dataclasses
-import json
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,89 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moex.config import ConfigError, nearest
+from moex.analysis.header import Header, LayerInfo
+from moex.config import ConfigError, nearest, short
 
 KEY = b"moex.trace"  # of the header, in the metadata of the file
-VERSION = 1
 BLOCK = 16384  # tokens of a row group; the last one has what is left
 SHARED = ("example", "position", "document", "token", "domain")
 VALUES = ("gate", "logit", "prob")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerInfo:
-    """One router of the model.
-
-    Attributes:
-      layer: absolute number of the layer, from 0; dense layers count.
-      round: of the chain, from 1; 0 where there is no chain.
-      num_experts: experts that compute. Ids from here on are zero-computation experts.
-      num_choices: E, all that the router chooses among.
-      slots: K, the most experts of a token.
-      router: name of its config, such as "TopK".
-      causal: False where the choice for a token reads later tokens (`ExpertChoice`).
-      capacity_factor: of the layer; None: nothing is dropped.
-    """
-
-    layer: int
-    round: int
-    num_experts: int
-    num_choices: int
-    slots: int
-    router: str
-    causal: bool = True
-    capacity_factor: float | None = None
-
-    @property
-    def label(self) -> str:
-        """Such as "003", or "003.1" for the first round of a chain."""
-        return f"{self.layer:03d}" + (f".{self.round}" if self.round else "")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Header:
-    """What a trace says of itself; JSON in the file's metadata.
-
-    Attributes:
-      run: the run directory, as it was given.
-      step: of the checkpoint.
-      layers: every router, in the order of the model.
-      tokenizer: {"fingerprint", "doc_id"}; doc_id is the token between documents.
-      vocabulary: what each token id stands for, as text; "" for unused ids.
-      domains: names of the data sources.
-      data: what was read; plain data, for people.
-      logits: whether the logits of all experts are there too.
-    """
-
-    run: str
-    step: int
-    layers: tuple[LayerInfo, ...]
-    tokenizer: dict[str, Any]
-    vocabulary: tuple[str, ...]
-    domains: tuple[str, ...]
-    data: dict[str, Any]
-    logits: bool = False
-
-    def to_json(self) -> str:
-        """For `from_json`."""
-        return json.dumps({"version": VERSION} | dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "Header":
-        """Read what `to_json` wrote.
-
-        Raises:
-          ConfigError: if it is of another version.
-        """
-        data = json.loads(text)
-        version = data.pop("version", None)
-        if version != VERSION:
-            raise ConfigError(
-                f"a trace of version {version}; this moex reads {VERSION}."
-            )
-        layers = tuple(LayerInfo(**layer) for layer in data.pop("layers"))
-        vocabulary, domains = tuple(data.pop("vocabulary")), tuple(data.pop("domains"))
-        return cls(layers=layers, vocabulary=vocabulary, domains=domains, **data)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,6 +106,25 @@ class Trace:
                 "wrote the file anew."
             )
         self.num_tokens = sum(self._sizes)
+        self._check_columns()
+
+    def _check_columns(self) -> None:
+        """Check that every column is there, with the type that the writer gives it."""
+        kinds = dict.fromkeys(SHARED, "int32") | {"layer": "int16", "round": "int8"}
+        kinds["domain"] = "dictionary<values=string, indices=int32, ordered=0>"
+        values = (*VALUES, "logits") if self.header.logits else VALUES
+        kinds |= {"expert": "list of int"} | dict.fromkeys(values, "list of float")
+        schema = self._file.schema_arrow
+        for name, kind in kinds.items():
+            found = schema.field(name).type if name in schema.names else "missing"
+            told = str(found)
+            if isinstance(found, pa.ListType):
+                told = f"list of {found.value_type}"
+                told = re.sub("int(16|32)$", "int", told)
+            if told != kind:
+                raise ConfigError(
+                    f"{self.path}: column {name!r} is {found}; a trace has {kind}."
+                )
 
     @classmethod
     def open(cls, path) -> "Trace":
@@ -203,7 +146,7 @@ class Trace:
             file.close()
             raise ConfigError(f"{path}: a Parquet file, but not a trace of moex.")
         try:
-            return cls(path, file, Header.from_json(text))
+            return cls(path, file, Header.from_json(text, f"{path}, header"))
         except ConfigError:
             file.close()
             raise
@@ -276,30 +219,65 @@ class Trace:
             yield Chunk(tokens=tokens, layers=found)
 
     def _read(self, group: int, names: Sequence[str]) -> dict[str, Any]:
-        table = self._file.read_row_group(group, columns=list(names))
-        return {name: table.column(name).combine_chunks() for name in names}
+        try:
+            table = self._file.read_row_group(group, columns=list(names))
+            found = {name: table.column(name).combine_chunks() for name in names}
+            for name, column in found.items():
+                column.validate(full=True)
+                flat = column.flatten() if isinstance(column, pa.ListArray) else column
+                if column.null_count + flat.null_count:
+                    raise self._damaged(group, f"column {name!r} has nulls")
+        except (pa.ArrowException, OSError) as e:
+            raise self._damaged(group, str(e).splitlines()[0][:200]) from None
+        return found
+
+    def _damaged(self, group: int, reason: str) -> ConfigError:
+        return ConfigError(f"{self.path}: row group {group} is damaged: {reason}.")
+
+    def _check_range(self, group: int, name: str, values, below: int) -> None:
+        if len(values) and not 0 <= values.min() <= values.max() < below:
+            number = values.min() if values.min() < 0 else values.max()
+            reason = f"{name} {number} is not in [0, {below})"
+            raise self._damaged(group, reason)
 
     def _tokens(self, group: int) -> Tokens:
         columns = self._read(group, SHARED)
         # A row group has a dictionary of its own.
         domain = columns.pop("domain")
+        place = {name: i for i, name in enumerate(self.domains)}
         names = domain.dictionary.to_pylist()
-        number = np.array([self.domains.index(name) for name in names], np.int32)
+        for name in names:
+            if name not in place:
+                raise self._damaged(group, f"no domain is called {short(name)}")
+        number = np.array([place[name] for name in names], np.int32)
         domain_N = number[domain.indices.to_numpy()]
-        arrays = {f"{name}_N": a.to_numpy() for name, a in columns.items()}
-        return Tokens(domain_N=domain_N, **arrays)
+        arrays = {name: a.to_numpy() for name, a in columns.items()}
+        for name, array in arrays.items():
+            below = len(self.vocabulary) if name == "token" else 2**31
+            self._check_range(group, name, array, below)
+        return Tokens(domain_N=domain_N, **{f"{n}_N": a for n, a in arrays.items()})
 
     def _slots(self, group: int, info: LayerInfo, names: Sequence[str]) -> Slots:
-        columns = self._read(group, names)
+        columns = self._read(group, ("layer", "round", *names))
+        for name in ("layer", "round"):
+            if (columns.pop(name).to_numpy() != getattr(info, name)).any():
+                raise self._damaged(group, f"its {name} is not that of {info.label}")
         arrays: dict[str, np.ndarray] = {}
+        num_rows = len(columns["expert"])
         if "logits" in columns:
             flat = columns.pop("logits").flatten().to_numpy()
+            if len(flat) != num_rows * info.num_choices:
+                raise self._damaged(group, f"logits are not {info.num_choices} a token")
             arrays["logits_NE"] = flat.reshape(-1, info.num_choices)
-        offsets = columns["expert"].offsets.to_numpy()
-        length_N1 = np.diff(offsets)[:, None]
-        keep_NK = np.arange(info.slots) < length_N1
+        length_N = np.diff(columns["expert"].offsets.to_numpy())
+        self._check_range(group, "number of slots", length_N, info.slots + 1)
+        keep_NK = np.arange(info.slots) < length_N[:, None]
         for name, column in columns.items():
+            if (np.diff(column.offsets.to_numpy()) != length_N).any():
+                raise self._damaged(group, f"column {name!r} has other lengths")
             flat = column.flatten().to_numpy()
+            if name == "expert":
+                self._check_range(group, name, flat, info.num_choices)
             dtype = np.int32 if name == "expert" else np.float32
             padded_NK = np.zeros(keep_NK.shape, dtype)
             padded_NK[keep_NK] = flat

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moex.analysis.header import Header
 from moex.analysis.trace import (
     BLOCK,
     KEY,
     SHARED,
     VALUES,
     Chunk,
-    Header,
     Slots,
     Tokens,
 )

@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 from typing import Any
 
-from moex.config import Config, children, flat, to_dict
+from moex.config import Config, children, flat, short, to_dict
 from moex.params import scaled
 from moex.report.material import Material
 from moex.report.page import Note, Section, Table, Verbatim
@@ -17,11 +17,14 @@ def summary(material: Material) -> list[str]:
     """Lines under the title."""
     cfg = material.cfg
     parts = [f"step {material.step:,} of {cfg.steps:,}"]
-    held = list(material.lines.get("eval", {}).items())
+    lines = material.lines.get("eval", {}).items()
+    held = [(step, line) for step, line in lines if "nll" in line]
     if held:
         step, line = held[-1]
         bits = (
-            f", {line['bits_per_byte']:.4f} bits per byte" if line.get("bytes") else ""
+            f", {line['bits_per_byte']:.4f} bits per byte"
+            if line.get("bytes") and "bits_per_byte" in line
+            else ""
         )
         text = f"held out at step {step:,}: {line['nll']:.4f} nats per token{bits}"
         parts.append(
@@ -149,4 +152,4 @@ def environment(material: Material) -> Section:
 
 
 def _cell(value) -> str:
-    return "–" if value is None else str(value)
+    return "–" if value is None else short(value) if children(value) else str(value)

@@ -4,20 +4,23 @@ S logged steps of one kind, ascending · E experts · ... what a figure has per 
 """
 
 import dataclasses
-import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
 
 from moex.accounting import Cost, model_cost
-from moex.analysis.reading import read_lines
-from moex.config import ConfigError
+from moex.analysis.reading import read_lines, read_place
+from moex.config import ConfigError, require, short
+from moex.json_files import expect_object, field, json_kind, parse_json, read_json
 from moex.params import fill_vocab
 from moex.train.environment import FILE as ENVIRONMENT
 from moex.train.job import load_config
 from moex.train.state import model_spec
 
+LABEL = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
+LISTS = ("load_frac", "slots_hist")  # figures that are lists; others are numbers
 MOST_LINES = 2000  # of routing.jsonl that are kept, for each kind
 MOST_BYTES = 2**28  # of their figures
 
@@ -103,10 +106,14 @@ def _cost(cfg) -> Cost | None:
 def _environment(file: pathlib.Path) -> list[dict]:
     if not file.is_file():
         return []
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
-        raise ConfigError(f"{file}: is not JSON: {e}") from None
+    starts = read_json(file)
+    if not isinstance(starts, list):
+        raise ConfigError(f"{file}: must be a list, not {json_kind(starts)}.")
+    for i, start in enumerate(starts):
+        where = f"{file}, entry {i}"
+        field(expect_object(start, where), "packages", dict[str, str], where, {})
+        field(start, "command", list[str], where, [])
+    return starts
 
 
 def read_routing(file: pathlib.Path) -> dict[str, Routing]:
@@ -126,7 +133,7 @@ def read_routing(file: pathlib.Path) -> dict[str, Routing]:
         start, number = 0, 0
         for number, raw in enumerate(opened, 1):
             if raw.endswith(b"\n"):  # else it is being written
-                kind, step = _head(file, number, raw)
+                kind, step = _head(f"{file}, line {number}", raw)
                 places.setdefault(kind, {})[step] = (start, number)
                 widest = max(widest, len(raw))
             start += len(raw)
@@ -137,17 +144,11 @@ def read_routing(file: pathlib.Path) -> dict[str, Routing]:
         }
 
 
-def _head(file, number: int, raw: bytes) -> tuple[str, int]:
+def _head(where: str, raw: bytes) -> tuple[str, int]:
     """Kind and step of a line, without parsing all of it."""
     end = raw.find(b'"layers"')
     text = raw[:end].rstrip().rstrip(b",") + b"}" if end > 0 else raw
-    try:
-        line = json.loads(text)
-        return line["kind"], line["step"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise ConfigError(
-            f"{file}: line {number} is not one of routing figures."
-        ) from None
+    return read_place(expect_object(parse_json(text, where), where), where)
 
 
 def _read_kind(file, opened, places: dict, most: int) -> Routing:
@@ -158,23 +159,15 @@ def _read_kind(file, opened, places: dict, most: int) -> Routing:
     for i in chosen:
         start, number = places[steps[i]]
         opened.seek(start)
-        try:
-            layers = json.loads(opened.readline())["layers"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError):
-            raise ConfigError(
-                f"{file}: line {number} is not one of routing figures."
-            ) from None
-        read.append(
-            {
-                label: {n: np.asarray(v, dtype=np.float32) for n, v in figures.items()}
-                for label, figures in layers.items()
-            }
-        )
+        where = f"{file}, line {number}"
+        line = expect_object(parse_json(opened.readline(), where, nan=True), where)
+        layers = field(line, "layers", dict[str, dict], where)
+        read.append({k: _figures(v, f"{where}: {k}") for k, v in layers.items()})
     labels = {label for line in read for label in line}
     for label in labels:
-        if not label.replace(".", "", 1).isdecimal():
+        if not LABEL.fullmatch(label):
             raise ConfigError(
-                f"{file}: {label!r} is no layer, such as '003' or '003.1'."
+                f"{file}: {short(label)} is no layer, such as '003' or '003.1'."
             )
     return Routing(
         step_S=np.array([steps[i] for i in chosen]),
@@ -185,6 +178,23 @@ def _read_kind(file, opened, places: dict, most: int) -> Routing:
         read=len(chosen),
         there=there,
     )
+
+
+def _figures(data: dict, where: str) -> dict[str, np.ndarray]:
+    """The figures of a layer as float32; null is NaN."""
+    found = {}
+    with np.errstate(over="ignore"):  # to infinity
+        for name in data:
+            if name in LISTS:
+                value = field(data, name, list[float | None], where)
+                require(len(value) > 0, f"{where}: {name}", value, "not empty")
+            else:
+                value = field(data, name, float | None, where)
+            try:
+                found[name] = np.asarray(value, dtype=float).astype(np.float32)
+            except OverflowError:
+                require(False, f"{where}: {name}", value, "a number that floats hold")
+    return found
 
 
 def _place(label: str) -> list[int]:

@@ -132,7 +132,7 @@ def test_a_last_line_that_is_half_written(write, mistake):
     log.write_text(whole + '{"kind": "train", "step": 5, "nl')
     assert list(read_run(run).lines["train"]) == [1, 2, 4]
     log.write_text("{\n" + whole)
-    assert f"{log}: line 1 is not JSON" in mistake(run, write("other"))
+    assert f"{log}, line 1: is not JSON" in mistake(run, write("other"))
 
 
 # Statistics and groups.
@@ -438,7 +438,57 @@ def test_what_cannot_be_compared(mistake, write, tmp_path):
     assert told.endswith("must be in a folder that exists.")
     assert "compare takes the configs of the runs" in mistake(a, c, "--config.seed=1")
     (c / "config.json").write_text("{")
-    assert mistake(a, c).startswith(f"{c / 'config.json'}: Expecting")
+    assert mistake(a, c).startswith(f"{c / 'config.json'}: is not JSON: Expect")
+
+
+def _line(text: str) -> str:
+    return '{"kind": "train", "step": 1, ' + text + "}"
+
+
+NO_LINES = {
+    "3": "must be a JSON object, not a number",
+    "[]": "must be a JSON object, not a list",
+    "{}": "has no field 'kind'",
+    b'{"kind": "\xff"}\n': "is not JSON: byte 10 is not UTF-8",
+    "[" * 100_000: "is not JSON: it is nested too deep",
+    '{"kind": "train"}': "has no field 'step'",
+    '{"kind": 3, "step": 1}': "kind = 3: must be str, not a number",
+    '{"kind": ["train"], "step": 1}': "kind = ['train']: must be str, not a list",
+    '{"kind": "train", "step": "5"}': "step = '5': must be int, not a string",
+    '{"kind": "train", "step": true}': "step = True: must be int",
+    '{"kind": "train", "step": 1.5}': "step = 1.5: must be int, not a number",
+    '{"kind": "train", "step": null}': "step = None: must be int, not null",
+    '{"kind": "train", "step": NaN}': "step = nan: must be int",
+    '{"kind": "train", "step": 1e300}': "step = 1e+300: must be int",
+    '{"kind": "train", "step": -1}': "step = -1: must be in 0 to 2,147,483,647",
+    '{"kind": "train", "step": 4294967296}': "step = 4294967296: must be in 0 to",
+    '{"kind": "sample", "step": 1}': "has no field 'texts'",
+    '{"kind": "sample", "step": 1, "texts": "a"}': "texts = 'a': must be list of str",
+    _line('"nll": "x"'): "nll = 'x': must be float or None, not a string",
+    _line('"nll": [1]'): "nll = [1]: must be float or None, not a list",
+    _line('"nll": {}'): "nll = {}: must be float or None, not an object",
+    _line('"nll": true'): "nll = True: must be float or None",
+    _line('"nll": 1' + "0" * 400): "nll = 1000",
+    _line('"tokens_seen": NaN'): "tokens_seen = nan: must be int",
+    _line('"tokens_seen": -5'): "tokens_seen = -5: must be >= 0",
+    _line('"moe/entropy_worst_layer": 3'): "moe/entropy_worst_layer = 3: must be str",
+}
+
+
+@pytest.mark.parametrize("value", ["null", "NaN", "Infinity"])
+def test_a_loss_that_is_no_number_is_nan_in_old_logs_and_null_in_new(write, value):
+    run = write("run")
+    log = run / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    (i,) = [i for i, text in enumerate(lines) if '"step": 4' in text and "trai" in text]
+    values = json.loads(lines[i])
+    text = json.dumps(values | {"nll": "here"}).replace('"here"', value)
+    lines[i] = text + "\n"
+    log.write_text("".join(lines))
+    nll = read_run(run).lines["train"][values["step"]]["nll"]
+    assert not math.isfinite(nll)
+    group = make_groups([read_run(run), read_run(write("other", "seed=5"))])[0]
+    assert group.to_dict()["runs"]
 
 
 def test_a_line_that_is_none_of_moex(mistake, write):
@@ -448,9 +498,9 @@ def test_a_line_that_is_none_of_moex(mistake, write):
     assert "the eval line of step 5 has no bits_per_byte." in mistake(a, b)
     log.write_text('{"kind": "train", "step": 1, "nll": 1.0}\n')
     assert "the train line of step 1 has no tokens_seen." in mistake(a, b)
-    for text in ("3", "[]", '{"kind": "train"}'):
-        log.write_text(text + "\n")
-        assert mistake(a, b) == f"{log}: line 1 has no kind and step."
+    for text, said in NO_LINES.items():
+        log.write_bytes(text if isinstance(text, bytes) else text.encode() + b"\n")
+        assert mistake(a, b).startswith(f"{log}, line 1: {said}"), text
 
 
 # Equality.

@@ -225,7 +225,7 @@ def test_files_that_are_no_traces(written, tmp_path):
     pq.write_table(pq.read_table(written[0]), again)
     newer = tmp_path / "newer.parquet"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moex.analysis.trace.VERSION", 2)
+        patch.setattr("moex.analysis.header.VERSION", 2)
         chunk = oracle.random_chunk(np.random.default_rng(0), 4)
         oracle.write(newer, [chunk])
     for path, said in (

@@ -281,7 +281,7 @@ def test_mistakes(good, mistake, folder, tmp_path):
     broken = pages.write_run(folder, tmp_path / "broken")
     text = (broken / "routing.jsonl").read_text()
     (broken / "routing.jsonl").write_text("{}\n" + text)
-    assert "routing.jsonl: line 1 is not one of routing figures" in mistake(broken)
+    assert "routing.jsonl, line 1: has no field 'kind'" in mistake(broken)
     (broken / "routing.jsonl").write_text(text.replace('"001"', '"first"'))
     assert "routing.jsonl: 'first' is no layer" in mistake(broken)
 
