@@ -224,11 +224,11 @@ def test_many_domains_are_read_in_little_time(tmp_path):
 
 def test_counts_that_need_too_much_memory_are_refused(good, monkeypatch):
     monkeypatch.setattr(summary, "MOST_COUNTS", 10_000)
-    with Trace.open(good) as trace:
-        with pytest.raises(
-            ConfigError, match=r"good\.parquet: 3 domains and routers of"
-        ):
-            analyse(trace)
+    with (
+        Trace.open(good) as trace,
+        pytest.raises(ConfigError, match=r"good\.parquet: 3 domains and routers of"),
+    ):
+        analyse(trace)
 
 
 # Analyses.
