@@ -23,6 +23,8 @@ from typing import Any
 import ml_collections
 
 TYPE_KEY = "__config__"
+# Metadata of a field: its value in saved configs from before the field was there.
+ABSENT = "absent"
 
 
 class ConfigError(ValueError):
@@ -333,8 +335,12 @@ def from_dict(data: Any, path: str = "config", depth: int = 0) -> Any:
                 f"{nearest(name, names)}"
             )
     for field in fields:
-        if field.name not in values and _is_needed(field):
+        if field.name in values:
+            continue
+        if _is_needed(field):
             raise ConfigError(f"{path}: {cls.__name__} needs the field {field.name!r}.")
+        if ABSENT in field.metadata:
+            values[field.name] = field.metadata[ABSENT]
     return cls(**values)
 
 

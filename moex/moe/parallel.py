@@ -173,7 +173,7 @@ def local_sums(sums, x_TD, slots, num_experts, ctx, *, buffer_rows=None, max_row
 
 def _for_experts(ctx, share):
     """The context inside: nothing of the batch, only how to compute."""
-    names = ("segment_BL", "position_BL", "token_BL", "key", "forced", "layer")
+    names = ("segment_BL", "position_BL", "token_BL", "key", "forced", "layer", "depth")
     return dataclasses.replace(ctx, **dict.fromkeys(names), tensor_share=share)
 
 

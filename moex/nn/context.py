@@ -25,6 +25,8 @@ class Context:
       key: random key for router noise, or None for no noise; every layer gets its own.
       forced: a recorded assignment to replay (`moe/replay.py`), or None.
       layer: int32 scalar, which copy of its segment a layer is; None outside a stack.
+      depth: int32 scalar, the number of the block in the model, from 0; for a segment
+        that of its first block. None outside a model.
       whole_stack: experts that can (`reads_stack`) hold the weights of all copies of
         their layer, [repeat, E, ...], of which those of copy `layer` are meant.
       chain_round: which round of a chain this is, from 0.
@@ -51,6 +53,7 @@ class Context:
     key: jax.Array | None = None
     forced: dict | None = None
     layer: jax.Array | None = None
+    depth: jax.Array | int | None = None
     first_expert: jax.Array | None = None
     chain_round: int = dataclasses.field(default=0, metadata={"static": True})
     mode: str = dataclasses.field(default="train", metadata={"static": True})

@@ -74,6 +74,8 @@ class LanguageModel(nnx.Module):
         self.segments = nnx.List(
             s.make(cfg.attention, D, rngs, norm_eps=cfg.norm_eps) for s in cfg.layers
         )
+        blocks = [s.repeat * len(s.pattern) for s in cfg.layers]
+        self.first_blocks = tuple(sum(blocks[:i]) for i in range(len(blocks)))
         self.norm = RMSNorm(D, rngs, axis="embed", eps=cfg.norm_eps)
         self.w_logits_DV = (
             None
@@ -109,7 +111,8 @@ class LanguageModel(nnx.Module):
         x_BLD = constrain(x_BLD, "batch", "length", None)
         aux, new_caches = {}, []
         for i, (segment, cache) in enumerate(zip(self.segments, caches, strict=True)):
-            x_BLD, aux[str(i)], cache = segment(x_BLD, _inside(ctx, i), cache)
+            own = dataclasses.replace(_inside(ctx, i), depth=self.first_blocks[i])
+            x_BLD, aux[str(i)], cache = segment(x_BLD, own, cache)
             new_caches.append(cache)
         x_BLD = self.norm(x_BLD)
         if self.w_logits_DV is None:

@@ -114,6 +114,8 @@ class SegmentStack(nnx.Module):
         )
         outer = dataclasses.replace(ctx, forced=None, key=None, whole_stack=bool(paths))
 
+        first = 0 if ctx.depth is None else ctx.depth
+
         def body(x_BLD, layer):
             blocks, block_caches, number, forced = layer
             aux, caches = {}, []
@@ -122,6 +124,7 @@ class SegmentStack(nnx.Module):
                 own = dataclasses.replace(
                     outer,
                     layer=number,
+                    depth=first + number * len(blocks) + i,
                     key=fold_key(ctx.key, number * len(blocks) + i),
                     forced=None if forced is None else forced.get(str(i)),
                 )

@@ -95,8 +95,11 @@ def mixed(h):
 
 
 def hashed(cfg, logit_E, token, **_):
-    E = len(logit_E)
-    start = mixed(token ^ mixed(cfg.seed))
+    """In block 0 of the model and round 0 of a chain, or wherever there is neither."""
+    E, seed = len(logit_E), cfg.seed
+    if cfg.by_layer:
+        seed = mixed(mixed(mixed(seed ^ 0x9E3779B9)))
+    start = mixed(token ^ mixed(seed))
     value_E = [mixed((start + e * 0x9E3779B9) % 2**32) >> 8 for e in range(E)]
     chosen = best(value_E, cfg.k)
     return dict.fromkeys(chosen, 1 / cfg.k), np.bincount(chosen, minlength=E) / cfg.k

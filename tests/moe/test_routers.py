@@ -15,7 +15,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moex.config import ConfigError, ConfigWarning, check
+from moex.config import ConfigError, ConfigWarning, check, from_dict, to_dict
 from moex.moe.balance import Controller
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
@@ -567,19 +567,34 @@ def test_refusals(router, message):
             check(MoE(num_experts=4, router=router, experts=Glu(hidden=2)), "config.f")
 
 
-def test_layers_and_rounds_draw_their_own_assignment():
-    module = Forced(k=2, load="random").make(D, E, nnx.Rngs(params=0))
-    hashing = Hash(k=2).make(D, E, nnx.Rngs(params=0))
+@pytest.mark.parametrize("cfg", [Hash(k=2), Forced(k=2, load="random")], ids=str)
+def test_blocks_and_rounds_draw_their_own_assignment(cfg):
+    module = cfg.make(D, E, nnx.Rngs(params=0))
 
-    def choice(router, **fields):
-        ctx = context(1, T, token_BL=TOKEN_T[None], **fields)
-        return router(tokens(), ctx).expert_TK
+    @functools.partial(jax.jit, static_argnums=1)
+    def choice(depth, chain_round):
+        ctx = context(1, T, token_BL=TOKEN_T[None], depth=depth)
+        ctx = dataclasses.replace(ctx, chain_round=chain_round)
+        return module(tokens(), ctx).expert_TK
 
-    first = choice(module)
-    np.testing.assert_array_equal(choice(module), first)
-    assert jnp.any(choice(module, layer=jnp.int32(1)) != first)
-    assert jnp.any(choice(module, chain_round=1) != first)
-    assert jnp.any(choice(hashing, chain_round=1) != choice(hashing))
+    places = [(depth, t) for depth in range(4) for t in range(3)]
+    found = {np.asarray(choice(jnp.int32(d), t)).tobytes() for d, t in places}
+    assert len(found) == len(places)
+    assert np.asarray(choice(jnp.int32(3), 2)).tobytes() in found
+
+
+def test_hashes_of_saved_configs_stay_as_they_were():
+    """Layers hashed alike, and the rounds of a chain with seed + round."""
+    before = to_dict(Hash(k=2, seed=5))
+    before.pop("by_layer")
+    old = from_dict(before)
+    assert old == Hash(k=2, seed=5, by_layer=False)
+    assert from_dict(to_dict(Hash(k=2))) == Hash(k=2, by_layer=True)
+    module = old.make(D, E, nnx.Rngs(params=0))
+    for depth, t in ((0, 0), (3, 0), (1, 2)):
+        ctx = context(1, T, token_BL=TOKEN_T[None], depth=depth, chain_round=t)
+        expected = hashed_experts(TOKEN_T, E, 2, 5 + t)
+        np.testing.assert_array_equal(module(tokens(), ctx).expert_TK, expected)
 
 
 def test_expert_choice_takes_its_share_of_real_tokens():

@@ -10,6 +10,9 @@ import pytest
 from flax import nnx
 
 from moex.config import ConfigError, check
+from moex.moe.chain import Chain
+from moex.moe.replay import recorded
+from moex.moe.routers.hash import Hash, hashed_experts, own_seed
 from moex.nn.attention import Attention
 from moex.nn.mlp import Dense
 from moex.nn.norm import RMSNorm
@@ -17,7 +20,7 @@ from moex.nn.stack import Segment
 from moex.optim import flat_paths
 from moex.train.losses import make_context, token_losses
 from moex.train.state import init_params, model_spec
-from tests.helpers import VOCAB, built, random_batch, tiny_lm, tiny_moe
+from tests.helpers import VOCAB, built, context, random_batch, tiny_lm, tiny_moe
 from tests.tolerances import assert_close
 
 BATCH = random_batch(4, 12)
@@ -149,3 +152,31 @@ def test_refusals(fields, message):
         setattr(cfg, name, value)
     with pytest.raises(ConfigError, match=message):
         check(cfg, "config.model")
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_every_block_of_a_model_hashes_on_its_own(scan_layers):
+    """Copies of a segment, blocks of a pattern, segments, and rounds of a chain."""
+    moe = tiny_moe(router=Hash(k=2), shared=None)
+    model = tiny_lm(
+        Segment(pattern=(moe, moe), repeat=2),
+        Segment(pattern=(Chain(moe=moe, iterations=2, routers="shared"),)),
+    )
+    spec, params, state = built(model)
+    token_BL = jnp.arange(12)[None]
+    fields = {"token_BL": token_BL, "collect": True, "scan_layers": scan_layers}
+    ctx = context(1, 12, **fields)
+    aux = jax.jit(lambda p: spec.merge(p, state)(ctx)[1])(params)
+    forced = recorded(aux)
+    ids = [
+        leaf.reshape(-1, 24)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(forced)
+        if "expert" in jax.tree_util.keystr(path)
+    ]
+    rows = np.concatenate([np.asarray(a) for a in ids])
+    assert len(rows) == 6
+    assert len({row.tobytes() for row in rows}) == 6
+    first = hashed_experts(token_BL[0], 8, 2, own_seed(0, 0, 0))
+    np.testing.assert_array_equal(rows[0].reshape(12, 2), first)
+    last = hashed_experts(token_BL[0], 8, 2, own_seed(0, 4, 1))
+    np.testing.assert_array_equal(rows[-1].reshape(12, 2), last)

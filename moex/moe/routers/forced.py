@@ -71,8 +71,8 @@ class ForcedRouter(nnx.Module):
         scores = router_scores(logits_TE, "softmax")
         T, E = logits_TE.shape
         key = jax.random.fold_in(jax.random.key(self.seed), ctx.chain_round)
-        if ctx.layer is not None:
-            key = jax.random.fold_in(key, ctx.layer)
+        if ctx.depth is not None:
+            key = jax.random.fold_in(key, ctx.depth)
         expert_TK = forced_experts(T, E, self.k, self.load, self.skew, key)
         # One gate that is made to be 1 would have no gradient.
         normalize = "after" if self.k > 1 else "none"

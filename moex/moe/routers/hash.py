@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moex.config import require
+from moex.config import ABSENT, require
 from moex.moe.routing import FixedK, Routing, replayed, top_k
 
 
@@ -17,7 +17,9 @@ from moex.moe.routing import FixedK, Routing, replayed, top_k
 class Hash(FixedK):
     """Each token id has k fixed experts, with equal gates."""
 
-    seed: int = 0  # of the hash; layers with different seeds hash differently
+    seed: int = 0  # of the hash
+    by_layer: bool = dataclasses.field(default=True, metadata={ABSENT: False})
+    # False: layers of one seed hash alike, as in runs from before the field was there
 
     def validate(self, path):
         FixedK.validate(self, path)
@@ -30,21 +32,27 @@ class Hash(FixedK):
 class HashRouter(nnx.Module):
     """The k experts with the largest hash of (token id, expert); gates are 1/k.
 
-    Round t of a chain hashes with seed + t. No parameters. Logits are 0, and probs are
-    1/k at the chosen experts, so that load and entropy mean what they mean for other
-    routers; the router z-loss is a constant.
+    Every block of the model and every round of a chain hashes with a seed of its own,
+    which follows from `seed`, the number of the block and that of the round. No
+    parameters. Logits are 0, and probs are 1/k at the chosen experts, so that load and
+    entropy mean what they mean for other routers; the router z-loss is a constant.
 
     Source: Roller et al. 2021, arXiv:2106.04426 (random hash; theirs has k = 1).
     """
 
     def __init__(self, cfg, num_experts):
-        self.k, self.seed = cfg.k, cfg.seed
+        self.k, self.seed, self.by_layer = cfg.k, cfg.seed, cfg.by_layer
         self.num_experts = num_experts
 
     def __call__(self, x_TD, ctx) -> Routing:
         T, E, k = x_TD.shape[0], self.num_experts, self.k
         token_T = ctx.token_BL.reshape(-1)
-        expert_TK = hashed_experts(token_T, E, k, self.seed + ctx.chain_round)
+        if self.by_layer:
+            depth = 0 if ctx.depth is None else ctx.depth
+            seed = own_seed(self.seed, depth, ctx.chain_round)
+        else:
+            seed = self.seed + ctx.chain_round
+        expert_TK = hashed_experts(token_T, E, k, seed)
         expert_TK, keep_TK = replayed(ctx, "expert", expert_TK, jnp.ones((T, k), bool))
         here_TKE = expert_TK[:, :, None] == jnp.arange(E)[None, None]
         chosen_TKE = here_TKE & keep_TK[:, :, None]
@@ -65,6 +73,13 @@ def hashed_experts(token_T, num_experts, k, seed=0) -> jax.Array:
     # 24 bits are exact in float32, which top_k likes on every platform.
     value_TE = mixed(token_T1 + expert_1E * jnp.uint32(0x9E3779B9)) >> 8
     return top_k(value_TE.astype(jnp.float32), k)[1].astype(jnp.int32)
+
+
+def own_seed(seed, depth, chain_round) -> jax.Array:
+    """uint32 seed of one round of one block."""
+    own = mixed(jnp.uint32(seed) ^ jnp.uint32(0x9E3779B9))
+    own = mixed(own + jnp.asarray(depth).astype(jnp.uint32))
+    return mixed(own + jnp.uint32(chain_round))
 
 
 def mixed(h):
