@@ -9,6 +9,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from moex.config import ConfigError
 from moex.data.files import one_line
@@ -25,14 +26,15 @@ def one_line_errors(begins: str, *, may_panic: bool = False) -> Iterator[None]:
       may_panic: hold back what is written to standard error meanwhile, and drop it if
         the library panics.
     """
-    with _standard_error_held() if may_panic else contextlib.nullcontext([]) as held:
+    hold: Any = _standard_error_held if may_panic else contextlib.nullcontext
+    with hold() as held:
         try:
             yield
         except BaseException as e:
             panicked = type(e).__name__ == "PanicException"
             if not isinstance(e, Exception) and not panicked:
                 raise
-            if panicked:
+            if panicked and held is not None:
                 held.clear()
             raise ConfigError(f"{begins} ({one_line(e)}).") from None
 
