@@ -6,7 +6,7 @@ from typing import Any
 import tokenizers
 
 from moex.config import ConfigError
-from moex.data.tokenizer import Tokenizer, template_begin
+from moex.data.encoding import Tokenizer, template_begin
 from moex.json_files import field, read_object
 
 SETTINGS, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"

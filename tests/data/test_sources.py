@@ -179,7 +179,9 @@ def test_text_that_is_not_utf8(tmp_path):
 
 def test_ranges(tmp_path):
     fails(PythonStdlib(weight=0), "weight = 0", "> 0")
-    for weight in (1e308, 5e-324, -1.0):  # Grain mixes by whole numbers
+    for weight in (1e308, 5e-324):
+        fails(PythonStdlib(weight=weight), f"weight = {weight}: must be")
+    for weight in (1.1e6, 9e-7, -1.0):  # Grain mixes by whole numbers
         fails(PythonStdlib(weight=weight), f"weight = {weight}", "in [1e-6, 1e6]")
     fails(PythonStdlib(holdout=1.1), "holdout = 1.1", "in [0, 1]")
     fails(Parquet(paths=("a",), kind="txt"), "kind", "Did you mean 'text'")

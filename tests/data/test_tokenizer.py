@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from moex.config import ConfigError, check
+from moex.data import encoding
 from moex.data import tokenizer as tokenizer_module
+from moex.data.encoding import META
 from moex.data.library import one_line_errors
-from moex.data.tokenizer import DOC_TOKEN, META, Bpe, Bytes, Tokenizer, TokenizerFile
+from moex.data.tokenizer import DOC_TOKEN, Bpe, Bytes, Tokenizer, TokenizerFile
 
 SAMPLE = ["def f(x):\n    return x + 1\n\n", "the cat's hat é\u4e2d\U0001f600 "] * 20
 ANY = settings(derandomize=True, deadline=None, max_examples=60)
@@ -166,9 +168,9 @@ def test_batch_equals_single_and_long_texts_are_cut(all_tokenizers, monkeypatch)
     texts = ["one\ntwo\nthree", "", "no newline at all"]
     whole = [made.encode(t) for t in texts]
     assert [i.tolist() for i in made.encode_batch(texts)] == whole
-    monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", 5)
+    monkeypatch.setattr(encoding, "PIECE_CHARS", 5)
     assert [made.decode(i) for i in made.encode_batch(texts)] == texts
-    assert tokenizer_module._pieces("ab\ncdefghij") == ["ab\n", "cdefg", "hij"]
+    assert encoding._pieces("ab\ncdefghij") == ["ab\n", "cdefg", "hij"]
 
 
 def test_training_is_deterministic_and_cached(tmp_path):
@@ -297,7 +299,9 @@ def test_what_others_write_to_standard_error_meanwhile_is_kept(capfd):
 
 
 def test_sizes_that_no_machine_has(tmp_path):
-    for vocab in (10**12, 2**24 + 1, 0, -1):
+    with pytest.raises(ConfigError, match=r"config\.vocab = 1000000000000: must be"):
+        check(Bpe(vocab=10**12))
+    for vocab in (2**24 + 1, 0, -1):
         with pytest.raises(
             ConfigError, match=rf"config\.vocab = {vocab}: .*16,777,216"
         ):
