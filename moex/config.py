@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import importlib
 import math
+import re
 import types
 import typing
 import warnings
@@ -55,13 +56,34 @@ class Config:
         """Raise `ConfigError` if fields are out of range; `path` names this config."""
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the closest of `allowed`, or an empty string."""
-    allowed, name = list(allowed), str(name)
-    match = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+def nearest(name: str, allowed: Iterable[str], cutoff: float | None = None) -> str:
+    """` Did you mean 'x'?` for the `closest` of `allowed`, or an empty string."""
+    found = closest(str(name), allowed, cutoff)
+    return "" if found is None else f" Did you mean {found!r}?"
+
+
+def closest(name: str, allowed: Iterable[str], cutoff: float | None = None):
+    """The name that `name` may be a slip of, or None: better none than a wrong one.
+
+    Names with other digits are other things (`qwen2` and `qwen3`, layers 0 and 1).
+
+    Args:
+      name: as it was given.
+      allowed: the names there are.
+      cutoff: share of equal letters, 0 to 1; None: one slip in a short name, or a
+        quarter of a longer one.
+    """
+    cutoff = cutoff or (0.75 if len(name) > 3 else 0.6)
+    by_lower = {a.lower(): a for a in allowed if _digits(a) == _digits(name)}
+    match = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
     # A short name is close to nothing: `k` to `k_max` neither.
-    match = match or [a for a in allowed if name and a.startswith(f"{name}_")]
-    return f" Did you mean {match[0]!r}?" if match else ""
+    match = match or [a for a in by_lower if name and a.startswith(f"{name.lower()}_")]
+    return by_lower[match[0]] if match else None
+
+
+def _digits(name: str) -> list[list[str]]:
+    """The digits of each number in a name, in whatever order they were typed."""
+    return [sorted(number) for number in re.findall(r"[0-9]+", name)]
 
 
 def require(ok: bool, path: str, value: Any, allowed: str) -> None:

@@ -18,7 +18,16 @@ import ml_collections
 from absl import flags
 from ml_collections.config_flags import config_flags, config_path
 
-from moex.config import Config, ConfigError, children, fits, nearest, type_name
+from moex.config import (
+    Config,
+    ConfigError,
+    children,
+    closest,
+    fits,
+    nearest,
+    type_name,
+    walk,
+)
 
 NONE_WORDS = ("None", "none", "null")
 
@@ -197,16 +206,43 @@ def _find(cfg, path: str):
                 raise ConfigError(f"{seen}[{part}]: no such entry; {seen} has {size}.")
         elif part not in names:
             have = ", ".join(names) if names else f"no fields, it is {node!r}"
+            meant = _meant(cfg, node, seen, part) if names else ""
             kind = f" ({type(node).__name__})" if isinstance(node, Config) else ""
             raise ConfigError(
-                f"{seen}.{part}: no such field.{nearest(part, names)} "
-                f"{seen}{kind} has {have}."
+                f"{seen}.{part}: no such field.{meant} {seen}{kind} has {have}."
             )
         if i == len(parts) - 1:
             return node, part
         node = node[part] if isinstance(part, int) else getattr(node, part)
         seen += f"[{part}]" if isinstance(part, int) else f".{part}"
     raise AssertionError("a path has at least one part")
+
+
+def _meant(cfg, node, seen, name) -> str:
+    """` Did you mean ...?` for a field that `node`, at the path `seen`, has not.
+
+    The name may stand further below or elsewhere, or be mistyped, in this order: then
+    the whole paths of all fields of that name are given, the first three of them.
+    """
+    below, everywhere = _paths(node, seen), _paths(cfg, "config")
+    if name not in below and (near := nearest(name, [n for n, _ in children(node)])):
+        return near
+    for paths in (below, everywhere):
+        for meant in (name, closest(name, paths)):
+            if meant in paths:
+                found = [repr(path) for path in paths[meant]]
+                rest = [f"one of {len(found) - 3} more"] if len(found) > 3 else []
+                return f" Did you mean {' or '.join(found[:3] + rest)}?"
+    return ""
+
+
+def _paths(node, path) -> dict[str, list[str]]:
+    """`{name: paths}` of all fields below a node."""
+    found: dict[str, list[str]] = {}
+    for where, _ in walk(node, path):
+        if where != path and not where.endswith("]"):
+            found.setdefault(where.rpartition(".")[2], []).append(where)
+    return found
 
 
 def _annotation(holder, name):

@@ -6,6 +6,7 @@ import json
 import ml_collections
 import pytest
 
+from configs import quickstart
 from moex.config import (
     TYPE_KEY,
     Config,
@@ -19,8 +20,11 @@ from moex.config import (
     type_name,
     walk,
 )
+from moex.flags import load_config
+from moex.interop.families import FAMILIES, find_family
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
+from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim
@@ -159,10 +163,104 @@ def test_describe():
     assert any(line.strip() == "[0]: MoE" for line in deep)
 
 
-def test_nearest_and_type_names():
-    assert nearest("lerning", ["learning", "decay"]) == " Did you mean 'learning'?"
-    assert nearest("zzz", ["learning"]) == ""
-    assert nearest("k", ["p", "k_max"]) == " Did you mean 'k_max'?"
+MODEL_FIELDS = [field.name for field in dataclasses.fields(LM)]
+TENSORS = ["model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed", "meant"),
+    [
+        # Slips of the hand.
+        ("lerning", ["learning", "decay"], "learning"),
+        ("vocabb", MODEL_FIELDS, "vocab"),
+        ("norm_esp", MODEL_FIELDS, "norm_eps"),
+        ("Topk", ["topk", "topp"], "topk"),
+        ("lrr", ["lr", "rule"], "lr"),
+        ("uint61", ["uint16", "int32"], "uint16"),
+        ("all-to-all", ["auto", "all_to_all", "gather"], "all_to_all"),
+        ("mixtrall", FAMILIES, "mixtral"),
+        (TENSORS[0].replace("gate", "gaet"), TENSORS[1:] + TENSORS[:1], TENSORS[0]),
+        ("k", ["p", "k_max"], "k_max"),  # the beginning of a name
+        ("norm", MODEL_FIELDS, "norm_eps"),
+        # Other things, which are not what was meant.
+        ("zzz", ["learning"], None),
+        ("num_experts", MODEL_FIELDS, None),  # norm_eps, it was
+        ("router", MODEL_FIELDS, None),
+        ("hidden", MODEL_FIELDS, None),
+        ("experts", MODEL_FIELDS, None),
+        ("heads", MODEL_FIELDS, None),
+        ("", MODEL_FIELDS, None),
+        ("seq_len", ["steps", "seed", "data"], None),
+        ("float16", ["float32", "bfloat16"], "bfloat16"),
+        ("float8", ["float32", "bfloat16"], None),
+        (TENSORS[0], TENSORS[1:], None),
+        ("segments/0/blocks/1", ["segments/0/blocks/0", "segments/1/blocks/0"], None),
+    ],
+)
+def test_the_name_that_may_have_been_meant(name, allowed, meant):
+    expected = "" if meant is None else f" Did you mean {meant!r}?"
+    assert nearest(name, allowed) == expected
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("llama4", "qwen2", "qwen3_next", "qwen3_vl_moe", "gemma3", "phimoe"),
+        *("deepseek", "deepseek_v32", "glm4_moe", "granitemoe", "ernie4_5_moe", "dbrx"),
+        *("olmo", "olmo2", "flex_olmo", "mistral", "ministral", "gpt2"),
+    ],
+)
+def test_another_family_of_models_is_not_a_slip(family):
+    with pytest.raises(ConfigError, match="must be one of") as error:
+        find_family("config.json", {"model_type": family})
+    assert "Did you mean" not in str(error.value)
+
+
+MOE_PATH = "config.model.layers[0].pattern[0]"
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("model.num_experts", f"'{MOE_PATH}.num_experts'"),
+        ("num_experts", f"'{MOE_PATH}.num_experts'"),
+        ("model.num_expert", f"'{MOE_PATH}.num_experts'"),
+        ("model.router.k", f"'{MOE_PATH}.router'"),
+        ("model.k", f"'{MOE_PATH}.router.k'"),
+        ("model.layers[0].experts", f"'{MOE_PATH}.experts'"),
+        (
+            "model.hidden",
+            f"'{MOE_PATH}.experts.hidden'",
+        ),
+        ("model.heads", "'config.model.attention.heads'"),
+        ("lr", "'config.optim.lr'"),
+        ("model.lr", "'config.optim.lr'"),
+        ("optim.balance_scope", "'config.loss.balance_scope'"),
+        ("model.dimm", "'dim'"),
+        ("model.zzz", None),
+    ],
+)
+def test_a_field_of_another_place_is_named_by_its_path(override, meant):
+    with pytest.raises(ConfigError, match="no such field") as error:
+        load_config([f"--config.{override}=1"], base=quickstart.get_config())
+    text = str(error.value)
+    if meant is None:
+        assert "Did you mean" not in text
+    else:
+        assert f"no such field. Did you mean {meant}" in text
+
+
+def test_fields_of_several_places_are_named_by_the_first_three():
+    cfg = quickstart.get_config()
+    layer = cfg.model.layers[0]
+    cfg.model.layers = (layer,) * 5
+    with pytest.raises(ConfigError) as error:
+        load_config(["--config.model.num_experts=8"], base=cfg)
+    three = [f"'config.model.layers[{i}].pattern[0].num_experts'" for i in range(3)]
+    assert f" Did you mean {' or '.join(three)} or one of 2 more?" in str(error.value)
+
+
+def test_names_of_types():
     assert type_name(int | None) == "int or None"
     assert type_name(tuple[str, ...]) == "tuple of str"
     assert type_name(tuple[str, float]) == "tuple of str, float"

@@ -340,7 +340,7 @@ def find_family(where: str, config: Mapping[str, Any]) -> Family:
     if kind not in FAMILIES:
         raise ConfigError(
             f"{where}: model_type = {kind!r}: must be one of {', '.join(FAMILIES)}."
-            f"{nearest(str(kind), FAMILIES)}"
+            f"{nearest(str(kind), FAMILIES, cutoff=0.9)}"
         )
     return FAMILIES[kind]
 
