@@ -94,7 +94,7 @@ def moex_model(config: dict, folder: str | None = None):
         fresh = functools.partial(states.init_params, model)
         init = jax.jit(fresh, out_shardings=states.shardings(spec, mesh))
         return spec, model, *init(jax.random.key(0))
-    wanted = pieces(model, find_family("config.json", config).names)
+    wanted = list(pieces(model, find_family("config.json", config).names))
     with Folder.open(folder) as opened:
         arrays = load_model(spec, mesh, wanted, opened)
     return spec, model, arrays["params"], arrays["state"]

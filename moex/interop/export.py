@@ -7,27 +7,38 @@ from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
 
-from moex.config import ConfigError
+from moex.config import ConfigError, require
 from moex.data.tokenizer import Tokenizer
 from moex.interop.arrays import tensor_of
 from moex.interop.families import FAMILIES, read_model
-from moex.interop.folder import INDEX, SINGLE, extra_files, read_json
+from moex.interop.folder import (
+    CONFIG,
+    DTYPES,
+    INDEX,
+    SINGLE,
+    extra_files,
+    read_index,
+    read_json,
+)
 from moex.interop.hf import KEPT, RECORD
 from moex.interop.names import Piece, pieces
 from moex.interop.native import closest, inference
+from moex.interop.tokens import first_token, written
 from moex.interop.writing import Tensor, check_target, write
+from moex.json_files import field
 from moex.optim import flat_paths
 from moex.train.job import load_config, load_run
+
+KINDS = {kind.name for kind in DTYPES.values()}
 
 
 def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict, dict | None]:
     """(config.json, other files by name, dtype by tensor, index) of an export."""
     kept = run / KEPT
     if (kept / RECORD).is_file():
-        config = json.loads((kept / "config.json").read_text(encoding="utf-8"))
-        model = read_model(str(kept / "config.json"), config)
+        config = read_json(kept / CONFIG)
+        model = read_model(str(kept / CONFIG), config)
         if inference(model) == inference(cfg.model):
             # What the folder does not have: other numbers, code, layers after the last.
             config.pop("quantization_config", None)
@@ -35,35 +46,25 @@ def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict, dict | None]
             if "num_nextn_predict_layers" in config:
                 config["num_nextn_predict_layers"] = 0
             files: dict[str, Any] = {f.name: f for f in extra_files(kept)}
-            record = json.loads((kept / RECORD).read_text(encoding="utf-8"))
-            dtypes, index = record["dtypes"], None
+            record, where = read_json(kept / RECORD), str(kept / RECORD)
+            dtypes, index = field(record, "dtypes", dict[str, str], where), None
+            for name, kind in dtypes.items():
+                require(kind in KINDS, f"{where}: {name}", kind, "a type of a tensor")
             if record.get("whole"):
                 index = {"weight_map": dict.fromkeys(dtypes, SINGLE)}
                 if (kept / INDEX).is_file():
-                    index = read_json(kept / INDEX)
+                    index = read_index(kept / INDEX)
             return config, files, dtypes, index
-    file = run / "tokenizer" / "tokenizer.json"
-    own = Tokenizer.load(file.parent)
-    begins = own.prefix_id != own.doc_id
+    own = Tokenizer.load(run / "tokenizer")
+    begin = first_token(own)
     # Else transformers takes the ids of the family's first model.
     config = closest(cfg.model) | {
         "max_position_embeddings": cfg.seq_len,
-        "bos_token_id": own.prefix_id if begins else None,
+        "bos_token_id": begin,
         "eos_token_id": list(own.stop_ids) if own.stop_ids[1:] else own.doc_id,
         "pad_token_id": None,
     }
-    files = {}
-    if file.is_file():
-        names = tokenizers.Tokenizer.from_file(str(file))
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": names.id_to_token(own.doc_id),
-        }
-        if begins:
-            settings["bos_token"] = names.id_to_token(own.prefix_id)
-        files["tokenizer.json"] = file
-        files["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
-    return config, files, {}, None
+    return config, written(own, run / "tokenizer"), {}, None
 
 
 def export_hf(run, out, *, dtype: str | None = None, say=print) -> dict:
@@ -94,7 +95,7 @@ def export_hf(run, out, *, dtype: str | None = None, say=print) -> dict:
     check_target(out)
     config, files, dtypes, index = _description(run, cfg)
     family = FAMILIES[config["model_type"]]
-    wanted = pieces(cfg.model, family.names)
+    wanted = list(pieces(cfg.model, family.names))
     loaded = load_run(run, warn=say)
     state = flat_paths(loaded.state)
     arrays = flat_paths(loaded.params) | state

@@ -13,7 +13,6 @@ tensor's name means.
 """
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -23,10 +22,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from moex.config import ConfigError, nearest
+from moex.json_files import field, parse_json, read_object, short
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MOST_HEADER = 100_000_000  # bytes, as in the safetensors library
 PICKLES = (".bin", ".pt", ".pth")
 
 # What travels with a model, besides its weights.
@@ -157,16 +158,10 @@ class Folder:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """The object in a JSON file of a folder."""
     if not file.is_file():
         raise ConfigError(f"{file.parent}: has no {file.name}.")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:  # of JSON and of UTF-8
-        raise ConfigError(f"{file} is not JSON: {e}.") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{file}: must hold an object, not a {type(data).__name__}.")
-    return data
+    return read_object(file)
 
 
 def _weight_map(path: Path) -> dict[str, str] | None:
@@ -186,16 +181,8 @@ def _weight_map(path: Path) -> dict[str, str] | None:
                 "with save_pretrained(safe_serialization=True) of transformers."
             )
         raise ConfigError(f"{path}: has neither {SINGLE} nor {INDEX}.")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError(f"{index}: has no weight_map of tensor names to files.")
+    weight_map = read_index(index)["weight_map"]
     for name, file in weight_map.items():
-        plain = isinstance(file, str) and not set(file) & set("/\\:\0")
-        if not plain or not file.endswith(".safetensors"):
-            raise ConfigError(
-                f"{index}: the file of tensor {name!r} is {file!r}; must be the plain "
-                "name of a .safetensors file in the same folder."
-            )
         if not (path / file).is_file():
             raise ConfigError(
                 f"{index}: the shard {file} of tensor {name!r} is missing."
@@ -203,21 +190,41 @@ def _weight_map(path: Path) -> dict[str, str] | None:
     return weight_map
 
 
+def read_index(file: Path) -> dict[str, Any]:
+    """An index of shards, of the form that it must have."""
+    index = read_json(file)
+    field(index, "metadata", dict | None, str(file), None)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"{file}: has no weight_map of tensor names to files.")
+    for name, shard in weight_map.items():
+        plain = isinstance(shard, str) and not set(shard) & set("/\\:\0")
+        if not plain or not shard.endswith(".safetensors"):
+            raise ConfigError(
+                f"{file}: the file of tensor {name!r} is {short(shard)}; must be the "
+                "plain name of a .safetensors file in the same folder."
+            )
+    return index
+
+
 def _header(file: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file."""
     try:
         with open(file, "rb") as f:
             size = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(size))
+            if size > MOST_HEADER:
+                raise ValueError(f"its header would have {size:,} bytes")
+            header = parse_json(f.read(size), "its header")
         _check_length(file, 8 + size, header)
         # The library checks the rest of a file, such as that no tensors overlap.
         with safe_open(file, framework="numpy"):
             pass
     except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as e:
-        if isinstance(e, ConfigError):
+        text = str(e)
+        if text.startswith(str(file)):
             raise
         raise ConfigError(
-            f"{file} is truncated or is not a safetensors file: {e}"
+            f"{file} is truncated or is not a safetensors file: {text}"
         ) from None
     header.pop("__metadata__", None)
     entries = {}

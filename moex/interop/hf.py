@@ -4,6 +4,7 @@ The folder's own files (config, tokenizer, generation config, index of shards) a
 in `RUN/hf`, with the dtype of every tensor, so that an export gives back what came in.
 """
 
+import itertools
 import json
 import shutil
 import uuid
@@ -13,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from moex.compress.convert import write_run
-from moex.config import ConfigError, nearest
+from moex.config import ConfigError, nearest, require
 from moex.data.files import atomic_write
 from moex.data.pipeline import Data
 from moex.data.tokenizer import SavedTokenizer, TokenizerFile
@@ -22,12 +23,20 @@ from moex.interop.arrays import load_array
 from moex.interop.dequantise import reader
 from moex.interop.families import (
     find_family,
+    further_layers,
     is_unused,
     read_model,
 )
-from moex.interop.folder import INDEX, Folder, extra_files
+from moex.interop.fields import Fields
+from moex.interop.folder import CONFIG, INDEX, Folder, extra_files
 from moex.interop.names import Piece, pieces
-from moex.interop.tokens import end_token, set_ends, tokenizer_file
+from moex.interop.tokens import (
+    check_tokens,
+    end_ids,
+    end_token,
+    set_ends,
+    tokenizer_file,
+)
 from moex.interop.writing import check_target
 from moex.optim import AdamW, Optim, flat_paths, path_name
 from moex.run import Checkpoint, Eval, Log, Loss, check_run
@@ -76,15 +85,18 @@ def import_hf(
     out = check_target(out)
     with Folder.open(folder) as opened:
         source = reader(opened)
-        where = str(opened.path / "config.json")
+        where = str(opened.path / CONFIG)
         family = find_family(where, opened.config)
-        model = read_model(where, opened.config)
-        wanted = pieces(model, family.names)
-        unused = check_tensors(source, wanted, family, model, opened.config)
+        model = read_model(where, opened.config, say)
+        wanted, unused = check_tensors(source, family, model, opened.config)
         file = tokenizer_file(opened.path, tokenizer)
+        check_tokens(file, model.vocab)
         doc_token = doc_token or end_token(opened.path, opened.config, file)
-        shapes = _shapes(model)
-        cfg = _run_config(model, opened.config, config_args)
+        ends = end_ids(opened.path, opened.config)
+        shapes, rows = _shapes(model), model.vocab
+        cfg = _run_config(model, where, opened.config, config_args)
+        given, allowed = cfg.model.vocab, f"{rows} or left out: the folder has no more"
+        require(given == rows, "--config.model.vocab", given, allowed)
         _check_shapes(shapes, _shapes(cfg.model))
         cfg.data.tokenizer = TokenizerFile(path=str(file), doc_token=doc_token)
         temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -92,7 +104,7 @@ def import_hf(
             job = make_job(cfg, log=say)
             kept = temporary / KEPT
             kept.mkdir(parents=True)
-            set_ends(job.data.tokenizer, opened.path, opened.config, file)
+            set_ends(job.data.tokenizer, opened.path, file, ends)
             for name in unused:
                 say(f"not used: {name}")
             say(f"reading {len(wanted)} tensors of {opened.path}")
@@ -118,19 +130,23 @@ def import_hf(
     return record
 
 
-def check_tensors(source, wanted: list[Piece], family, model, config) -> list[str]:
+def check_tensors(source, family, model, config) -> tuple[list[Piece], list[str]]:
     """Check names and shapes of all tensors.
 
     Returns:
-      Those on the family's list of tensors that moex does not use, sorted.
+      All pieces of the model, and the names of the tensors on the family's list of
+      those that moex does not use, sorted.
 
     Raises:
       ConfigError: for a missing tensor, one of another shape, or one too many, and for
         logits of their own where the config says that embeddings are tied.
     """
-    names, own = source.names, {p.name for p in wanted}
-    for piece in wanted:
+    names, wanted = source.names, []
+    # One by one: a config can ask for any number of tensors, a folder has few.
+    for piece in pieces(model, family.names):
         if piece.name not in names:
+            some = itertools.islice(pieces(model, family.names), 2 * len(names))
+            own = {p.name for p in some}
             raise ConfigError(
                 f"{source.listing}: tensor {piece.name!r} is missing."
                 f"{nearest(piece.name, names - own)}"
@@ -141,8 +157,9 @@ def check_tensors(source, wanted: list[Piece], family, model, config) -> list[st
                 f"{source.file_of(piece.name)}: tensor {piece.name!r} has shape "
                 f"{list(shape)}; config.json makes it {list(piece.shape)}."
             )
-    extra = int(config.get("num_nextn_predict_layers") or 0)
-    unused = sorted(names - own)
+        wanted.append(piece)
+    unused = sorted(names - {p.name for p in wanted})
+    extra = further_layers(str(source.path / CONFIG), config)
     for name in unused:
         if model.tied_embeddings and name == HEAD:
             _check_tied(source)
@@ -151,7 +168,7 @@ def check_tensors(source, wanted: list[Piece], family, model, config) -> list[st
                 f"{source.file_of(name)}: tensor {name!r} is one too many: a "
                 f"{config['model_type']} of this config.json has none."
             )
-    return unused
+    return wanted, unused
 
 
 def _check_tied(source) -> None:
@@ -200,10 +217,11 @@ def load_model(spec, mesh, wanted: list[Piece], source) -> dict:
     }
 
 
-def _run_config(model, config, config_args):
+def _run_config(model, where, config, config_args):
     """A config to go on training with; small steps, as for a trained model."""
     cfg = ml_collections.ConfigDict(convert_dict=False)
-    longest = int(config.get("max_position_embeddings") or 2048)
+    of = Fields(where, config, {"max_position_embeddings": 2048})
+    longest = of("max_position_embeddings", int, least=2, null=2048)
     cfg.update(
         {
             **{"seed": 0, "steps": 1000, "batch_size": 8, "grad_accum": 1},

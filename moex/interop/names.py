@@ -62,31 +62,28 @@ class Names:
     experts: tuple[str, str, str] | None = ("gate_proj", "up_proj", "down_proj")
 
 
-def pieces(model: LM, names: Names) -> list[Piece]:
-    """Every tensor of a checkpoint of this model, in the order of the layers."""
+def pieces(model: LM, names: Names) -> Iterator[Piece]:
+    """Yield every tensor of a checkpoint of this model, in the order of the layers."""
     V, D = model.vocab, model.dim
     assert V is not None
     # Families do not scale embeddings; a model that does leaves with scaled rows.
     factor = D**-0.5 if model.scale_embeddings else 1.0
-    found = [
-        Piece(
-            "model.embed_tokens.weight",
-            *((V, D), "w_embed_VD", ()),
-            *((V, D), (0, 1), factor),
-        )
-    ]
+    yield Piece(
+        "model.embed_tokens.weight",
+        *((V, D), "w_embed_VD", ()),
+        *((V, D), (0, 1), factor),
+    )
     number = 0
     for s, segment in enumerate(model.layers):
         attentions = segment.attentions(model.attention)
         for r in range(segment.repeat):
             for b, ffn in enumerate(segment.pattern):
                 make = _Layer(f"model.layers.{number}", f"segments/{s}/blocks/{b}", r)
-                found += make.block(attentions[b], ffn, D, names)
+                yield from make.block(attentions[b], ffn, D, names)
                 number += 1
-    found.append(Piece("model.norm.weight", (D,), "norm/scale_D", (), (D,), (0,)))
+    yield Piece("model.norm.weight", (D,), "norm/scale_D", (), (D,), (0,))
     if not model.tied_embeddings:
-        found.append(Piece("lm_head.weight", (V, D), "w_logits_DV", (), (V, D), (1, 0)))
-    return found
+        yield Piece("lm_head.weight", (V, D), "w_logits_DV", (), (V, D), (1, 0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,10 @@ import math
 from typing import Any
 
 from moex.config import Config, ConfigError, children
-from moex.interop.families import FAMILIES, fold, read_model
+from moex.interop.defaults import DEFAULTS
+from moex.interop.families import FAMILIES, read_model
+from moex.interop.fields import ELSEWHERE
+from moex.interop.layers import fold
 from moex.moe.layer import MoE
 from moex.nn.attention import Attention
 from moex.nn.lm import LM
@@ -39,7 +42,7 @@ def closest(model: LM) -> dict:
         )
     plain, fewest = inference(model), None
     for kind in CANDIDATES:
-        config = {"model_type": kind} | _fields(model)
+        config = {"model_type": kind} | _fields(model, kind)
         try:
             read = inference(read_model("config.json", config))
         except ConfigError as error:
@@ -108,8 +111,8 @@ def _feed_forward(ffn: Any):
     )
 
 
-def _fields(model: LM) -> dict:
-    """Every field that one of the candidates reads."""
+def _fields(model: LM, kind: str) -> dict:
+    """Every field that one of the candidates reads, and none that `kind` refuses."""
     attention: Any = model.attention
     layers = [f for s in model.layers for _ in range(s.repeat) for f in s.pattern]
     sparse: Any = next((f for f in layers if isinstance(f, MoE)), None)
@@ -147,7 +150,8 @@ def _fields(model: LM) -> dict:
         }
         if dense is None:
             fields["intermediate_size"] = hidden
-    return fields
+    known = DEFAULTS[kind]
+    return {k: v for k, v in fields.items() if k in known or k not in ELSEWHERE}
 
 
 def _rope(attention: Attention) -> dict:

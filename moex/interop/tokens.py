@@ -1,13 +1,25 @@
-"""What a folder's tokenizer files say: where they are, how texts begin and end."""
+"""A folder's tokenizer files: what they say of how texts begin and end, and ours.
 
+Not here: the tokenizer itself (`moex/data/tokenizer.py`).
+"""
+
+import json
 import pathlib
 from typing import Any
 
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from moex.config import ConfigError
-from moex.data.encoding import Tokenizer, template_begin
-from moex.json_files import field, read_object
+from moex.data.encoding import (
+    DOC_TOKEN,
+    MODEL,
+    Tokenizer,
+    read_model,
+    template_begin,
+)
+from moex.data.token_text import BYTE_OF
+from moex.json_files import field, read_object, short
 
 SETTINGS, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 GENERATION = "generation_config.json"
@@ -27,6 +39,23 @@ def tokenizer_file(folder: pathlib.Path, given) -> pathlib.Path:
         )
         raise ConfigError(f"{file}: there is no such tokenizer file.{hint}")
     return file
+
+
+def check_tokens(file: pathlib.Path, vocab: int) -> None:
+    """Check that the model has a row for every token.
+
+    Raises:
+      ConfigError: naming the first token beyond `vocab`, or if the file is broken.
+    """
+    ids = read_model(file, str(file)).get_vocab(with_added_tokens=True)
+    beyond = sorted((i, token) for token, i in ids.items() if i >= vocab)
+    if beyond:
+        number, token = beyond[0]
+        raise ConfigError(
+            f"{file}: the token {short(token)} has id {number}, but config.json has "
+            f"vocab_size = {vocab}: the model has no row for it. Remove it from "
+            "added_tokens if no text has it, or give another file with --tokenizer."
+        )
 
 
 def end_token(folder: pathlib.Path, config, file: pathlib.Path) -> str:
@@ -64,16 +93,18 @@ def end_ids(folder: pathlib.Path, config) -> list[int]:
     return []
 
 
-def set_ends(tokenizer: Tokenizer, folder: pathlib.Path, config, file) -> None:
+def set_ends(
+    tokenizer: Tokenizer, folder: pathlib.Path, file: pathlib.Path, ends: list[int]
+) -> None:
     """Let texts begin and end as in transformers and in the harness with it.
 
     Args:
       tokenizer: of the run; is changed.
-      folder: with `tokenizer_config.json` and `generation_config.json`.
-      config: its `config.json`.
+      folder: with `tokenizer_config.json`.
       file: the `tokenizer.json` that the tokenizer was made of.
+      ends: tokens that end a text, from `end_ids`.
     """
-    model = tokenizers.Tokenizer.from_file(str(file))
+    model = read_model(file, str(file))
     own = _named(folder, "bos_token")
     named = model.token_to_id(own) if own else None
     # The template comes first, as in transformers 5. Version 4 made one of these two
@@ -84,7 +115,60 @@ def set_ends(tokenizer: Tokenizer, folder: pathlib.Path, config, file) -> None:
         begin = named
     scored = begin if named is None else named
     tokenizer.begin(begin, tokenizer.doc_id if scored is None else scored)
-    tokenizer.stop_at(end_ids(folder, config))
+    tokenizer.stop_at(i for i in ends if 0 <= i < tokenizer.vocab_size)
+
+
+def first_token(own: Tokenizer) -> int | None:
+    """The `bos_token_id` of an exported run, if its texts begin with any token."""
+    if own.begin_id is None and own.prefix_id == own.doc_id:
+        return None
+    return own.prefix_id if own.begin_id is None else own.begin_id
+
+
+def written(own: Tokenizer, folder: pathlib.Path) -> dict[str, str]:
+    """The tokenizer files of an exported run, with which texts begin as they do here.
+
+    Args:
+      own: tokenizer of the run.
+      folder: that it was read from.
+
+    Returns:
+      {file name: text}.
+    """
+    file = folder / MODEL
+    model = read_model(file, str(file)) if file.is_file() else _bytes()
+    name = None if own.begin_id is None else model.id_to_token(own.begin_id)
+    if template_begin(model) != own.begin_id:
+        front = "" if name is None else f"{name}:0 "
+        model.post_processor = processors.TemplateProcessing(
+            single=f"{front}$A:0",
+            pair=f"{front}$A:0 {front}$B:0",
+            special_tokens=[] if name is None else [(name, own.begin_id)],
+        )
+    first = first_token(own)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None if first is None else model.id_to_token(first),
+        "eos_token": model.id_to_token(own.doc_id),
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # in a text they are text
+    }
+    settings = {key: value for key, value in settings.items() if value is not None}
+    return {
+        MODEL: model.to_str(pretty=True) + "\n",
+        SETTINGS: json.dumps(settings, indent=2) + "\n",
+    }
+
+
+def _bytes() -> tokenizers.Tokenizer:
+    """The byte tokenizer of moex in the form of the library, with the same ids."""
+    model = tokenizers.Tokenizer(models.BPE(vocab=dict(BYTE_OF), merges=[]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    model.decoder = decoders.ByteLevel()
+    model.add_special_tokens([DOC_TOKEN])
+    return model
 
 
 def _fields(folder: pathlib.Path, name: str) -> dict[str, Any]:

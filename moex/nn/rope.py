@@ -65,7 +65,8 @@ class Yarn(Config):
     def validate(self, path):
         require(self.factor >= 1, f"{path}.factor", self.factor, ">= 1")
         require(self.original >= 1, f"{path}.original", self.original, ">= 1")
-        require(self.slow < self.fast, f"{path}.slow", self.slow, "below fast")
+        slow = 1e-30 <= self.slow < self.fast
+        require(slow, f"{path}.slow", self.slow, "above 0 and below fast")
 
     def scale(self, frequency, theta):
         """As `Linear.scale`."""

@@ -51,6 +51,6 @@ def load(name, mesh: Mesh | None = None):
     model = read_model("config.json", config)
     spec = states.model_spec(model)
     mesh = mesh or mesh_of()
-    wanted = pieces(model, find_family("config.json", config).names)
+    wanted = list(pieces(model, find_family("config.json", config).names))
     with Folder.open(FIXTURES / name) as folder:
         return model, spec, load_model(spec, mesh, wanted, folder), wanted

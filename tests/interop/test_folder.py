@@ -167,7 +167,11 @@ def test_no_folder(tmp_path):
 
 def test_config_json(tmp_path):
     path = checkpoint(tmp_path)
-    for text, word in [("{", "not JSON"), ("[]", "an object"), (b"\xff", "not JSON")]:
+    for text, word in [
+        *[("{", "not JSON"), ("[]", "a JSON object"), (b"\xff", "not JSON")],
+        *[('{"a": ' * 100_000, "nested"), ('{"a": 1, "a": 2}', "twice")],
+        *[('{"a": NaN}', "NaN"), (f'{{"a": {"9" * 5000}}}', "not JSON")],
+    ]:
         (path / "config.json").write_bytes(text if text == b"\xff" else text.encode())
         refused(path, "config.json", word)
     (path / "config.json").unlink()
@@ -186,7 +190,8 @@ def test_index(tmp_path):
     path = checkpoint(tmp_path)
     good = (path / INDEX).read_text()
     for text, word in [
-        *[("nope", "not JSON"), ("[]", "an object"), ("{}", "no weight_map")],
+        *[("nope", "not JSON"), ("[]", "a JSON object"), ("{}", "no weight_map")],
+        *[('{"metadata": [], "weight_map": {}}', "metadata = []: must be")],
         *[('{"weight_map": {}}', "no weight_map")],
         *[('{"weight_map": ["a"]}', "no weight_map")],
     ]:
@@ -243,6 +248,48 @@ def test_shards(tmp_path):
     path = checkpoint(tmp_path, "swapped")
     edit_index(path, lambda m: m.update(a=SHARDS[1], b=SHARDS[0]))
     refused(path, SHARDS[1], "no tensor 'a'")
+
+
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+HEADERS = [
+    *({"a": F32 | {"shape": [-2]}}, {"a": F32 | {"shape": [2**63]}}),
+    *(
+        {"a": F32 | {"shape": [[2]]}},
+        {"a": F32 | {"shape": "2"}},
+        {"a": F32 | {"x": 1}},
+    ),
+    *({"a": F32 | {"data_offsets": [8, 0]}}, {"a": F32 | {"data_offsets": [-8, 8]}}),
+    *({"a": F32 | {"data_offsets": [0, 2**70]}}, {"a": F32 | {"data_offsets": [0]}}),
+    *({"a": F32, "b": F32}, {"a": F32, "b": F32 | {"data_offsets": [4, 12]}}),
+    *({"a": F32 | {"dtype": "F33"}}, {"a": F32 | {"dtype": ["F32"]}}, {"a": {}}),
+    *({"a": None}, {"a": [F32]}, [], None, 3, {"__metadata__": 3, "a": F32}),
+    *("[" * 50_000, '{"a":' * 50_000, '{"a": 1, "a": 2}', '{"a": NaN}'),
+]
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=[str(h)[:60] for h in HEADERS])
+def test_headers_of_any_content(tmp_path, header):
+    """Refused, or read as it says: a field that nobody knows changes nothing."""
+    (tmp_path / "config.json").write_text("{}")
+    text = header if isinstance(header, str) else json.dumps(header)
+    whole = len(text).to_bytes(8, "little") + text.encode() + bytes(8)
+    (tmp_path / SINGLE).write_bytes(whole)
+    if header == {"a": F32 | {"x": 1}}:
+        assert not Folder.open(tmp_path).read("a").any()
+    else:
+        refused(tmp_path, SINGLE)
+
+
+@pytest.mark.parametrize("size", [0, 9, 10**8 + 1, 2**40, 2**63, 2**64 - 1])
+def test_headers_of_any_length(tmp_path, size):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / SINGLE).write_bytes(size.to_bytes(8, "little") + b"{}")
+    tracemalloc.start()
+    try:
+        refused(tmp_path, SINGLE, "truncated or")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_types_that_numpy_does_not_have(tmp_path):

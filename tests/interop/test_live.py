@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from moex.compress.convert import write_run
+from moex.data.tokenizer import Bpe, Bytes
 from moex.interop.export import export_hf
 from moex.interop.hf import import_hf
 from moex.moe.experts.glu import Glu
@@ -19,12 +20,13 @@ from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.serve.decode import generate
+from moex.train import loop
 from moex.train.job import load_run, make_job
+from moex.train.score import continue_texts
 from tests import runs
 from tests.helpers import built, context
 from tests.interop import make_fixtures, parity
-from tests.interop.folders import mxfp4_folder
+from tests.interop.folders import changed, mxfp4_folder
 
 pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore")]
 torch = pytest.importorskip("torch", reason="needs the hf extra")
@@ -118,25 +120,66 @@ def test_a_native_model_is_its_closest_family(kind, tmp_path):
     np.testing.assert_allclose(ours, logits, rtol=0, atol=2e-5 * scale)
 
 
-def test_a_native_run_continues_the_same_in_transformers(tmp_path):
-    fields = ("model.attention.qk_norm=True", "eval.every=0", "steps=2")
+@pytest.mark.parametrize("tokenizer", [Bytes(), Bpe(vocab=300)], ids=["bytes", "bpe"])
+def test_a_native_run_writes_the_same_text_in_transformers(tmp_path, tokenizer):
+    """By the exported files alone, which say how a text begins and ends."""
+    fields = ("model.attention.qk_norm=True", "eval.every=0", "steps=4")
     bias = "model.layers[1].pattern[0].router.bias_rate=0.0"
+    cfg = runs.config(tmp_path, *fields, bias)
+    cfg.data = dataclasses.replace(cfg.data, tokenizer=tokenizer)
+    prompts = ["the cat sees a dog", " a  <|doc|> b\n", "caf\u00e9", ""]
     with runs.one_device():
-        runs.train(tmp_path, tmp_path / "run", *fields, bias)
+        loop.train(cfg, tmp_path / "run", **SAY)
         export_hf(tmp_path / "run", tmp_path / "folder", **SAY)
         run = load_run(tmp_path / "run")
-    prompt = run.tokenizer.encode("the cat sees a dog")
-    made = generate(
-        *(run.spec, run.cfg.model, run.params, run.state),
-        [prompt],
-        max_new_tokens=24,
-        temperature=0,
-    )
-    theirs_made = theirs(tmp_path / "folder").generate(
-        torch.tensor([prompt]),
-        max_new_tokens=24,
-        min_new_tokens=24,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    assert made[0] == theirs_made[0, len(prompt) :].tolist()
+        ours = continue_texts(
+            *(run.cfg, run.spec, {"params": run.params, "state": run.state}),
+            *(run.tokenizer, prompts),
+            max_new_tokens=24,
+            temperature=0,
+        )
+    names = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    model = theirs(tmp_path / "folder")
+    for prompt, text in zip(prompts, ours, strict=True):
+        inputs = names(prompt, return_tensors="pt")
+        assert inputs.input_ids[0].tolist() == run.tokenizer.prompt(prompt)
+        (made,) = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        assert names.decode(made, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_windows_have_the_logits_of_transformers(name, tmp_path):
+    change = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    folder = changed(tmp_path, name, config=change | {"layer_types": None})
+    _, spec, arrays, _ = parity.load(folder)
+    want = make_fixtures.expected(theirs(folder), "", torch)
+    logits_BLV, _ = spec.merge(arrays["params"], arrays["state"])(parity.context(want))
+    got, whole = np.asarray(logits_BLV)[want["mask"]], parity.expected(name)["logits"]
+    scale = np.abs(want["logits"]).max()
+    assert np.abs(got - want["logits"]).max() <= 2e-5 * scale
+    assert np.abs(got - whole).max() > 1e-2 * scale  # the windows are seen
+
+
+POSITIONS = [
+    ("gpt_oss", {"rope_parameters": None, "max_position_embeddings": 131072}),
+    ("deepseek_v2", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+    ("deepseek_v3", {"rope_interleave": None, "norm_topk_prob": None}),
+    ("llama", {"original_max_position_embeddings": 16}),
+    ("gpt_oss", {"original_max_position_embeddings": 16}),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), POSITIONS)
+def test_misplaced_and_missing_fields_have_the_logits_of_transformers(
+    name, change, tmp_path
+):
+    if name == "deepseek_v2":
+        change["rope_parameters"]["mscale_all_dim"] = 0.7
+    folder = changed(tmp_path, name, config=change)
+    _, spec, arrays, _ = parity.load(folder)
+    want = make_fixtures.expected(theirs(folder), "", torch)
+    logits_BLV, _ = spec.merge(arrays["params"], arrays["state"])(parity.context(want))
+    got, before = np.asarray(logits_BLV)[want["mask"]], parity.expected(name)["logits"]
+    scale = np.abs(want["logits"]).max()
+    assert np.abs(got - want["logits"]).max() <= 2e-5 * scale
+    assert np.abs(got - before).max() > 1e-3 * scale

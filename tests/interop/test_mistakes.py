@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from moex import cli
@@ -39,10 +40,20 @@ MISTAKES = [
     (drop, {}, rf"changed.model\.safetensors: tensor '{GATE}' is missing"),
     (add, {}, r"model\.safetensors: tensor '.*q_proj.bias' is one too many"),
     (reshape, {}, rf"tensor '{GATE}' has shape \[8, 31\].*makes it \[8, 32\]"),
-    (None, {"model_type": "mixtrall"}, "model_type = 'mixtrall'.*Did you mean 'mixt"),
+    (None, {"model_type": "mistral"}, "model_type = 'mistral'.*; moex has no other.$"),
     (None, {"model_type": None}, "model_type = None: must be one of"),
     (None, {"hidden_act": "gelu"}, "hidden_act = 'gelu': must be 'silu'"),
-    (None, {"num_local_experts": None}, "has no 'num_local_experts'"),
+    (None, {"num_local_experts": None}, "num_local_experts = None: must be a whole"),
+    (None, {"num_local_experts": 10**9}, r"has shape \[8, 32\].*it \[1000000000, 32\]"),
+    (None, {"num_hidden_layers": 9999}, "tensor 'model.layers.2.input_lay.*is missing"),
+    (
+        None,
+        {"num_hidden_layers": 10**6},
+        "num_hidden_layers = 1000000: must be at most",
+    ),
+    (None, {"max_position_embeddings": "9"}, "max_position_embeddings = '9': must be"),
+    (None, {"eos_token_id": [[2]]}, "config.json: eos_token_id = .*must be int"),
+    (None, {"quantization_config": {"quant_method": ["fp8"]}}, "by the method"),
     (None, {"num_local_experts": 9}, r"has shape \[8, 32\].*makes it \[9, 32\]"),
     (
         None,
@@ -57,6 +68,45 @@ def test_broken_folders(tmp_path, change, config, message):
     folder = changed(tmp_path, "mixtral", change, config)
     with pytest.raises(ConfigError, match=message):
         import_fixture(None, tmp_path / "run", folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["changed"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("generation_config.json", "[]", "generation_config.json: must be a JSON obj"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json: is not JSON"),
+        ("tokenizer_config.json", '{"eos_token": 3}', "eos_token = 3: must be str"),
+        ("tokenizer.json", "{}", "tokenizer.json: not a tokenizers JSON file"),
+        ("tokenizer.json", "[" * 100_000, "tokenizer.json: not a tokenizers JSON file"),
+    ],
+)
+def test_broken_files_beside_the_weights(tmp_path, file, content, message):
+    folder = changed(tmp_path, "mixtral")
+    (folder / file).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        import_fixture(None, tmp_path / "run", folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["changed"]
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows(tmp_path, capsys):
+    """Neither of the two ways out that a config has would help; both are refused."""
+    folder = changed(tmp_path, "mixtral")
+    model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model.add_special_tokens(["<more>"])
+    model.save(str(folder / "tokenizer.json"))
+    message = "tokenizer.json: the token '<more>' has id 272, but .*vocab_size = 272"
+    with pytest.raises(ConfigError, match=message):
+        import_fixture(None, tmp_path / "run", folder)
+    own = str(parity.FIXTURES / "mixtral" / "tokenizer.json")
+    for value in ("None", "273"):
+        args = ["import-hf", str(folder), f"--out={tmp_path / 'run'}"]
+        args += [f"--tokenizer={own}", f"--config.model.vocab={value}"]
+        with runs.one_device(), pytest.raises(SystemExit) as stop:
+            cli.main(args)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1
+        assert f"--config.model.vocab = {value}: must be 272 or left out" in error
     assert [p.name for p in tmp_path.iterdir()] == ["changed"]
 
 

@@ -10,7 +10,8 @@ from moex.compress.convert import convert_run
 from moex.compress.upcycle import Upcycle
 from moex.config import ConfigError
 from moex.interop.export import export_hf
-from moex.interop.families import fold, read_model
+from moex.interop.families import read_model
+from moex.interop.layers import fold
 from moex.interop.native import closest
 from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
@@ -48,7 +49,8 @@ def test_a_native_run_leaves_as_the_closest_family(tmp_path):
     assert config["model_type"] == "qwen3_moe" and config["mlp_only_layers"] == [0]
     # Else transformers takes the family's own: its generation would not end.
     assert config["eos_token_id"] == run.tokenizer.doc_id == 256
-    assert config["bos_token_id"] is config["pad_token_id"] is None
+    assert config["bos_token_id"] == run.tokenizer.begin_id == 256
+    assert config["pad_token_id"] is None
     assert config["max_position_embeddings"] == run.cfg.seq_len
     model = read_model("c", config)
     assert run.cfg.model.scale_embeddings and not model.scale_embeddings

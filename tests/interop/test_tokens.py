@@ -6,8 +6,8 @@ import pytest
 import tokenizers
 
 from moex.config import ConfigError
-from moex.data.tokenizer import DOC_TOKEN, Tokenizer, TokenizerFile
-from moex.interop.tokens import end_ids, end_token, set_ends
+from moex.data.tokenizer import DOC_TOKEN, Bytes, Tokenizer, TokenizerFile
+from moex.interop.tokens import end_ids, end_token, set_ends, written
 from tests.interop import parity
 
 END = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": DOC_TOKEN}
@@ -48,7 +48,7 @@ def write_files(folder, template, fields):
 @pytest.mark.parametrize(("template", "fields", "begin", "scored"), [*CASES, OLD])
 def test_the_first_token(tmp_path, template, fields, begin, scored):
     tokenizer, id_of = write_files(tmp_path, template, fields)
-    set_ends(tokenizer, tmp_path, {}, tmp_path / "tokenizer.json")
+    set_ends(tokenizer, tmp_path, tmp_path / "tokenizer.json", [])
     assert tokenizer.begin_id == (None if begin is None else id_of(begin))
     assert tokenizer.prefix_id == id_of(scored)
 
@@ -61,6 +61,7 @@ def test_the_first_token(tmp_path, template, fields, begin, scored):
         ({"eos_token_id": 5}, {"eos_token_id": [7, 9]}, {7, 9}),
         ({"eos_token_id": [5]}, {"eos_token_id": None}, {5}),
         ({"eos_token_id": None}, {}, set()),
+        ({"eos_token_id": [-1, 3, 10**9]}, {}, {3}),  # the others cannot be written
         ({}, None, set()),
     ],
 )
@@ -68,10 +69,38 @@ def test_texts_end_at_every_token_of_the_folder(tmp_path, config, generation, en
     tokenizer, _ = write_files(tmp_path, False, {})
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    set_ends(tokenizer, tmp_path, config, tmp_path / "tokenizer.json")
+    file, found = tmp_path / "tokenizer.json", end_ids(tmp_path, config)
+    set_ends(tokenizer, tmp_path, file, found)
     assert set(tokenizer.stop_ids) == {tokenizer.doc_id} | ends
     tokenizer.save(tmp_path / "saved")
     assert Tokenizer.load(tmp_path / "saved").stop_ids == tokenizer.stop_ids
+
+
+TEXTS = ["the cat", "", "  a <|doc|> b\n", "caf\u00e9 \U0001f600\x00"]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "document token", "none", "other"])
+def test_exported_files_begin_texts_as_the_run_does(tmp_path, kind):
+    """By the tokenizers library, which transformers reads the files with."""
+    if kind == "bytes":
+        own = Bytes().make("t", (lambda limit: [], ""), tmp_path)
+    else:
+        own, id_of = write_files(tmp_path, kind == "document token", BOS)
+        begin = {"none": None, "other": id_of("<s>")}.get(kind, own.doc_id)
+        own.begin(begin, own.doc_id if begin is None else begin)
+    own.save(tmp_path / "saved")
+    files = written(Tokenizer.load(tmp_path / "saved"), tmp_path / "saved")
+    model = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+    model.encode_special_tokens = True  # as split_special_tokens has it
+    settings = json.loads(files["tokenizer_config.json"])
+    assert settings["split_special_tokens"] is True
+    assert settings["eos_token"] == DOC_TOKEN
+    first = {"none": None, "other": "<s>"}.get(kind, DOC_TOKEN)
+    assert settings.get("bos_token") == first
+    for text in TEXTS:
+        ids = model.encode(text).ids
+        assert ids == (own.prompt(text) if text or first else [])
+        assert model.decode(ids) == own.decode(ids) == text
 
 
 @pytest.mark.parametrize("value", ["</s>", [1, "2"], [[1]], 1.5, {"id": 1}, True])
@@ -99,7 +128,7 @@ def test_a_special_token_may_stand_in_a_file_of_its_own(tmp_path):
 def test_texts_begin_as_in_transformers(tmp_path, template, fields, begin, scored):
     transformers = pytest.importorskip("transformers", "5.23", reason="needs >= 5.23")
     tokenizer, _ = write_files(tmp_path, template, fields)
-    set_ends(tokenizer, tmp_path, {}, tmp_path / "tokenizer.json")
+    set_ends(tokenizer, tmp_path, tmp_path / "tokenizer.json", [])
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.prompt("the cat") == theirs("the cat").input_ids
     prefix = theirs.bos_token_id if "bos_token" in fields else None
