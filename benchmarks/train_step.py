@@ -41,8 +41,6 @@ def parts(job):
             ctx,
             batch,
             cfg.loss,
-            num_tokens=float(cfg.batch_size * cfg.seq_len),
-            num_microbatches=1,
             num_domains=len(job.data.domains),
         )
 

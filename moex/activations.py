@@ -106,8 +106,6 @@ def model_activation_bytes(cfg, spec: ModelSpec, sequences: int = 1) -> float:
                     ctx,
                     batch,
                     cfg.loss,
-                    num_tokens=jnp.float32(1),
-                    num_microbatches=1,
                     num_domains=1,
                 )[0]
 

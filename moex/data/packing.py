@@ -69,6 +69,11 @@ class Windows:
     def __len__(self) -> int:
         return self._len
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether any token is learned or scored."""
+        return self._len > 0
+
     def __repr__(self) -> str:
         return f"Windows({self.stream.directory.parent.name}, {self.seq_len})"
 
@@ -115,6 +120,18 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether any token is learned or scored."""
+        return self.num_cut < len(self.stream.starts)
+
+    @property
+    def num_cut(self) -> int:
+        """Examples whose prompt fills a sequence, so that no target is left of them."""
+        if self.stream.prompts is None:
+            return 0
+        return int(np.sum(self.stream.prompts >= self.seq_len))
 
     def __repr__(self) -> str:
         return f"Rows({self.stream.directory.parent.name}, {self.seq_len})"

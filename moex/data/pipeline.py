@@ -138,6 +138,7 @@ def prepare(
                 streams[1], seq_len, overlap=overlap, domain=i, partial=True
             )
         _check_sizes(train, held_out, source, here, log, scoring)
+        _check_targets(train, held_out, source, here, log, scoring)
         prepared.train.append(train)
         prepared.eval.append(held_out)
     return prepared
@@ -162,6 +163,25 @@ def _check_sizes(train, held_out, source: Source, where: str, log, scoring) -> N
             f"data: warning: none of the {counts['documents']} documents of "
             f"{source.label()!r} is held out for evaluation; raise holdout or give "
             "more, smaller documents"
+        )
+
+
+def _check_targets(train, held_out, source: Source, where: str, log, scoring) -> None:
+    """Say how many prompts leave no room for a response; refuse to learn nothing."""
+    for split, data in zip(SPLITS, (train, held_out), strict=True):
+        if not isinstance(data, Rows) or data.num_cut == 0:
+            continue
+        count = f"{data.num_cut} of {len(data.stream.starts)} examples for {split}"
+        why = f"have a prompt that fills a sequence, seq_len={data.seq_len}"
+        needed = source.holdout == 1 if split == "eval" else not scoring
+        if needed and not data.has_targets:
+            raise ConfigError(
+                f"{where} ({source.label()!r}): {count} {why}: no target is left. "
+                "Raise seq_len, or shorten the prompts."
+            )
+        log(
+            f"data: warning: {count} in {source.label()!r} {why}: nothing of their "
+            "responses is left; raise seq_len or shorten the prompts"
         )
 
 

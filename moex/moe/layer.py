@@ -236,8 +236,8 @@ class SparseLayer(nnx.Module):
             y_TD, num_kept, num_lost = self._sums(x_TD, routing, ctx)
         stats = metrics.routing_stats(
             routing,
-            valid_T,
-            jnp.sum(load_BE, axis=0),
+            ctx.valid_BL,
+            load_BE,
             real_T,
             num_kept,
             num_lost,
@@ -245,7 +245,7 @@ class SparseLayer(nnx.Module):
             y_TD,
         )
         aux = {
-            "losses": _losses(stats, routing, load_BE, ctx.valid_BL),
+            "losses": losses.layer_losses(stats),
             "load": stats["load_E"],
             "stats": stats,
         }
@@ -318,23 +318,3 @@ class MoELayer(SparseLayer):
         if self.shared is not None:
             y_BLD = y_BLD + self.shared_output(x_BLD, ctx)
         return y_BLD, aux
-
-
-def _losses(stats, routing, load_BE, valid_BL) -> dict:
-    """Every loss that a layer reports, unscaled."""
-    tokens = stats["num_tokens"]
-    probs_BLE = routing.probs_TE.reshape(*valid_BL.shape, -1)
-    valid_BL1 = valid_BL[:, :, None].astype(jnp.float32)
-    prob_sum_BE = jnp.sum(probs_BLE * valid_BL1, axis=1)
-    tokens_B = jnp.sum(valid_BL, axis=1, dtype=jnp.float32)
-    return {
-        "load_balance": losses.load_balance_loss(
-            stats["load_E"], stats["prob_sum_E"], tokens
-        ),
-        "sequence_balance": losses.sequence_balance_loss(
-            load_BE, prob_sum_BE, tokens_B
-        ),
-        "router_z": losses.router_z_loss(stats["z_sum"], tokens),
-        "entropy": losses.entropy_loss(stats["entropy_sum"], tokens),
-        "importance": losses.importance_loss(stats["prob_sum_E"]),
-    }

@@ -2,7 +2,7 @@
 
 Coefficients are applied in `train/losses.py`. Arguments are sums over all tokens of a
 microbatch (over all devices, since the arrays are global), so the same functions serve
-any scope.
+any scope. All are 0 where there is no token: nothing can be learned there.
 
 E experts · ... any leading dims (layers, chain steps, sequences)
 """
@@ -30,32 +30,44 @@ def load_balance_loss(load_E, prob_sum_E, num_tokens):
     return num_experts * jnp.sum(frac_E * prob_E, axis=-1)
 
 
-def sequence_balance_loss(load_BE, prob_sum_BE, num_tokens_B):
-    """The mean over sequences with any token of their load-balance losses.
+def layer_losses(stats) -> dict:
+    """Every loss of one layer, or of stacked layers, from its sums; float32[...] each.
+
+    Args:
+      stats: sums of `metrics.routing_stats`, over any number of microbatches.
+    """
+    tokens, prob_sum_E = stats["num_tokens"], stats["prob_sum_E"]
+    return {
+        "load_balance": load_balance_loss(stats["load_E"], prob_sum_E, tokens),
+        "sequence_balance": mean_loss(
+            stats["sequence_balance_sum"], stats["num_sequences"]
+        ),
+        "router_z": mean_loss(stats["z_sum"], tokens),
+        "entropy": mean_loss(stats["entropy_sum"], tokens),
+        "importance": importance_loss(prob_sum_E),
+    }
+
+
+def sequence_balance_sums(load_BE, prob_sum_BE, num_tokens_B):
+    """(sum of the load-balance losses of sequences with any token, number of them).
 
     Source: DeepSeek-V3, arXiv:2412.19437, equations 17 to 20; a sequence here is a row
     of the batch, which may hold several packed documents.
     """
     loss_B = load_balance_loss(load_BE, prob_sum_BE, num_tokens_B)
     any_B = (num_tokens_B > 0).astype(jnp.float32)
-    return jnp.sum(loss_B * any_B) / jnp.maximum(jnp.sum(any_B), 1.0)
+    return jnp.sum(loss_B * any_B), jnp.sum(any_B)
 
 
-def router_z_loss(z_sum, num_tokens):
-    """Mean over tokens of logsumexp(logits)^2.
+def mean_loss(total, count):
+    """A mean over tokens or sequences; 0 over none.
 
-    Source: Zoph et al. 2022, arXiv:2202.08906, equation 5.
+    Of logsumexp(logits)^2 it is the router z-loss (Zoph et al. 2022, arXiv:2202.08906,
+    equation 5). Of the entropy of the whole routing distribution, in nats, it is L_d of
+    Huang et al. 2024, arXiv:2403.07652, which keeps top-p routing from buying experts
+    by being unsure.
     """
-    return z_sum / jnp.maximum(num_tokens, 1.0)
-
-
-def entropy_loss(entropy_sum, num_tokens):
-    """Mean over tokens of the entropy of the whole routing distribution, nats.
-
-    Source: Huang et al. 2024, arXiv:2403.07652, L_d (dynamic loss): it keeps top-p
-    routing from buying experts by being unsure.
-    """
-    return entropy_sum / jnp.maximum(num_tokens, 1.0)
+    return total / jnp.maximum(count, 1.0)
 
 
 def importance_loss(prob_sum_E):

@@ -11,6 +11,7 @@ dims (layers, chain steps)
 import jax
 import jax.numpy as jnp
 
+from moex.moe.losses import layer_losses, sequence_balance_sums
 from moex.moe.routing import ExpertRouting
 
 MOST_SLOTS = 32  # the last bin of a histogram of slots: so many or more
@@ -42,7 +43,7 @@ def loads(routing, shape_BL, num_experts) -> tuple[jax.Array, jax.Array]:
 
 
 def routing_stats(
-    routing, valid_T, load_E, real_T, num_kept, num_lost, num_experts, y_TD
+    routing, valid_BL, load_BE, real_T, num_kept, num_lost, num_experts, y_TD
 ) -> dict:
     """Float32 sums over the valid tokens of one layer call.
 
@@ -51,8 +52,8 @@ def routing_stats(
 
     Args:
       routing: as the router returned it, without padding, before capacity.
-      valid_T: bool[T], False at padding.
-      load_E: float32[E], slots per expert before capacity.
+      valid_BL: bool[B, L], False at padding.
+      load_BE: float32[B, E], slots per sequence and expert before capacity.
       real_T: float32[T], slots per token at experts that compute.
       num_kept: float32 scalar, rows that were computed.
       num_lost: float32 scalar, rows that found no room on their way to the experts.
@@ -61,14 +62,21 @@ def routing_stats(
     """
     watched = jax.lax.stop_gradient((routing.logits_TE, routing.probs_TE, y_TD))
     logits_TE, still_TE, y_TD = watched
+    valid_T, load_E = valid_BL.reshape(-1), jnp.sum(load_BE, axis=0)
     valid_T1 = valid_T[:, None].astype(jnp.float32)
+    prob_TE = routing.probs_TE * valid_T1
+    tokens_B = jnp.sum(valid_BL, axis=1, dtype=jnp.float32)
+    prob_sum_BE = jnp.sum(prob_TE.reshape(*valid_BL.shape, -1), axis=1)
+    balance_sum, num_sequences = sequence_balance_sums(load_BE, prob_sum_BE, tokens_B)
     probs_TE = jnp.where(valid_T[:, None], routing.probs_TE, 1.0)
     entropy_TE = -probs_TE * jnp.log(jnp.maximum(probs_TE, 1e-30))
     lse_T = jax.nn.logsumexp(routing.logits_TE, axis=-1)
     return {
         "load_E": load_E,
-        "prob_sum_E": jnp.sum(routing.probs_TE * valid_T1, axis=0),
+        "prob_sum_E": jnp.sum(prob_TE, axis=0),
         "num_tokens": jnp.sum(valid_T1),
+        "sequence_balance_sum": balance_sum,
+        "num_sequences": num_sequences,
         "num_slots": jnp.sum(load_E),
         "num_zero": jnp.sum(load_E[num_experts:]),
         "num_kept": num_kept,
@@ -104,15 +112,21 @@ def _slots_histogram(real_T, valid_T, most):
     return jnp.sum((slots_T1 == bins_S[None]) & valid_T[:, None], 0, dtype=jnp.float32)
 
 
+def mean(total, count):
+    """A mean for people: NaN, which is no figure, over nothing."""
+    return total / jnp.where(count > 0, count, jnp.nan)
+
+
 def layer_metrics(stats: dict) -> dict:
     """Figures of one layer (or of stacked layers) from its sums.
 
-    Returns a dict of float32:
+    Means over tokens are NaN where there is none; shares of no slots are 0.
+
+    Returns a dict of float32, with the losses of `losses.layer_losses` and
       load_frac_E [..., E]: share of the slots that each expert received.
       max_violation [...]: max load / mean load - 1; 0 is perfect balance.
       dead_frac [...]: share of experts that received nothing.
       effective_frac [...]: exp(entropy of the load) / E; 1 is perfect balance.
-      entropy [...]: mean over tokens of the entropy of router_probs, nats.
       confidence [...]: mean over tokens of the largest router probability.
       experts_per_token [...]: computed slots per token.
       experts_per_token_std [...]: their deviation over tokens, before capacity.
@@ -127,28 +141,28 @@ def layer_metrics(stats: dict) -> dict:
     """
     load_E = stats["load_E"]
     num_experts = load_E.shape[-1]
-    tokens = jnp.maximum(stats["num_tokens"], 1.0)
+    count = stats["num_tokens"]
     slots = jnp.maximum(stats["num_slots"], 1.0)
     frac_E = load_E / slots[..., None]
     load_entropy = -jnp.sum(frac_E * jnp.log(jnp.maximum(frac_E, 1e-30)), axis=-1)
     violation = jnp.max(frac_E, axis=-1) * num_experts - 1.0
     num_dropped = stats["num_slots"] - stats["num_kept"] - stats["num_zero"]
-    mean_real = (stats["num_slots"] - stats["num_zero"]) / tokens
-    variance = jnp.maximum(stats["real_sq_sum"] / tokens - mean_real**2, 0.0)
-    return {
+    mean_real = mean(stats["num_slots"] - stats["num_zero"], count)
+    variance = jnp.maximum(mean(stats["real_sq_sum"], count) - mean_real**2, 0.0)
+    losses = layer_losses(stats)
+    return {name: jnp.where(count > 0, v, jnp.nan) for name, v in losses.items()} | {
         "load_frac_E": frac_E,
         "max_violation": jnp.where(stats["num_slots"] > 0, violation, 0.0),
         "dead_frac": jnp.mean((load_E == 0).astype(jnp.float32), axis=-1),
         "effective_frac": jnp.exp(load_entropy) / num_experts,
-        "entropy": stats["entropy_sum"] / tokens,
-        "confidence": stats["top_gate_sum"] / tokens,
-        "experts_per_token": stats["num_kept"] / tokens,
+        "confidence": mean(stats["top_gate_sum"], count),
+        "experts_per_token": mean(stats["num_kept"], count),
         "experts_per_token_std": jnp.sqrt(variance),
-        "unrouted_frac": stats["num_unrouted"] / tokens,
+        "unrouted_frac": mean(stats["num_unrouted"], count),
         "zero_frac": stats["num_zero"] / slots,
         "lost_frac": stats["num_lost"] / slots,
         "dropped_frac": num_dropped / slots,
-        "logit_norm": jnp.sqrt(stats["logit_sq_sum"] / tokens),
-        "output_norm": jnp.sqrt(stats["output_sq_sum"] / tokens),
-        "slots_hist_S": stats["slots_S"] / tokens[..., None],
+        "logit_norm": jnp.sqrt(mean(stats["logit_sq_sum"], count)),
+        "output_norm": jnp.sqrt(mean(stats["output_sq_sum"], count)),
+        "slots_hist_S": stats["slots_S"] / jnp.maximum(count, 1.0)[..., None],
     }

@@ -195,8 +195,6 @@ def _gradient_graph(cfg, spec, batch_size) -> liveness.Graph:
                 ctx,
                 batch,
                 cfg.loss,
-                num_tokens=jnp.float32(1),
-                num_microbatches=1,
                 num_domains=1,
             )
 

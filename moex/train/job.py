@@ -98,7 +98,6 @@ class Program:
         """The jitted evaluation step."""
         step = steps.make_eval_step(
             self.spec,
-            self.cfg.loss,
             num_domains=len(self.cfg.data.sources),
             static=self.static(train=False),
         )
@@ -149,8 +148,8 @@ class Job(Program):
 
     @property
     def holds_out(self) -> bool:
-        """Whether any data is held out."""
-        return any(len(data) > 0 for data in self.data.eval)
+        """Whether any data is held out that has something to score."""
+        return any(data.has_targets for data in self.data.eval)
 
     def eval_batches(self, limit: int | None):
         """Held-out batches of this process."""

@@ -3,6 +3,7 @@
 E experts · S bins of a histogram
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -155,6 +156,10 @@ def moe_summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name in scalar_names(rows):
         values = {label: float(own[name]) for label, own in rows.items()}
+        # A layer that nothing came to has no figure.
+        values = {label: v for label, v in values.items() if not math.isnan(v)}
+        if not values:
+            continue
         out[name] = sum(values.values()) / len(values)
         if name in WORST:
             label = WORST[name](values, key=values.__getitem__)

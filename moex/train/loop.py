@@ -27,6 +27,7 @@ from moex.schedule import is_always_zero
 from moex.sharding import shard_batch, told_by_each
 from moex.train.checkpoint import Checkpointer, CheckpointError
 from moex.train.checksums import all_finite
+from moex.train.consumed import Consumed
 from moex.train.environment import save_environment
 from moex.train.flight import Flight
 from moex.train.job import (
@@ -159,13 +160,13 @@ def _start(job: Job, workdir, checkpointer, cost, say) -> "Run":
         step, state, data, meta = found
         final = meta["final"]
         say(f"resuming {workdir} after step {step}")
-        consumed = data["sequences"]
+        consumed = Consumed.of(data, job.cfg.seq_len)
     else:
         if (workdir / "config.json").is_file():
             check_may_begin(workdir, load_config(workdir).checkpoint.every)
             say(f"{workdir} has no checkpoint yet: it begins again at step 0")
         checkpointer.write_record()  # from here on it tells what was saved
-        step, consumed, state = 0, 0, job.init_state()
+        step, consumed, state = 0, Consumed(), job.init_state()
         if job.cfg.init_from:
             check = saved_with(load_config(job.cfg.init_from), job.data.tokenizer)
             arrays, at = restore_params(
@@ -218,7 +219,7 @@ class Run:
     log: RunLog
     state: dict
     step: int  # optimizer steps done
-    consumed: int  # training sequences consumed by the whole job
+    consumed: Consumed
     final: dict | None = None  # figures of a complete run that was restored
     stop_asked: bool = False  # of this process
     interrupted: bool = False  # by Ctrl-C
@@ -240,11 +241,11 @@ class Run:
                 f"{self.final}; nothing to do. To go on, raise config.steps."
             )
             return {"step": self.step} | self.final
-        batches = self.job.batches(self.consumed)
+        batches = self.job.batches(self.consumed.sequences)
         key = jax.random.key(cfg.seed + 1)
         self.eval_step, train_step = None, None
         self.watch = Stopwatch()
-        self.logged = self.step
+        self.logged = (self.step, self.consumed.targets)
         self.profiler.check_start(self.step)
         flight = Flight(self._look, self._is_logged)
         while self.step < cfg.steps and not self._should_stop():
@@ -264,7 +265,6 @@ class Run:
                         self.state, np.int32(self.step), key, batch
                     )
                 self.step += 1
-                self.consumed += cfg.batch_size
                 flight.add(self.step, metrics)
             if self.profiler.ends(self.step):
                 self._aside(lambda: self.profiler.end(self.step, self.state))
@@ -323,6 +323,9 @@ class Run:
         cfg = self.job.cfg
         with self.watch.part("wait"), TraceAnnotation("wait"):
             in_row = self.in_row = int(metrics["skipped_in_row"])
+            self.consumed.sequences += cfg.batch_size
+            self.consumed.tokens += cfg.batch_size * cfg.seq_len
+            self.consumed.targets += int(metrics["tokens"])
             self.stop_agreed |= bool(metrics.get("stop", False))
         if in_row:
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
@@ -342,9 +345,10 @@ class Run:
         with self.watch.part("wait"):
             metrics = jax.device_get(metrics)
         self.log.advance(float(metrics["nll"]))
-        steps, self.logged = step - self.logged, step
-        seconds = {k: v / max(steps, 1) for k, v in self.watch.lap().items()}
-        self._log_step(step, metrics, seconds)
+        before, self.logged = self.logged, (step, self.consumed.targets)
+        steps = max(step - before[0], 1)
+        seconds = {k: v / steps for k, v in self.watch.lap().items()}
+        self._log_step(step, metrics, seconds, (self.logged[1] - before[1]) / steps)
 
     def _give_up(self, step: int, in_row: int, lost: int) -> None:
         self.checkpointer.wait()
@@ -359,10 +363,12 @@ class Run:
             f"{'none' if good is None else good}{doubt}."
         )
 
-    def _log_step(self, step: int, metrics, seconds: dict[str, float]) -> None:
+    def _log_step(self, step, metrics, seconds: dict[str, float], targets) -> None:
+        """Log a step; time and targets are means of the steps since the last logged."""
         cfg = self.job.cfg
         rows = self._rows(metrics["layers"])
-        values = self._step_values(step, metrics, seconds["step"])
+        values = self._step_values(metrics)
+        values |= self._speed(metrics, seconds["step"], targets)
         values |= {f"perf/{name}_s": value for name, value in seconds.items()}
         values |= {f"moe/{name}": value for name, value in moe_summary(rows).items()}
         self.log.record("train", step, values)
@@ -377,12 +383,9 @@ class Run:
         devices = self.job.mesh.shape["expert"]
         return by_layer(self.job.cfg.model, layers, expert_devices=devices)
 
-    def _step_values(self, step: int, metrics, step_seconds: float) -> dict:
-        """What a line of metrics.jsonl says beside the routing and the time's split."""
+    def _step_values(self, metrics) -> dict:
+        """What a line of metrics.jsonl says beside routing and speed."""
         cfg, domains = self.job.cfg, self.job.data.domains
-        tokens = cfg.batch_size * cfg.seq_len
-        peak = accounting.device_peak_flops()
-        flops = self.cost.train_flops_at(metrics["layers"])
         values = {
             "loss": float(metrics["loss"]),
             "nll": float(metrics["nll"]),
@@ -390,10 +393,9 @@ class Run:
             "grad_norm": float(metrics["grad_norm"]),
             "lr": float(metrics["lr"]),
             "skipped": int(metrics["skipped"]),
-            "tokens_seen": step * tokens,
-            "perf/tokens_per_s": tokens / step_seconds,
-            "perf/train_flops_per_token": flops,
-            "perf/memory_gib": memory_bytes() / 2**30,
+            "tokens_seen": self.consumed.tokens,
+            "targets_seen": self.consumed.targets,
+            "padding_frac": int(metrics["padding"]) / (cfg.batch_size * cfg.seq_len),
         }
         for group, norm in metrics["grad_norms"].items():
             values[f"grad_norm/{group}"] = float(norm)
@@ -403,9 +405,24 @@ class Run:
         if len(domains) > 1:
             losses = domain_losses(domains, metrics)
             values |= {f"nll/{name}": nll for name, nll in losses.items()}
+        return values
+
+    def _speed(self, metrics, step_seconds: float, targets: float) -> dict:
+        """Tokens, of which targets are learned, and FLOPs of a second of training."""
+        tokens = self.job.cfg.batch_size * self.job.cfg.seq_len
+        flops = self.cost.train_flops_at(metrics["layers"])
+        values = {
+            "perf/tokens_per_s": tokens / step_seconds,
+            "perf/targets_per_s": targets / step_seconds,
+            "perf/train_flops_per_token": flops,
+            "perf/memory_gib": memory_bytes() / 2**30,
+        }
+        peak = accounting.device_peak_flops()
         if peak is not None:
             rate = tokens / step_seconds * flops
             values["perf/mfu"] = rate / (peak * jax.device_count())
+            share = 1 - int(metrics["padding"]) / tokens
+            values["perf/mfu_without_padding"] = share * values["perf/mfu"]
         return values
 
     def _pause(self) -> None:
@@ -437,9 +454,13 @@ class Run:
         self.log.record("eval", self.step, values)
         self.log.layers("eval", self.step, rows)
         self.last_eval = (self.step, result)
+        units = {"nll": "nats per token", "bits_per_byte": "bits per byte"}
+        said = [
+            f"{result[k]:.4f} {u}" for k, u in units.items() if math.isfinite(result[k])
+        ]
         self.log.line(
-            f"held out at step {self.step}: {result['nll']:.4f} nats per token, "
-            f"{result['bits_per_byte']:.4f} bits per byte ({result['tokens']:,} tokens)"
+            f"held out at step {self.step}: {', '.join(said) or 'no target'} "
+            f"({result['tokens']:,} tokens)"
         )
         return result
 
@@ -458,7 +479,7 @@ class Run:
         self.checkpointer.save(
             self.step,
             self.state,
-            data={"sequences": self.consumed},
+            data=dataclasses.asdict(self.consumed),
             meta={
                 "step": self.step,
                 "tokenizer": self.job.data.tokenizer.fingerprint,
@@ -498,6 +519,7 @@ class Run:
         scored = self._evaluate(None) if self.job.holds_out else None
         names = ("nll", "bits_per_byte")
         figures = {f"eval_{n}": scored[n] for n in names} if scored else {}
+        figures = {k: v for k, v in figures.items() if math.isfinite(v)}
         if self.step not in self.checkpointer.steps() and not self._save(figures):
             raise TrainingStopped(
                 f"the last step, {self.step}, has parameters that are not finite. Last "

@@ -1,6 +1,6 @@
 """What the losses weigh: the one place where coefficients meet losses.
 
-B batch · L length · V vocabulary
+B batch · L length · V vocabulary · X domains
 """
 
 from typing import Any
@@ -43,6 +43,20 @@ def make_context(batch, **static) -> Context:
     )
 
 
+def step_counts(batch) -> dict:
+    """What losses are means over, counted in the whole batch of an optimizer step.
+
+    float32, at least 1: a batch without one scored target has loss 0, not 0 / 0.
+    """
+    valid_BL = batch["segment"] > 0
+    counts = {
+        "targets": jnp.sum(batch["loss_mask"]),
+        "tokens": jnp.sum(valid_BL, dtype=jnp.float32),
+        "sequences": jnp.sum(jnp.any(valid_BL, axis=1), dtype=jnp.float32),
+    }
+    return {name: jnp.maximum(count, 1.0) for name, count in counts.items()}
+
+
 def lm_loss(
     model,
     ctx,
@@ -50,12 +64,17 @@ def lm_loss(
     coefs,
     *,
     step=0,
-    num_tokens,
-    num_microbatches,
+    counts=None,
+    num_microbatches=1,
     num_domains,
     load_before=None,
 ):
     """The loss whose gradient trains the model, and the sums that metrics need.
+
+    Means over tokens or sequences are over those of the whole step, so that
+    microbatches with unequal counts add up to the full batch: cross-entropy, z-loss,
+    router z-loss, entropy, and the balance loss by sequence. The balance loss of a
+    microbatch and the importance loss are no such means; microbatches count the same.
 
     Args:
       model: `(ctx) -> (logits_BLV, aux)`.
@@ -63,52 +82,65 @@ def lm_loss(
       batch: microbatch of the data pipeline.
       coefs: `run.Loss`.
       step: optimizer step, for coefficients that follow a schedule.
-      num_tokens: float32, scored targets in the whole optimizer step, so that
-        microbatches with unequal counts add up to the full batch.
+      counts: `step_counts` of the whole optimizer step; None: the batch is all of it.
       num_microbatches: int, over which per-microbatch losses are averaged.
       num_domains: int, sources of the data.
       load_before: `{layer path: load_E}` of earlier microbatches of the step, for
         `balance_scope="step"`; None: there are none.
 
     Returns:
-      (float32 scalar, sums): sums add over microbatches.
+      (float32 scalar, sums): float32 sums and int32 counts that add over microbatches.
     """
+    counts = step_counts(batch) if counts is None else counts
+    sums = lm_sums(model, ctx, batch, num_domains=num_domains)
+    weighted = {"z": value_at(coefs.z, step) * sums["z"] / counts["targets"]}
+    raw = routing_losses(
+        sums["layers"], coefs, counts, num_microbatches, load_before=load_before
+    )
+    for name, value in raw.items():
+        weighted[name] = value_at(getattr(coefs, name), step) * value
+    loss = sums["nll"] / counts["targets"] + sum(weighted.values())
+    return loss, sums | {"weighted": weighted}
+
+
+def lm_sums(model, ctx, batch, *, num_domains) -> dict:
+    """What losses and figures are made of; arguments as for `lm_loss`."""
     logits_BLV, aux = model(ctx)
     mask_BL = batch["loss_mask"]
+    scored_BL = (mask_BL > 0).astype(jnp.int32)
     nll_BL, z_BL = token_losses(logits_BLV, batch["targets"])
-    nll_sum = jnp.sum(nll_BL * mask_BL)
-    z_sum = jnp.sum(z_BL * mask_BL)
     layers = {"/".join(path): layer for path, layer in moe_layers(aux)}
-    weighted = {"z": value_at(coefs.z, step) * z_sum / num_tokens}
-    raw = routing_losses(layers, coefs, load_before)
-    for name, value in raw.items():
-        weighted[name] = value_at(getattr(coefs, name), step) * value / num_microbatches
-    loss = nll_sum / num_tokens + sum(weighted.values())
-    domain_B = jax.nn.one_hot(batch["domain"], num_domains, dtype=jnp.float32).T
-    sums = {
-        "nll": nll_sum,
-        "z": z_sum,
-        "bytes": jnp.sum(batch["num_bytes"] * mask_BL),
-        "tokens": jnp.sum(mask_BL),
-        "domain_nll": domain_B @ jnp.sum(nll_BL * mask_BL, axis=1),
-        "domain_tokens": domain_B @ jnp.sum(mask_BL, axis=1),
+    domain_BX = jax.nn.one_hot(batch["domain"], num_domains, dtype=jnp.int32)
+    return {
+        "nll": jnp.sum(nll_BL * mask_BL),
+        "z": jnp.sum(z_BL * mask_BL),
+        # Of a model that knows nothing.
+        "guess": jnp.log(float(logits_BLV.shape[-1])) * jnp.sum(mask_BL),
+        "bytes": jnp.sum(batch["num_bytes"] * scored_BL),
+        "tokens": jnp.sum(scored_BL),
+        "padding": jnp.sum(batch["segment"] == 0, dtype=jnp.int32),
+        "domain_nll": domain_BX.T.astype(jnp.float32) @ jnp.sum(nll_BL * mask_BL, 1),
+        "domain_tokens": jnp.sum(domain_BX * jnp.sum(scored_BL, 1)[:, None], axis=0),
         "layers": {
             path: {"losses": layer["losses"], "stats": layer["stats"]}
             for path, layer in layers.items()
         },
-        "weighted": weighted,
     }
-    return loss, sums
 
 
-def routing_losses(layers, coefs, load_before=None) -> dict:
-    """Unscaled routing losses of a microbatch, over all layers and chain rounds.
+def routing_losses(
+    layers, coefs, counts, num_microbatches=1, *, load_before=None
+) -> dict:
+    """The unscaled part of a microbatch in the routing losses of its step.
 
     Args:
       layers: `{path: aux of a layer}`; every array has leading dims [repeat] or
         [repeat, C].
       coefs: `run.Loss`, for scope, scale and how layers are put together.
-      load_before: as for `lm_loss`.
+      counts, num_microbatches, load_before: as for `lm_loss`.
+
+    Returns:
+      float32 scalars by name, over all layers and chain rounds.
     """
     if not layers:
         return {}
@@ -117,15 +149,21 @@ def routing_losses(layers, coefs, load_before=None) -> dict:
     count = 0
     for path, layer in layers.items():
         own, stats = layer["losses"], layer["stats"]
-        values = {name: own[name] for name in total}
+        values = {
+            "load_balance": own["load_balance"] / num_microbatches,
+            "router_z": stats["z_sum"] / counts["tokens"],
+            "entropy": stats["entropy_sum"] / counts["tokens"],
+            "importance": own["importance"] / num_microbatches,
+        }
         if coefs.balance_scope == "sequence":
-            values["load_balance"] = own["sequence_balance"]
+            values["load_balance"] = stats["sequence_balance_sum"] / counts["sequences"]
         elif coefs.balance_scope == "step" and load_before is not None:
-            values["load_balance"] = load_balance_loss(
+            so_far = load_balance_loss(
                 stats["load_E"] + load_before[path],
                 stats["prob_sum_E"],
                 stats["num_tokens"],
             )
+            values["load_balance"] = so_far / num_microbatches
         if coefs.balance_scale == "count":
             slots = stats["num_slots"] / jnp.maximum(stats["num_tokens"], 1.0)
             values["load_balance"] *= slots

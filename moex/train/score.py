@@ -31,6 +31,9 @@ from moex.train.step import figures
 def evaluate(job: Job, state: dict, eval_step, limit: int | None) -> dict:
     """Held-out figures: nats per token, bits per byte, perplexity, per domain, routing.
 
+    They are made of the sums of all batches, so the batch size does not change them. A
+    mean over nothing is NaN.
+
     Args:
       job: the job whose held-out data is scored.
       state: {"params", "state"}.
@@ -40,25 +43,25 @@ def evaluate(job: Job, state: dict, eval_step, limit: int | None) -> dict:
     Raises:
       ConfigError: if nothing is held out.
     """
-    total, count = None, 0
+    total = None
     for batch in job.eval_batches(limit):
         batch = shard_batch(batch, job.mesh)
         # One step at a time. Nothing orders two of them (the next does not read what
         # this one makes), and processes that start their collectives in different
         # orders wait for each other for ever.
-        jax.block_until_ready(total)
-        sums = eval_step(state["params"], state["state"], batch)
-        total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
-        count += 1
+        sums = jax.device_get(eval_step(state["params"], state["state"], batch))
+        # Of all batches in 64 bits: float32 loses counts above 2**24.
+        sums = jax.tree.map(np.float64, sums)
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
     if total is None:
         raise ConfigError("config.data: no data is held out; raise holdout.")
-    result = jax.device_get(figures(total, count))
+    result = jax.device_get(figures(total))
     return {
         "nll": float(result["nll"]),
         "perplexity": float(np.exp(result["nll"])),
         "bits_per_byte": float(result["bits_per_byte"]),
-        "tokens": int(result["tokens"]),
-        "bytes": int(result["bytes"]),
+        "tokens": int(total["tokens"]),
+        "bytes": int(total["bytes"]),
         "domains": domain_losses(job.data.domains, result),
         "layers": result["layers"],
     }
@@ -86,6 +89,8 @@ def score_run(workdir, cfg, *, sequences=None) -> dict:
     state = {"params": run.params, "state": run.state}
     with jax.set_mesh(run.mesh):
         result = evaluate(job, state, job.eval_step(), sequences)
+    if result["tokens"] == 0:
+        raise ConfigError("config.data: what is held out has no target to score.")
     result.pop("layers")
     return {"step": run.step} | result
 

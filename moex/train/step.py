@@ -13,14 +13,16 @@ import jax.numpy as jnp
 import optax
 
 from moex.accounting import param_group
-from moex.moe.metrics import layer_metrics
+from moex.moe.metrics import layer_metrics, mean
 from moex.optim import flat_paths, path_factors, path_name
 from moex.schedule import is_always_zero, points_of, value_at
-from moex.train.losses import lm_loss, make_context
+from moex.train.losses import lm_loss, lm_sums, make_context, step_counts
 
 # Updates that must be accepted before a spike can be told from a start.
 SPIKE_WARMUP = 50
 GRAD_NORM_DECAY = 0.99
+# Skips in a row from which on high norms are a new level, and no spikes.
+SPIKES_IN_ROW = 3
 
 
 def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
@@ -36,7 +38,7 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
       static: static fields of `Context` (dtype, kernels, remat).
     """
 
-    def loss_fn(params, state, batch, key, num_tokens, step, load_before):
+    def loss_fn(params, state, batch, key, counts, step, load_before):
         model = spec.merge(params, state)
         ctx = make_context(batch, key=key, mode="train", **static)
         return lm_loss(
@@ -45,7 +47,7 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
             batch,
             coefs,
             step=step,
-            num_tokens=num_tokens,
+            counts=counts,
             num_microbatches=grad_accum,
             num_domains=num_domains,
             load_before=load_before,
@@ -56,8 +58,7 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
 
     def train_step(train_state, step, key, batch):
         params, state = train_state["params"], train_state["state"]
-        # A batch without one scored target has loss 0, not 0 / 0.
-        num_tokens = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
+        counts = step_counts(batch)
         key = jax.random.fold_in(key, step)
 
         def micro(args, before):
@@ -70,9 +71,7 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
                 load_before = {
                     k: v["stats"]["load_E"] for k, v in sums["layers"].items()
                 }
-            return grad_fn(
-                params, state, microbatch, key_i, num_tokens, step, load_before
-            )
+            return grad_fn(params, state, microbatch, key_i, counts, step, load_before)
 
         (loss, sums), grads = _accumulate(micro, batch, grad_accum)
         # Frozen parameters have no part in the norm; XLA drops gradients of constants.
@@ -89,12 +88,18 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
             }
             lost = lost_rows(sums["layers"])
             ok, guard = guard_update(
-                train_state["guard"], loss, grad_norm, optim.spike_factor, lost
+                train_state["guard"],
+                loss,
+                grad_norm,
+                optim.spike_factor,
+                lost,
+                sums["nll"] > 2 * sums["guess"],
             )
             old = {k: train_state[k] for k in new}
             new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
-        metrics = figures(sums, grad_accum) | {
+        metrics = figures(sums) | {
             "loss": loss,
+            "weighted": sums["weighted"],
             "grad_norm": grad_norm,
             "grad_norms": group_norms,
             "lost_rows": lost,
@@ -184,69 +189,84 @@ def lost_rows(layers):
     )
 
 
-def guard_update(guard, loss, grad_norm, spike_factor, lost=0.0):
+def guard_update(guard, loss, grad_norm, spike_factor, lost=0.0, hopeless=False):
     """Decide whether an update is taken, and count.
 
     It is skipped if the loss or the gradient norm is not finite, if rows were lost on
     their way to the experts, or if the gradient norm exceeds `spike_factor` times its
-    running mean over accepted updates (once `SPIKE_WARMUP` were accepted).
+    running mean (once `SPIKE_WARMUP` updates were accepted).
+
+    Norms that stay high are a new level: a schedule trains more parameters or changes a
+    coefficient, or the run was resumed with another batch. The mean follows it. From
+    the skip number `SPIKES_IN_ROW` in a row on it moves up to where the norm would just
+    have been accepted, and then on as it does after an accepted update. So the first
+    norm that is no higher than the one before is accepted, and norms that grow faster
+    than a running mean can follow are not, however long they do. Parameters rest while
+    updates are skipped: norms that have no limit then are a divergence.
+
+    Args:
+      guard: as `state.init_guard` makes it.
+      loss, grad_norm: float32 scalars of this step.
+      spike_factor: `Optim.spike_factor`.
+      lost: rows that found no room on their way to the experts.
+      hopeless: whether the loss is twice that of a model that knows nothing. High norms
+        are no new level then: the parameters are spoiled.
 
     Returns:
       (ok bool scalar, new guard).
     """
-    ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (lost == 0)
-    mean = guard["grad_norm_mean"]
-    if spike_factor is not None:
-        started = guard["accepted"] >= SPIKE_WARMUP
-        ok &= ~started | (grad_norm <= spike_factor * mean)
+    sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (lost == 0)
+    ok, mean = sound, guard["grad_norm_mean"]
+    base, moves = mean, sound
     # A plain mean at first, then an exponential one.
     count = guard["accepted"].astype(jnp.float32) + 1
-    rate = jnp.maximum(1 - GRAD_NORM_DECAY, 1 / count)
+    rate = jnp.where(mean > 0, jnp.maximum(1 - GRAD_NORM_DECAY, 1 / count), 1.0)
+    if spike_factor is not None:
+        # There is nothing to compare with while nothing was trained.
+        started = (guard["accepted"] >= SPIKE_WARMUP) & (mean > 0)
+        ok &= ~started | (grad_norm <= spike_factor * mean)
+        again = guard["skipped_in_row"] + 1 >= SPIKES_IN_ROW
+        level = sound & ~ok & again & jnp.logical_not(hopeless)
+        base = jnp.where(level, grad_norm / spike_factor, mean)
+        moves = ok | level
     skip = (~ok).astype(jnp.int32)
     return ok, {
-        "accepted": guard["accepted"] + 1 - skip,
-        "grad_norm_mean": jnp.where(ok, mean + rate * (grad_norm - mean), mean),
+        # A norm of 0 says that all parameters are frozen, and nothing of their norms.
+        "accepted": guard["accepted"] + (ok & (grad_norm > 0)).astype(jnp.int32),
+        "grad_norm_mean": jnp.where(
+            moves & (grad_norm > 0), base + rate * (grad_norm - base), mean
+        ),
         "skipped": guard["skipped"] + skip,
         "skipped_in_row": (guard["skipped_in_row"] + 1) * skip,
     }
 
 
-def figures(sums, num_microbatches=1):
-    """What is logged, from sums: nats per token, bits per byte, routing per layer."""
-    tokens = jnp.maximum(sums["tokens"], 1.0)
-    layers = {}
-    for path, layer in sums["layers"].items():
-        means = {k: v / num_microbatches for k, v in layer["losses"].items()}
-        # Figures of all tokens come last: `entropy` is exact there.
-        layers[path] = means | layer_metrics(layer["stats"])
+def figures(sums):
+    """What is logged, from sums: nats per token, bits per byte, routing per layer.
+
+    A mean over nothing is NaN. Counts stay as they are.
+    """
     return {
-        "nll": sums["nll"] / tokens,
-        "z": sums["z"] / tokens,
-        "bits_per_byte": sums["nll"] / jnp.maximum(sums["bytes"], 1.0) / jnp.log(2.0),
-        "tokens": sums["tokens"],
-        "bytes": sums["bytes"],
-        "domain_nll": sums["domain_nll"] / jnp.maximum(sums["domain_tokens"], 1.0),
-        "domain_tokens": sums["domain_tokens"],
-        "layers": layers,
-        "weighted": sums["weighted"],
+        "nll": mean(sums["nll"], sums["tokens"]),
+        "z": mean(sums["z"], sums["tokens"]),
+        "bits_per_byte": mean(sums["nll"], sums["bytes"]) / jnp.log(2.0),
+        "domain_nll": mean(sums["domain_nll"], sums["domain_tokens"]),
+        **{
+            name: sums[name] for name in ("tokens", "padding", "bytes", "domain_tokens")
+        },
+        "layers": {
+            path: layer_metrics(layer["stats"])
+            for path, layer in sums["layers"].items()
+        },
     }
 
 
-def make_eval_step(spec, coefs, *, num_domains, static):
+def make_eval_step(spec, *, num_domains, static):
     """`(params, state, batch) -> sums`; sums of all batches go to `figures`."""
 
     def eval_step(params, state, batch):
         model = spec.merge(params, state)
         ctx = make_context(batch, mode="eval", **static)
-        _, sums = lm_loss(
-            model,
-            ctx,
-            batch,
-            coefs,
-            num_tokens=1.0,
-            num_microbatches=1,
-            num_domains=num_domains,
-        )
-        return sums
+        return lm_sums(model, ctx, batch, num_domains=num_domains)
 
     return eval_step

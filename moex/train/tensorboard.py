@@ -51,8 +51,9 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "skipped updates": ("train/skipped$",),
     },
     "speed": {
-        "tokens per second": ("perf/tokens_per_s$",),
-        "model FLOPs utilisation": ("perf/mfu$",),
+        "tokens per second": ("perf/(tokens|targets)_per_s$",),
+        "model FLOPs utilisation": ("perf/mfu(_without_padding)?$",),
+        "padding, share of the tokens": ("train/padding_frac$",),
         "seconds of a step": ("perf/(step|data|dispatch|wait|other)_s$",),
         "memory, GiB": ("perf/memory_gib$",),
     },

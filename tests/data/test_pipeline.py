@@ -220,6 +220,51 @@ def test_prompt_response(tmp_path):
         prepare(data(tmp_path, source), 4, log=quiet)
 
 
+def test_prompts_that_leave_no_response_are_counted_and_said(tmp_path):
+    """Of prompts of 3 bytes and of 16 and more the first only have targets."""
+    prompts = ["ab "] * 3 + ["c" * 16, "d" * 15, "e" * 40]
+    rows = [{"prompt": p + str(i), "response": "yes"} for i, p in enumerate(prompts)]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = PromptResponse(
+        paths=(str(tmp_path / "qa.jsonl"),), holdout=0.0, truncate=True
+    )
+    said = []
+    prepared = prepare(data(tmp_path, source), 16, log=said.append)
+    warning = (
+        "data: warning: 3 of 6 examples for train in 'qa' have a prompt that fills a "
+        "sequence, seq_len=16: nothing of their responses is left; raise seq_len or "
+        "shorten the prompts"
+    )
+    assert warning in said
+    (train,) = prepared.train
+    masks = [np.sum(train[i]["loss_mask"]) for i in range(len(train))]
+    # Three responses of 3 bytes and their ends; the 17 tokens of the others are cut.
+    assert sum(masks) == 3 * 4 and 0 in masks
+    said.clear()
+    prepare(data(tmp_path, source), 64, log=said.append)
+    assert not any("fills a sequence" in line for line in said)
+
+
+@pytest.mark.parametrize("holdout", [0.0, 1.0])
+def test_nothing_but_prompts_is_refused(tmp_path, holdout):
+    """For training where the source is trained on, for scoring where it is given."""
+    rows = [{"prompt": "x" * 20 + str(i), "response": "yes"} for i in range(5)]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = PromptResponse(
+        paths=(str(tmp_path / "qa.jsonl"),), holdout=holdout, truncate=True
+    )
+    split = "eval" if holdout else "train"
+    message = (
+        rf"data.sources\[0\] \('qa'\): 5 of 5 examples for {split} have a prompt that "
+        "fills a sequence, seq_len=16: no target is left. Raise seq_len, or shorten "
+        "the prompts."
+    )
+    with pytest.raises(ConfigError, match=message):
+        prepare(data(tmp_path, source), 16, scoring=holdout == 1, log=quiet)
+    # At 32 all have their targets.
+    prepare(data(tmp_path, source), 32, scoring=holdout == 1, log=quiet)
+
+
 def test_prepare_refusals(tmp_path):
     config = data(tmp_path)
     with pytest.raises(ConfigError, match=r"seq_len=100000 is longer.*tokens"):

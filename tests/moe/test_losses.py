@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from moex.moe.losses import (
-    entropy_loss,
     importance_loss,
+    layer_losses,
     load_balance_loss,
-    router_z_loss,
-    sequence_balance_loss,
+    mean_loss,
+    sequence_balance_sums,
     update_bias,
 )
 from tests.tolerances import assert_close
@@ -46,7 +46,11 @@ def test_all_tokens_to_one_expert_cost_the_number_of_experts():
 def test_no_token_costs_nothing():
     zero = jnp.float32(0)
     assert load_balance_loss(jnp.zeros(3), jnp.zeros(3), zero) == 0
-    assert router_z_loss(zero, zero) == 0
+    assert mean_loss(zero, zero) == 0
+    names = ("num_tokens", "num_sequences", "sequence_balance_sum", "z_sum")
+    nothing = dict.fromkeys((*names, "entropy_sum"), zero)
+    nothing |= dict.fromkeys(("load_E", "prob_sum_E"), jnp.zeros(3))
+    assert set(map(float, layer_losses(nothing).values())) == {0.0}
 
 
 def test_leading_dims_are_layers():
@@ -60,7 +64,7 @@ def test_z_loss_by_hand():
     # Two tokens with logits (0, 0) and (log 3, 0): lse = log 2, log 4.
     # (0.480453 + 1.921812) / 2 = 1.201133.
     z_sum = jnp.float32(np.log(2) ** 2 + np.log(4) ** 2)
-    assert_close(router_z_loss(z_sum, jnp.float32(2)), 1.201133, "float32")
+    assert_close(mean_loss(z_sum, jnp.float32(2)), 1.201133, "float32")
 
 
 def test_bias_moves_up_where_load_is_below_the_mean():
@@ -83,8 +87,9 @@ def test_sequence_balance_is_the_mean_of_the_sequences():
     load_BE = jnp.array([[4.0, 0.0], [2.0, 2.0], [0.0, 0.0]])
     prob_sum_BE = jnp.array([[4.0, 0.0], [2.0, 2.0], [0.0, 0.0]])
     tokens_B = jnp.array([4.0, 4.0, 0.0])
-    loss = sequence_balance_loss(load_BE, prob_sum_BE, tokens_B)
-    assert_close(loss, 1.5, "float32")
+    total, count = sequence_balance_sums(load_BE, prob_sum_BE, tokens_B)
+    assert_close(total, 3.0, "float32")
+    assert count == 2
     # Over the whole batch: f = P = (3/4, 1/4), 2 * (9 + 1) / 16.
     whole = load_balance_loss(load_BE.sum(0), prob_sum_BE.sum(0), tokens_B.sum())
     assert_close(whole, 1.25, "float32")
@@ -95,8 +100,3 @@ def test_importance_is_the_squared_coefficient_of_variation():
     assert_close(importance_loss(jnp.array([1.0, 2.0, 3.0])), 1 / 6, "float32")
     assert importance_loss(jnp.full(3, 2.0)) == 0
     assert importance_loss(jnp.zeros(3)) == 0
-
-
-def test_entropy_is_a_mean():
-    assert_close(entropy_loss(jnp.float32(3), jnp.float32(2)), 1.5, "float32")
-    assert entropy_loss(jnp.float32(0), jnp.float32(0)) == 0

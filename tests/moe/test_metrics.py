@@ -31,11 +31,11 @@ def example():
         probs_TE=probs_TE,
     )
     load_BE, real_T = loads(routing, (2, 2), num_experts=2)
-    load_E = jnp.sum(load_BE, axis=0)
     computed, lost = jnp.float32(2), jnp.float32(1)
     # Lengths 5, 0 and 13; what stands at the padding is not read.
     y_TD = jnp.array([[3.0, 4.0], [0.0, 0.0], [5.0, 12.0], [jnp.nan, 1.0]])
-    return routing_stats(routing, valid_T, load_E, real_T, computed, lost, 2, y_TD)
+    valid_BL = valid_T.reshape(2, 2)
+    return routing_stats(routing, valid_BL, load_BE, real_T, computed, lost, 2, y_TD)
 
 
 def test_sums_leave_padding_out():
@@ -46,6 +46,10 @@ def test_sums_leave_padding_out():
         "load_E": [2, 1],
         "prob_sum_E": [1.5, 1.5],
         "num_tokens": 3,
+        # Sequence 0: all to expert 0, whose mean probability is 5/8: 2 * 5/8. Sequence
+        # 1: one token of probability 3/4 at its expert 1: 2 * 3/4.
+        "sequence_balance_sum": 1.25 + 1.5,
+        "num_sequences": 2,
         "num_slots": 3,
         "num_zero": 0,
         "num_kept": 2,
@@ -75,6 +79,10 @@ def test_figures():
         "dead_frac": 0,
         "effective_frac": 0.944941,
         "entropy": 1.817817 / 3,
+        "load_balance": 1,  # both mean probabilities are 1/2
+        "sequence_balance": 2.75 / 2,
+        "router_z": 0,
+        "importance": 0,
         "confidence": 2 / 3,
         "experts_per_token": 2 / 3,
         "experts_per_token_std": 0,
@@ -106,12 +114,18 @@ def test_figures_of_sums_are_those_of_all_tokens():
         assert_close(value, layer_metrics(stats)[name], "float32", name)
 
 
-def test_no_token_gives_finite_figures():
+def test_a_mean_over_no_token_is_no_figure():
     nothing = jax.tree.map(jnp.zeros_like, example())
     figures = layer_metrics(nothing)
-    assert all(np.all(np.isfinite(v)) for v in figures.values())
+    without = {name for name, value in figures.items() if np.all(np.isnan(value))}
+    assert without == {
+        *("load_balance", "sequence_balance", "router_z", "entropy", "importance"),
+        *("confidence", "experts_per_token", "experts_per_token_std", "unrouted_frac"),
+        *("logit_norm", "output_norm"),
+    }
     # Of no slots none is dropped, and no expert has more than others.
     assert figures["dropped_frac"] == figures["max_violation"] == 0
+    assert not np.any(figures["slots_hist_S"]) and not np.any(figures["load_frac_E"])
 
 
 def test_zero_computation_slots_are_counted_apart():
@@ -129,12 +143,11 @@ def test_zero_computation_slots_are_counted_apart():
     load_BE, real_T = loads(routing, (2, 2), num_experts=2)
     assert load_BE.tolist() == [[2, 1, 1], [1, 0, 2]]
     assert real_T.tolist() == [2, 1, 0, 1]
-    load_E = jnp.sum(load_BE, axis=0)
-    valid_T = jnp.ones(4, bool)
+    valid_BL = jnp.ones((2, 2), bool)
     # Capacity dropped one of the four real slots.
     kept, y_TD = jnp.float32(3), jnp.zeros((4, 1))
     stats = routing_stats(
-        routing, valid_T, load_E, real_T, kept, jnp.float32(0), 2, y_TD
+        routing, valid_BL, load_BE, real_T, kept, jnp.float32(0), 2, y_TD
     )
     figures = layer_metrics(stats)
     # Real slots per token 2, 1, 0, 1: mean 1, variance 1/2.
@@ -203,12 +216,13 @@ def chosen_by_experts(seed, C=5):
     return chosen, valid_T, y_TD
 
 
-def figures_of(routing, valid_T, y_TD, num_experts, kept=0, lost=0):
+def figures_of(routing, valid_T, y_TD, num_experts, kept=0, lost=0, sequences=1):
     """The sums of one call, as the layer makes them."""
-    load_BE, real_T = loads(routing, (1, len(valid_T)), num_experts)
+    valid_BL = jnp.asarray(valid_T).reshape(sequences, -1)
+    load_BE, real_T = loads(routing, valid_BL.shape, num_experts)
     rows = jnp.float32(kept), jnp.float32(lost)
-    rest = (jnp.sum(load_BE, 0), real_T, *rows, num_experts, jnp.asarray(y_TD))
-    return routing_stats(routing, jnp.asarray(valid_T), *rest)
+    rest = (load_BE, real_T, *rows, num_experts, jnp.asarray(y_TD))
+    return routing_stats(routing, valid_BL, *rest)
 
 
 def experts_of(routing):
@@ -223,6 +237,10 @@ def experts_of(routing):
         for t, k in np.argwhere(routing.keep_TK):
             rows[t].append(int(expert_TK[t, k]))
     return rows
+
+
+def log_sums_of(logits_TE):
+    return [math.log(sum(map(math.exp, row))) for row in logits_TE]
 
 
 def entropy(share):
@@ -241,12 +259,17 @@ def by_definition(rows, fates, logits_TE, probs_TE, y_TD, num_experts):
     sizes = [sum(e < num_experts for e in row) for row in rows]
     slots, middle = sum(load), sum(sizes) / n
     most = max(len(row) for row in rows)
+    prob_sum_E = probs_TE.sum(axis=0)
+    balance = E * sum(c / slots * p / n for c, p in zip(load, prob_sum_E, strict=True))
     return {
         "load_frac_E": [count / slots for count in load],
         "max_violation": max(load) / (slots / E) - 1,
         "dead_frac": sum(count == 0 for count in load) / E,
         "effective_frac": math.exp(entropy([c / slots for c in load])) / E,
         "entropy": sum(map(entropy, probs_TE)) / n,
+        **dict.fromkeys(("load_balance", "sequence_balance"), balance),
+        "router_z": sum(z**2 for z in log_sums_of(logits_TE)) / n,
+        "importance": np.var(prob_sum_E) / np.mean(prob_sum_E) ** 2,
         "confidence": sum(map(max, probs_TE)) / n,
         "experts_per_token": fates.count("computed") / n,
         "experts_per_token_std": math.sqrt(sum((s - middle) ** 2 for s in sizes) / n),
@@ -287,8 +310,7 @@ def test_figures_are_those_of_a_loop_over_tokens(make, num_experts, seed):
         if name == "slots_hist_S":  # bins for more experts than any token has
             value = value + [0] * (len(got) - len(value))
         assert_close(got, value, "float32", name)
-    log_sums = [math.log(sum(map(math.exp, row))) for row in logits_TE]
-    assert_close(sums["z_sum"], sum(z**2 for z in log_sums), "float32")
+    assert_close(sums["z_sum"], sum(z**2 for z in log_sums_of(logits_TE)), "float32")
     assert_close(sums["prob_sum_E"], sum(probs_TE), "float32")
 
 
@@ -306,7 +328,7 @@ def test_loads_are_those_of_a_loop_over_sequences(make):
 
 def test_sums_of_halves_add_up_to_those_of_all_tokens():
     routing, valid_T, y_TD = random_case(0)
-    whole = figures_of(routing, valid_T, y_TD, 6)
+    whole = figures_of(routing, valid_T, y_TD, 6, sequences=2)
     halves = []
     for rows in (slice(0, 6), slice(6, 12)):
         fields = ("expert_TK", "gate_TK", "keep_TK", "logits_TE", "probs_TE")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moex.schedule import Schedule
 from moex.train import checkpoint, loop
 from moex.train.loop import TrainingStopped
 from moex.train.record import read_about
@@ -123,6 +124,29 @@ def test_rows_that_find_no_room_name_the_field(train, tmp_path, monkeypatch, cap
         capsys.readouterr().out,
     )
     assert len(found) >= 2 and all(int(rows) > 0 for rows, _ in found)
+
+
+def test_parameters_that_a_schedule_unfreezes_are_trained(folder, tmp_path):
+    """The router alone at first, whose norm is a fortieth: a few skips, then all."""
+    cfg = runs.config(folder, "steps=72", "eval.every=0", "checkpoint.every=0")
+    thaw = Schedule(points=((59, 0.0), (60, 1.0)))
+    cfg.optim.lr_factors = (("*", thaw), ("router", 1.0))
+    assert loop.train(cfg, tmp_path, say=lambda line: None)["step"] == 72
+    found = runs.records(tmp_path)
+    norms = [r["grad_norm"] for r in found]
+    assert min(norms[60:63]) > cfg.optim.spike_factor * np.mean(norms[:60])
+    assert 3 <= found[-1]["skipped"] <= 6
+    assert found[-1]["nll"] < found[59]["nll"] - 1
+
+
+@pytest.mark.slow
+def test_a_learning_rate_that_spoils_the_model_still_stops_it(folder, tmp_path):
+    """It jumps by a thousand; the loss is far above that of a guess, log 257."""
+    cfg = runs.config(folder, "steps=90", "eval.every=0", "checkpoint.every=0")
+    cfg.optim.lr_factors = (("*", Schedule(points=((59, 1.0), (60, 1e3)))),)
+    with pytest.raises(TrainingStopped, match="10 updates in a row"):
+        loop.train(cfg, tmp_path, say=lambda line: None)
+    assert runs.records(tmp_path)[-1]["nll"] > 2 * np.log(257)
 
 
 def test_spikes_are_skipped(train, tmp_path, monkeypatch, capsys):

@@ -103,7 +103,9 @@ def test_resume_gives_the_same_bits(folder, straight, interrupted):
     expected = runs.saved_state(folder, straight[0])
     actual = runs.saved_state(folder, interrupted[0])
     assert expected[0] == STEPS
-    assert expected[2] == {"sequences": 4 * STEPS}
+    tokens = 4 * STEPS * 32
+    data = {"sequences": 4 * STEPS, "tokens": tokens, "targets": tokens}
+    assert expected[2] == data
     runs.assert_same_state(actual, expected)
     (bias_E,) = jax.tree.leaves(expected[1]["state"])
     assert np.any(bias_E)
@@ -197,7 +199,8 @@ def test_a_chart_of_the_layout_shows_every_series(straight, folder):
     _, found = tags(straight[0])
     page = layout(runs.config(folder, "log.detail=detailed"), num_domains=1)
     patterns = [p for charts in page.values() for _, ps in charts.values() for p in ps]
-    apart = {"compile/seconds", "train/loss", "train/tokens_seen", "eval/final_nll"}
+    apart = {"compile/seconds", "train/loss", "eval/final_nll"}
+    apart |= {"train/tokens_seen", "train/targets_seen"}
     apart |= {"eval/tokens", "eval/bytes", "eval/max_violation"}
     # Of one domain, which is all the data.
     apart |= {"perf/train_flops_per_token", "eval/nll/corpus"}

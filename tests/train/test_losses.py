@@ -25,18 +25,25 @@ FULL = {
     for k in (
         *("num_zero", "num_kept", "num_lost", "real_sq_sum", "num_unrouted"),
         *("entropy_sum", "z_sum", "top_gate_sum", "logit_sq_sum", "output_sq_sum"),
+        *("sequence_balance_sum", "num_sequences"),
     )
 } | {"slots_S": jnp.ones((1, 3))}
-NAMES = ("load_balance", "sequence_balance", "router_z", "entropy", "importance")
+# Of the whole step, of which a microbatch has three tokens and one sequence.
+COUNTS = {"targets": 5.0, "tokens": 12.0, "sequences": 4.0}
 
 
-def layer(load_balance, shape=(1,), slots=6.0, **losses):
+def layer(load_balance, shape=(1,), slots=6.0, **sums):
     """aux of a layer; every array has leading dims `shape`."""
-    values = dict.fromkeys(NAMES, 0.0) | losses | {"load_balance": load_balance}
+    names = ("z_sum", "entropy_sum", "sequence_balance_sum")
     load_E = jnp.broadcast_to(jnp.array([4.0, 2.0]), (*shape, 2))
+    own = {"load_balance": load_balance, "importance": 0.75}
     return {
-        "losses": {k: jnp.full(shape, v) for k, v in values.items()},
+        "losses": {k: jnp.full(shape, v) for k, v in own.items()},
         "stats": {
+            **{
+                k: jnp.full(shape, v)
+                for k, v in (dict.fromkeys(names, 0) | sums).items()
+            },
             "load_E": load_E,
             "prob_sum_E": jnp.broadcast_to(jnp.array([2.0, 1.0]), (*shape, 2)),
             "num_tokens": jnp.full(shape, 3.0),
@@ -46,45 +53,46 @@ def layer(load_balance, shape=(1,), slots=6.0, **losses):
 
 
 LAYERS = {
-    "a": layer(1.0, (2,), router_z=0.5, sequence_balance=3.0),  # two copies
-    "b": layer(2.0, (1, 2), entropy=0.25),  # a chain of two rounds
+    "a": layer(1.0, (2,), z_sum=6.0, sequence_balance_sum=3.0),  # two copies
+    "b": layer(2.0, (1, 2), entropy_sum=3.0),  # a chain of two rounds
 }
 
 
 def test_layers_and_rounds_are_added():
-    found = routing_losses(LAYERS, Loss())
-    expected = {"load_balance": 6.0, "router_z": 1.0, "entropy": 0.5, "importance": 0}
+    """Sums are over the tokens of the step; the others over its two microbatches."""
+    found = routing_losses(LAYERS, Loss(), COUNTS, 2)
+    expected = {"load_balance": 3.0, "router_z": 1.0, "entropy": 0.5, "importance": 1.5}
     assert {k: float(v) for k, v in found.items()} == expected
 
 
 def test_or_averaged():
-    found = routing_losses(LAYERS, Loss(over_layers="mean"))
-    assert float(found["load_balance"]) == 6.0 / 4
+    found = routing_losses(LAYERS, Loss(over_layers="mean"), COUNTS, 2)
+    assert float(found["load_balance"]) == 3.0 / 4
     assert float(found["entropy"]) == 0.5 / 4
 
 
 def test_the_scale_of_papers_counts_slots_per_token():
-    found = routing_losses({"a": layer(1.0)}, Loss(balance_scale="count"))
+    found = routing_losses({"a": layer(1.0)}, Loss(balance_scale="count"), COUNTS)
     assert float(found["load_balance"]) == 6.0 / 3.0
 
 
 def test_sequence_scope_takes_the_loss_by_sequence():
-    found = routing_losses(LAYERS, Loss(balance_scope="sequence"))
-    assert float(found["load_balance"]) == 2 * 3.0
+    found = routing_losses(LAYERS, Loss(balance_scope="sequence"), COUNTS, 2)
+    assert float(found["load_balance"]) == 2 * 3.0 / 4  # of the sequences of the step
 
 
 def test_step_scope_adds_the_load_before():
     """f = (4 + 0, 2 + 6) / 12, P = (2, 1) / 3: 2 * (1/3 * 2/3 + 2/3 * 1/3) = 8/9."""
     before = {"a": jnp.array([[0.0, 6.0]])}
     step = Loss(balance_scope="step")
-    found = routing_losses({"a": layer(1.0)}, step, before)
-    assert_close(found["load_balance"], 8 / 9, "float32")
-    first = routing_losses({"a": layer(1.0)}, step)
-    assert float(first["load_balance"]) == 1.0
+    found = routing_losses({"a": layer(1.0)}, step, COUNTS, 2, load_before=before)
+    assert_close(found["load_balance"], 4 / 9, "float32")
+    first = routing_losses({"a": layer(1.0)}, step, COUNTS, 2)
+    assert float(first["load_balance"]) == 0.5
 
 
 def test_no_layers_no_losses():
-    assert routing_losses({}, Loss()) == {}
+    assert routing_losses({}, Loss(), COUNTS) == {}
 
 
 @pytest.fixture(scope="module")
@@ -107,19 +115,17 @@ def test_the_loss_is_the_sum_of_its_weighted_parts(model):
     coefs = Loss(
         z=0.1, load_balance=Schedule(points=((0, 0.2), (10, 0.4))), entropy=0.3
     )
-    options = {"num_tokens": 5.0, "num_microbatches": 2, "num_domains": 2}
+    options = {"counts": COUNTS, "num_microbatches": 2, "num_domains": 2}
     loss, sums = lm_loss(run, ctx, batch, coefs, step=5, **options)
-    raw = routing_losses({k: v for k, v in sums["layers"].items()}, coefs)
-    assert_close(
-        sums["weighted"]["load_balance"], 0.3 * raw["load_balance"] / 2, "order"
-    )
-    assert_close(sums["weighted"]["entropy"], 0.3 * raw["entropy"] / 2, "order")
+    raw = routing_losses(sums["layers"], coefs, COUNTS, 2)
+    assert_close(sums["weighted"]["load_balance"], 0.3 * raw["load_balance"], "order")
+    assert_close(sums["weighted"]["entropy"], 0.3 * raw["entropy"], "order")
     assert_close(sums["weighted"]["z"], 0.1 * sums["z"] / 5, "order")
     assert sums["weighted"]["importance"] == 0
     total = sums["nll"] / 5 + sum(sums["weighted"].values())
     assert_close(loss, total, "order")
     later, _ = lm_loss(run, ctx, batch, coefs, step=99, **options)
-    assert_close(later - loss, 0.1 * raw["load_balance"] / 2, "float32")
+    assert_close(later - loss, 0.1 * raw["load_balance"], "float32")
 
 
 def test_microbatches_of_a_step_share_their_load():
@@ -134,10 +140,10 @@ def test_microbatches_of_a_step_share_their_load():
         tokens = jnp.float32(ctx.token_BL.size)
         stats = {"load_E": load_E.astype(jnp.float32), "prob_sum_E": prob_E * tokens}
         stats |= {"num_tokens": tokens, "num_slots": tokens}
-        stats = layer(0.0)["stats"] | {k: v[None] for k, v in stats.items()}
-        own = load_balance_loss(*(stats[k] for k in list(stats)[:3]))
-        aux = {"load": stats["load_E"], "stats": FULL | stats}
-        aux["losses"] = dict.fromkeys(NAMES, 0 * own) | {"load_balance": own}
+        own = load_balance_loss(*(stats[k][None] for k in list(stats)[:3]))
+        aux = {"load": stats["load_E"][None]}
+        aux["stats"] = FULL | {k: v[None] for k, v in stats.items()}
+        aux["losses"] = {"load_balance": own, "importance": 0 * own}
         return jnp.zeros((*ctx.token_BL.shape, 2)), {"ffn": aux}
 
     prob_E = jnp.array([0.75, 0.25])

@@ -51,8 +51,11 @@ MODEL = tiny_lm(
 )
 SMALL = tiny_lm(Segment(pattern=(tiny_moe(8),)), attention=ATTENTION)
 BATCH = random_batch(8, 8)
-# The microbatches of an accumulated step get very different numbers of targets.
-UNEVEN = dict(BATCH, loss_mask=BATCH["loss_mask"] * (np.arange(8)[:, None] % 4 != 1))
+# The microbatches of an accumulated step get very different numbers of tokens and
+# targets: rows 0 and 4 all of them, rows 1 and 5 one token and no target, and so on.
+KEPT = np.arange(8) < np.array([8, 1, 3, 2, 8, 1, 2, 3])[:, None]
+UNEVEN = BATCH | {"segment": BATCH["segment"] * KEPT}
+UNEVEN["loss_mask"] = BATCH["loss_mask"] * KEPT * (np.arange(8)[:, None] % 4 != 1)
 KEY = jax.random.key(0)
 
 
@@ -81,8 +84,10 @@ def trainer(name, loss, grad_accum=1):
 
 
 BALANCED = (("load_balance", 0.5), ("router_z", 0.1), ("z", 0.01))
-# Balance losses are means over a microbatch, so they are not equal by design.
-TOKEN_ONLY = (("load_balance", 0.0), ("router_z", 0.0), ("z", 0.1))
+# Means over the tokens of the step. The balance loss of a microbatch is no such mean.
+TOKEN_ONLY = (("load_balance", 0.0), ("router_z", 0.3), ("entropy", 0.2), ("z", 0.1))
+# Means over the sequences of the step.
+BY_SEQUENCE = (("load_balance", 0.5), ("balance_scope", "sequence"), ("z", 0.1))
 
 
 @functools.cache
@@ -103,28 +108,40 @@ def _named(tree):
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-ROUTING_LOSSES = (
-    "load_balance",
-    "sequence_balance",
-    "router_z",
-    "entropy",
-    "importance",
-)
-
-
-def test_microbatches_add_up_to_the_batch():
-    _, train_state, whole = trainer("small", TOKEN_ONLY)
-    _, _, accumulated = trainer("small", TOKEN_ONLY, grad_accum=4)
+@pytest.mark.parametrize("loss", [TOKEN_ONLY, BY_SEQUENCE], ids=["tokens", "rows"])
+def test_microbatches_add_up_to_the_batch(loss):
+    """Parameters, optimizer, every loss and every figure of the routing."""
+    _, train_state, whole = trainer("small", loss)
+    _, _, accumulated = trainer("small", loss, grad_accum=4)
     expected, expected_metrics = whole(train_state, 0, KEY, UNEVEN)
     actual, metrics = accumulated(train_state, 0, KEY, UNEVEN)
     compare(actual, expected, "step")
-    for figures in (metrics, expected_metrics):
-        # Routing losses are means over microbatches.
-        del figures["weighted"]
-        for layer in figures["layers"].values():
-            for name in ROUTING_LOSSES:
-                del layer[name]
     compare(metrics, expected_metrics, "step")
+
+
+@pytest.mark.parametrize("grad_accum", [1, 4])
+def test_figures_of_a_step_are_means_over_its_tokens(grad_accum):
+    """Against a float64 loop over the logits of the router, of uneven microbatches."""
+    spec, train_state, step = trainer("small", TOKEN_ONLY, grad_accum)
+    _, metrics = step(train_state, 0, KEY, UNEVEN)
+    ctx = make_context(UNEVEN, mode="train", collect=True, kernels="xla")
+    aux = spec.merge(train_state["params"], train_state["state"])(ctx)[1]
+    logits_TE = np.asarray(
+        aux["segments"]["0"]["blocks"]["0"]["ffn"]["scores"]["logits"][0], np.float64
+    )
+    z, entropy = [], []
+    for logits_E, segment in zip(logits_TE, UNEVEN["segment"].reshape(-1), strict=True):
+        if segment:
+            total = np.sum(np.exp(logits_E))
+            prob_E = np.exp(logits_E) / total
+            z.append(np.log(total) ** 2)
+            entropy.append(-np.sum(prob_E * np.log(prob_E)))
+    assert len(z) < UNEVEN["segment"].size / 2
+    (layer,) = metrics["layers"].values()
+    assert_close(layer["router_z"], [np.mean(z)], "float32")
+    assert_close(layer["entropy"], [np.mean(entropy)], "float32")
+    assert_close(metrics["weighted"]["router_z"], 0.3 * np.mean(z), "float32")
+    assert metrics["padding"] == UNEVEN["segment"].size - len(z)
 
 
 def test_clipping_and_decay_act_on_the_step():
@@ -236,6 +253,92 @@ def test_guard_by_hand():
     assert_close(after["grad_norm_mean"], 2.1, "float32")
 
 
+def guarded(tail, *, factor=10.0, before=1.0, **options):
+    """(accepted, number of the tenth skip in a row or None, means) of some norms.
+
+    Sixty norms `before` come first; of them only the means are told.
+    """
+
+    def step(guard, norm):
+        ok, guard = guard_update(guard, jnp.float32(1), norm, factor, **options)
+        return guard, (ok, guard["skipped_in_row"], guard["grad_norm_mean"])
+
+    norms = np.r_[np.full(60, before), tail].astype(np.float32)
+    _, (ok, in_row, mean) = jax.lax.scan(step, states.init_guard(), norms)
+    stop = np.flatnonzero(in_row >= 10)
+    return np.asarray(ok)[60:], stop[0] - 60 if len(stop) else None, np.asarray(mean)
+
+
+@pytest.mark.parametrize("level", [15.0, 1e3, 1e6, 1e12])
+def test_a_new_level_of_norms_is_followed(level):
+    """Skipped three times whatever its height, then taken for good."""
+    ok, stop, mean = guarded(np.full(200, level))
+    assert ok.tolist() == [False] * 3 + [True] * 197
+    assert stop is None
+    # The mean is moved to a tenth of the level. What is missing, 0.9, shrinks by 1 / 61
+    # with the third skip, by 1 / 61 to 1 / 100 with 40 updates, then by a hundredth.
+    missing = 0.9 * (60 / 61) * (60 / 100) * 0.99**157
+    assert_close(mean[-1] / level, 1 - missing, "step")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_noisy_new_level_is_followed(seed):
+    """Norms that differ by a third around 1, then around 100."""
+    noise = np.exp(0.3 * np.random.default_rng(seed).normal(size=200))
+    ok, stop, _ = guarded(100 * noise)
+    assert stop is None
+    assert 3 <= np.sum(~ok) <= 12
+    assert np.all(ok[60:])
+
+
+@pytest.mark.parametrize("growth", [1.2, 1.5, 2.0, 10.0, 1e4])
+def test_norms_that_go_on_growing_are_not(growth):
+    with np.errstate(over="ignore"):
+        ok, stop, _ = guarded(growth ** np.arange(1.0, 150))
+    first = int(np.argmin(ok))
+    # All norms up to ten times the mean are taken, and not one after them.
+    assert stop == first + 9
+    assert not np.any(ok[first:])
+
+
+def test_a_growth_that_a_mean_can_follow_is_no_spike():
+    ok, *_ = guarded(1.05 ** np.arange(1.0, 150))
+    assert np.all(ok)
+
+
+def test_spikes_leave_the_mean_alone():
+    alternating = np.where(np.arange(100) % 2 == 0, 1e3, 1.0)
+    pairs = np.where(np.arange(100) % 4 < 2, 1e3, 1.0)
+    for norms in (alternating, pairs):
+        ok, stop, mean = guarded(norms)
+        assert ok.tolist() == (norms == 1).tolist()
+        assert stop is None
+        np.testing.assert_array_equal(mean, 1)
+
+
+def test_norms_of_frozen_parameters_are_no_measure():
+    """All parameters are frozen for 60 steps: their norm, 0, is not the mean."""
+    ok, stop, mean = guarded(np.full(100, 2.0), before=0.0)
+    assert np.all(ok) and stop is None
+    assert mean[59] == 0 and np.all(mean[60:] == 2)
+    # As a guard that counted them left it in a checkpoint.
+    old = states.init_guard() | {"accepted": jnp.int32(60)}
+    ok, guard = guard_update(old, jnp.float32(1), jnp.float32(2), 10.0)
+    assert ok and guard["grad_norm_mean"] == 2
+
+
+def test_high_norms_of_a_spoiled_model_are_no_new_level():
+    ok, stop, mean = guarded(np.full(20, 50.0), hopeless=True)
+    assert not np.any(ok) and stop == 9
+    assert mean[-1] == 1
+
+
+def test_a_level_that_is_not_finite_is_never_followed():
+    ok, stop, mean = guarded(np.full(20, np.inf))
+    assert not np.any(ok) and stop == 9
+    assert mean[-1] == 1
+
+
 def test_each_router_bias_follows_the_load_of_its_own_layer():
     """Two segments with 8 and 4 experts, the second with two layers."""
     spec, train_state, step = trainer("model", BALANCED)
@@ -333,9 +436,8 @@ def test_losses_by_hand():
     balance = jnp.array([1.5, 2.5])  # two stacked layers
     layer = {
         "load": jnp.ones(2),
-        "losses": dict.fromkeys(ROUTING_LOSSES, 0 * balance)
-        | {"load_balance": balance, "router_z": 2 * balance},
-        "stats": {},
+        "losses": {"load_balance": balance, "importance": 0 * balance},
+        "stats": {"z_sum": 14 * balance, "entropy_sum": 0 * balance},
     }
     aux = {"segments": {"0": {"blocks": {"0": {"ffn": layer}, "1": {"ffn": {}}}}}}
     loss, sums = lm_loss(
@@ -343,18 +445,20 @@ def test_losses_by_hand():
         make_context(batch),
         batch,
         Loss(z=0.1, load_balance=0.01, router_z=0.001),
-        num_tokens=3.0,
+        counts={"targets": 3.0, "tokens": 7.0, "sequences": 2.0},
         num_microbatches=2,
         num_domains=3,
     )
     # log 2, log 4 - log 3, log 2; log-normalisers log 2, log 4, log 2.
     nll = 2 * np.log(2) + np.log(4 / 3)
     z = 2 * np.log(2) ** 2 + np.log(4) ** 2
-    # Both stacked layers count: 0.01 * 4 + 0.001 * 8, over two microbatches.
-    assert_close(loss, (nll + 0.1 * z) / 3 + 0.048 / 2, "float32")
+    # Both stacked layers count: 0.01 * 4 over two microbatches, 0.001 * 56 / 7.
+    assert_close(loss, (nll + 0.1 * z) / 3 + 0.04 / 2 + 0.008, "float32")
     assert_close(sums["nll"], nll, "float32")
     assert_close(sums["z"], z, "float32")
     assert (sums["tokens"], sums["bytes"]) == (3, 9)
+    assert sums["tokens"].dtype == sums["domain_tokens"].dtype == jnp.int32
+    assert_close(sums["guess"], 3 * np.log(2), "float32")
     assert_close(sums["domain_nll"], [nll - np.log(2), np.log(2), 0], "float32")
     assert sums["domain_tokens"].tolist() == [2, 1, 0]
     assert sums["layers"].keys() == {"segments/0/blocks/0/ffn"}
@@ -368,9 +472,7 @@ def test_token_losses_of_large_logits_are_finite():
 
 def test_evaluation_scores_as_training_does():
     spec, train_state, _ = trainer("small", BALANCED)
-    run = make_eval_step(
-        spec, Loss(**dict(BALANCED)), num_domains=2, static={"kernels": "xla"}
-    )
+    run = make_eval_step(spec, num_domains=2, static={"kernels": "xla"})
     sums = jax.jit(run)(train_state["params"], train_state["state"], BATCH)
     assert_close(sums["nll"] / sums["tokens"], one_step()[1]["nll"], "order")
 
@@ -379,5 +481,10 @@ def test_a_batch_without_targets_is_harmless():
     _, train_state, step = trainer("small", BALANCED)
     batch = dict(BATCH, loss_mask=np.zeros_like(BATCH["loss_mask"]))
     after, metrics = step(train_state, 0, KEY, batch)
-    assert metrics["nll"] == 0
+    # Its loss is that of the routing, and a mean over no target is no figure.
+    for name in ("nll", "z", "bits_per_byte"):
+        assert np.isnan(metrics[name])
+    assert np.all(np.isnan(metrics["domain_nll"]))
+    assert_close(metrics["loss"], sum(metrics["weighted"].values()), "float32")
+    assert (metrics["tokens"], metrics["skipped"]) == (0, 0)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(after))
