@@ -38,7 +38,8 @@ class Schedule(Config):
 
     def check_reached(self, steps, path):
         """Warn of a last point that a run of so many steps does not come to."""
-        reached = np.interp(steps - 1, *zip(*self.points, strict=True))
+        at, values = zip(*self.points, strict=True)
+        reached = float(np.interp(steps - 1, at, values))
         late = [value for step, value in self.points if step > steps - 1]
         if any(value != reached for value in late):
             step, value = self.points[-1]

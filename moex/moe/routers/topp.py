@@ -5,6 +5,7 @@ T tokens · D model width · E experts · K = k_max slots per token
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,7 @@ class TopP(Config):
         if self.control is not None:
             return self.control.target
         points = points_of(self.p) if isinstance(self.p, Schedule) else None
-        ps = self.p if isinstance(self.p, (tuple, list)) else (self.p,)
+        ps: Any = self.p if isinstance(self.p, (tuple, list)) else (self.p,)
         ps = (points[-1][1],) if points is not None else ps
         K = self.slots(num_experts)
         counts = [math.floor(exact(p) * num_experts) + 1 for p in ps]
