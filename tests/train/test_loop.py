@@ -298,7 +298,8 @@ def test_init_from_takes_parameters_only(
 
     monkeypatch.setattr(loop, "_start", started)
     said = []
-    branch = ("steps=2", "optim.schedule=wsd", "optim.decay_frac=1.0", "grad_accum=2")
+    branch = ("steps=2", "optim.schedule=wsd", "optim.decay_frac=0.5", "grad_accum=2")
+    branch += ("optim.warmup_steps=1",)
     workdir = tmp_path / "branch"
     train(workdir, f"init_from={straight[0]}", *branch, said=said)
     assert began["step"] == 0
@@ -310,8 +311,8 @@ def test_init_from_takes_parameters_only(
     first, second = runs.records(workdir)
     before = runs.records(straight[0])
     assert first["nll"] < before[STEPS // 2]["nll"]
-    # From 1 to 0.1 over two steps, after a warm-up of two: half of it, then all.
-    assert [first["lr"], second["lr"]] == pytest.approx([0.005, 0.01])
+    # One step of warm-up to the peak, and one of decay to a tenth of it.
+    assert [first["lr"], second["lr"]] == pytest.approx([0.01, 0.001])
     assert f"starting from the parameters of {straight[0]} at step 8" in said
 
 
