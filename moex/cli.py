@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         # the interpreter is taken apart under them.
         (distributed.leave_now if alone else _fail)(text, 130)
     except OSError as e:  # such as a full disk
-        _fail(f"{e.filename}: {e.strerror}" if e.filename else e, 1)
+        _fail(f"{e.filename}: {e.strerror or e}" if e.filename else e, 1)
     except RuntimeError as e:
         if not _is_run_error(e):
             raise

@@ -6,6 +6,7 @@
 import os
 import random
 import signal
+import time
 
 import pytest
 
@@ -96,3 +97,56 @@ def test_sigterm_then_a_full_disk_then_the_end(undisturbed, command, tmp_path):
     kill9.finish(command(tmp_path), runs.environment())
     assert kill9.logged(tmp_path) == undisturbed
     assert not (tmp_path / "corrupt").exists()
+
+
+def test_a_second_process_is_refused_and_ctrl_c_saves(undisturbed, command, tmp_path):
+    first = kill9.start(command(tmp_path), runs.environment())
+    for line in first.stdout:
+        if kill9.step_of(line) == 3:
+            break
+    # The second comes while the first trains, and then the other way round.
+    for _ in range(2):
+        second = kill9.start(command(tmp_path), runs.environment())
+        _, err = second.communicate(timeout=300)
+        assert second.returncode == 2, err
+        (line,) = err.strip().splitlines()
+        assert line.startswith(
+            f"moex: error: --workdir={tmp_path}: process {first.pid}"
+        )
+        first.send_signal(signal.SIGSTOP)
+    first.send_signal(signal.SIGCONT)
+    assert first.poll() is None
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=300)
+    assert first.returncode == 130, err
+    assert err.strip() == "interrupt: saving, then leaving (again: leave at once)"
+    assert f"stopped at step {steps(tmp_path)[-1]} of {STEPS}: checkpoint saved" in out
+    assert not (tmp_path / "run.lock").exists()
+    kill9.finish(command(tmp_path), runs.environment())
+    assert kill9.logged(tmp_path) == undisturbed
+
+
+def test_ctrl_c_before_there_is_a_checkpoint_says_so(undisturbed, command, tmp_path):
+    process = kill9.start(command(tmp_path), runs.environment())
+    while not (tmp_path / "run.lock").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert err.strip() == (
+        "moex: error: interrupted; no checkpoint was saved yet: the same command "
+        "begins at step 0"
+    )
+
+
+def test_ctrl_c_in_an_evaluation_is_one_line(undisturbed, folder):
+    run = folder / "undisturbed"
+    for seconds in (2.0, 5.0):
+        process = runs.start("eval", run)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=300)
+        assert (process.returncode, err.strip()) in [
+            (130, "moex: error: interrupted"),
+            (0, ""),  # it was quicker
+        ]

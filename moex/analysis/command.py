@@ -9,6 +9,7 @@ from moex.analysis.plotting import page, picture, plot_lines
 from moex.analysis.points import write_points
 from moex.analysis.reading import read_runs
 from moex.config import ConfigError, require
+from moex.data.files import naming
 from moex.json_files import dump_json
 
 ENDINGS = (".html", ".png", ".csv", ".json")
@@ -44,7 +45,8 @@ def run(
         require(out.parent.is_dir(), "--out", str(out), "in a folder that exists")
     groups = make_groups(read_runs(paths))
     if out is not None:
-        _write(groups, out)
+        with naming(out):
+            _write(groups, out)
     if as_json:
         return _json(groups)
     return "\n".join([table(groups), *([] if out is None else [f"written: {out}"])])

@@ -14,6 +14,7 @@ from moex.analysis import statistics as stats
 from moex.analysis.header import read_layer
 from moex.analysis.summary import Analysis, LayerAnalysis, Step
 from moex.config import ConfigError
+from moex.data.files import naming
 from moex.json_files import dump_json, expect_object, field, parse_json
 
 ARRAYS = ("tokens_D", "tokens_P", "tokens_V", "marker_ids")
@@ -131,7 +132,7 @@ def save(analysis: Analysis, path) -> None:
     about["steps"] = [{n: getattr(step, n) for n in names} for step in analysis.steps]
     text = np.frombuffer(dump_json(about).encode(), np.uint8)
     partial = pathlib.Path(path).with_name(pathlib.Path(path).name + ".partial")
-    with partial.open("wb") as file:
+    with naming(partial), partial.open("wb") as file:
         np.savez_compressed(file, about=text, **arrays)
     partial.rename(path)
 

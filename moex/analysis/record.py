@@ -13,6 +13,7 @@ from moex.analysis.header import Header, LayerInfo
 from moex.analysis.trace import Slots, Tokens
 from moex.analysis.writer import TraceWriter, check_new
 from moex.config import ConfigError
+from moex.data.files import naming
 from moex.moe.routing import ExpertRouting
 from moex.sharding import shard_batch
 from moex.train.job import LoadedRun, static_options
@@ -63,7 +64,8 @@ def trace_run(workdir, cfg, out, *, tokens=None, step=None, logits=False) -> dic
             shards = shard_batch(batch, run.mesh)
             arrays = jax.device_get(routed(run.params, run.state, shards))
             valid_T, found = counter(batch)
-            writer.write(found, slots_by_layer(run.cfg.model, arrays, valid_T))
+            with naming(out):
+                writer.write(found, slots_by_layer(run.cfg.model, arrays, valid_T))
             written += len(found)
     return {
         "tokens": written,

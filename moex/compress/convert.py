@@ -42,6 +42,7 @@ from moex.train.job import (
 )
 from moex.train.loop import Run
 from moex.train.score import score_run
+from moex.train.workdir import new_run
 
 # So that the new run can be trained on: a config file that is the saved config.
 CONFIG_FILE = '''\
@@ -100,18 +101,19 @@ def convert_run(
         report |= dataclasses.asdict(latent)
         cfg.model = latent_model(cfg.model, latent)
     check_run(cfg)
-    old = loaded = load_run(run, MeshConfig(), warn=say)  # as the job below
-    job = _job(run, cfg, say)
-    if upcycle is not None:
-        loaded = _upcycled(loaded, upcycle)
-    params, errors = loaded.params, []
-    if latent is not None:
-        moments = {}
-        if latent.calibration:
-            say(f"second moments of {latent.calibration} training sequences")
-            moments = input_moments(loaded, job, latent.calibration)
-        params, errors = convert_params(params, cfg.model, latent, moments)
-    write_run(job, cfg, {"params": params, "state": loaded.state}, workdir)
+    with new_run(workdir, f"--workdir={workdir}", say) as made:
+        old = loaded = load_run(run, MeshConfig(), warn=say)  # as the job below
+        job = _job(run, cfg, say)
+        if upcycle is not None:
+            loaded = _upcycled(loaded, upcycle)
+        params, errors = loaded.params, []
+        if latent is not None:
+            moments = {}
+            if latent.calibration:
+                say(f"second moments of {latent.calibration} training sequences")
+                moments = input_moments(loaded, job, latent.calibration)
+            params, errors = convert_params(params, cfg.model, latent, moments)
+        write_run(job, cfg, {"params": params, "state": loaded.state}, made)
     report |= {
         "step": loaded.step,
         "params": {"before": _size(old.spec), "after": _size(job.spec)},

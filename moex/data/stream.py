@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from moex.config import ConfigError
+from moex.data.files import atomic_write, naming
 
 SPLITS = ("train", "eval")
 BATCH_CHARS = 8_000_000
@@ -72,19 +73,21 @@ class StreamWriter:
         self._skipped += 1
 
     def _put(self, ids: np.ndarray, sizes: np.ndarray) -> None:
-        self._tokens.write(ids.astype(self._dtype).tobytes())
-        if self._sizes:
-            self._sizes.write(sizes.astype("<i4").tobytes())
+        with naming(self._dir):
+            self._tokens.write(ids.astype(self._dtype).tobytes())
+            if self._sizes:
+                self._sizes.write(sizes.astype("<i4").tobytes())
         self._length += len(ids)
 
     def close(self) -> dict[str, Any]:
         """Finish the files; returns the counts of this split."""
         if self._starts:
             self._put(np.array([self._doc_id]), np.array([0]))
-        self.__exit__()
-        np.save(self._dir / "starts.npy", np.array(self._starts, np.int64))
-        if any(self._prompts):
-            np.save(self._dir / "prompts.npy", np.array(self._prompts, np.int32))
+        with naming(self._dir):
+            self.__exit__()
+            np.save(self._dir / "starts.npy", np.array(self._starts, np.int64))
+            if any(self._prompts):
+                np.save(self._dir / "prompts.npy", np.array(self._prompts, np.int32))
         counts = {
             "documents": len(self._starts),
             "bytes": self._bytes,
@@ -93,9 +96,7 @@ class StreamWriter:
             "unreadable_documents": self._skipped,
         }
         meta = counts | {"dtype": self._dtype.str}
-        (self._dir / "meta.json").write_text(
-            json.dumps(meta, indent=2) + "\n", encoding="utf-8"
-        )
+        atomic_write(self._dir / "meta.json", json.dumps(meta, indent=2) + "\n")
         return counts
 
 

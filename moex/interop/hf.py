@@ -7,7 +7,6 @@ in `RUN/hf`, with the dtype of every tensor, so that an export gives back what c
 import itertools
 import json
 import shutil
-import uuid
 
 import jax
 import ml_collections
@@ -43,6 +42,7 @@ from moex.run import Checkpoint, Eval, Log, Loss, check_run
 from moex.sharding import MeshConfig
 from moex.train import state as states
 from moex.train.job import make_job
+from moex.train.workdir import new_run
 
 KEPT = "hf"  # folder of a run
 RECORD = "import.json"
@@ -99,8 +99,7 @@ def import_hf(
         require(given == rows, "--config.model.vocab", given, allowed)
         _check_shapes(shapes, _shapes(cfg.model))
         cfg.data.tokenizer = TokenizerFile(path=str(file), doc_token=doc_token)
-        temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
-        try:
+        with new_run(out, f"--out={out}", say) as temporary:
             job = make_job(cfg, log=say)
             kept = temporary / KEPT
             kept.mkdir(parents=True)
@@ -124,9 +123,6 @@ def import_hf(
             saved = out / "tokenizer"
             cfg.data.tokenizer = SavedTokenizer(path=str(saved))
             write_run(job, cfg, arrays, temporary)
-            temporary.replace(out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return record
 
 

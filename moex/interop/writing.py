@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from moex.config import ConfigError
+from moex.data.files import naming
 from moex.interop.folder import DTYPES, INDEX, SINGLE
 
 FORMAT = {dtype: name for name, dtype in DTYPES.items()}
@@ -93,12 +94,14 @@ def write(
             _write_shard(temporary / name, shard, header)
         if list(shards) != [SINGLE]:
             text = json.dumps(_index(shards, index or {}), indent=2)
-            (temporary / INDEX).write_text(text + "\n", encoding="utf-8")
+            with naming(temporary / INDEX):
+                (temporary / INDEX).write_text(text + "\n", encoding="utf-8")
         for name, content in (files or {}).items():
             if isinstance(content, Path):
                 shutil.copyfile(content, temporary / name)
             else:
-                (temporary / name).write_text(content, encoding="utf-8")
+                with naming(temporary / name):
+                    (temporary / name).write_text(content, encoding="utf-8")
         temporary.replace(target)
     except BaseException:  # KeyboardInterrupt too
         shutil.rmtree(temporary, ignore_errors=True)
@@ -175,7 +178,7 @@ def _write_shard(file: Path, shard: list[Tensor], metadata: dict[str, str]) -> N
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with open(file, "wb") as f:
+    with naming(file), open(file, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for tensor in shard:
             f.write(_value(tensor))

@@ -18,10 +18,11 @@ from tensorboardX.summary import hparams
 from tqdm import tqdm
 
 from moex.config import ConfigError
+from moex.data.files import naming
 from moex.json_files import dump_json, expect_object, field, parse_json
 from moex.terminal import printable
 from moex.train.layers import layer_rows, routing_record, shown
-from moex.train.tensorboard import Board, layout
+from moex.train.tensorboard import Board, check_events, event_folder, layout
 
 
 def memory_bytes() -> int:
@@ -52,12 +53,15 @@ class RunLog:
             damaged = _trim(log, step)
             if damaged:
                 print(f"warning: {log}: {damaged} damaged lines were dropped")
-        self.jsonl = path.open("a", buffering=1, encoding="utf-8")
+        self.jsonl = _Lines(path)
         if cfg.log.tensorboard:
             # TensorBoard forgets what a killed session wrote from this step on.
             # A long queue: the loop never waits for the disk.
             self.tb = SummaryWriter(
-                str(workdir / "tb"), purge_step=step + 1, flush_secs=5, max_queue=1000
+                event_folder(workdir / "tb"),
+                purge_step=step + 1,
+                flush_secs=5,
+                max_queue=1000,
             )
             self.tb.add_custom_scalars(layout(cfg, num_domains))
             self.board = Board(self.tb, cfg.log.detail)
@@ -87,8 +91,9 @@ class RunLog:
         """One line of metrics.jsonl and one scalar per value in TensorBoard."""
         if not self.active:
             return
-        self.jsonl.write(dump_json({"kind": kind, "step": step} | values) + "\n")
+        self.jsonl.write({"kind": kind, "step": step} | values)
         if self.board is not None:
+            check_events(self.workdir / "tb")
             self.board.values(kind, step, values)
 
     def layers(self, kind: str, step: int, rows: dict, *, image: bool = False) -> None:
@@ -103,11 +108,9 @@ class RunLog:
         if not self.active or not rows:
             return
         if self.routing is None:
-            self.routing = (self.workdir / "routing.jsonl").open(
-                "a", buffering=1, encoding="utf-8"
-            )
+            self.routing = _Lines(self.workdir / "routing.jsonl")
         line = {"kind": kind, "step": step, "layers": routing_record(rows)}
-        self.routing.write(dump_json(line) + "\n")
+        self.routing.write(line)
         if self.board is not None and kind == "train":
             self.board.layers(step, rows, image=image)
 
@@ -131,6 +134,26 @@ class RunLog:
         for part in (self.bar, self.tb, self.jsonl, self.routing):
             if part is not None:
                 part.close()
+        if self.tb is not None and sys.exception() is None:
+            check_events(self.workdir / "tb")
+
+
+class _Lines:
+    """A file of JSON lines; each is on the disk when `write` returns."""
+
+    def __init__(self, file: pathlib.Path):
+        self.file = file
+        self._out = file.open("a", buffering=1, encoding="utf-8")
+
+    def write(self, line: dict) -> None:
+        """Append a line; an error names the file."""
+        with naming(self.file):
+            self._out.write(dump_json(line) + "\n")
+
+    def close(self) -> None:
+        """Close the file; what `write` could not write is tried again, and was said."""
+        with contextlib.suppress(OSError):
+            self._out.close()
 
 
 def _trim(path: pathlib.Path, step: int) -> int:
@@ -151,7 +174,8 @@ def _trim(path: pathlib.Path, step: int) -> int:
         except ConfigError:
             damaged += line.endswith(b"\n")
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(b"".join(kept))
+    with naming(path):
+        temporary.write_bytes(b"".join(kept))
     temporary.replace(path)
     return damaged
 

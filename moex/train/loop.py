@@ -88,7 +88,7 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
         return {}
     require_path("--workdir", workdir)
     workdir = pathlib.Path(workdir)
-    with claimed(workdir, say) as lock, said_where_it_stands(workdir):
+    with said_where_it_stands(workdir), claimed(workdir, say) as lock:
         job, cost = _prepare(cfg, workdir, say)
         checkpointer = Checkpointer(
             workdir, keep=cfg.checkpoint.keep, keep_best=cfg.checkpoint.keep_best

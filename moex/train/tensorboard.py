@@ -4,13 +4,20 @@ Brief: means over the MoE layers and the worst layer, so the number of series de
 neither experts nor layers. Detailed: every figure of every layer and chain round too.
 """
 
-from typing import Any
+import contextlib
+import os
+import pathlib
+from typing import Any, ClassVar
 
 import numpy as np
+from tensorboardX.record_writer import register_writer_factory
 
 from moex.config import walk
+from moex.data.files import naming
 from moex.moe.layer import MoE
 from moex.train.layers import scalar_names, shown, slot_shares
+
+PREFIX = "moex:"  # of the paths that `_EventFiles` opens
 
 # Charts of figures that exist per layer; each shows the mean and the worst.
 MOE_CHARTS: dict[str, dict[str, str]] = {
@@ -91,6 +98,72 @@ def layout(cfg, num_domains: int) -> dict:
 def _chart(*tags: str) -> list:
     """TensorBoard takes the series whose tag a pattern matches from its beginning."""
     return ["Multiline", list(tags)]
+
+
+class _EventFile:
+    """A file of events that remembers why it cannot be written, and then is silent.
+
+    tensorboardX writes in a thread of its own. An error would end that with a
+    traceback, and the run would wait for it once the queue is full.
+    """
+
+    errors: ClassVar[dict[pathlib.Path, OSError]] = {}  # by folder
+
+    def __init__(self, path: str):
+        self.path = pathlib.Path(path)
+        self._file, self._failed = self.path.open("wb"), False
+
+    def _try(self, work) -> None:
+        if self._failed:
+            return
+        try:
+            with naming(self.path):
+                work()
+        except OSError as e:
+            self._failed, self.errors[self.path.parent] = True, e
+
+    def write(self, data: bytes) -> None:
+        """Add bytes."""
+        self._try(lambda: self._file.write(data))
+
+    def flush(self) -> None:
+        """Have all bytes on the disk."""
+        self._try(self._file.flush)
+        self._try(lambda: os.fsync(self._file.fileno()))
+
+    def close(self) -> None:
+        """Close the file."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+class _EventFiles:
+    """How tensorboardX makes files whose path begins with `PREFIX`."""
+
+    def open(self, path: str) -> _EventFile:
+        return _EventFile(path.removeprefix(PREFIX))
+
+    def directory_check(self, path: str) -> None:
+        pathlib.Path(path.removeprefix(PREFIX)).mkdir(parents=True, exist_ok=True)
+
+
+register_writer_factory(PREFIX[:-1], _EventFiles())
+
+
+def event_folder(folder: pathlib.Path) -> str:
+    """The `logdir` for a `SummaryWriter` whose errors `check_events` raises."""
+    _EventFile.errors.pop(folder, None)
+    return f"{PREFIX}{folder}"
+
+
+def check_events(folder: pathlib.Path) -> None:
+    """Raise the error, if there was one, of writing events to a folder; once.
+
+    Raises:
+      OSError: naming the file.
+    """
+    if folder in _EventFile.errors:
+        raise _EventFile.errors.pop(folder)
 
 
 class Board:

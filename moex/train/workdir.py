@@ -1,7 +1,9 @@
 """The run directory before a run: it can be written, by all processes of one job."""
 
 import contextlib
+import errno
 import pathlib
+import shutil
 import time
 from collections.abc import Iterator
 
@@ -10,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from moex import distributed
 from moex.config import ConfigError
+from moex.train.lock import FILE as LOCK
 from moex.train.lock import RunLock, held
 
 SEEN_S = 60.0  # a network file system may show a new file late
@@ -43,6 +46,42 @@ def claimed(workdir: pathlib.Path, say=print) -> Iterator[RunLock | None]:
                 "choose a folder that you may write to."
             ) from None
         yield lock
+
+
+@contextlib.contextmanager
+def new_run(target: pathlib.Path, flag: str, say=print) -> Iterator[pathlib.Path]:
+    """A hidden folder beside `target` that becomes it at the end of a good block.
+
+    An error leaves nothing behind; a second process for one target is refused at once.
+
+    Args:
+      target: the new run directory; does not exist, or is empty.
+      flag: names it in errors, such as "--workdir=runs/a".
+      say: called with a line where the folder of a killed process is taken over.
+
+    Raises:
+      ConfigError: if another process makes it, or it came into being meanwhile.
+    """
+    made = target.parent / f".{target.name}.new"
+    made.mkdir(parents=True, exist_ok=True)
+    try:
+        with held(made, flag, say):
+            for path in made.iterdir():  # of a killed process
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:
+                    path.unlink()
+            try:
+                yield made
+                (made / LOCK).unlink()
+                made.replace(target)
+            except BaseException:
+                shutil.rmtree(made, ignore_errors=True)
+                raise
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise ConfigError(f"{flag}: came into being meanwhile; give another.") from None
 
 
 def _check_writable(workdir: pathlib.Path) -> None:

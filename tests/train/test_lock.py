@@ -13,6 +13,7 @@ import pytest
 from moex.config import ConfigError
 from moex.train import lock
 from moex.train.lock import FILE, LockLostError, RunLock, held
+from moex.train.workdir import new_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 HOLDER = """
@@ -194,3 +195,46 @@ def test_a_file_that_is_no_record_is_waited_for_once(tmp_path, other_host, text)
     (tmp_path / FILE).write_text(text, encoding="latin-1")
     said = take(tmp_path)
     assert "is of another process, on another machine" in said[0]
+
+
+# A new run, of an import or a conversion.
+
+
+def test_a_new_run_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt), new_run(target, "--out=run") as made:
+        (made / "half").mkdir()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with new_run(target, "--out=run") as made:
+        (made / "config.json").write_text("{}")
+        assert not target.exists()
+    assert [p.name for p in tmp_path.rglob("*")] == ["run", "config.json"]
+
+
+def test_two_that_make_one_run(tmp_path):
+    target = tmp_path / "run"
+    with new_run(target, "--out=run") as made:
+        (made / "mine").touch()
+        refused = pytest.raises(ConfigError, match="--out=run: process .* writes this")
+        with refused, new_run(target, "--out=run"):
+            pass
+    assert [p.name for p in target.iterdir()] == ["mine"]
+
+
+def test_a_run_that_came_meanwhile_is_left_alone(tmp_path):
+    target = tmp_path / "run"
+    refused = pytest.raises(ConfigError, match="--out=run: came into being meanwhile")
+    with refused, new_run(target, "--out=run"):
+        target.mkdir()
+        (target / "theirs").touch()
+    assert [p.name for p in tmp_path.rglob("*")] == ["run", "theirs"]
+
+
+def test_what_a_killed_process_left_is_taken_away(tmp_path):
+    made = tmp_path / ".run.new"
+    (made / "half" / "more").mkdir(parents=True)
+    (made / "file").touch()
+    with new_run(tmp_path / "run", "--out=run"):
+        pass
+    assert [p.name for p in tmp_path.rglob("*")] == ["run"]

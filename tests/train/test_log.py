@@ -258,3 +258,29 @@ def test_the_stopwatch_leaves_out_what_is_between(monkeypatch):
 
 def test_memory_is_known():
     assert memory_bytes() > 1 << 20
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    log = RunLog(tmp_path, run_config(), step=0, total_steps=8)
+    log.record("train", 1, {"loss": 1.0})
+    log.jsonl._out = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left") as error:
+        log.record("train", 2, {"loss": 1.0})
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+    log.close()  # and says nothing more
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_full_disk_under_tensorboard_names_the_file(tmp_path, capfd):
+    cfg = run_config()
+    cfg.log.tensorboard = True
+    log = RunLog(tmp_path, cfg, step=0, total_steps=8)
+    events = log.tb.file_writer.event_writer._ev_writer._py_recordio_writer._writer
+    events._file = open("/dev/full", "wb")  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left") as error:
+        for step in range(1, 5000):  # more than the queue takes
+            log.record("train", step, {"loss": 1.0})
+    (file,) = (tmp_path / "tb").iterdir()
+    assert error.value.filename == str(file)
+    log.close()
+    assert capfd.readouterr().err == ""  # no traceback of the thread that writes
