@@ -20,6 +20,7 @@ from moex import listening, meeting, peers
 from moex.config import ConfigError, require
 
 LINE: peers.Line | None = None
+SHORTEST_TOKEN = 16  # characters of a secret
 
 
 class Place(NamedTuple):
@@ -156,12 +157,23 @@ def _token(place: Place, environ: Mapping[str, str]) -> str:
     """The secret that the processes of a job share; "" if there is none.
 
     The number of a Slurm step is no secret from its other users, but tells jobs apart.
+
+    Raises:
+      ConfigError: for one that can be guessed.
     """
-    token = environ.get("MOEX_JOB_TOKEN", "")
-    if not token and place.by == "Slurm":
+    token = environ.get("MOEX_JOB_TOKEN")
+    if token is not None and len(token.strip()) < SHORTEST_TOKEN:
+        raise ConfigError(
+            f"MOEX_JOB_TOKEN in the environment has {len(token.strip())} characters: "
+            f"must have at least {SHORTEST_TOKEN}, such as those of `openssl rand -hex "
+            "16`, the same on all hosts; or unset it."
+        )
+    if token is not None:
+        return token.strip()
+    if place.by == "Slurm":
         names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-        token = ".".join(environ.get(name, "") for name in names)
-    return token
+        return ".".join(environ.get(name, "") for name in names)
+    return ""
 
 
 def _bind_address(coordinator: str) -> str | None:

@@ -356,11 +356,14 @@ def test_where_the_service_of_jax_listens(monkeypatch, coordinator, variable, ex
 def test_the_token_of_a_job():
     step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
     slurm, by_flags = (distributed.Place(by, 2, 0, "a:1") for by in ("Slurm", "flags"))
-    secret = {"MOEX_JOB_TOKEN": "x"}
-    assert distributed._token(slurm, step | secret) == "x"
+    secret = {"MOEX_JOB_TOKEN": "0123456789abcdef\n"}
+    assert distributed._token(slurm, step | secret) == "0123456789abcdef"
     assert distributed._token(slurm, step) == "7.0."
     assert distributed._token(by_flags, step) == ""
-    assert distributed._token(by_flags, secret) == "x"
+    assert distributed._token(by_flags, secret) == "0123456789abcdef"
+    for token in ("", " ", "0123456789abcde"):
+        with pytest.raises(ConfigError, match="MOEX_JOB_TOKEN .* at least 16, such as"):
+            distributed._token(slurm, step | {"MOEX_JOB_TOKEN": token})
 
 
 def test_a_token_that_is_no_text_serves_too():

@@ -65,7 +65,7 @@ def open_folder(path: pathlib.Path) -> Folder:
     for part in reversed([path, *path.parents]):
         if not part.exists():
             part.mkdir(mode=0o700, exist_ok=True)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         found = os.fstat(fd)
         if found.st_uid == os.geteuid() and found.st_mode & 0o077:
@@ -95,8 +95,8 @@ def work_folder(parent: str) -> Iterator[Folder]:
     """
     _remove_stale(parent)
     path = pathlib.Path(os.path.realpath(tempfile.mkdtemp(prefix=WORK, dir=parent)))
-    # A process of its own removes the folder once this process and those that inherit
-    # the pipe have ended, so that it also goes when they are killed.
+    # If this process is killed another one removes the folder, once those that inherit
+    # the pipe have ended too.
     remove = 'cd / && cat >/dev/null; rm -rf -- "$0"'
     try:
         remover = subprocess.Popen(
@@ -111,11 +111,13 @@ def work_folder(parent: str) -> Iterator[Folder]:
         raise
     assert remover.stdin is not None
     with remover:
-        folder = open_folder(path)
         try:
+            folder = open_folder(path)
             yield folder._replace(inherited=(folder.fd, remover.stdin.fileno()))
-        finally:
             os.close(folder.fd)
+        finally:
+            remover.kill()  # a daemon that the compiler began may hold the pipe
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_stale(parent: str) -> None:

@@ -271,6 +271,28 @@ def wait_for(condition):
     raise AssertionError("it did not happen in 30 s")
 
 
+def test_a_daemon_that_the_compiler_begins_holds_nothing_up(cache, tmp_path):
+    script = tmp_path / "cc"
+    real = " ".join(library.find_compiler())
+    script.write_text(
+        f'#!/bin/sh\nsleep 30 </dev/null >/dev/null 2>&1 &\n{real} "$@"\n'
+    )
+    script.chmod(0o755)
+    began = time.monotonic()
+    assert answer((str(script),)) == 42
+    assert time.monotonic() - began < 20
+    assert is_whole(only(cache))
+
+
+def test_a_link_in_the_place_of_the_cache_changes_no_other_folder(cache, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir(mode=0o755)
+    cache.parent.mkdir(parents=True)
+    cache.symlink_to(other)
+    assert answer() == 42
+    assert mode(other) == 0o755 and not any(other.iterdir())
+
+
 def test_folders_left_by_a_machine_that_was_switched_off_are_removed(cache):
     cache.mkdir(parents=True)
     for name, age_s in (("old", 25 * 3600), ("new", 60)):
