@@ -13,7 +13,8 @@ NUMBERS = ("step", "tokens", "train_flops", "train_s", "nll")  # in the order of
 
 def write_points(groups: Sequence[Group], file: pathlib.Path) -> None:
     """Write every point of every run's curves; nothing is averaged over seeds."""
-    with file.open("w", newline="", encoding="utf-8") as out:
+    escape = "backslashreplace"  # a name of a file may hold what UTF-8 cannot
+    with file.open("w", newline="", encoding="utf-8", errors=escape) as out:
         lines = csv.writer(out)
         lines.writerow(COLUMNS + NUMBERS)
         for group in groups:

@@ -177,7 +177,7 @@ def render(title: str, about: Sequence[str], findings, sections) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2").render(
+    text = environment.get_template("page.html.j2").render(
         title=title,
         about=about,
         findings=findings,
@@ -186,3 +186,5 @@ def render(title: str, about: Sequence[str], findings, sections) -> str:
         policy=markupsafe.Markup(POLICY),
         plotlyjs=markupsafe.Markup(get_plotlyjs()),
     )
+    # A name of a file may hold what UTF-8 cannot.
+    return text.encode(errors="backslashreplace").decode()

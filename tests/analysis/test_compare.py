@@ -4,6 +4,7 @@ import csv
 import html
 import json
 import math
+import os
 import shutil
 
 import numpy as np
@@ -375,6 +376,17 @@ def test_a_value_of_a_config_ends_no_script(moex, write, tmp_path, without_plotl
     assert "<b onload" not in page.source and "evil=1</" not in page.source
     names = {html.unescape(trace["name"]) for trace in traces}
     assert f"init_from={pages.EVIL}" in names
+
+
+def test_names_that_no_text_can_hold_are_written_as_escapes(
+    moex, write, tmp_path, without_plotly
+):
+    names = [write(os.fsdecode(b"a\xff")), write("b")]
+    for ending in ("html", "csv"):
+        file = tmp_path / f"curves.{ending}"
+        moex(*names, f"--out={file}")
+        text = file.read_text(encoding="utf-8").replace("\\\\", "\\")
+        assert r"a\udcff" in text
 
 
 def test_a_picture_takes_any_label(moex, hostile, tmp_path):

@@ -1,6 +1,7 @@
 """`moex report` on run directories that are written here, line by line."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -291,3 +292,13 @@ def test_damage_is_a_config_error(folder, tmp_path):
     (run / "environment.json").write_text("{")
     with pytest.raises(ConfigError, match=r"environment\.json: is not JSON"):
         pages.report(run)
+
+
+def test_a_name_that_no_text_can_hold_is_shown_as_escapes(folder, tmp_path):
+    run = tmp_path / os.fsdecode(b"a\xff")
+    pages.write_run(folder, run)
+    start = {"started": "\ud800", "packages": {}, "command": ["\ud801"]}
+    pages.write_lines(run / "environment.json", [[start]])
+    _, page = pages.report(run)
+    for escape in (r"a\udcff", r"\ud800"):
+        assert escape in page.text
