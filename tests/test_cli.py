@@ -184,6 +184,8 @@ FIELDS = [
         "config.optim.lr_factors=(('ruoter',0.1),)",
         "pattern 'ruoter' matches no parameter. Did you mean 'router'?",
     ),
+    # What the last step would stop at.
+    ("config.log.sample_tokens=10000000", "generate needs max_new_tokens <= 131,072"),
     ("config.init_from=/nowhere", "config.init_from = '/nowhere': /nowhere: not a run"),
 ]
 
@@ -193,6 +195,13 @@ def test_a_field_that_is_wrong(mistake, tmp_path, override, message):
     workdir = tmp_path / "run"
     assert message in mistake("train", f"--workdir={workdir}", f"--{override}")
     assert not (workdir / "config.json").exists()
+
+
+def test_samples_of_no_prompt_are_refused_before_training(mistake):
+    overrides = ("--config.log.sample_prompts=()", "--config.log.sample_tokens=2")
+    said = mistake("train", "--dry-run", *overrides)
+    assert "config.log.sample_prompts = (), sample_tokens = 2: " in said
+    assert "at least one prompt" in said
 
 
 @pytest.mark.parametrize("verb", ["config", "data prepare", "train --dry-run"])

@@ -17,13 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kernels_pallas.device import platform
+from moex.accounting import num_bytes
 from moex.moe.parallel import reads_stack
 from moex.nn.context import Context
 from moex.nn.lm import LM
+from moex.train.room import device_bytes
 
 # Prompts are padded to a power of two of at least this many tokens, so that a session
 # of many prompts compiles few programs.
 SHORTEST_PROMPT = 16
+MOST_NEW = 2**17  # new tokens of one call
 LEAST, MOST = 2.0**-126, 2.0**127  # temperatures, in float32
 
 
@@ -69,8 +73,8 @@ def generate(
       ValueError: for arguments outside their range or tokens outside the vocabulary.
     """
     _check(prompts, model_cfg.vocab, max_new_tokens, temperature, top_k, top_p)
-    longest = max(map(len, prompts))
-    P = max(SHORTEST_PROMPT, 1 << (longest - 1).bit_length())
+    P = padded_prompt(prompts)
+    _check_memory(model_cfg, len(prompts), P, max_new_tokens, dtype)
     prompt_BP = np.zeros((len(prompts), P), np.int32)
     for row, prompt in zip(prompt_BP, prompts, strict=True):
         row[P - len(prompt) :] = prompt
@@ -236,6 +240,24 @@ def _context(token_BL, first_slot, slots, num_padding_B, stopped_B, static) -> C
     )
 
 
+def padded_prompt(prompts: list[list[int]]) -> int:
+    """P, the padded length of prompts."""
+    return max(SHORTEST_PROMPT, 1 << (max(map(len, prompts)) - 1).bit_length())
+
+
+def check_request(
+    model_cfg: LM, prompts: list[list[int]], max_new_tokens: int, dtype: str
+) -> None:
+    """Refuse before anything is computed what `generate` would refuse.
+
+    Raises:
+      ValueError: as `generate` does.
+    """
+    _check(prompts, model_cfg.vocab, max_new_tokens, 1.0, 0, 1.0)
+    P = padded_prompt(prompts)
+    _check_memory(model_cfg, len(prompts), P, max_new_tokens, dtype)
+
+
 def _check(prompts, vocab, max_new_tokens, temperature, top_k, top_p):
     if not prompts:
         raise ValueError("generate needs at least one prompt; got an empty list.")
@@ -254,6 +276,10 @@ def _check(prompts, vocab, max_new_tokens, temperature, top_k, top_p):
                 )
     if max_new_tokens < 1:
         raise ValueError(f"generate needs max_new_tokens >= 1; got {max_new_tokens}.")
+    if max_new_tokens > MOST_NEW:
+        raise ValueError(
+            f"generate needs max_new_tokens <= {MOST_NEW:,}; got {max_new_tokens:,}."
+        )
     if not 0 <= temperature < float("inf"):
         raise ValueError(
             f"generate needs a finite temperature >= 0; got {temperature}. 0 takes "
@@ -264,4 +290,23 @@ def _check(prompts, vocab, max_new_tokens, temperature, top_k, top_p):
     if not 0 < top_p <= 1:
         raise ValueError(
             f"generate needs 0 < top_p <= 1; got {top_p}. 1 keeps every token."
+        )
+
+
+def _check_memory(model_cfg: LM, batch: int, prompt: int, new: int, dtype: str) -> None:
+    """Refuse what cannot fit: the cache, and the prefill's scores of one layer.
+
+    On a GPU the scores are never there as a whole, but the mask is, a byte a pair.
+    """
+    slots = prompt + new - 1
+    cache = jax.eval_shape(lambda: model_cfg.init_cache(batch, slots, jnp.dtype(dtype)))
+    pair = 1 if platform() == "gpu" else 4 * getattr(model_cfg.attention, "heads", 1)
+    needed = num_bytes(cache) + batch * prompt * slots * pair
+    room = device_bytes(jax.local_devices()[:1])
+    if needed > room:
+        raise ValueError(
+            f"generate needs at least {needed / 2**30:,.1f} GiB for {batch} prompts of "
+            f"up to {prompt:,} tokens and {new:,} new ones; there are "
+            f"{room / 2**30:,.1f} GiB. Give shorter or fewer prompts, or fewer new "
+            "tokens."
         )

@@ -24,12 +24,13 @@ from kernels_pallas.implementations import (
 )
 from moex import config as configs
 from moex import optim, sharding
-from moex.config import ConfigError, ConfigWarning, caution, require
+from moex.config import ConfigError, ConfigWarning, caution, require, short
 from moex.data import pipeline
 from moex.data.files import atomic_write
 from moex.data.tokenizer import SavedTokenizer, Tokenizer
 from moex.json_files import read_object
 from moex.run import check_run
+from moex.serve.decode import check_request
 from moex.train import state as states
 from moex.train import step as steps
 from moex.train.checkpoint import HOST_BYTES, Checkpointer
@@ -309,9 +310,25 @@ def make_job(cfg, *, log=print) -> Job:
         cfg.model.vocab,
         f"at least the vocabulary of the tokenizer, {vocab} (or None to take it)",
     )
+    _check_samples(cfg, data.tokenizer)
     made = make_program(cfg, mesh)
     check_room(cfg, mesh, made.abstract_state())
     return Job(cfg, mesh, made.spec, made.tx, made.learning_rate, data)
+
+
+def _check_samples(cfg, tokenizer: Tokenizer) -> None:
+    """Check now that the text samples can be written, which the last step does."""
+    if cfg.log.sample_tokens == 0:
+        return
+    try:
+        prompts = [tokenizer.prompt(text) for text in cfg.log.sample_prompts]
+        dtype = compute_dtype(cfg)
+        check_request(cfg.model, prompts, cfg.log.sample_tokens, dtype)
+    except ValueError as e:
+        raise ConfigError(
+            f"config.log.sample_prompts = {short(cfg.log.sample_prompts)}, "
+            f"sample_tokens = {cfg.log.sample_tokens}: {e}"
+        ) from None
 
 
 # Changing these would make a checkpoint of the old config unusable.

@@ -6,6 +6,7 @@ a job really needs, also of devices that are not here.
 
 import math
 import os
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -25,7 +26,7 @@ def check_room(cfg, mesh: Mesh, state) -> None:
     Raises:
       ConfigError: with both sizes, if it is.
     """
-    most = device_bytes(mesh)
+    most = device_bytes(mesh.local_devices)
     held = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(state)
@@ -48,13 +49,13 @@ def check_room(cfg, mesh: Mesh, state) -> None:
         )
 
 
-def device_bytes(mesh: Mesh) -> float:
-    """Memory of one device; that of the host is shared by its CPU devices."""
-    device = mesh.local_devices[0]
+def device_bytes(devices: Sequence[jax.Device]) -> float:
+    """Memory of one device; that of the host is shared by the CPU devices given."""
+    device = devices[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     if device.platform != "cpu":
         return math.inf
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return host / len(mesh.local_devices)
+    return host / len(devices)

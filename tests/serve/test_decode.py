@@ -215,6 +215,13 @@ def test_ties_go_to_the_lowest_token():
         ([[1, VOCAB]], {}, rf"tokens in \[0, {VOCAB}\).*got {VOCAB} in prompts\[0\]"),
         ([[-1]], {}, "got -1"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens >= 1; got 0"),
+        ([[1]], {"max_new_tokens": 10**7}, "<= 131,072; got 10,000,000"),
+        ([[1] * 120_000], {}, r"1 prompts of up to 131,072 tokens and 2 .* GiB"),
+        (
+            [[1]] * 10**6,
+            {"max_new_tokens": 10**5},
+            "1000000 prompts of up to 16 tokens",
+        ),
         ([[1]], {"temperature": -0.1}, "temperature >= 0; got -0.1"),
         ([[1]], {"temperature": float("nan")}, "temperature >= 0; got nan"),
         ([[1]], {"top_k": -1}, "top_k >= 0; got -1"),

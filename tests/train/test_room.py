@@ -64,6 +64,8 @@ def test_logits_that_no_device_can_hold(ten_gib):
 
 
 def test_the_devices_of_a_cpu_share_the_memory_of_the_host():
-    one, four = device_bytes(mesh_of(1)), device_bytes(mesh_of(4, data=4))
+    one, four = (
+        device_bytes(mesh.local_devices) for mesh in (mesh_of(1), mesh_of(4, data=4))
+    )
     assert 2**28 < four < one < math.inf
     assert one == pytest.approx(4 * four)
