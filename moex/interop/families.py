@@ -125,7 +125,8 @@ def gpt_oss(of: Fields) -> list[Layer]:
     of.only("swiglu_alpha", 1.702)
     full = attention(of, sinks=True)
     moe = sparse(of, "intermediate_size", logit_bias=True)
-    moe.experts.activation, moe.experts.bias = "clamped", True
+    experts: Any = moe.experts
+    experts.activation, experts.bias = "clamped", True
     keys = of("sliding_window", int, least=1, null=None)
     count = num_layers(of)
     turns = ["sliding_attention", "full_attention"] * count

@@ -28,16 +28,23 @@ KINDS = {
 # Fields that change no number which moex computes: settings of training, of generation
 # (their tokens are read by `tokens.py`), of how a model is stored, and notes.
 _UNUSED = """
-architectures attention_dropout auto_map aux_loss_alpha bos_token_id dtype
-embd_pdrop eos_token_id ep_size experts_per_token finetuning_task hidden_dropout
-id2label initial_context_length initializer_range is_decoder is_encoder_decoder
-label2id max_length max_position_embeddings max_sequence_length model_max_length
-model_type name_or_path num_labels num_nextn_predict_layers num_mtp_layers
-output_attentions output_hidden_states output_router_logits pad_token_id
-pretraining_tp problem_type quantization_config resid_pdrop return_dict
-router_aux_loss_coef router_jitter_noise seq_aux sep_token_id tokenizer_class
-torch_dtype torchscript transformers_version unk_token_id use_bfloat16 use_cache
-chunk_size_feed_forward
+architectures attention_dropout auto_map aux_loss_alpha bad_words_ids
+begin_suppress_tokens bos_token_id chunk_size_feed_forward decoder_start_token_id
+diversity_penalty do_sample dtype early_stopping embd_pdrop
+encoder_no_repeat_ngram_size eos_token_id ep_size experts_per_token
+exponential_decay_length_penalty finetuning_task forced_bos_token_id
+forced_eos_token_id hidden_dropout id2label initial_context_length initializer_range
+is_decoder is_encoder_decoder label2id length_penalty max_length
+max_position_embeddings max_sequence_length max_window_layers min_length
+model_max_length model_type name_or_path no_repeat_ngram_size num_beam_groups
+num_beams num_labels num_mtp_layers num_nextn_predict_layers num_return_sequences
+output_attentions output_hidden_states output_router_logits output_scores pad_token_id
+prefix pretraining_tp problem_type pruned_heads quantization_config
+remove_invalid_values repetition_penalty resid_pdrop return_dict
+return_dict_in_generate router_aux_loss_coef router_jitter_noise sep_token_id seq_aux
+suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
+unk_token_id use_bfloat16 use_cache
 """
 
 # Fields of other families of transformers that change what a layer computes. Neither
@@ -45,18 +52,17 @@ chunk_size_feed_forward
 # that says so was trained otherwise.
 _ELSEWHERE = """
 alibi attention_chunk_size attention_in_bias attention_multiplier attention_out_bias
-attention_sink_bias attn_logit_softcapping attn_temperature_tuning
+attention_sink_bias attn_logit_softcapping attn_temperature_tuning clip_qkv
 cross_attention_layers embedding_multiplier embedding_scale expert_layer_offset
 expert_layer_period final_logit_softcapping hybrid_override_pattern index_head_dim
-layer_types sliding_window clip_qkv
-index_n_heads index_topk interleave_moe_layer_step layer_norm_eps layernorm_epsilon
-logit_scale logits_scaling mlp_bias mlp_layer_types moe_layers
-moe_num_shared_experts no_rope_layers no_rope_layer_interval num_shared_experts
-num_zero_experts parallel_attn per_layer_config qk_layernorm qk_norm qkv_bias
-query_pre_attn_scalar residual_multiplier rope_interleave rope_local_base_freq
-rotary_dim rotary_pct scale_emb shared_expert_intermediate_size
-sliding_window_pattern swiglu_alpha swiglu_limit use_bias use_parallel_residual
-use_qk_norm use_qkv_bias zero_expert_num zero_expert_type
+index_n_heads index_topk interleave_moe_layer_step layer_types logit_scale
+logits_scaling mlp_bias mlp_layer_types moe_layers moe_num_shared_experts
+no_rope_layer_interval no_rope_layers num_shared_experts num_zero_experts
+parallel_attn per_layer_config qk_layernorm qk_norm qkv_bias query_pre_attn_scalar
+residual_multiplier rope_interleave rope_local_base_freq rotary_dim rotary_pct
+scale_emb shared_expert_intermediate_size sliding_window sliding_window_pattern
+swiglu_alpha swiglu_limit use_bias use_parallel_residual use_qk_norm use_qkv_bias
+zero_expert_num zero_expert_type
 """
 
 UNUSED, ELSEWHERE = frozenset(_UNUSED.split()), frozenset(_ELSEWHERE.split())
@@ -103,7 +109,7 @@ class Fields:
             raise ConfigError(
                 f"{self.where}: has no {name!r}, which its family needs.{near}"
             )
-        value = self.values.get(name, self.defaults.get(name))
+        value: Any = self.values.get(name, self.defaults.get(name))
         if value is None and null is not ...:
             return null
         if least is not None and kind is int:

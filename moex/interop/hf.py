@@ -7,6 +7,7 @@ in `RUN/hf`, with the dtype of every tensor, so that an export gives back what c
 import itertools
 import json
 import shutil
+from typing import Any
 
 import jax
 import ml_collections
@@ -90,10 +91,11 @@ def import_hf(
         model = read_model(where, opened.config, say)
         wanted, unused = check_tensors(source, family, model, opened.config)
         file = tokenizer_file(opened.path, tokenizer)
-        check_tokens(file, model.vocab)
+        rows: Any = model.vocab
+        check_tokens(file, rows)
         doc_token = doc_token or end_token(opened.path, opened.config, file)
         ends = end_ids(opened.path, opened.config)
-        shapes, rows = _shapes(model), model.vocab
+        shapes = _shapes(model)
         cfg = _run_config(model, where, opened.config, config_args)
         given, allowed = cfg.model.vocab, f"{rows} or left out: the folder has no more"
         require(given == rows, "--config.model.vocab", given, allowed)

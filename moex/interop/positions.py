@@ -40,7 +40,7 @@ def rope(of: Fields) -> tuple[dict, float]:
     if share != 1.0:
         raise own.refuse("partial_rotary_factor", share, "1.0")
     make = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}.get(kind)
-    scaling = make(own, of) if make else None
+    scaling: Any = make(own, of) if make else None
     scores = 1.0
     if scaling is not None:
         all_dims = own("mscale_all_dim", float, null=0.0)

@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -230,3 +231,79 @@ def test_the_table_is_what_transformers_reads(family):
         own = field.name in make_readings.fields_of(family)
         if own and field.name not in others and field.default is not None:
             assert DEFAULTS[family].get(field.name, False) == field.default, field
+
+
+# Fields of published files, those of every family that is here; (parameters, fields).
+PUBLISHED = {
+    "mixtral": (
+        46_702_792_704,
+        """attention_dropout 0.0 hidden_act "silu" hidden_size 4096
+        intermediate_size 14336 max_position_embeddings 32768 num_attention_heads 32
+        num_experts_per_tok 2 num_hidden_layers 32 num_key_value_heads 8
+        num_local_experts 8 output_router_logits false rms_norm_eps 1e-5
+        rope_theta 1e6 router_aux_loss_coef 0.02 sliding_window null
+        tie_word_embeddings false torch_dtype "bfloat16" use_cache true
+        vocab_size 32000 bos_token_id 1 eos_token_id 2""",
+    ),
+    "qwen3_moe": (
+        30_532_122_624,
+        """attention_bias false decoder_sparse_step 1 eos_token_id 151645 head_dim 128
+        hidden_act "silu" hidden_size 2048 intermediate_size 6144
+        max_position_embeddings 40960 max_window_layers 48 mlp_only_layers []
+        moe_intermediate_size 768 norm_topk_prob true num_attention_heads 32
+        num_experts 128 num_experts_per_tok 8 num_hidden_layers 48
+        num_key_value_heads 4 output_router_logits false rms_norm_eps 1e-6
+        rope_scaling null rope_theta 1e6 router_aux_loss_coef 0.001
+        sliding_window null tie_word_embeddings false use_sliding_window false
+        vocab_size 151936""",
+    ),
+    "deepseek_v3": (
+        671_026_419_200,
+        """auto_map {} aux_loss_alpha 0.001 ep_size 1 first_k_dense_replace 3
+        hidden_act "silu" hidden_size 7168 intermediate_size 18432 kv_lora_rank 512
+        max_position_embeddings 163840 moe_intermediate_size 2048 moe_layer_freq 1
+        n_group 8 n_routed_experts 256 n_shared_experts 1 norm_topk_prob true
+        num_attention_heads 128 num_experts_per_tok 8 num_hidden_layers 61
+        num_key_value_heads 128 num_nextn_predict_layers 1 pretraining_tp 1
+        q_lora_rank 1536 qk_nope_head_dim 128 qk_rope_head_dim 64 rms_norm_eps 1e-6
+        rope_theta 10000 routed_scaling_factor 2.5 scoring_func "sigmoid"
+        seq_aux true tie_word_embeddings false topk_group 4 topk_method "noaux_tc"
+        v_head_dim 128 vocab_size 129280 rope_scaling {"beta_fast":32,"beta_slow":1,
+        "factor":40,"mscale":1.0,"mscale_all_dim":1.0,
+        "original_max_position_embeddings":4096,"type":"yarn"}""",
+    ),
+    "gpt_oss": (
+        20_914_757_184,
+        """attention_bias true attention_dropout 0.0 eos_token_id 200002
+        experts_per_token 4 head_dim 64 hidden_act "silu" hidden_size 2880
+        initial_context_length 4096 intermediate_size 2880 num_attention_heads 64
+        max_position_embeddings 131072 num_experts_per_tok 4 num_hidden_layers 24
+        num_key_value_heads 8 num_local_experts 32 output_router_logits false
+        pad_token_id 199999 rms_norm_eps 1e-5 rope_theta 150000 sliding_window 128
+        swiglu_limit 7.0 tie_word_embeddings false use_cache true vocab_size 201088
+        rope_scaling {"beta_fast":32.0,"beta_slow":1.0,"factor":32.0,
+        "original_max_position_embeddings":4096,"rope_type":"yarn","truncate":false}""",
+    ),
+    "llama": (
+        8_030_261_248,
+        """attention_bias false bos_token_id 128000 eos_token_id [128001,128008,128009]
+        hidden_act "silu" hidden_size 4096 intermediate_size 14336 mlp_bias false
+        max_position_embeddings 131072 num_attention_heads 32 num_hidden_layers 32
+        num_key_value_heads 8 pretraining_tp 1 rms_norm_eps 1e-5 rope_theta 500000.0
+        tie_word_embeddings false vocab_size 128256 rope_scaling {"factor":8.0,
+        "low_freq_factor":1.0,"high_freq_factor":4.0,
+        "original_max_position_embeddings":8192,"rope_type":"llama3"}""",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_published_files_are_read_without_a_remark(family):
+    numbers, text = PUBLISHED[family]
+    words = re.sub(r",\s+", ",", text).split()
+    config = dict(zip(words[::2], map(json.loads, words[1::2]), strict=True))
+    said: list[str] = []
+    model = read_model("config.json", {"model_type": family} | config, said.append)
+    names = find_family("config.json", {"model_type": family}).names
+    assert not said
+    assert sum(math.prod(p.shape) for p in pieces(model, names)) == numbers
