@@ -80,7 +80,7 @@ def config(folder, *overrides):
         Segment(pattern=(HASHED,), residual="released"),
     )
     cfg.loss = Loss(
-        load_balance=Schedule(points=((0, 0.02), (8, 0.01))),
+        load_balance=Schedule(points=((0, 0.02), (STEPS - 1, 0.01))),
         entropy=1e-3,
         importance=0.01,
         balance_scope="step",
