@@ -32,6 +32,7 @@ from moex.run import check_run
 from moex.sharding import MeshConfig
 from moex.train import state as states
 from moex.train.checkpoint import HOST_BYTES, Checkpointer
+from moex.train.consumed import Consumed
 from moex.train.job import (
     Job,
     LoadedRun,
@@ -167,7 +168,7 @@ def write_run(job: Job, cfg, arrays: dict, workdir: pathlib.Path) -> None:
     checkpointer = Checkpointer(workdir, host_bytes=HOST_BYTES)
     try:
         # The loop's own save: what it writes and what it reads stay one thing.
-        fresh: Any = {"cost": None, "log": None, "step": 0, "consumed": 0}
+        fresh: Any = {"cost": None, "log": None, "step": 0, "consumed": Consumed()}
         Run(job, workdir, checkpointer, state=state, **fresh)._save()
         checkpointer.wait()
     finally:
