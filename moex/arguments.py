@@ -24,8 +24,8 @@ Examples:
   moex train --config=configs/quickstart.py --workdir=runs/lr --config.optim.lr=0.01
   moex train --config=configs/moe_1b.py --dry-run
 
-The same command on the same --workdir goes on where the run stopped. SIGTERM saves a
-checkpoint and exits.
+The same command on the same --workdir goes on where the run stopped. SIGTERM or Ctrl-C
+saves a checkpoint and exits.
 
 A sweep is one run per combination of values, each in a folder of --workdir:
   moex train --config=configs/quickstart.py --workdir=runs/sweep \\

@@ -25,6 +25,7 @@ from moex.config import ConfigError, flat, require, to_dict
 from moex.data.files import atomic_write, locked
 from moex.flags import load_config
 from moex.run import check_run
+from moex.train.record import saved_steps
 
 FILE = "sweep.json"
 MOST_POINTS = 10_000
@@ -209,8 +210,7 @@ def _check_grows(theirs: dict, mine: dict, flag: str) -> None:
 
 def is_finished(run: pathlib.Path, steps: int) -> bool:
     """Whether a run has saved its last step; nothing is restored to find out."""
-    saved = [int(p.name) for p in run.glob("checkpoints/*") if p.name.isdigit()]
-    return max(saved, default=-1) >= steps
+    return max(saved_steps(run), default=-1) >= steps
 
 
 def list_lines(sweep: Sweep, workdir: pathlib.Path | None) -> list[str]:

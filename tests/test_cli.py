@@ -476,4 +476,36 @@ def test_a_run_without_a_checkpoint(mistake, trained, tmp_path, verb):
     error = mistake(verb, workdir, *options, cfg=False)
     assert error == f"{workdir}: the run has no checkpoint yet."
     (workdir / "config.json").write_text("{")
-    assert "config.json: Expecting" in mistake(verb, workdir, *options, cfg=False)
+    assert "config.json: is not JSON: Expecting" in mistake(
+        verb, workdir, *options, cfg=False
+    )
+
+
+# Paths that are empty: they would mean the current folder.
+
+EMPTY = (
+    ("train", "--workdir="),
+    ("train", "--workdir", " "),
+    ("train", "--workdir=x", "--config.data.sources[0].paths=('',)"),
+    ("eval", ""),
+    ("generate", ""),
+    ("report", ""),
+    ("report", "x", "--out="),
+    ("compare", "x", ""),
+    ("compare", "x", "y", "--out="),
+    ("trace", "x", "--out="),
+    ("analyse", ""),
+    ("convert", "x", "--to=moe", "--workdir="),
+    ("import-hf", "", "--out=x"),
+    ("import-hf", "x", "--out="),
+    ("import-hf", "x", "--out=y", "--tokenizer="),
+    ("export-hf", "x", "--out="),
+)
+
+
+@pytest.mark.parametrize("args", EMPTY, ids=" ".join)
+def test_an_empty_path_is_refused(mistake, tmp_path, monkeypatch, args):
+    monkeypatch.chdir(tmp_path)
+    error = mistake(*args, cfg=args[0] == "train")
+    assert "must name a file or folder; the one you are in is '.'" in error
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]

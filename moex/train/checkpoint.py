@@ -10,7 +10,6 @@ digest covers those checksums and the rest; the run's own record has it too
 """
 
 import contextlib
-import json
 import logging
 import math
 import pathlib
@@ -28,6 +27,7 @@ from moex.train.record import (
     digest,
     read_about,
     read_record,
+    saved_steps,
     write_record,
 )
 
@@ -37,12 +37,6 @@ HOST_BYTES = 1 << 28  # of arrays that are on the host where few should be
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or none could be read."""
-
-
-def saved_steps(workdir: pathlib.Path) -> list[int]:
-    """Steps whose checkpoints are committed, ascending; nothing is restored."""
-    found = (pathlib.Path(workdir) / "checkpoints").glob("*")
-    return sorted(int(p.name) for p in found if p.name.isdecimal())
 
 
 class _Hold(policies.PreservationPolicy):
@@ -420,8 +414,3 @@ def _check_names(step: int, name: str, tree, meta: dict) -> None:
         f"config.{'optim' if name == 'opt' else 'model'} does not match the checkpoint "
         f"of step {step}: the {has} has an array {name}{array}, the {lacks} has none."
     )
-
-
-def read_json(path: pathlib.Path):
-    """A JSON file as Python data."""
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -34,6 +34,12 @@ def digest(**parts: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """Steps whose checkpoints are committed, ascending; nothing is restored."""
+    found = (pathlib.Path(workdir) / "checkpoints").glob("*")
+    return sorted(int(p.name) for p in found if p.name.isdecimal())
+
+
 def read_record(workdir: pathlib.Path) -> dict[int, str | None] | None:
     """`{step: digest}` of the checkpoints that were there at the last save, ascending.
 

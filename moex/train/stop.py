@@ -6,7 +6,7 @@ import pathlib
 import signal
 
 from moex import distributed
-from moex.train.checkpoint import saved_steps
+from moex.train.record import saved_steps
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def stop_on_signals(run):
 
     def ask(number, frame):
         if number == signal.SIGINT:
-            if run.interrupted:
+            if run.stop_asked:
                 distributed.leave_now(f"left at once; {stands(run.workdir)}", 130)
             run.interrupted = True
             # Not `print`, which may be what this came in the middle of.

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from moex.schedule import Schedule
-from moex.train import checkpoint, loop
+from moex.train import loop
 from moex.train.loop import TrainingStopped
-from moex.train.record import read_about
+from moex.train.record import read_about, saved_steps
 from moex.train.step import SPIKE_WARMUP
 from tests import runs
 
@@ -38,7 +38,7 @@ def saved(workdir):
     """`(step, skipped_in_row)` of the checkpoints there."""
     return [
         (step, read_about(workdir / "checkpoints" / str(step), "")[0]["skipped_in_row"])
-        for step in checkpoint.saved_steps(workdir)
+        for step in saved_steps(workdir)
     ]
 
 

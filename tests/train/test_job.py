@@ -1,10 +1,13 @@
 """What a run's figures come from, where it is evaluated elsewhere."""
 
+import types
+
 import pytest
 
 from configs import base
-from moex.config import ConfigError, ConfigWarning
-from moex.train.job import check_kernels, kernels_here, static_options
+from moex.config import ConfigError, ConfigWarning, to_dict
+from moex.train.job import check_kernels, kernels_here, saved_with, static_options
+from tests.helpers import tiny_lm
 
 
 @pytest.mark.parametrize(
@@ -31,3 +34,32 @@ def test_kernels_that_cannot_are_refused_with_their_reasons():
     )
     with pytest.raises(ConfigError, match=said):
         check_kernels(cfg)
+
+
+def saved(model, fingerprint="ab", **changes):
+    """Compare the `meta` of a checkpoint with a model that has other fields."""
+    cfg = types.SimpleNamespace(model=tiny_lm(**changes))
+    meta = {"model": model, "tokenizer": "ab"}
+    saved_with(cfg, types.SimpleNamespace(fingerprint=fingerprint))(7, meta)
+
+
+def test_a_checkpoint_of_another_model_names_the_field():
+    model = to_dict(tiny_lm())
+    saved(model)
+    said = r"config.model.dim = 32, but the checkpoint of step 7 was trained with 16; "
+    with pytest.raises(ConfigError, match=said):
+        saved(model, dim=32)
+    # Of a field that changes no shape too.
+    with pytest.raises(ConfigError, match=r"config.model.norm_eps = 0.5, but"):
+        saved(model, norm_eps=0.5)
+    with pytest.raises(ConfigError, match="trained with another tokenizer"):
+        saved(model, fingerprint="cd")
+
+
+def test_a_checkpoint_of_before_a_field_was_there_has_its_default():
+    model = to_dict(tiny_lm())
+    del model["norm_eps"]
+    saved(model)
+    saved({**model, "a name of old": 1})  # cannot be compared; the arrays are
+    cfg = types.SimpleNamespace(model=tiny_lm())
+    saved_with(cfg, types.SimpleNamespace(fingerprint="ab"))(7, {})  # older still
