@@ -18,7 +18,7 @@ from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
 from moex import accounting, distributed
 from moex import config as configs
-from moex.config import require_path
+from moex.config import ConfigError, require_path
 from moex.data.changes import changed_data, save_data
 from moex.data.report import compressor_bits_per_byte
 from moex.optim import path_name
@@ -548,12 +548,20 @@ class Run:
         if scored["bytes"]:
             score, what = scored["bits_per_byte"], "held-out bits per byte"
             if log.active and cfg.log.compressors:
-                reached = compressor_bits_per_byte(self.job.data, where="config.data")
-                log.record("compressors", self.step, reached)
-                beside = ", ".join(f"{k} {v:.3f}" for k, v in reached.items())
-                beside = f" beside {beside} on the same {scored['bytes']:,} bytes"
+                beside = self._compressed(scored["bytes"])
         log.line(f"{what}: {score:.3f}{beside}")
         log.hparams(
             {"steps": cfg.steps, "lr": cfg.optim.lr, "batch_size": cfg.batch_size},
             {"eval/final_nll": scored["nll"]},
         )
+
+    def _compressed(self, num_bytes: int) -> str:
+        """What compressors reach on the held-out text, which is read again."""
+        try:
+            reached = compressor_bits_per_byte(self.job.data, where="config.data")
+        except (ConfigError, OSError) as e:  # the run itself is complete
+            self.log.line(f"warning: no comparison with compressors: {e}")
+            return ""
+        self.log.record("compressors", self.step, reached)
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in reached.items())
+        return f" beside {figures} on the same {num_bytes:,} bytes"

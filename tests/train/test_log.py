@@ -2,13 +2,16 @@
 
 import json
 import math
+import types
 
 import numpy as np
 import pytest
 
+from moex.config import ConfigError
 from moex.moe.chain import Chain
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
+from moex.train import loop
 from moex.train.layers import by_layer, layer_rows, moe_summary, shown
 from moex.train.log import (
     RunLog,
@@ -284,3 +287,23 @@ def test_a_full_disk_under_tensorboard_names_the_file(tmp_path, capfd):
     assert error.value.filename == str(file)
     log.close()
     assert capfd.readouterr().err == ""  # no traceback of the thread that writes
+
+
+def test_a_complete_run_does_not_fail_for_its_comparison(tmp_path, monkeypatch):
+    """The corpus was moved away meanwhile, or holds out no text."""
+    log = open_log(tmp_path)
+    run = types.SimpleNamespace(log=log, step=3, job=types.SimpleNamespace(data=None))
+    said = []
+    monkeypatch.setattr(log, "line", said.append)
+    for error in (OSError(2, "No such file", "a.txt"), ConfigError("no text")):
+
+        def fails(data, where, error=error):
+            raise error
+
+        monkeypatch.setattr(loop, "compressor_bits_per_byte", fails)
+        assert loop.Run._compressed(run, 7) == ""
+        assert str(error) in said[-1] and "warning" in said[-1]
+    monkeypatch.setattr(
+        loop, "compressor_bits_per_byte", lambda data, where: {"gzip": 1.5}
+    )
+    assert loop.Run._compressed(run, 7) == " beside gzip 1.500 on the same 7 bytes"
