@@ -40,7 +40,7 @@ def biases_after_a_step(mesh_cfg, devices, grad_accum):
             model = spec.merge(params, state)
             ctx = make_context(part, mode="train", exchange=mesh_cfg.exchange)
             options = {"num_microbatches": grad_accum, "num_domains": 2}
-            return lm_loss(model, ctx, part, Loss(), num_tokens=1.0, **options)[1]
+            return lm_loss(model, ctx, part, Loss(), **options)[1]
 
         sums = _accumulate(micro, batch, grad_accum)
         return update_state(spec, state, sums["layers"], 0)
