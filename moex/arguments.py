@@ -7,7 +7,7 @@ import argparse
 import math
 import pathlib
 
-from moex.config import ConfigError
+from moex.config import LARGEST, ConfigError, short
 
 CONFIG_HELP = """\
 Configuration:
@@ -22,7 +22,7 @@ TRAIN_EXAMPLES = """
 Examples:
   moex train --config=configs/quickstart.py --workdir=runs/first
   moex train --config=configs/quickstart.py --workdir=runs/lr --config.optim.lr=0.01
-  moex train --config=configs/moe_1b.py --dry-run
+  moex train --config=configs/quickstart.py --dry-run
 
 The same command on the same --workdir goes on where the run stopped. SIGTERM or Ctrl-C
 saves a checkpoint and exits.
@@ -163,7 +163,7 @@ def make_parser() -> argparse.ArgumentParser:
     data = command("data", "Prepare the data of a config, or look at it.")
     data.add_argument("action", choices=("prepare", "inspect"))
     data.add_argument(
-        "--example", type=int, default=0, help="which training sequence to show"
+        "--example", type=_integer, default=0, help="which training sequence to show"
     )
     return parser
 
@@ -179,7 +179,7 @@ def _add_sweep(train):
     )
     sweep.add_argument(
         "--sweep-index",
-        type=int,
+        type=_integer,
         metavar="I",
         help="train one run of the grid; --dry-run lists them",
     )
@@ -219,7 +219,7 @@ def _add_many(train):
         "--coordinator", metavar="HOST:PORT", help="of process 0, to join explicitly"
     )
     many.add_argument("--num-processes", type=_positive, metavar="N")
-    many.add_argument("--process-id", type=int, metavar="I", help="0 to N-1")
+    many.add_argument("--process-id", type=_integer, metavar="I", help="0 to N-1")
     many.add_argument(
         "--join-timeout",
         type=_positive,
@@ -361,7 +361,10 @@ def _add_tasks(evaluate):
         "--limit", type=_positive, help="at most this many documents of a task"
     )
     tasks.add_argument(
-        "--num-fewshot", type=int, metavar="N", help="examples before each question"
+        "--num-fewshot",
+        type=_integer,
+        metavar="N",
+        help="examples before each question",
     )
 
 
@@ -381,12 +384,12 @@ def _add_generate(command):
         "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
     )
     generate.add_argument(
-        "--top-k", type=int, default=0, help="sample from the k likeliest; 0: all"
+        "--top-k", type=_integer, default=0, help="sample from the k likeliest; 0: all"
     )
     generate.add_argument(
         "--top-p", type=float, default=1.0, help="sample from this share of probability"
     )
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=_integer, default=0)
 
 
 def _add_trace(command):
@@ -407,7 +410,7 @@ def _add_trace(command):
         "--tokens", type=_positive, help="at most so many tokens; default: all"
     )
     trace.add_argument(
-        "--step", type=int, help="of the checkpoint; default: the newest"
+        "--step", type=_integer, help="of the checkpoint; default: the newest"
     )
     trace.add_argument(
         "--logits",
@@ -532,7 +535,7 @@ def _add_to_moe(group):
     group.add_argument(
         "--layers", help="all, every:N, last:N or numbers such as 0,3; default: all"
     )
-    group.add_argument("--seed", type=int, help="default: 0")
+    group.add_argument("--seed", type=_integer, help="default: 0")
 
 
 def _add_interop(command):
@@ -576,8 +579,20 @@ def _path(text: str) -> pathlib.Path:
     return pathlib.Path(text)
 
 
+def _integer(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:  # also of 4,300 digits and more
+        value = None
+    if value is None or abs(value) > LARGEST:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at most {LARGEST:,}, not {short(text, 60)}"
+        )
+    return value
+
+
 def _positive(text: str) -> int:
-    value = int(text)
+    value = _integer(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value

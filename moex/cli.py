@@ -68,7 +68,10 @@ def main(argv: list[str] | None = None) -> None:
         (distributed.leave_now if alone else _fail)(text, 130)
     except OSError as e:  # such as a full disk
         _fail(f"{e.filename}: {e.strerror or e}" if e.filename else e, 1)
-    except RuntimeError as e:
+    except (MemoryError, RuntimeError) as e:
+        if _is_out_of_memory(e):
+            reason = str(e).partition("\n")[0][:300]
+            _fail(f"out of memory ({reason}); see `moex plan` for what a job needs", 1)
         if not _is_run_error(e):
             raise
         _fail(e, 1)
@@ -88,13 +91,17 @@ def _check_command(argv: list[str]) -> None:
 def _fail(error, code: int) -> None:
     text = str(error)
     if len(text) > LONGEST:  # it quotes what somebody gave
-        text = f"{text[:LONGEST]}..."
+        text = f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
     distributed.fail(text, code)  # in a job of several processes said once
     say(text)
     raise SystemExit(code)
 
 
-def _is_run_error(error: RuntimeError) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _is_run_error(error: Exception) -> bool:
     from moex.analysis.equality import RunsDiffer
     from moex.plan.rehearsal import DoesNotFit
     from moex.train.checkpoint import CheckpointError

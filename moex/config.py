@@ -185,16 +185,20 @@ def check(config: Any, path: str = "config") -> None:
 LARGEST = 2**31 - 1  # of every integer: sizes, steps and ids are int32 on devices
 # Of every float but 0. Float32 ends at 1e-45 and 3e38; what is computed needs room.
 TINIEST, HUGEST = 1e-30, 1e30
-# Of integers that say how many of something are made, started or kept one by one.
+# Of integers that say how many are made, started or kept one by one, and of
+# widths that tables are made for.
 MOST = {
     "copy": 2**20,
     "constant": 2**20,
+    "dim": 2**20,
+    "head_dim": 2**14,
     "iterations": 1000,
     "ns_steps": 100,
     "null": 2**20,
     "num_experts": 2**20,
     "prefetch": 10_000,
     "repeat": 10_000,
+    "rope_dim": 2**14,
     "threads": 1000,
 }
 

@@ -65,7 +65,11 @@ def _override(arg: str) -> tuple[str, str]:
 def _load_file(arg: str):
     name = arg.removeprefix("--config=")
     file = pathlib.Path(name.split(":", 1)[0])
-    if not file.is_file():
+    try:
+        found = file.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        found = False
+    if not found:
         near = nearest(file.name, [p.name for p in file.parent.glob("*.py")])
         raise ConfigError(f"--config={name}: there is no file {file}.{near}")
     # `from configs import base` works from any folder.

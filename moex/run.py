@@ -82,6 +82,8 @@ class Log(Config):
         for name in ("images_every", "sample_every", "sample_tokens"):
             value = getattr(self, name)
             require(value >= 0, f"{path}.{name}", value, ">= 0")
+        count = len(self.sample_prompts)
+        require(count <= 1000, f"{path}.sample_prompts", count, "at most 1000 texts")
         require_choice(f"{path}.detail", self.detail, ("brief", "detailed"))
 
 

@@ -309,7 +309,7 @@ def parse(text: str, path: str = "--topology") -> Topology:
             f"{path} = {text!r}: no such device {kind!r}.{nearest(kind, CHIPS)} "
             f"Devices are {', '.join(CHIPS)}, written as {forms}."
         )
-    match = re.fullmatch(r"(\d+(?:x\d+)*)(?:\*(\d+))?", rest)
+    match = re.fullmatch(r"(\d{1,6}(?:x\d{1,6})*)(?:\*(\d{1,6}))?", rest)
     shape = tuple(map(int, match[1].split("x"))) if match else ()
     slices = int(match[2] or 1) if match else 1
     chip = CHIPS[kind]

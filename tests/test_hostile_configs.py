@@ -31,6 +31,9 @@ from moex.data.tokenizer import Bytes
 from moex.moe.chain import Chain
 from moex.moe.experts.zero import Zero
 from moex.moe.layer import MoE
+from moex.nn.attention import Attention
+from moex.nn.lm import LM
+from moex.nn.mla import LatentAttention
 from moex.nn.mlp import Dense
 from moex.nn.rope import Yarn
 from moex.nn.stack import Segment
@@ -220,7 +223,17 @@ def test_numbers_at_the_bounds_are_allowed(numbers):
 
 
 def test_bounds_of_what_is_made_one_by_one_name_fields_that_exist():
-    classes = (Chain, Data, MoE, Muon, Segment, Zero)
+    classes = (
+        Attention,
+        Chain,
+        Data,
+        LM,
+        LatentAttention,
+        MoE,
+        Muon,
+        Segment,
+        Zero,
+    )
     names = {f.name for cls in classes for f in dataclasses.fields(cls)}
     assert set(MOST) <= names
 

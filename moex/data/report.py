@@ -10,7 +10,7 @@ import lzma
 
 import numpy as np
 
-from moex.config import ConfigError
+from moex.config import ConfigError, require
 from moex.data.pipeline import Prepared
 
 COMPRESSORS = {
@@ -59,9 +59,13 @@ def inspect(prepared: Prepared, *, example: int = 0, tokens: int = 64) -> str:
 
     Args:
       prepared: from `prepare`.
-      example: index of the training sequence of each source to show.
+      example: index of the training sequence of each source to show; a source with
+        fewer begins again.
       tokens: how many of its tokens to show.
     """
+    most = max(map(len, prepared.train))
+    ok = 0 <= example < max(most, 1)
+    require(ok, "--example", example, f"in 0 to {max(most, 1) - 1:,}")
     head = ("source", "split", "documents", "bytes", "tokens", "sequences", "B/token")
     rows: list[tuple[str, ...]] = [head]
     for name, train, held_out in zip(

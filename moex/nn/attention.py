@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from kernels_pallas.device import platform
-from moex.config import Config, require, require_choice
+from moex.config import MOST, Config, require, require_choice
 from moex.nn.attention_blocks import FLOOR, attend_in_blocks, visible
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
@@ -83,6 +83,9 @@ class Attention(Config):
             f"so many that dim = {dim} is heads times an even width (or set "
             f"{path}.head_dim)",
         )
+        width, most = self.width(dim), MOST["head_dim"]
+        allowed = f"enough that a head of dim = {dim} is at most {most:,} wide"
+        require(width <= most, f"{path}.heads", self.heads, allowed)
 
     def score_width(self, dim) -> int:
         """Multiplications per query and visible key, for scores and values."""

@@ -26,7 +26,7 @@ def profile_steps(text: str | None, num_steps: int) -> range:
     """
     if text is None:
         return range(0)
-    match = re.fullmatch(r"(\d+):(\d+)", text)
+    match = re.fullmatch(r"(\d{1,10}):(\d{1,10})", text)
     start, stop = map(int, match.groups()) if match else (0, 0)
     if not start < stop <= num_steps:
         raise ConfigError(
