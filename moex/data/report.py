@@ -74,7 +74,7 @@ def inspect(prepared: Prepared, *, example: int = 0, tokens: int = 64) -> str:
         for split, data in (("train", train), ("eval", held_out)):
             c = data.stream.counts
             counts = (c["documents"], c["bytes"], c["tokens"], len(data))
-            rate = f"{c['bytes'] / max(c['tokens'], 1):.3f}"
+            rate = f"{c['bytes'] / c['tokens']:.3f}" if c["tokens"] else "-"
             rows.append((name, split, *(f"{n:,}" for n in counts), rate))
     widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
     lines = ["  ".join(_cells(row, widths)) for row in rows]

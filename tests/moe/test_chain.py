@@ -245,6 +245,7 @@ def test_narrow_of_a_dense_layer_has_no_aux():
     assert aux == {}
 
 
+@pytest.mark.filterwarnings("ignore::moex.config.ConfigWarning")
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
