@@ -39,14 +39,18 @@ def read_model(file: Path, name: str) -> tokenizers.Tokenizer:
     text = decode_utf8(file.read_bytes(), file, name)
     with one_line_errors(f"{name}: not a tokenizers JSON file"):
         model = tokenizers.Tokenizer.from_str(text)
-    ids = model.get_vocab(with_added_tokens=True).values()
-    require(len(ids) > 0, name, len(ids), "a tokenizer of one token at least")
-    require(
-        max(ids) < MOST_TOKENS,
-        f"{name}: a token id",
-        max(ids),
-        f"below {MOST_TOKENS:,}",
-    )
+    vocab = model.get_vocab(with_added_tokens=True)
+    require(len(vocab) > 0, name, 0, "a tokenizer of one token at least")
+    highest = max(vocab.values())
+    allowed = f"below {MOST_TOKENS:,}"
+    require(highest < MOST_TOKENS, f"{name}: a token id", highest, allowed)
+    token_of: dict[int, str] = {}
+    for token, i in vocab.items():
+        if token_of.setdefault(i, token) != token:
+            raise ConfigError(
+                f"{name}: {token!r} and {token_of[i]!r} must have ids of their own, "
+                f"not both {i}."
+            )
     return model
 
 

@@ -313,6 +313,9 @@ def test_sizes_that_no_machine_has(tmp_path):
     file.write_text(model.to_str().replace('"far":1', '"far":4000000000'))
     with pytest.raises(ConfigError, match=r"t\.path = .*4000000000: must be below"):
         TokenizerFile(path=str(file), doc_token="[DOC]").make("t", None, tmp_path)
+    file.write_text(model.to_str().replace('"far":1', '"far":0'))
+    with pytest.raises(ConfigError, match=r"ids of their own, not both 0"):
+        TokenizerFile(path=str(file), doc_token="[DOC]").make("t", None, tmp_path)
     empty = tokenizers.Tokenizer(models.WordLevel({}))
     with pytest.raises(ConfigError, match="one token at least"):
         from_file(empty, tmp_path / "empty.json")
