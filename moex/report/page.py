@@ -13,10 +13,11 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from moex.analysis.plotting import PLOT, POLICY
+from moex.analysis.plotting import PLOT, policy, scripts_of
 from moex.terminal import printable
 from moex.train.layers import shown
 
+POLICY = "<!-- policy -->"  # its place in the template, before all other texts
 MARGIN = {"l": 70, "r": 30, "t": 60, "b": 50}
 WHITE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}  # as they are shown in tokens
 
@@ -146,6 +147,7 @@ class _Plots:
 
     def __init__(self):
         self.count = 0
+        self.scripts: list[str] = []
 
     def __call__(self, figure) -> markupsafe.Markup:
         # Plotly writes <, > and / of its JSON as escapes, so no text ends the script.
@@ -156,6 +158,7 @@ class _Plots:
             div_id=f"plot-{self.count}",
         )
         self.count += 1
+        self.scripts += scripts_of(text)
         return markupsafe.Markup(text)
 
 
@@ -177,14 +180,15 @@ def render(title: str, about: Sequence[str], findings, sections) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    plot, plotlyjs = _Plots(), get_plotlyjs()
     text = environment.get_template("page.html.j2").render(
         title=title,
         about=about,
         findings=findings,
         sections=sections,
-        plot=_Plots(),
-        policy=markupsafe.Markup(POLICY),
-        plotlyjs=markupsafe.Markup(get_plotlyjs()),
+        plot=plot,
+        plotlyjs=markupsafe.Markup(plotlyjs),
     )
+    text = text.replace(POLICY, policy([plotlyjs, *plot.scripts]), 1)
     # A name of a file may hold what UTF-8 cannot.
     return text.encode(errors="backslashreplace").decode()

@@ -71,6 +71,14 @@ def test_a_page_draws_all_its_plots(tmp_path):
         drawn = 'class="hm"' in part or 'class="trace scatter' in part
         assert drawn, part[:300]
     assert "<b onload" not in document
+    # Whatever came into the page by a hole in our escapes would not run.
+    file = run / "report.html"
+    markup = "<script>document.title = 'evil'</script><img src=x onerror='evil()'>"
+    text = file.read_text(encoding="utf-8").replace("</h1>", f"</h1>{markup}", 1)
+    file.write_text(text, encoding="utf-8")
+    said, document = browse(file, tmp_path)
+    assert "<title>evil" not in document
+    assert sum("Content Security Policy" in line for line in said) >= 2, said
 
 
 NAMES_OF_RUNS = ("plain", "<img src=x onerror=alert(1)>", "{{7*7}} <b>&lt;", "%{x}")
