@@ -21,6 +21,14 @@ FILE_LIMIT_KB = 64
 NO_NEW_PROGRAMS = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "3600"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ctrl_c():
+    """A shell's `&` has Ctrl-C ignored, and processes inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("crash")

@@ -46,7 +46,10 @@ def stop_on_signals(run):
     before = {}
     with contextlib.suppress(ValueError):  # not the main thread: nobody to ask
         for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, ask)
+            if (
+                signal.getsignal(number) is not signal.SIG_IGN
+            ):  # as a shell's `&` has it
+                before[number] = signal.signal(number, ask)
     try:
         yield
     finally:
