@@ -46,9 +46,8 @@ def stop_on_signals(run):
     before = {}
     with contextlib.suppress(ValueError):  # not the main thread: nobody to ask
         for number in (signal.SIGTERM, signal.SIGINT):
-            if (
-                signal.getsignal(number) is not signal.SIG_IGN
-            ):  # as a shell's `&` has it
+            # A shell's `&` has Ctrl-C ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, ask)
     try:
         yield
