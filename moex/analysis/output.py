@@ -7,6 +7,7 @@ import dataclasses
 import pathlib
 import zipfile
 import zlib
+from typing import Any
 
 import numpy as np
 
@@ -174,7 +175,7 @@ def load(path) -> Analysis:
 UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-def _under(data: dict, start: str, owner: type, where: str) -> dict[str, np.ndarray]:
+def _under(data: dict, start: str, owner: Any, where: str) -> dict[str, Any]:
     """The arrays of one layer or step: the fields of `owner` that are arrays."""
     names = [f.name for f in dataclasses.fields(owner) if f.type is np.ndarray]
     return {name: _array(data, f"{start}/{name}", where) for name in names}

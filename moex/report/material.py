@@ -13,9 +13,10 @@ import numpy as np
 from moex.accounting import Cost, model_cost
 from moex.analysis.reading import read_lines, read_place
 from moex.config import ConfigError, require, short
-from moex.json_files import expect_object, field, json_kind, parse_json, read_json
+from moex.json_files import expect_object, field, parse_json
 from moex.params import fill_vocab
 from moex.train.environment import FILE as ENVIRONMENT
+from moex.train.environment import read_environment
 from moex.train.job import load_config
 from moex.train.state import model_spec
 
@@ -91,7 +92,7 @@ def read(path: pathlib.Path) -> Material:
         cost=_cost(cfg),
         lines={kind: dict(sorted(found.items())) for kind, found in lines.items()},
         routing=read_routing(path / "routing.jsonl"),
-        environment=_environment(path / ENVIRONMENT),
+        environment=read_environment(path / ENVIRONMENT),
     )
 
 
@@ -101,19 +102,6 @@ def _cost(cfg) -> Cost | None:
     except ConfigError:
         return None
     return model_cost(cfg.model, model_spec(cfg.model), cfg.seq_len)
-
-
-def _environment(file: pathlib.Path) -> list[dict]:
-    if not file.is_file():
-        return []
-    starts = read_json(file)
-    if not isinstance(starts, list):
-        raise ConfigError(f"{file}: must be a list, not {json_kind(starts)}.")
-    for i, start in enumerate(starts):
-        where = f"{file}, entry {i}"
-        field(expect_object(start, where), "packages", dict[str, str], where, {})
-        field(start, "command", list[str], where, [])
-    return starts
 
 
 def read_routing(file: pathlib.Path) -> dict[str, Routing]:

@@ -10,7 +10,9 @@ import sys
 import jax
 
 from moex import distributed
+from moex.config import ConfigError
 from moex.data.files import atomic_write
+from moex.json_files import expect_object, field, json_kind, read_json
 
 FILE = "environment.json"
 PACKAGES = (
@@ -48,12 +50,35 @@ def _version(name: str) -> str | None:
         return None
 
 
+def read_environment(file: pathlib.Path) -> list[dict]:
+    """The starts in an environment.json, oldest first; none if there is no file.
+
+    Raises:
+      ConfigError: naming the file and the entry, if it is none that moex writes.
+    """
+    if not file.is_file():
+        return []
+    starts = read_json(file)
+    if not isinstance(starts, list):
+        raise ConfigError(f"{file}: must be a list, not {json_kind(starts)}.")
+    for i, start in enumerate(starts):
+        where = f"{file}, entry {i}"
+        field(expect_object(start, where), "packages", dict[str, str], where, {})
+        field(start, "command", list[str], where, [])
+        field(start, "step", int, where, 0)
+    return starts
+
+
 def save_environment(workdir: pathlib.Path, step: int) -> None:
-    """Add this start to `workdir/environment.json`."""
+    """Add this start to `workdir/environment.json`.
+
+    A damaged file is kept as environment.json.damaged, and begun again.
+    """
     path = workdir / FILE
     try:
-        starts = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):  # a damaged one is begun again
+        starts = read_environment(path)
+    except ConfigError:
+        path.replace(path.with_name(f"{FILE}.damaged"))
         starts = []
     text = json.dumps([*starts, environment(step)], indent=1)
     atomic_write(path, text + "\n")

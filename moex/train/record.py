@@ -20,6 +20,7 @@ from moex.json_files import (
     read_object,
 )
 from moex.train.environment import FILE as ENVIRONMENT
+from moex.train.environment import read_environment
 
 FILE = "checkpoints.json"
 
@@ -158,9 +159,8 @@ def _trained(workdir: pathlib.Path) -> int:
 
 def _resumed_at(workdir: pathlib.Path) -> int:
     """The last step that a start of the run went on from."""
-    file = workdir / ENVIRONMENT
     try:
-        starts = json.loads(file.read_text(encoding="utf-8"))
-        return max(start["step"] for start in starts)
-    except (OSError, ValueError, KeyError, TypeError):  # it is written anew each start
+        starts = read_environment(workdir / ENVIRONMENT)
+    except ConfigError:  # it is written anew each start
         return 0
+    return max((start.get("step", 0) for start in starts), default=0)

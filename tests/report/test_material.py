@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moex.config import ConfigError
-from moex.report.material import _environment, read_routing
+from moex.report.material import read_routing
 
 HEAD = '{"kind": "train", "step": 1, "layers": '
 LINES = {
@@ -70,25 +70,3 @@ def test_null_and_the_nan_of_old_logs_are_nan_and_other_lengths_are_missing(tmp_
     assert load.shape == (3, 3)
     np.testing.assert_array_equal(load[2], [0.5, 0.5, 0.0])
     assert np.isnan(load[:2]).all()
-
-
-STARTS = {
-    "{}": "must be a list, not an object",
-    "[1]": "entry 0: must be a JSON object, not a number",
-    '[{}, {"packages": ["jax"]}]': "entry 1: packages = ['jax']: must be mapping",
-    '[{"packages": {"jax": 1}}]': "must be mapping of str to str",
-    '[{"command": "moex"}]': "command = 'moex': must be list of str",
-    '[{"command": [1]}]': "command = [1]: must be list of str",
-    "[" * 100_000: "nested too deep",
-    "[NaN]": "NaN is no JSON number",
-}
-
-
-@pytest.mark.parametrize("text", STARTS, ids=range(len(STARTS)))
-def test_an_environment_that_is_none_of_moex(tmp_path, text):
-    file = tmp_path / "environment.json"
-    file.write_text(text)
-    with pytest.raises(ConfigError) as error:
-        _environment(file)
-    assert str(error.value).startswith(str(file))
-    assert STARTS[text] in str(error.value)

@@ -5,7 +5,8 @@ import json
 import jax
 import pytest
 
-from moex.train.environment import FILE, save_environment
+from moex.config import ConfigError
+from moex.train.environment import FILE, read_environment, save_environment
 
 
 def test_each_start_is_one_entry(tmp_path, monkeypatch: pytest.MonkeyPatch):
@@ -22,6 +23,32 @@ def test_each_start_is_one_entry(tmp_path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_damaged_file_is_begun_again(tmp_path):
-    (tmp_path / FILE).write_text("[{")
-    save_environment(tmp_path, 3)
-    assert [s["step"] for s in json.loads((tmp_path / FILE).read_text())] == [3]
+    for text in ("[{", "{}", "[1]", "[" * 100_000, "\udcff"):
+        (tmp_path / FILE).write_text(text, errors="surrogateescape")
+        save_environment(tmp_path, 3)
+        assert [s["step"] for s in json.loads((tmp_path / FILE).read_text())] == [3]
+        kept = (tmp_path / f"{FILE}.damaged").read_text(errors="surrogateescape")
+        assert kept == text
+
+
+STARTS = {
+    "{}": "must be a list, not an object",
+    "[1]": "entry 0: must be a JSON object, not a number",
+    '[{}, {"packages": ["jax"]}]': "entry 1: packages = ['jax']: must be mapping",
+    '[{"packages": {"jax": 1}}]': "must be mapping of str to str",
+    '[{"command": "moex"}]': "command = 'moex': must be list of str",
+    '[{"command": [1]}]': "command = [1]: must be list of str",
+    "[" * 100_000: "nested too deep",
+    '[{"step": "3"}]': "step = '3': must be int",
+    "[NaN]": "NaN is no JSON number",
+}
+
+
+@pytest.mark.parametrize("text", STARTS, ids=range(len(STARTS)))
+def test_an_environment_that_is_none_of_moex(tmp_path, text):
+    file = tmp_path / "environment.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_environment(file)
+    assert str(error.value).startswith(str(file))
+    assert STARTS[text] in str(error.value)
