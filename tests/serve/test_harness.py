@@ -382,6 +382,7 @@ def test_texts_of_any_length(offline, run, slowly):
 def test_texts_of_an_imported_model(offline, run, slowly, begin):
     """Its own begin token or none, and one other than the end before whole texts."""
     tokenizer = Tokenizer(None, doc_id=DOC, vocab_size=257).begin(begin, 3)
+    tokenizer.stop_at([7])
     model = HarnessLM(dataclasses.replace(run, tokenizer=tokenizer))
     pairs = [("the cat", " sees"), ("", "a"), (" ", "a")]
     first = [] if begin is None else [begin]
@@ -402,7 +403,7 @@ def test_texts_of_an_imported_model(offline, run, slowly, begin):
         patch.setattr(harness, "generate", answer)
         options = {"until": [], "max_gen_toks": 8}
         model.generate_until(requests(("the cat", options), ("", options)))
-    assert (first + ids("the cat"), DOC) in asked and ([3], DOC) in asked
+    assert (first + ids("the cat"), 7, DOC) in asked and ([3], 7, DOC) in asked
 
 
 @pytest.mark.hf
