@@ -112,17 +112,11 @@ def test_a_second_process_is_refused_and_ctrl_c_saves(undisturbed, command, tmp_
     for line in first.stdout:
         if kill9.step_of(line) == 3:
             break
-    # The second comes while the first trains, and then the other way round.
-    for _ in range(2):
-        second = kill9.start(command(tmp_path), runs.environment())
-        _, err = second.communicate(timeout=300)
-        assert second.returncode == 2, err
-        (line,) = err.strip().splitlines()
-        assert line.startswith(
-            f"moex: error: --workdir={tmp_path}: process {first.pid}"
-        )
-        first.send_signal(signal.SIGSTOP)
-    first.send_signal(signal.SIGCONT)
+    second = kill9.start(command(tmp_path), runs.environment())
+    _, err = second.communicate(timeout=300)
+    assert second.returncode == 2, err
+    (line,) = err.strip().splitlines()
+    assert f"error: --workdir={tmp_path}: process {first.pid} on " in line
     assert first.poll() is None
     first.send_signal(signal.SIGINT)
     out, err = first.communicate(timeout=300)
@@ -149,12 +143,11 @@ def test_ctrl_c_before_there_is_a_checkpoint_says_so(undisturbed, command, tmp_p
 
 def test_ctrl_c_in_an_evaluation_is_one_line(undisturbed, folder):
     run = folder / "undisturbed"
-    for seconds in (2.0, 5.0):
-        process = runs.start("eval", run)
-        time.sleep(seconds)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=300)
-        assert (process.returncode, err.strip()) in [
-            (130, "moex: error: interrupted"),
-            (0, ""),  # it was quicker
-        ]
+    process = runs.start("eval", run)
+    time.sleep(4.0)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert (process.returncode, err.strip()) in [
+        (130, "moex: error: interrupted"),
+        (0, ""),  # it was quicker
+    ]
