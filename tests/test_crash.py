@@ -112,13 +112,14 @@ def test_a_second_process_is_refused_and_ctrl_c_saves(undisturbed, command, tmp_
     for line in first.stdout:
         if kill9.step_of(line) == 3:
             break
+    first.send_signal(signal.SIGSTOP)  # or it would come to its end meanwhile
     second = kill9.start(command(tmp_path), runs.environment())
     _, err = second.communicate(timeout=300)
     assert second.returncode == 2, err
     (line,) = err.strip().splitlines()
     assert f"error: --workdir={tmp_path}: process {first.pid} on " in line
-    assert first.poll() is None
     first.send_signal(signal.SIGINT)
+    first.send_signal(signal.SIGCONT)
     out, err = first.communicate(timeout=300)
     assert first.returncode == 130, err
     assert err.strip() == "interrupt: saving, then leaving (again: leave at once)"
