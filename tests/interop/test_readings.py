@@ -228,7 +228,7 @@ def test_the_table_is_what_transformers_reads(family):
     others = UNUSED - {"max_position_embeddings"} | {"swiglu_alpha", "swiglu_limit"}
     others |= {*make_readings.SIZES, *make_readings.ROPE}
     if family.startswith("deepseek"):  # as many as heads, or moex refuses the file
-        others.add("num_key_value_heads")
+        others |= {"num_key_value_heads"}
     for field in dataclasses.fields(CONFIG_MAPPING[family]):
         own = field.name in make_readings.fields_of(family)
         if own and field.name not in others and field.default is not None:
