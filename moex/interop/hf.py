@@ -101,8 +101,8 @@ def import_hf(
         require(given == rows, "--config.model.vocab", given, allowed)
         _check_shapes(shapes, _shapes(cfg.model))
         cfg.data.tokenizer = TokenizerFile(path=str(file), doc_token=doc_token)
+        job = make_job(cfg, log=say)
         with new_run(out, f"--out={out}", say) as temporary:
-            job = make_job(cfg, log=say)
             kept = temporary / KEPT
             kept.mkdir(parents=True)
             set_ends(job.data.tokenizer, opened.path, file, ends)
