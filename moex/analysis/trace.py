@@ -137,7 +137,8 @@ class Trace:
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; `moex trace` writes traces.")
         try:
-            file = pq.ParquetFile(path)
+            # Traces of moex before version 0.2 have no checksums, and are read too.
+            file = pq.ParquetFile(path, page_checksum_verification=True)
         except (pa.ArrowInvalid, OSError) as e:
             reason = str(e).splitlines()[0]
             raise ConfigError(f"{path}: not a Parquet file ({reason}).") from None
@@ -282,4 +283,9 @@ class Trace:
             padded_NK = np.zeros(keep_NK.shape, dtype)
             padded_NK[keep_NK] = flat
             arrays[f"{name}_NK"] = padded_NK
+        # What is not kept has numbers of its own, below those of experts.
+        numbers_NK = np.where(keep_NK, arrays["expert_NK"], -1 - np.arange(info.slots))
+        numbers_NK.sort(axis=1)
+        if (numbers_NK[:, 1:] == numbers_NK[:, :-1]).any():
+            raise self._damaged(group, "a token has an expert twice")
         return Slots(keep_NK=keep_NK, **arrays)

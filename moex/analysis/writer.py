@@ -53,6 +53,7 @@ class TraceWriter:
             # Scores hardly repeat: a dictionary of them costs time and saves nothing.
             use_dictionary=[*SHARED, "layer", "round", "expert.list.element"],
             column_encoding={name: "BYTE_STREAM_SPLIT" for name in present},
+            write_page_checksum=True,
         )
         return self
 

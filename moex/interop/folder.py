@@ -29,6 +29,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MOST_HEADER = 100_000_000  # bytes, as in the safetensors library
 PICKLES = (".bin", ".pt", ".pth")
+LONGEST_NAME = 255  # bytes, of file systems
 
 # What travels with a model, besides its weights.
 EXTRA_FILES = (
@@ -199,6 +200,7 @@ def read_index(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: has no weight_map of tensor names to files.")
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and not set(shard) & set("/\\:\0")
+        plain = plain and len(os.fsencode(shard)) <= LONGEST_NAME
         if not plain or not shard.endswith(".safetensors"):
             raise ConfigError(
                 f"{file}: the file of tensor {name!r} is {short(shard)}; must be the "

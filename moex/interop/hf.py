@@ -10,6 +10,7 @@ import shutil
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -154,6 +155,12 @@ def check_tensors(source, family, model, config) -> tuple[list[Piece], list[str]
             raise ConfigError(
                 f"{source.file_of(piece.name)}: tensor {piece.name!r} has shape "
                 f"{list(shape)}; config.json makes it {list(piece.shape)}."
+            )
+        dtype = source.dtype(piece.name)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ConfigError(
+                f"{source.file_of(piece.name)}: tensor {piece.name!r} is of type "
+                f"{dtype}; weights are of a floating-point type."
             )
         wanted.append(piece)
     unused = sorted(names - {p.name for p in wanted})

@@ -12,6 +12,7 @@ from moex.report.material import Material
 from moex.report.page import Grid, Note, Plot, Section, style
 
 STEP = "optimizer step"
+MOST_CURVES = 64  # of a plot; a person tells no more apart
 # Figures that are shown beside parts of them, or beside those of evaluations.
 PLAIN = {"nll": "loss", "bits_per_byte": "bits", "grad_norm": "all"}
 
@@ -109,7 +110,10 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
     ]
     colours: dict[str, str] = {}
     lowest, highest = [], []  # of positive values
-    for kind, name in found:
+    title = panel.title
+    if len(found) > MOST_CURVES:
+        title += f" ({MOST_CURVES} of {len(found):,} curves)"
+    for kind, name in found[:MOST_CURVES]:
         step_S, value_S = material.series(kind, name)
         step_S, value_S = thin.curve(step_S, value_S)
         held = kind == "eval"
@@ -130,7 +134,7 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
         )
     if not found:
         return None
-    style(figure, height=300, title=panel.title)
+    style(figure, height=300, title=title)
     figure.update_xaxes(title_text=STEP, rangemode="tozero")
     figure.update_yaxes(title_text=panel.unit)
     if panel.log:

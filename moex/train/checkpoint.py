@@ -28,6 +28,7 @@ from moex.train.record import (
     read_about,
     read_record,
     saved_steps,
+    why_unlisted,
     write_record,
 )
 
@@ -74,6 +75,7 @@ class Checkpointer:
         if self._record is not None and not read_only:
             self._forget_unfinished(self._record)
         self._skipped: set[int] = set()  # steps saved after an update was skipped
+        self._unlisted = {} if read_only else self._set_unlisted_aside()
         self._hold = _Hold()
         keepers = [policies.LatestN(keep), self._hold]
         if keep_best:
@@ -92,6 +94,7 @@ class Checkpointer:
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
+            lightweight_initialize=read_only,  # scores are for those who save
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self.write_record
             ),
@@ -173,11 +176,24 @@ class Checkpointer:
     def _forget_unfinished(self, record: dict) -> None:
         """Take from the record what a kill kept from getting its name."""
         names = [p.name for p in self.directory.glob("*.orbax-checkpoint-tmp*")]
-        for step in {int(n.split(".")[0]) for n in names} - {
-            *saved_steps(self.workdir)
-        }:
+        steps = {int(n) for n in (n.split(".")[0] for n in names) if n.isdecimal()}
+        for step in steps - {*saved_steps(self.workdir)}:
             if record.pop(step, None) is not None:
                 self.write_record()
+
+    def _set_unlisted_aside(self) -> dict[int, str]:
+        """`{step: reason}` of what Orbax cannot list: it would open none at all."""
+        steps = saved_steps(self.workdir)
+        found = {s: why_unlisted(self.directory / str(s)) for s in steps}
+        bad = {step: reason for step, reason in found.items() if reason}
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("moex: checkpoints are listed")
+        if jax.process_index() == 0:
+            for step in bad:
+                self._move(step)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("moex: unlisted steps are set aside")
+        return bad
 
     def last_good(self, before: float = math.inf) -> int | None:
         """The newest step below `before` that was saved after an update was taken."""
@@ -243,8 +259,12 @@ class Checkpointer:
             there = ", ".join(map(str, steps))
             require(step in steps, "--step", step, f"one of the checkpoints: {there}")
             steps = [step]
-        elif not self.read_only:
-            self._look_over(steps, abstract, warn)
+        else:
+            for bad, reason in self._unlisted.items():
+                warn(f"warning: checkpoint {bad} is damaged and set aside: {reason}")
+            self._warn_of_gone(steps, warn)
+            if not self.read_only:
+                self._look_over(steps, abstract, warn)
         for step in reversed(steps):
             try:
                 found = step, *self._restore_step(step, abstract, items, check)
@@ -263,16 +283,10 @@ class Checkpointer:
         return None
 
     def _look_over(self, steps: list[int], abstract, warn) -> None:
-        """Before a run goes on: are all checkpoints there, and what they rank by?
+        """Before a run goes on: is there what the checkpoints rank by?
 
         Removes damaged steps from `steps`, but for the newest, which is read next.
         """
-        newest = max(self._record or {}, default=-1)
-        if steps and newest > steps[-1] and not self._quarantined(newest):
-            warn(
-                f"warning: the checkpoint of step {newest}, which this run saved, is "
-                f"gone; the newest is that of step {steps[-1]}"
-            )
         for step in list(steps):
             try:
                 meta, _ = self._about(step)
@@ -285,6 +299,14 @@ class Checkpointer:
                 if step != steps[-1]:
                     self._damaged(step, e, warn)
                     steps.remove(step)
+
+    def _warn_of_gone(self, steps: list[int], warn) -> None:
+        newest = max(self._record or {}, default=-1)
+        if steps and newest > steps[-1] and not self._quarantined(newest):
+            warn(
+                f"warning: the checkpoint of step {newest}, which this run saved, is "
+                f"gone; the newest is that of step {steps[-1]}"
+            )
 
     def _guard(self, step: int, abstract) -> dict:
         """The update guard in a checkpoint; `state` is the smallest of its items."""

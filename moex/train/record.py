@@ -10,6 +10,8 @@ import json
 import pathlib
 from typing import Any
 
+import orbax.checkpoint as ocp
+
 from moex.config import ConfigError
 from moex.data.files import atomic_write
 from moex.json_files import (
@@ -38,7 +40,8 @@ def digest(**parts: Any) -> str:
 def saved_steps(workdir: pathlib.Path) -> list[int]:
     """Steps whose checkpoints are committed, ascending; nothing is restored."""
     found = (pathlib.Path(workdir) / "checkpoints").glob("*")
-    return sorted(int(p.name) for p in found if p.name.isdecimal())
+    names = [p.name for p in found if p.name.isdecimal()]
+    return sorted(int(name) for name in names if name == str(int(name)))  # not "08"
 
 
 def read_record(workdir: pathlib.Path) -> dict[int, str | None] | None:
@@ -102,6 +105,20 @@ def read_about(
     elif known and own != known:
         raise ChecksumError("it is not the checkpoint that this run saved")
     return meta, data, own
+
+
+def why_unlisted(folder: pathlib.Path) -> str | None:
+    """Why Orbax cannot list a checkpoint among others; None if it can."""
+    try:
+        # Both are read of every checkpoint when a folder of them is opened.
+        names = ocp.path.step.standard_name_format()
+        _ = names.find_step(folder.parent, int(folder.name)).commit_timestamp
+        scores = folder / "metrics" / "metrics"
+        if scores.exists():
+            _json(scores)
+    except Exception as e:  # Orbax raises plain Exceptions
+        return " ".join(str(e).split())[:300] or type(e).__name__
+    return None
 
 
 def _json(file: pathlib.Path) -> dict:
