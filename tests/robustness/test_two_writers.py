@@ -5,6 +5,7 @@ On one machine, and on two that share the folder but not the locks of their syst
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -79,16 +80,17 @@ HOSTS = [(None, None), ("host-a", "host-b"), (None, "host-b"), ("host-a", None)]
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), HOSTS)
 def test_the_second_of_two_is_refused(folder, tmp_path, first, second):
-    a = train(folder, tmp_path / "run", first)
+    a = train(folder, tmp_path / "run", first, "steps=1000000")
     try:
         wait_for(a, 2)
-        b = train(folder, tmp_path / "run", second, f"steps={STEPS // 2}")
-        check_was_refused(b, (*b.communicate(timeout=300),))
+        b = train(folder, tmp_path / "run", second, f"steps={STEPS}")
+        check_was_refused(b, b.communicate(timeout=300))
+        a.send_signal(signal.SIGTERM)
         out, err = a.communicate(timeout=300)
         assert a.returncode == 0, out + err
     finally:
         a.kill()
-    check_whole(tmp_path / "run")
+    check_whole(tmp_path / "run", steps=steps_of(tmp_path / "run")[-1])
 
 
 @pytest.mark.slow
