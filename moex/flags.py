@@ -196,6 +196,8 @@ def _find(cfg, path: str):
     """
     try:
         parts = config_path.split(path)
+        if not all(isinstance(part, (int, str)) for part in parts):
+            raise ValueError  # such as of "layers[x]"
     except ValueError:
         raise ConfigError(
             f"config.{path}: not a field path; write a.b or a.b[0].c."

@@ -20,6 +20,7 @@ from moex.config import ConfigError
 from moex.json_files import expect_object, parse_json
 from moex.terminal import printable
 
+MOST_SHOWN = 1800  # characters of a line for people
 LINGER_S = 3.0  # for which a process that fails waits for the others to hear of it
 LIMIT = 1 << 24  # bytes of one message
 AGAIN = "the same command on all hosts goes on from the last checkpoint"
@@ -204,6 +205,8 @@ def _keep_alive(link: socket.socket) -> None:
 def say(text: str, kind: str = "error") -> None:
     """One line of error, or of warning."""
     line = printable(" ".join(text.split()))
+    if len(line) > MOST_SHOWN:  # such as of a value that was given
+        line = f"{line[: MOST_SHOWN - 400]} ... {line[-300:]}"
     print(f"moex: {kind}: {line}", file=sys.stderr, flush=True)
 
 
