@@ -259,7 +259,9 @@ class Trace:
         return Tokens(domain_N=domain_N, **{f"{n}_N": a for n, a in arrays.items()})
 
     def _slots(self, group: int, info: LayerInfo, names: Sequence[str]) -> Slots:
-        columns = self._read(group, ("layer", "round", *names))
+        # Gates are read for the lengths of their lists, which must be those of experts.
+        own = dict.fromkeys(("layer", "round", "gate", *names))
+        columns = self._read(group, list(own))
         for name in ("layer", "round"):
             if (columns.pop(name).to_numpy() != getattr(info, name)).any():
                 raise self._damaged(group, f"its {name} is not that of {info.label}")
@@ -276,6 +278,8 @@ class Trace:
         for name, column in columns.items():
             if (np.diff(column.offsets.to_numpy()) != length_N).any():
                 raise self._damaged(group, f"column {name!r} has other lengths")
+            if name not in names:
+                continue
             flat = column.flatten().to_numpy()
             if name == "expert":
                 self._check_range(group, name, flat, info.num_choices)

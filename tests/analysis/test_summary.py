@@ -242,7 +242,7 @@ def test_files_that_are_no_traces(written, tmp_path):
 
 def test_layers_and_markers_that_are_not_there(written, tmp_path):
     with Trace.open(written[0]) as trace:
-        with pytest.raises(ConfigError, match="no layer '003'.*Did you mean '003"):
+        with pytest.raises(ConfigError, match="no layer '003'.*Layers are 001, 003.1"):
             next(trace.chunks(["003"]))
         with pytest.raises(ConfigError, match="'think': .* mean '<think>'"):
             analyse(trace, markers=["think"])
