@@ -145,8 +145,13 @@ RUN_KEYS = {
 }
 
 
-def check_run(cfg: ml_collections.ConfigDict) -> None:
+def check_run(cfg: ml_collections.ConfigDict, *, to_train: bool = True) -> None:
     """Check the whole run config, before anything is read, built or compiled.
+
+    Args:
+      cfg: keys of `RUN_KEYS`.
+      to_train: whether `check_schedules` too; a run that was trained is opened whatever
+        its schedules were.
 
     Raises:
       ConfigError: one line with the field, its value and what is allowed.
@@ -172,6 +177,8 @@ def check_run(cfg: ml_collections.ConfigDict) -> None:
             )
     configs.check(cfg)
     _check_values(cfg)
+    if to_train:
+        check_schedules(cfg)
 
 
 def _check_values(cfg):
@@ -207,6 +214,14 @@ def _check_values(cfg):
         cfg.eval.overlap,
         f"below seq_len = {cfg.seq_len}",
     )
+
+
+def check_schedules(cfg) -> None:
+    """Check that all that changes over the run ends within its steps.
+
+    Raises:
+      ConfigError: if warm-up and decay of the learning rate do not fit.
+    """
     cfg.optim.validate_steps(cfg.steps, "config.optim")
     for where, node in configs.walk(cfg, "config"):
         if isinstance(node, Schedule):

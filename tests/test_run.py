@@ -13,6 +13,7 @@ from moex.config import Config, ConfigError, ConfigWarning
 from moex.optim import AdamW, Optim
 from moex.run import RUN_KEYS, Checkpoint, Eval, Log, Loss, check_run, kernel_names
 from moex.schedule import Schedule
+from moex.train.job import load_config, save_config
 from moex.train.state import model_spec
 from tests.helpers import tiny_lm
 
@@ -167,6 +168,15 @@ def test_a_schedule_of_a_learning_rate_factor_is_looked_at_too():
     )
     with pytest.warns(ConfigWarning, match=r"config.optim.lr_factors\[0\]\[1\].points"):
         check_run(run_config(steps=9, optim=optim))
+
+
+def test_a_run_whose_warm_up_did_not_fit_is_opened_and_not_trained_on(tmp_path):
+    optim = Optim(rule=AdamW(), lr=1e-3, schedule="wsd", warmup_steps=90)
+    cfg = run_config(steps=100, optim=optim)
+    with pytest.raises(ConfigError, match="config.optim.warmup_steps = 90"):
+        check_run(cfg)
+    save_config(cfg, tmp_path)
+    assert load_config(tmp_path).optim.warmup_steps == 90
 
 
 @pytest.mark.parametrize("value", ["auto", "cpu", "triton,xla", "mosaic, triton,xla"])

@@ -28,10 +28,12 @@ from moex.config import ConfigError
 from moex.data.files import atomic_write
 from moex.data.tokenizer import SavedTokenizer
 from moex.json_files import dump_json
+from moex.optim import flat_paths
 from moex.run import check_run
 from moex.sharding import MeshConfig
 from moex.train import state as states
 from moex.train.checkpoint import HOST_BYTES, Checkpointer
+from moex.train.checksums import all_finite
 from moex.train.consumed import Consumed
 from moex.train.job import (
     Job,
@@ -101,7 +103,7 @@ def convert_run(
         check_latent(latent)
         report |= dataclasses.asdict(latent)
         cfg.model = latent_model(cfg.model, latent)
-    check_run(cfg)
+    check_run(cfg, to_train=False)
     with new_run(workdir, f"--workdir={workdir}", say) as made:
         old = loaded = load_run(run, MeshConfig(), warn=say)  # as the job below
         job = _job(run, cfg, say)
@@ -162,6 +164,12 @@ def write_run(job: Job, cfg, arrays: dict, workdir: pathlib.Path) -> None:
         "state": jax.device_put(arrays["state"], at["state"]),
         "guard": jax.device_put(states.init_guard(), at["guard"]),
     }
+    if not all_finite((params, state["state"])):
+        trees = flat_paths({"params": params, "state": state["state"]})
+        bad = next(name for name, array in trees.items() if not all_finite(array))
+        raise ConfigError(
+            f"{bad}: has numbers that are not finite; nothing is written."
+        )
     if not _starts_at_zero(job.tx, params):
         state["opt"] = jax.jit(job.tx.init, out_shardings=at["opt"])(params)
     workdir.mkdir(parents=True, exist_ok=True)

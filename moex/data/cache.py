@@ -84,6 +84,9 @@ def prepared(
         key.append(seq_len)  # rows are packed on disk; windows are cut when read
     name = "".join(c if c.isalnum() else "_" for c in source.label())[:40]
     final = root / f"{name}-{digest(key)[:32]}"
+    # Reading all bytes needs no lock: the processes of a host would read in turn.
+    if manifest := _read(final):
+        return Made(final, manifest)
     with locked(root / f"{final.name}.lock"):
         manifest = _read(final)
         if manifest is None:

@@ -24,6 +24,8 @@ def check_shared(
     Raises:
       ConfigError: naming the file and both sources.
     """
+    if len(named) == 1:
+        return  # and a folder of a million files is not listed again
     known: dict[str, tuple[str, str]] = {}  # of a file and field: its source and split
     shared: dict[tuple[str, str], list[str]] = {}
     for where, source in named:

@@ -10,11 +10,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moex.config import ConfigError, ConfigWarning, check
+from moex.config import MOST, ConfigError, ConfigWarning, check, short
 from moex.interop.defaults import DEFAULTS
 from moex.interop.fields import Fields
 from moex.interop.layers import (
-    MOST_LAYERS,
     Layer,
     attention,
     by_layer_types,
@@ -27,7 +26,6 @@ from moex.interop.layers import (
 )
 from moex.interop.names import Names
 from moex.interop.positions import rope
-from moex.json_files import short
 from moex.nn.lm import LM
 from moex.nn.mla import LatentAttention
 from moex.nn.mlp import Dense
@@ -272,9 +270,9 @@ def further_layers(where: str, config: Mapping[str, Any]) -> int:
     """How many layers after the last predict further tokens (DeepSeek-V3)."""
     name = "num_nextn_predict_layers"
     of = Fields(where, config, {name: 1}, {"num_mtp_layers": name})
-    count = of(name, int, least=0, null=0)
-    if count > MOST_LAYERS:
-        raise of.refuse(name, count, f"at most {MOST_LAYERS:,}")
+    count, most = of(name, int, least=0, null=0), MOST["repeat"]
+    if count > most:
+        raise of.refuse(name, count, f"at most {most:,}")
     return count
 
 

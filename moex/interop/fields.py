@@ -8,11 +8,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moex.config import ConfigError, fits
-from moex.json_files import short
-
-MOST = 2**31 - 1  # of any whole number: sizes, counts and token ids are below
-LARGEST = 1e30  # of any other number; 1 / LARGEST is the smallest above zero
+from moex.config import HUGEST, LARGEST, ConfigError, fits, short
 
 # Kinds of values, as an error says them.
 KINDS = {
@@ -121,7 +117,7 @@ class Fields:
         if kind in (int, float):
             if least is not None and value < least:
                 raise self.refuse(name, value, allowed)
-            large = MOST if kind is int else LARGEST
+            large = LARGEST if kind is int else HUGEST
             if value and not 1 / large <= abs(value) <= large:
                 raise self.refuse(name, value, f"{allowed} up to {large:g}")
         return float(value) if kind is float else value

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from moex.config import MOST
 from moex.interop.fields import Fields
 from moex.interop.positions import rope
 from moex.moe.experts.glu import Glu
@@ -13,7 +14,6 @@ from moex.nn.stack import Segment
 
 # (attention, feed-forward) of one layer.
 Layer = tuple[Any, Any]
-MOST_LAYERS = 10_000
 
 
 def attention(of: Fields, **more) -> Attention:
@@ -73,9 +73,9 @@ def groups(of: Fields, score: str) -> Groups:
 
 def num_layers(of: Fields) -> int:
     """How many there are."""
-    count = of.count("num_hidden_layers")
-    if count > MOST_LAYERS:
-        raise of.refuse("num_hidden_layers", count, f"at most {MOST_LAYERS:,}")
+    count, most = of.count("num_hidden_layers"), MOST["repeat"]
+    if count > most:
+        raise of.refuse("num_hidden_layers", count, f"at most {most:,}")
     return count
 
 

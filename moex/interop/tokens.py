@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from moex.config import ConfigError
+from moex.config import ConfigError, short
 from moex.data.encoding import (
     DOC_TOKEN,
     MODEL,
@@ -19,7 +19,7 @@ from moex.data.encoding import (
     template_begin,
 )
 from moex.data.token_text import BYTE_OF
-from moex.json_files import field, read_object, short
+from moex.json_files import field, read_object
 
 SETTINGS, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 GENERATION = "generation_config.json"

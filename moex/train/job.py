@@ -294,7 +294,7 @@ def make_job(cfg, *, log=print) -> Job:
     Raises:
       ConfigError: for any mistake of the user, before anything is compiled.
     """
-    check_run(cfg)
+    check_run(cfg, to_train=False)  # `train` checks the schedules
     mesh = cfg.mesh.make()
     check_devices(cfg, mesh)
     check_kernels(cfg)
@@ -463,7 +463,7 @@ def load_config(workdir: pathlib.Path):
         cfg = configs.from_dict(data)
         with warnings.catch_warnings():  # who trained it was cautioned
             warnings.simplefilter("ignore", ConfigWarning)
-            check_run(cfg)
+            check_run(cfg, to_train=False)
     except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from None
     copy, tokenizer = path.with_name("tokenizer").absolute(), cfg.data.tokenizer

@@ -43,16 +43,15 @@ def evaluate(job: Job, state: dict, eval_step, limit: int | None) -> dict:
     Raises:
       ConfigError: if nothing is held out.
     """
-    total = None
+    total, running = None, None
     for batch in job.eval_batches(limit):
         batch = shard_batch(batch, job.mesh)
-        # One step at a time. Nothing orders two of them (the next does not read what
-        # this one makes), and processes that start their collectives in different
-        # orders wait for each other for ever.
-        sums = jax.device_get(eval_step(state["params"], state["state"], batch))
-        # Of all batches in 64 bits: float32 loses counts above 2**24.
-        sums = jax.tree.map(np.float64, sums)
-        total = sums if total is None else jax.tree.map(np.add, total, sums)
+        # One step at a time, while the next batch is read. Nothing orders two of them
+        # (the next does not read what this one makes), and processes that start their
+        # collectives in different orders wait for each other for ever.
+        total = _add(total, running)
+        running = eval_step(state["params"], state["state"], batch)
+    total = _add(total, running)
     if total is None:
         raise ConfigError("config.data: no data is held out; raise holdout.")
     result = jax.device_get(figures(total))
@@ -65,6 +64,17 @@ def evaluate(job: Job, state: dict, eval_step, limit: int | None) -> dict:
         "domains": domain_losses(job.data.domains, result),
         "layers": result["layers"],
     }
+
+
+def _add(total, sums):
+    """`total` with the sums of one more batch (None: of none), which is waited for.
+
+    They are added in 64 bits: float32 loses counts above 2**24.
+    """
+    if sums is None:
+        return total
+    sums = jax.tree.map(np.float64, jax.device_get(sums))
+    return sums if total is None else jax.tree.map(np.add, total, sums)
 
 
 def domain_losses(domains, metrics) -> dict[str, float]:
@@ -115,7 +125,7 @@ def run_with_data(workdir, cfg, *, step=None) -> tuple[LoadedRun, Job]:
     given = None if cfg.mesh == load_config(workdir).mesh else cfg.mesh
     run = load_run(workdir, given, warn=_warn, step=step)
     cfg.model = run.cfg.model
-    check_run(cfg)
+    check_run(cfg, to_train=False)
     shards = batch_shards(run.mesh)
     rows = -(-eval_batch_size(cfg) // shards) * shards  # the last batch is filled up
     cfg.eval = dataclasses.replace(cfg.eval, batch_size=rows)

@@ -399,6 +399,15 @@ def test_a_damaged_entry_is_made_again(tmp_path):
     np.testing.assert_array_equal(before[2]["tokens"], after[2]["tokens"])
 
 
+def test_a_whole_entry_is_read_while_others_hold_its_lock(tmp_path, monkeypatch):
+    """The processes of a host would wait for each other, each reading all of it."""
+    config = data(tmp_path)
+    first = take(prepare(config, L, log=quiet), 2, batch_size=2, seed=0)
+    monkeypatch.setattr("moex.data.cache.locked", None)
+    again = take(prepare(config, L, log=quiet), 2, batch_size=2, seed=0)
+    np.testing.assert_array_equal(first[1]["tokens"], again[1]["tokens"])
+
+
 def hostile(meta):
     """Texts in place of a JSON file of the cache."""
     yield from ("", "{", "{}", "null", "[]", "[" * 10**5, '{"a": 1, "a": 2}')

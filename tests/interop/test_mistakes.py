@@ -36,7 +36,16 @@ def reshape(values):
     values[GATE] = values[GATE][:, :-1].copy()
 
 
+def make_infinite(values):
+    values[GATE][3, 5] = np.inf
+
+
 MISTAKES = [
+    (
+        make_infinite,
+        {},
+        "^params/segments/0/.*/router/w_DE: has numbers that are not finite",
+    ),
     (drop, {}, rf"changed.model\.safetensors: tensor '{GATE}' is missing"),
     (add, {}, r"model\.safetensors: tensor '.*q_proj.bias' is one too many"),
     (reshape, {}, rf"tensor '{GATE}' has shape \[8, 31\].*makes it \[8, 32\]"),
