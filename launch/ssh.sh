@@ -15,7 +15,7 @@ folder=${FOLDER:-$PWD} port=${PORT:-8476} restarts=${RESTARTS:-10} asked=0
 log=$(mktemp)
 # A secret of this job, so that no stranger can join; hosts read it where nobody sees it.
 token=${MOEX_JOB_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d " \n")}
-# At home, where nobody else can write; all hosts may have one home.
+# The file is at home, where nobody else can write; all hosts may share one home.
 pidfile() { echo "\$HOME/.moex-ssh-$port-$1.pid"; }
 trap 'rm -f "$log"' EXIT
 

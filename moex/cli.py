@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         _fail(e, 2)
     except KeyboardInterrupt as e:
         text = str(e) or "interrupted"
-        # In a process of its own: threads that read data or write files crash when
-        # the interpreter is taken apart under them.
+        # If this process is ours alone it ends at once: threads that read data or
+        # write files crash when the interpreter is taken apart under them.
         (distributed.leave_now if alone else _fail)(text, 130)
     except OSError as e:  # such as a full disk
         _fail(f"{e.filename}: {e.strerror or e}" if e.filename else e, 1)

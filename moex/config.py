@@ -56,24 +56,18 @@ class Config:
         """Raise `ConfigError` if fields are out of range; `path` names this config."""
 
 
-def nearest(name: str, allowed: Iterable[str], cutoff: float | None = None) -> str:
+def nearest(name: str, allowed: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the `closest` of `allowed`, or an empty string."""
-    found = closest(str(name), allowed, cutoff)
+    found = closest(str(name), allowed)
     return "" if found is None else f" Did you mean {found!r}?"
 
 
-def closest(name: str, allowed: Iterable[str], cutoff: float | None = None):
+def closest(name: str, allowed: Iterable[str]) -> str | None:
     """The name that `name` may be a slip of, or None: better none than a wrong one.
 
     Names with other digits are other things (`qwen2` and `qwen3`, layers 0 and 1).
-
-    Args:
-      name: as it was given.
-      allowed: the names there are.
-      cutoff: share of equal letters, 0 to 1; None: one slip in a short name, or a
-        quarter of a longer one.
     """
-    cutoff = cutoff or (0.75 if len(name) > 3 else 0.6)
+    cutoff = 0.75 if len(name) > 3 else 0.6  # one slip in a short name, or a quarter
     by_lower = {a.lower(): a for a in allowed if _digits(a) == _digits(name)}
     match = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
     # A short name is close to nothing: `k` to `k_max` neither.
@@ -182,11 +176,12 @@ def check(config: Any, path: str = "config") -> None:
         node.validate(node_path)
 
 
-LARGEST = 2**31 - 1  # of every integer: sizes, steps and ids are int32 on devices
-# Of every float but 0. Float32 ends at 1e-45 and 3e38; what is computed needs room.
+LARGEST = 2**31 - 1  # any integer: sizes, steps and ids are int32 on devices
+# Every float but 0 lies between these. Float32 ends at 1e-45 and 3e38; results of
+# computations need room.
 TINIEST, HUGEST = 1e-30, 1e30
-# Of integers that say how many are made, started or kept one by one, and of
-# widths that tables are made for.
+# Lower limits, by name of the field, for integers that say how many things are made,
+# started or kept one by one, and for widths that tables are made for.
 MOST = {
     "copy": 2**20,
     "constant": 2**20,

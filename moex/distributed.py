@@ -303,7 +303,7 @@ def leave_now(text: str, code: int) -> NoReturn:
 
 
 def _unexpected(kind, error, trace) -> None:
-    """Of an exception that nobody expects: the traceback here, one line for all."""
+    """Show the traceback of an unexpected exception here, and one line on all."""
     # A collective breaks in many ways when a process is lost. The line tells which one
     # it was and ends this process, before it shows a traceback.
     time.sleep(1.0)

@@ -151,7 +151,7 @@ def dump_json(data: Any, **options: Any) -> str:
 
 
 def json_kind(value: Any) -> str:
-    """What JSON calls the kind of a value: "an object", "a string", "null"."""
+    """The kind of a value in the words of JSON: "an object", "a string", "null"."""
     names = {bool: "true or false", dict: "an object", list: "a list", str: "a string"}
     return names.get(type(value), "null" if value is None else "a number")
 

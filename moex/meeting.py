@@ -109,7 +109,7 @@ class _Guest:
         self.until = time.monotonic() + HELLO_S
 
     def answer(self, token: str, message: dict) -> None:
-        """To its hello."""
+        """Answer its hello with a sealed message."""
         with contextlib.suppress(OSError):  # whoever is gone is missed elsewhere
             self.connection.settimeout(HELLO_S)
             self.connection.sendall(
@@ -266,7 +266,7 @@ class _Meeting:
         )
 
     def _wrong(self, hello: dict) -> str | None:
-        """In what this process is no other process of the job."""
+        """The reason why this process cannot be one of the job; None if it can."""
         index, count = hello["process"], hello["processes"]
         if count != self.count:
             return (

@@ -116,7 +116,7 @@ class Optim(Config):
             require_values(lambda v: v >= 0, where, factor, ">= 0")
 
     def decay_steps(self, steps: int) -> int:
-        """Of wsd: how many of all steps decay; the last of them is the last step."""
+        """How many of all steps decay in wsd; the last of them is the last step."""
         return max(1, round(exact(self.decay_frac) * steps))
 
     def validate_steps(self, steps: int, path: str) -> None:

@@ -43,7 +43,7 @@ def unseal(token: str, about: str, line: bytes) -> dict | None:
 
 
 def name_of(line: bytes) -> str:
-    """Of a sealed line, for the answer to it."""
+    """The name of a sealed line, which the answer to it is `about`."""
     return line[:64].decode()
 
 

@@ -1,4 +1,4 @@
-"""Texts of others on a terminal: their control characters are shown, not obeyed.
+"""Control characters in texts of others are shown on a terminal, not obeyed.
 
 A corpus, a file name, a tokenizer or another host may hold sequences that move the
 cursor, hide lines or set the title of the window.

@@ -1,4 +1,4 @@
-"""What a trace says of itself: JSON in the metadata of its Parquet file.
+"""The header of a trace: JSON in the metadata of its Parquet file.
 
 K slots per token, the most of the layer · E experts (zero-computation ones included)
 """
@@ -46,7 +46,7 @@ class LayerInfo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a trace says of itself; JSON in the file's metadata.
+    """The header of a trace.
 
     Attributes:
       run: the run directory, as it was given.
@@ -69,7 +69,7 @@ class Header:
     logits: bool = False
 
     def to_json(self) -> str:
-        """For `from_json`."""
+        """The JSON that `from_json` reads."""
         return json.dumps({"version": VERSION} | dataclasses.asdict(self))
 
     @classmethod

@@ -171,7 +171,7 @@ def load(path) -> Analysis:
     return Analysis(**plain | tuples | arrays, layers=layers, steps=steps)
 
 
-# What numpy raises for a file that is no archive, or a damaged one.
+# Numpy raises these for a file that is no archive, or a damaged one.
 UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 

@@ -287,7 +287,7 @@ class Trace:
             padded_NK = np.zeros(keep_NK.shape, dtype)
             padded_NK[keep_NK] = flat
             arrays[f"{name}_NK"] = padded_NK
-        # What is not kept has numbers of its own, below those of experts.
+        # Slots that are not kept get numbers of their own, below those of experts.
         numbers_NK = np.where(keep_NK, arrays["expert_NK"], -1 - np.arange(info.slots))
         numbers_NK.sort(axis=1)
         if (numbers_NK[:, 1:] == numbers_NK[:, :-1]).any():

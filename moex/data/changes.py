@@ -1,4 +1,4 @@
-"""What a run reads, kept beside it: `data.json`, so that a change is said on resume.
+"""`data.json` in a run: the files that it reads, so that a change is said on resume.
 
 The position in the data is one number in a fixed order of all sequences. Where files
 have changed the order is another, so some sequences come twice and some not at all.

@@ -30,7 +30,7 @@ MOST_TOKENS = 2**24  # of a vocabulary; the largest that are published have 2**1
 
 
 def sha256(text: str) -> str:
-    """Of text as UTF-8, in hexadecimal."""
+    """The sha256 of a text as UTF-8, in hexadecimal."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
@@ -248,7 +248,7 @@ class Tokenizer:
         return prompt + added
 
     def pieces(self) -> list[str]:
-        """What each id stands for, as text for people; "" for ids that are not used.
+        """The text of each id, for people; "" for ids that are not used.
 
         Bytes that are no whole character are written as \\xNN.
         """
@@ -311,7 +311,8 @@ class Tokenizer:
             begin = _token_id(meta, "begin_id", int | None, made.vocab_size, where)
             prefix = _token_id(meta, "prefix_id", int, made.vocab_size, where)
             return made.begin(begin, prefix)
-        # Of before it was kept: the template's, of native runs too.
+        # Files of before version 0.2 have no `begin_id`: texts began with the token of
+        # the template, in runs that were not imported too.
         first = None if model is None else template_begin(model)
         return made if first is None else made.begin(first, first)
 
@@ -328,7 +329,7 @@ def _in_vocabulary(value: int | None, name: str, vocab_size: int, where: str) ->
 
 
 def _inside(model: tokenizers.Tokenizer, spec: dict) -> tokenizers.Tokenizer:
-    """For text that goes on with another; `model` itself where that is no matter."""
+    """The tokenizer for text that goes on with another; often it is `model` itself."""
     changed = token_text.inside_a_text(spec)
     if changed == spec:
         return model

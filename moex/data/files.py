@@ -27,7 +27,7 @@ class File(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """What a path leads to: the file, where it really lies, whether by a link."""
+    """A file that a path leads to, where it really lies, and whether by a link."""
 
     file: File
     real: str
@@ -158,7 +158,7 @@ def _folders(root: Path) -> Iterator[tuple[Path, str, list[os.DirEntry], bool]]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
-    """What is in a folder and not hidden, by name."""
+    """The entries of a folder that are not hidden, sorted by name."""
     with os.scandir(folder) as found:
         shown = [entry for entry in found if not entry.name.startswith(".")]
     return sorted(shown, key=lambda entry: entry.name)
@@ -200,7 +200,7 @@ def decode_utf8(data: bytes, file: Path | str, where: str, offset: int = 0) -> s
 
 
 def one_line(error: BaseException) -> str:
-    """What a library says of a damaged file, on one line and not too long."""
+    """The text of a library's error on one line, shortened to 200 characters."""
     return " ".join(str(error).split())[:200].rstrip(".")
 
 

@@ -48,7 +48,7 @@ def check_shared(
 
 
 def _split(source: Source, file: File) -> str:
-    """What decides the documents of a file that a source holds out."""
+    """A text that is equal for sources that hold out the same documents of a file."""
     if source.holdout in (0, 1):
         return f"{source.holdout:g}"
     delimiter = getattr(source, "delimiter", None)

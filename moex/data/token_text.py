@@ -163,7 +163,7 @@ def bytes_with_sum(sizes: np.ndarray, total: int) -> np.ndarray:
 
 
 def pieces(spec: dict, vocab: dict[str, int], vocab_size: int) -> list[str]:
-    """What each id stands for, as text for people; "" for ids that are not used.
+    """The text of each id, for people; "" for ids that are not used.
 
     Args:
       spec: JSON of the tokenizer.

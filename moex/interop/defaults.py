@@ -1,4 +1,4 @@
-"""What transformers takes for a field that a `config.json` does not have, by family.
+"""The values that transformers takes for fields which a `config.json` lacks, by family.
 
 These are the defaults of its config classes in version 5.24. Sizes of the model are
 left out: without them a config is broken, and moex says which one is missing. None

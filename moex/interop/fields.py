@@ -168,6 +168,6 @@ class Fields:
 
 
 def _near(name: str, others: Iterable[str]) -> str:
-    """As `nearest` of configs, for names that are likely a slip of the pen only."""
+    """` Did you mean 'x'?` for a name that is nearly the same, or an empty string."""
     found = difflib.get_close_matches(name, list(others), n=1, cutoff=0.9)
     return f" Did you mean {found[0]!r}?" if found else ""

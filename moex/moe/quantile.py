@@ -132,7 +132,7 @@ def balancing_bias(count_EB, bias_E, k, span) -> jax.Array:
     E = bias_E.shape[-1]
     place_E, parts = quantiles(count_EB, k)
     _, width = bins_of(bias_E, span)
-    # In integers, which have one sum whatever the order.
+    # Integers have one sum, whatever the order.
     centred_E = E * place_E - jnp.sum(place_E, axis=-1, keepdims=True)
     moved_E = centred_E.astype(jnp.float32) / E * (width / parts)
     return jnp.where(

@@ -28,7 +28,7 @@ from moex.train.room import device_bytes
 # of many prompts compiles few programs.
 SHORTEST_PROMPT = 16
 MOST_NEW = 2**17  # new tokens of one call
-LEAST, MOST = 2.0**-126, 2.0**127  # temperatures, in float32
+COLDEST, HOTTEST = 2.0**-126, 2.0**127  # temperatures that float32 can divide by
 
 
 def generate(
@@ -110,11 +110,11 @@ def sample(logits_BV, key, temperature, top_k=0, top_p=1.0) -> jax.Array:
       key: random key; not used at temperature 0.
       temperature, top_k, top_p: Python numbers, as in `generate`.
     """
-    if temperature < LEAST:
+    if temperature < COLDEST:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     # With the maximum at 0 a small temperature cannot overflow.
     logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
-    logits_BV = logits_BV / min(temperature, MOST)
+    logits_BV = logits_BV / min(temperature, HOTTEST)
     V = logits_BV.shape[-1]
     num_sorted = min(top_k or V, V)
     if num_sorted == V and top_p == 1.0:
@@ -174,8 +174,8 @@ def _generate(
 
     def emit(i, logits_BV, stopped_B, new_BN):
         token_B = sample(logits_BV, jax.random.fold_in(key, i), *sampling)
-        for stop in stop_tokens:
-            stopped_B = stopped_B | (token_B == stop)
+        stop_K = np.array(stop_tokens, np.int32)
+        stopped_B = stopped_B | jnp.any(token_B[:, None] == stop_K[None], axis=1)
         column_B1 = jnp.where(stopped_B, 0, token_B)[:, None]
         new_BN = jax.lax.dynamic_update_slice_in_dim(new_BN, column_B1, i, axis=1)
         return stopped_B, new_BN

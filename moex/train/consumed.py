@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass
 class Consumed:
-    """What of the data a run has trained on; saved with its checkpoints."""
+    """How much of the data a run has trained on; saved with its checkpoints."""
 
     sequences: int = 0  # of the whole job: the position in the data
     tokens: int = 0  # of these sequences, padding too
@@ -13,9 +13,10 @@ class Consumed:
 
     @classmethod
     def of(cls, data: dict, seq_len: int) -> "Consumed":
-        """From the data of a checkpoint.
+        """Read the counts from the data of a checkpoint.
 
-        Old ones have sequences alone: they count as full ones of the present length.
+        Checkpoints of moex before 0.2 have sequences alone: they count as full ones of
+        the present length.
         """
         sequences = data["sequences"]
         full = sequences * seq_len

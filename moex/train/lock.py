@@ -25,8 +25,8 @@ from moex.data.files import naming
 FILE = "run.lock"
 BOOT = "/proc/sys/kernel/random/boot_id"  # differs with every start of a machine
 BEAT_S = 5.0  # seconds between two signs of life of a writer
-STALE_S = 60.0  # of silence after which a writer on another machine counts as dead
-SETTLE_S = 2.0  # for which a lock that was taken over must stay ours
+STALE_S = 60.0  # seconds of silence after which a writer elsewhere counts as dead
+SETTLE_S = 2.0  # seconds for which a lock that was taken over must stay ours
 
 
 class LockLostError(RuntimeError):
@@ -97,7 +97,7 @@ class RunLock:
         self.check_told()
 
     def check_told(self) -> None:
-        """As `check`, by the last sign of life; costs nothing."""
+        """Look whether the last sign of life found the lock lost; costs nothing."""
         if self.lost is not None:
             raise LockLostError(
                 f"{self.flag}: this process was silent for too long, and "

@@ -293,7 +293,7 @@ class Run:
         return self.stop_asked if jax.process_count() == 1 else self.stop_agreed
 
     def _due(self) -> set[str]:
-        """What is to be done after this step: "eval", "sample", "save"."""
+        """The tasks that are due after this step: "eval", "sample", "save"."""
         cfg = self.job.cfg
         every = {
             "eval": cfg.eval.every if self.job.holds_out else 0,
@@ -384,7 +384,7 @@ class Run:
         return by_layer(self.job.cfg.model, layers, expert_devices=devices)
 
     def _step_values(self, metrics) -> dict:
-        """What a line of metrics.jsonl says beside routing and speed."""
+        """The values of a line of metrics.jsonl, but for routing and speed."""
         cfg, domains = self.job.cfg, self.job.data.domains
         values = {
             "loss": float(metrics["loss"]),
@@ -556,7 +556,7 @@ class Run:
         )
 
     def _compressed(self, num_bytes: int) -> str:
-        """What compressors reach on the held-out text, which is read again."""
+        """Figures of compressors on the held-out text, which is read again."""
         try:
             reached = compressor_bits_per_byte(self.job.data, where="config.data")
         except (ConfigError, OSError) as e:  # the run itself is complete

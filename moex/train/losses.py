@@ -44,7 +44,7 @@ def make_context(batch, **static) -> Context:
 
 
 def step_counts(batch) -> dict:
-    """What losses are means over, counted in the whole batch of an optimizer step.
+    """The counts that losses are means over, in the whole batch of an optimizer step.
 
     float32, at least 1: a batch without one scored target has loss 0, not 0 / 0.
     """
@@ -104,7 +104,7 @@ def lm_loss(
 
 
 def lm_sums(model, ctx, batch, *, num_domains) -> dict:
-    """What losses and figures are made of; arguments as for `lm_loss`."""
+    """The sums that losses and figures are made of; arguments as for `lm_loss`."""
     logits_BLV, aux = model(ctx)
     mask_BL = batch["loss_mask"]
     scored_BL = (mask_BL > 0).astype(jnp.int32)
@@ -114,7 +114,7 @@ def lm_sums(model, ctx, batch, *, num_domains) -> dict:
     return {
         "nll": jnp.sum(nll_BL * mask_BL),
         "z": jnp.sum(z_BL * mask_BL),
-        # Of a model that knows nothing.
+        # The loss of a model that knows nothing.
         "guess": jnp.log(float(logits_BLV.shape[-1])) * jnp.sum(mask_BL),
         "bytes": jnp.sum(batch["num_bytes"] * scored_BL),
         "tokens": jnp.sum(scored_BL),

@@ -73,7 +73,7 @@ def write_record(workdir: pathlib.Path, steps: dict[int, str | None]) -> None:
 def read_about(
     folder: pathlib.Path, known: str | None
 ) -> tuple[dict, dict, str | None]:
-    """What a checkpoint has beside its arrays, if it is what the run wrote.
+    """Read all that a checkpoint has beside its arrays; check that the run wrote it.
 
     Args:
       folder: of the checkpoint; its name is the step.

@@ -1,7 +1,7 @@
-"""Whether the devices of a mesh can hold a job at all, before anything is compiled.
+"""A check, before anything is compiled, that the devices of a mesh can hold a job.
 
-A lower bound: the train state, and the logits of one microbatch. `moex plan` says what
-a job really needs, also of devices that are not here.
+It counts the train state and the logits of one microbatch: a lower bound. `moex plan`
+says what a job really needs, also of devices that are not here.
 """
 
 import math

@@ -242,7 +242,7 @@ def guard_update(guard, loss, grad_norm, spike_factor, lost=0.0, hopeless=False)
 
 
 def figures(sums):
-    """What is logged, from sums: nats per token, bits per byte, routing per layer.
+    """The logged figures, from sums: nats per token, bits per byte, routing per layer.
 
     A mean over nothing is NaN. Counts stay as they are.
     """

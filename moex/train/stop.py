@@ -19,7 +19,7 @@ def said_where_it_stands(workdir: pathlib.Path):
 
 
 def stands(workdir: pathlib.Path) -> str:
-    """From which step the same command goes on, for people."""
+    """One line for people: the step from which the same command goes on."""
     steps = saved_steps(workdir)
     if not steps:
         return "no checkpoint was saved yet: the same command begins at step 0"

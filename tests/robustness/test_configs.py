@@ -89,6 +89,12 @@ def train_once(cfg):
         assert np.isfinite(metrics[name]), name
 
 
+@pytest.fixture(autouse=True)
+def current_folder(tmp_path, monkeypatch):
+    """Where a hostile relative path, such as that of the cache, makes its files."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def corpus(folder):
     return folder / "corpus.txt"
