@@ -222,7 +222,7 @@ class TopKRouter(nnx.Module):
         return logits_TE
 
     def _margins(self, choice_TE, score_TE, ctx) -> dict:
-        """The counts that `QuantileBias` needs; none unless the microbatch is trained on."""
+        """The counts that `QuantileBias` needs; none where nothing is trained."""
         if self.bias_E is None or self.span is None or ctx.mode != "train":
             return {}
         best_TK, _ = top_k(choice_TE, self.k + 1)
