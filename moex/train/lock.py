@@ -21,6 +21,7 @@ from collections.abc import Iterator
 
 from moex.config import ConfigError
 from moex.data.files import naming
+from moex.json_files import expect_object, parse_json
 
 FILE = "run.lock"
 BOOT = "/proc/sys/kernel/random/boot_id"  # differs with every start of a machine
@@ -260,11 +261,10 @@ def _flock(folder: int) -> bool | None:
 def _read(file: pathlib.Path) -> dict | None:
     """The record in a lock file; {} if it is none (yet), None if there is no file."""
     try:
-        record = json.loads(file.read_bytes())
-        return record if isinstance(record, dict) else {}
+        return expect_object(parse_json(file.read_bytes(), FILE), FILE)
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError):
+    except ConfigError:
         return {}
 
 

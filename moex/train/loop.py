@@ -269,7 +269,7 @@ class Run:
             if self.profiler.ends(self.step):
                 self._aside(lambda: self.profiler.end(self.step, self.state))
             self.owed |= self._due()
-            if self.owed:
+            if self.owed and self.step < cfg.steps:  # at the end `_finish` does it all
                 flight.land()
                 # After a skipped update the state may be dead: it all waits.
                 if not self.in_row:
@@ -300,8 +300,6 @@ class Run:
             "sample": cfg.log.sample_every,
             "save": cfg.checkpoint.every,
         }
-        if self.step >= cfg.steps:
-            return set()
         return {k for k, n in every.items() if n > 0 and self.step % n == 0}
 
     def _is_logged(self, step: int) -> bool:

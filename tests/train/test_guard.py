@@ -61,6 +61,18 @@ def test_bad_updates_are_skipped_and_counted(train, tmp_path, monkeypatch, capsy
     assert [r["step"] for r in runs.records(tmp_path, "eval")] == [3, 4, 5]
 
 
+def test_the_last_step_after_a_skipped_one_ends_the_run(
+    train, tmp_path, monkeypatch, capsys
+):
+    """What was due at step 4 would save step 5 without its final figures."""
+    options = ("steps=5", "eval.every=4", "checkpoint.every=4")
+    runs.watch_batches(monkeypatch, poison={3})
+    train(tmp_path, *options)
+    assert [r["step"] for r in runs.records(tmp_path, "eval")] == [5]
+    train(tmp_path, *options)
+    assert "the run is complete: step 5 of 5" in capsys.readouterr().out
+
+
 def test_the_run_stops_after_nan_limit(train, tmp_path, monkeypatch):
     runs.watch_batches(monkeypatch, poison=set(range(4, 8)))
     with pytest.raises(TrainingStopped) as stopped:
