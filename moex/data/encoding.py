@@ -66,7 +66,7 @@ class Tokenizer:
       stop_ids: the tokens that end a text; doc_id, and those of an imported model.
       token_bytes: int32[V] bytes of UTF-8 that each token stands for; special ones 0.
       exact: whether `token_bytes` sums to the size of any encoded text.
-      fingerprint: sha256 of all of the above and the model.
+      fingerprint: sha256 of the model, `doc_id` and `vocab_size`.
     """
 
     def __init__(

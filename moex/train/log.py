@@ -52,7 +52,10 @@ class RunLog:
         for log in (path, workdir / "routing.jsonl"):
             damaged = _trim(log, step)
             if damaged:
-                print(f"warning: {log}: {damaged} damaged lines were dropped")
+                print(
+                    f"warning: {log}: {damaged} damaged lines were dropped; the file "
+                    f"is kept as {log.name}.damaged"
+                )
         self.jsonl = _Lines(path)
         if cfg.log.tensorboard:
             # TensorBoard forgets what a killed session wrote from this step on.
@@ -139,7 +142,7 @@ class RunLog:
 
 
 class _Lines:
-    """A file of JSON lines; each is on the disk when `write` returns."""
+    """A file of JSON lines; each is handed to the system when `write` returns."""
 
     def __init__(self, file: pathlib.Path):
         self.file = file
@@ -160,7 +163,7 @@ def _trim(path: pathlib.Path, step: int) -> int:
     """Drop lines after `step`, a half-written last line and damaged lines.
 
     Returns:
-      How many lines were damaged.
+      How many lines were damaged; if any, the file is kept as it was, as FILE.damaged.
     """
     if not path.exists():
         return 0
@@ -176,6 +179,8 @@ def _trim(path: pathlib.Path, step: int) -> int:
     temporary = path.with_name(path.name + ".tmp")
     with naming(path):
         temporary.write_bytes(b"".join(kept))
+    if damaged:
+        path.replace(path.with_name(f"{path.name}.damaged"))
     temporary.replace(path)
     return damaged
 

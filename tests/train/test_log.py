@@ -157,12 +157,13 @@ def test_old_lines_with_nan_stay_and_damaged_ones_are_said(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     good = '{"kind": "eval", "step": 1, "nll": NaN}\n'
     bad = ["{}", "null", '{"step": "1"}', "{", "[" * 10**5, '{"step": 1', "\x00"]
-    path.write_bytes(
-        ("".join(f"{b}\n" for b in bad) + good).encode() + b"\xff\n" + b"{"
-    )
+    whole = ("".join(f"{b}\n" for b in bad) + good).encode() + b"\xff\n" + b"{"
+    path.write_bytes(whole)
     open_log(tmp_path, step=2).close()
     assert path.read_text() == good
-    assert capsys.readouterr().out == f"warning: {path}: 8 damaged lines were dropped\n"
+    said = f"warning: {path}: 8 damaged lines were dropped; the file is kept as "
+    assert capsys.readouterr().out == said + "metrics.jsonl.damaged\n"
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == whole
     open_log(tmp_path, step=2).close()
     assert capsys.readouterr().out == ""
 
