@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Large buffers in huge pages: fewer page faults on Linux CPUs; ignored elsewhere.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help install train test test-slow test-hf test-browser lint types check bench clean
+.PHONY: help install train test durations test-slow test-hf test-browser lint types check bench clean
 
 help:
 	@echo "make train | test | check (lint, types, tests) | test-slow | test-hf | test-browser | bench"
@@ -30,6 +30,11 @@ train: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Everything of `make test`, and how long each file takes: tests/durations.json.
+durations: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	  --record-durations --durations=100
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m slow

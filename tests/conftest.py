@@ -3,7 +3,9 @@
 MOEX_TEST_PLATFORM=gpu or =tpu runs on that platform instead, for `-m gpu`, `-m tpu`.
 """
 
+import collections
 import importlib.metadata
+import json
 import os
 import pathlib
 import sys
@@ -61,25 +63,39 @@ def forget_programs():
     jax.clear_caches()
 
 
-# The files that take longest go first, or one worker waits for the other at the end.
-LONGEST = (
-    *("test_sharded", "test_distributed", "test_plan", "moe/test_layer", "test_crash"),
-    *("train/test_step", "train/test_variants", "moe/test_parallel"),
-    *("compress/test_upcycle", "interop/test_import_export", "interop/test_families"),
-    *("kernels/test_grouped_swiglu", "moe/test_routers", "train/test_loop"),
-    *("moe/test_chain", "moe/test_experts", "serve/test_decode"),
-    *("compress/test_convert", "nn/test_stack", "test_cli_verbs", "test_params"),
-    *("moe/test_replay", "train/test_guard", "nn/test_lm", "moe/test_combinations"),
-)
+# Seconds of each test file, from `make durations`. The files that take longest go
+# first, or one worker would wait for the other at the end; a new file takes none.
+DURATIONS = pathlib.Path(__file__).with_name("durations.json")
+
+
+def file_of(nodeid: str) -> str:
+    """The file of a test, from its node id."""
+    return nodeid.partition("::")[0]
+
+
+def pytest_addoption(parser):
+    """One option: write what the files of this run took."""
+    parser.addoption(
+        "--record-durations",
+        action="store_true",
+        help="write the seconds of each test file to tests/durations.json",
+    )
 
 
 def pytest_collection_modifyitems(items):
-    """Order files by `LONGEST`; `make test` keeps this order."""
-    root = pathlib.Path(__file__).parent
-    rank = {name: i for i, name in enumerate(LONGEST)}
+    """Order files by `DURATIONS`; `make test` keeps this order."""
+    seconds = json.loads(DURATIONS.read_text(encoding="utf-8"))
+    items.sort(key=lambda item: -seconds.get(file_of(item.nodeid), 0))
 
-    def place(item):
-        name = item.path.relative_to(root).with_suffix("").as_posix()
-        return rank.get(name, len(LONGEST))
 
-    items.sort(key=place)
+def pytest_terminal_summary(terminalreporter, config):
+    """Write `DURATIONS` if that was asked for."""
+    if not config.getoption("--record-durations"):
+        return
+    seconds = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[file_of(report.nodeid)] += report.duration
+    known = {name: round(s) for name, s in sorted(seconds.items()) if round(s) > 0}
+    DURATIONS.write_text(json.dumps(known, indent=0) + "\n", encoding="utf-8")
