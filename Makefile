@@ -10,10 +10,10 @@ STAMP := $(VENV)/.installed
 # Large buffers in huge pages: fewer page faults on Linux CPUs; ignored elsewhere.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help install train test durations test-slow test-hf test-browser lint types check bench clean
+.PHONY: help install train test test-thorough durations test-slow test-hf test-browser lint types check bench clean
 
 help:
-	@echo "make train | test | check (lint, types, tests) | test-slow | test-hf | test-browser | bench"
+	@echo "make train | test | check (lint, types, more tests) | test-slow | test-hf | test-browser | bench"
 
 install: $(STAMP)
 
@@ -28,13 +28,20 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP)
 	$(BIN)/moex train --config=$(CONFIG) --workdir=$(WORKDIR)
 
-test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two workers, each with whole files; the order of tests/durations.json.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+NEEDS_NOTHING := not slow and not gpu and not tpu and not hf and not browser and not aot
 
-# Everything of `make test`, and how long each file takes: tests/durations.json.
+test: $(STAMP)
+	$(PYTEST)
+
+# The tests that tell little beside those of `make test`, too.
+test-thorough: $(STAMP)
+	$(PYTEST) -m '$(NEEDS_NOTHING)'
+
+# Writes how long each test file takes, by which files are ordered.
 durations: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-	  --record-durations --durations=100
+	$(PYTEST) -m '$(NEEDS_NOTHING)' --record-durations --durations=100
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m slow
@@ -56,7 +63,8 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-check: lint types test
+# What .ci/run calls.
+check: lint types test-thorough
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.train_step --config=$(CONFIG)

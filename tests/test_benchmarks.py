@@ -25,6 +25,9 @@ from moex.train import state as states
 from tests import runs
 
 
+pytestmark = pytest.mark.thorough
+
+
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     def call(module, *args):

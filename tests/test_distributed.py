@@ -116,6 +116,7 @@ def test_two_processes_end_like_one(folder, undisturbed, four_devices, expected_
     assert recorded.read(undisturbed, 0, 2) == expected_ids
 
 
+@pytest.mark.thorough
 def test_kill_9_of_one_and_a_damaged_checkpoint_then_a_restart(
     folder, undisturbed, expected_ids
 ):
@@ -147,6 +148,7 @@ def test_kill_9_of_one_and_a_damaged_checkpoint_then_a_restart(
     assert before[:at] + after == expected_ids
 
 
+@pytest.mark.thorough
 def test_sigterm_to_one_saves_on_all(folder, undisturbed, four_devices, expected_ids):
     workdir = folder / "stopped"
     done = launch(folder, workdir, disturb=f"1 {signal.SIGTERM.value} 4")
@@ -196,6 +198,7 @@ def start_two(folder, workdir, *more, count=2):
     return [(p.returncode, e) for p, e in zip(processes, errors, strict=True)]
 
 
+@pytest.mark.thorough
 def test_another_architecture_is_one_line_of_one_process(folder, undisturbed):
     wider = ["model.dim=64"]
     (code, error), (other, silent) = start_two(folder, undisturbed, wider, wider)

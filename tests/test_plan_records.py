@@ -17,6 +17,7 @@ def test_every_case_has_a_record():
     assert {path.stem for path in RECORDS.glob("*.json")} == {*CASES}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
 def test_the_plan_is_within_15_percent_of_the_compiler(name):
     made = json.loads((RECORDS / f"{name}.json").read_text())

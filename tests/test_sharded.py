@@ -17,18 +17,20 @@ from moex.optim import flat_paths
 from moex.sharding import MeshConfig
 from moex.train import state as states
 
-# Every mesh once, and a choice of routers and experts: not every kind is here, and of
-# those that are each on one mesh. All are among all pairs.
+# With those of `THOROUGH` every mesh once, and a choice of routers and experts: not every
+# kind is here, and those that are stand on one mesh each. All are among all pairs.
 PAIRS = [
-    ("top-k sigmoid, groups, scale", "expert 8, all_to_all"),
     ("glu with biases", "1 data, 4 expert, 2 tensor, all_to_all"),
+    ("top-p, controlled", "fsdp 8"),
+    ("latent", "2 fsdp, 2 expert, 2 seq, all_to_all"),
+]
+THOROUGH = [
+    ("top-k sigmoid, groups, scale", "expert 8, all_to_all"),
     ("expert choice", "2 data, 2 expert, 2 tensor, gather"),
     ("zero, shared, gated", "2 fsdp, 2 expert, 2 seq, gather"),
     ("low rank", "expert 8, gather"),
-    ("top-p, controlled", "fsdp 8"),
     ("top-k with capacity", "data 8"),
     ("chain", "2 data, 2 expert, 2 tensor, all_to_all"),
-    ("latent", "2 fsdp, 2 expert, 2 seq, all_to_all"),
 ]
 # These compile for a minute each.
 SLOW = [
@@ -57,6 +59,15 @@ def on_one_device(layer, **options):
         *(
             pytest.param(*pair, OPTIONS.get(pair[0], {}), id=" on ".join(pair))
             for pair in PAIRS
+        ),
+        *(
+            pytest.param(
+                *pair,
+                OPTIONS.get(pair[0], {}),
+                id=" on ".join(pair),
+                marks=pytest.mark.thorough,
+            )
+            for pair in THOROUGH
         ),
         *(
             pytest.param(

@@ -193,6 +193,7 @@ def test_nan_of_one_group_stays_there():
     )
 
 
+@pytest.mark.thorough
 def test_the_checks_see_rows_of_the_next_group_stored(monkeypatch):
     def rows_of_the_tile(row, stop, column, num_columns):
         return jnp.where(column < num_columns, jnp.clip(300 - row, 0, 64), 0 * stop)

@@ -212,6 +212,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_loop_notices_when_a_mask_is_missing(name, monkeypatch):
     replacement, wrong = MUTATIONS[name]
@@ -403,6 +404,7 @@ def test_layer_equals_the_loop(name):
     assert np.isnan(np.asarray(actual[2], np.float64)[2]).all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("mask", "wrong"), [("rows_of", (0, 1, 2, 3, 4)), ("inside", (0, 1, 4))]
 )
