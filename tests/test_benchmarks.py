@@ -24,7 +24,6 @@ from moex.sharding import MeshConfig
 from moex.train import state as states
 from tests import runs
 
-
 pytestmark = pytest.mark.thorough
 
 

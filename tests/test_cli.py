@@ -316,7 +316,7 @@ LINES = [
     (("eval", "/nowhere", "--limit=5"), "--limit: is for --tasks."),
     (("eval", "/nowhere", "--sequences=0"), "--sequences: must be at least 1, not 0"),
     (("generate", "/nowhere"), "/nowhere: not a run directory"),
-    (("generate", "/nowhere", "--top-k=few"), "--top-k: invalid int value: 'few'"),
+    (("generate", "/nowhere", "--top-k=few"), "--top-k: must be a whole number"),
     (("generate", "/nowhere", "--config.steps=1"), "generate takes the config of the"),
     (("generate", "/nowhere", "--seed=-1"), "--seed = -1: must be in [0, 2**31)"),
     (("data", "show"), "invalid choice: 'show'"),

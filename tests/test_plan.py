@@ -154,6 +154,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_state_bytes_are_those_of_real_arrays(run_config, mesh):
     cfg = run_config(mesh)
@@ -182,6 +183,7 @@ def test_microbatches_keep_their_sum_of_gradients(run_config):
     assert two.kept == one.kept / 2
 
 
+@pytest.mark.thorough
 def test_what_is_split_halves(run_config):
     """Activations go with tokens: data, fsdp and expert all split them."""
     where = [topology.parse(f"cpu:{n}") for n in (4, 8)]
@@ -190,6 +192,7 @@ def test_what_is_split_halves(run_config):
     assert eight.state == four.state
 
 
+@pytest.mark.thorough
 def test_tensor_splits_heads_widths_and_logits(run_config):
     """A dense layer of width 64: [L, V] logits, scores and hidden rows are halved."""
     layers = [Segment(pattern=(Dense(hidden=64),), repeat=2)]
@@ -201,6 +204,7 @@ def test_tensor_splits_heads_widths_and_logits(run_config):
     assert one.kept / 2 < two.kept < one.kept
 
 
+@pytest.mark.thorough
 def test_the_peak_is_near_what_a_cpu_allocates():
     """The shipped quickstart, whose logits and kept rows are most of it."""
     from moex.flags import load_config
@@ -213,6 +217,7 @@ def test_the_peak_is_near_what_a_cpu_allocates():
     assert compiled.peak_bytes == pytest.approx(planned.memory.peak, rel=0.15)
 
 
+@pytest.mark.thorough
 def test_compiled_state_bytes_on_a_mesh(run_config):
     mesh = {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
     where, cfg = topology.parse("cpu:8"), run_config(mesh)
@@ -272,6 +277,7 @@ def carried(cfg, name="cpu:8"):
     return {(row.axis, row.what): row.received for row in rows}
 
 
+@pytest.mark.thorough
 def test_gradients_of_copies_are_summed(run_config):
     cfg = run_config({"data": 8})
     params = plan(cfg, topology.parse("cpu:8")).memory.params
@@ -347,6 +353,7 @@ def small_device(monkeypatch, gib):
     monkeypatch.setitem(topology.CHIPS, "v5p", chip)
 
 
+@pytest.mark.thorough
 def test_advice_lists_what_fits(run_config, monkeypatch):
     where = topology.parse("v5p:2x2x2")
     cfg = run_config({"data": 8})
@@ -360,6 +367,7 @@ def test_advice_lists_what_fits(run_config, monkeypatch):
         assert float(line.split(": ")[1].split()[0]) <= 0.8 * peak / GIB + 0.05
 
 
+@pytest.mark.thorough
 def test_advice_where_nothing_helps(run_config, monkeypatch):
     small_device(monkeypatch, 1e-6)
     cfg, where = run_config({"data": 8}), topology.parse("v5p:2x2x2")
@@ -406,6 +414,7 @@ def test_the_command(moex):
     assert data["step_seconds"][0] <= data["step_seconds"][1]
 
 
+@pytest.mark.thorough
 def test_gpus_without_cudnn(moex):
     """Attention on a GPU is cuDNN's, which is not asked for here."""
     args = ("--config.batch_size=16", "--config.mesh.data=2", "--config.mesh.fsdp=8")
@@ -414,12 +423,14 @@ def test_gpus_without_cudnn(moex):
     assert {row["axis"] for row in data["traffic"]} == {"data", "fsdp"}
 
 
+@pytest.mark.thorough
 def test_a_cpu_has_no_published_speed(moex):
     text = moex("--topology=cpu:4")
     assert "not known" in text
     assert json.loads(moex("--topology=cpu:4", "--json"))["mfu"] is None
 
 
+@pytest.mark.thorough
 def test_the_plan_is_printed_if_the_compiler_finds_no_room(
     moex, folder, monkeypatch, capsys
 ):

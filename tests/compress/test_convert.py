@@ -86,6 +86,7 @@ def folder(tmp_path_factory):
         yield folder
 
 
+@pytest.mark.thorough
 def test_a_run_at_full_width_scores_the_same_and_trains_on(moex, folder, tmp_path):
     new = tmp_path / "full"
     text = moex("convert", folder / "run", *CONVERT, "--latent=32", f"--workdir={new}")
@@ -156,6 +157,7 @@ def test_what_is_kept_and_what_is_written(moex, folder, tmp_path, monkeypatch):
     assert to_dict(new_cfg) == to_dict(old_cfg)
 
 
+@pytest.mark.thorough
 def test_second_moments_are_those_of_the_inputs():
     """Of all valid tokens, per copy of a layer, over all rounds of a chain."""
     moe = tiny_moe(4, shared=None)

@@ -38,6 +38,7 @@ def test_layers_fold_into_few_segments():
     assert shapes == [(("a", "b"), 3), (("c",), 2), (("a",), 1)]
 
 
+@pytest.mark.thorough
 def test_a_native_run_leaves_as_the_closest_family(tmp_path):
     """With the factor of its embeddings in their rows, and comes back the same."""
     fields = ("model.attention.qk_norm=True", "eval.every=0", "steps=2")
@@ -65,6 +66,7 @@ def test_a_native_run_leaves_as_the_closest_family(tmp_path):
     np.testing.assert_array_equal(up.T, w_in[0, 3, :, 1])
 
 
+@pytest.mark.thorough
 def test_a_dense_folder_leaves_as_one_of_experts(tmp_path):
     """Import, upcycle, export: of the dense model's logits; moved between all steps."""
 

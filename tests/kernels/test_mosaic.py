@@ -306,6 +306,7 @@ def layer(x, w_in, w_out, gate_TK, dy, expert_TK, keep_TK, activation, tiling):
     return y, *backward(a, *inputs, dy)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("activation", "F", "n"),
     [("silu", 192, 128), ("gelu", 64, 64), ("clamped", 64, 64)],
@@ -422,6 +423,7 @@ def layer_calls(shape, tilings, activation="silu"):
 KERNELS = ("up", "down_vjp", "product", "product_t")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "activation"), [("H1", "silu"), ("H8", "gelu"), ("H9", "clamped")]
 )
@@ -431,6 +433,7 @@ def test_lowers_for_an_h100(name, activation):
         assert "mosaic_gpu" in lower(call, *arguments)
 
 
+@pytest.mark.thorough
 def test_the_largest_tilings_fit_in_shared_memory():
     shape = REAL["H2"]
     sizes = (shape.tokens * shape.k, shape.dim, shape.hidden, shape.num_experts)

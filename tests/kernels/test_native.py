@@ -138,6 +138,7 @@ def in_a_process(code, **environment):
 ASK = "from kernels_pallas.native import library; print(library.why_not())"
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86"
 )

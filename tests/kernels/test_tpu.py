@@ -118,6 +118,7 @@ def test_products_with_other_tilings(tiling):
         check(actual, oracle(*arrays, bounds), "float32")
 
 
+@pytest.mark.thorough
 def test_products_in_simulated_memory():
     # The other interpreter: separate memories, copies, NaN where nothing was written.
     bounds = BOUNDS["a shard with a tail"]
@@ -432,6 +433,7 @@ def lowered(function, *shapes):
     return lowering.as_text()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", ["H1", "H4", "H6", "H9", "unaligned", "odd"])
 def test_layers_lower_for_tpu(name, dtype):
@@ -455,6 +457,7 @@ def test_layers_lower_for_tpu(name, dtype):
     assert text.count("tpu_custom_call") == 6
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", ["H4", "H9", "unaligned", "one row"])
 def test_products_lower_for_tpu(name, dtype):

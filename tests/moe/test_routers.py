@@ -630,6 +630,7 @@ def test_cautions(router, message):
         check(MoE(num_experts=4, router=router, experts=Glu(hidden=2)), "config.ffn")
 
 
+@pytest.mark.filterwarnings("ignore:.*ExpertChoice reads later tokens")
 def test_a_capacity_does_not_fit_expert_choice():
     moe = MoE(num_experts=4, router=TopK(k=1), experts=Glu(hidden=2))
     moe = dataclasses.replace(moe, router=ExpertChoice(k=1.0), capacity_factor=1.0)

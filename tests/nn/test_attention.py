@@ -77,6 +77,7 @@ def test_blocks_are_the_loop(dtype, block_rows):
     assert_close(y, loop(q, k, v, SEGMENT, POSITION), dtype)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("G", [1, 2, 4])
 def test_gradients_of_blocks_are_those_of_the_einsum(dtype, G, block_rows):
@@ -107,6 +108,7 @@ def test_blocks_refuse_a_cache():
         run(q[:, :4], k, v, name="blocks")
 
 
+@pytest.mark.thorough
 def test_blocks_keep_nothing_of_the_size_of_the_scores():
     """What the backward pass of 512 rows is given, in bytes over the inputs'."""
     q, k, v = arrays(L=512, H=2, G=2)

@@ -78,6 +78,7 @@ def test_every_kind_of_layer_can_be_hashed(name):
     hash(tuple(spec.info.items()))
 
 
+@pytest.mark.thorough
 def test_training_is_traced(mode):
     spec = model_spec(MODEL)
     optim = Optim(rule=AdamW(), lr=0.1)

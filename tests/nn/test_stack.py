@@ -83,6 +83,7 @@ def test_scan_is_a_loop_over_sliced_parameters(stack, scanned):
     assert_close(_balance(aux), balance, "order")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "change",
     [

@@ -74,6 +74,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(model):
         assert end == best_L[len(prompt) - 1 :][:NEW].tolist()
 
 
+@pytest.mark.thorough
 def test_a_row_does_not_see_the_rest_of_its_batch(model):
     args, prompts, ends = model
     alone = generate(*args, prompts[1:2], **GREEDY)
