@@ -17,8 +17,8 @@ from moex.optim import flat_paths
 from moex.sharding import MeshConfig
 from moex.train import state as states
 
-# With `THOROUGH`, every mesh once and a choice of routers and experts: not every kind is
-# here, and those that are stand on one mesh each. All are among all pairs.
+# With `THOROUGH`, every mesh once and a choice of routers and experts: not every kind
+# is here, and those that are stand on one mesh each. All are among all pairs.
 PAIRS = [
     ("glu with biases", "1 data, 4 expert, 2 tensor, all_to_all"),
     ("top-p, controlled", "fsdp 8"),
