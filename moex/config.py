@@ -344,7 +344,7 @@ def from_dict(data: Any, path: str = "config", depth: int = 0) -> Any:
             AttributeError,
             KeyError,
             ValueError,
-        ) as e:  # its own names
+        ) as e:  # a name it keeps for itself
             raise ConfigError(f"{path}: {short(str(e))}.") from None
     cls = _config_class(data[TYPE_KEY], path)
     fields = dataclasses.fields(cls)

@@ -22,10 +22,10 @@ from moex import listening, peers, sealed
 from moex.config import ConfigError
 
 BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # where JAX's own service listens, if it is set
-HELLO_S = 5.0  # for which somebody who connected may take to say who it is
-HELLO_BYTES = 1 << 22  # that it may take for it
-MOST_UNKNOWN = 64  # of strangers that are heard at once; the oldest goes
-MOST_REPORTED = 8  # addresses of strangers, each in a line
+HELLO_S = 5.0  # seconds in which somebody who connected must say who it is
+HELLO_BYTES = 1 << 22  # the most that it may say
+MOST_UNKNOWN = 64  # strangers that are heard at once; the oldest goes
+MOST_REPORTED = 8  # addresses of strangers that are named, each in a line
 
 
 def meet(

@@ -26,7 +26,7 @@ def check_shared(
     """
     if len(named) == 1:
         return  # and a folder of a million files is not listed again
-    known: dict[str, tuple[str, str]] = {}  # of a file and field: its source and split
+    known: dict[str, tuple[str, str]] = {}  # file and settings: source and split
     shared: dict[tuple[str, str], list[str]] = {}
     for where, source in named:
         settings = {k: v for k, v in to_dict(source).items() if k not in ASIDE}

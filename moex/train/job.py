@@ -461,7 +461,7 @@ def load_config(workdir: pathlib.Path):
     data = read_object(path)
     try:
         cfg = configs.from_dict(data)
-        with warnings.catch_warnings():  # who trained it was cautioned
+        with warnings.catch_warnings():  # they were shown when it was trained
             warnings.simplefilter("ignore", ConfigWarning)
             check_run(cfg, to_train=False)
     except ConfigError as e:

@@ -206,3 +206,19 @@ def _at_most(seconds: float, size: int):
         resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
+
+
+def at(*path, value):
+    """A change of one field of JSON data; the value `...` removes it."""
+
+    def change(data):
+        holder = data
+        for name in path[:-1]:
+            holder = holder[name]
+        if value is ...:
+            del holder[path[-1]]
+        else:
+            holder[path[-1]] = value
+        return data
+
+    return change

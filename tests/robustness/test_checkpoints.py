@@ -21,6 +21,7 @@ from moex.train.job import load_run
 from tests import runs
 from tests.robustness.attacks import (
     Outcome,
+    at,
     attempt,
     check_no_traceback,
     check_refused,
@@ -125,17 +126,11 @@ def on_json(file, change):
 
 
 def field(*path, value):
-    """A change of one field; the value `...` removes it."""
+    """As `at`, also in the `meta` of a checkpoint."""
 
     def change(data):
         # The figures of `meta` lie beside a digest of them.
-        holder = data.get("covered", data)
-        for name in path[:-1]:
-            holder = holder[name]
-        if value is ...:
-            del holder[path[-1]]
-        else:
-            holder[path[-1]] = value
+        at(*path, value=value)(data.get("covered", data))
         return data
 
     return change

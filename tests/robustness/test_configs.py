@@ -21,6 +21,7 @@ from moex.train.job import load_config, load_run, make_job
 from tests.robustness import drawn
 from tests.robustness.attacks import (
     SECONDS,
+    at,
     attempt,
     check_no_traceback,
     check_refused,
@@ -179,22 +180,6 @@ def test_any_text_on_the_command_line(word, folder):
 
 
 # The saved config.
-
-
-def at(*path, value):
-    """A change of one field of a saved config; the value `...` removes it."""
-
-    def change(data):
-        holder = data
-        for name in path[:-1]:
-            holder = holder[name]
-        if value is ...:
-            del holder[path[-1]]
-        else:
-            holder[path[-1]] = value
-        return data
-
-    return change
 
 
 def whole(text):
