@@ -8,6 +8,7 @@ text that is not UTF-8.
 Not here: JSON of which moex wrote every byte a moment ago, in the same process.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -148,6 +149,12 @@ def dump_json(data: Any, **options: Any) -> str:
     JSON has no NaN; other programs refuse a file that has one.
     """
     return json.dumps(_finite_only(data), allow_nan=False, **options)
+
+
+def digest(data: Any) -> str:
+    """The sha256 of JSON data, the same before it is written and after it is read."""
+    plain = json.loads(json.dumps(data))  # tuples are lists then, keys are strings
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def json_kind(value: Any) -> str:

@@ -22,7 +22,7 @@ from moex.config import TYPE_KEY, ConfigError, to_dict
 from moex.data.files import locked
 from moex.data.packing import pack_rows
 from moex.data.stream import SPLITS, write_source
-from moex.json_files import read_object
+from moex.json_files import digest, read_object
 
 STALE_S = 24 * 3600
 FORMAT = 2  # raise when the meaning of cached files changes
@@ -40,11 +40,6 @@ def cache_root(directory: str | None) -> Path:
     return Path(
         directory or os.environ.get("MOEX_CACHE") or Path.home() / ".cache" / "moex"
     ).expanduser()
-
-
-def digest(value: Any) -> str:
-    """sha256 of plain data."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def scan(source, where: str, say=None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from moex.data import token_text
 from moex.data.files import atomic_write, decode_utf8
 from moex.data.library import one_line_errors
 from moex.data.words import encode_ascii
-from moex.json_files import field, read_object
+from moex.json_files import digest, field, read_object
 
 DOC_TOKEN = "<|doc|>"
 PIECE_CHARS = 1_000_000
@@ -272,7 +272,7 @@ class Tokenizer:
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
         }
-        meta["sha256"] = sha256(json.dumps(meta, sort_keys=True))
+        meta["sha256"] = digest(meta)
         atomic_write(directory / META, json.dumps(meta, indent=2) + "\n")
 
     @classmethod
@@ -299,7 +299,7 @@ class Tokenizer:
         model = None if kind == "bytes" else read_model(model_file, str(model_file))
         made = cls(model, doc_id, size, str(model_file))
         seal = meta.pop("sha256", None)  # not in files of before version 0.2
-        sealed = seal in (None, sha256(json.dumps(meta, sort_keys=True)))
+        sealed = seal in (None, digest(meta))
         if made.fingerprint != fingerprint or not sealed:
             raise ConfigError(
                 f"{directory}: the tokenizer does not match its fingerprint; it was "

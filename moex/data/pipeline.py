@@ -24,6 +24,7 @@ from moex.data.shared import check_shared
 from moex.data.sources import PythonStdlib, Source
 from moex.data.stream import SPLITS, Stream
 from moex.data.tokenizer import TOKENIZERS, Bpe, Tokenizer
+from moex.json_files import digest
 
 Batch = dict[str, np.ndarray]
 
@@ -115,9 +116,9 @@ def prepare(
     if not scoring:
         check_shared(named, log)
     scans = [cache.scan(source, here, log) for here, source in named]
-    digest = cache.digest([s["sha256"] for s in scans])
+    all_files = digest([s["sha256"] for s in scans])
     total = sum(s["bytes"] for s in scans)
-    corpus = (lambda limit: _sample(named, total, limit), digest)
+    corpus = (lambda limit: _sample(named, total, limit), all_files)
     choice: Any = config.tokenizer
     tokenizer = choice.make(f"{where}.tokenizer", corpus, root, log)
     domains = tuple(s.label() for s in config.sources)

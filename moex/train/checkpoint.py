@@ -24,7 +24,7 @@ from moex.config import ConfigError, require
 from moex.train.checksums import checksums
 from moex.train.record import (
     ChecksumError,
-    digest,
+    digest_of,
     read_about,
     read_record,
     saved_steps,
@@ -150,7 +150,7 @@ class Checkpointer:
             metrics = None
             self._skipped.add(step)
         written = metrics if self._ranks else None
-        self._digests[step] = digest(step=step, data=data, metrics=written, meta=meta)
+        self._digests[step] = digest_of(step, data, written, meta)
         meta = {"digest": self._digests[step], "covered": meta}
         args = {k: self._save_args(v) for k, v in items.items()}
         args |= {"data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(meta)}

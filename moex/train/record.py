@@ -5,7 +5,6 @@ that the run wrote. A digest covers all of a checkpoint that is no array: positi
 the data, step, scores, checksums of the arrays.
 """
 
-import hashlib
 import json
 import pathlib
 from typing import Any
@@ -15,6 +14,7 @@ import orbax.checkpoint as ocp
 from moex.config import ConfigError
 from moex.data.files import atomic_write
 from moex.json_files import (
+    digest,
     expect_object,
     field,
     parse_json,
@@ -31,10 +31,9 @@ class ChecksumError(ValueError):
     """Bytes were read that were not written; all processes find the same ones."""
 
 
-def digest(**parts: Any) -> str:
-    """The sha256 of JSON data, the same before it is written and after it is read."""
-    plain = json.loads(json.dumps(parts))  # tuples are lists then, keys are strings
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+def digest_of(step: int, data: Any, metrics: Any, meta: Any) -> str:
+    """The digest of all of a checkpoint that is no array."""
+    return digest({"step": step, "data": data, "metrics": metrics, "meta": meta})
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
@@ -100,7 +99,7 @@ def read_about(
         has_sum = "opt" in meta["checksums"]
         if not has_sum and (step > 0 or (folder / "opt").exists()):
             raise ChecksumError("meta has no checksum of opt")
-    elif own != digest(step=step, data=data, metrics=metrics, meta=meta):
+    elif own != digest_of(step, data, metrics, meta):
         raise ChecksumError("its position in the data, scores or meta were changed")
     elif known and own != known:
         raise ChecksumError("it is not the checkpoint that this run saved")

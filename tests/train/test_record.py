@@ -5,11 +5,12 @@ import json
 import pytest
 
 from moex.config import ConfigError
+from moex.json_files import digest
 from moex.train.record import (
     FILE,
     ChecksumError,
     check_may_begin,
-    digest,
+    digest_of,
     read_about,
     read_record,
     write_record,
@@ -27,7 +28,7 @@ NLL = {"nll": 2.5}
 def write(folder, *, meta=META, data=DATA, metrics=NLL, old=False):
     """The JSON of a checkpoint, as Orbax lays it out; its digest."""
     step = int(folder.name)
-    own = digest(step=step, data=data, metrics=metrics, meta=meta)
+    own = digest_of(step, data, metrics, meta)
     stored = meta if old else {"digest": own, "covered": meta}
     for name, content in (("meta", stored), ("data", data)):
         put(folder / name / "metadata", content)
@@ -56,7 +57,7 @@ def test_what_was_written_is_read(tmp_path):
     odd = META | {"final": {"x": float("nan"), "y": [1, 1e-45, 0.1]}}
     own = write(tmp_path / "odd" / "4", meta=odd)
     assert read_about(tmp_path / "odd" / "4", own)[2] == own
-    assert digest(a=(1, 2), b={1: 2}) == digest(b={"1": 2}, a=[1, 2])
+    assert digest({"a": (1, 2), "b": {1: 2}}) == digest({"b": {"1": 2}, "a": [1, 2]})
 
 
 CHANGES = {
@@ -112,7 +113,7 @@ def test_a_folder_of_another_number_is_noticed(tmp_path, old):
 
 def test_the_checkpoint_of_another_run_is_noticed(tmp_path):
     other = write(tmp_path / "4", data={"sequences": 41})
-    own = digest(step=4, data=DATA, metrics=NLL, meta=META)
+    own = digest_of(4, DATA, NLL, META)
     with pytest.raises(ChecksumError, match="not the checkpoint that this run saved"):
         read_about(tmp_path / "4", own)
     assert read_about(tmp_path / "4", "")[2] == other
