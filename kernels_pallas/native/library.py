@@ -102,7 +102,7 @@ def _load(compiler) -> ctypes.CDLL:
             errors="replace",
             umask=0o077,
             env=os.environ | {"TMPDIR": work.name()},
-            pass_fds=work.inherited,
+            pass_fds=(work.fd,),
         )
         found = private.open_library(work, made)
         loaded = found.load()

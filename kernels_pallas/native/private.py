@@ -12,14 +12,13 @@ import os
 import pathlib
 import shutil
 import stat
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 WORK = "moex-native-"  # begins the name of a folder in which a process compiles
-STALE_S = 24 * 3600  # after which it is left over from a machine that was switched off
+STALE_S = 3600  # seconds after which such a folder is left over: its process was killed
 
 
 class Refused(PermissionError):
@@ -36,15 +35,13 @@ class Folder(NamedTuple):
     Attributes:
       fd: of the folder.
       path: where it was opened.
-      inherited: descriptors that a child must inherit to use `name`.
     """
 
     fd: int
     path: pathlib.Path
-    inherited: tuple[int, ...] = ()
 
     def name(self, file: str = "") -> str:
-        """A path of one of its files, or of itself, in this process and its children.
+        """A path of one of its files, or of itself, here and in children with its `fd`.
 
         It leads to the open folder on Linux; elsewhere to the one of that name now.
         """
@@ -88,36 +85,21 @@ def _check_owner(fd: int, path) -> None:
 
 @contextlib.contextmanager
 def work_folder(parent: str) -> Iterator[Folder]:
-    """A private folder under `parent` that goes with the block, or with this process.
+    """A private folder under `parent` that goes with the block.
+
+    Folders of processes that were killed are removed when they are `STALE_S` old.
 
     Raises:
       OSError: if it cannot be made.
     """
     _remove_stale(parent)
     path = pathlib.Path(os.path.realpath(tempfile.mkdtemp(prefix=WORK, dir=parent)))
-    # If this process is killed another one removes the folder, once those that inherit
-    # the pipe have ended too.
-    remove = 'cd / && cat >/dev/null; rm -rf -- "$0"'
     try:
-        remover = subprocess.Popen(
-            ["sh", "-c", remove, path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except OSError:
-        path.rmdir()
-        raise
-    assert remover.stdin is not None
-    with remover:
-        try:
-            folder = open_folder(path)
-            yield folder._replace(inherited=(folder.fd, remover.stdin.fileno()))
-            os.close(folder.fd)
-        finally:
-            remover.kill()  # a daemon that the compiler began may hold the pipe
-            shutil.rmtree(path, ignore_errors=True)
+        folder = open_folder(path)
+        yield folder
+        os.close(folder.fd)
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_stale(parent: str) -> None:

@@ -7,10 +7,8 @@ import ctypes
 import hashlib
 import os
 import pathlib
-import signal
 import stat
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -242,35 +240,6 @@ def test_a_compiler_that_fails_leaves_nothing(cache, monkeypatch, home):
     assert home or not any(cache.iterdir())
 
 
-HALF = """
-import subprocess, sys
-import private  # without JAX, which takes longer to import
-with private.work_folder(sys.argv[1]) as work:
-    script = 'echo half >"$0/cc1.s"; sleep 0.5; echo more >"$0/cc2.s"'
-    run = ["sh", "-c", script, work.name()]
-    subprocess.run(run, pass_fds=work.inherited, stderr=subprocess.DEVNULL)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_process_that_is_killed_while_it_compiles_leaves_nothing(tmp_path, number):
-    path = {"PYTHONPATH": str(pathlib.Path(library.__file__).parent)}
-    run = [sys.executable, "-S", "-c", HALF, tmp_path]
-    process = subprocess.Popen(run, env=os.environ | path)
-    wait_for(lambda: any(tmp_path.glob("*/cc1.s")))
-    process.send_signal(number)  # the compiler goes on
-    assert process.wait(10) == -number
-    wait_for(lambda: not any(tmp_path.iterdir()))
-
-
-def wait_for(condition):
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it did not happen in 30 s")
-
-
 def test_a_daemon_that_the_compiler_begins_holds_nothing_up(cache, tmp_path):
     script = tmp_path / "cc"
     real = " ".join(library.find_compiler())
@@ -293,9 +262,9 @@ def test_a_link_in_the_place_of_the_cache_changes_no_other_folder(cache, tmp_pat
     assert mode(other) == 0o755 and not any(other.iterdir())
 
 
-def test_folders_left_by_a_machine_that_was_switched_off_are_removed(cache):
+def test_folders_left_by_processes_that_were_killed_are_removed(cache):
     cache.mkdir(parents=True)
-    for name, age_s in (("old", 25 * 3600), ("new", 60)):
+    for name, age_s in (("old", 3700), ("new", 60)):
         folder = cache / f"moex-native-{name}"
         folder.mkdir()
         (folder / "cc1.s").touch()
