@@ -9,6 +9,7 @@ import fnmatch
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -151,14 +152,28 @@ def schedule_frac(cfg: Optim, steps: int):
     decay = max(steps - level, 1)
     fall = {
         "cosine": optax.cosine_decay_schedule(1.0, decay, alpha=cfg.final_lr_frac),
-        "wsd": optax.linear_schedule(1.0, cfg.final_lr_frac, decay),
+        "wsd": straight(1.0, cfg.final_lr_frac, decay),
         "constant": optax.constant_schedule(1.0),
     }[cfg.schedule]
     # Step 0 already learns: the ramp runs over (0, 1], not [0, 1).
-    ramp = optax.linear_schedule(1 / max(warmup, 1), 1.0, max(warmup - 1, 1))
+    ramp = straight(1 / max(warmup, 1), 1.0, max(warmup - 1, 1))
     # `fall` is at the peak at its own step 0, which is the last step of the level part.
     parts = [ramp, optax.constant_schedule(1.0), lambda step: fall(step + 1)]
     return optax.join_schedules(parts, [warmup, level])
+
+
+def straight(first: float, last: float, steps: int):
+    """A schedule on a straight line from `first` at step 0 to `last` at step `steps`.
+
+    It ends at `last` exactly. `optax.linear_schedule` misses it in a compiled program,
+    where XLA multiplies by the rounded inverse of the steps.
+    """
+
+    def value(step):
+        left = jnp.clip(steps - step, 0, steps)
+        return last + (first - last) * left / steps
+
+    return value
 
 
 def flat_paths(tree) -> dict[str, Any]:

@@ -110,7 +110,8 @@ def test_schedules_by_hand(fields, expected):
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 @pytest.mark.parametrize(
     ("steps", "warmup", "final"),
-    [(2, 0, 0.1), (2, 1, 0.37), (7, 5, 0.0), (97, 1, 0.1), (1000, 50, 1.0)],
+    [(2, 0, 0.1), (2, 1, 0.37), (7, 5, 0.0), (97, 1, 0.1), (400, 20, 0.0)]
+    + [(1000, 50, 1.0)],
 )
 def test_every_schedule_arrives(schedule, steps, warmup, final):
     """The peak and the final value are reached exactly, in every length of run."""
@@ -120,10 +121,11 @@ def test_every_schedule_arrives(schedule, steps, warmup, final):
         schedule=schedule,
         warmup_steps=warmup,
         final_lr_frac=final,
-        decay_frac=1 / steps,
+        decay_frac=(steps - warmup) / steps,
     )
     cfg.validate_steps(steps, "config.optim")
-    frac = jax.vmap(schedule_frac(cfg, steps))(jnp.arange(steps))
+    # Compiled with the rest of a step: XLA then divides by constants inexactly.
+    frac = jax.jit(jax.vmap(schedule_frac(cfg, steps)))(jnp.arange(steps))
     assert frac[max(cfg.warmup_steps - 1, 0)] == 1 == frac.max()
     assert frac[-1] == np.float32(final)
     assert frac[0] > 0
