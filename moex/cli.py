@@ -5,6 +5,7 @@ goes to ml_collections. A user's mistake is one line on stderr and exit code 2; 
 that cannot go on is one line and exit code 1.
 """
 
+import _thread
 import dataclasses
 import functools
 import io
@@ -13,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 
 from moex import distributed
@@ -53,6 +55,8 @@ def split_config_args(argv: list[str]) -> tuple[list[str], list[str]]:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the `moex` command."""
     alone, argv = argv is None, sys.argv[1:] if argv is None else argv
+    if alone:
+        _note_interrupts()
     try:
         rest, config_args = split_config_args(argv)
         _check_command(rest)
@@ -62,10 +66,14 @@ def main(argv: list[str] | None = None) -> None:
     except ConfigError as e:
         _fail(e, 2)
     except KeyboardInterrupt as e:
-        text = str(e) or "interrupted"
-        # If this process is ours alone it ends at once: threads that read data or
-        # write files crash when the interpreter is taken apart under them.
-        (distributed.leave_now if alone else _fail)(text, 130)
+        _leave(str(e) or "interrupted", alone)
+    except ImportError:
+        if not INTERRUPTS:  # else Ctrl-C came while an extension was imported
+            raise
+        _leave("interrupted", alone)
+    except BrokenPipeError:  # whoever read our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as e:  # such as a full disk
         _fail(f"{e.filename}: {e.strerror or e}" if e.filename else e, 1)
     except (MemoryError, RuntimeError) as e:
@@ -78,6 +86,42 @@ def main(argv: list[str] | None = None) -> None:
 
 
 LONGEST = 2000  # characters of an error
+INTERRUPTS: list[int] = []  # signals of Ctrl-C that came
+
+
+def _note_interrupts() -> None:
+    """Let no Ctrl-C be lost, wherever in a library it lands.
+
+    Python only prints a `KeyboardInterrupt` of a callback, such as JAX's of the garbage
+    collector; it is then raised again.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # a shell has Ctrl-C ignored for what runs in the background
+
+    def interrupt(signum, frame):
+        INTERRUPTS.append(signum)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    report = sys.unraisablehook
+
+    def unraisable(args):
+        if args.exc_type is KeyboardInterrupt:
+            # A moment later: now it would be lost in the same callback.
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            report(args)
+
+    sys.unraisablehook = unraisable
+
+
+def _leave(text: str, alone: bool) -> None:
+    """End after Ctrl-C, with exit code 130.
+
+    If this process is ours alone it ends at once: threads that read data or write files
+    crash when the interpreter is taken apart under them.
+    """
+    (distributed.leave_now if alone else _fail)(text, 130)
 
 
 def _check_command(argv: list[str]) -> None:

@@ -202,8 +202,8 @@ def check_plain(value: Any, path: str) -> None:
     """Check that a number or a text is one that can be computed with, or written."""
     if isinstance(value, int) and not isinstance(value, bool):
         most = MOST.get(path.rpartition(".")[2], LARGEST)
-        allowed = f"between {-LARGEST:,} and {most:,}"
-        require(-LARGEST <= value <= most, path, value, allowed)
+        require(value <= most, path, value, f"at most {most:,}")
+        require(value >= -LARGEST, path, value, f"at least {-LARGEST:,}")
     elif isinstance(value, float):
         require(math.isfinite(value), path, value, "finite")
         require(

@@ -25,6 +25,7 @@ from moex.config import (
     closest,
     fits,
     nearest,
+    require_path,
     type_name,
     walk,
 )
@@ -53,6 +54,8 @@ def load_config(args: list[str], base=None):
         )
     cfg = _load_file(files[0]) if files else base
     for path, text in overrides:
+        if path == "init_from":  # empty, it would mean a start from random parameters
+            require_path("--config.init_from", text)
         _apply(cfg, path, text)
     return cfg
 

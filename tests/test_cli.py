@@ -186,6 +186,7 @@ FIELDS = [
     ),
     # What the last step would stop at.
     ("config.log.sample_tokens=10000000", "generate needs max_new_tokens <= 131,072"),
+    ("config.init_from=", "--config.init_from = '': must name a file or folder"),
     ("config.init_from=/nowhere", "config.init_from = '/nowhere': /nowhere: not a run"),
 ]
 

@@ -145,6 +145,49 @@ def test_ctrl_c_before_there_is_a_checkpoint_says_so(undisturbed, command, tmp_p
     )
 
 
+# A command that lasts, with Ctrl-C in a callback of the garbage collector.
+IN_CALLBACK = """
+import gc, os, signal, sys
+from moex import cli
+
+def interrupt(phase, info):
+    gc.callbacks.remove(interrupt)
+    os.kill(os.getpid(), signal.SIGINT)
+
+def command(args, config_args):
+    gc.callbacks.append(interrupt)
+    gc.collect()
+    for _ in range(10**9):
+        pass
+
+cli.COMMANDS["params"] = command
+cli.main()
+"""
+
+
+def test_ctrl_c_in_a_callback_is_not_lost():
+    done = subprocess.run(
+        [sys.executable, "-c", IN_CALLBACK, "params"],
+        capture_output=True,
+        text=True,
+        env=runs.environment(),
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (130, "moex: error: interrupted\n")
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    shell = f"{sys.executable} -m moex.cli config --config=configs/quickstart.py | true"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", shell],
+        capture_output=True,
+        text=True,
+        env=runs.environment(),
+        cwd=runs.ROOT,
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 # `moex`, whose evaluations score their data again and again.
 ENDLESS = """
 from moex import cli

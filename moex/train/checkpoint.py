@@ -261,7 +261,7 @@ class Checkpointer:
             steps = [step]
         else:
             for bad, reason in self._unlisted.items():
-                warn(f"warning: checkpoint {bad} is damaged and set aside: {reason}")
+                self._warn_damaged(bad, reason, warn)
             self._warn_of_gone(steps, warn)
             if not self.read_only:
                 self._look_over(steps, abstract, warn)
@@ -325,8 +325,12 @@ class Checkpointer:
             raise CheckpointError(f"checkpoint {step} may not be read: {reason}")
         if jax.process_count() > 1 and not isinstance(error, ChecksumError):
             self._give_up(step, reason)
-        warn(f"warning: checkpoint {step} is damaged and set aside: {reason}")
+        self._warn_damaged(step, reason, warn)
         self._set_aside(step)
+
+    def _warn_damaged(self, step: int, reason: str, warn) -> None:
+        done = "passed over" if self.read_only else "set aside"
+        warn(f"warning: checkpoint {step} is damaged and {done}: {reason}")
 
     def _about(self, step: int) -> tuple[dict, dict]:
         """`meta` and `data` of a step; see `record.read_about`."""

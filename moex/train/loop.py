@@ -226,6 +226,7 @@ class Run:
     lock: RunLock | None = None  # of the run directory, in process 0
     stop_agreed: bool = False  # all processes know that one was asked
     in_row: int = 0  # skipped updates, up to the step that was looked at last
+    idle: bool = False  # the gradient was 0 at the step that was logged last
     suspect: int | None = None  # step before the first skipped, if its loss is wrong
     owed: set[str] = dataclasses.field(default_factory=set)  # see `_due`
     last_eval: Any = None  # (step, figures) of the newest evaluation
@@ -375,6 +376,12 @@ class Run:
         self.log.layers("train", step, rows, image=image)
         self.last = values
         self.log.line(step_line(step, cfg.steps, values, seconds["step"]))
+        idle = values["grad_norm"] == 0
+        if idle and not self.idle:
+            self.log.line(
+                f"warning: all gradients are 0 at step {step}: nothing is trained"
+            )
+        self.idle = idle
 
     def _rows(self, layers: dict) -> dict:
         """Figures of the MoE layers by label."""
@@ -528,10 +535,15 @@ class Run:
         if scored is not None:
             self._report(scored)
         log.text("config", self.step, configs.describe(cfg))
+        look = f"moex report {self.workdir}"
+        if cfg.log.tensorboard:
+            look = (
+                f"tensorboard --logdir {self.workdir / 'tb'}\n"
+                "              its page Custom Scalars begins with the MoE layers"
+            )
         log.line(
             f"training time {clock(self.watch.read())}; run directory {self.workdir}\n"
-            f"look at it:   tensorboard --logdir {self.workdir / 'tb'}\n"
-            "              its page Custom Scalars begins with the MoE layers\n"
+            f"look at it:   {look}\n"
             f"let it write: moex generate {self.workdir} --prompt 'def '"
         )
         return self.last | {"step": self.step} | figures

@@ -206,6 +206,7 @@ def test_clock():
 
 VALUES = {
     "loss": 3.14159,
+    "nll": 3.1,
     "bits_per_byte": 2.0,
     "grad_norm": 0.5,
     "lr": 1e-3,
