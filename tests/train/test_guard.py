@@ -151,6 +151,18 @@ def test_parameters_that_a_schedule_unfreezes_are_trained(folder, tmp_path):
     assert found[-1]["nll"] < found[59]["nll"] - 1
 
 
+@pytest.mark.thorough
+def test_that_nothing_is_trained_is_said_once(folder, tmp_path, capsys):
+    cfg = runs.config(folder, "steps=6", "eval.every=0", "checkpoint.every=0")
+    cfg.optim.lr_factors = (("*", Schedule(points=((3, 0.0), (4, 1.0)))),)
+    loop.train(cfg, tmp_path, say=lambda line: None)
+    assert [r["grad_norm"] == 0 for r in runs.records(tmp_path)] == [True] * 4 + [
+        False
+    ] * 2
+    said = [s for s in capsys.readouterr().out.splitlines() if "gradients" in s]
+    assert said == ["warning: all gradients are 0 at step 1: nothing is trained"]
+
+
 @pytest.mark.slow
 def test_a_learning_rate_that_spoils_the_model_still_stops_it(folder, tmp_path):
     """It jumps by a thousand; the loss is far above that of a guess, log 257."""
