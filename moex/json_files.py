@@ -71,7 +71,7 @@ def read_json(file: str | os.PathLike, *, nan: bool = False) -> Any:
 
 
 def read_object(file: str | os.PathLike, *, nan: bool = False) -> dict[str, Any]:
-    """As `read_json`, for a file that must hold one JSON object."""
+    """The JSON object in a file; `read_json` takes any JSON."""
     return expect_object(read_json(file, nan=nan), str(file))
 
 

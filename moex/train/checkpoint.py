@@ -334,7 +334,7 @@ class Checkpointer:
 
     def _about(self, step: int) -> tuple[dict, dict]:
         """`meta` and `data` of a step; see `record.read_about`."""
-        # None: of moex before 0.2, which had no digest; "": not recorded yet.
+        # A run of moex before 0.2 has no digests (None); "" is one not recorded yet.
         known = None if self._record is None else self._record.get(step, "")
         meta, data, self._digests[step] = read_about(self.directory / str(step), known)
         return meta, data
