@@ -30,9 +30,9 @@ from moex.interop.families import find_family, read_model
 from moex.interop.folder import Folder
 from moex.interop.hf import load_model
 from moex.interop.names import pieces
+from moex.model import spec as states
 from moex.serve.decode import generate
 from moex.sharding import MeshConfig
-from moex.train import state as states
 
 COMMON: dict = {
     "vocab_size": 8192,

@@ -80,7 +80,7 @@ def measure(action: str, source: pathlib.Path, out: pathlib.Path) -> dict:
     from moex import cli
     from moex.interop.export import export_hf
     from moex.interop.hf import import_hf
-    from moex.train import state as states
+    from moex.model import spec as states
     from moex.train.job import load_config
 
     cli._quiet()

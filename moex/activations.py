@@ -17,13 +17,13 @@ from flax import nnx
 
 from kernels_pallas.device import platform
 from moex.accounting import num_bytes
+from moex.model.spec import ModelSpec
 from moex.nn.context import Context
 from moex.nn.lm import LM
 from moex.nn.param import split_params
 from moex.nn.stack import Segment
 from moex.train.job import static_options
 from moex.train.losses import lm_loss, make_context, moe_layers
-from moex.train.state import ModelSpec
 
 # Copies of a segment that is only looked at: a prime, unlike any other dim
 COPIES = 1_000_003

@@ -148,8 +148,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _is_run_error(error: Exception) -> bool:
     from moex.analysis.equality import RunsDiffer
     from moex.plan.rehearsal import DoesNotFit
-    from moex.train.checkpoint import CheckpointError
-    from moex.train.lock import LockLostError
+    from moex.runs.checkpoint import CheckpointError
+    from moex.runs.lock import LockLostError
     from moex.train.loop import TrainingStopped
 
     known = (CheckpointError, DoesNotFit, LockLostError, RunsDiffer, TrainingStopped)

@@ -12,8 +12,8 @@ from typing import Any
 
 from moex.accounting import model_cost
 from moex.config import Config, ConfigError, require_choice, walk
+from moex.model.spec import model_spec
 from moex.nn.lm import LM
-from moex.train.state import model_spec
 
 MEASURES = {
     "params": lambda cost: sum(cost.total.values()),

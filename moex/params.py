@@ -16,10 +16,10 @@ from moex.accounting import model_cost, num_bytes
 from moex.activations import block_activation_bytes, model_activation_bytes
 from moex.config import Config, ConfigError
 from moex.matching import match
+from moex.model.spec import ModelSpec, model_spec
 from moex.optim import flat_paths, make_optimizer
 from moex.run import check_run
 from moex.train.job import static_options
-from moex.train.state import ModelSpec, model_spec
 
 FIGURES = (
     *("params", "active", "forward_flops", "backward_flops"),

@@ -25,7 +25,7 @@ from moex.config import ConfigError, flat, require, to_dict
 from moex.data.files import atomic_write, locked
 from moex.flags import load_config
 from moex.run import check_run
-from moex.train.record import saved_steps
+from moex.runs.record import saved_steps
 
 FILE = "sweep.json"
 MOST_POINTS = 10_000

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moex.model.spec import model_spec
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
@@ -20,7 +21,6 @@ from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.optim import flat_paths, path_name
 from moex.sharding import MeshConfig
-from moex.train.state import model_spec
 
 VOCAB = 48
 

@@ -19,8 +19,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from moex.flags import load_config
+from moex.runs.checkpoint import Checkpointer
 from moex.train import loop
-from moex.train.checkpoint import Checkpointer
 from moex.train.job import make_job
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -19,9 +19,9 @@ from benchmarks import (
 )
 from kernels_pallas import tuned
 from moex.accounting import num_bytes
+from moex.model import spec as states
 from moex.optim import flat_paths
 from moex.sharding import MeshConfig
-from moex.train import state as states
 from tests import runs
 
 pytestmark = pytest.mark.thorough

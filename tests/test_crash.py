@@ -13,7 +13,7 @@ import time
 import pytest
 
 from experiments.crash import kill9
-from moex.train.checkpoint import Checkpointer
+from moex.runs.checkpoint import Checkpointer
 from tests import runs
 
 STEPS = 60

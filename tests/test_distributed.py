@@ -16,7 +16,7 @@ import pytest
 
 from launch import local
 from moex.config import ConfigError
-from moex.train import workdir as folders
+from moex.runs import workdir as folders
 from moex.train.job import make_job
 from tests import recorded, runs
 

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from moex.accounting import model_cost
+from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
@@ -15,7 +16,6 @@ from moex.nn.attention import Attention
 from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.train.state import model_spec
 from tests.helpers import context
 
 # XLA counts the FLOPs of the program itself. With one expert, because on CPU its ragged

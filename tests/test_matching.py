@@ -7,6 +7,7 @@ import pytest
 from moex.accounting import model_cost
 from moex.config import ConfigError
 from moex.matching import MEASURES, hidden_widths, match
+from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
@@ -16,7 +17,6 @@ from moex.moe.narrow import Narrow
 from moex.moe.routers.topk import TopK
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.train.state import model_spec
 from tests.helpers import tiny_lm, tiny_moe
 
 LENGTH = 32

@@ -10,6 +10,7 @@ import pytest
 from optax.contrib import muon
 
 from moex.config import ConfigError, check
+from moex.model.spec import ParamInfo
 from moex.optim import (
     AdamW,
     Muon,
@@ -21,7 +22,6 @@ from moex.optim import (
     schedule_frac,
 )
 from moex.schedule import Schedule
-from moex.train.state import ParamInfo
 from tests.helpers import assert_equal_trees
 from tests.tolerances import assert_close
 

@@ -10,12 +10,12 @@ from moex.accounting import model_cost, num_bytes
 from moex.config import ConfigError
 from moex.data.tokenizer import Bytes, TokenizerFile
 from moex.flags import load_config
+from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.narrow import Narrow
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.optim import AdamW, Muon, make_optimizer
-from moex.train.state import model_spec
 from tests import runs
 from tests.helpers import tiny_lm, tiny_moe
 

@@ -10,11 +10,11 @@ import pytest
 from configs import base
 from moex import config
 from moex.config import Config, ConfigError, ConfigWarning
+from moex.model.spec import model_spec
 from moex.optim import AdamW, Optim
 from moex.run import RUN_KEYS, Checkpoint, Eval, Log, Loss, check_run, kernel_names
 from moex.schedule import Schedule
 from moex.train.job import load_config, save_config
-from moex.train.state import model_spec
 from tests.helpers import tiny_lm
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -12,10 +12,10 @@ import pytest
 
 from experiments.sharding import matrix
 from moex.config import ConfigError
+from moex.model import spec as states
 from moex.moe.experts.glu import Glu
 from moex.optim import flat_paths
 from moex.sharding import MeshConfig
-from moex.train import state as states
 
 # With `THOROUGH`, every mesh once and a choice of routers and experts: not every kind
 # is here, and those that are stand on one mesh each. All are among all pairs.

@@ -5,6 +5,7 @@ import importlib
 import pytest
 
 from moex.accounting import model_cost
+from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent, latent_ratio
@@ -14,7 +15,6 @@ from moex.nn.attention import Attention
 from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.train.state import model_spec
 
 # Billions of parameters, in all and active per token, as published: Jiang et al. 2024,
 # arXiv:2401.04088 (Mixtral 8x7B), Muennighoff et al. 2024, arXiv:2409.02060 (OLMoE,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from moex.model import spec as states
 from moex.moe.balance import Controller
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
@@ -35,7 +36,6 @@ from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim, flat_paths, path_name
 from moex.run import Loss
 from moex.sharding import MeshConfig, shard_batch
-from moex.train import state as states
 from moex.train.step import make_train_step
 
 B, L, VOCAB = 8, 8, 48

@@ -23,9 +23,9 @@ from configs import quickstart
 from moex.accounting import model_cost
 from moex.config import ConfigError
 from moex.data.sources import PythonStdlib
+from moex.model.spec import model_spec
 from moex.train import loop
 from moex.train.score import write_text
-from moex.train.state import model_spec
 
 HERE = pathlib.Path(__file__).absolute().parent
 VARIANTS = (

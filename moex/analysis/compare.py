@@ -17,9 +17,9 @@ from scipy.special import stdtrit  # SciPy comes with JAX
 from moex.accounting import model_cost
 from moex.analysis.reading import Curve, Run, curves
 from moex.config import flat, to_dict
+from moex.model.spec import model_spec
 from moex.params import fill_vocab, scaled
 from moex.train.log import clock
-from moex.train.state import model_spec
 
 MANY = 4  # fields in a label; where more differ, folders say it shorter
 CONFIDENCE = 0.95

@@ -28,13 +28,14 @@ from moex.config import ConfigError
 from moex.data.files import atomic_write
 from moex.data.tokenizer import SavedTokenizer
 from moex.json_files import dump_json
+from moex.model import spec as states
 from moex.optim import flat_paths
 from moex.run import check_run
+from moex.runs.checkpoint import HOST_BYTES, Checkpointer
+from moex.runs.checksums import all_finite
+from moex.runs.consumed import Consumed
+from moex.runs.workdir import new_run
 from moex.sharding import MeshConfig
-from moex.train import state as states
-from moex.train.checkpoint import HOST_BYTES, Checkpointer
-from moex.train.checksums import all_finite
-from moex.train.consumed import Consumed
 from moex.train.job import (
     Job,
     LoadedRun,
@@ -45,7 +46,6 @@ from moex.train.job import (
 )
 from moex.train.loop import Run
 from moex.train.score import score_run
-from moex.train.workdir import new_run
 
 # So that the new run can be trained on: a config file that is the saved config.
 CONFIG_FILE = '''\

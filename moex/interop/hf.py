@@ -39,12 +39,12 @@ from moex.interop.tokens import (
     tokenizer_file,
 )
 from moex.interop.writing import check_target
+from moex.model import spec as states
 from moex.optim import AdamW, Optim, flat_paths, path_name
 from moex.run import Checkpoint, Eval, Log, Loss, check_run
+from moex.runs.workdir import new_run
 from moex.sharding import MeshConfig
-from moex.train import state as states
 from moex.train.job import make_job
-from moex.train.workdir import new_run
 
 KEPT = "hf"  # folder of a run
 RECORD = "import.json"

@@ -14,11 +14,11 @@ from moex.accounting import Cost, model_cost
 from moex.analysis.reading import read_lines, read_place
 from moex.config import ConfigError, require, short
 from moex.json_files import expect_object, field, parse_json
+from moex.model.spec import model_spec
 from moex.params import fill_vocab
-from moex.train.environment import FILE as ENVIRONMENT
-from moex.train.environment import read_environment
+from moex.runs.environment import FILE as ENVIRONMENT
+from moex.runs.environment import read_environment
 from moex.train.job import load_config
-from moex.train.state import model_spec
 
 LABEL = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 LISTS = ("load_frac", "slots_hist")  # figures that are lists; others are numbers

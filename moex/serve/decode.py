@@ -22,7 +22,7 @@ from moex.accounting import num_bytes
 from moex.moe.parallel import reads_stack
 from moex.nn.context import Context
 from moex.nn.lm import LM
-from moex.train.room import device_bytes
+from moex.runs.room import device_bytes
 
 # Prompts are padded to a power of two of at least this many tokens, so that a session
 # of many prompts compiles few programs.

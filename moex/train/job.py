@@ -29,12 +29,12 @@ from moex.data import pipeline
 from moex.data.files import atomic_write
 from moex.data.tokenizer import SavedTokenizer, Tokenizer
 from moex.json_files import read_object
+from moex.model import spec as states
 from moex.run import check_run
+from moex.runs.checkpoint import HOST_BYTES, Checkpointer
+from moex.runs.room import check_room
 from moex.serve.decode import check_request
-from moex.train import state as states
 from moex.train import step as steps
-from moex.train.checkpoint import HOST_BYTES, Checkpointer
-from moex.train.room import check_room
 
 # By default libtpu's exchange of ragged rows is one operation that nothing runs beside.
 # With this it is a start and an end, and the shared expert is computed in between

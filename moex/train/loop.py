@@ -23,12 +23,15 @@ from moex.data.changes import changed_data, save_data
 from moex.data.report import compressor_bits_per_byte
 from moex.optim import path_name
 from moex.run import check_run
+from moex.runs.checkpoint import Checkpointer, CheckpointError
+from moex.runs.checksums import all_finite
+from moex.runs.consumed import Consumed
+from moex.runs.environment import save_environment
+from moex.runs.lock import RunLock
+from moex.runs.record import check_may_begin
+from moex.runs.workdir import claimed
 from moex.schedule import is_always_zero
 from moex.sharding import shard_batch, told_by_each
-from moex.train.checkpoint import Checkpointer, CheckpointError
-from moex.train.checksums import all_finite
-from moex.train.consumed import Consumed
-from moex.train.environment import save_environment
 from moex.train.flight import Flight
 from moex.train.job import (
     Job,
@@ -41,7 +44,6 @@ from moex.train.job import (
     saved_with,
 )
 from moex.train.layers import by_layer, moe_summary
-from moex.train.lock import RunLock
 from moex.train.log import (
     RunLog,
     Stopwatch,
@@ -51,10 +53,8 @@ from moex.train.log import (
     step_line,
 )
 from moex.train.profiler import Profiler, profile_steps
-from moex.train.record import check_may_begin
 from moex.train.score import continue_texts, domain_losses, evaluate
 from moex.train.stop import said_where_it_stands, stands, stop_on_signals
-from moex.train.workdir import claimed
 
 
 class TrainingStopped(RuntimeError):

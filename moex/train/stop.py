@@ -6,7 +6,7 @@ import pathlib
 import signal
 
 from moex import distributed
-from moex.train.record import saved_steps
+from moex.runs.record import saved_steps
 
 
 @contextlib.contextmanager

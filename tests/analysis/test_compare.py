@@ -17,10 +17,10 @@ from moex.analysis.compare import estimate, grouped, make_groups
 from moex.analysis.equality import Tolerance, same
 from moex.analysis.plotting import mean_curve, plot_lines
 from moex.analysis.reading import FLOPS, curves, read_run, read_runs
+from moex.model.spec import model_spec
 from moex.moe.routers.topp import TopP
 from moex.terminal import printable
 from moex.train.job import save_config
-from moex.train.state import model_spec
 from tests import runs
 from tests.report import pages
 

@@ -16,6 +16,7 @@ from moex.compress.calibrate import second_moments
 from moex.compress.convert import write_run
 from moex.compress.to_latent import ToLatent, convert_params, latent_model
 from moex.config import ConfigError, to_dict
+from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
@@ -25,7 +26,6 @@ from moex.nn.stack import Segment
 from moex.optim import flat_paths
 from moex.train.job import load_config, load_run, make_job
 from moex.train.losses import make_context
-from moex.train.state import model_spec
 from tests import runs
 from tests.helpers import (
     assert_equal_trees,

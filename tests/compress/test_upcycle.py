@@ -17,6 +17,7 @@ from moex.compress.latent import Factoring, factor_experts
 from moex.compress.to_moe import moe_model, pieces, upcycle_params, upcycled_layers
 from moex.compress.upcycle import Upcycle, check_upcycle, layer_of_dense, moe_of_dense
 from moex.config import ConfigError
+from moex.model.spec import model_spec
 from moex.moe.layer import MoE
 from moex.moe.narrow import Narrow
 from moex.moe.routers.topk import TopK
@@ -27,7 +28,6 @@ from moex.nn.stack import Segment
 from moex.optim import flat_paths
 from moex.train.job import load_config, load_run, make_job
 from moex.train.losses import make_context
-from moex.train.state import model_spec
 from tests import runs
 from tests.helpers import (
     assert_equal_trees,

@@ -11,8 +11,8 @@ from moex.interop.families import find_family, read_model
 from moex.interop.folder import Folder
 from moex.interop.hf import load_model
 from moex.interop.names import pieces
+from moex.model import spec as states
 from moex.nn.context import Context
-from moex.train import state as states
 from tests.helpers import mesh_of
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from experiments.sharding.matrix import LAYERS, VOCAB, batch
+from moex.model.spec import init_guard, model_spec
 from moex.moe.chain import Chain
 from moex.moe.experts.latent import Latent
 from moex.moe.replay import recorded
@@ -20,7 +21,6 @@ from moex.optim import AdamW, Optim, make_optimizer
 from moex.run import Loss
 from moex.serve.decode import generate
 from moex.train.losses import make_context
-from moex.train.state import init_guard, model_spec
 from moex.train.step import make_train_step
 from tests.helpers import built, tiny_lm, tiny_moe
 

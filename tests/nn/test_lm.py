@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from moex.config import ConfigError, check
+from moex.model.spec import init_params, model_spec
 from moex.moe.chain import Chain
 from moex.moe.replay import recorded
 from moex.moe.routers.hash import Hash, hashed_experts, own_seed
@@ -19,7 +20,6 @@ from moex.nn.norm import RMSNorm
 from moex.nn.stack import Segment
 from moex.optim import flat_paths
 from moex.train.losses import make_context, token_losses
-from moex.train.state import init_params, model_spec
 from tests.helpers import VOCAB, built, context, random_batch, tiny_lm, tiny_moe
 from tests.tolerances import assert_close
 

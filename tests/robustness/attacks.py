@@ -21,7 +21,7 @@ import pytest
 from moex import cli
 from moex.config import ConfigError
 from moex.peers import say
-from moex.train.checkpoint import CheckpointError
+from moex.runs.checkpoint import CheckpointError
 
 ERROR = "moex: error: "
 LONGEST = 2000  # characters of an error line; a person must be able to read it

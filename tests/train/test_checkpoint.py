@@ -13,11 +13,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moex.config import ConfigError
+from moex.model.spec import ParamInfo, init_guard
 from moex.optim import AdamW, Muon, Optim, make_optimizer
-from moex.train import checksums
-from moex.train.checkpoint import Checkpointer, CheckpointError
-from moex.train.record import read_record
-from moex.train.state import ParamInfo, init_guard
+from moex.runs import checksums
+from moex.runs.checkpoint import Checkpointer, CheckpointError
+from moex.runs.record import read_record
 from tests import runs
 from tests.helpers import mesh_of
 

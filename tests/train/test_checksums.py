@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moex.train.checksums import checksums
+from moex.runs.checksums import checksums
 from tests.helpers import mesh_of
 
 WORDS = {"float32": np.uint32, "bfloat16": np.uint16, "int8": np.uint8}

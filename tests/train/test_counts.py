@@ -16,7 +16,7 @@ import pytest
 from moex.data.packing import blank_example
 from moex.data.pipeline import stack
 from moex.nn.stack import Segment
-from moex.train.consumed import Consumed
+from moex.runs.consumed import Consumed
 from moex.train.log import Stopwatch
 from moex.train.loop import Run
 from moex.train.losses import make_context

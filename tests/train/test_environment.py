@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from moex.config import ConfigError
-from moex.train.environment import FILE, read_environment, save_environment
+from moex.runs.environment import FILE, read_environment, save_environment
 
 
 def test_each_start_is_one_entry(tmp_path, monkeypatch: pytest.MonkeyPatch):

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moex.runs.record import read_about, saved_steps
 from moex.schedule import Schedule
 from moex.train import loop
 from moex.train.loop import TrainingStopped
-from moex.train.record import read_about, saved_steps
 from moex.train.step import SPIKE_WARMUP
 from tests import runs
 

@@ -11,14 +11,14 @@ import threading
 import pytest
 
 from moex.config import ConfigError
-from moex.train import lock
-from moex.train.lock import FILE, LockLostError, RunLock, held
-from moex.train.workdir import new_run
+from moex.runs import lock
+from moex.runs.lock import FILE, LockLostError, RunLock, held
+from moex.runs.workdir import new_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 HOLDER = """
 import pathlib, sys, time
-from moex.train import lock
+from moex.runs import lock
 folder, host, beat = sys.argv[1:]
 if host:  # as on a machine whose locks of the system nobody else sees
     here = lock._here

@@ -12,8 +12,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moex.config import ConfigError
+from moex.runs.checkpoint import Checkpointer
 from moex.train import loop
-from moex.train.checkpoint import Checkpointer
 from moex.train.job import Job, make_job
 from moex.train.tensorboard import layout
 from tests import runs

@@ -6,7 +6,7 @@ import pytest
 
 from moex.config import ConfigError
 from moex.json_files import digest
-from moex.train.record import (
+from moex.runs.record import (
     FILE,
     ChecksumError,
     check_may_begin,

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moex.config import ConfigError
-from moex.train import room
-from moex.train.room import check_room, device_bytes
+from moex.runs import room
+from moex.runs.room import check_room, device_bytes
 from tests.helpers import mesh_of
 
 GIB = 2**30

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moex.model import spec as states
 from moex.moe.balance import SignBias
 from moex.nn.attention import Attention
 from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim, flat_paths, make_optimizer
 from moex.run import Loss
 from moex.sharding import shard_batch
-from moex.train import state as states
 from moex.train.losses import lm_loss, make_context, token_losses
 from moex.train.profiler import SCOPES
 from moex.train.step import (

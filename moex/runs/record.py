@@ -21,8 +21,8 @@ from moex.json_files import (
     read_json_lines,
     read_object,
 )
-from moex.train.environment import FILE as ENVIRONMENT
-from moex.train.environment import read_environment
+from moex.runs.environment import FILE as ENVIRONMENT
+from moex.runs.environment import read_environment
 
 FILE = "checkpoints.json"
 

@@ -12,8 +12,8 @@ from jax.experimental import multihost_utils
 
 from moex import distributed
 from moex.config import ConfigError
-from moex.train.lock import FILE as LOCK
-from moex.train.lock import RunLock, held
+from moex.runs.lock import FILE as LOCK
+from moex.runs.lock import RunLock, held
 
 SEEN_S = 60.0  # a network file system may show a new file late
 

@@ -21,8 +21,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from moex.config import ConfigError, require
-from moex.train.checksums import checksums
-from moex.train.record import (
+from moex.runs.checksums import checksums
+from moex.runs.record import (
     ChecksumError,
     digest_of,
     read_about,
