@@ -105,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, text, epilog=CONFIG_HELP, usage=""):
-        return commands.add_parser(
+        made = commands.add_parser(
             name,
             usage=f"moex {name} {usage}" if usage else None,
             help=text[0].lower() + text[1:].split(".")[0],
@@ -113,6 +113,8 @@ def make_parser() -> argparse.ArgumentParser:
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        add_project(made)
+        return made
 
     train = command(
         "train",
@@ -168,6 +170,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_project(parser) -> None:
+    """The flag of every command that names the folder of a user's own classes."""
+    parser.add_argument(
+        "--project",
+        type=_folder,
+        metavar="FOLDER",
+        help="where config classes of your own are looked for; default: the folder of "
+        "the config file, or the one you are in",
+    )
+
+
 def _add_sweep(train):
     sweep = train.add_argument_group("several runs over a grid, one after another")
     sweep.add_argument(
@@ -193,7 +206,7 @@ PLACE = {
 
 
 def many_flags(args) -> list[str]:
-    """The arguments of `_add_many` again, for another command line."""
+    """The arguments of `_add_many` and `--project` again, for another command line."""
     values = {name: getattr(args, name) for name in PLACE}
     flags = [
         f"--{name.replace('_', '-')}={value}"
@@ -202,6 +215,8 @@ def many_flags(args) -> list[str]:
     ]
     if args.distributed is not None:
         flags.append("--distributed" if args.distributed else "--no-distributed")
+    if args.project is not None:
+        flags.append(f"--project={args.project}")
     return flags
 
 
@@ -577,6 +592,13 @@ def _path(text: str) -> pathlib.Path:
             "must name a file or folder; the one you are in is '.'"
         )
     return pathlib.Path(text)
+
+
+def _folder(text: str) -> pathlib.Path:
+    path = _path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text}")
+    return path
 
 
 def _integer(text: str) -> int:

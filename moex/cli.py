@@ -17,7 +17,7 @@ import sys
 import threading
 import warnings
 
-from moex import distributed
+from moex import distributed, project
 from moex.arguments import (
     LATENT_FLAGS,
     UPCYCLE_FLAGS,
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         rest, config_args = split_config_args(argv)
         _check_command(rest)
         args = make_parser().parse_args(rest)
+        project.use(args.project)
         _quiet()
         COMMANDS[args.command](args, config_args)
     except ConfigError as e:

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import difflib
 import importlib
+import inspect
 import math
 import re
 import types
@@ -23,7 +24,11 @@ from typing import Any
 
 import ml_collections
 
-TYPE_KEY = "__config__"
+from moex import project
+from moex.project import TYPE_KEY, ProjectError
+
+# Config classes that moved: the names that old runs have for them, and those of today.
+MOVED: dict[str, str] = {}
 # Metadata of a field: its value in saved configs from before the field was there.
 ABSENT = "absent"
 
@@ -284,8 +289,8 @@ def type_name(annotation: Any) -> str:
 def to_dict(value: Any) -> Any:
     """A config tree as JSON-ready data; every config carries its class as a tag."""
     if isinstance(value, Config):
-        tag = f"{type(value).__module__}.{type(value).__qualname__}"
-        return {TYPE_KEY: tag} | {k: to_dict(v) for k, v in children(value)}
+        fields = {k: to_dict(v) for k, v in children(value)}
+        return {TYPE_KEY: tag_of(type(value))} | fields
     if isinstance(value, (ml_collections.ConfigDict, dict)):
         return {k: to_dict(v) for k, v in children(value)}
     if isinstance(value, (tuple, list)):
@@ -318,8 +323,9 @@ def flat(data: Any, path: str = "") -> dict[str, Any]:
 def from_dict(data: Any, path: str = "config", depth: int = 0) -> Any:
     """The inverse of `to_dict`; tuples come back as tuples, mappings as `ConfigDict`.
 
-    Only subclasses of `Config` inside the `moex` package are built, so a config file
-    from elsewhere cannot run code. Types and ranges are left to `check`.
+    Only subclasses of `Config` in moex and in the project folder (`project.py`) are
+    built, so a config file from elsewhere cannot choose what is run. Types and ranges
+    are left to `check`.
 
     Raises:
       ConfigError: for an unknown class, an unknown field or a missing field, or if it
@@ -346,7 +352,7 @@ def from_dict(data: Any, path: str = "config", depth: int = 0) -> Any:
             ValueError,
         ) as e:  # a name it keeps for itself
             raise ConfigError(f"{path}: {short(str(e))}.") from None
-    cls = _config_class(data[TYPE_KEY], path)
+    cls = config_class(data[TYPE_KEY], path)
     fields = dataclasses.fields(cls)
     names = [f.name for f in fields]
     for name in values:
@@ -369,16 +375,40 @@ def _is_needed(field: dataclasses.Field) -> bool:
     return field.default is field.default_factory is dataclasses.MISSING
 
 
-def _config_class(tag: Any, path: str) -> type[Config]:
-    module, _, name = str(tag).rpartition(".") if isinstance(tag, str) else ("",) * 3
-    if module.split(".")[0] == "moex":
-        try:
+def tag_of(cls: type[Config]) -> str:
+    """The name of a config class in config.json."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def config_class(tag: Any, path: str) -> type[Config]:
+    """The config class of moex, or else of the project folder, that `tag` names.
+
+    Raises:
+      ConfigError: if there is none; `path` names where the tag stands.
+    """
+    text = MOVED.get(tag, tag) if isinstance(tag, str) else ""
+    module, _, name = text.rpartition(".")
+    inside = module.split(".")[0] == "moex"
+    try:
+        if inside:
             cls = getattr(importlib.import_module(module), name, None)
-        except (ImportError, ValueError):
-            cls = None
-        if isinstance(cls, type) and issubclass(cls, Config):
-            return cls
-    raise ConfigError(f"{path}: {short(tag)} is not a config class of moex.")
+        else:
+            cls = project.find_class(module, name) if module else None
+    except ProjectError as e:
+        raise ConfigError(f"{path}: {short(tag)}: {e}") from e
+    except (ImportError, OSError, ValueError):
+        cls = None
+    is_config = isinstance(cls, type) and issubclass(cls, Config)
+    if is_config and not inspect.isabstract(cls):
+        return cls
+    advice = ""
+    if module and not inside:
+        advice = (
+            f", nor one of the project folder {project.folder()}; if it is your own, "
+            f"give the folder with {short(module.split('.')[0])[1:-1]} as "
+            "--project=FOLDER"
+        )
+    raise ConfigError(f"{path}: {short(tag)} is not a config class of moex{advice}.")
 
 
 def describe(value: Any, name: str = "config", indent: int = 0) -> str:

@@ -18,14 +18,17 @@ import ml_collections
 from absl import flags
 from ml_collections.config_flags import config_flags, config_path
 
+from moex import project
 from moex.config import (
     Config,
     ConfigError,
     children,
     closest,
+    config_class,
     fits,
     nearest,
     require_path,
+    tag_of,
     type_name,
     walk,
 )
@@ -79,6 +82,7 @@ def _load_file(arg: str):
     root = str(file.absolute().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)
+    project.use_config_file(file)
     values = flags.FlagValues()
     argv = ["moex", arg]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -93,7 +97,26 @@ def _load_file(arg: str):
             f"--config={name}: get_config must return an ml_collections.ConfigDict, "
             f"not {type(cfg).__name__}."
         )
+    _check_classes(cfg)
     return cfg
+
+
+def _check_classes(cfg) -> None:
+    """Check that every class of a config can be found again when its run is opened."""
+    for where, node in walk(cfg, "config"):
+        cls = type(node)
+        if not isinstance(node, Config) or cls.__module__.startswith("moex."):
+            continue
+        if cls.__module__ == "config_config":  # the name that a config file is run by
+            raise ConfigError(
+                f"{where}: {cls.__name__} is defined in the config file; put it into a "
+                "file of its own beside it, so that the run can be opened again."
+            )
+        if config_class(tag_of(cls), where) is not cls:
+            raise ConfigError(
+                f"{where}: {tag_of(cls)} is another class in {project.folder()} than "
+                "the one that is imported; rename its file."
+            )
 
 
 def _reason(error: BaseException) -> str:

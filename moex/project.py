@@ -1,0 +1,132 @@
+"""The project folder: the one place outside of moex whose classes a config may name.
+
+A run directory names the classes of its config. A class that is not of moex is looked
+for in the project folder alone: the folder that `--project` gives, else that of the
+config file, else the current one. No other module is imported because a run names it,
+and a file inside a run directory is never taken as code.
+"""
+
+import importlib.machinery
+import importlib.util
+import pathlib
+import sys
+import types
+
+TYPE_KEY = "__config__"  # of the name of a class in config.json
+
+
+class ProjectError(ValueError):
+    """Why a class of the project folder cannot be had, in one line."""
+
+
+_given: dict[str, pathlib.Path] = {}
+
+
+def use(folder: pathlib.Path | None) -> None:
+    """Begin a command: its project folder is `folder`, if it is given."""
+    _given.clear()
+    if folder is not None:
+        _given["flag"] = folder.absolute()
+        _extend_path(_given["flag"])
+
+
+def use_config_file(file: pathlib.Path) -> None:
+    """Take the folder of a config file as the project folder, unless one is given."""
+    _given["config"] = file.absolute().parent
+    _extend_path(_given["config"])
+
+
+def folder() -> pathlib.Path:
+    """The project folder."""
+    return _given.get("flag") or _given.get("config") or pathlib.Path.cwd()
+
+
+def _extend_path(folder: pathlib.Path) -> None:
+    """Let modules of the folder import each other; an installed module goes first."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def find_class(module: str, name: str) -> type | None:
+    """The class `name` of a module of the project folder; None if it has no such class.
+
+    Raises:
+      ProjectError: if the module lies in a run directory, has the name of a module that
+        is imported from elsewhere, or cannot be imported.
+    """
+    root, parts = folder(), module.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return None
+    if _source(root, parts) is None:
+        return None
+    _extend_path(root)
+    for count in range(1, len(parts) + 1):
+        found = _module(root, parts[:count])
+    cls = vars(found).get(name)
+    return cls if isinstance(cls, type) else None
+
+
+def _source(root: pathlib.Path, parts: list[str]) -> pathlib.Path | None:
+    """The file of a module or package in the folder; None if there is none."""
+    base = root.joinpath(*parts)
+    for file in (base / "__init__.py", base.with_name(f"{base.name}.py")):
+        if file.is_file():
+            return file
+    return None
+
+
+def _module(root: pathlib.Path, parts: list[str]) -> types.ModuleType:
+    """A module of the folder, imported from the file that it has there."""
+    name, file = ".".join(parts), _source(root, parts)
+    place = root.joinpath(*parts) if file is None else file
+    if name in sys.modules:
+        old = sys.modules[name]
+        if not _comes_from(old, place):
+            raise ProjectError(
+                f"{place} has the name of another module, {name}, which is imported "
+                "already; rename it."
+            )
+        return old
+    _refuse_run_directory(place)
+    if file is None:  # a folder without __init__.py
+        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = [str(place)]
+    else:
+        inside = [str(file.parent)] if file.name == "__init__.py" else None
+        made = importlib.util.spec_from_file_location(
+            name, file, submodule_search_locations=inside
+        )
+        assert made is not None
+        spec = made
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        if spec.loader is not None:
+            spec.loader.exec_module(module)
+    except Exception as e:
+        del sys.modules[name]
+        text = " ".join(str(e).split())
+        raise ProjectError(
+            f"{place} cannot be imported: {type(e).__name__}: {text}"
+        ) from e
+    return module
+
+
+def _comes_from(module: types.ModuleType, place: pathlib.Path) -> bool:
+    if module.__spec__ is not None and module.__spec__.origin is not None:
+        return pathlib.Path(module.__spec__.origin).absolute() == place
+    locations = vars(module).get("__path__", ())
+    return str(place) in map(str, locations)
+
+
+def _refuse_run_directory(place: pathlib.Path) -> None:
+    """Check that code lies outside of every folder with the config of a run."""
+    for parent in (place, *place.parents):
+        config = parent / "config.json"
+        if config.is_file():
+            data = config.read_bytes()
+            if TYPE_KEY.encode() in data or b"\\u" in data:
+                raise ProjectError(
+                    f"{place} lies in the run directory {parent}; code is never taken "
+                    "from there: move it, and give its folder as --project=FOLDER."
+                )
