@@ -7,6 +7,7 @@ import ml_collections
 import pytest
 
 from configs import quickstart
+from moex import project
 from moex.config import (
     TYPE_KEY,
     Config,
@@ -90,7 +91,9 @@ class Foreign(Config):
         ),
     ],
 )
-def test_json_that_is_refused(data, message):
+def test_json_that_is_refused(data, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # else the project folder: this file lies there
+    project.use(None)
     with pytest.raises(ConfigError, match=message):
         from_dict({"model": [data]})
 
