@@ -33,8 +33,9 @@ import transformers
 from benchmarks import common
 from configs import base
 from moex import accounting
+from moex.data.batches import stack
 from moex.data.packing import blank_example
-from moex.data.pipeline import Data, stack
+from moex.data.pipeline import Data
 from moex.data.sources import Text
 from moex.data.tokenizer import Bytes
 from moex.moe.experts.glu import Glu

@@ -1,51 +1,40 @@
-"""From configs to batches: prepare once (cached), then read in a fixed global order.
+"""From a config to datasets of text: `prepare` encodes and packs every source, once.
 
-`prepare` encodes and packs every source into a cache on disk. `train_iterator` is a
-deterministic function of one global index, so a run continues exactly, with any number
-of processes. `eval_batches` covers every held-out sequence once.
+Not here: reading files (`sources.py`), the cache (`cache.py`), batches (`batches.py`).
 
-Not here: reading files (`sources.py`), the cache (`cache.py`).
-
-Shapes: B batch (of this process) · L length.
+Shapes: L length.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
-
-import grain
-import numpy as np
 
 from moex.config import Config, ConfigError, check, require
 from moex.data import cache
+from moex.data.batches import Datasets, Reading
 from moex.data.files import unit_hash
-from moex.data.packing import Rows, Windows, blank_example
+from moex.data.packing import Rows, Windows
 from moex.data.shared import check_shared
 from moex.data.sources import PythonStdlib, Source
 from moex.data.stream import SPLITS, Stream
 from moex.data.tokenizer import TOKENIZERS, Bpe, Tokenizer
 from moex.json_files import digest
 
-Batch = dict[str, np.ndarray]
-
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Data(Config):
+class Data(Reading):
     """What a run reads: a mixture of sources, and how text becomes tokens."""
 
     sources: tuple[Source, ...] = (PythonStdlib(),)
     tokenizer: Config = dataclasses.field(default_factory=Bpe)
     cache_dir: str | None = None  # None: $MOEX_CACHE, else ~/.cache/moex
-    threads: int = 1  # threads that build batches ahead; 0 builds them when asked
-    prefetch: int = 2  # batches built ahead, >= 1
 
     def validate(self, path: str) -> None:
-        """Check the counts and the names of the sources."""
+        """Check the names of the sources too."""
+        Reading.validate(self, path)
         require(len(self.sources) > 0, f"{path}.sources", self.sources, "not empty")
         ok = isinstance(self.tokenizer, TOKENIZERS)
         require(ok, f"{path}.tokenizer", self.tokenizer, "a tokenizer of moex.data")
-        require(self.threads >= 0, f"{path}.threads", self.threads, ">= 0")
-        require(self.prefetch >= 1, f"{path}.prefetch", self.prefetch, ">= 1")
         names = [source.label() for source in self.sources]
         for i, name in enumerate(names):
             if name in names[:i]:
@@ -55,27 +44,20 @@ class Data(Config):
                 )
 
 
-@dataclasses.dataclass(slots=True)
-class Prepared:
-    """Data ready to be read: one packed dataset per source and split.
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Prepared(Datasets):
+    """Text ready to be read: one packed dataset per source and split.
 
     Attributes:
-      config: the `Data` config it was made from.
       seq_len: L, inputs per sequence.
       tokenizer: the runtime tokenizer.
-      train: per source, an indexable dataset of full sequences.
-      eval: per source, an indexable dataset that scores each held-out target once.
-      domains: names of the sources; `domain` in a batch indexes them.
-      manifest: per source name, what was read and how much; plain data.
     """
 
     config: Data
-    seq_len: int
-    tokenizer: Tokenizer
     train: list[Windows | Rows]
     eval: list[Windows | Rows]
-    domains: tuple[str, ...]
-    manifest: dict[str, Any]
+    seq_len: int
+    tokenizer: Tokenizer
 
 
 def prepare(
@@ -122,10 +104,12 @@ def prepare(
     choice: Any = config.tokenizer
     tokenizer = choice.make(f"{where}.tokenizer", corpus, root, log)
     domains = tuple(s.label() for s in config.sources)
-    prepared = Prepared(config, seq_len, tokenizer, [], [], domains, {})
+    train_parts: list[Windows | Rows] = []
+    eval_parts: list[Windows | Rows] = []
+    manifest = {}
     for i, ((here, source), scan) in enumerate(zip(named, scans, strict=True)):
         made = cache.prepared(source, scan, tokenizer, seq_len, root, here, log)
-        prepared.manifest[source.label()] = made.manifest
+        manifest[source.label()] = made.manifest
         streams = [Stream(made.directory / s, tokenizer.token_bytes) for s in SPLITS]
         if source.content() == "pairs":
             train: Windows | Rows = Rows(streams[0], seq_len, domain=i)
@@ -137,9 +121,18 @@ def prepare(
             )
         _check_sizes(train, held_out, source, here, log, scoring)
         _check_targets(train, held_out, source, here, log, scoring)
-        prepared.train.append(train)
-        prepared.eval.append(held_out)
-    return prepared
+        train_parts.append(train)
+        eval_parts.append(held_out)
+    return Prepared(
+        train=train_parts,
+        eval=eval_parts,
+        weights=tuple(s.weight if s.holdout < 1 else 0.0 for s in config.sources),
+        domains=domains,
+        manifest=manifest,
+        config=config,
+        seq_len=seq_len,
+        tokenizer=tokenizer,
+    )
 
 
 def _check_sizes(train, held_out, source: Source, where: str, log, scoring) -> None:
@@ -211,127 +204,3 @@ def _draw(named, share: float, limit: int) -> Iterator[str]:
                 if taken < 2 * limit and text:
                     taken += len(text)
                     yield text
-
-
-def train_iterator(
-    prepared: Prepared,
-    *,
-    batch_size: int,
-    seed: int,
-    start: int = 0,
-    rows: Sequence[int] | None = None,
-) -> Iterator[Batch]:
-    """Endless training batches, from the global sequence index `start` on.
-
-    Sequence g of the whole job depends on `seed` and g alone. Global batch b is the
-    sequences `start + b * batch_size ...`; each process gets the rows that its devices
-    hold. Each source is reshuffled every epoch; sources are mixed by their weights.
-
-    Args:
-      prepared: from `prepare`.
-      batch_size: sequences per batch over all processes.
-      seed: of the order, >= 0.
-      start: sequences that the whole job consumed before.
-      rows: which rows of each batch to read, rising; None: all.
-
-    Returns:
-      Iterator of dicts: [b, L] arrays, and [b] for domain and example_id, of the b rows
-      read. An error in the reading thread is raised by `next`.
-    """
-    rows = _checked_rows(rows, batch_size)
-    require(start >= 0, "start", start, ">= 0")
-    parts, weights = [], []
-    for i, source in enumerate(prepared.config.sources):
-        if source.holdout < 1:
-            part = grain.MapDataset.source(prepared.train[i]).seed(seed + i)
-            parts.append(part.shuffle().repeat())
-            weights.append(source.weight)
-    mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
-    local = mixed[start:]
-    if len(rows) < batch_size:
-        local = grain.MapDataset.source(_Rows(local, batch_size, rows))
-    local = local.batch(len(rows), drop_remainder=True, batch_fn=stack)
-    options = grain.ReadOptions(
-        num_threads=prepared.config.threads,
-        prefetch_buffer_size=prepared.config.prefetch,
-    )
-    return iter(local.to_iter_dataset(options))
-
-
-def stack(examples: list[dict[str, np.ndarray]]) -> Batch:
-    """Examples as one batch."""
-    return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Only these rows of every run of `batch_size` examples, as a Grain source."""
-
-    examples: Any
-    batch_size: int
-    rows: tuple[int, ...]
-
-    def __len__(self):
-        return len(self.examples) // self.batch_size * len(self.rows)
-
-    def __getitem__(self, i):
-        batch, row = divmod(i, len(self.rows))
-        return self.examples[batch * self.batch_size + self.rows[row]]
-
-
-def _checked_rows(rows: Sequence[int] | None, batch_size: int) -> tuple[int, ...]:
-    require(batch_size >= 1, "batch_size", batch_size, ">= 1")
-    if rows is None:
-        return tuple(range(batch_size))
-    rows = tuple(map(int, rows))
-    rising = all(a < b for a, b in zip(rows, rows[1:], strict=False))
-    ok = bool(rows) and rising and rows[0] >= 0 and rows[-1] < batch_size
-    require(ok, "rows", rows, f"rising, in [0, batch_size={batch_size})")
-    return rows
-
-
-def eval_batches(
-    prepared: Prepared,
-    *,
-    batch_size: int,
-    limit: int | None = None,
-    rows: Sequence[int] | None = None,
-) -> Iterator[Batch]:
-    """Batches of every held-out sequence exactly once, in a fixed order.
-
-    The last batch is filled up with rows of segment 0, loss_mask 0 and example_id -1.
-    All processes get the same number of batches; each gets the rows of its devices.
-
-    Args:
-      prepared: from `prepare`.
-      batch_size: sequences per batch over all processes.
-      limit: at most so many sequences, spread evenly over all sources; None: all.
-      rows: which rows of each batch to read, rising; None: all.
-    """
-    rows = _checked_rows(rows, batch_size)
-    chosen = [
-        (data, int(i))
-        for data, take in zip(prepared.eval, _quotas(prepared.eval, limit), strict=True)
-        for i in np.arange(take) * len(data) // max(take, 1)
-    ]
-    for first in range(0, len(chosen), batch_size):
-        here = [first + row for row in rows if first + row < len(chosen)]
-        examples = [data[i] for data, i in (chosen[at] for at in here)]
-        blank = blank_example(prepared.seq_len, 0, -1)
-        yield stack(examples + [blank] * (len(rows) - len(examples)))
-
-
-def _quotas(datasets: list, limit: int | None) -> list[int]:
-    """How many sequences of each dataset to take: in proportion, but at least one."""
-    sizes = np.array([len(d) for d in datasets])
-    total = int(sizes.sum())
-    if limit is None or limit >= total:
-        return sizes.tolist()
-    require(limit >= 1, "limit", limit, ">= 1 or None")
-    ends = np.cumsum(sizes) * limit // total
-    take = np.diff(ends, prepend=0)
-    for i in np.flatnonzero((take == 0) & (sizes > 0)):
-        if take.max() > 1:
-            take[take.argmax()] -= 1
-            take[i] = 1
-    return take.tolist()

@@ -25,7 +25,7 @@ from kernels_pallas.implementations import (
 from moex import config as configs
 from moex import optim, sharding
 from moex.config import ConfigError, ConfigWarning, caution, require, short
-from moex.data import pipeline
+from moex.data import batches, pipeline
 from moex.data.files import atomic_write
 from moex.data.tokenizer import SavedTokenizer, Tokenizer
 from moex.json_files import read_object
@@ -139,7 +139,7 @@ class Job(Program):
 
     def batches(self, start: int):
         """Training batches of this process, from sequence `start` of the job on."""
-        return pipeline.train_iterator(
+        return batches.train_iterator(
             self.data,
             batch_size=self.cfg.batch_size,
             seed=self.cfg.seed,
@@ -150,12 +150,12 @@ class Job(Program):
     @property
     def holds_out(self) -> bool:
         """Whether any data is held out that has something to score."""
-        return any(data.has_targets for data in self.data.eval)
+        return self.data.holds_out
 
     def eval_batches(self, limit: int | None):
         """Held-out batches of this process."""
         batch_size = eval_batch_size(self.cfg)
-        return pipeline.eval_batches(
+        return batches.eval_batches(
             self.data,
             batch_size=batch_size,
             limit=limit,

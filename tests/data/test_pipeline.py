@@ -13,9 +13,10 @@ from tokenizers import models, pre_tokenizers, trainers
 from moex.config import ConfigError, check, from_dict, to_dict
 from moex.data import cache
 from moex.data import tokenizer as tokenizer_module
+from moex.data.batches import eval_batches, train_iterator
 from moex.data.changes import changed_data, save_data
 from moex.data.files import unit_hash
-from moex.data.pipeline import Data, eval_batches, prepare, train_iterator
+from moex.data.pipeline import Data, prepare
 from moex.data.report import compressor_bits_per_byte, inspect
 from moex.data.sources import PromptResponse, PythonStdlib, Text
 from moex.data.tokenizer import Bpe, Bytes, TokenizerFile

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moex.data.batches import stack
 from moex.data.packing import blank_example
-from moex.data.pipeline import stack
 from moex.nn.stack import Segment
 from moex.runs.consumed import Consumed
 from moex.train.log import Stopwatch

@@ -1,0 +1,209 @@
+"""From datasets to batches, in a fixed global order.
+
+`train_iterator` is a deterministic function of one global index, so a run continues
+exactly, with any number of processes. `eval_batches` covers every held-out sequence
+once.
+
+Not here: what a sequence is (`packing.py`, `series.py`).
+
+Shapes: B batch (of this process) · L length.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from moex.config import Config, require
+
+Example = dict[str, np.ndarray]
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Reading(Config):
+    """The base of what a run reads: how batches are built beside the training."""
+
+    threads: int = 1  # threads that build batches ahead; 0 builds them when asked
+    prefetch: int = 2  # batches built ahead, >= 1
+
+    def validate(self, path: str) -> None:
+        """Check both counts."""
+        require(self.threads >= 0, f"{path}.threads", self.threads, ">= 0")
+        require(self.prefetch >= 1, f"{path}.prefetch", self.prefetch, ">= 1")
+
+
+class Dataset(Protocol):
+    """Sequences by index; all examples of a run have the same fields."""
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether anything is learned or scored."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Datasets:
+    """Data ready to be read: one dataset per domain and split.
+
+    Every example has "segment", "position" (int32[L]), "loss_mask" (float32[L]),
+    "domain" and "example_id" (int32), and the fields that its task adds.
+
+    Attributes:
+      config: what it was made from.
+      train: per domain, sequences to train on.
+      eval: per domain, sequences that score each held-out target once.
+      weights: per domain, its share of the training mixture; 0: it is only scored.
+      domains: names; `domain` in a batch indexes them.
+      manifest: per domain, {"sha256", "files": [name, bytes, sha256], ...} of what
+        was read; plain data.
+    """
+
+    config: Reading
+    train: Sequence[Dataset]
+    eval: Sequence[Dataset]
+    weights: tuple[float, ...]
+    domains: tuple[str, ...]
+    manifest: dict[str, Any]
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether any data is held out that has something to score."""
+        return any(examples.has_targets for examples in self.eval)
+
+
+def train_iterator(
+    data: Datasets,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    rows: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Endless training batches, from the global sequence index `start` on.
+
+    Sequence g of the whole job depends on `seed` and g alone. Global batch b is the
+    sequences `start + b * batch_size ...`; each process gets the rows that its devices
+    hold. Each source is reshuffled every epoch; sources are mixed by their weights.
+
+    Args:
+      data: what is read.
+      batch_size: sequences per batch over all processes.
+      seed: of the order, >= 0.
+      start: sequences that the whole job consumed before.
+      rows: which rows of each batch to read, rising; None: all.
+
+    Returns:
+      Iterator of dicts: [b, L] arrays, and [b] for domain and example_id, of the b rows
+      read. An error in the reading thread is raised by `next`.
+    """
+    rows = _checked_rows(rows, batch_size)
+    require(start >= 0, "start", start, ">= 0")
+    parts, weights = [], []
+    for i, (examples, weight) in enumerate(zip(data.train, data.weights, strict=True)):
+        if weight > 0:
+            part = grain.MapDataset.source(examples).seed(seed + i)
+            parts.append(part.shuffle().repeat())
+            weights.append(weight)
+    mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+    local = mixed[start:]
+    if len(rows) < batch_size:
+        local = grain.MapDataset.source(_Rows(local, batch_size, rows))
+    local = local.batch(len(rows), drop_remainder=True, batch_fn=stack)
+    options = grain.ReadOptions(
+        num_threads=data.config.threads,
+        prefetch_buffer_size=data.config.prefetch,
+    )
+    return iter(local.to_iter_dataset(options))
+
+
+def stack(examples: list[Example]) -> Batch:
+    """Examples as one batch."""
+    return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Only these rows of every run of `batch_size` examples, as a Grain source."""
+
+    examples: Any
+    batch_size: int
+    rows: tuple[int, ...]
+
+    def __len__(self):
+        return len(self.examples) // self.batch_size * len(self.rows)
+
+    def __getitem__(self, i):
+        batch, row = divmod(i, len(self.rows))
+        return self.examples[batch * self.batch_size + self.rows[row]]
+
+
+def _checked_rows(rows: Sequence[int] | None, batch_size: int) -> tuple[int, ...]:
+    require(batch_size >= 1, "batch_size", batch_size, ">= 1")
+    if rows is None:
+        return tuple(range(batch_size))
+    rows = tuple(map(int, rows))
+    rising = all(a < b for a, b in zip(rows, rows[1:], strict=False))
+    ok = bool(rows) and rising and rows[0] >= 0 and rows[-1] < batch_size
+    require(ok, "rows", rows, f"rising, in [0, batch_size={batch_size})")
+    return rows
+
+
+def eval_batches(
+    data: Datasets,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    rows: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Batches of every held-out sequence exactly once, in a fixed order.
+
+    The last batch is filled up with rows of segment 0, loss_mask 0 and example_id -1.
+    All processes get the same number of batches; each gets the rows of its devices.
+
+    Args:
+      data: what is read.
+      batch_size: sequences per batch over all processes.
+      limit: at most so many sequences, spread evenly over all sources; None: all.
+      rows: which rows of each batch to read, rising; None: all.
+    """
+    rows = _checked_rows(rows, batch_size)
+    chosen = [
+        (examples, int(i))
+        for examples, take in zip(data.eval, _quotas(data.eval, limit), strict=True)
+        for i in np.arange(take) * len(examples) // max(take, 1)
+    ]
+    for first in range(0, len(chosen), batch_size):
+        here = [first + row for row in rows if first + row < len(chosen)]
+        found = [examples[i] for examples, i in (chosen[at] for at in here)]
+        if len(found) < len(rows):
+            examples, i = chosen[first]
+            found += [blank_like(examples[i])] * (len(rows) - len(found))
+        yield stack(found)
+
+
+def blank_like(example: Example) -> Example:
+    """A sequence of padding only, with the fields of `example`."""
+    blank = {name: np.zeros_like(array) for name, array in example.items()}
+    return blank | {"example_id": np.int32(-1)}
+
+
+def _quotas(datasets: list, limit: int | None) -> list[int]:
+    """How many sequences of each dataset to take: in proportion, but at least one."""
+    sizes = np.array([len(d) for d in datasets])
+    total = int(sizes.sum())
+    if limit is None or limit >= total:
+        return sizes.tolist()
+    require(limit >= 1, "limit", limit, ">= 1 or None")
+    ends = np.cumsum(sizes) * limit // total
+    take = np.diff(ends, prepend=0)
+    for i in np.flatnonzero((take == 0) & (sizes > 0)):
+        if take.max() > 1:
+            take[take.argmax()] -= 1
+            take[i] = 1
+    return take.tolist()
