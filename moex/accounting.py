@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moex.nn.lm import LM
+from moex.nn.model import Model
 from moex.optim import flat_paths
 
 # Dense bfloat16 peak with float32 sums, 10^12 FLOP/s per device as JAX counts devices
@@ -210,11 +210,11 @@ def _is_multiplied(path: str) -> bool:
     return not path.split("/")[-1].startswith(NO_MATMUL)
 
 
-def model_cost(cfg: LM, spec, seq_len: int) -> Cost:
+def model_cost(cfg: Model, spec, seq_len: int) -> Cost:
     """Parameters and FLOPs of a model at a sequence length.
 
     Args:
-      cfg: with the vocabulary filled in.
+      cfg: with what the data tells (the vocabulary) filled in.
       spec: `ModelSpec` of it.
       seq_len: tokens per sequence, for attention.
     """
@@ -237,8 +237,7 @@ def model_cost(cfg: LM, spec, seq_len: int) -> Cost:
             blocks.append(BlockCost(path, ffn, segment.repeat, own, score_flops))
     outer = {n: v for n, v in sizes.items() if not n.startswith("segments/")}
     multiplied = sum(v for n, v in outer.items() if _is_multiplied(n))
-    if cfg.tied_embeddings:
-        multiplied += outer["w_embed_VD"]
+    multiplied += sum(outer[name] for name in cfg.used_again())
     return Cost(tuple(blocks), outer, 2 * multiplied)
 
 
@@ -253,7 +252,7 @@ def train_state_bytes(spec, tx) -> int:
     return 2 * num_bytes(spec.params) + num_bytes(jax.eval_shape(tx.init, spec.params))
 
 
-def model_table(cfg: LM, spec, tx, seq_len: int) -> str:
+def model_table(cfg: Model, spec, tx, seq_len: int) -> str:
     """The model as a table for people: groups, parameters, bytes, FLOPs."""
     cost = model_cost(cfg, spec, seq_len)
     total, active = cost.total, cost.active
@@ -264,7 +263,7 @@ def model_table(cfg: LM, spec, tx, seq_len: int) -> str:
     rows.append(f"{'total':<12}{cost.num_params:>16,}{cost.num_active:>16,}")
     gib = train_state_bytes(spec, tx) / 2**30
     rows.append(
-        f"{cfg.num_layers()} layers, width {cfg.dim}, vocabulary {cfg.vocab}; "
+        f"{cfg.num_layers()} layers, width {cfg.dim}, {cfg.about()}; "
         f"{cost.train_flops / 1e9:.3g} GFLOP per trained token at length {seq_len}; "
         f"{gib:.3g} GiB of weights, gradients and optimizer state"
     )

@@ -39,7 +39,7 @@ def check_room(cfg, mesh: Mesh, state) -> None:
         )
     rows = cfg.batch_size // cfg.grad_accum / sharding.batch_shards(mesh)
     parts = mesh.shape["seq"] * mesh.shape["tensor"]
-    logits = 4 * rows * cfg.seq_len * cfg.model.vocab / parts
+    logits = 4 * rows * cfg.seq_len * cfg.model.num_outputs() / parts
     if held + logits > most:
         raise ConfigError(
             f"config.batch_size = {cfg.batch_size}: the float32 logits of a microbatch "

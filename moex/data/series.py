@@ -1,0 +1,293 @@
+"""Series of numbers from CSV files, cut into windows of tokens.
+
+A token is `patch` steps of all columns; a model learns to tell the next token. Each
+file is a series of its own: windows do not reach from one into another.
+
+Not here: batches (`batches.py`).
+
+Shapes: T steps of a series · C columns · L tokens of a window · P steps of a token ·
+N = P C numbers of a token.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+
+from moex.config import ConfigError, check, nearest, require, short
+from moex.data.batches import Datasets, Example, Reading
+from moex.data.files import File, find_files, read_text
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Series(Reading):
+    """CSV files with a line of names at the top, then one line per step in time."""
+
+    paths: tuple[str, ...] = ()  # files, directories or globs, at least one
+    # Columns to read, all of numbers; None: all but the one of `time`, of the first
+    # file. Training fills them in.
+    columns: tuple[str, ...] | None = None
+    time: str | None = "date"  # a column that is not read; None: there is none
+    patch: int = 1  # P, steps of a token, >= 1
+    stride: int = 1  # steps between the starts of two windows of training, >= 1
+    holdout: float = 0.2  # share of each series, its end, that is held out, in [0, 1]
+    # Mean and standard deviation of each column: numbers are read as deviations from
+    # the mean. None: those of what is trained on, which training fills in.
+    scale: tuple[tuple[float, float], ...] | None = None
+
+    def validate(self, path: str) -> None:
+        """Check the numbers; files and columns are checked when they are read."""
+        Reading.validate(self, path)
+        for name in ("patch", "stride"):
+            require(
+                getattr(self, name) >= 1, f"{path}.{name}", getattr(self, name), ">= 1"
+            )
+        require(0 <= self.holdout <= 1, f"{path}.holdout", self.holdout, "in [0, 1]")
+        for mean, deviation in self.scale or ():
+            ok = math.isfinite(mean) and 0 < deviation < math.inf
+            require(ok, f"{path}.scale", (mean, deviation), "finite, deviations > 0")
+
+    def num_columns(self, where: str) -> int:
+        """C, by the config alone or the first line of the first file."""
+        if self.columns is not None:
+            return len(self.columns)
+        return len(_columns(self, find_files(self.paths, f"{where}.paths")[0], where))
+
+
+def prepare(
+    config: Series,
+    seq_len: int,
+    *,
+    overlap: int = 0,
+    scoring: bool = False,
+    log=print,
+    where: str = "data",
+) -> Datasets:
+    """Read all files; the first steps of each are trained on, the last are held out.
+
+    Fills in `config.columns` and `config.scale`.
+
+    Args:
+      config: the files.
+      seq_len: L, tokens of a window, >= 1.
+      overlap: tokens that a held-out window repeats from the one before as context, in
+        [0, seq_len).
+      scoring: only held-out data will be read, so training data may be missing.
+      log: called with one line of what was read.
+      where: the path of `config`, for error messages.
+
+    Raises:
+      ConfigError: naming file, line and column of what is no number; if the files have
+        other columns, or too few steps.
+    """
+    check(config, where)
+    files = find_files(config.paths, f"{where}.paths", log)
+    domains = tuple(Path(file.name).stem for file in files)
+    if len(set(domains)) < len(domains):
+        domains = tuple(file.name for file in files)
+    series, manifest, names = [], {}, _columns(config, files[0], where)
+    for domain, file in zip(domains, files, strict=True):
+        if _columns(config, file, where) != names:
+            raise ConfigError(
+                f"{where}.paths: {file.path} has not the columns of {files[0].path}, "
+                f"{', '.join(names)}; name those to read in {where}.columns."
+            )
+        series.append(read_series(config, file, names, where))
+        data = file.path.read_bytes()
+        sha = hashlib.sha256(data).hexdigest()
+        files_read = [[file.name, len(data), sha]]
+        manifest[domain] = {"sha256": sha, "files": files_read}
+    config.columns = names
+    cuts = [round(len(value_TC) * (1 - config.holdout)) for value_TC in series]
+    if config.scale is None:
+        known = [value_TC[:cut] for value_TC, cut in zip(series, cuts, strict=True)]
+        config.scale = _scale(np.concatenate(known), names, where)
+    require(
+        len(config.scale) == len(names),
+        f"{where}.scale",
+        config.scale,
+        f"one pair for each of the {len(names)} columns",
+    )
+    mean_C, deviation_C = np.array(config.scale, np.float64).T
+    train, held_out = [], []
+    for i, (value_TC, cut) in enumerate(zip(series, cuts, strict=True)):
+        value_TC = ((value_TC - mean_C) / deviation_C).astype(np.float32)
+        options = {"seq_len": seq_len, "patch": config.patch, "domain": i}
+        own = SeriesWindows(value_TC[:cut], stride=config.stride, **options)
+        if not len(own) and not scoring:
+            raise ConfigError(
+                f"{where} ({domains[i]!r}): a window takes {own.steps} steps, {seq_len} "
+                f"tokens and the next of {config.patch}; there are {cut} to train on. "
+                "Lower seq_len, patch or holdout."
+            )
+        train.append(own)
+        moved = (seq_len - overlap) * config.patch
+        held_out.append(
+            SeriesWindows(
+                value_TC[cut:], stride=moved, overlap=overlap, partial=True, **options
+            )
+        )
+    steps = sum(map(len, series))
+    log(f"data: {steps:,} steps of {len(names)} columns in {len(files)} files")
+    return Datasets(
+        config=config,
+        train=train,
+        eval=held_out,
+        weights=tuple(len(windows) / max(map(len, train)) for windows in train)
+        if any(map(len, train))
+        else (0.0,) * len(train),
+        domains=domains,
+        manifest=manifest,
+    )
+
+
+def _columns(config: Series, file: File, where: str) -> tuple[str, ...]:
+    """The names of the columns to read of a file, in their order."""
+    with file.path.open("rb") as opened:
+        line = opened.readline()
+    try:
+        there = tuple(next(csv.reader([line.decode("utf-8-sig")]), ()))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise ConfigError(f"{where}.paths: {file.path}, line 1: {e}.") from None
+    wanted = config.columns
+    if wanted is None:
+        if config.time is not None and config.time not in there:
+            raise ConfigError(
+                f"{where}.time = {config.time!r}: {file.path} has no such column."
+                f"{nearest(config.time, there)} It has {short(there)}; None: all "
+                "columns are numbers."
+            )
+        wanted = tuple(name for name in there if name != config.time)
+    for name in wanted:
+        if there.count(name) != 1:
+            raise ConfigError(
+                f"{where}.columns: {file.path} has {there.count(name)} columns "
+                f"{name!r}.{nearest(name, there)} It has {short(there)}."
+            )
+    require(len(wanted) > 0, f"{where}.columns", wanted, "one column at least")
+    return wanted
+
+
+def read_series(config: Series, file: File, names, where: str) -> np.ndarray:
+    """The columns `names` of a file, float64[T, C].
+
+    Raises:
+      ConfigError: naming file, line and column of what is no finite number.
+    """
+    text = read_text(file, f"{where}.paths")
+    reader = csv.reader(io.StringIO(text, newline=""))
+    here = f"{where}.paths: {file.path}, line"
+    try:
+        head = next(reader)
+        places = [head.index(name) for name in names]
+        rows = []
+        for row in filter(None, reader):  # an empty line is none
+            if len(row) != len(head):
+                raise ConfigError(
+                    f"{here} {reader.line_num}: has {len(row)} columns, not the "
+                    f"{len(head)} of line 1."
+                )
+            rows.append([_number(row[i]) for i in places])
+            for name, i, value in zip(names, places, rows[-1], strict=True):
+                if not math.isfinite(value):
+                    raise ConfigError(
+                        f"{here} {reader.line_num}, column {name!r} = {short(row[i])}: "
+                        "must be a finite number."
+                    )
+    except csv.Error as e:
+        raise ConfigError(f"{here} {reader.line_num}: {e}.") from None
+    return np.array(rows, np.float64).reshape(-1, len(names))
+
+
+def _number(text: str) -> float:
+    try:
+        return math.nan if "_" in text else float(text)  # Python reads 1_0 as 10
+    except ValueError:
+        return math.nan
+
+
+def _scale(value_TC: np.ndarray, names, where: str) -> tuple[tuple[float, float], ...]:
+    """(mean, deviation) of each column; 1 for a column that does not change."""
+    if not len(value_TC):
+        raise ConfigError(
+            f"{where}.scale = None: nothing is trained on, so that means and "
+            "deviations are not known; give them, or lower holdout."
+        )
+    with np.errstate(over="ignore", invalid="ignore"):
+        both_C = value_TC.mean(axis=0), value_TC.std(axis=0)
+    for name, mean, deviation in zip(names, *both_C, strict=True):
+        ok = math.isfinite(mean) and math.isfinite(deviation)
+        require(ok, f"{where}: the deviation of column {name!r}", deviation, "finite")
+    return tuple((float(m), float(d) or 1.0) for m, d in zip(*both_C, strict=True))
+
+
+class SeriesWindows:
+    """A series cut into windows of `seq_len` tokens, each with the token after it.
+
+    Args:
+      value_TC: float32, in units of the columns' deviations.
+      seq_len: L, tokens of a window.
+      patch: P, steps of a token.
+      stride: steps between the starts of two windows.
+      domain: index of the series, copied into every example.
+      overlap: tokens at the start of a window (but of the first) that are not scored.
+      partial: keep a last window that is padded; else it is dropped.
+    """
+
+    def __init__(
+        self,
+        value_TC: np.ndarray,
+        *,
+        seq_len: int,
+        patch: int,
+        stride: int,
+        domain: int,
+        overlap: int = 0,
+        partial: bool = False,
+    ):
+        self.value_TC, self.seq_len, self.patch = value_TC, seq_len, patch
+        self.stride, self.domain, self.overlap = stride, domain, overlap
+        self.steps = (seq_len + 1) * patch  # of a full window
+        extra = len(value_TC) - self.steps
+        full = 0 if extra < 0 else 1 + extra // stride
+        scored = (len(value_TC) // patch - 1) * patch  # steps that are told
+        covered = 0 if full == 0 else (full - 1) * stride + seq_len * patch
+        self._len = full + int(partial and covered < scored)
+
+    def __len__(self) -> int:
+        return self._len
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether any token is learned or scored."""
+        return self._len > 0
+
+    def __repr__(self) -> str:
+        return f"SeriesWindows({self.value_TC.shape}, {self.seq_len}, {self.patch})"
+
+    def __getitem__(self, index: int) -> Example:
+        """One window: float32[L, N] values and targets, and the fields of all data."""
+        if not 0 <= index < self._len:
+            raise IndexError(index)
+        start = int(index) * self.stride
+        part_TC = self.value_TC[start : start + self.steps]
+        tokens = len(part_TC) // self.patch
+        token_N = part_TC[: tokens * self.patch].reshape(tokens, -1)
+        n, L = tokens - 1, self.seq_len
+        place_L = np.arange(L, dtype=np.int32)
+        padding = ((0, L - n), (0, 0))
+        return {
+            "values": np.pad(token_N[:-1], padding),
+            "targets": np.pad(token_N[1:], padding),
+            "segment": (place_L < n).astype(np.int32),
+            "position": np.where(place_L < n, place_L, 0).astype(np.int32),
+            "loss_mask": (
+                (place_L < n) & (place_L >= (self.overlap if index else 0))
+            ).astype(np.float32),
+            "domain": np.int32(self.domain),
+            "example_id": np.int32(index),
+        }

@@ -1,0 +1,100 @@
+"""The depth of every model: segments of blocks and the last norm.
+
+A model of a kind adds what stands before (an embedding) and after (a head): `lm.py`,
+`series.py`.
+
+B batch · L length · D model width
+"""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+
+from moex.config import MOST, Config, require
+from moex.nn.context import fold_key
+from moex.nn.norm import RMSNorm
+from moex.nn.stack import Segment, require_attention
+from moex.sharding import constrain
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Model(Config):
+    """The base of all models: width, attention, and the layers in their order."""
+
+    dim: int  # model width D, >= 1
+    attention: Config  # of every block whose segment does not name its own
+    layers: tuple[Segment, ...]  # at least one segment
+    norm_eps: float = 1e-6  # added to mean squares, > 0
+
+    def validate(self, path):
+        require(self.dim >= 1, f"{path}.dim", self.dim, "at least 1")
+        require(len(self.layers) >= 1, f"{path}.layers", self.layers, "not empty")
+        layers, most = self.num_layers(), MOST["repeat"]
+        require(layers <= most, f"{path}.layers", layers, f"at most {most:,} blocks")
+        require(self.norm_eps > 0, f"{path}.norm_eps", self.norm_eps, "above 0")
+        require_attention(self.attention, f"{path}.attention")
+        attention: Any = self.attention
+        attention.validate_dim(self.dim, f"{path}.attention")
+        for i, segment in enumerate(self.layers):
+            segment.validate_dim(self.dim, f"{path}.layers[{i}]")
+
+    def make(self, rngs) -> "Layers":
+        """The module, with fresh parameters."""
+        raise NotImplementedError
+
+    def num_layers(self) -> int:
+        return sum(s.repeat * len(s.pattern) for s in self.layers)
+
+    def num_outputs(self) -> int:
+        """Numbers that come out for each token."""
+        raise NotImplementedError
+
+    def about(self) -> str:
+        """Words about what goes in and comes out, such as "vocabulary 256"."""
+        raise NotImplementedError
+
+    def used_again(self) -> tuple[str, ...]:
+        """Names of parameters outside the layers that multiply a token twice."""
+        return ()
+
+
+class Layers(nnx.Module):
+    """Parameters: the segments, the last norm. Subclasses add their own before it."""
+
+    def __init__(self, cfg: Model, rngs):
+        D = cfg.dim
+        self.segments = nnx.List(
+            s.make(cfg.attention, D, rngs, norm_eps=cfg.norm_eps) for s in cfg.layers
+        )
+        blocks = [s.repeat * len(s.pattern) for s in cfg.layers]
+        self.first_blocks = tuple(sum(blocks[:i]) for i in range(len(blocks)))
+        self.norm = RMSNorm(D, rngs, axis="embed", eps=cfg.norm_eps)
+
+    def run(self, x_BLD, ctx, caches=None):
+        """All segments and the last norm.
+
+        Args:
+          x_BLD: what the tokens are embedded as.
+          ctx: `Context`.
+          caches: of `LM.init_cache`, one per segment; None: there are none.
+
+        Returns:
+          (x_BLD, aux, caches), aux mirroring the module path:
+          aux["segments"]["0"]["blocks"]["1"]["ffn"].
+        """
+        x_BLD = constrain(x_BLD.astype(ctx.compute_dtype), "batch", "length", None)
+        aux, new_caches = {}, []
+        caches = [None] * len(self.segments) if caches is None else caches
+        for i, (segment, cache) in enumerate(zip(self.segments, caches, strict=True)):
+            own = dataclasses.replace(_inside(ctx, i), depth=self.first_blocks[i])
+            x_BLD, aux[str(i)], cache = segment(x_BLD, own, cache)
+            new_caches.append(cache)
+        return self.norm(x_BLD), {"segments": aux}, new_caches
+
+
+def _inside(ctx, i):
+    """The context of segment `i`: its own random key, its part of a replay."""
+    key = fold_key(ctx.key, i)
+    forced = None if ctx.forced is None else ctx.forced["segments"].get(str(i))
+    return dataclasses.replace(ctx, key=key, forced=forced)
