@@ -89,29 +89,14 @@ def prepare(
     domains = tuple(Path(file.name).stem for file in files)
     if len(set(domains)) < len(domains):
         domains = tuple(file.name for file in files)
-    series, manifest, names = [], {}, _columns(config, files[0], where)
-    for domain, file in zip(domains, files, strict=True):
-        if _columns(config, file, where) != names:
-            raise ConfigError(
-                f"{where}.paths: {file.path} has not the columns of {files[0].path}, "
-                f"{', '.join(names)}; name those to read in {where}.columns."
-            )
-        series.append(read_series(config, file, names, where))
-        data = file.path.read_bytes()
-        sha = hashlib.sha256(data).hexdigest()
-        files_read = [[file.name, len(data), sha]]
-        manifest[domain] = {"sha256": sha, "files": files_read}
-    config.columns = names
+    config.columns = names = _columns(config, files[0], where)
+    series = [read_series(config, file, names, where) for file in files]
     cuts = [round(len(value_TC) * (1 - config.holdout)) for value_TC in series]
     if config.scale is None:
         known = [value_TC[:cut] for value_TC, cut in zip(series, cuts, strict=True)]
         config.scale = _scale(np.concatenate(known), names, where)
-    require(
-        len(config.scale) == len(names),
-        f"{where}.scale",
-        config.scale,
-        f"one pair for each of the {len(names)} columns",
-    )
+    pairs = f"one pair for each of the {len(names)} columns"
+    require(len(config.scale) == len(names), f"{where}.scale", config.scale, pairs)
     mean_C, deviation_C = np.array(config.scale, np.float64).T
     train, held_out = [], []
     for i, (value_TC, cut) in enumerate(zip(series, cuts, strict=True)):
@@ -120,29 +105,34 @@ def prepare(
         own = SeriesWindows(value_TC[:cut], stride=config.stride, **options)
         if not len(own) and not scoring:
             raise ConfigError(
-                f"{where} ({domains[i]!r}): a window takes {own.steps} steps, {seq_len} "
-                f"tokens and the next of {config.patch}; there are {cut} to train on. "
-                "Lower seq_len, patch or holdout."
+                f"{where} ({domains[i]!r}): there are {cut} steps to train on, and a "
+                f"window takes {own.steps}, {seq_len} tokens of {config.patch} and the "
+                "next token. Lower seq_len, patch or holdout."
             )
         train.append(own)
-        moved = (seq_len - overlap) * config.patch
+        options["stride"] = (seq_len - overlap) * config.patch
         held_out.append(
-            SeriesWindows(
-                value_TC[cut:], stride=moved, overlap=overlap, partial=True, **options
-            )
+            SeriesWindows(value_TC[cut:], overlap=overlap, partial=True, **options)
         )
-    steps = sum(map(len, series))
-    log(f"data: {steps:,} steps of {len(names)} columns in {len(files)} files")
+    log(f"data: {sum(map(len, series)):,} steps of {len(names)} columns")
+    most = max(map(len, train))
     return Datasets(
         config=config,
         train=train,
         eval=held_out,
-        weights=tuple(len(windows) / max(map(len, train)) for windows in train)
-        if any(map(len, train))
-        else (0.0,) * len(train),
+        weights=tuple(len(windows) / max(most, 1) for windows in train),
         domains=domains,
-        manifest=manifest,
+        manifest={
+            domain: _told(file) for domain, file in zip(domains, files, strict=True)
+        },
     )
+
+
+def _told(file: File) -> dict:
+    """What the manifest has of a file."""
+    data = file.path.read_bytes()
+    sha = hashlib.sha256(data).hexdigest()
+    return {"sha256": sha, "files": [[file.name, len(data), sha]]}
 
 
 def _columns(config: Series, file: File, where: str) -> tuple[str, ...]:
@@ -180,6 +170,11 @@ def read_series(config: Series, file: File, names, where: str) -> np.ndarray:
     """
     text = read_text(file, f"{where}.paths")
     reader = csv.reader(io.StringIO(text, newline=""))
+    if _columns(config, file, where) != names:
+        raise ConfigError(
+            f"{where}.paths: {file.path} has other columns than the first file, which "
+            f"has {', '.join(names)}; name those to read in {where}.columns."
+        )
     here = f"{where}.paths: {file.path}, line"
     try:
         head = next(reader)
