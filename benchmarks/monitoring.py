@@ -28,10 +28,10 @@ import jax
 import numpy as np
 
 from benchmarks.common import write_json
-from moex import accounting
 from moex.cli import split_config_args
-from moex.config import ConfigError
-from moex.flags import load_config
+from moex.config.base import ConfigError
+from moex.config.flags import load_config
+from moex.costs import accounting
 from moex.sharding import shard_batch
 from moex.train.job import make_job
 from moex.train.log import RunLog

@@ -49,10 +49,10 @@ def record(name: str) -> dict:
     """The record of one case."""
     import jax
 
-    from moex.flags import load_config
+    from moex.config.flags import load_config
     from moex.plan.planner import plan
     from moex.plan.rehearsal import DoesNotFit, compile_step
-    from moex.topology import parse
+    from moex.plan.topology import parse
 
     topology, flags = CASES[name]
     cfg, where = load_config(list(flags)), parse(topology)

@@ -30,7 +30,7 @@ from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
 from moex.nn.lm import LM
 from moex.nn.stack import Segment
-from moex.run import Eval, Log
+from moex.runs.keys import Eval, Log
 
 
 def get_config(arg=""):

@@ -32,7 +32,7 @@ import transformers
 
 from benchmarks import common
 from configs import base
-from moex import accounting
+from moex.costs import accounting
 from moex.data.batches import stack
 from moex.data.packing import blank_example
 from moex.data.pipeline import Data
@@ -45,7 +45,7 @@ from moex.nn.attention import Attention
 from moex.nn.lm import LM
 from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim
-from moex.run import Loss
+from moex.runs.keys import Loss
 from moex.sharding import shard_batch
 from moex.train.job import make_job
 

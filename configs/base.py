@@ -7,7 +7,7 @@ import ml_collections
 
 from moex.data.pipeline import Data
 from moex.optim import AdamW, Optim
-from moex.run import Checkpoint, Eval, Log, Loss
+from moex.runs.keys import Checkpoint, Eval, Log, Loss
 from moex.sharding import MeshConfig
 
 

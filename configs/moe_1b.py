@@ -14,7 +14,7 @@ from moex.nn.attention import Attention
 from moex.nn.lm import LM
 from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim
-from moex.run import Checkpoint, Eval, Log, Loss
+from moex.runs.keys import Checkpoint, Eval, Log, Loss
 from moex.sharding import MeshConfig
 
 

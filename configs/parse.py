@@ -1,6 +1,6 @@
 """The argument of a config file: `FILE:key=value,key=value`."""
 
-from moex.config import ConfigError, nearest
+from moex.config.base import ConfigError, nearest
 
 
 def parse_arg(arg: str, **choices) -> dict:

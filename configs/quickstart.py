@@ -22,9 +22,9 @@ Every layer of moex by argument, alone or together (experiments/variants trains 
 
 from configs import base
 from configs.parse import parse_arg
+from moex.costs.matching import match
 from moex.data.pipeline import Data
 from moex.data.tokenizer import Bpe
-from moex.matching import match
 from moex.moe.balance import Controller
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
@@ -45,7 +45,7 @@ from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.optim import Muon, Optim
-from moex.run import Checkpoint, Eval, Log, Loss
+from moex.runs.keys import Checkpoint, Eval, Log, Loss
 
 DIM, SEQ_LEN, VOCAB = 128, 128, 4096
 ROUTERS = {

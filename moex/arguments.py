@@ -7,7 +7,7 @@ import argparse
 import math
 import pathlib
 
-from moex.config import LARGEST, ConfigError, short
+from moex.config.base import LARGEST, ConfigError, short
 
 CONFIG_HELP = """\
 Configuration:

@@ -17,7 +17,7 @@ import sys
 import threading
 import warnings
 
-from moex import distributed, project
+from moex import project
 from moex.arguments import (
     LATENT_FLAGS,
     UPCYCLE_FLAGS,
@@ -25,9 +25,10 @@ from moex.arguments import (
     make_parser,
     many_flags,
 )
-from moex.config import ConfigError, ConfigWarning, nearest, require
+from moex.cluster import distributed
+from moex.cluster.connections import say
+from moex.config.base import ConfigError, ConfigWarning, nearest, require
 from moex.json_files import dump_json
-from moex.peers import say
 from moex.terminal import Terminal
 
 
@@ -200,7 +201,7 @@ def _without_devices() -> None:
 
 
 def _train(args, config_args):
-    from moex.flags import load_config
+    from moex.config.flags import load_config
     from moex.train.loop import train
 
     if args.workdir is None and not args.dry_run:
@@ -221,7 +222,7 @@ def _train(args, config_args):
 
 
 def _sweep(args, config_args):
-    from moex import sweep
+    from moex.runs import sweep
 
     _without_devices()  # they are for the processes of the points
     made = sweep.make_sweep(args.sweep, config_args)
@@ -260,7 +261,7 @@ def _told(cfg, args) -> dict:
     """What all processes of a job must be told alike."""
     import jax
 
-    from moex import config
+    from moex.config import base as config
 
     return {
         "config": config.to_dict(cfg),
@@ -273,8 +274,8 @@ def _told(cfg, args) -> dict:
 
 
 def _config(args, config_args):
-    from moex import config
-    from moex.flags import load_config
+    from moex.config import base as config
+    from moex.config.flags import load_config
 
     cfg = load_config(config_args)
     print(
@@ -283,26 +284,26 @@ def _config(args, config_args):
 
 
 def _params(args, config_args):
-    from moex import params
-    from moex.flags import load_config
+    from moex.config.flags import load_config
+    from moex.costs import table
 
     cfg = load_config(config_args)
     if (args.like is None) != (args.match is None):
         raise ConfigError("--like and --match go together; give both.")
     if args.like is not None:
         like = load_config([f"--config={args.like}"])
-        result = params.matched(cfg, like, args.match)
-        print(json.dumps(result) if args.json else params.match_lines(result))
+        result = table.matched(cfg, like, args.match)
+        print(json.dumps(result) if args.json else table.match_lines(result))
         return
-    rows = params.model_rows(cfg)
+    rows = table.model_rows(cfg)
     if args.json:
-        print(json.dumps(params.rows_dict(cfg, rows)))
+        print(json.dumps(table.rows_dict(cfg, rows)))
     else:
-        print(params.rows_table(cfg, rows))
+        print(table.rows_table(cfg, rows))
 
 
 def _plan(args, config_args):
-    from moex.flags import load_config
+    from moex.config.flags import load_config
     from moex.plan.command import run
 
     if args.topology is None:
@@ -392,8 +393,8 @@ def _eval_tasks(args, config_args):
 
 def _scored_config(args, config_args):
     """The config of a run, or another one, with the data of --data if that is given."""
-    from moex.data.given import given_sources
-    from moex.flags import load_config
+    from moex.config.flags import load_config
+    from moex.data.from_paths import given_sources
     from moex.train.job import load_config as run_config
 
     base = run_config(args.run)
@@ -546,10 +547,10 @@ def _export_hf(args, config_args):
 
 
 def _data(args, config_args):
+    from moex.config.flags import load_config
     from moex.data.pipeline import prepare
     from moex.data.report import inspect
-    from moex.flags import load_config
-    from moex.run import check_run
+    from moex.runs.keys import check_run
 
     cfg = load_config(config_args)
     check_run(cfg)

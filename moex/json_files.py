@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moex.config import ConfigError, fits, nearest, short, type_name
+from moex.config.base import ConfigError, fits, nearest, short, type_name
 
 MOST_BYTES = 1 << 30  # of one file or line; more is no JSON of moex
 

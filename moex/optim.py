@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from moex.config import Config, ConfigError, nearest, require, require_choice
-from moex.exact import exact
-from moex.schedule import (
+from moex.config.base import Config, ConfigError, nearest, require, require_choice
+from moex.config.schedule import (
     Schedule,
     is_always_zero,
     require_values,
     static_value,
     value_at,
 )
+from moex.exact import exact
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

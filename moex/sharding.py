@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moex.config import Config, ConfigError, require, require_choice
+from moex.config.base import Config, ConfigError, require, require_choice
 
 AXIS_NAMES = ("data", "fsdp", "expert", "seq", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")

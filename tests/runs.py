@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from moex.flags import load_config
+from moex.config.flags import load_config
 from moex.runs.checkpoint import Checkpointer
 from moex.train import loop
 from moex.train.job import make_job
@@ -38,7 +38,7 @@ from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim
-from moex.run import Checkpoint, Eval, Log
+from moex.runs.keys import Checkpoint, Eval, Log
 
 
 def get_config(arg=""):

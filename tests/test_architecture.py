@@ -7,7 +7,7 @@ import re
 import pytest
 from flax import nnx
 
-from moex.config import Config
+from moex.config.base import Config
 from moex.nn.attention import Attention
 from moex.nn.mla import LatentAttention
 from moex.nn.rope import Yarn

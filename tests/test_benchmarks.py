@@ -18,7 +18,7 @@ from benchmarks import (
     tune,
 )
 from kernels_pallas import tuned
-from moex.accounting import num_bytes
+from moex.costs.accounting import num_bytes
 from moex.model import spec as states
 from moex.optim import flat_paths
 from moex.sharding import MeshConfig

@@ -11,7 +11,7 @@ import warnings
 import pytest
 
 from moex import cli
-from moex.config import ConfigWarning
+from moex.config.base import ConfigWarning
 from moex.moe.routers.expert_choice import ExpertChoice
 from moex.train import score
 from moex.train.job import Job

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from moex import cli, config
-from moex.run import RUN_KEYS
+from moex import cli
+from moex.config import base as config
+from moex.runs.keys import RUN_KEYS
 from moex.serve.likelihood import continuation_scores
 from moex.train.job import load_config, load_run, make_job
 from tests import runs

@@ -8,7 +8,8 @@ import pytest
 
 from configs import quickstart
 from moex import project
-from moex.config import (
+from moex.config.base import (
+    MOVED,
     TYPE_KEY,
     Config,
     ConfigError,
@@ -21,7 +22,8 @@ from moex.config import (
     type_name,
     walk,
 )
-from moex.flags import load_config
+from moex.config.flags import load_config
+from moex.config.schedule import Schedule
 from moex.interop.families import FAMILIES, find_family
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
@@ -29,6 +31,7 @@ from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim
+from moex.runs.keys import Checkpoint, Eval, Log, Loss
 from tests.helpers import tiny_lm, tiny_moe
 
 
@@ -267,3 +270,19 @@ def test_names_of_types():
     assert type_name(int | None) == "int or None"
     assert type_name(tuple[str, ...]) == "tuple of str"
     assert type_name(tuple[str, float]) == "tuple of str, float"
+
+
+@pytest.mark.parametrize(
+    "tag, moved",
+    [
+        ("moex.run.Eval", Eval()),
+        ("moex.run.Checkpoint", Checkpoint()),
+        ("moex.run.Log", Log()),
+        ("moex.run.Loss", Loss()),
+        ("moex.schedule.Schedule", Schedule(points=((0, 1.0),))),
+    ],
+)
+def test_classes_that_moved_are_found_under_their_old_names(tag, moved):
+    """As a config.json says them that was written before the move."""
+    assert tag.rpartition(".")[0] in MOVED
+    assert from_dict(to_dict(moved) | {TYPE_KEY: tag}) == moved

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from launch import local
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.runs import workdir as folders
 from moex.train.job import make_job
 from tests import recorded, runs

@@ -12,7 +12,7 @@ from kernels_pallas import grouped_swiglu, make_plan
 from moex.model.spec import init_train_state, model_spec
 from moex.nn.attention import attend
 from moex.optim import AdamW, Optim, make_optimizer
-from moex.run import Loss
+from moex.runs.keys import Loss
 from moex.train.step import make_train_step
 from tests.helpers import mesh_of, random_batch, tiny_lm
 from tests.tolerances import assert_close

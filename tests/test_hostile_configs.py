@@ -9,8 +9,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from moex import config as configs
-from moex.config import (
+from moex.config import base as configs
+from moex.config.base import (
     DEEPEST,
     HUGEST,
     LARGEST,
@@ -26,6 +26,7 @@ from moex.config import (
     to_dict,
     walk,
 )
+from moex.config.schedule import Schedule
 from moex.data.pipeline import Data
 from moex.data.tokenizer import Bytes
 from moex.moe.chain import Chain
@@ -38,12 +39,11 @@ from moex.nn.mlp import Dense
 from moex.nn.rope import Yarn
 from moex.nn.stack import Segment
 from moex.optim import Muon
-from moex.run import RUN_KEYS, check_run
-from moex.schedule import Schedule
+from moex.runs.keys import RUN_KEYS, check_run
 from moex.train.job import load_config
 from tests.helpers import tiny_lm, tiny_moe
 
-BASE: dict = {TYPE_KEY: "moex.config.Config"}
+BASE: dict = {TYPE_KEY: "moex.config.base.Config"}
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +117,9 @@ EDITS = [
     ("model", {"dim": 1}, "config.model = {'dim': 1}: must be LM, not ConfigDict"),
     ("model.__config__", "moex.nn.lm.Lm", "config.model: 'moex.nn.lm.Lm' is not a"),
     ("model.__config__", ["a"], "config.model: ['a'] is not a config class"),
-    ("model.__config__", "moex.run.Eval", "config.model: Eval has no field"),
+    ("model.__config__", "moex.runs.keys.Eval", "config.model: Eval has no field"),
     ("model.depth", 3, "config.model: LM has no field 'depth'"),
-    ("eval", {TYPE_KEY: "moex.run.Log"}, "config.eval = Log(every=10"),
+    ("eval", {TYPE_KEY: "moex.runs.keys.Log"}, "config.eval = Log(every=10"),
     ("eval.every", 5e-324, "config.eval.every = 5e-324: must be 0, or"),
     ("optim.rule", BASE, "config.optim.rule = 'Config': must be AdamW"),
     ("optim.lr", 1e308, "config.optim.lr = 1e+308: must be 0, or between"),

@@ -3,7 +3,7 @@
 import pytest
 
 from moex import cli
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from tests import runs
 
 LONG = "9" * 5000

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.json_files import (
     dump_json,
     field,

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from moex.accounting import model_cost
-from moex.config import ConfigError
-from moex.matching import MEASURES, hidden_widths, match
+from moex.config.base import ConfigError
+from moex.costs.accounting import model_cost
+from moex.costs.matching import MEASURES, hidden_widths, match
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu

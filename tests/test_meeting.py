@@ -11,8 +11,8 @@ import time
 import pytest
 
 from launch.local import free_port
-from moex import distributed, listening, meeting, peers, sealed
-from moex.config import ConfigError
+from moex.cluster import addresses, connections, distributed, rendezvous, signed_lines
+from moex.config.base import ConfigError
 
 FACTS = {"config": {"optim": {"lr": 0.1}, "layers": [1, 2]}, "code": "abc"}
 TOKENS = ["", "a secret"]
@@ -28,7 +28,7 @@ class Job:
         def first():
             call = (self.address, 0, count, facts, timeout, token)
             with contextlib.suppress(ConfigError):
-                self.ended.append(meeting.meet(*call))
+                self.ended.append(rendezvous.meet(*call))
                 return
             self.ended.append(None)
 
@@ -49,7 +49,7 @@ class Job:
     def process(self, index=1, token=None, count=None, facts=FACTS, timeout=20):
         token = self.token if token is None else token
         call = (self.address, index, count or self.count, facts, timeout, token)
-        return meeting.meet(*call)
+        return rendezvous.meet(*call)
 
     def ends_well(self):
         """The missing processes come, and all are together."""
@@ -66,7 +66,7 @@ class Job:
             thread.join(15)
             assert not thread.is_alive()
         assert len(lines) == self.count - 1
-        assert isinstance(self.ended[0], peers.Line)
+        assert isinstance(self.ended[0], connections.Line)
         return time.monotonic() - began
 
 
@@ -80,7 +80,7 @@ def connect(port):
 
 def greeting(connection):
     """The number that process 0 sends first."""
-    line = sealed.receive(connection, 5, 10_000)
+    line = signed_lines.receive(connection, 5, 10_000)
     return json.loads(line)["moex"]
 
 
@@ -144,8 +144,8 @@ def test_without_a_token_one_who_differs_is_refused_alone(name, capfd):
     job = Job()
     with contextlib.closing(connect(job.port)) as connection:
         message = hello(**SEALED[name])
-        connection.sendall(sealed.seal("", greeting(connection), message))
-        sealed.receive(connection, 5, 1 << 20)  # until it has been heard
+        connection.sendall(signed_lines.seal("", greeting(connection), message))
+        signed_lines.receive(connection, 5, 1 << 20)  # until it has been heard
     assert job.ends_well() < 4
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("moex: warning: ignored at the coordinator's port: ")
@@ -158,8 +158,8 @@ def test_with_a_token_one_who_does_not_know_it_is_not_even_read(name, capfd):
     job = Job(token="a secret")
     with contextlib.closing(connect(job.port)) as connection:
         message = hello(**SEALED[name])
-        connection.sendall(sealed.seal("a guess", greeting(connection), message))
-        sealed.receive(connection, 5, 1 << 20)
+        connection.sendall(signed_lines.seal("a guess", greeting(connection), message))
+        signed_lines.receive(connection, 5, 1 << 20)
     assert job.ends_well() < 4
     (line,) = capfd.readouterr().err.splitlines()
     assert line.endswith("(it does not know this job's MOEX_JOB_TOKEN)")
@@ -168,11 +168,11 @@ def test_with_a_token_one_who_does_not_know_it_is_not_even_read(name, capfd):
 def test_a_line_that_was_overheard_does_not_serve_twice():
     job = Job(count=3, token="a secret")
     with contextlib.closing(connect(job.port)) as connection:
-        line = sealed.seal("a secret", greeting(connection), hello(processes=9))
+        line = signed_lines.seal("a secret", greeting(connection), hello(processes=9))
     with contextlib.closing(connect(job.port)) as connection:
         greeting(connection)
         connection.sendall(line)  # with the answer to another number
-        sealed.receive(connection, 5, 1 << 20)
+        signed_lines.receive(connection, 5, 1 << 20)
     assert job.ends_well() < 4
 
 
@@ -191,13 +191,13 @@ def test_without_a_token_the_last_that_was_refused_is_named_at_the_end():
     other = threading.Thread(target=come_with_another_count, args=(address,))
     other.start()
     with pytest.raises(ConfigError, match="did not come .* One was refused: .*told 3"):
-        meeting.meet(address, 0, 2, FACTS, 1)
+        rendezvous.meet(address, 0, 2, FACTS, 1)
     other.join(10)
 
 
 def come_with_another_count(address):
     with contextlib.suppress(ConfigError):
-        meeting.meet(address, 1, 3, FACTS, 5)
+        rendezvous.meet(address, 1, 3, FACTS, 5)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("a", "b"), ("a", ""), ("", "b")])
@@ -215,7 +215,7 @@ def test_a_process_with_another_token_is_told(ours, theirs, capfd):
 @pytest.mark.parametrize("token", TOKENS)
 def test_those_who_stay_silent_delay_nobody(token, capfd):
     job = Job(count=3, token=token)
-    silent = [job.stranger(read=True) for _ in range(3 * meeting.MOST_UNKNOWN)]
+    silent = [job.stranger(read=True) for _ in range(3 * rendezvous.MOST_UNKNOWN)]
     slow = job.stranger(b'{"process": ', read=True)
     assert job.ends_well() < 4
     for connection in [*silent, slow]:
@@ -225,7 +225,7 @@ def test_those_who_stay_silent_delay_nobody(token, capfd):
 
 
 def test_who_drips_bytes_is_heard_for_a_limited_time(monkeypatch):
-    monkeypatch.setattr(meeting, "HELLO_S", 0.5)
+    monkeypatch.setattr(rendezvous, "HELLO_S", 0.5)
     job, began = Job(), time.monotonic()
     connection = connect(job.port)
     with pytest.raises(OSError):  # it is closed from there
@@ -240,7 +240,7 @@ def test_a_process_that_left_while_others_were_awaited_may_come_again(capfd):
     job = Job(count=3, token="a secret")
     with contextlib.closing(connect(job.port)) as connection:
         message = hello(processes=3)
-        connection.sendall(sealed.seal("a secret", greeting(connection), message))
+        connection.sendall(signed_lines.seal("a secret", greeting(connection), message))
         time.sleep(0.2)
     for _ in range(100):
         if "came and left" in (said := capfd.readouterr().err):
@@ -269,14 +269,14 @@ def test_who_is_no_process_0_is_not_believed(answer):
         threading.Thread(target=serve, daemon=True).start()
         address = f"localhost:{server.getsockname()[1]}"
         with pytest.raises(ConfigError, match="no moex process|reset by peer"):
-            meeting.meet(address, 1, 2, FACTS, 0.5, "a secret")
+            rendezvous.meet(address, 1, 2, FACTS, 0.5, "a secret")
         server.shutdown(socket.SHUT_RDWR)
 
 
 def test_random_bytes_end_nothing():
     rng = random.Random(0)
     job = Job(token="a secret")
-    good = sealed.seal("", "0", hello())
+    good = signed_lines.seal("", "0", hello())
     for _ in range(60):
         line = bytearray(good)
         for _ in range(rng.randrange(1, 40)):
@@ -291,10 +291,12 @@ def test_a_later_message_that_is_none_is_a_lost_process(monkeypatch):
         ours, _ = server.accept()
     found = []
     monkeypatch.setattr(
-        peers.Line, "_end_all", lambda self, text, code: found.append((text, code))
+        connections.Line,
+        "_end_all",
+        lambda self, text, code: found.append((text, code)),
     )
     with ours, theirs:
-        peers.Line(0, 2, {1: ours})
+        connections.Line(0, 2, {1: ours})
         for line in (DEEP, b'{"error": 5, "code": "a"}', b'{"error": "x", "code": 2}'):
             theirs.sendall(line + b"\n")
         for _ in range(200):
@@ -312,18 +314,18 @@ def test_it_listens_only_where_it_is_looked_for(monkeypatch):
         found = [(0, 0, 0, "", (address, 0)) for address in addresses]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
 
-    assert listening.bind_addresses("127.0.0.1") == ["127.0.0.1"]
+    assert addresses.bind_addresses("127.0.0.1") == ["127.0.0.1"]
     resolve("127.0.0.1")
-    assert listening.bind_addresses("localhost") == ["127.0.0.1"]
+    assert addresses.bind_addresses("localhost") == ["127.0.0.1"]
     # Debian writes a machine's own name so into /etc/hosts; others see another one.
-    assert listening.bind_addresses("node1") == []
+    assert addresses.bind_addresses("node1") == []
     resolve("192.0.2.7")  # of a router that passes the port on
-    assert listening.bind_addresses("node1") == []
-    monkeypatch.setattr(listening, "_is_here", lambda address: True)
-    assert listening.bind_addresses("node1") == ["192.0.2.7"]
+    assert addresses.bind_addresses("node1") == []
+    monkeypatch.setattr(addresses, "_is_here", lambda address: True)
+    assert addresses.bind_addresses("node1") == ["192.0.2.7"]
     monkeypatch.undo()
     for every in ("0.0.0.0", "::"):
-        assert listening.bind_addresses(every) == []
+        assert addresses.bind_addresses(every) == []
 
 
 def test_another_address_of_the_machine_does_not_answer():
@@ -345,10 +347,10 @@ def test_another_address_of_the_machine_does_not_answer():
     ],
 )
 def test_where_the_service_of_jax_listens(monkeypatch, coordinator, variable, expected):
-    monkeypatch.delenv(meeting.BIND, raising=False)
+    monkeypatch.delenv(rendezvous.BIND, raising=False)
     if variable:
-        monkeypatch.setenv(meeting.BIND, variable)
-    if "::1" in coordinator and not listening._is_here("::1"):
+        monkeypatch.setenv(rendezvous.BIND, variable)
+    if "::1" in coordinator and not addresses._is_here("::1"):
         pytest.skip("no IPv6")
     assert distributed._bind_address(coordinator) == expected
 

@@ -9,7 +9,8 @@ import optax
 import pytest
 from optax.contrib import muon
 
-from moex.config import ConfigError, check
+from moex.config.base import ConfigError, check
+from moex.config.schedule import Schedule
 from moex.model.spec import ParamInfo
 from moex.optim import (
     AdamW,
@@ -21,7 +22,6 @@ from moex.optim import (
     path_factors,
     schedule_frac,
 )
-from moex.schedule import Schedule
 from tests.helpers import assert_equal_trees
 from tests.tolerances import assert_close
 

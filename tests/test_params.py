@@ -5,11 +5,12 @@ import json
 import jax
 import pytest
 
-from moex import activations, cli, params
-from moex.accounting import model_cost, num_bytes
-from moex.config import ConfigError
+from moex import cli
+from moex.config.base import ConfigError
+from moex.config.flags import load_config
+from moex.costs import residual_bytes, table
+from moex.costs.accounting import model_cost, num_bytes
 from moex.data.tokenizer import Bytes, TokenizerFile
-from moex.flags import load_config
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.narrow import Narrow
@@ -63,9 +64,9 @@ def test_kept_by_full_recomputation(run_config):
     """The input of each layer, and nothing else."""
     segment = Segment(pattern=(tiny_moe(),), repeat=3)
     cfg = run_config(segment, remat="full")
-    assert activations.block_activation_bytes(cfg, segment, 0) == 4 * 16
+    assert residual_bytes.block_activation_bytes(cfg, segment, 0) == 4 * 16
     cfg.precision = "bfloat16"
-    assert activations.block_activation_bytes(cfg, segment, 0) == 2 * 16
+    assert residual_bytes.block_activation_bytes(cfg, segment, 0) == 2 * 16
 
 
 def test_kept_when_matmuls_are_kept(run_config):
@@ -74,7 +75,7 @@ def test_kept_when_matmuls_are_kept(run_config):
     # The input, queries, keys and values, attention's output, and both halves of the
     # hidden layer; the last matmul is only added to something.
     floats = 16 + 16 + (8 + 8) + 16 + 2 * 24
-    assert activations.block_activation_bytes(cfg, segment, 0) == 4 * floats
+    assert residual_bytes.block_activation_bytes(cfg, segment, 0) == 4 * floats
 
 
 @pytest.mark.parametrize(
@@ -83,9 +84,9 @@ def test_kept_when_matmuls_are_kept(run_config):
 def test_kept_by_a_pattern_is_kept_by_its_layers(run_config, remat, second):
     pair = Segment(pattern=(Dense(hidden=24), second))
     cfg = run_config(pair, remat=remat)
-    layers = [activations.block_activation_bytes(cfg, pair, i) for i in (0, 1)]
+    layers = [residual_bytes.block_activation_bytes(cfg, pair, i) for i in (0, 1)]
 
-    assert sum(layers) == activations._pattern_bytes(cfg, pair, pair.pattern)
+    assert sum(layers) == residual_bytes._pattern_bytes(cfg, pair, pair.pattern)
 
 
 def test_kept_grows_with_rounds(run_config):
@@ -93,7 +94,7 @@ def test_kept_grows_with_rounds(run_config):
 
     def kept(ffn):
         segment = Segment(pattern=(ffn,))
-        return activations.block_activation_bytes(run_config(segment), segment, 0)
+        return residual_bytes.block_activation_bytes(run_config(segment), segment, 0)
 
     plain, twice = kept(tiny_moe()), kept(Chain(moe=tiny_moe(), iterations=2))
     assert twice > plain + 4 * 2 * (2 * 8)  # float32 pre-activations of two slots
@@ -111,13 +112,13 @@ def test_rows_add_up(run_config):
         Segment(pattern=(tiny_moe(), dense), repeat=2),
         Segment(pattern=(dense,)),
     )
-    rows = params.model_rows(cfg)
+    rows = table.model_rows(cfg)
     assert [(row.label, row.copies, row.kind) for row in rows] == [
         ("layers 0, 2, 4, 5", 4, "Dense"),
         ("layers 1, 3", 2, "MoE(8, TopK, Glu)"),
         ("rest", 1, "embedding, last norm, logits, loss"),
     ]
-    total = params.totals(rows)
+    total = table.totals(rows)
     spec = model_spec(cfg.model)
     cost = model_cost(cfg.model, spec, LENGTH)
     tx, _ = make_optimizer(cfg.optim, cfg.steps, spec.params, spec.info)
@@ -136,7 +137,7 @@ def test_optimizer_state_is_that_of_the_optimizer(run_config, rule, moments):
     """Muon keeps one moment of matrices, and two of embeddings and norms."""
     cfg = run_config(Segment(pattern=(Dense(hidden=24),)))
     cfg.optim.rule = rule
-    layer, rest = (row.figures for row in params.model_rows(cfg))
+    layer, rest = (row.figures for row in table.model_rows(cfg))
     norms = 16 + 16 + 4 + 4
     matrices = layer["params"] - norms
     assert layer["optimizer_bytes"] == 4 * (moments * matrices + 2 * norms)
@@ -148,22 +149,22 @@ def test_vocabulary_without_data(run_config, tmp_path):
     cfg = run_config()
     cfg.model.vocab = None
     cfg.data.tokenizer = Bytes()
-    params.fill_vocab(cfg)
+    table.fill_vocab(cfg)
     assert cfg.model.vocab == 257
     cfg.model.vocab = None
     cfg.data.tokenizer = TokenizerFile(path=str(tmp_path / "none.json"))
     with pytest.raises(ConfigError, match=r"config\.data\.tokenizer\.path = .*no such"):
-        params.fill_vocab(cfg)
+        table.fill_vocab(cfg)
     cfg.model.vocab = 100
-    params.fill_vocab(cfg)
+    table.fill_vocab(cfg)
     assert cfg.model.vocab == 100
 
 
 def test_kinds_in_a_few_words():
     chain = Chain(moe=tiny_moe(), iterations=2)
     narrow = Narrow(latent=8, inner=chain)
-    assert params.describe_kind(Dense(hidden=24)) == "Dense"
-    assert params.describe_kind(narrow) == "Narrow(8, Chain(2, MoE(8, TopK, Glu)))"
+    assert table.describe_kind(Dense(hidden=24)) == "Dense"
+    assert table.describe_kind(narrow) == "Narrow(8, Chain(2, MoE(8, TopK, Glu)))"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_kinds_in_a_few_words():
     ],
 )
 def test_layer_numbers(numbers, text):
-    assert params.number_ranges(numbers) == text
+    assert table.number_ranges(numbers) == text
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_layer_numbers(numbers, text):
     ],
 )
 def test_scaled_numbers(args, text):
-    assert params.scaled(*args) == text
+    assert table.scaled(*args) == text
 
 
 # The command.

@@ -17,10 +17,11 @@ import jax
 import pytest
 
 from launch.local import free_port
-from moex import cli, distributed, meeting, peers
+from moex import cli
 from moex.arguments import make_parser
-from moex.config import ConfigError
-from moex.flags import load_config
+from moex.cluster import connections, distributed, rendezvous
+from moex.config.base import ConfigError
+from moex.config.flags import load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 FACTS = {"config": {"optim": {"lr": 0.1}, "layers": [1, 2]}, "code": "abc"}
@@ -32,7 +33,7 @@ def meet_all(*calls, token="a secret"):
 
     def work(i, call):
         try:
-            ended[i] = meeting.meet(address, *call, token)
+            ended[i] = rendezvous.meet(address, *call, token)
         except ConfigError as e:
             ended[i] = e
 
@@ -102,7 +103,7 @@ def test_what_differs_is_said_on_both(second, message):
     assert all(isinstance(e, ConfigError) for e in ended)
     assert str(ended[0]) == str(ended[1])
     assert message in str(ended[0])
-    assert time.monotonic() - began < 4 + peers.LINGER_S + 2
+    assert time.monotonic() - began < 4 + connections.LINGER_S + 2
 
 
 def test_the_same_index_twice():
@@ -126,9 +127,9 @@ def processes(*bodies):
     """Each body in a process of its own, as process i of a line; (code, error)."""
     head = f"""
     import os, signal, sys, time
-    from moex import meeting, peers
+    from moex.cluster import rendezvous, connections
     index = int(sys.argv[1])
-    line = meeting.meet("localhost:{free_port()}", index, {len(bodies)}, {{}}, 20)
+    line = rendezvous.meet("localhost:{free_port()}", index, {len(bodies)}, {{}}, 20)
     """
     started = [
         subprocess.Popen(
@@ -148,7 +149,7 @@ def processes(*bodies):
 
 
 WAIT = "time.sleep(30)"  # as inside a collective
-AGAIN = f"; {peers.AGAIN}\n"
+AGAIN = f"; {connections.AGAIN}\n"
 
 
 def test_an_error_of_one_process_ends_all_and_is_said_once():
@@ -185,7 +186,7 @@ def test_facts_that_differ_later_end_all():
     body = "\n".join(
         (
             "try: line.agree({'data': index // 2})",
-            "except peers.ConfigError as e: line.fail(str(e), 2)",
+            "except connections.ConfigError as e: line.fail(str(e), 2)",
             WAIT,
         )
     )
@@ -445,7 +446,7 @@ def test_another_config_is_refused_on_both_in_one_line(clean, capsys):
 
     def first():
         try:
-            meeting.meet(address, 0, 2, cli._told(cfg, args), 30, "0" * 16)
+            rendezvous.meet(address, 0, 2, cli._told(cfg, args), 30, "0" * 16)
         except ConfigError as e:
             ended.append(str(e))
 

@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moex import cli, topology
-from moex.accounting import num_bytes
-from moex.config import ConfigError
-from moex.flags import load_config
+from moex import cli
+from moex.config.base import ConfigError
+from moex.config.flags import load_config
+from moex.costs.accounting import num_bytes
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import Groups, TopK
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.plan import liveness, rehearsal
+from moex.plan import liveness, rehearsal, topology
 from moex.plan import traffic as traffics
 from moex.plan.advice import advice, least_devices
 from moex.plan.planner import check, plan
@@ -207,7 +207,7 @@ def test_tensor_splits_heads_widths_and_logits(run_config):
 @pytest.mark.thorough
 def test_the_peak_is_near_what_a_cpu_allocates():
     """The shipped quickstart, whose logits and kept rows are most of it."""
-    from moex.flags import load_config
+    from moex.config.flags import load_config
 
     where = topology.parse("cpu:1")
     cfg = load_config(["--config=configs/quickstart.py"])

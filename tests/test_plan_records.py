@@ -6,9 +6,9 @@ import pathlib
 import pytest
 
 from benchmarks.plan import CASES
-from moex.flags import load_config
+from moex.config.flags import load_config
 from moex.plan.planner import plan
-from moex.topology import parse
+from moex.plan.topology import parse
 
 RECORDS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / "plan"
 

@@ -6,12 +6,12 @@ import sys
 import pytest
 
 from moex import cli, project
-from moex.config import ConfigError, from_dict, to_dict
-from moex.flags import load_config
+from moex.config.base import ConfigError, from_dict, to_dict
+from moex.config.flags import load_config
 
 ROUTER = """
 import dataclasses
-from moex.config import Config
+from moex.config.base import Config
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Own(Config):

@@ -8,12 +8,20 @@ import ml_collections
 import pytest
 
 from configs import base
-from moex import config
-from moex.config import Config, ConfigError, ConfigWarning
+from moex.config import base as config
+from moex.config.base import Config, ConfigError, ConfigWarning
+from moex.config.schedule import Schedule
 from moex.model.spec import model_spec
 from moex.optim import AdamW, Optim
-from moex.run import RUN_KEYS, Checkpoint, Eval, Log, Loss, check_run, kernel_names
-from moex.schedule import Schedule
+from moex.runs.keys import (
+    RUN_KEYS,
+    Checkpoint,
+    Eval,
+    Log,
+    Loss,
+    check_run,
+    kernel_names,
+)
 from moex.train.job import load_config, save_config
 from tests.helpers import tiny_lm
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.sharding import matrix
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.model import spec as states
 from moex.moe.experts.glu import Glu
 from moex.optim import flat_paths

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from moex.config import ConfigError, check
+from moex.config.base import ConfigError, check
 from moex.sharding import (
     AXIS_NAMES,
     BATCH_AXES,

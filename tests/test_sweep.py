@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from moex import cli, sweep
-from moex.config import ConfigError
+from moex import cli
+from moex.config.base import ConfigError
+from moex.runs import sweep
 from moex.train.job import load_config
 from tests import runs
 

@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 
-from moex import cli, distributed, peers
-from moex.config import ConfigError, ConfigWarning
+from moex import cli
+from moex.cluster import connections, distributed
+from moex.config.base import ConfigError, ConfigWarning
 from moex.terminal import CONTROL, Terminal, printable
 from moex.train import score
 from moex.train.log import RunLog
@@ -64,7 +65,7 @@ def test_a_terminal_is_still_a_stream():
 
 
 def test_errors_and_warnings_are_one_line_of_text(quiet, capsys):
-    peers.say(f"a file\n{ESCAPE}: broken")
+    connections.say(f"a file\n{ESCAPE}: broken")
     cli._quiet()
     # As Python does for a warning that is to be shown.
     warnings.showwarning(ConfigWarning(ESCAPE), ConfigWarning, "file", 1)
@@ -93,5 +94,5 @@ def test_lines_of_a_run_are_text_in_a_file_too(capsys):
 def test_an_unexpected_error_of_another_process_shows_its_text(capsys):
     with pytest.raises(ConfigError):
         distributed._check(distributed.Place("flags", 2, 2, ESCAPE))
-    peers.say(f"process 1 of 2: {ESCAPE}")
+    connections.say(f"process 1 of 2: {ESCAPE}")
     assert not CONTROL.search(capsys.readouterr().err)

@@ -17,7 +17,7 @@ from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim
-from moex.run import Checkpoint, Eval, Log
+from moex.runs.keys import Checkpoint, Eval, Log
 
 ROOT = pathlib.Path(__file__).absolute().parents[2]
 

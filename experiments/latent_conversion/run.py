@@ -21,7 +21,7 @@ from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
 from moex.nn.stack import Segment
 from moex.optim import Muon, Optim
-from moex.run import Eval
+from moex.runs.keys import Eval
 from moex.train.job import load_config
 from moex.train.loop import train
 from moex.train.score import score_run

@@ -6,7 +6,7 @@ Hardware: 2 CPU cores, a minute or less each. "dead" needs `run.py`, which force
 """
 
 from configs import base
-from moex.config import require_choice
+from moex.config.base import require_choice
 from moex.data.pipeline import Data
 from moex.data.sources import PythonStdlib
 from moex.data.tokenizer import Bytes
@@ -19,7 +19,7 @@ from moex.nn.attention import Attention
 from moex.nn.lm import LM
 from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim
-from moex.run import Checkpoint, Eval, Log, Loss
+from moex.runs.keys import Checkpoint, Eval, Log, Loss
 
 EXPERTS = 8
 ROUTERS = {

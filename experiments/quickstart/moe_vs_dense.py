@@ -16,7 +16,7 @@ import matplotlib
 import ml_collections
 
 from configs import quickstart
-from moex import accounting
+from moex.costs import accounting
 from moex.train.job import make_job
 from moex.train.loop import train
 

@@ -34,7 +34,7 @@ from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim, flat_paths, path_name
-from moex.run import Loss
+from moex.runs.keys import Loss
 from moex.sharding import MeshConfig, shard_batch
 from moex.train.step import make_train_step
 

@@ -8,7 +8,7 @@ from moex.analysis.equality import Tolerance, assert_equal
 from moex.analysis.plotting import page, picture, plot_lines
 from moex.analysis.points import write_points
 from moex.analysis.reading import read_runs
-from moex.config import ConfigError, require
+from moex.config.base import ConfigError, require
 from moex.data.files import naming
 from moex.json_files import dump_json
 

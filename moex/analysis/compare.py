@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit  # SciPy comes with JAX
 
-from moex.accounting import model_cost
 from moex.analysis.reading import Curve, Run, curves
-from moex.config import flat, to_dict
+from moex.config.base import flat, to_dict
+from moex.costs.accounting import model_cost
+from moex.costs.table import fill_vocab, scaled
 from moex.model.spec import model_spec
-from moex.params import fill_vocab, scaled
 from moex.train.log import clock
 
 MANY = 4  # fields in a label; where more differ, folders say it shorter

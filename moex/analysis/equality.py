@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moex.analysis.reading import KINDS, WHICH, Run, read_runs
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 
 # Of the machine, or of how a mesh divides the work: free to differ.
 APART = ("perf/", "moe/device_")

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from moex.config import LARGEST, MOST, ConfigError, require, short
+from moex.config.base import LARGEST, MOST, ConfigError, require, short
 from moex.json_files import expect_object, field, parse_json
 
 VERSION = 1

@@ -14,7 +14,7 @@ import numpy as np
 from moex.analysis import statistics as stats
 from moex.analysis.header import read_layer
 from moex.analysis.summary import Analysis, LayerAnalysis, Step
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.data.files import naming
 from moex.json_files import dump_json, expect_object, field, parse_json
 

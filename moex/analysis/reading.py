@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moex.config import LARGEST, ConfigError, nearest, require
+from moex.config.base import LARGEST, ConfigError, nearest, require
 from moex.json_files import field, read_json_lines
 from moex.train.job import load_config
 

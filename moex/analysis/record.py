@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moex import config as configs
 from moex.analysis.header import Header, LayerInfo
 from moex.analysis.trace import Slots, Tokens
 from moex.analysis.writer import TraceWriter, check_new
-from moex.config import ConfigError
+from moex.config import base as configs
+from moex.config.base import ConfigError
 from moex.data.files import naming
 from moex.moe.routing import ExpertRouting
 from moex.sharding import shard_batch

@@ -14,7 +14,7 @@ from moex.analysis import scores
 from moex.analysis import statistics as stats
 from moex.analysis.header import LayerInfo
 from moex.analysis.trace import Chunk, Slots, Tokens, Trace
-from moex.config import ConfigError, nearest
+from moex.config.base import ConfigError, nearest
 
 MOST_IDS = 8192  # of the most frequent token ids, whose experts are counted one by one
 BUCKETS = 33  # of positions: those of 32 bits

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moex.analysis.header import Header, LayerInfo
-from moex.config import ConfigError, nearest, short
+from moex.config.base import ConfigError, nearest, short
 
 KEY = b"moex.trace"  # of the header, in the metadata of the file
 BLOCK = 16384  # tokens of a row group; the last one has what is left

@@ -21,7 +21,7 @@ from moex.analysis.trace import (
     Slots,
     Tokens,
 )
-from moex.config import ConfigError, require
+from moex.config.base import ConfigError, require
 
 
 class TraceWriter:

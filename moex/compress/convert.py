@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moex import config as configs
 from moex.compress.calibrate import input_moments
 from moex.compress.to_latent import (
     ToLatent,
@@ -24,16 +23,17 @@ from moex.compress.to_latent import (
 )
 from moex.compress.to_moe import moe_model, upcycle_params, upcycled_layers
 from moex.compress.upcycle import Upcycle, check_upcycle
-from moex.config import ConfigError
+from moex.config import base as configs
+from moex.config.base import ConfigError
 from moex.data.files import atomic_write
 from moex.data.tokenizer import SavedTokenizer
 from moex.json_files import dump_json
 from moex.model import spec as states
 from moex.optim import flat_paths
-from moex.run import check_run
 from moex.runs.checkpoint import HOST_BYTES, Checkpointer
 from moex.runs.checksums import all_finite
 from moex.runs.consumed import Consumed
+from moex.runs.keys import check_run
 from moex.runs.workdir import new_run
 from moex.sharding import MeshConfig
 from moex.train.job import (

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from moex.compress.latent import Factoring, convert_experts
-from moex.config import ConfigError, require
+from moex.config.base import ConfigError, require
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent

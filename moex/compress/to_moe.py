@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from moex.compress.upcycle import Upcycle, chosen_layers, layer_of_dense, moe_of_dense
-from moex.config import ConfigError, walk
+from moex.config.base import ConfigError, walk
 from moex.nn.mlp import Dense
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moex.config import ConfigError, require, require_choice
+from moex.config.base import ConfigError, require, require_choice
 from moex.exact import exact
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE, split_experts

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from moex.config import Config, require
+from moex.config.base import Config, require
 
 Example = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]

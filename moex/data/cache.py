@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moex.config import TYPE_KEY, ConfigError, to_dict
+from moex.config.base import TYPE_KEY, ConfigError, to_dict
 from moex.data.files import locked
 from moex.data.packing import pack_rows
 from moex.data.stream import SPLITS, write_source

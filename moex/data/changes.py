@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.data.files import atomic_write
 from moex.json_files import read_object
 

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from moex.config import ConfigError, require, require_choice
+from moex.config.base import ConfigError, require, require_choice
 from moex.data import token_text
+from moex.data.fast_bpe import encode_ascii
 from moex.data.files import atomic_write, decode_utf8
 from moex.data.library import one_line_errors
-from moex.data.words import encode_ascii
 from moex.json_files import digest, field, read_object
 
 DOC_TOKEN = "<|doc|>"
 PIECE_CHARS = 1_000_000
-FEW_CORES = 4  # with more, the library itself is faster than `words.py`
+FEW_CORES = 4  # with more, the library itself is faster than `fast_bpe.py`
 META, MODEL = "moex_tokenizer.json", "tokenizer.json"
 MOST_TOKENS = 2**24  # of a vocabulary; the largest that are published have 2**18
 

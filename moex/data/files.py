@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moex.config import ConfigError, require, require_path
+from moex.config.base import ConfigError, require, require_path
 
 BOM = b"\xef\xbb\xbf"  # some editors begin UTF-8 files so; it is no text
 

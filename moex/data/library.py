@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.data.files import one_line
 
 ALONE = threading.Lock()

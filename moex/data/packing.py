@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.data.stream import Stream
 
 OPEN_ROWS = 256  # rows that first-fit packing looks back over

@@ -6,7 +6,7 @@ Not here: what documents are made of them (`sources.py`).
 from collections.abc import Iterator
 from typing import Any
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.data.files import File, one_line
 
 

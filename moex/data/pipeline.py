@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from moex.config import Config, ConfigError, check, require
+from moex.config.base import Config, ConfigError, check, require
 from moex.data import cache
 from moex.data.batches import Datasets, Reading
 from moex.data.files import unit_hash

@@ -10,7 +10,7 @@ import lzma
 
 import numpy as np
 
-from moex.config import ConfigError, require
+from moex.config.base import ConfigError, require
 from moex.data.pipeline import Prepared
 
 COMPRESSORS = {

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moex.config import ConfigError, check, nearest, require, short
+from moex.config.base import ConfigError, check, nearest, require, short
 from moex.data.batches import Datasets, Example, Reading
 from moex.data.files import File, find_files, read_text
 

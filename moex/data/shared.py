@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 
-from moex.config import ConfigError, to_dict
+from moex.config.base import ConfigError, to_dict
 from moex.data.files import File
 from moex.data.sources import Source
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moex.config import Config, ConfigError, nearest, require, require_choice
+from moex.config.base import Config, ConfigError, nearest, require, require_choice
 from moex.data import parquet
 from moex.data.files import (
     BOM,

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.data.files import atomic_write, naming
 
 SPLITS = ("train", "eval")

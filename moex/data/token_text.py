@@ -58,7 +58,7 @@ def is_byte_level(spec: dict) -> bool:
 
 
 def has_gpt2_words(spec: dict) -> bool:
-    """Whether words are those of `words.py`."""
+    """Whether words are those of `fast_bpe.py`."""
     how = spec["pre_tokenizer"]
     special = all(t["special"] for t in spec["added_tokens"])
     return special and how["type"] == "ByteLevel" and how.get("use_regex", True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from moex.config import (
+from moex.config.base import (
     Config,
     ConfigError,
     nearest,

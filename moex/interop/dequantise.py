@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Self
 import ml_dtypes
 import numpy as np
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.interop.folder import Folder, Index
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from moex.config import ConfigError, require
+from moex.config.base import ConfigError, require
 from moex.data.tokenizer import Tokenizer
 from moex.interop.arrays import tensor_of
+from moex.interop.closest_family import closest, inference
 from moex.interop.families import FAMILIES, read_model
 from moex.interop.folder import (
     CONFIG,
@@ -23,7 +24,6 @@ from moex.interop.folder import (
 )
 from moex.interop.hf import KEPT, RECORD
 from moex.interop.names import Piece, pieces
-from moex.interop.native import closest, inference
 from moex.interop.tokens import first_token, written
 from moex.interop.writing import Tensor, check_target, write
 from moex.json_files import field

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moex.config import MOST, ConfigError, ConfigWarning, check, short
+from moex.config.base import MOST, ConfigError, ConfigWarning, check, short
 from moex.interop.defaults import DEFAULTS
 from moex.interop.fields import Fields
 from moex.interop.layers import (

@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moex.config import HUGEST, LARGEST, ConfigError, fits, short
+from moex.config.base import HUGEST, LARGEST, ConfigError, fits, short
 
 # Kinds of values, as an error says them.
 KINDS = {

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from moex.config import ConfigError, nearest, short
+from moex.config.base import ConfigError, nearest, short
 from moex.json_files import field, parse_json, read_object
 
 CONFIG = "config.json"

@@ -15,11 +15,11 @@ import ml_collections
 import numpy as np
 
 from moex.compress.convert import write_run
-from moex.config import ConfigError, nearest, require
+from moex.config.base import ConfigError, nearest, require
+from moex.config.flags import load_config as load_config_flags
 from moex.data.files import atomic_write
 from moex.data.pipeline import Data
 from moex.data.tokenizer import SavedTokenizer, TokenizerFile
-from moex.flags import load_config as load_config_flags
 from moex.interop.arrays import load_array
 from moex.interop.dequantise import reader
 from moex.interop.families import (
@@ -41,7 +41,7 @@ from moex.interop.tokens import (
 from moex.interop.writing import check_target
 from moex.model import spec as states
 from moex.optim import AdamW, Optim, flat_paths, path_name
-from moex.run import Checkpoint, Eval, Log, Loss, check_run
+from moex.runs.keys import Checkpoint, Eval, Log, Loss, check_run
 from moex.runs.workdir import new_run
 from moex.sharding import MeshConfig
 from moex.train.job import make_job

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from moex.config import MOST
+from moex.config.base import MOST
 from moex.interop.fields import Fields
 from moex.interop.positions import rope
 from moex.moe.experts.glu import Glu

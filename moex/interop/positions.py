@@ -9,7 +9,7 @@ contradict each other are refused, although it takes one of them.
 import math
 from typing import Any
 
-from moex.config import nearest
+from moex.config.base import nearest
 from moex.interop.fields import Fields
 from moex.nn.rope import Linear, Llama3, Yarn
 

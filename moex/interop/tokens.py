@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from moex.config import ConfigError, short
+from moex.config.base import ConfigError, short
 from moex.data.encoding import (
     DOC_TOKEN,
     MODEL,

@@ -11,10 +11,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from moex.config import Config, require
+from moex.config.base import Config, require
+from moex.config.schedule import static_value, value_at
 from moex.moe.losses import update_bias
 from moex.moe.quantile import SPAN, balancing_bias
-from moex.schedule import static_value, value_at
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moex.config import Config, require
+from moex.config.base import Config, require
 from moex.moe.layer import MoE, SparseLayer, check_capacity, check_router
 from moex.nn.context import fold_key
 

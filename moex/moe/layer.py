@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moex.config import Config, require, walk
+from moex.config.base import Config, require, walk
 from moex.moe import losses, metrics
-from moex.moe.dispatch import drop_over_capacity, expert_capacity
+from moex.moe.capacity import drop_over_capacity, expert_capacity
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.zero import Zero
 from moex.moe.parallel import Rows, run_experts

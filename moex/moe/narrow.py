@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from moex.config import Config, require
+from moex.config.base import Config, require
 from moex.nn.block import is_feed_forward
 from moex.nn.param import param
 

@@ -6,7 +6,7 @@ gathered there in the compute dtype, and their gradients scattered back.
 
 Rows reach the experts in one of two ways (`config.mesh.exchange`):
 
-- "all_to_all" (`moe/travel.py`): each token goes once to every device that holds an
+- "all_to_all" (`moe/all_to_all.py`): each token goes once to every device that holds an
   expert of it, however many it holds; the gated sum comes back. Routing that is limited
   to groups of experts, one per device, shortens the travel.
 - "gather": every device of the expert axis sees all tokens of the axis and computes its
@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas import combine, dispatch, make_plan
 from kernels_pallas.permute import take
 from moex.exact import exact
-from moex.moe.travel import moves_all_to_all, plan_travel
+from moex.moe.all_to_all import moves_all_to_all, plan_travel
 from moex.nn.param import split_params
 from moex.sharding import TOKEN_AXES, on_a_mesh, partition_spec
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moex.config import Config, require
+from moex.config.base import Config, require
 from moex.sharding import by_rows
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from kernels_pallas.device import platform
-from moex.config import MOST, Config, require, require_choice
+from moex.config.base import MOST, Config, require, require_choice
 from moex.nn.attention_blocks import FLOOR, attend_in_blocks, visible
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.device import platform
-from moex.config import require
+from moex.config.base import require
 from moex.nn.model import Layers, Model
 from moex.nn.param import param
 from moex.nn.project import in_c, project

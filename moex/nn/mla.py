@@ -14,7 +14,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from moex.config import Config, require
+from moex.config.base import Config, require
 from moex.nn.attention import attend, choose, extend, key_places, mean_visible
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 from flax import nnx
 
-from moex.config import Config, require
+from moex.config.base import Config, require
 from moex.nn.param import param
 from moex.nn.project import project
 

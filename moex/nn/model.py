@@ -11,7 +11,7 @@ from typing import Any
 
 from flax import nnx
 
-from moex.config import MOST, Config, require
+from moex.config.base import MOST, Config, require
 from moex.nn.context import fold_key
 from moex.nn.norm import RMSNorm
 from moex.nn.stack import Segment, require_attention

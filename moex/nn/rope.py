@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moex.config import Config, require
+from moex.config.base import Config, require
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -7,7 +7,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from moex.config import require
+from moex.config.base import require
 from moex.nn.model import Layers, Model
 from moex.nn.param import param
 from moex.sharding import constrain

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas.names import GROUPED_MATMUL, PRE_ACTIVATIONS
-from moex.config import Config, require, require_choice, walk
+from moex.config.base import Config, require, require_choice, walk
 from moex.moe.parallel import reads_stack
 from moex.nn.block import RESIDUALS, Block, is_feed_forward
 from moex.nn.context import fold_key

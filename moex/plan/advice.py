@@ -3,7 +3,7 @@
 import copy
 import math
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.optim import Muon
 from moex.plan.planner import Plan, plan
 from moex.sharding import BATCH_AXES

@@ -7,7 +7,7 @@ from moex.plan import report
 from moex.plan.advice import advice
 from moex.plan.planner import plan
 from moex.plan.rehearsal import DoesNotFit, compile_step
-from moex.topology import parse
+from moex.plan.topology import parse
 
 
 def run(

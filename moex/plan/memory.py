@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from moex import sharding
-from moex.activations import (
+from moex.costs.residual_bytes import (
     abstract_batch,
     model_activation_bytes,
     traced_options,
 )
 from moex.optim import path_name
 from moex.plan import liveness
-from moex.topology import Topology, abstract_mesh
+from moex.plan.topology import Topology, abstract_mesh
 from moex.train.job import Program, compute_dtype
 from moex.train.losses import lm_loss, make_context
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 
-from moex.accounting import model_cost
-from moex.params import fill_vocab
+from moex.costs.accounting import model_cost
+from moex.costs.table import fill_vocab
 from moex.plan.memory import Memory, memory
+from moex.plan.topology import Topology
 from moex.plan.traffic import Traffic, traffic
-from moex.run import check_run
-from moex.topology import Topology
+from moex.runs.keys import check_run
 from moex.train.job import check_devices, check_kernels, make_program, static_options
 
 

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.plan.memory import batch_arguments
-from moex.topology import Topology
+from moex.plan.topology import Topology
 from moex.train.job import Program, make_program
 
 # libtpu asks these on its way to a topology, and waits for a metadata server if they

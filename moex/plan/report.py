@@ -1,6 +1,6 @@
 """A plan, and what a compiler said, as text for people."""
 
-from moex.params import scaled
+from moex.costs.table import scaled
 from moex.plan.planner import Plan
 from moex.plan.rehearsal import Compiled
 

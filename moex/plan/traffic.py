@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moex.moe.travel import moves_all_to_all
+from moex.moe.all_to_all import moves_all_to_all
 from moex.optim import path_name
 from moex.plan.memory import local_shape
 from moex.sharding import TOKEN_AXES, batch_shards

@@ -4,8 +4,8 @@ import dataclasses
 import shlex
 from typing import Any
 
-from moex.config import Config, children, flat, short, to_dict
-from moex.params import scaled
+from moex.config.base import Config, children, flat, short, to_dict
+from moex.costs.table import scaled
 from moex.report.material import Material
 from moex.report.page import Note, Section, Table, Verbatim
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from moex.analysis.summary import analyse, compare
 from moex.analysis.trace import Trace
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.data.files import atomic_write
 from moex.report import about, routing, tracing, training
 from moex.report.health import examine

@@ -1,4 +1,4 @@
-"""The checks of `analysis/health.py` on a run: what was found, and what was looked at.
+"""The checks of `health_checks.py` on a run: what was found, what was looked at.
 
 S logged steps · E experts
 """
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moex.analysis import health
-from moex.analysis.health import Finding
 from moex.moe.routers.topp import TopP
+from moex.report import health_checks
+from moex.report.health_checks import Finding
 from moex.report.material import Material, Routing
 from moex.train.layers import routers, shown
 
@@ -82,12 +82,14 @@ def _training(material: Material, checked, unchecked) -> Iterator[Finding]:
         checked.append("divergence")
         yield from _found(
             *(
-                health.not_finite(f"training {name}", *material.series("train", name))
+                health_checks.not_finite(
+                    f"training {name}", *material.series("train", name)
+                )
                 for name in ("nll", "grad_norm")
             ),
-            health.divergence(step_S, nll_S),
-            health.spikes(step_S, nll_S),
-            health.skipped_updates(*material.series("train", "skipped")),
+            health_checks.divergence(step_S, nll_S),
+            health_checks.spikes(step_S, nll_S),
+            health_checks.skipped_updates(*material.series("train", "skipped")),
         )
     step_S, nll_S = material.series("eval", "nll")
     if len(step_S) == 0:
@@ -95,9 +97,9 @@ def _training(material: Material, checked, unchecked) -> Iterator[Finding]:
         return
     checked.append("held-out loss")
     _, tokens_S = material.series("eval", "tokens")
-    yield from _found(health.not_finite("held-out loss", step_S, nll_S))
+    yield from _found(health_checks.not_finite("held-out loss", step_S, nll_S))
     if len(tokens_S) == len(step_S):
-        yield from _found(health.overfitting(step_S, nll_S, tokens_S))
+        yield from _found(health_checks.overfitting(step_S, nll_S, tokens_S))
 
 
 def _found(*results: Finding | None) -> Iterator[Finding]:
@@ -147,8 +149,8 @@ def _layer(label, step_S, figures, most) -> Iterator[Finding | None]:
         yield from (None, None)
     else:
         rows, load_SE = load
-        yield health.dead_experts(where, step_S[rows], load_SE)
-        yield health.collapse(where, load_SE)
+        yield health_checks.dead_experts(where, step_S[rows], load_SE)
+        yield health_checks.collapse(where, load_SE)
 
     def of(check, *names, **more):
         series = [figures.get(name) for name in names]
@@ -159,14 +161,14 @@ def _layer(label, step_S, figures, most) -> Iterator[Finding | None]:
         return check(where, *(s if s is None else s[good] for s in series), **more)
 
     experts = 0 if load is None else load[1].shape[1]
-    yield of(health.saturated, "experts_per_token", most=most or 0)
-    yield of(health.entropy_collapse, "entropy", num_experts=experts)
-    yield of(health.growing_logits, "logit_norm", num_experts=max(experts, 1))
-    yield of(health.lost_slots, "dropped_frac", "lost_frac")
+    yield of(health_checks.saturated, "experts_per_token", most=most or 0)
+    yield of(health_checks.entropy_collapse, "entropy", num_experts=experts)
+    yield of(health_checks.growing_logits, "logit_norm", num_experts=max(experts, 1))
+    yield of(health_checks.lost_slots, "dropped_frac", "lost_frac")
     zero = figures.get("zero_frac")
     meant = zero is not None and np.nanmax(zero) > 0
-    yield None if meant else of(health.unrouted, "unrouted_frac")
-    yield of(health.uneven_devices, DEVICES)
+    yield None if meant else of(health_checks.unrouted, "unrouted_frac")
+    yield of(health_checks.uneven_devices, DEVICES)
 
 
 def _complete(load_SE) -> tuple[np.ndarray, np.ndarray] | None:

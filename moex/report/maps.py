@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moex.report import thin
+from moex.report import downsample
 from moex.report.page import style
 
 # Load over balanced load: black is dead, white balanced, red twice or more.
@@ -207,7 +207,8 @@ def affordable(items: Sequence[Any], numbers: int, budget: int) -> list[Any]:
       budget: of a figure.
     """
     return [
-        items[i] for i in thin.spaced(len(items), max(1, budget // max(numbers, 1)))
+        items[i]
+        for i in downsample.spaced(len(items), max(1, budget // max(numbers, 1)))
     ]
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from moex.accounting import Cost, model_cost
 from moex.analysis.reading import read_lines, read_place
-from moex.config import ConfigError, require, short
+from moex.config.base import ConfigError, require, short
+from moex.costs.accounting import Cost, model_cost
+from moex.costs.table import fill_vocab
 from moex.json_files import expect_object, field, parse_json
 from moex.model.spec import model_spec
-from moex.params import fill_vocab
 from moex.runs.environment import FILE as ENVIRONMENT
 from moex.runs.environment import read_environment
 from moex.train.job import load_config

@@ -6,7 +6,7 @@ K experts per token
 
 import numpy as np
 
-from moex.report import maps, thin
+from moex.report import downsample, maps
 from moex.report.health import judged
 from moex.report.material import Material, Routing
 from moex.report.page import Grid, Note, Plot, Section, Table, layer_name, style
@@ -117,7 +117,7 @@ def load_maps(routing: Routing):
     load, labels = ratios(routing), _labels(routing, "load_frac")
     width = max(each.shape[1] for each in load)
     frames = FRAME_NUMBERS // (len(load) * width)
-    chosen = thin.spaced(len(routing.step_S), max(3, min(MOST_FRAMES, frames)))
+    chosen = downsample.spaced(len(routing.step_S), max(3, min(MOST_FRAMES, frames)))
     found = []
     for s in chosen:
         z_RE = np.full((len(load), width), np.nan, dtype=np.float32)
@@ -139,7 +139,7 @@ def load_histories(routing: Routing):
     """Experts x steps of each layer; at first the one with the fullest expert."""
     load, labels = ratios(routing), _labels(routing, "load_frac")
     most = HISTORY_NUMBERS // sum(each.shape[1] for each in load)
-    chosen = thin.spaced(len(routing.step_S), max(10, min(MOST_STEPS, most)))
+    chosen = downsample.spaced(len(routing.step_S), max(10, min(MOST_STEPS, most)))
     steps = [int(step) for step in routing.step_S[chosen]]
     return maps.sliding(
         [
@@ -174,7 +174,7 @@ def curves(routing: Routing, name: str, title: str, unit: str) -> Plot | None:
     if not layers or (name in CONSTANT and not _moves(routing, name)):
         return None
     most = CURVE_NUMBERS // (len(FIGURES) * len(layers))
-    chosen = thin.spaced(len(routing.step_S), max(20, min(MOST_POINTS, most)))
+    chosen = downsample.spaced(len(routing.step_S), max(20, min(MOST_POINTS, most)))
     steps = routing.step_S[chosen].astype(np.int32)
     places = np.linspace(0, LIGHTEST, len(layers)) if len(layers) > 1 else [0.3]
     colours = sample_colorscale("Viridis", list(places))
@@ -202,7 +202,7 @@ def curves(routing: Routing, name: str, title: str, unit: str) -> Plot | None:
 
 def _depth_bar(figure, labels: list[str]) -> None:
     """A colour bar of the layers, carried by a trace without points."""
-    ends = thin.spaced(len(labels), 5)
+    ends = downsample.spaced(len(labels), 5)
     figure.add_scatter(
         x=[None],
         y=[None],

@@ -4,7 +4,7 @@ import numpy as np
 
 from moex.analysis import statistics as stats
 from moex.analysis.summary import Analysis
-from moex.report import kinds, pairs, wanted
+from moex.report import coactivation, expert_scores, load
 from moex.report.material import Routing
 from moex.report.page import Note, Section
 from moex.report.tokens import section as tokens
@@ -29,17 +29,17 @@ def sections(found: Analysis | None, overlap: dict | None, about: str) -> list[S
             Section("Trace", [Note(NO_TRACE)], f"With one: {', '.join(TITLES[1:])}.")
         ]
     return [
-        kinds.load(found, about),
-        kinds.domains(found),
-        kinds.positions(found),
+        load.load(found, about),
+        load.domains(found),
+        load.positions(found),
         tokens(found),
-        kinds.sizes(found),
-        pairs.coactivation(found),
-        pairs.affinity(found),
-        pairs.chain(found),
-        pairs.saturation(found, overlap),
-        wanted.scores(found),
-        wanted.markers(found),
+        load.sizes(found),
+        coactivation.coactivation(found),
+        coactivation.affinity(found),
+        coactivation.chain(found),
+        coactivation.saturation(found, overlap),
+        expert_scores.scores(found),
+        expert_scores.markers(found),
     ]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moex.analysis.plotting import COLOURS
-from moex.report import thin
+from moex.report import downsample
 from moex.report.material import Material
 from moex.report.page import Grid, Note, Plot, Section, style
 
@@ -95,7 +95,7 @@ def section(material: Material) -> Section:
         parts.append(Note(f"No data: {'; '.join(missing)}."))
     about = (
         f"Lines are training steps, dots evaluations of held-out data. Of more than "
-        f"{thin.POINTS:,} points a curve keeps the lowest and highest of equal "
+        f"{downsample.POINTS:,} points a curve keeps the lowest and highest of equal "
         "stretches, so no spike is lost."
     )
     return Section("Training", parts, about)
@@ -115,7 +115,7 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
         title += f" ({MOST_CURVES} of {len(found):,} curves)"
     for kind, name in found[:MOST_CURVES]:
         step_S, value_S = material.series(kind, name)
-        step_S, value_S = thin.curve(step_S, value_S)
+        step_S, value_S = downsample.curve(step_S, value_S)
         held = kind == "eval"
         positive = value_S[(value_S > 0) & np.isfinite(value_S)]
         if len(positive):

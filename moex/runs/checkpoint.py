@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from moex.config import ConfigError, require
+from moex.config.base import ConfigError, require
 from moex.runs.checksums import checksums
 from moex.runs.record import (
     ChecksumError,

@@ -9,8 +9,8 @@ import sys
 
 import jax
 
-from moex import distributed
-from moex.config import ConfigError
+from moex.cluster import distributed
+from moex.config.base import ConfigError
 from moex.data.files import atomic_write
 from moex.json_files import expect_object, field, json_kind, read_json
 

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Iterator
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.data.files import naming
 from moex.json_files import expect_object, parse_json
 

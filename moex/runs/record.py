@@ -11,7 +11,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.data.files import atomic_write
 from moex.json_files import (
     digest,

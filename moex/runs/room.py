@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from moex import sharding
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 
 
 def check_room(cfg, mesh: Mesh, state) -> None:

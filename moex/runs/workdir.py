@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
-from moex import distributed
-from moex.config import ConfigError
+from moex.cluster import distributed
+from moex.config.base import ConfigError
 from moex.runs.lock import FILE as LOCK
 from moex.runs.lock import RunLock, held
 

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from kernels_pallas.device import platform
-from moex.accounting import num_bytes
+from moex.costs.accounting import num_bytes
 from moex.moe.parallel import reads_stack
 from moex.nn.context import Context
 from moex.nn.lm import LM

@@ -13,9 +13,9 @@ from itertools import chain
 
 import jax
 
-from moex.config import ConfigError, nearest, require
+from moex.config.base import ConfigError, nearest, require
 from moex.json_files import dump_json
-from moex.run import not_causal
+from moex.runs.keys import not_causal
 from moex.serve.decode import generate
 from moex.serve.likelihood import chunks, continuation_scores, padded_length
 from moex.terminal import printable

@@ -22,16 +22,16 @@ from kernels_pallas.implementations import (
     split_names,
     why_not,
 )
-from moex import config as configs
 from moex import optim, sharding
-from moex.config import ConfigError, ConfigWarning, caution, require, short
+from moex.config import base as configs
+from moex.config.base import ConfigError, ConfigWarning, caution, require, short
 from moex.data import batches, pipeline
 from moex.data.files import atomic_write
 from moex.data.tokenizer import SavedTokenizer, Tokenizer
 from moex.json_files import read_object
 from moex.model import spec as states
-from moex.run import check_run
 from moex.runs.checkpoint import HOST_BYTES, Checkpointer
+from moex.runs.keys import check_run
 from moex.runs.room import check_room
 from moex.serve.decode import check_request
 from moex.train import step as steps

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moex.config import walk
+from moex.config.base import walk
 from moex.moe.chain import Chain
 from moex.moe.layer import MoE
 

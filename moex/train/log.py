@@ -17,7 +17,7 @@ from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 from tqdm import tqdm
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.data.files import naming
 from moex.json_files import dump_json, expect_object, field, parse_json
 from moex.terminal import printable

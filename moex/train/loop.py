@@ -1,7 +1,7 @@
 """The training loop: the same for a laptop and for a pod.
 
 Each iteration dispatches a step and then looks at the metrics of steps before, so that
-logging never makes the device wait; see `train/flight.py`.
+logging never makes the device wait; see `train/in_flight.py`.
 """
 
 import contextlib
@@ -16,23 +16,24 @@ import jax
 import numpy as np
 from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
-from moex import accounting, distributed
-from moex import config as configs
-from moex.config import ConfigError, require_path
+from moex.cluster import distributed
+from moex.config import base as configs
+from moex.config.base import ConfigError, require_path
+from moex.config.schedule import is_always_zero
+from moex.costs import accounting
 from moex.data.changes import changed_data, save_data
 from moex.data.report import compressor_bits_per_byte
 from moex.optim import path_name
-from moex.run import check_run
 from moex.runs.checkpoint import Checkpointer, CheckpointError
 from moex.runs.checksums import all_finite
 from moex.runs.consumed import Consumed
 from moex.runs.environment import save_environment
+from moex.runs.keys import check_run
 from moex.runs.lock import RunLock
 from moex.runs.record import check_may_begin
 from moex.runs.workdir import claimed
-from moex.schedule import is_always_zero
 from moex.sharding import shard_batch, told_by_each
-from moex.train.flight import Flight
+from moex.train.in_flight import Flight
 from moex.train.job import (
     Job,
     check_init_from,

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moex.config.schedule import value_at
 from moex.moe.losses import load_balance_loss
 from moex.nn.context import Context
-from moex.schedule import value_at
 
 
 def moe_layers(aux, path=()):

@@ -8,7 +8,7 @@ import re
 
 import jax
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 
 # The named scopes that the time of a device is split by.
 SCOPES = ("router", "dispatch", "experts", "combine", "attention", "optimizer")

@@ -9,10 +9,10 @@ import sys
 import jax
 import numpy as np
 
-from moex.config import ConfigError, require
+from moex.config.base import ConfigError, require
 from moex.data import pipeline
 from moex.data.tokenizer import SavedTokenizer
-from moex.run import check_run, not_causal
+from moex.runs.keys import check_run, not_causal
 from moex.serve.decode import generate
 from moex.sharding import batch_shards, shard_batch
 from moex.terminal import printable

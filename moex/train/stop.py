@@ -5,7 +5,7 @@ import os
 import pathlib
 import signal
 
-from moex import distributed
+from moex.cluster import distributed
 from moex.runs.record import saved_steps
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from tensorboardX.record_writer import register_writer_factory
 
-from moex.config import walk
+from moex.config.base import walk
 from moex.data.files import naming
 from moex.moe.layer import MoE
 from moex.train.layers import scalar_names, shown, slot_shares

@@ -12,11 +12,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from moex import cli
-from moex.accounting import model_cost
 from moex.analysis.compare import estimate, grouped, make_groups
 from moex.analysis.equality import Tolerance, same
 from moex.analysis.plotting import mean_curve, plot_lines
 from moex.analysis.reading import FLOPS, curves, read_run, read_runs
+from moex.costs.accounting import model_cost
 from moex.model.spec import model_spec
 from moex.moe.routers.topp import TopP
 from moex.terminal import printable

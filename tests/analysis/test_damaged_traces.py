@@ -12,7 +12,7 @@ from moex.analysis import output, summary
 from moex.analysis.header import Header
 from moex.analysis.summary import analyse, compare
 from moex.analysis.trace import KEY, SHARED, Trace
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from tests.analysis import oracle
 
 

@@ -13,7 +13,7 @@ from moex.analysis import output, summary, writer
 from moex.analysis import statistics as stats
 from moex.analysis.summary import analyse, compare
 from moex.analysis.trace import SHARED, Trace
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from tests.analysis import oracle
 
 BLOCK = 16

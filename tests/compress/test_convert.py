@@ -15,7 +15,7 @@ from moex.compress import convert
 from moex.compress.calibrate import second_moments
 from moex.compress.convert import write_run
 from moex.compress.to_latent import ToLatent, convert_params, latent_model
-from moex.config import ConfigError, to_dict
+from moex.config.base import ConfigError, to_dict
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
@@ -38,7 +38,7 @@ from tests.helpers import (
 from tests.tolerances import assert_close
 
 # The tiny run's experts are as wide as its model: latent ones save nothing.
-pytestmark = pytest.mark.filterwarnings("ignore::moex.config.ConfigWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::moex.config.base.ConfigWarning")
 
 # A whole layer.
 

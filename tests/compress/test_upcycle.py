@@ -16,7 +16,7 @@ from moex.compress.convert import write_run
 from moex.compress.latent import Factoring, factor_experts
 from moex.compress.to_moe import moe_model, pieces, upcycle_params, upcycled_layers
 from moex.compress.upcycle import Upcycle, check_upcycle, layer_of_dense, moe_of_dense
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.model.spec import model_spec
 from moex.moe.layer import MoE
 from moex.moe.narrow import Narrow
@@ -40,7 +40,7 @@ from tests.helpers import (
 )
 
 # Latent experts of the model's width save nothing; one copy leaves the router alone.
-pytestmark = pytest.mark.filterwarnings("ignore::moex.config.ConfigWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::moex.config.base.ConfigWarning")
 
 DENSE = Dense(hidden=24)
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.data import cache
 from moex.data.files import find_files
 from moex.data.sources import ArrayRecord, Parquet, PromptResponse, Text

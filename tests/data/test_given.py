@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from moex.config import ConfigError
-from moex.data.given import given_sources
+from moex.config.base import ConfigError
+from moex.data.from_paths import given_sources
 from moex.data.sources import ArrayRecord, Parquet, PromptResponse, Text
 
 

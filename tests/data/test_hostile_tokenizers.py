@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.data.tokenizer import SavedTokenizer, TokenizerFile
 from tests.data import zoo
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.data.packing import Rows, Windows, pack_rows
 from moex.data.stream import Stream, StreamWriter, write_source
 from moex.data.tokenizer import Tokenizer

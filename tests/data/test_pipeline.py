@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from moex.config import ConfigError, check, from_dict, to_dict
+from moex.config.base import ConfigError, check, from_dict, to_dict
 from moex.data import cache
 from moex.data import tokenizer as tokenizer_module
 from moex.data.batches import eval_batches, train_iterator

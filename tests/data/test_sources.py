@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from moex.config import ConfigError, check, from_dict, to_dict
+from moex.config.base import ConfigError, check, from_dict, to_dict
 from moex.data import cache
 from moex.data.sources import (
     ArrayRecord,

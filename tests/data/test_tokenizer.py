@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from moex.config import ConfigError, check
+from moex.config.base import ConfigError, check
 from moex.data import encoding
 from moex.data import tokenizer as tokenizer_module
 from moex.data.encoding import META

@@ -7,8 +7,8 @@ import pathlib
 import ml_dtypes
 import numpy as np
 
+from moex.config.flags import load_config as load_config_flags
 from moex.data.sources import Text
-from moex.flags import load_config as load_config_flags
 from moex.interop.folder import Folder
 from moex.interop.hf import import_hf
 from moex.interop.writing import Tensor, write

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.interop.dequantise import Dequantised, reader
 from moex.interop.folder import SINGLE, Folder
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.interop.folder import INDEX, SINGLE, Folder, extra_files
 from moex.interop.writing import Tensor, write
 

@@ -8,7 +8,7 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from moex import cli
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.interop.folder import INDEX
 from moex.interop.hf import import_hf
 from moex.interop.writing import check_target

@@ -8,11 +8,11 @@ import pytest
 
 from moex.compress.convert import convert_run
 from moex.compress.upcycle import Upcycle
-from moex.config import ConfigError
+from moex.config.base import ConfigError
+from moex.interop.closest_family import closest
 from moex.interop.export import export_hf
 from moex.interop.families import read_model
 from moex.interop.layers import fold
-from moex.interop.native import closest
 from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
 from moex.nn.mlp import Dense

@@ -14,7 +14,7 @@ import re
 import numpy as np
 import pytest
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.interop.defaults import DEFAULTS
 from moex.interop.families import find_family, read_model
 from moex.interop.fields import UNUSED

@@ -5,7 +5,7 @@ import json
 import pytest
 import tokenizers
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.data.tokenizer import DOC_TOKEN, Bytes, Tokenizer, TokenizerFile
 from moex.interop.tokens import end_ids, end_token, set_ends, written
 from tests.interop import parity

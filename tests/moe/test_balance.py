@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moex.config import ConfigError, check
+from moex.config.base import ConfigError, check
+from moex.config.schedule import Schedule, value_at
 from moex.moe.balance import (
     Controller,
     ControlP,
@@ -19,7 +20,6 @@ from moex.moe.balance import (
 )
 from moex.moe.routers.topk import TopK
 from moex.moe.routers.topp import TopP, keep_until
-from moex.schedule import Schedule, value_at
 from moex.train.step import router_sums, update_state
 from tests.helpers import context
 from tests.tolerances import assert_close

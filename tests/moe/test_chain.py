@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moex.config import ConfigError, check
+from moex.config.base import ConfigError, check
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
@@ -245,7 +245,7 @@ def test_narrow_of_a_dense_layer_has_no_aux():
     assert aux == {}
 
 
-@pytest.mark.filterwarnings("ignore::moex.config.ConfigWarning")
+@pytest.mark.filterwarnings("ignore::moex.config.base.ConfigWarning")
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moex.moe.capacity import expert_capacity
 from moex.moe.chain import Chain
-from moex.moe.dispatch import expert_capacity
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
 from moex.moe.experts.lowrank import LowRank

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels_pallas import combine, dispatch, make_plan
-from moex.moe.dispatch import drop_over_capacity, expert_capacity
+from moex.moe.capacity import drop_over_capacity, expert_capacity
 from moex.moe.routing import Routing
 from tests.tolerances import assert_close
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from kernels_pallas import combine, dispatch, make_plan
-from moex.config import ConfigError, ConfigWarning, check
+from moex.config.base import ConfigError, ConfigWarning, check
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent, latent_ratio
 from moex.moe.experts.lowrank import LowRank

@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moex.moe import travel
+from moex.moe import all_to_all
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
 from moex.moe.layer import MoE
@@ -178,7 +178,7 @@ def ragged_on_cpu(monkeypatch):
         return output
 
     monkeypatch.setattr(lax, "ragged_all_to_all", ragged)
-    monkeypatch.setattr(travel, "RAGGED", ("cpu",))
+    monkeypatch.setattr(all_to_all, "RAGGED", ("cpu",))
 
 
 LATENT = Latent(hidden=4, latent=3, group=4, ops=("gate", "up", "down"))
@@ -201,8 +201,8 @@ def test_ragged_rows_arrive_and_come_back(cfg, ragged_on_cpu):
 
 def test_rooms_are_of_the_numbers_that_were_written():
     """1.1 * 180 / 2 = 99 and 1.1 * 90 = 99: in float64 a little more, so 100."""
-    assert travel.rows_per_pair(2, 180, 1, 1.1) == 99
-    assert travel.rows_per_pair(2, 180, 1, 1.11) == 100  # 99.9
+    assert all_to_all.rows_per_pair(2, 180, 1, 1.1) == 99
+    assert all_to_all.rows_per_pair(2, 180, 1, 1.11) == 100  # 99.9
     assert Rows(buffer_slots=1.1).limits(90, 90, 2) == {"buffer_rows": 99}
 
 
@@ -234,7 +234,7 @@ def test_a_token_goes_once_to_a_device_and_groups_shorten_its_way():
         expert_TK = np.asarray(module(x_TD, context(16, 4)).expert_TK)
         devices_of = [len({e // 2 for e in token}) for token in expert_TK]
         pairs_T = jax.vmap(
-            lambda expert_tK: travel.device_pairs(
+            lambda expert_tK: all_to_all.device_pairs(
                 expert_tK // 2, jnp.ones(expert_tK.shape, bool)
             ).sum()
         )(jnp.asarray(expert_TK)[:, None])
@@ -277,7 +277,7 @@ def test_rows_without_room_are_counted(ragged, request):
 
 
 def test_auto_gathers_where_all_to_all_moves_as_much():
-    moves = travel.moves_all_to_all
+    moves = all_to_all.moves_all_to_all
     assert not moves(8, 64, 2, None)  # padded to the worst case: all tokens
     assert moves(8, 64, 2, 1.5)  # 1.5 times the mean, 15/64 of the tokens
     assert not moves(2, 64, 2, None)  # 3 of 4 tokens, on any platform

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moex.config import ConfigError, ConfigWarning, check
+from moex.config.base import ConfigError, ConfigWarning, check
 from moex.moe.balance import QuantileBias, bias_rule
 from moex.moe.quantile import BINS, balancing_bias, bins_of, margin_counts, quantiles
 from moex.moe.routers.topk import Groups, TopK

@@ -15,7 +15,8 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moex.config import ConfigError, ConfigWarning, check, from_dict, to_dict
+from moex.config.base import ConfigError, ConfigWarning, check, from_dict, to_dict
+from moex.config.schedule import Schedule
 from moex.moe.balance import Controller
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
@@ -26,7 +27,6 @@ from moex.moe.routers.soft import Soft
 from moex.moe.routers.topk import Groups, TopK
 from moex.moe.routers.topp import TopP, keep_until, standardize
 from moex.moe.routing import ExpertRouting, Routing, kept_softmax, router_scores
-from moex.schedule import Schedule
 from tests.helpers import context, split_module
 from tests.moe import oracle
 from tests.tolerances import assert_close

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moex.config import ConfigError, check
+from moex.config.base import ConfigError, check
 from moex.nn import attention, attention_blocks
 from moex.nn.attention import Attention, attend, choose
 from moex.nn.rope import frequencies, rotary

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moex.config import ConfigError, check
+from moex.config.base import ConfigError, check
 from moex.nn.attention import Attention, attend, choose, mean_visible
 from moex.nn.context import Context
 from moex.nn.mla import LatentAttention

@@ -18,7 +18,7 @@ from moex.nn.mla import LatentAttention
 from moex.nn.rope import Linear, Llama3, Yarn
 from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim, make_optimizer
-from moex.run import Loss
+from moex.runs.keys import Loss
 from moex.serve.decode import generate
 from moex.train.losses import make_context
 from moex.train.step import make_train_step

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moex.config import ConfigError, check
+from moex.config.base import ConfigError, check
 from moex.model.spec import init_params, model_spec
 from moex.moe.chain import Chain
 from moex.moe.replay import recorded

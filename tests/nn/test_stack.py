@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moex.config import Config, ConfigError, check
+from moex.config.base import Config, ConfigError, check
 from moex.nn.attention import Attention
 from moex.nn.block import Block
 from moex.nn.mlp import Dense

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.report.material import read_routing
 
 HEAD = '{"kind": "train", "step": 1, "layers": '

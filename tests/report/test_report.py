@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moex import cli
-from moex.config import ConfigError
-from moex.report import about, material, routing, thin
+from moex.config.base import ConfigError
+from moex.report import about, downsample, material, routing
 from moex.report.page import label, token
 from tests import runs
 from tests.report import pages
@@ -205,11 +205,11 @@ def test_thin_curves_keep_their_spikes():
     step = np.arange(100_000)
     value = np.sin(step / 1000)
     value[[777, 50_001]] = 9, -9
-    few, kept = thin.curve(step, value, most=100)
+    few, kept = downsample.curve(step, value, most=100)
     assert len(few) <= 100
     assert {0, 777, 50_001, 99_999} <= set(few)
     np.testing.assert_array_equal(kept, value[few])
-    same, _ = thin.curve(step[:100], value[:100], most=100)
+    same, _ = downsample.curve(step[:100], value[:100], most=100)
     np.testing.assert_array_equal(same, step[:100])
 
 

@@ -19,8 +19,8 @@ import warnings
 import pytest
 
 from moex import cli
-from moex.config import ConfigError
-from moex.peers import say
+from moex.cluster.connections import say
+from moex.config.base import ConfigError
 from moex.runs.checkpoint import CheckpointError
 
 ERROR = "moex: error: "

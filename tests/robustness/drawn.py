@@ -7,7 +7,8 @@ import dataclasses
 import random
 
 from configs import base
-from moex import config as configs
+from moex.config import base as configs
+from moex.config.schedule import Schedule
 from moex.data.pipeline import Data
 from moex.data.sources import Text
 from moex.data.tokenizer import Bpe, Bytes
@@ -33,8 +34,7 @@ from moex.nn.mlp import Dense
 from moex.nn.rope import Linear, Llama3, Yarn
 from moex.nn.stack import REMAT, Segment
 from moex.optim import SCHEDULES, AdamW, Muon, Optim
-from moex.run import BALANCE_SCOPES, Checkpoint, Eval, Log, Loss
-from moex.schedule import Schedule
+from moex.runs.keys import BALANCE_SCOPES, Checkpoint, Eval, Log, Loss
 from moex.sharding import MeshConfig
 
 DIM = 16

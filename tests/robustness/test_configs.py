@@ -14,7 +14,7 @@ from configs import deepseek_v3, moe_1b, moe_8x7b, moe_100m, quickstart
 from moex.data.pipeline import Data
 from moex.data.sources import Text
 from moex.data.tokenizer import Bytes
-from moex.run import check_run
+from moex.runs.keys import check_run
 from moex.sharding import MeshConfig, shard_batch
 from moex.train import loop
 from moex.train.job import load_config, load_run, make_job

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moex import config as configs
+from moex.config import base as configs
 from moex.data.encoding import Tokenizer
 from moex.optim import flat_paths
 from moex.train.job import load_config, load_run

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.data.tokenizer import Tokenizer
 from moex.moe.routers.expert_choice import ExpertChoice
 from moex.moe.routers.topk import TopK

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.model.spec import ParamInfo, init_guard
 from moex.optim import AdamW, Muon, Optim, make_optimizer
 from moex.runs import checksums

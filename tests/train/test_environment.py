@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.runs.environment import FILE, read_environment, save_environment
 
 

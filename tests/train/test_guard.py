@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moex.config.schedule import Schedule
 from moex.runs.record import read_about, saved_steps
-from moex.schedule import Schedule
 from moex.train import loop
 from moex.train.loop import TrainingStopped
 from moex.train.step import SPIKE_WARMUP

@@ -5,7 +5,7 @@ import types
 import pytest
 
 from configs import base
-from moex.config import ConfigError, ConfigWarning, to_dict
+from moex.config.base import ConfigError, ConfigWarning, to_dict
 from moex.train.job import check_kernels, kernels_here, saved_with, static_options
 from tests.helpers import tiny_lm
 

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.runs import lock
 from moex.runs.lock import FILE, LockLostError, RunLock, held
 from moex.runs.workdir import new_run

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.moe.chain import Chain
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment

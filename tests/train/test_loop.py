@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.runs.checkpoint import Checkpointer
 from moex.train import loop
 from moex.train.job import Job, make_job

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moex.config.schedule import Schedule
 from moex.moe.losses import load_balance_loss
 from moex.optim import AdamW, Optim
-from moex.run import Loss
-from moex.schedule import Schedule
+from moex.runs.keys import Loss
 from moex.train.losses import lm_loss, make_context, routing_losses
 from moex.train.step import make_train_step
 from tests.helpers import built, random_batch, tiny_lm

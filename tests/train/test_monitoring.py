@@ -13,10 +13,10 @@ from moex.moe.chain import Chain
 from moex.moe.experts.zero import Zero
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.run import Log
+from moex.runs.keys import Log
 from moex.sharding import MeshConfig
-from moex.train import flight
-from moex.train.flight import Flight
+from moex.train import in_flight
+from moex.train.in_flight import Flight
 from moex.train.layers import (
     by_layer,
     device_violation,
@@ -229,7 +229,7 @@ def test_copies_start_at_once_and_nobody_waits_for_a_step_that_is_not_due():
     for step in range(1, 10):
         steps.add(step, {"loss": OnDevice(step, told)})
         told.append(("added", step))
-    assert flight.AHEAD == 4
+    assert in_flight.AHEAD == 4
     assert told == [
         *(("added", step) for step in range(1, 5)),
         *(("look", 1, False), ("added", 5), ("look", 2, False), ("added", 6)),

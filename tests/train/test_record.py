@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.json_files import digest
 from moex.runs.record import (
     FILE,

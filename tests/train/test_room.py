@@ -8,7 +8,7 @@ import ml_collections
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.runs import room
 from moex.runs.room import check_room, device_bytes
 from tests.helpers import mesh_of

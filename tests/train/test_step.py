@@ -16,7 +16,7 @@ from moex.moe.balance import SignBias
 from moex.nn.attention import Attention
 from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim, flat_paths, make_optimizer
-from moex.run import Loss
+from moex.runs.keys import Loss
 from moex.sharding import shard_batch
 from moex.train.losses import lm_loss, make_context, token_losses
 from moex.train.profiler import SCOPES

@@ -9,8 +9,9 @@ import shutil
 import pytest
 
 from configs import quickstart
-from moex.config import ConfigError, ConfigWarning
-from moex.flags import load_config
+from moex.config.base import ConfigError, ConfigWarning
+from moex.config.flags import load_config
+from moex.config.schedule import Schedule
 from moex.moe.balance import Controller
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
@@ -25,8 +26,7 @@ from moex.moe.routers.topk import Groups, TopK
 from moex.moe.routers.topp import TopP
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.run import Loss, check_run, not_causal
-from moex.schedule import Schedule
+from moex.runs.keys import Loss, check_run, not_causal
 from moex.train import loop
 from moex.train.score import write_text
 from tests import runs

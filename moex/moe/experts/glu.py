@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas import ACTIVATIONS, grouped_glu, grouped_matmul
-from moex.config import Config, require, require_choice
+from moex.config.base import Config, require, require_choice
 from moex.nn.param import param
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas import ACTIVATIONS, combine, dispatch, grouped_matmul
-from moex.config import Config, caution, require, require_choice
+from moex.config.base import Config, caution, require, require_choice
 from moex.nn.param import param
 
 OPS = ("gate", "up", "down")

@@ -8,7 +8,7 @@ import dataclasses
 from flax import nnx
 
 from kernels_pallas import grouped_matmul
-from moex.config import Config, require
+from moex.config.base import Config, require
 from moex.nn.param import param
 
 

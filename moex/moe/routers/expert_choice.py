@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moex.config import Config, caution, require
+from moex.config.base import Config, caution, require
 from moex.exact import exact
 from moex.moe.routing import ExpertRouting, replayed, router_logits
 from moex.nn.param import param

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moex.config import require, require_choice
+from moex.config.base import require, require_choice
 from moex.moe.routing import (
     FixedK,
     Routing,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moex.config import ABSENT, require
+from moex.config.base import ABSENT, require
 from moex.moe.routing import FixedK, Routing, replayed, top_k
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from moex.config import Config, require, require_choice
+from moex.config.base import Config, require, require_choice
 from moex.moe.routing import SCORES, Routing, replayed, router_logits, router_scores
 from moex.nn.param import param
 

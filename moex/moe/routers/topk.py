@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moex.config import Config, caution, require, require_choice
+from moex.config.base import Config, caution, require, require_choice
+from moex.config.schedule import Schedule, is_always_zero, require_values
 from moex.moe.balance import BIAS_RULES, bias_rule
 from moex.moe.quantile import SPAN, margin_counts
 from moex.moe.routing import (
@@ -24,7 +25,6 @@ from moex.moe.routing import (
     top_k,
 )
 from moex.nn.param import RouterState, param
-from moex.schedule import Schedule, is_always_zero, require_values
 
 GROUP_SCORES = ("max", "top2")
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moex.config import Config, caution, require, require_choice
+from moex.config.base import Config, caution, require, require_choice
+from moex.config.schedule import Schedule, points_of, require_values, value_at
 from moex.exact import exact
 from moex.moe.balance import Controller, ControlP, ScheduledValue
 from moex.moe.routing import (
@@ -23,7 +24,6 @@ from moex.moe.routing import (
     top_k,
 )
 from moex.nn.param import RouterState, param
-from moex.schedule import Schedule, points_of, require_values, value_at
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -6,7 +6,7 @@ assignment, and it copies nested configs when it is built, so that one `moe` use
 two places is two configs. Checks that need only the config live in `validate`, which
 runs after overrides (an override does not run `__post_init__` again).
 
-Not here: reading flags (`cli.py`), the run-level keys (`run.py`).
+Not here: reading flags (`flags.py`), the run-level keys (`runs/keys.py`).
 """
 
 import copy
@@ -31,6 +31,11 @@ from moex.project import TYPE_KEY, ProjectError
 MOVED: dict[str, str] = {}
 # Metadata of a field: its value in saved configs from before the field was there.
 ABSENT = "absent"
+# Where the classes of saved configs stood once, and the modules they stand in now.
+MOVED = {
+    "moex.run": "moex.runs.keys",
+    "moex.schedule": "moex.config.schedule",
+}
 
 
 class ConfigError(ValueError):

@@ -16,10 +16,10 @@ import traceback
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
-from moex import listening, meeting, peers
-from moex.config import ConfigError, require
+from moex.cluster import addresses, connections, rendezvous
+from moex.config.base import ConfigError, require
 
-LINE: peers.Line | None = None
+LINE: connections.Line | None = None
 SHORTEST_TOKEN = 16  # characters of a secret
 
 
@@ -181,13 +181,13 @@ def _bind_address(coordinator: str) -> str | None:
 
     It takes one address: the one where the processes met.
     """
-    host, port = listening.split(coordinator)
-    addresses = listening.bind_addresses(host)
-    if os.environ.get(meeting.BIND) or not addresses:
+    host, port = addresses.split(coordinator)
+    ours = addresses.bind_addresses(host)
+    if os.environ.get(rendezvous.BIND) or not ours:
         return None
-    if len(addresses) > 1 and not listening.is_loopback(host):
+    if len(ours) > 1 and not addresses.is_loopback(host):
         return None
-    address = addresses[0]
+    address = ours[0]
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
@@ -209,7 +209,7 @@ def join(flags, facts: dict) -> None:
         _check_alone()
         return
     _check(place)
-    LINE = meeting.meet(
+    LINE = rendezvous.meet(
         place.coordinator,
         place.index,
         place.count,
@@ -298,8 +298,8 @@ def leave_now(text: str, code: int) -> NoReturn:
     Threads of JAX, Grain and Orbax may be in the middle of something.
     """
     fail(text, code)
-    peers.say(text)
-    peers.end_now(code)
+    connections.say(text)
+    connections.end_now(code)
 
 
 def _unexpected(kind, error, trace) -> None:

@@ -1,4 +1,4 @@
-"""A line between the processes of a job, which have met (`meeting.py`): it tells ends.
+"""Open connections between the processes of a job (`rendezvous.py`): they tell ends.
 
 The connections of the meeting stay open, so that an error of one process, or its death,
 ends all of them at once. A host that falls silent (power, network) is not seen here:
@@ -16,7 +16,7 @@ import threading
 import time
 from typing import NoReturn
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 from moex.json_files import expect_object, parse_json
 from moex.terminal import printable
 

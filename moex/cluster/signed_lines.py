@@ -12,7 +12,7 @@ import re
 import socket
 import time
 
-from moex import peers
+from moex.cluster import connections
 
 LINE = re.compile(rb"[0-9a-f]{64} \{")
 
@@ -39,7 +39,7 @@ def unseal(token: str, about: str, line: bytes) -> dict | None:
     proof, _, body = line.rstrip(b"\n").partition(b" ")
     if not hmac.compare_digest(proof, _proof(token, about, body).encode()):
         return None
-    return peers.parse(body)
+    return connections.parse(body)
 
 
 def name_of(line: bytes) -> str:

@@ -12,13 +12,13 @@ from typing import Any
 
 import jax
 
-from moex.accounting import model_cost, num_bytes
-from moex.activations import block_activation_bytes, model_activation_bytes
-from moex.config import Config, ConfigError
-from moex.matching import match
+from moex.config.base import Config, ConfigError
+from moex.costs.accounting import model_cost, num_bytes
+from moex.costs.matching import match
+from moex.costs.residual_bytes import block_activation_bytes, model_activation_bytes
 from moex.model.spec import ModelSpec, model_spec
 from moex.optim import flat_paths, make_optimizer
-from moex.run import check_run
+from moex.runs.keys import check_run
 from moex.train.job import static_options
 
 FIGURES = (

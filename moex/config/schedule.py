@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from moex.config import Config, caution, require
+from moex.config.base import Config, caution, require
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

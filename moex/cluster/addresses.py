@@ -5,7 +5,7 @@ import ipaddress
 import socket
 from typing import Any
 
-from moex.config import ConfigError
+from moex.config.base import ConfigError
 
 
 def split(address: str) -> tuple[str, int]:

@@ -9,8 +9,8 @@ import dataclasses
 
 import ml_collections
 
-from moex import config as configs
-from moex.config import (
+from moex.config import base as configs
+from moex.config.base import (
     LARGEST,
     Config,
     ConfigError,
@@ -19,11 +19,11 @@ from moex.config import (
     require_choice,
     short,
 )
+from moex.config.schedule import Schedule, require_values
 from moex.data.pipeline import Data
 from moex.nn.lm import LM
 from moex.nn.stack import REMAT
 from moex.optim import Optim
-from moex.schedule import Schedule, require_values
 from moex.sharding import MeshConfig
 
 PRECISIONS = ("auto", "float32", "bfloat16")

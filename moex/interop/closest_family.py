@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Any
 
-from moex.config import Config, ConfigError, children
+from moex.config.base import Config, ConfigError, children
 from moex.interop.defaults import DEFAULTS
 from moex.interop.families import FAMILIES, read_model
 from moex.interop.fields import ELSEWHERE

@@ -18,8 +18,8 @@ import selectors
 import socket
 import time
 
-from moex import listening, peers, sealed
-from moex.config import ConfigError
+from moex.cluster import addresses, connections, signed_lines
+from moex.config.base import ConfigError
 
 BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # where JAX's own service listens, if it is set
 HELLO_S = 5.0  # seconds in which somebody who connected must say who it is
@@ -30,7 +30,7 @@ MOST_REPORTED = 8  # addresses of strangers that are named, each in a line
 
 def meet(
     address: str, index: int, count: int, facts: dict, timeout: float, token: str = ""
-) -> peers.Line:
+) -> connections.Line:
     """Wait for all processes of the job and compare what they were told.
 
     Args:
@@ -46,10 +46,10 @@ def meet(
         something else; without one, on the process that was.
     """
     if index == 0:
-        host, port = listening.split(os.environ.get(BIND) or address)
-        with listening.listen(listening.bind_addresses(host), port) as servers:
+        host, port = addresses.split(os.environ.get(BIND) or address)
+        with addresses.listen(addresses.bind_addresses(host), port) as servers:
             return _Meeting(count, facts, token, servers).run(timeout)
-    host, port = listening.split(address)
+    host, port = addresses.split(address)
     hello = {"process": index, "processes": count, "facts": facts}
     deadline, reason = time.monotonic() + timeout, "no answer"
     while time.monotonic() < deadline:
@@ -60,7 +60,7 @@ def meet(
             if reply is not None and "stop" in reply:
                 raise ConfigError(str(reply["stop"]))
             if reply == {"ok": True}:
-                return peers.Line(index, count, {0: connection})
+                return connections.Line(index, count, {0: connection})
             reason = "what listens there is no moex process that waits for others"
         except OSError as e:
             reason = e.strerror or str(e)
@@ -80,18 +80,20 @@ def _introduce(connection, hello: dict, token: str, timeout: float) -> dict | No
     Raises:
       ConfigError: if one of the two has no token, or another one.
     """
-    first = peers.parse(sealed.receive(connection, HELLO_S, HELLO_BYTES))
+    first = connections.parse(signed_lines.receive(connection, HELLO_S, HELLO_BYTES))
     number = None if first is None else first.get("moex")
     if type(number) is not str or not number.isascii():
         return None
     message = hello | {"number": secrets.token_hex(16)}  # every hello is another one
-    line = sealed.seal(token, number, message)
+    line = signed_lines.seal(token, number, message)
     if len(line) > HELLO_BYTES:
         raise ConfigError(f"the config has {len(line):,} bytes of JSON; too many.")
     connection.sendall(line)
-    answer = sealed.receive(connection, timeout + peers.LINGER_S + HELLO_S, HELLO_BYTES)
-    reply = sealed.unseal(token, sealed.name_of(line), answer)
-    if sealed.LINE.match(answer) and (reply is None or "token" in reply):
+    answer = signed_lines.receive(
+        connection, timeout + connections.LINGER_S + HELLO_S, HELLO_BYTES
+    )
+    reply = signed_lines.unseal(token, signed_lines.name_of(line), answer)
+    if signed_lines.LINE.match(answer) and (reply is None or "token" in reply):
         raise ConfigError(
             "the processes of a job must have the same MOEX_JOB_TOKEN in their "
             f"environment: process {hello['process']} has "
@@ -113,7 +115,7 @@ class _Guest:
         with contextlib.suppress(OSError):  # whoever is gone is missed elsewhere
             self.connection.settimeout(HELLO_S)
             self.connection.sendall(
-                sealed.seal(token, sealed.name_of(self.data), message)
+                signed_lines.seal(token, signed_lines.name_of(self.data), message)
             )
 
 
@@ -133,7 +135,7 @@ class _Meeting:
             server.setblocking(False)
             self.selector.register(server, selectors.EVENT_READ, self._accept)
 
-    def run(self, timeout: float) -> peers.Line:
+    def run(self, timeout: float) -> connections.Line:
         self.deadline = time.monotonic() + timeout
         with self.selector:
             while self.came < self.count - 1:
@@ -154,7 +156,7 @@ class _Meeting:
         for guest in self.arrived.values():
             guest.answer(self.token, {"ok": True})
         links = {i: guest.connection for i, guest in self.arrived.items()}
-        return peers.Line(0, self.count, links)
+        return connections.Line(0, self.count, links)
 
     def _missing(self, missing: list[int], timeout: float) -> str:
         last = f" One was refused: {self.refused}" if self.refused else ""
@@ -177,7 +179,7 @@ class _Meeting:
         guest = _Guest(connection, address[0].removeprefix("::ffff:"))
         self.guests[connection.fileno()] = guest
         self.selector.register(connection, selectors.EVENT_READ, self._read)
-        peers.send(connection, {"moex": guest.number})
+        connections.send(connection, {"moex": guest.number})
 
     def _read(self, connection: socket.socket) -> None:
         guest = self.guests.get(connection.fileno())
@@ -206,7 +208,7 @@ class _Meeting:
     def _report(self, guest: _Guest, text: str) -> None:
         if len(self.reported) < MOST_REPORTED and guest.address not in self.reported:
             self.reported.add(guest.address)
-            peers.say(
+            connections.say(
                 f"ignored at the coordinator's port: {guest.address} ({text})",
                 "warning",
             )
@@ -216,10 +218,10 @@ class _Meeting:
         self.guests.pop(guest.connection.fileno(), None)
 
     def _hear(self, guest: _Guest) -> None:
-        if not sealed.LINE.match(guest.data):
+        if not signed_lines.LINE.match(guest.data):
             self._turn_away(guest, None)
             return
-        hello = sealed.unseal(self.token, guest.number, guest.data)
+        hello = signed_lines.unseal(self.token, guest.number, guest.data)
         if hello is None:
             guest.answer(self.token, {"token": "other"})
             self._turn_away(guest, "does not know this job's MOEX_JOB_TOKEN")
@@ -238,7 +240,7 @@ class _Meeting:
         self.came += 1
         if wrong and not self.refusal:
             self._refuse_all(wrong)
-            self.deadline = time.monotonic() + peers.LINGER_S
+            self.deadline = time.monotonic() + connections.LINGER_S
         if self.refusal:
             guest.answer(self.token, {"stop": self.refusal})
             guest.connection.close()
@@ -260,7 +262,7 @@ class _Meeting:
         guest = self.arrived.pop(index)
         connection.close()
         self.came -= 1
-        peers.say(
+        connections.say(
             f"process {index} at {guest.address} came and left again; still waiting",
             "warning",
         )
@@ -278,7 +280,7 @@ class _Meeting:
                 f"two processes came as process {index}; give each its own "
                 "--process-id."
             )
-        return peers.disagreement(self.facts, hello["facts"], index)
+        return connections.disagreement(self.facts, hello["facts"], index)
 
 
 def _is_hello(message: dict) -> bool:

@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections.config_flags import config_flags, config_path
 
 from moex import project
-from moex.config import (
+from moex.config.base import (
     Config,
     ConfigError,
     children,

@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moex import json_files
-from moex.config import ConfigError, flat, require, to_dict
+from moex.config.base import ConfigError, flat, require, to_dict
+from moex.config.flags import load_config
 from moex.data.files import atomic_write, locked
-from moex.flags import load_config
-from moex.run import check_run
+from moex.runs.keys import check_run
 from moex.runs.record import saved_steps
 
 FILE = "sweep.json"

@@ -10,8 +10,8 @@ import dataclasses
 import itertools
 from typing import Any
 
-from moex.accounting import model_cost
-from moex.config import Config, ConfigError, require_choice, walk
+from moex.config.base import Config, ConfigError, require_choice, walk
+from moex.costs.accounting import model_cost
 from moex.model.spec import model_spec
 from moex.nn.lm import LM
 

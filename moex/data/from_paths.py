@@ -7,7 +7,7 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from moex.config import ConfigError, nearest
+from moex.config.base import ConfigError, nearest
 from moex.data.files import find_files
 from moex.data.sources import ArrayRecord, Parquet, PromptResponse, Source, Text
 
