@@ -14,6 +14,7 @@ from moex.config.base import (
     Config,
     ConfigError,
     check,
+    config_class,
     describe,
     flat,
     from_dict,
@@ -23,7 +24,6 @@ from moex.config.base import (
     walk,
 )
 from moex.config.flags import load_config
-from moex.config.schedule import Schedule
 from moex.interop.families import FAMILIES, find_family
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
@@ -31,7 +31,6 @@ from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim
-from moex.runs.keys import Checkpoint, Eval, Log, Loss
 from tests.helpers import tiny_lm, tiny_moe
 
 
@@ -272,17 +271,8 @@ def test_names_of_types():
     assert type_name(tuple[str, float]) == "tuple of str, float"
 
 
-@pytest.mark.parametrize(
-    "tag, moved",
-    [
-        ("moex.run.Eval", Eval()),
-        ("moex.run.Checkpoint", Checkpoint()),
-        ("moex.run.Log", Log()),
-        ("moex.run.Loss", Loss()),
-        ("moex.schedule.Schedule", Schedule(points=((0, 1.0),))),
-    ],
-)
-def test_classes_that_moved_are_found_under_their_old_names(tag, moved):
+@pytest.mark.parametrize("old, new", MOVED.items())
+def test_classes_that_moved_are_found_under_their_old_names(old, new):
     """As a config.json says them that was written before the move."""
-    assert tag.rpartition(".")[0] in MOVED
-    assert from_dict(to_dict(moved) | {TYPE_KEY: tag}) == moved
+    cls = config_class(old, "config")
+    assert f"{cls.__module__}.{cls.__qualname__}" == new

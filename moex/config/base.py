@@ -28,14 +28,15 @@ from moex import project
 from moex.project import TYPE_KEY, ProjectError
 
 # Config classes that moved: the names that old runs have for them, and those of today.
-MOVED: dict[str, str] = {}
+MOVED = {
+    "moex.run.Checkpoint": "moex.runs.keys.Checkpoint",
+    "moex.run.Eval": "moex.runs.keys.Eval",
+    "moex.run.Log": "moex.runs.keys.Log",
+    "moex.run.Loss": "moex.runs.keys.Loss",
+    "moex.schedule.Schedule": "moex.config.schedule.Schedule",
+}
 # Metadata of a field: its value in saved configs from before the field was there.
 ABSENT = "absent"
-# Where the classes of saved configs stood once, and the modules they stand in now.
-MOVED = {
-    "moex.run": "moex.runs.keys",
-    "moex.schedule": "moex.config.schedule",
-}
 
 
 class ConfigError(ValueError):
