@@ -77,13 +77,13 @@ def measure(action: str, source: pathlib.Path, out: pathlib.Path) -> dict:
     """One import or export in this process: bytes of parameters, of the peak beyond."""
     import jax
 
-    from moex import cli
+    from moex import process
     from moex.interop.export import export_hf
     from moex.interop.hf import import_hf
     from moex.model import spec as states
     from moex.train.job import load_config
 
-    cli._quiet()
+    process.quiet()
     count = jax.device_count()
     before, began = peak(reset=True), time.time()
     if action == "import":

@@ -149,18 +149,19 @@ def test_ctrl_c_before_there_is_a_checkpoint_says_so(undisturbed, command, tmp_p
 IN_CALLBACK = """
 import gc, os, signal, sys
 from moex import cli
+from moex.commands import params
 
 def interrupt(phase, info):
     gc.callbacks.remove(interrupt)
     os.kill(os.getpid(), signal.SIGINT)
 
-def command(args, config_args):
+def command(self, args, config_args):
     gc.callbacks.append(interrupt)
     gc.collect()
     for _ in range(10**9):
         pass
 
-cli.COMMANDS["params"] = command
+params.Command.run = command
 cli.main()
 """
 

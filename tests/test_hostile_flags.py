@@ -2,7 +2,8 @@
 
 import pytest
 
-from moex import cli
+from moex import cli, process
+from moex.commands import config
 from moex.config.base import ConfigError
 from tests import runs
 
@@ -114,7 +115,7 @@ def test_arguments_of_other_commands(refusal, args):
 
 def test_what_is_quoted_in_an_error_is_cut(capsys):
     with pytest.raises(SystemExit):
-        cli._fail(ConfigError("a\n" * 5000), 2)
+        process.fail(ConfigError("a\n" * 5000), 2)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert said.endswith("a a\n")
@@ -126,10 +127,10 @@ def test_what_is_quoted_in_an_error_is_cut(capsys):
     "error", [MemoryError("no room"), RuntimeError("RESOURCE_EXHAUSTED: no room\nmore")]
 )
 def test_out_of_memory_is_one_line(monkeypatch, capsys, error):
-    def fails(args, config_args):
+    def fails(self, args, config_args):
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "config", fails)
+    monkeypatch.setattr(config.Command, "run", fails)
     with pytest.raises(SystemExit) as exit_:
         cli.main(["config"])
     assert exit_.value.code == 1

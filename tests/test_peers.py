@@ -18,8 +18,8 @@ import pytest
 
 from launch.local import free_port
 from moex import cli
-from moex.arguments import make_parser
 from moex.cluster import connections, distributed, rendezvous
+from moex.commands.train import told
 from moex.config.base import ConfigError
 from moex.config.flags import load_config
 
@@ -441,12 +441,12 @@ def test_a_coordinator_that_cannot_be_reached(clean, capsys):
 def test_another_config_is_refused_on_both_in_one_line(clean, capsys):
     address, ended = f"localhost:{free_port()}", []
     command = ["train", "--config=configs/quickstart.py", "--workdir=never"]
-    args = make_parser().parse_args(["train", "--workdir=never"])
+    args = cli.make_parser(["train"]).parse_args(["train", "--workdir=never"])
     cfg = load_config([command[1], "--config.optim.lr=0.5"])
 
     def first():
         try:
-            rendezvous.meet(address, 0, 2, cli._told(cfg, args), 30, "0" * 16)
+            rendezvous.meet(address, 0, 2, told(cfg, args), 30, "0" * 16)
         except ConfigError as e:
             ended.append(str(e))
 

@@ -19,6 +19,7 @@ from moex.moe.layer import MoE
 from moex.moe.routers.topk import Groups, TopK
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
+from moex.plan import advice as advices
 from moex.plan import liveness, rehearsal, topology
 from moex.plan import traffic as traffics
 from moex.plan.advice import advice, least_devices
@@ -434,13 +435,11 @@ def test_a_cpu_has_no_published_speed(moex):
 def test_the_plan_is_printed_if_the_compiler_finds_no_room(
     moex, folder, monkeypatch, capsys
 ):
-    from moex.plan import command
-
     def refused(cfg, where):
         raise rehearsal.DoesNotFit(f"{where.name}: the job does not fit: one device.")
 
-    monkeypatch.setattr(command, "compile_step", refused)
-    monkeypatch.setattr(command, "advice", lambda cfg, found: ["--config.remat=full"])
+    monkeypatch.setattr(rehearsal, "compile_step", refused)
+    monkeypatch.setattr(advices, "advice", lambda *_: ["--config.remat=full"])
     for args in ([], ["--json"]):
         with pytest.raises(SystemExit) as stop:
             moex("--topology=v5p:2x2x1", "--compile", "--config.batch_size=8", *args)

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from moex import cli
+from moex import cli, process
 from moex.cluster import connections, distributed
 from moex.config.base import ConfigError, ConfigWarning
 from moex.terminal import CONTROL, Terminal, printable
@@ -51,7 +51,7 @@ def quiet(monkeypatch):
 def test_the_command_line_writes_so_to_a_terminal_and_verbatim_to_a_file(quiet):
     for stream, expected in ((Tty(), ESCAPED), (io.StringIO(), ESCAPE)):
         quiet.setattr(sys, "stdout", stream)
-        cli._quiet()
+        process.quiet()
         print(ESCAPE, flush=True)
         print("é", end="")
         assert stream.getvalue() == f"{expected}\né"
@@ -66,7 +66,7 @@ def test_a_terminal_is_still_a_stream():
 
 def test_errors_and_warnings_are_one_line_of_text(quiet, capsys):
     connections.say(f"a file\n{ESCAPE}: broken")
-    cli._quiet()
+    process.quiet()
     # As Python does for a warning that is to be shown.
     warnings.showwarning(ConfigWarning(ESCAPE), ConfigWarning, "file", 1)
     score._warn(ESCAPE)

@@ -19,9 +19,9 @@ import jax
 
 from benchmarks.common import environment
 from experiments.monitoring.config import ROUTERS, get_config
-from moex.report.command import run as report
 from moex.report.health import examine
 from moex.report.material import read
+from moex.report.write import write_report
 from moex.train import loop
 from moex.train.job import Job
 
@@ -68,7 +68,7 @@ KINDS: dict[str, tuple[set, set]] = {
 
 def warnings(workdir: pathlib.Path) -> dict[str, list[str]]:
     """What the report of a run warns of; writes the report."""
-    report(workdir)
+    write_report(workdir)
     return examine(read(workdir)).groups
 
 

@@ -24,6 +24,7 @@ from moex import json_files
 from moex.config.base import ConfigError, flat, require, to_dict
 from moex.config.flags import load_config
 from moex.data.files import atomic_write, locked
+from moex.process import fail, use_cpu
 from moex.runs.keys import check_run
 from moex.runs.record import saved_steps
 
@@ -250,6 +251,47 @@ def choose(sweep: Sweep, index: int | None) -> tuple[Point, ...]:
     last = len(sweep.points) - 1
     require(0 <= index <= last, "--sweep-index", index, f"in 0 to {last}")
     return (sweep.points[index],)
+
+
+def run(texts, config_args: list[str], workdir, *, index, dry_run, flags, say) -> None:
+    """Train the points of a sweep, or with `dry_run` list them.
+
+    Args:
+      texts: FIELD=V1,V2 each.
+      config_args: `--config...` arguments that all points share.
+      workdir: the folder of the sweep.
+      index: of the one point to train; None: all.
+      dry_run: checks the configs of all points and lists them.
+      flags: other arguments of `moex train` that all points share.
+      say: prints a line.
+
+    Raises:
+      ConfigError: for a user's mistake.
+      KeyboardInterrupt: after Ctrl-C.
+    """
+    use_cpu()  # accelerators are for the processes of the points
+    made = make_sweep(texts, config_args)
+    points = choose(made, index)
+    if dry_run:
+        say("\n".join(list_lines(made, workdir)))
+        return
+    claim(made, workdir)
+    shared = [*config_args, *flags]
+    if index is None:
+        own = [f"--workdir={workdir}", *(f"--sweep={text}" for text in texts)]
+        say(f"as a Slurm array job: {array_line(made, [*shared, *own])}")
+    runner = Runner(workdir, say)
+    failed = runner.run(points, shared)
+    if runner.asked == signal.SIGINT:
+        raise KeyboardInterrupt("interrupted; the same command goes on from here")
+    if runner.asked is not None:
+        say("sweep: stopped; the same command goes on from here")
+    elif index is None and (line := compare_line(made, workdir)):
+        say(f"compare: {line}")
+    if failed:
+        names = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
+        code = 1 if index is None else next(iter(failed.values()))
+        fail(f"{len(failed)} of {len(points)} runs of the sweep failed: {names}", code)
 
 
 class Runner:

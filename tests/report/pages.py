@@ -10,7 +10,7 @@ import pytest
 
 from moex.analysis.trace import Header, LayerInfo, Slots, Tokens
 from moex.analysis.writer import TraceWriter
-from moex.report.command import run
+from moex.report.write import write_report
 from moex.train.job import save_config
 from tests import runs
 
@@ -195,6 +195,6 @@ class Page(html.parser.HTMLParser):
 
 def report(workdir, **options):
     """`(what is printed, the page)`."""
-    said = run(workdir, **options)
+    said = write_report(workdir, **options)
     out = options.get("out") or workdir / "report.html"
     return said, Page(out.read_text())

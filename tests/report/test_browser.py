@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from moex.analysis.command import run as compare
+from moex import cli
 from tests.report import pages
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -87,7 +87,7 @@ NAMES_OF_RUNS = ("plain", "<img src=x onerror=alert(1)>", "{{7*7}} <b>&lt;", "%{
 def test_a_comparison_draws_and_shows_names_as_they_are(tmp_path):
     runs = [pages.write_run(tmp_path, tmp_path / name) for name in NAMES_OF_RUNS]
     file = tmp_path / "curves.html"
-    compare(runs, out=file)
+    cli.main(["compare", *map(str, runs), f"--out={file}"])
     said, document = browse(file, tmp_path)
     assert said == []
     assert document.count('class="cartesianlayer"') == 1

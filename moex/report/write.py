@@ -1,4 +1,4 @@
-"""`moex report`: a run directory, and a trace of it, as one page of HTML."""
+"""A run directory, and a trace of it, as one page of HTML: `moex report`."""
 
 import pathlib
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from moex.report.material import read
 from moex.report.page import render
 
 
-def run(
+def write_report(
     path: pathlib.Path,
     *,
     trace: pathlib.Path | None = None,

@@ -1,0 +1,64 @@
+"""`moex analyse`; see docs/traces.md."""
+
+from moex.commands import Verb
+from moex.commands.arguments import add_json, path
+from moex.json_files import dump_json
+
+
+class Command(Verb):
+    """Say what a trace tells of every router.
+
+    Balance, how far experts follow domains and tokens, how far an expert tells the next
+    one (docs/traces.md); no model is needed.
+    """
+
+    refuses_config = "takes a trace and no config"
+
+    def add(self, parser):
+        parser.add_argument("trace", type=path, help="file of `moex trace`")
+        parser.add_argument(
+            "--compare",
+            type=path,
+            metavar="TRACE",
+            help="of another checkpoint on the same data: how far routing is the same",
+        )
+        parser.add_argument(
+            "--token",
+            action="append",
+            metavar="TEXT",
+            help="list the experts that go with this token, such as '<think>'; "
+            "repeat it",
+        )
+        parser.add_argument(
+            "--out", type=path, help="numpy archive (.npz) of all counts"
+        )
+        add_json(parser)
+
+    def run(self, args, config_args):
+        from moex.analysis import output
+        from moex.analysis.statistics import saturation
+        from moex.analysis.summary import analyse, compare
+        from moex.analysis.trace import Trace
+        from moex.analysis.writer import check_new
+
+        if args.out is not None:
+            check_new(args.out)
+        with Trace.open(args.trace) as trace:
+            sums = {}
+            if args.compare is not None:
+                with Trace.open(args.compare) as other:
+                    sums = compare(trace, other)
+            found = analyse(trace, markers=args.token or ())
+        rows = output.figures(found)
+        for label, sums_D2 in sums.items():
+            total_D2 = sums_D2.sum(axis=0)[None]
+            rows[label]["saturation"] = float(saturation(total_D2)[0])
+        if args.out is not None:
+            output.save(found, args.out)
+        if args.json:
+            print(dump_json({"run": found.run, "step": found.step, "layers": rows}))
+            return
+        print(f"{found.run} at step {found.step}, {found.num_tokens:,} tokens:")
+        print(output.table(rows))
+        for marker, lines in output.marker_lines(found).items():
+            print(f"experts of {marker!r} (nPMI, share of its tokens): {lines}")

@@ -1,0 +1,163 @@
+"""Arguments that several verbs share, and the types of arguments."""
+
+import argparse
+import pathlib
+
+from moex.config.base import LARGEST, ConfigError, short
+
+
+def add_run(parser) -> None:
+    """Add the run directory that a verb opens."""
+    parser.add_argument("run", type=path, help="run directory")
+
+
+def add_project(parser) -> None:
+    """Add `--project`, which every verb has: the folder of a user's own classes."""
+    parser.add_argument(
+        "--project",
+        type=folder,
+        metavar="FOLDER",
+        help="where config classes of your own are looked for; default: the folder of "
+        "the config file, or the one you are in",
+    )
+
+
+def add_json(parser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_data(parser) -> None:
+    """Add `--data`; `scored_config` reads it."""
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="FILE",
+        help="all of this file (or folder, or glob) instead of held-out data; repeat "
+        "it for several, each a domain. Text, .jsonl of prompt and response, .parquet "
+        "and .arrayrecord of text",
+    )
+
+
+def scored_config(args, config_args: list[str]):
+    """The config of `args.run`, or another one, with the data of `--data` if given.
+
+    Raises:
+      ConfigError: if both `--data` and a config of data are given, or either is wrong.
+    """
+    import dataclasses
+
+    from moex.config.flags import load_config
+    from moex.data.from_paths import given_sources
+    from moex.train.job import load_config as run_config
+
+    base = run_config(args.run)
+    if not args.data:
+        return load_config(config_args, base=base)
+    for arg in config_args:
+        if arg.startswith(("--config=", "--config.data")):
+            raise ConfigError(
+                f"{arg.split('=')[0]}: --data takes the place of config.data; give "
+                "one of the two."
+            )
+    cfg = load_config(config_args, base=base)
+    cfg.data = dataclasses.replace(cfg.data, sources=given_sources(args.data))
+    return cfg
+
+
+def given(args, names) -> dict:
+    """Those arguments of some names that the command line gives; None is not given."""
+    values = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+# Arguments of a process of several that take a value, and their defaults.
+PLACE = {
+    **dict.fromkeys(("coordinator", "num_processes", "process_id")),
+    **{"join_timeout": 300, "heartbeat_timeout": 100},
+}
+
+
+def process_flags(args) -> list[str]:
+    """`--project` and the arguments of `add_processes` as text, for a child process."""
+    values = {name: getattr(args, name) for name in PLACE}
+    flags = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in values.items()
+        if value != PLACE[name]
+    ]
+    if args.distributed is not None:
+        flags.append("--distributed" if args.distributed else "--no-distributed")
+    if args.project is not None:
+        flags.append(f"--project={args.project}")
+    return flags
+
+
+def add_processes(parser) -> None:
+    """Add the arguments of a process that is one of several."""
+    many = parser.add_argument_group(
+        "several processes (one per host, or one per GPU)",
+        "Open MPI, Slurm's srun and TPU pods on GKE are found in the environment.",
+    )
+    many.add_argument(
+        "--distributed",
+        action=argparse.BooleanOptionalAction,
+        help="ask the TPU metadata server too; --no-distributed joins nobody",
+    )
+    many.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0, to join explicitly"
+    )
+    many.add_argument("--num-processes", type=positive, metavar="N")
+    many.add_argument("--process-id", type=integer, metavar="I", help="0 to N-1")
+    many.add_argument(
+        "--join-timeout",
+        type=positive,
+        default=PLACE["join_timeout"],
+        metavar="SECONDS",
+        help="how long to wait for the other processes (300)",
+    )
+    many.add_argument(
+        "--heartbeat-timeout",
+        type=positive,
+        default=PLACE["heartbeat_timeout"],
+        metavar="SECONDS",
+        help="a host that is silent for so long ends the job (100)",
+    )
+
+
+def path(text: str) -> pathlib.Path:
+    """The type of a file or folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "must name a file or folder; the one you are in is '.'"
+        )
+    return pathlib.Path(text)
+
+
+def folder(text: str) -> pathlib.Path:
+    """The type of a folder that exists."""
+    found = path(text)
+    if not found.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text}")
+    return found
+
+
+def integer(text: str) -> int:
+    """The type of a whole number."""
+    try:
+        value = int(text)
+    except ValueError:  # also of 4,300 digits and more
+        value = None
+    if value is None or abs(value) > LARGEST:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at most {LARGEST:,}, not {short(text, 60)}"
+        )
+    return value
+
+
+def positive(text: str) -> int:
+    """The type of a whole number of at least 1."""
+    value = integer(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value

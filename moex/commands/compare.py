@@ -1,0 +1,106 @@
+"""`moex compare`: a table of runs, a file of them, or whether two are equal."""
+
+import argparse
+import math
+
+from moex.commands import Verb
+from moex.commands.arguments import add_json, path
+from moex.config.base import ConfigError, require
+from moex.json_files import dump_json
+from moex.process import use_cpu
+
+ENDINGS = (".html", ".png", ".csv", ".json")
+
+
+class Command(Verb):
+    """Put runs side by side: size, work, time and losses.
+
+    Runs whose configs differ in the seed alone are one row, with 95 % intervals.
+    """
+
+    examples = """
+    Examples:
+      moex compare runs/quickstart runs/k4 --out=k4.html
+      moex compare runs/sweep/*/ --json
+      moex compare runs/first runs/again --assert-equal=1e-6
+    """
+    usage = "RUN RUN ... [options]"
+    refuses_config = "takes the configs of the runs"
+
+    def add(self, parser):
+        parser.add_argument("runs", nargs="+", type=path, metavar="RUN")
+        add_json(parser)
+        parser.add_argument(
+            "--out",
+            type=path,
+            metavar="FILE",
+            help="write a plot of loss against tokens, FLOPs and time (.html, .png), "
+            "its points (.csv), or what --json prints (.json)",
+        )
+        parser.add_argument(
+            "--assert-equal",
+            nargs="?",
+            type=tolerance,
+            const=(0.0, 0.0),
+            metavar="RTOL[,ATOL]",
+            help="fail at the first figure in which two runs differ, times apart: by "
+            "more than RTOL of the larger value and more than ATOL (both 0)",
+        )
+
+    def run(self, args, config_args):
+        from moex.analysis.compare import make_groups, table
+        from moex.analysis.equality import Tolerance, assert_equal
+        from moex.analysis.reading import read_runs
+
+        use_cpu()
+        out = args.out
+        if args.assert_equal is not None:
+            if args.json or out is not None:
+                flag = "--json" if args.json else "--out"
+                raise ConfigError(
+                    f"{flag}: --assert-equal says one line; leave it out."
+                )
+            print(assert_equal(args.runs, Tolerance(*args.assert_equal)))
+            return
+        if out is not None:  # before anything is read
+            allowed = f"a name that ends in {', '.join(ENDINGS)}"
+            require(out.suffix in ENDINGS, "--out", str(out), allowed)
+            require(out.parent.is_dir(), "--out", str(out), "in a folder that exists")
+        groups = make_groups(read_runs(args.runs))
+        data = dump_json({"groups": [group.to_dict() for group in groups]})
+        if out is not None:
+            _write(groups, data, out)
+        print(data if args.json else table(groups))
+        if out is not None and not args.json:
+            print(f"written: {out}")
+
+
+def _write(groups, data: str, out) -> None:
+    from moex.analysis.plotting import page, picture, plot_lines
+    from moex.analysis.points import write_points
+    from moex.data.files import naming
+
+    with naming(out):
+        if out.suffix == ".json":
+            out.write_text(data + "\n", encoding="utf-8")
+        elif out.suffix == ".csv":
+            write_points(groups, out)
+        else:
+            draw = page if out.suffix == ".html" else picture
+            draw(plot_lines(groups), out)
+
+
+def tolerance(text: str) -> tuple[float, float]:
+    """The type of RTOL[,ATOL]."""
+    try:
+        relative, absolute = map(
+            float, (text if "," in text else f"{text},0").split(",")
+        )
+    except ValueError:
+        relative, absolute = -1.0, 0.0
+    if not (0 <= relative < 1 and 0 <= absolute < math.inf):
+        raise argparse.ArgumentTypeError(
+            f"must be RTOL or RTOL,ATOL with RTOL in [0, 1) and ATOL at least 0, not "
+            f"{text!r}; runs come before it"
+        )
+    return relative, absolute

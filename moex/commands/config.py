@@ -1,0 +1,21 @@
+"""`moex config`."""
+
+import json
+
+from moex.commands import Verb
+
+
+class Command(Verb):
+    """Print a resolved config, one field a line."""
+
+    def add(self, parser):
+        parser.add_argument(
+            "--json", action="store_true", help="as JSON with type tags"
+        )
+
+    def run(self, args, config_args):
+        from moex.config.base import describe, to_dict
+        from moex.config.flags import load_config
+
+        cfg = load_config(config_args)
+        print(json.dumps(to_dict(cfg), indent=1) if args.json else describe(cfg))

@@ -1,0 +1,28 @@
+"""`moex data`; see docs/data.md."""
+
+from moex.commands import Verb
+from moex.commands.arguments import integer
+
+
+class Command(Verb):
+    """Prepare the data of a config, or look at it."""
+
+    def add(self, parser):
+        parser.add_argument("action", choices=("prepare", "inspect"))
+        parser.add_argument(
+            "--example", type=integer, default=0, help="which training sequence to show"
+        )
+
+    def run(self, args, config_args):
+        from moex.config.flags import load_config
+        from moex.data.pipeline import prepare
+        from moex.data.report import inspect
+        from moex.runs.keys import check_run
+
+        cfg = load_config(config_args)
+        check_run(cfg)
+        prepared = prepare(
+            cfg.data, cfg.seq_len, overlap=cfg.eval.overlap, where="config.data"
+        )
+        if args.action == "inspect":
+            print(inspect(prepared, example=args.example))

@@ -1,0 +1,59 @@
+"""`moex generate`."""
+
+import sys
+
+from moex.commands import Verb
+from moex.commands.arguments import add_run, integer, positive
+from moex.config.base import require
+
+
+class Command(Verb):
+    """Write text with the newest checkpoint of a run."""
+
+    refuses_config = "takes the config of the run"
+
+    def add(self, parser):
+        add_run(parser)
+        parser.add_argument(
+            "--prompt",
+            action="append",
+            metavar="TEXT",
+            help="text to continue; repeat it for a batch; default: standard input",
+        )
+        parser.add_argument("--max-new-tokens", type=positive, default=128)
+        parser.add_argument(
+            "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
+        )
+        parser.add_argument(
+            "--top-k",
+            type=integer,
+            default=0,
+            help="sample from the k likeliest; 0: all",
+        )
+        parser.add_argument(
+            "--top-p",
+            type=float,
+            default=1.0,
+            help="sample from this share of probability",
+        )
+        parser.add_argument("--seed", type=integer, default=0)
+
+    def run(self, args, config_args):
+        from moex.data.files import decode_utf8
+        from moex.train.score import write_text
+
+        require(0 <= args.seed < 2**31, "--seed", args.seed, "in [0, 2**31)")
+        prompts = args.prompt
+        if not prompts:
+            given = sys.stdin.buffer.read()
+            prompts = [decode_utf8(given, "standard input", "--prompt")]
+        texts = write_text(
+            args.run,
+            prompts,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+        )
+        print("\n--------\n".join(texts))

@@ -1,0 +1,73 @@
+"""`moex plan`; see docs/plan.md."""
+
+import json
+
+from moex.commands import Verb
+from moex.commands.arguments import add_json
+from moex.config.base import ConfigError
+from moex.process import use_cpu
+
+
+class Command(Verb):
+    """Say what a job needs of devices that need not be there.
+
+    Memory of a device, bytes that each mesh axis carries and the time that takes, time
+    of a step, and what to change if it does not fit; no data is read and no array is
+    made.
+    """
+
+    examples = """
+    Examples:
+      moex plan --config=configs/moe_8x7b.py --topology=v5p:4x4x4
+      moex plan --config=configs/moe_1b.py --topology=h100:8 --config.remat=dots
+      moex plan --config=configs/quickstart.py --topology=v5e:1x1 --compile
+    """
+
+    def add(self, parser):
+        parser.add_argument(
+            "--topology",
+            metavar="NAME",
+            help="v5p:4x4x4 or v5e:16x16 (TPU chips), v5e:16x16*2 (two slices), "
+            "h100:8x4 (4 nodes of 8 GPUs), cpu:8; devices: v4 v5e v5p v6e a100 h100 "
+            "h200 cpu",
+        )
+        parser.add_argument(
+            "--compile",
+            action="store_true",
+            help="compile the train step for it too, with libtpu (extra `aot`)",
+        )
+        add_json(parser)
+
+    def run(self, args, config_args):
+        from moex.config.flags import load_config
+        from moex.plan import report
+        from moex.plan.advice import advice
+        from moex.plan.planner import plan
+        from moex.plan.rehearsal import DoesNotFit, compile_step
+        from moex.plan.topology import parse
+
+        if args.topology is None:
+            raise ConfigError("--topology: missing; give devices, such as v5p:4x4x4.")
+        cfg = load_config(config_args)
+        use_cpu()
+        where = parse(args.topology)
+        found = plan(cfg, where)
+        changes = advice(cfg, found) if found.fits is False else []
+        if not args.json:
+            print(f"{report.plan_text(found)}\n\n{report.fit_text(found, changes)}")
+        compiled = refusal = None
+        if args.compile:
+            try:
+                compiled = compile_step(cfg, where)
+            except DoesNotFit as error:  # the plan is shown all the same
+                changes = changes or advice(cfg, found)
+                refusal = DoesNotFit(f"{error} To change: {'; '.join(changes)}.")
+        if args.json:
+            data = found.to_dict() | {"advice": changes}
+            data["compiled"] = None if compiled is None else compiled.to_dict()
+            data["refused"] = None if refusal is None else str(refusal)
+            print(json.dumps(data))
+        elif compiled is not None:
+            print(f"\n{report.compiled_text(compiled, found)}")
+        if refusal is not None:
+            raise refusal

@@ -1,0 +1,61 @@
+"""`moex trace`; its file is described in docs/traces.md."""
+
+from moex.commands import Verb
+from moex.commands.arguments import (
+    add_data,
+    add_run,
+    integer,
+    path,
+    positive,
+    scored_config,
+)
+
+
+class Command(Verb):
+    """Write where a run sends the tokens of held-out data.
+
+    One row per token and MoE layer in a Parquet file (docs/traces.md): experts, gates,
+    logits. Without --config the run's own data is used; --config.data... changes it,
+    --data takes its place.
+    """
+
+    examples = """
+    Examples:
+      moex trace runs/first --out first.parquet
+      moex trace runs/first --out step500.parquet --step=500 --tokens=100000
+      moex trace runs/olmoe --out t.parquet --data=web.txt --data='code/*.py'
+    """
+
+    def add(self, parser):
+        add_run(parser)
+        parser.add_argument(
+            "--out", type=path, required=True, help="the file; must not exist"
+        )
+        add_data(parser)
+        parser.add_argument(
+            "--tokens", type=positive, help="at most so many tokens; default: all"
+        )
+        parser.add_argument(
+            "--step", type=integer, help="of the checkpoint; default: the newest"
+        )
+        parser.add_argument(
+            "--logits",
+            action="store_true",
+            help="also the router logits of the experts that were not chosen",
+        )
+
+    def run(self, args, config_args):
+        from moex.analysis.record import trace_run
+
+        made = trace_run(
+            args.run,
+            scored_config(args, config_args),
+            args.out,
+            tokens=args.tokens,
+            step=args.step,
+            logits=args.logits,
+        )
+        print(
+            f"{args.out}: {args.run} at step {made['step']}, {made['tokens']:,} "
+            f"tokens, {made['layers']} routers, {made['bytes'] / 1e6:.1f} MB"
+        )

@@ -1,0 +1,114 @@
+"""`moex train`: one run, or with `--sweep` a grid of them."""
+
+import functools
+import os
+
+from moex.cluster import distributed
+from moex.commands import Verb
+from moex.commands.arguments import add_processes, integer, path, process_flags
+from moex.config.base import ConfigError
+
+EXAMPLES = """
+Examples:
+  moex train --config=configs/quickstart.py --workdir=runs/first
+  moex train --config=configs/quickstart.py --workdir=runs/lr --config.optim.lr=0.01
+  moex train --config=configs/quickstart.py --dry-run
+
+The same command on the same --workdir goes on where the run stopped. SIGTERM or Ctrl-C
+saves a checkpoint and exits.
+
+A sweep is one run per combination of values, each in a folder of --workdir:
+  moex train --config=configs/quickstart.py --workdir=runs/sweep \\
+    --sweep optim.lr=0.01,0.02 --sweep seed=0,1,2
+"""
+
+
+class Command(Verb):
+    """Train a model, or continue the run in --workdir."""
+
+    examples = EXAMPLES
+    usage = "--config=FILE[:arg] --workdir=RUN [--config.a.b=value ...] [options]"
+
+    def add(self, parser):
+        parser.add_argument(
+            "--workdir", type=path, help="run directory: config, logs, checkpoints"
+        )
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="check the config and the data, print the model table and stop; of a "
+            "sweep: check all configs and list them",
+        )
+        sweep = parser.add_argument_group("several runs over a grid, one after another")
+        sweep.add_argument(
+            "--sweep",
+            action="append",
+            metavar="FIELD=V1,V2",
+            help="values of a field of the config, seed included; repeat it for a "
+            "grid. The same command skips what is finished",
+        )
+        sweep.add_argument(
+            "--sweep-index",
+            type=integer,
+            metavar="I",
+            help="train one run of the grid; --dry-run lists them",
+        )
+        parser.add_argument(
+            "--profile",
+            metavar="START:STOP",
+            help="trace steps START to STOP - 1 (the first is 0) into RUN/profile",
+        )
+        add_processes(parser)
+
+    def run(self, args, config_args):
+        if args.workdir is None and not args.dry_run:
+            raise ConfigError("--workdir: missing; give a folder, such as runs/first.")
+        if args.sweep:
+            from moex.runs import sweep
+
+            if args.profile is not None:
+                raise ConfigError("--profile: is for one run, not for a --sweep.")
+            sweep.run(
+                args.sweep,
+                config_args,
+                args.workdir,
+                index=args.sweep_index,
+                dry_run=args.dry_run,
+                flags=process_flags(args),
+                say=_print_once(args),
+            )
+            return
+        from moex.config.flags import load_config
+        from moex.train.loop import train
+
+        if args.sweep_index is not None:
+            raise ConfigError("--sweep-index: is for --sweep; give both.")
+        cfg = load_config(config_args)
+        distributed.join(args, told(cfg, args))
+        made = train(cfg, args.workdir, dry_run=args.dry_run, profile=args.profile)
+        distributed.leave()
+        if made.get("interrupted"):
+            raise SystemExit(130)
+
+
+def _print_once(args):
+    """`print` for one process of a job of several, silence for the others."""
+    place = distributed.detect(os.environ)
+    index = args.process_id or (place.index if place else 0)
+    return functools.partial(print, flush=True) if not index else lambda text: None
+
+
+def told(cfg, args) -> dict:
+    """What all processes of a job must be told alike."""
+    import jax
+
+    from moex.config.base import to_dict
+
+    return {
+        "config": to_dict(cfg),
+        "code of moex (a hash)": distributed.code_hash(),
+        "version of JAX": jax.__version__,
+        "--workdir": str(args.workdir),
+        "--dry-run": args.dry_run,
+        "--profile": args.profile,
+    }
