@@ -198,7 +198,7 @@ def test_facts_that_differ_later_end_all():
 
 def test_an_exception_that_nobody_expects_ends_all():
     body = (
-        "from moex import distributed\n"
+        "from moex.cluster import distributed\n"
         "distributed.LINE, sys.excepthook = line, distributed._unexpected\n"
         "raise RuntimeError('a bug')"
     )

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from moex import cli, project
+from moex import cli, commands, project
 from moex.config.base import ConfigError, from_dict, to_dict
 from moex.config.flags import load_config
 
@@ -142,7 +142,7 @@ def test_only_config_classes_are_built(tmp_path):
 
 
 def test_every_command_has_the_flag(tmp_path, capsys):
-    for name in cli.COMMANDS:
+    for name in commands.names():
         with pytest.raises(SystemExit) as end:
             cli.main([name, "--help"])
         assert end.value.code == 0
