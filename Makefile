@@ -7,8 +7,6 @@ CONFIG ?= configs/quickstart.py
 WORKDIR ?= runs/quickstart
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Large buffers in huge pages: fewer page faults on Linux CPUs; ignored elsewhere.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: help install train test test-thorough durations test-slow test-hf test-browser lint types check bench clean
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from kernels_pallas.grouped_matmul.shapes import REAL, LayerShape
+from moex import allocator
 
 LOADS = {
     "balanced": "W0: every expert has the same number of rows",
@@ -143,9 +144,17 @@ def environment() -> dict:
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
-        "huge_pages": "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""),
+        "allocator": allocator_text(),
         "commit": commit,
     }
+
+
+def allocator_text() -> str:
+    """How this process's C library treats freed memory."""
+    reason = allocator.why_not()
+    if reason is None:
+        return "keeps freed memory (moex.keep_memory)"
+    return f"default ({reason})" + os.environ.get("GLIBC_TUNABLES", "")
 
 
 def write_json(path: pathlib.Path | None, figures: dict) -> None:

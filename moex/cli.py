@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from moex import commands, process, project
+from moex import commands, keep_memory, process, project
 from moex.commands.arguments import add_project
 from moex.config.base import ConfigError, nearest
 
@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     if alone:
         process.note_interrupts()
     try:
+        if alone:
+            keep_memory()
         rest, config_args = split_config_args(argv)
         args = make_parser(rest).parse_args(rest)
         project.use(args.project)
