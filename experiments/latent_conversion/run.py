@@ -15,7 +15,7 @@ import jax
 import ml_collections
 
 from configs import quickstart
-from moex.compress.convert import ToLatent, convert_run
+from moex.convert.apply import ToLatent, convert_run
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK

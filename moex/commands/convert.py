@@ -39,7 +39,7 @@ class Command(Verb):
         _add_to_moe(parser.add_argument_group("to moe"))
 
     def run(self, args, config_args):
-        from moex.compress.convert import convert_run, report_text
+        from moex.convert.apply import convert_run, report_text
 
         latent, upcycle = _conversion(args)
         print(report_text(convert_run(args.run, args.workdir, latent, upcycle=upcycle)))
@@ -113,8 +113,8 @@ def _add_to_moe(group):
 
 def _conversion(args):
     """`(ToLatent or None, Upcycle or None)` of the arguments of `convert`."""
-    from moex.compress.to_latent import ToLatent
-    from moex.compress.upcycle import Upcycle
+    from moex.convert.to_latent import ToLatent
+    from moex.convert.upcycle import Upcycle
 
     latent, upcycle = given(args, LATENT_FLAGS), given(args, UPCYCLE_FLAGS)
     if args.to == "moe" and latent:

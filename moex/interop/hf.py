@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from moex.compress.convert import write_run
 from moex.config.base import ConfigError, nearest, require
 from moex.config.flags import load_config as load_config_flags
+from moex.convert.apply import write_run
 from moex.data.files import atomic_write
 from moex.data.pipeline import Data
 from moex.data.tokenizer import SavedTokenizer, TokenizerFile

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moex.compress.convert import write_run
+from moex.convert.apply import write_run
 from moex.data.tokenizer import Bpe, Bytes
 from moex.interop.export import export_hf
 from moex.interop.hf import import_hf

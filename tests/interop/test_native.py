@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from moex.compress.convert import convert_run
-from moex.compress.upcycle import Upcycle
 from moex.config.base import ConfigError
+from moex.convert.apply import convert_run
+from moex.convert.upcycle import Upcycle
 from moex.interop.closest_family import closest
 from moex.interop.export import export_hf
 from moex.interop.families import read_model

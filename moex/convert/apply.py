@@ -14,17 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moex.compress.calibrate import input_moments
-from moex.compress.to_latent import (
+from moex.config import base as configs
+from moex.config.base import ConfigError
+from moex.convert.calibrate import input_moments
+from moex.convert.to_latent import (
     ToLatent,
     check_latent,
     convert_params,
     latent_model,
 )
-from moex.compress.to_moe import moe_model, upcycle_params, upcycled_layers
-from moex.compress.upcycle import Upcycle, check_upcycle
-from moex.config import base as configs
-from moex.config.base import ConfigError
+from moex.convert.to_moe import moe_model, upcycle_params, upcycled_layers
+from moex.convert.upcycle import Upcycle, check_upcycle
 from moex.data.files import atomic_write
 from moex.data.tokenizer import SavedTokenizer
 from moex.json_files import dump_json

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from moex.compress.latent import Factoring, convert_experts
 from moex.config.base import ConfigError, require
+from moex.convert.latent import Factoring, convert_experts
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent

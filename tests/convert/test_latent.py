@@ -6,7 +6,7 @@ E experts · G groups · D model width · F expert width · Z latent width
 import numpy as np
 import pytest
 
-from moex.compress.latent import Factoring, factor_experts
+from moex.convert.latent import Factoring, factor_experts
 
 E, D, F, GROUP = 4, 32, 8, 4
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moex.compress.convert import write_run
-from moex.compress.latent import Factoring, factor_experts
-from moex.compress.to_moe import moe_model, pieces, upcycle_params, upcycled_layers
-from moex.compress.upcycle import Upcycle, check_upcycle, layer_of_dense, moe_of_dense
 from moex.config.base import ConfigError
+from moex.convert.apply import write_run
+from moex.convert.latent import Factoring, factor_experts
+from moex.convert.to_moe import moe_model, pieces, upcycle_params, upcycled_layers
+from moex.convert.upcycle import Upcycle, check_upcycle, layer_of_dense, moe_of_dense
 from moex.model.spec import model_spec
 from moex.moe.layer import MoE
 from moex.moe.narrow import Narrow

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moex.compress import convert
-from moex.compress.calibrate import second_moments
-from moex.compress.convert import write_run
-from moex.compress.to_latent import ToLatent, convert_params, latent_model
 from moex.config.base import ConfigError, to_dict
+from moex.convert import apply
+from moex.convert.apply import write_run
+from moex.convert.calibrate import second_moments
+from moex.convert.to_latent import ToLatent, convert_params, latent_model
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
@@ -122,7 +122,7 @@ def test_what_is_kept_and_what_is_written(moex, folder, tmp_path, monkeypatch):
     new = tmp_path / "new"
     options = ("--whiten", "--calibration=8", "--ops=down,gate", "--rank=3")
     score = lambda *args, **kw: {"nll": 2.0, "tokens": 5}  # noqa: E731
-    monkeypatch.setattr(convert, "score_run", score)  # another test has the real one
+    monkeypatch.setattr(apply, "score_run", score)  # another test has the real one
     text = moex("convert", folder / "run", *CONVERT, *options, f"--workdir={new}")
     assert "    0 down      0   0." in text
     assert "held-out loss, nats per token: 2.0000 -> 2.0000 (5 tokens)" in text

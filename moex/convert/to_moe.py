@@ -12,8 +12,8 @@ import dataclasses
 import jax
 import numpy as np
 
-from moex.compress.upcycle import Upcycle, chosen_layers, layer_of_dense, moe_of_dense
 from moex.config.base import ConfigError, walk
+from moex.convert.upcycle import Upcycle, chosen_layers, layer_of_dense, moe_of_dense
 from moex.nn.mlp import Dense
 
 
