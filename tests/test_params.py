@@ -13,7 +13,6 @@ from moex.costs.accounting import model_cost, num_bytes
 from moex.data.tokenizer import Bytes, TokenizerFile
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
-from moex.moe.narrow import Narrow
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.optim import AdamW, Muon, make_optimizer
@@ -158,13 +157,6 @@ def test_vocabulary_without_data(run_config, tmp_path):
     cfg.model.vocab = 100
     table.fill_vocab(cfg)
     assert cfg.model.vocab == 100
-
-
-def test_kinds_in_a_few_words():
-    chain = Chain(moe=tiny_moe(), iterations=2)
-    narrow = Narrow(latent=8, inner=chain)
-    assert table.describe_kind(Dense(hidden=24)) == "Dense"
-    assert table.describe_kind(narrow) == "Narrow(8, Chain(2, MoE(8, TopK, Glu)))"
 
 
 @pytest.mark.parametrize(

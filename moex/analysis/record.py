@@ -14,11 +14,11 @@ from moex.analysis.writer import TraceWriter, check_new
 from moex.config import base as configs
 from moex.config.base import ConfigError
 from moex.data.files import naming
+from moex.model.layers import Routed, label, routers, site_at, sites
 from moex.moe.routing import ExpertRouting
 from moex.sharding import shard_batch
 from moex.train.job import LoadedRun, static_options
 from moex.train.job import load_config as run_config
-from moex.train.layers import Routed, routers
 from moex.train.losses import make_context, moe_layers
 from moex.train.score import run_with_data
 
@@ -184,17 +184,12 @@ def slots_by_layer(model, layers: dict, valid_T) -> dict[str, Slots]:
       layers: numpy arrays from `routed_layers`.
       valid_T: bool[T], the tokens to take.
     """
-    names = {"logits": "logits_NE"}
-    starts = np.cumsum([0, *(s.repeat * len(s.pattern) for s in model.layers)])
-    found = {}
+    names, places, found = {"logits": "logits_NE"}, sites(model), {}
     for path, rounds in layers.items():
-        _, segment, _, place, *_ = path.split("/")
-        width = len(model.layers[int(segment)].pattern)
+        numbers = site_at(places, path).numbers
         for t, arrays in rounds.items():
-            for copy in range(len(arrays["expert"])):
-                number = starts[int(segment)] + copy * width + int(place)
-                label = f"{number:03d}" + (f".{t}" if t else "")
-                found[label] = Slots(
+            for copy, number in enumerate(numbers):
+                found[label(number, t)] = Slots(
                     **{
                         names.get(name, f"{name}_NK"): value[copy][valid_T]
                         for name, value in arrays.items()

@@ -14,11 +14,9 @@ import numpy as np
 
 from moex.config.base import ConfigError, require
 from moex.convert.latent import Factoring, convert_experts
-from moex.moe.chain import Chain
+from moex.model.layers import sites
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
-from moex.moe.layer import MoE
-from moex.moe.narrow import Narrow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,25 +43,6 @@ class ToLatent:
     sequences: int = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """One MoE of a model config.
-
-    Attributes:
-      path: of its module, as in the parameters.
-      where: of its config, for messages.
-      moe: its config; part of the model config, not a copy.
-      number: of the layer in the first copy of its segment.
-      stride: from copy to copy.
-    """
-
-    path: tuple[str, ...]
-    where: str
-    moe: MoE
-    number: int
-    stride: int
-
-
 def check_latent(options: ToLatent) -> None:
     """Raise `ConfigError` if a number is out of range."""
     for name in ("group", "latent", "rank"):
@@ -74,24 +53,6 @@ def check_latent(options: ToLatent) -> None:
         require(value >= 0, f"--{name}", value, ">= 0")
 
 
-def sites(model) -> list[Site]:
-    """Every MoE of an `LM` config, in order, also inside `Chain` and `Narrow`."""
-    found, number = [], 0
-    for i, segment in enumerate(model.layers):
-        stride = len(segment.pattern)
-        for j, ffn in enumerate(segment.pattern):
-            path: tuple[str, ...] = ("segments", str(i), "blocks", str(j), "ffn")
-            where = f"config.model.layers[{i}].pattern[{j}]"
-            while isinstance(ffn, Narrow):
-                ffn, path, where = ffn.inner, (*path, "inner"), f"{where}.inner"
-            if isinstance(ffn, Chain):
-                ffn, where = ffn.moe, f"{where}.moe"
-            if isinstance(ffn, MoE):
-                found.append(Site(path, where, ffn, number + j, stride))
-        number += segment.repeat * stride
-    return found
-
-
 def latent_model(model, options: ToLatent):
     """A copy of an `LM` config with latent experts.
 
@@ -99,21 +60,21 @@ def latent_model(model, options: ToLatent):
       ConfigError: if there is no MoE, or one whose experts are not plain SwiGLU.
     """
     model = dataclasses.replace(model)  # nested configs are copied
-    found = sites(model)
+    found = [site.sparse for site in sites(model) if site.sparse is not None]
     if not found:
         raise ConfigError(
             "config.model: has no MoE layer; there is nothing to convert. With "
             "--experts and --k its dense layers become MoE layers first."
         )
-    for site in found:
-        experts: Any = site.moe.experts
+    for sparse in found:
+        experts: Any = sparse.moe.experts
         plain = isinstance(experts, Glu) and experts.activation == "silu"
         if not plain or experts.bias:
             raise ConfigError(
-                f"{site.where}.experts = {experts!r}: must be Glu(activation='silu', "
+                f"{sparse.where}.experts = {experts!r}: must be Glu(activation='silu', "
                 "bias=False); only plain SwiGLU experts become latent ones."
             )
-        site.moe.experts = Latent(
+        sparse.moe.experts = Latent(
             hidden=experts.hidden,
             latent=options.latent or experts.hidden,
             group=options.group,
@@ -137,15 +98,18 @@ def convert_params(params, model, options: ToLatent, moments):
     """
     errors = []
     for site in sites(model):
-        latent: Any = site.moe.experts
+        if site.sparse is None:
+            continue
+        path, latent = site.sparse.path.split("/"), site.sparse.moe.experts
+        assert isinstance(latent, Latent)
         how = Factoring(
             latent=latent.latent,
             group=latent.group,
             rank=options.rank,
             refit=options.refit,
         )
-        old = jax.device_get(at_path(params, site.path)["experts"])
-        moment_RDD = moments.get("/".join(site.path))
+        old = jax.device_get(at_path(params, path)["experts"])
+        moment_RDD = moments.get(site.sparse.path)
         layers = []
         for r in range(len(old["w_out_EFD"])):
             weights = {name: value[r] for name, value in old.items()}
@@ -153,13 +117,13 @@ def convert_params(params, model, options: ToLatent, moments):
             made, lost = convert_experts(weights, latent.ops, how, moment_DD)
             layers.append(made)
             errors += [
-                {"layer": site.number + r * site.stride, "op": op, "group": g}
+                {"layer": site.numbers[r], "op": op, "group": g}
                 | dataclasses.asdict(error)
                 for op, by_group in lost.items()
                 for g, error in enumerate(by_group)
             ]
         stacked = {name: np.stack([w[name] for w in layers]) for name in layers[0]}
-        params = with_path(params, (*site.path, "experts"), stacked)
+        params = with_path(params, (*path, "experts"), stacked)
     return params, sorted(errors, key=lambda row: row["layer"])
 
 

@@ -8,12 +8,15 @@ R copies of a block in a segment
 
 import copy
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
 
 from moex.config.base import ConfigError, walk
 from moex.convert.upcycle import Upcycle, chosen_layers, layer_of_dense, moe_of_dense
+from moex.model.layers import layers as layers_of
+from moex.model.layers import sites
 from moex.nn.mlp import Dense
 
 
@@ -57,27 +60,25 @@ def pieces(model, layers: str) -> list[Piece]:
     Raises:
       ConfigError: if no layer is dense, or `layers` names one that is not.
     """
-    kinds = [
-        [isinstance(ffn, Dense) for ffn in segment.pattern] * segment.repeat
-        for segment in model.layers
+    dense = [
+        n for n, (at, _) in enumerate(layers_of(model)) if isinstance(at.ffn, Dense)
     ]
-    dense = [n for n, is_dense in enumerate(sum(kinds, [])) if is_dense]
     if not dense:
         raise ConfigError("config.model: has no dense layer; there is none to upcycle.")
     chosen = set(chosen_layers(layers, dense))
-    found, number = [], 0
-    for i, segment in enumerate(model.layers):
-        stride, at = len(segment.pattern), 0
+    found = []
+    for i, group in itertools.groupby(sites(model), key=lambda site: site.segment):
+        own = list(group)
         rows = [
-            tuple(number + r * stride + j in chosen for j in range(stride))
-            for r in range(segment.repeat)
+            tuple(number in chosen for number in numbers)
+            for numbers in zip(*(site.numbers for site in own), strict=True)
         ]
+        at = 0
         while at < len(rows):
             period, repeat = _longest(rows[at:])
             upcycled = sum(rows[at : at + period], ())
-            found.append(Piece(i, at, period, repeat, upcycled, number + at * stride))
+            found.append(Piece(i, at, period, repeat, upcycled, own[0].numbers[at]))
             at += period * repeat
-        number += len(rows) * stride
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moex.model.layers import sites
 from moex.nn.model import Model
 from moex.optim import flat_paths
 
@@ -220,21 +221,16 @@ def model_cost(cfg: Model, spec, seq_len: int) -> Cost:
     """
     sizes = {n: math.prod(leaf.shape) for n, leaf in flat_paths(spec.params).items()}
     blocks = []
-    for s, segment in enumerate(cfg.layers):
-        attentions = segment.attentions(cfg.attention)
-        for i, (ffn, attention) in enumerate(
-            zip(segment.pattern, attentions, strict=True)
-        ):
-            # Scores and values: a multiplication and an addition per number and key.
-            keys = attention.visible_keys(seq_len)
-            score_flops = 2 * attention.score_width(cfg.dim) * keys
-            path = f"segments/{s}/blocks/{i}"
-            own = {
-                n.removeprefix(f"{path}/"): size // segment.repeat
-                for n, size in sizes.items()
-                if n.startswith(f"{path}/")
-            }
-            blocks.append(BlockCost(path, ffn, segment.repeat, own, score_flops))
+    for site in sites(cfg):
+        # Scores and values: a multiplication and an addition per number and key.
+        keys = site.attention.visible_keys(seq_len)
+        score_flops = 2 * site.attention.score_width(cfg.dim) * keys
+        own = {
+            n.removeprefix(f"{site.path}/"): size // site.repeat
+            for n, size in sizes.items()
+            if n.startswith(f"{site.path}/")
+        }
+        blocks.append(BlockCost(site.path, site.ffn, site.repeat, own, score_flops))
     outer = {n: v for n, v in sizes.items() if not n.startswith("segments/")}
     multiplied = sum(v for n, v in outer.items() if _is_multiplied(n))
     multiplied += sum(outer[name] for name in cfg.used_again())

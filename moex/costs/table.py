@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 
-from moex.config.base import Config, ConfigError
+from moex.config.base import ConfigError
 from moex.costs.accounting import model_cost, num_bytes
 from moex.costs.matching import match
 from moex.costs.residual_bytes import block_activation_bytes, model_activation_bytes
+from moex.model.layers import describe_kind, sites
 from moex.model.spec import ModelSpec, model_spec
 from moex.optim import flat_paths, make_optimizer
 from moex.runs.keys import check_run
@@ -97,24 +98,21 @@ def model_rows(cfg) -> list[Row]:
     cost = model_cost(cfg.model, spec, cfg.seq_len)
     weights = _bytes_by_path(spec.params, spec)
     optimizer = _bytes_by_path(jax.eval_shape(tx.init, spec.params), spec)
-    rows, start, kept = [], 0, dict[str, float]()
-    costs = iter(cost.blocks)
-    for segment in cfg.model.layers:
-        pattern, repeat = segment.pattern, segment.repeat
-        for i, ffn in enumerate(pattern):
-            block = next(costs)
-            forward = block.forward_flops()
-            held = [_below(block.path, b) / repeat for b in (weights, optimizer)]
-            same = repr((segment.residual, pattern[max(i - 1, 0) : i + 1]))
-            if same not in kept:
-                kept[same] = block_activation_bytes(cfg, segment, i)
-            figures = (
-                *(sum(block.total().values()), sum(block.active().values())),
-                *(forward, 2 * forward, held[0], held[0], held[1], kept[same]),
-            )
-            numbers = tuple(start + r * len(pattern) + i for r in range(repeat))
-            rows.append(Row("", describe_kind(ffn), numbers, _named(figures)))
-        start += repeat * len(pattern)
+    rows, kept = [], dict[str, float]()
+    for site, block in zip(sites(cfg.model), cost.blocks, strict=True):
+        segment = cfg.model.layers[site.segment]
+        forward = block.forward_flops()
+        held = [_below(site.path, b) / site.repeat for b in (weights, optimizer)]
+        before = segment.pattern[max(site.place - 1, 0) : site.place + 1]
+        same = repr((segment.residual, before))
+        if same not in kept:
+            kept[same] = block_activation_bytes(cfg, segment, site.place)
+        figures = (
+            *(sum(block.total().values()), sum(block.active().values())),
+            *(forward, 2 * forward, held[0], held[0], held[1], kept[same]),
+        )
+        kind = describe_kind(site.ffn)
+        rows.append(Row("", kind, tuple(site.numbers), _named(figures)))
     in_layers = sum(r.copies * r.figures["activation_bytes"] for r in rows)
     rest = (
         *(sum(cost.outer.values()), sum(cost.outer.values())),
@@ -171,20 +169,6 @@ def _bytes_by_path(tree, spec: ModelSpec) -> dict[str, int]:
 
 def _below(path: str, sizes: dict[str, int]) -> int:
     return sum(v for name, v in sizes.items() if name.startswith(f"{path}/"))
-
-
-def describe_kind(ffn: Config) -> str:
-    """The feed-forward in a few words: `MoE(8, TopK, Glu)`, `Chain(2, MoE(...))`."""
-    inside: Any = ffn
-    name = type(ffn).__name__
-    if hasattr(inside, "num_experts"):
-        kinds = (type(inside.router).__name__, type(inside.experts).__name__)
-        return f"{name}({inside.num_experts}, {', '.join(kinds)})"
-    if hasattr(inside, "moe"):
-        return f"{name}({inside.iterations}, {describe_kind(inside.moe)})"
-    if hasattr(inside, "inner"):
-        return f"{name}({inside.latent}, {describe_kind(inside.inner)})"
-    return name
 
 
 def rows_dict(cfg, rows: list[Row]) -> dict:

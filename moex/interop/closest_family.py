@@ -13,6 +13,7 @@ from moex.interop.defaults import DEFAULTS
 from moex.interop.families import FAMILIES, read_model
 from moex.interop.fields import ELSEWHERE
 from moex.interop.layers import fold
+from moex.model.layers import layers
 from moex.moe.layer import MoE
 from moex.nn.attention import Attention
 from moex.nn.lm import LM
@@ -65,22 +66,18 @@ def closest(model: LM) -> dict:
 
 def inference(model: LM) -> LM:
     """A copy with one form for what is the same when nothing is trained."""
-    layers = [
-        (_attention(attention, model), _feed_forward(ffn))
-        for segment in model.layers
-        for _ in range(segment.repeat)
-        for ffn, attention in zip(
-            segment.pattern, segment.attentions(model.attention), strict=True
-        )
+    blocks = [
+        (_attention(site.attention, model), _feed_forward(site.ffn))
+        for site, _ in layers(model)
     ]
     residuals = {segment.residual for segment in model.layers}
-    folded = fold(layers)
+    folded = fold(blocks)
     if residuals != {"prenorm"}:
         folded = tuple(
             dataclasses.replace(s, residual=",".join(sorted(residuals))) for s in folded
         )
     return dataclasses.replace(
-        model, attention=layers[0][0], layers=folded, scale_embeddings=False
+        model, attention=blocks[0][0], layers=folded, scale_embeddings=False
     )
 
 
@@ -114,14 +111,14 @@ def _feed_forward(ffn: Any):
 def _fields(model: LM, kind: str) -> dict:
     """Every field that one of the candidates reads, and none that `kind` refuses."""
     attention: Any = model.attention
-    layers = [f for s in model.layers for _ in range(s.repeat) for f in s.pattern]
-    sparse: Any = next((f for f in layers if isinstance(f, MoE)), None)
-    dense: Any = next((f for f in layers if isinstance(f, Dense)), None)
+    ffns = [site.ffn for site, _ in layers(model)]
+    sparse: Any = next((f for f in ffns if isinstance(f, MoE)), None)
+    dense: Any = next((f for f in ffns if isinstance(f, Dense)), None)
     rope = _rope(attention)
     fields = {
         "hidden_size": model.dim,
         "vocab_size": model.vocab,
-        "num_hidden_layers": len(layers),
+        "num_hidden_layers": len(ffns),
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.kv_heads or attention.heads,
         "head_dim": attention.width(model.dim),
@@ -145,7 +142,7 @@ def _fields(model: LM, kind: str) -> dict:
             "norm_topk_prob": getattr(sparse.router, "normalize", "") == "after",
             "moe_intermediate_size": hidden,
             "mlp_only_layers": [
-                i for i, ffn in enumerate(layers) if isinstance(ffn, Dense)
+                i for i, ffn in enumerate(ffns) if isinstance(ffn, Dense)
             ],
         }
         if dense is None:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from moex.model.layers import layers
 from moex.moe.layer import MoE
 from moex.nn.attention import Attention
 from moex.nn.lm import LM
@@ -73,14 +74,9 @@ def pieces(model: LM, names: Names) -> Iterator[Piece]:
         *((V, D), "w_embed_VD", ()),
         *((V, D), (0, 1), factor),
     )
-    number = 0
-    for s, segment in enumerate(model.layers):
-        attentions = segment.attentions(model.attention)
-        for r in range(segment.repeat):
-            for b, ffn in enumerate(segment.pattern):
-                make = _Layer(f"model.layers.{number}", f"segments/{s}/blocks/{b}", r)
-                yield from make.block(attentions[b], ffn, D, names)
-                number += 1
+    for number, (site, r) in enumerate(layers(model)):
+        make = _Layer(f"model.layers.{number}", site.path, r)
+        yield from make.block(site.attention, site.ffn, D, names)
     yield Piece("model.norm.weight", (D,), "norm/scale_D", (), (D,), (0,))
     if not model.tied_embeddings:
         yield Piece("lm_head.weight", (V, D), "w_logits_DV", (), (V, D), (1, 0))

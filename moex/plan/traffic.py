@@ -11,11 +11,11 @@ of b to each, an all-reduce twice that.
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from moex.model.layers import sites
 from moex.moe.all_to_all import moves_all_to_all
 from moex.optim import path_name
 from moex.plan.memory import local_shape
@@ -136,9 +136,7 @@ def _activations(program: Program) -> list[Traffic]:
         Traffic("tensor", "activations summed", times * sums * 2 * stream * _share(n))
     ]
     width = sum(
-        segment.repeat * attention.key_width(model.dim)
-        for segment in model.layers
-        for attention in segment.attentions(model.attention)
+        site.repeat * site.attention.key_width(model.dim) for site in sites(model)
     )
     parts = mesh.shape["seq"]
     keys = tokens * parts * width / n * itemsize * _share(parts)
@@ -149,23 +147,11 @@ def _activations(program: Program) -> list[Traffic]:
 def _tokens_to_experts(program: Program) -> list[Traffic]:
     """Tokens to their experts and back, in every pass of every MoE layer."""
     rows = []
-    for segment in program.cfg.model.layers:
-        for ffn in segment.pattern:
-            for moe, rounds, width in moe_layers(ffn, program.cfg.model.dim):
-                passes = rounds * segment.repeat * _passes(program)
-                rows += _one_exchange(program, moe, width, passes)
+    for site in sites(program.cfg.model):
+        if site.sparse is not None:
+            passes = len(site.sparse.routers) * site.repeat * _passes(program)
+            rows += _one_exchange(program, site.sparse.moe, site.sparse.width, passes)
     return rows
-
-
-def moe_layers(ffn: Any, dim: int):
-    """(MoE config, rounds, width of its tokens) in a feed-forward config."""
-    if hasattr(ffn, "num_experts"):
-        yield ffn, 1, dim
-    elif hasattr(ffn, "moe"):
-        for moe, rounds, width in moe_layers(ffn.moe, dim):
-            yield moe, rounds * ffn.iterations, width
-    elif hasattr(ffn, "inner"):
-        yield from moe_layers(ffn.inner, ffn.latent)
 
 
 def _one_exchange(program: Program, moe, width, passes) -> list[Traffic]:

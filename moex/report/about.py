@@ -38,8 +38,10 @@ def summary(material: Material) -> list[str]:
             f"{scaled(material.cost.num_params)} parameters, "
             f"{scaled(material.cost.num_active)} active per token"
         ]
-    layers = sum(segment.repeat * len(segment.pattern) for segment in cfg.model.layers)
-    size += [f"{layers} layers of width {cfg.model.dim}", f"seed {cfg.seed}"]
+    size += [
+        f"{cfg.model.num_layers()} layers of width {cfg.model.dim}",
+        f"seed {cfg.seed}",
+    ]
     size.append(f"batches of {cfg.batch_size:,} x {cfg.seq_len:,} tokens")
     return ["; ".join(parts) + ".", "; ".join(size) + "."]
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from moex.model.layers import routers, shown
 from moex.moe.routers.topp import TopP
 from moex.report import health_checks
 from moex.report.health_checks import Finding
 from moex.report.material import Material, Routing
-from moex.train.layers import routers, shown
 
 DEVICES = "device_violation"
 # What needs which figure.

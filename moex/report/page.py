@@ -14,8 +14,8 @@ import jinja2
 import markupsafe
 
 from moex.analysis.plotting import PLOT, policy, scripts_of
+from moex.model.layers import shown
 from moex.terminal import printable
-from moex.train.layers import shown
 
 POLICY = "<!-- policy -->"  # its place in the template, before all other texts
 MARGIN = {"l": 70, "r": 30, "t": 60, "b": 50}

@@ -6,11 +6,11 @@ K experts per token
 
 import numpy as np
 
+from moex.model.layers import shown
 from moex.report import downsample, maps
 from moex.report.health import judged
 from moex.report.material import Material, Routing
 from moex.report.page import Grid, Note, Plot, Section, Table, layer_name, style
-from moex.train.layers import shown
 
 # Numbers of all frames, and of all curves, of a page; four bytes each.
 FRAME_NUMBERS, MOST_FRAMES = 400_000, 40

@@ -6,8 +6,8 @@ E experts · R token ids of an expert
 import numpy as np
 
 from moex.analysis.summary import Analysis, LayerAnalysis
+from moex.model.layers import shown
 from moex.report.page import Note, Section, Table, token
-from moex.train.layers import shown
 
 MOST_ROWS = 2048  # experts of all tables
 NO_BREAK = "\u00a0"

@@ -20,8 +20,9 @@ from tqdm import tqdm
 from moex.config.base import ConfigError
 from moex.data.files import naming
 from moex.json_files import dump_json, expect_object, field, parse_json
+from moex.model.figures import layer_rows, routing_record
+from moex.model.layers import shown
 from moex.terminal import printable
-from moex.train.layers import layer_rows, routing_record, shown
 from moex.train.tensorboard import Board, check_events, event_folder, layout
 
 

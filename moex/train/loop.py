@@ -23,6 +23,7 @@ from moex.config.schedule import is_always_zero
 from moex.costs import accounting
 from moex.data.changes import changed_data, save_data
 from moex.data.report import compressor_bits_per_byte
+from moex.model.figures import by_layer, moe_summary
 from moex.optim import path_name
 from moex.runs.checkpoint import Checkpointer, CheckpointError
 from moex.runs.checksums import all_finite
@@ -44,7 +45,6 @@ from moex.train.job import (
     save_config,
     saved_with,
 )
-from moex.train.layers import by_layer, moe_summary
 from moex.train.log import (
     RunLog,
     Stopwatch,

@@ -14,8 +14,9 @@ from tensorboardX.record_writer import register_writer_factory
 
 from moex.config.base import walk
 from moex.data.files import naming
+from moex.model.figures import scalar_names, slot_shares
+from moex.model.layers import shown
 from moex.moe.layer import MoE
-from moex.train.layers import scalar_names, shown, slot_shares
 
 PREFIX = "moex:"  # of the paths that `_EventFiles` opens
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from moex.config.base import ConfigError
+from moex.model.figures import by_layer, layer_rows, moe_summary
+from moex.model.layers import shown
 from moex.moe.chain import Chain
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.train import loop
-from moex.train.layers import by_layer, layer_rows, moe_summary, shown
 from moex.train.log import (
     RunLog,
     Stopwatch,

@@ -9,6 +9,13 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from moex.model.figures import (
+    by_layer,
+    device_violation,
+    moe_summary,
+    routing_record,
+    slot_shares,
+)
 from moex.moe.chain import Chain
 from moex.moe.experts.zero import Zero
 from moex.nn.mlp import Dense
@@ -17,13 +24,6 @@ from moex.runs.keys import Log
 from moex.sharding import MeshConfig
 from moex.train import in_flight
 from moex.train.in_flight import Flight
-from moex.train.layers import (
-    by_layer,
-    device_violation,
-    moe_summary,
-    routing_record,
-    slot_shares,
-)
 from moex.train.log import RunLog, Stopwatch
 from moex.train.score import domain_losses
 from moex.train.tensorboard import layout

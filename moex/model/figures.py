@@ -5,14 +5,12 @@ E experts · S bins of a histogram
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from moex.config.base import walk
-from moex.moe.chain import Chain
-from moex.moe.layer import MoE
+from moex.model.layers import label, routers, site_at, sites
 
 # What "the worst layer" means, for the figures of which one can be worse than another.
 WORST: dict[str, Callable] = {
@@ -31,41 +29,6 @@ WORST: dict[str, Callable] = {
 }
 
 
-class Routed(NamedTuple):
-    """A router of a model.
-
-    Attributes:
-      layer: number from 0, dense layers counted.
-      round: of a chain, from 1; 0 where there is no chain.
-      router: its config.
-      moe: config of the layer whose experts it chooses.
-    """
-
-    layer: int
-    round: int
-    router: Any
-    moe: MoE
-
-    @property
-    def label(self) -> str:
-        """As in `by_layer`."""
-        return f"{self.layer:03d}" + (f".{self.round}" if self.round else "")
-
-
-def routers(model) -> Iterator[Routed]:
-    """Every router of an `LM` config, in the order of its layers and rounds."""
-    blocks = [ffn for s in model.layers for ffn in s.pattern * s.repeat]
-    for number, ffn in enumerate(blocks):
-        sparse: Any = [n for _, n in walk(ffn, "") if isinstance(n, (Chain, MoE))]
-        if not sparse:
-            continue
-        if isinstance(sparse[0], MoE):
-            yield Routed(number, 0, sparse[0].router, sparse[0])
-            continue
-        for t, router in enumerate(sparse[0].rounds(), 1):
-            yield Routed(number, t, router, sparse[0].moe)
-
-
 def by_layer(model, layers: dict, *, expert_devices=1) -> dict[str, dict[str, Any]]:
     """`{label: {name: value}}` of every MoE layer, in order.
 
@@ -79,46 +42,33 @@ def by_layer(model, layers: dict, *, expert_devices=1) -> dict[str, dict[str, An
         "device_violation" too.
     """
     found: dict[str, dict[str, Any]] = {}
-    start = 0
-    for s, segment in enumerate(model.layers):
-        for path, figures in layers.items():
-            parts = path.split("/")
-            if parts[:2] != ["segments", str(s)]:
-                continue
-            place = int(parts[3])
-            chained = np.ndim(figures.get("experts_per_token", 0.0)) == 2
-            arrays = {name: np.asarray(value) for name, value in figures.items()}
-            for r in range(len(next(iter(arrays.values())))):
-                number = start + r * len(segment.pattern) + place
-                own = {name: value[r] for name, value in arrays.items()}
-                rounds = _rounds(f"{number:03d}", own) if chained else {}
-                found |= rounds or {f"{number:03d}": own}
-                if expert_devices > 1:
-                    num_experts = _num_experts(segment.pattern[place])
-                    for label in rounds or [f"{number:03d}"]:
-                        found[label]["device_violation"] = device_violation(
-                            found[label]["load_frac_E"][:num_experts], expert_devices
-                        )
-        start += segment.repeat * len(segment.pattern)
-    return dict(sorted(found.items(), key=lambda row: _order(row[0])))
+    places = sites(model)
+    for path, figures in layers.items():
+        site = site_at(places, path)
+        arrays = {name: np.asarray(value) for name, value in figures.items()}
+        for r, number in enumerate(site.numbers):
+            own = {name: value[r] for name, value in arrays.items()}
+            rounds = _rounds(number, own, site.sparse)
+            if expert_devices > 1:
+                # Experts that cost nothing are on every device.
+                num_experts = site.sparse.moe.num_experts
+                for row in rounds.values():
+                    row["device_violation"] = device_violation(
+                        row["load_frac_E"][:num_experts], expert_devices
+                    )
+            found |= rounds
+    labels = [routed.label for routed in routers(model)]
+    return {name: found[name] for name in labels if name in found}
 
 
-def _rounds(label, figures) -> dict:
-    """The figures of each round of a chain, which have a leading dim [C]."""
-    count = len(figures["experts_per_token"])
+def _rounds(number, figures, sparse) -> dict:
+    """The figures of a layer by label; those of a chain have a leading dim [C]."""
+    if not sparse.chained:
+        return {label(number): figures}
     return {
-        f"{label}.{c + 1}": {name: value[c] for name, value in figures.items()}
-        for c in range(count)
+        label(number, t + 1): {name: value[t] for name, value in figures.items()}
+        for t in range(len(sparse.routers))
     }
-
-
-def _order(label: str) -> list[int]:
-    return [int(part) for part in label.split(".")]
-
-
-def _num_experts(feed_forward) -> int:
-    """Experts that compute; those that cost nothing are on every device."""
-    return next(n.num_experts for _, n in walk(feed_forward, "") if isinstance(n, MoE))
 
 
 def device_violation(load_frac_E, num_devices: int) -> float:
@@ -135,12 +85,6 @@ def device_violation(load_frac_E, num_devices: int) -> float:
 def layer_rows(model, layers: dict, name: str) -> list[tuple[str, Any]]:
     """`(label, value)` of one figure of every MoE layer, in order; see `by_layer`."""
     return [(label, own[name]) for label, own in by_layer(model, layers).items()]
-
-
-def shown(label: str) -> str:
-    """A label for people: "3", or "3.1" for the first round of a chain."""
-    number, dot, chain_round = label.partition(".")
-    return f"{number.lstrip('0') or number[-1:]}{dot}{chain_round}"
 
 
 def moe_summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
