@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
+from optax.contrib import MuonDimensionNumbers
 
 from moex.config.base import Config, ConfigError, nearest, require, require_choice
 from moex.config.schedule import (
@@ -22,6 +22,7 @@ from moex.config.schedule import (
     value_at,
 )
 from moex.exact import exact
+from moex.muon import muon
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -248,7 +249,7 @@ def _scale(factor, factors):
     return optax.masked(scale, mask)
 
 
-def make_optimizer(cfg: Optim, steps: int, params, info):
+def make_optimizer(cfg: Optim, steps: int, params, info, kernels=None):
     """One optax transformation for `params`.
 
     Args:
@@ -256,6 +257,7 @@ def make_optimizer(cfg: Optim, steps: int, params, info):
       steps: optimizer steps of the whole run.
       params: nested dict of arrays or `ShapeDtypeStruct`s.
       info: `{path: ParamInfo}` with logical axes and matrix dims of each parameter.
+      kernels: name of the matmul implementation, or None to choose; for Muon.
 
     Returns:
       (optax.GradientTransformation, schedule giving the learning rate at a step).
@@ -269,13 +271,11 @@ def make_optimizer(cfg: Optim, steps: int, params, info):
     if isinstance(cfg.rule, Muon):
         rule = muon(
             lambda step: cfg.lr * frac(step),
-            beta=rule_cfg.momentum,
-            ns_steps=rule_cfg.ns_steps,
-            weight_decay=cfg.weight_decay,
-            adam_b1=rule_cfg.b1,
-            adam_b2=rule_cfg.b2,
-            adam_learning_rate=lambda step: rule_cfg.adam_lr * frac(step),
-            muon_weight_dimension_numbers=lambda p: _muon_dims(p, info),
+            lambda step: rule_cfg.adam_lr * frac(step),
+            rule_cfg,
+            cfg.weight_decay,
+            lambda p: _muon_dims(p, info),
+            kernels,
         )
     else:
         rule = optax.adamw(

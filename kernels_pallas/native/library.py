@@ -1,4 +1,4 @@
-"""Compiles experts.c once for a machine and a jaxlib; registers its functions.
+"""Compiles the C files once for a machine and a jaxlib; registers their functions.
 
 The library is kept under $XDG_CACHE_HOME/moex/native; its name holds the sha256 of its
 bytes, and it is loaded only if nobody else can have written it (`private.py`).
@@ -25,10 +25,12 @@ import jax
 import jaxlib
 import numpy as np
 
-SOURCE = pathlib.Path(__file__).with_name("experts.c")
+SOURCES = ("experts.c", "orthogonalise.c")
+FOLDER = pathlib.Path(__file__).parent
 FUNCTIONS = (
     "moex_experts_forward",
     "moex_experts_backward",
+    "moex_orthogonalise",
     "moex_product",
     "moex_weight_product",
 )
@@ -55,7 +57,7 @@ def why_not() -> str | None:
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         first = next((line for line in said.splitlines() if "error" in line), said)
-        return f"{' '.join(compiler)} could not compile {SOURCE.name}: {first.strip()}"
+        return f"{' '.join(compiler)} could not compile it: {first.strip()}"
     for name in FUNCTIONS:
         capsule = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
@@ -86,14 +88,16 @@ def _load(compiler) -> ctypes.CDLL:
     march = "-march" if platform.machine() in ("x86_64", "AMD64") else "-mcpu"
     command = [*compiler, *FLAGS, f"{march}=native", f"-I{jax.ffi.include_dir()}"]
     about = (command, _processor(), platform.libc_ver(), jaxlib.__version__)
-    key = hashlib.sha256(repr(about).encode() + SOURCE.read_bytes()).hexdigest()[:24]
+    text = b"".join(f.read_bytes() for f in sorted(FOLDER.glob("*.[ch]")))
+    key = hashlib.sha256(repr(about).encode() + text).hexdigest()[:24]
     folder = _cache_folder()
     if folder is not None and (found := _cached(folder, f"experts-{key}-")):
         return found.load()
     parent = folder.name() if folder and os.access(folder.name(), os.W_OK) else None
     with private.work_folder(parent or tempfile.gettempdir()) as work:
         made = "experts.so"
-        command += ["-o", work.name(made), str(SOURCE), *LIBRARIES]
+        command += ["-o", work.name(made), *(str(FOLDER / name) for name in SOURCES)]
+        command += LIBRARIES
         subprocess.run(
             command,
             check=True,
@@ -138,7 +142,7 @@ def call(name, shapes, inputs, pieces=None, **attributes):
     Args:
       pieces: into how many the rows are cut if they are all of one group; None: four
         for each core, so that they end together.
-      attributes: ints.
+      attributes: ints, or numpy scalars.
 
     Raises:
       ValueError: on inputs of other dtypes, which C would read as these.
@@ -151,7 +155,9 @@ def call(name, shapes, inputs, pieces=None, **attributes):
         raise ValueError(f"{name} takes float32 and int32; got {sorted(dtypes)}.")
     results = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
     attributes["most"] = pieces or min(max(8, 4 * (os.cpu_count() or 1)), 64)
-    attributes = {k: np.int32(v) for k, v in attributes.items()}
+    attributes = {
+        k: np.int32(v) if isinstance(v, int) else v for k, v in attributes.items()
+    }
     return jax.ffi.ffi_call(name, results, vmap_method="sequential")(
         *inputs, **attributes
     )

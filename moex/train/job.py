@@ -281,7 +281,7 @@ def make_program(cfg, mesh) -> Program:
     spec = states.model_spec(cfg.model)
     states.check_mesh(spec, mesh)
     tx, learning_rate = optim.make_optimizer(
-        cfg.optim, cfg.steps, spec.params, spec.info
+        cfg.optim, cfg.steps, spec.params, spec.info, cfg.kernels
     )
     return Program(cfg, mesh, spec, tx, learning_rate)
 

@@ -32,7 +32,8 @@ def cache(tmp_path, monkeypatch):
     for name in ("cache", "temporary"):
         (tmp_path / name).mkdir()
     (tmp_path / "small.c").write_text("int answer(void) { return 42; }\n")
-    monkeypatch.setattr(library, "SOURCE", tmp_path / "small.c")
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    monkeypatch.setattr(library, "SOURCES", ("small.c",))
     monkeypatch.setattr(library, "_processor", lambda: "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))

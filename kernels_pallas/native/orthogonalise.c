@@ -1,0 +1,116 @@
+// Muon's orthogonalisation of a stack of matrices, as an XLA FFI handler; float32.
+//
+// X / (|X| + eps), then `steps` times X <- a X + (b A + c A A) X with A = X X^T. A
+// thread computes whole matrices, one after the other, in memory that stays in its
+// cache. A and A A are symmetric: blocks below the diagonal are copied, not computed.
+//
+// Legend: S and I batch, R rows, C columns: matrix (s, i) is x [s, :, i, :]; M the
+// smaller of R and C, N the larger: X is [M, N].
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "matmul.h"
+#include "threads.h"
+#include "xla.h"
+
+typedef struct {
+  int64_t R, I, C, steps;
+  float eps;
+  const float* coefficients;  // a, b, c
+  const float* x;
+  float* out;
+  atomic_int failed;  // out of memory
+} Stack;
+
+// Copies `from` [rows, columns] to its transpose, in squares that fit in the cache.
+static void turn(const float* from, int64_t row, int64_t rows, int64_t columns,
+                 float* to, int64_t to_row) {
+  enum { SIDE = 32 };
+  for (int64_t i = 0; i < rows; i += SIDE)
+    for (int64_t j = 0; j < columns; j += SIDE)
+      for (int64_t p = j; p < columns && p < j + SIDE; p++)
+        for (int64_t q = i; q < rows && q < i + SIDE; q++)
+          to[p * to_row + q] = from[q * row + p];
+}
+
+// The symmetric product `a` `b` [m, m] of inner width k.
+static void multiply_symmetric(int64_t m, int64_t k, Matrix a, Matrix b, float* c,
+                               int64_t c_row) {
+  for (int64_t j = 0; j < m; j += COLUMNS) {
+    const int64_t columns = m - j < COLUMNS ? m - j : COLUMNS;
+    const Matrix part = {b.at + j * b.column, b.row, b.column};
+    multiply(j + columns, columns, k, a, part, c + j, c_row, 0);
+    turn(c + j, c_row, j, columns, c + j * c_row, c_row);
+  }
+}
+
+static void orthogonalise(void* of, int64_t job) {
+  Stack* s = of;
+  const int64_t R = s->R, C = s->C, row = s->I * C;
+  const int64_t start = job / s->I * R * row + job % s->I * C;
+  const int64_t M = R < C ? R : C, N = R < C ? C : R, n = apart(N), m = apart(M);
+  float* x = aligned_alloc(64, (2 * M * n + 2 * M * m) * sizeof(float));
+  if (!x) {
+    atomic_store(&s->failed, 1);
+    return;
+  }
+  float *y = x + M * n, *a = y + M * n, *b = a + M * m;
+  const float ca = s->coefficients[0], cb = s->coefficients[1], cc = s->coefficients[2];
+  if (R > C)
+    turn(s->x + start, row, R, C, x, n);
+  else
+    for (int64_t i = 0; i < M; i++)
+      memcpy(x + i * n, s->x + start + i * row, N * sizeof(float));
+  double square = 0;
+  for (int64_t i = 0; i < M; i++) {
+    float sum[16] = {0};  // of every sixteenth, so that lanes can add
+    int64_t j = 0;
+    for (; j + 16 <= N; j += 16)
+      for (int q = 0; q < 16; q++) sum[q] += x[i * n + j + q] * x[i * n + j + q];
+    for (; j < N; j++) sum[0] += x[i * n + j] * x[i * n + j];
+    for (int q = 0; q < 16; q++) square += sum[q];
+  }
+  const float scale = 1 / ((float)sqrt(square) + s->eps);
+  for (int64_t i = 0; i < M; i++)
+    for (int64_t j = 0; j < N; j++) x[i * n + j] *= scale;
+  for (int64_t step = 0; step < s->steps; step++) {
+    multiply_symmetric(M, N, (Matrix){x, n, 1}, (Matrix){x, 1, n}, a, m);
+    multiply_symmetric(M, M, (Matrix){a, m, 1}, (Matrix){a, m, 1}, b, m);
+    for (int64_t i = 0; i < M; i++) {
+      for (int64_t j = 0; j < M; j++) b[i * m + j] = cb * a[i * m + j] + cc * b[i * m + j];
+      for (int64_t j = 0; j < N; j++) y[i * n + j] = ca * x[i * n + j];
+    }
+    multiply(M, N, M, (Matrix){b, m, 1}, (Matrix){x, n, 1}, y, n, 1);
+    float* old = x;
+    x = y;
+    y = old;
+  }
+  if (R > C)
+    turn(x, n, C, R, s->out + start, row);
+  else
+    for (int64_t i = 0; i < M; i++)
+      memcpy(s->out + start + i * row, x + i * n, N * sizeof(float));
+  free(x < y ? x : y);
+}
+
+// x [S, R, I, C], coefficients [3] -> the same shape as x.
+XLA_FFI_Error* moex_orthogonalise(XLA_FFI_CallFrame* frame) {
+  if (is_question(frame)) return 0;
+  const int64_t* x = argument(frame, 0)->dims;
+  Stack s = {
+      .R = x[1],
+      .I = x[2],
+      .C = x[3],
+      .steps = attribute(frame, "steps"),
+      .eps = *(const float*)attribute_at(frame, "eps"),
+      .coefficients = in(frame, 1),
+      .x = in(frame, 0),
+      .out = out(frame, 0),
+  };
+  if (s.R && s.C) in_parallel(frame, x[0] * s.I, orthogonalise, &s);
+  return s.failed ? out_of_memory(frame, "orthogonalise: no memory for a matrix") : 0;
+}

@@ -1,0 +1,123 @@
+"""Muon, as optax has it; one CPU computes its orthogonalisation in C.
+
+The optimizer state is that of `optax.contrib.muon`, whichever computes.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers, MuonState, scale_by_muon
+
+from kernels_pallas.orthogonalise import orthogonalise
+from moex.nn.project import in_c
+
+EPS = 1e-8  # added to the norm of a matrix, as in optax
+LARGEST = 2**21  # floats of a matrix; a thread of C computes a whole one by itself
+
+
+def muon(lr, adam_lr, cfg, weight_decay, dims, kernels=None):
+    """Orthogonalised momentum for matrices, Adam for everything else.
+
+    Args:
+      lr, adam_lr: schedules of the two parts.
+      cfg: `optim.Muon`.
+      weight_decay: of the matrices.
+      dims: function of a parameter tree: `MuonDimensionNumbers` of each matrix, counted
+        from the right; None for what uses Adam.
+      kernels: name of the matmul implementation, or None to choose.
+
+    Returns:
+      optax.GradientTransformation, which equals `optax.contrib.muon`.
+    """
+
+    def labels(params):
+        kinds = dims(params)
+        return jax.tree.map(
+            lambda p, d: "adam" if d is None else "muon",
+            params,
+            kinds,
+            is_leaf=lambda p: p is None,
+        )
+
+    def scale_by_shape(updates, params=None):
+        del params
+        return jax.tree.map(_scaled, updates, dims(updates))
+
+    matrices = optax.chain(
+        _orthogonal_momentum(cfg, dims, kernels),
+        optax.stateless(scale_by_shape),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(lr),
+    )
+    rest = optax.adamw(
+        adam_lr, b1=cfg.b1, b2=cfg.b2, eps=EPS, weight_decay=0.0, nesterov=True
+    )
+    return optax.partition({"muon": matrices, "adam": rest}, labels)
+
+
+def _orthogonal_momentum(cfg, dims, kernels):
+    """`optax.contrib.scale_by_muon`, in C where that is computed."""
+    plain = scale_by_muon(
+        beta=cfg.momentum, ns_steps=cfg.ns_steps, eps=EPS, weight_dimension_numbers=dims
+    )
+
+    def update(grads, state, params=None):
+        own = dims(grads)
+        if not (in_c(jnp.dtype("float32"), kernels) and _fit(grads, own)):
+            return plain.update(grads, state, params)
+        beta, count = cfg.momentum, optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(grads, state.mu, beta, 1)
+        # Nesterov: the momentum of the next step, if its gradient were this one again.
+        next_mu = optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
+        fair = optax.tree.bias_correction(grads, beta, count)
+        ahead = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, next_mu, fair)
+        updates = jax.tree.map(
+            lambda x, d: _orthogonalised(x, d, state.ns_coeffs, cfg.ns_steps),
+            ahead,
+            own,
+        )
+        return updates, MuonState(count=count, mu=mu, ns_coeffs=state.ns_coeffs)
+
+    return optax.GradientTransformation(plain.init, update)
+
+
+def _fit(grads, dims) -> bool:
+    """Whether C takes every matrix: float32, and not too large for one thread."""
+    takes = jax.tree.map(
+        lambda x, d: x.dtype == jnp.float32 and math.prod(_sizes(x, d)) <= LARGEST,
+        grads,
+        dims,
+    )
+    return all(jax.tree.leaves(takes))
+
+
+def _orthogonalised(x, dims: MuonDimensionNumbers, coefficients, steps):
+    """Every matrix of `x` orthogonalised; one whose rows lie before its columns, and
+    whose columns come last, is read and written where it is."""
+    rows, columns = (_from_left(d, x.ndim) for d in dims)
+    batch = [d for d in range(x.ndim) if d not in (*rows, *columns)]
+    outer = [d for d in batch if d < min(rows)]
+    order = (*outer, *rows, *(d for d in batch if d not in outer), *columns)
+    R, C = _sizes(x, dims)
+    S = math.prod(x.shape[d] for d in outer)
+    moved = jnp.transpose(x, order)
+    y_SRIC = orthogonalise(moved.reshape(S, R, -1, C), coefficients, steps, EPS)
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    return jnp.transpose(y_SRIC.reshape(moved.shape), back)
+
+
+def _scaled(update, dims: MuonDimensionNumbers):
+    R, C = _sizes(update, dims)
+    return math.sqrt(max(1, C / R)) * update
+
+
+def _sizes(x, dims: MuonDimensionNumbers) -> tuple[int, int]:
+    """(rows, columns) of each matrix."""
+    rows, columns = (_from_left(d, x.ndim) for d in dims)
+    return tuple(math.prod(x.shape[d] for d in ds) for ds in (rows, columns))
+
+
+def _from_left(dims, rank) -> tuple[int, ...]:
+    return tuple(d % rank for d in dims)
