@@ -208,15 +208,17 @@ class AttentionLayer(nnx.Module):
         k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
         if cache is not None:
             cache = extend(cache, {"k_BSGA": k, "v_BSGA": v}, ctx.cache_index)
+        cached = ctx.key_segment_BS is not None
+        if cache is not None and cached:
             k, v = cache["k_BSGA"], cache["v_BSGA"]
         plain = self.window is None and self.sink_GR is None
-        name = choose(ctx.attention, q_BLHA, cached=cache is not None, plain=plain)
+        name = choose(ctx.attention, q_BLHA, cached=cached, plain=plain)
         sink_H = None if self.sink_GR is None else self.sink_GR[...].reshape(-1)
         y_BLHA = attend(
             q_BLHA,
             k,
             v,
-            *key_places(ctx, cache),
+            *key_places(ctx),
             implementation=name,
             window=self.window,
             sink_H=sink_H,
@@ -250,9 +252,9 @@ def extend(cache: dict, new: dict, index) -> dict:
     }
 
 
-def key_places(ctx, cache):
+def key_places(ctx):
     """(segments, positions), each int32 (queries [B, L], keys [B, S])."""
-    if cache is None:
+    if ctx.key_segment_BS is None:
         pairs = (ctx.segment_BL, ctx.segment_BL), (ctx.position_BL, ctx.position_BL)
     else:
         pairs = (

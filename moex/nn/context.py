@@ -20,7 +20,7 @@ class Context:
       position_BL: int32, position inside the segment, from 0.
       token_BL: int32 token ids.
       key_segment_BS, key_position_BS: the same for the keys of a decoding cache; None
-        when the keys are the queries.
+        when the keys are the queries', and a cache is only written.
       cache_index: int32 scalar, where in the cache this call's keys are written.
       key: random key for router noise, or None for no noise; every layer gets its own.
       forced: a recorded assignment to replay (`moe/replay.py`), or None.

@@ -77,26 +77,33 @@ class LanguageModel(Layers):
         Returns:
           (logits_BLV float32, aux), aux as `Layers.run` gives it.
         """
-        logits_BLV, aux, _ = self._run(ctx, None)
-        return logits_BLV, aux
+        x_BLD, aux, _ = self._run(ctx, None)
+        return self._logits(x_BLD, ctx), aux
 
     def decode(self, ctx, cache):
-        """Returns (logits_BLV, cache) with this call's keys and values written."""
-        logits_BLV, _, cache = self._run(ctx, cache)
-        return logits_BLV, cache
+        """Logits of the last tokens alone, and what later calls need of all.
+
+        Returns:
+          (logits_BV float32, cache with this call's keys and values written).
+        """
+        x_BLD, _, cache = self._run(ctx, cache)
+        return self._logits(x_BLD[:, -1:], ctx)[:, 0], cache
 
     def _run(self, ctx, caches):
         # sqrt(D) brings the rows to unit scale; the tied matrix keeps logits small.
         x_BLD = self.w_embed_VD[...].at[ctx.token_BL].get(mode="clip")
         if self.scale_embeddings:
             x_BLD = x_BLD * x_BLD.shape[-1] ** 0.5
-        x_BLD, aux, caches = self.run(x_BLD, ctx, caches)
+        return self.run(x_BLD, ctx, caches)
+
+    def _logits(self, x_BLD, ctx):
+        """Of what the layers give, normalised by `run`."""
         if self.w_logits_DV is None:
             w_DV = self.w_embed_VD[...].T
         else:
             w_DV = self.w_logits_DV[...]
         logits_BLV = logits(x_BLD, w_DV.astype(ctx.compute_dtype), ctx)
-        return constrain(logits_BLV, "batch", "length", "vocab"), aux, caches
+        return constrain(logits_BLV, "batch", "length", "vocab")
 
 
 def logits(x_BLD, w_DV, ctx):

@@ -18,6 +18,7 @@ from moex.config.base import Config, require
 from moex.nn.attention import attend, choose, extend, key_places, mean_visible
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
+from moex.nn.project import project
 from moex.nn.rope import Scaling, frequencies, rotary
 from moex.sharding import constrain
 
@@ -118,9 +119,10 @@ class LatentAttentionLayer(nnx.Module):
     def __call__(self, x_BLD, ctx, cache):
         """Returns `(y_BLD, cache)`; `cache` is None outside decoding."""
         Z, N, dtype = self.kv_latent, self.nope_dim, x_BLD.dtype
-        q_BLHC = constrain(self._queries(x_BLD), "batch", "length", "heads", None)
+        q_BLHC = self._queries(x_BLD, ctx)
+        q_BLHC = constrain(q_BLHC, "batch", "length", "heads", None)
         q_rope = rotary(q_BLHC[..., N:], ctx.position_BL, *self.rope)
-        c_BLC = x_BLD @ self.w_kva_DC[...].astype(dtype)
+        c_BLC = project(x_BLD, self.w_kva_DC[...].astype(dtype), ctx)
         latent = self.norm_kv(c_BLC[..., :Z])
         k_rope = rotary(c_BLC[:, :, None, Z:], ctx.position_BL, *self.rope)[:, :, 0]
         # Where sequences are split every device needs all keys of its rows.
@@ -128,28 +130,29 @@ class LatentAttentionLayer(nnx.Module):
         if cache is not None:
             new = {"latent_BSZ": latent, "k_rope_BSP": k_rope}
             cache = extend(cache, new, ctx.cache_index)
+        cached = cache is not None and ctx.key_segment_BS is not None
+        if cached:
             latent, k_rope = (cache[n].astype(dtype) for n in new)
-        one_token = cache is not None and x_BLD.shape[1] == 1
-        mix = self._absorbed if one_token else self._grown
-        places = key_places(ctx, cache)
+        mix = self._absorbed if cached and x_BLD.shape[1] == 1 else self._grown
+        places = key_places(ctx)
         y_BLHV = mix(q_BLHC[..., :N], q_rope, latent, k_rope, places, ctx)
         w_out = self.w_out_HVD[...].astype(dtype)
-        return jnp.einsum("blhv,hvd->bld", y_BLHV, w_out), cache
+        return project(y_BLHV, w_out, ctx, contract=2), cache
 
-    def _queries(self, x_BLD):
+    def _queries(self, x_BLD, ctx):
         dtype = x_BLD.dtype
         if self.w_q_DHC is not None:
-            return jnp.einsum("bld,dhc->blhc", x_BLD, self.w_q_DHC[...].astype(dtype))
+            return project(x_BLD, self.w_q_DHC[...].astype(dtype), ctx)
         assert self.w_qa_DQ is not None and self.w_qb_QHC is not None
         assert self.norm_q is not None
-        q_BLQ = self.norm_q(x_BLD @ self.w_qa_DQ[...].astype(dtype))
-        return jnp.einsum("blq,qhc->blhc", q_BLQ, self.w_qb_QHC[...].astype(dtype))
+        q_BLQ = self.norm_q(project(x_BLD, self.w_qa_DQ[...].astype(dtype), ctx))
+        return project(q_BLQ, self.w_qb_QHC[...].astype(dtype), ctx)
 
     def _grown(self, q_nope, q_rope, latent_BSZ, k_rope_BSP, places, ctx):
         """Keys and values of every head, then attention as any other."""
         N = self.nope_dim
         w_kvb = self.w_kvb_ZHC[...].astype(latent_BSZ.dtype)
-        kv_BSHC = jnp.einsum("bsz,zhc->bshc", latent_BSZ, w_kvb)
+        kv_BSHC = project(latent_BSZ, w_kvb, ctx)
         kv_BSHC = constrain(kv_BSHC, "batch", None, "heads", None)
         k_rope = jnp.broadcast_to(
             k_rope_BSP[:, :, None], (*kv_BSHC.shape[:3], k_rope_BSP.shape[-1])

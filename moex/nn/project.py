@@ -21,6 +21,8 @@ from kernels_pallas.implementations import (
 from kernels_pallas.names import GROUPED_MATMUL
 from moex.sharding import on_a_mesh
 
+FEW_ROWS = 32  # of so few a product costs less than laying the weights out for it in C
+
 
 def project(x, w, ctx, contract=1):
     """`x` times `w` over the last `contract` axes of `x` and the first of `w`.
@@ -37,7 +39,8 @@ def project(x, w, ctx, contract=1):
     Returns:
       [..., *outer] in the dtype of `x`.
     """
-    if ctx.mode == "decode" or not in_c(x.dtype, ctx.kernels):
+    rows = math.prod(x.shape[: x.ndim - contract])
+    if rows < FEW_ROWS or not in_c(x.dtype, ctx.kernels):
         return jnp.tensordot(x, w, contract)
     return _project_in_c(x, w, contract)
 

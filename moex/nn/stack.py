@@ -18,6 +18,7 @@ from moex.config.base import Config, require, require_choice, walk
 from moex.moe.parallel import reads_stack
 from moex.nn.block import RESIDUALS, Block, is_feed_forward
 from moex.nn.context import fold_key
+from moex.nn.project import in_c
 from moex.sharding import constrain, on_a_mesh
 
 
@@ -106,8 +107,10 @@ class SegmentStack(nnx.Module):
     def __call__(self, x_BLD, ctx, cache):
         """Returns `(x_BLD, aux, cache)`; aux and cache stacked over [repeat]."""
         # A scan copies a layer's slice of every weight. To decode a token with few of
-        # many experts that would be most of the work: theirs are read where they are.
-        in_place = ctx.mode == "decode" and x_BLD.shape[1] == 1 and not on_a_mesh()
+        # many experts that would be most of the work: theirs are read where they are. A
+        # prompt uses most experts, but in C those of other layers cost nothing.
+        few = x_BLD.shape[1] == 1 or in_c(x_BLD.dtype, ctx.kernels)
+        in_place = ctx.mode == "decode" and few and not on_a_mesh()
         paths = stack_readers(self.blocks) if in_place else set()
         graphdef, stacked, blocks = nnx.split(  # type: ignore
             self.blocks, lambda path, _: path[:-1] in paths, ..., graph=False

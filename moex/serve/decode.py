@@ -169,8 +169,7 @@ def _generate(
             token_BL, first_slot, slots, num_padding_B, stopped_B, dict(context)
         )
         model = nnx.merge(graphdef, arrays)
-        logits_BLV, cache = model.decode(ctx, cache)
-        return logits_BLV[:, -1], cache
+        return model.decode(ctx, cache)
 
     def emit(i, logits_BV, stopped_B, new_BN):
         token_B = sample(logits_BV, jax.random.fold_in(key, i), *sampling)
@@ -216,7 +215,8 @@ def _context(token_BL, first_slot, slots, num_padding_B, stopped_B, static) -> C
     """The `Context` of tokens that go to the slots from `first_slot` on.
 
     Key segments are 1 for tokens, 0 for padding and -1 for slots not yet filled, which
-    therefore match no query. A stopped row asks as padding.
+    therefore match no query. A stopped row asks as padding. A prompt needs no keys but
+    its own.
     """
     L = token_BL.shape[1]
     slot_1S = jnp.arange(slots, dtype=jnp.int32)[None]
@@ -228,12 +228,13 @@ def _context(token_BL, first_slot, slots, num_padding_B, stopped_B, static) -> C
     window = functools.partial(
         jax.lax.dynamic_slice_in_dim, start_index=first_slot, slice_size=L, axis=1
     )
+    is_prompt = L > 1
     return Context(
         segment_BL=jnp.where(stopped_B[:, None], 0, window(key_segment_BS)),
         position_BL=window(key_position_BS),
         token_BL=token_BL,
-        key_segment_BS=key_segment_BS,
-        key_position_BS=key_position_BS,
+        key_segment_BS=None if is_prompt else key_segment_BS,
+        key_position_BS=None if is_prompt else key_position_BS,
         cache_index=first_slot,
         mode="decode",
         **static,
@@ -301,7 +302,7 @@ def _check_memory(model_cfg: LM, batch: int, prompt: int, new: int, dtype: str) 
     slots = prompt + new - 1
     cache = jax.eval_shape(lambda: model_cfg.init_cache(batch, slots, jnp.dtype(dtype)))
     pair = 1 if platform() == "gpu" else 4 * getattr(model_cfg.attention, "heads", 1)
-    needed = num_bytes(cache) + batch * prompt * slots * pair
+    needed = num_bytes(cache) + batch * prompt**2 * pair
     room = device_bytes(jax.local_devices()[:1])
     if needed > room:
         raise ValueError(

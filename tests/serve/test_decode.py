@@ -12,15 +12,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kernels_pallas.native import library
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
 from moex.moe.experts.zero import Zero
 from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
+from moex.nn.mla import LatentAttention
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
+from moex.serve import decode
 from moex.serve.decode import generate, sample
 from tests.helpers import VOCAB, built, context, split_module, tiny_lm, tiny_moe
+from tests.tolerances import assert_close
 
 PROMPT_LENGTHS = (1, 5, 16)
 NEW = 6
@@ -115,11 +119,11 @@ def test_a_step_copies_no_expert_that_it_does_not_use():
     cfg = tiny_lm(Segment(pattern=(moe,), repeat=2))
     spec, params, state = built(cfg)
 
-    def shapes(length):
+    def shapes(length, kernels="xla"):
         """Shapes of what one layer gets, in a call with `length` tokens per row."""
         cache = cfg.init_cache(1, 4, jnp.float32)
         ctx = dataclasses.replace(
-            context(1, length, mode="decode", kernels="xla"),
+            context(1, length, mode="decode", kernels=kernels),
             key_segment_BS=jnp.ones((1, 4), jnp.int32),
             key_position_BS=jnp.arange(4)[None],
             cache_index=jnp.int32(0),
@@ -139,6 +143,38 @@ def test_a_step_copies_no_expert_that_it_does_not_use():
     weight = (E, F, 16)
     assert weight in shapes(2)  # many tokens use all experts
     assert weight not in shapes(1)
+    if library.why_not() is None:
+        assert weight not in shapes(2, "native")  # where other layers cost nothing
+
+
+LATENT = LatentAttention(heads=2, kv_latent=6, nope_dim=4, rope_dim=4, v_dim=6)
+
+
+@pytest.mark.parametrize("attention", [Attention(heads=4, kv_heads=2), LATENT])
+def test_a_prompt_is_what_its_tokens_are_one_by_one(attention):
+    """Logits of the last token and the cache, of rows with padding on the left."""
+    cfg = tiny_lm(Segment(pattern=(tiny_moe(),), repeat=2), attention=attention)
+    spec, params, state = built(cfg)
+    P, slots = 40, 43  # rows enough for products in C
+    token_BP = np.random.default_rng(0).integers(0, cfg.vocab, (2, P)).astype(np.int32)
+    padding_B = np.array([0, 13], np.int32)
+
+    @jax.jit
+    def run(cache, token_BL, first):
+        stopped_B, static = jnp.zeros(2, bool), {"dtype": "float32"}
+        ctx = decode._context(token_BL, first, slots, padding_B, stopped_B, static)
+        return spec.merge(params, state).decode(ctx, cache)
+
+    empty = cfg.init_cache(2, slots, jnp.float32)
+    whole_BV, whole = run(empty, token_BP, jnp.int32(0))
+    cache = empty
+    for i in range(P):
+        one_BV, cache = run(cache, token_BP[:, i : i + 1], jnp.int32(i))
+    assert_close(whole_BV, one_BV, "step")
+    real_BS = (np.arange(slots) >= padding_B[:, None]) & (np.arange(slots) < P)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cache), strict=True):
+        assert_close(a[:, real_BS], b[:, real_BS], "step")
+        assert not np.any(a[:, :, P:])  # slots of tokens to come
 
 
 def test_capacity_drops_nothing_while_decoding():
