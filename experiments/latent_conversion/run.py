@@ -15,7 +15,8 @@ import jax
 import ml_collections
 
 from configs import quickstart
-from moex.convert.apply import ToLatent, convert_run
+from moex.convert.apply import convert_run
+from moex.convert.kinds.latent import ToLatent
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
@@ -74,7 +75,7 @@ def converted(base, out, **options) -> dict:
     """The report of a conversion to `out`, made now or before."""
     if (out / "convert.json").is_file():
         return json.loads((out / "convert.json").read_text(encoding="utf-8"))
-    return convert_run(base, out, ToLatent(sequences=SEQUENCES, **options))
+    return convert_run(base, out, [ToLatent(**options)], sequences=SEQUENCES)
 
 
 def row(base, out, group: int, calibration: int) -> dict:

@@ -1,7 +1,8 @@
 """`moex analyse`; see docs/traces.md."""
 
 from moex.commands import Verb
-from moex.commands.arguments import add_json, path
+from moex.commands.arguments import add_json
+from moex.config.arguments import path
 from moex.json_files import dump_json
 
 

@@ -1,9 +1,9 @@
-"""Arguments that several verbs share, and the types of arguments."""
+"""Arguments that several verbs share."""
 
 import argparse
-import pathlib
 
-from moex.config.base import LARGEST, ConfigError, short
+from moex.config.arguments import folder, integer, path, positive
+from moex.config.base import ConfigError
 
 
 def add_run(parser) -> None:
@@ -65,12 +65,6 @@ def scored_config(args, config_args: list[str]):
     return cfg
 
 
-def given(args, names) -> dict:
-    """Those arguments of some names that the command line gives; None is not given."""
-    values = {name: getattr(args, name) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
-
-
 # Arguments of a process of several that take a value, and their defaults.
 PLACE = {
     **dict.fromkeys(("coordinator", "num_processes", "process_id")),
@@ -123,41 +117,3 @@ def add_processes(parser) -> None:
         metavar="SECONDS",
         help="a host that is silent for so long ends the job (100)",
     )
-
-
-def path(text: str) -> pathlib.Path:
-    """The type of a file or folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(
-            "must name a file or folder; the one you are in is '.'"
-        )
-    return pathlib.Path(text)
-
-
-def folder(text: str) -> pathlib.Path:
-    """The type of a folder that exists."""
-    found = path(text)
-    if not found.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {text}")
-    return found
-
-
-def integer(text: str) -> int:
-    """The type of a whole number."""
-    try:
-        value = int(text)
-    except ValueError:  # also of 4,300 digits and more
-        value = None
-    if value is None or abs(value) > LARGEST:
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number of at most {LARGEST:,}, not {short(text, 60)}"
-        )
-    return value
-
-
-def positive(text: str) -> int:
-    """The type of a whole number of at least 1."""
-    value = integer(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value

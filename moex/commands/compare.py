@@ -4,7 +4,8 @@ import argparse
 import math
 
 from moex.commands import Verb
-from moex.commands.arguments import add_json, path
+from moex.commands.arguments import add_json
+from moex.config.arguments import path
 from moex.config.base import ConfigError, require
 from moex.json_files import dump_json
 from moex.process import use_cpu

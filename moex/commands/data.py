@@ -1,7 +1,7 @@
 """`moex data`; see docs/data.md."""
 
 from moex.commands import Verb
-from moex.commands.arguments import integer
+from moex.config.arguments import integer
 
 
 class Command(Verb):

@@ -1,15 +1,8 @@
 """`moex eval`, on held-out data or on tasks of the lm_eval harness."""
 
 from moex.commands import Verb
-from moex.commands.arguments import (
-    add_data,
-    add_json,
-    add_run,
-    integer,
-    path,
-    positive,
-    scored_config,
-)
+from moex.commands.arguments import add_data, add_json, add_run, scored_config
+from moex.config.arguments import integer, path, positive
 from moex.config.base import ConfigError
 from moex.json_files import dump_json
 

@@ -1,8 +1,9 @@
 """`moex export-hf`; see docs/interop.md."""
 
 from moex.commands import Verb
-from moex.commands.arguments import add_run, path
+from moex.commands.arguments import add_run
 from moex.commands.import_hf import EXAMPLES
+from moex.config.arguments import path
 
 
 class Command(Verb):

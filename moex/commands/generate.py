@@ -3,7 +3,8 @@
 import sys
 
 from moex.commands import Verb
-from moex.commands.arguments import add_run, integer, positive
+from moex.commands.arguments import add_run
+from moex.config.arguments import integer, positive
 from moex.config.base import require
 
 

@@ -1,7 +1,7 @@
 """`moex import-hf`; see docs/interop.md."""
 
 from moex.commands import Verb
-from moex.commands.arguments import path
+from moex.config.arguments import path
 
 EXAMPLES = """
 Examples:

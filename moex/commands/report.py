@@ -1,7 +1,8 @@
 """`moex report`."""
 
 from moex.commands import Verb
-from moex.commands.arguments import add_run, path
+from moex.commands.arguments import add_run
+from moex.config.arguments import path
 from moex.process import use_cpu
 
 

@@ -1,14 +1,8 @@
 """`moex trace`; its file is described in docs/traces.md."""
 
 from moex.commands import Verb
-from moex.commands.arguments import (
-    add_data,
-    add_run,
-    integer,
-    path,
-    positive,
-    scored_config,
-)
+from moex.commands.arguments import add_data, add_run, scored_config
+from moex.config.arguments import integer, path, positive
 
 
 class Command(Verb):

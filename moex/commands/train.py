@@ -5,7 +5,8 @@ import os
 
 from moex.cluster import distributed
 from moex.commands import Verb
-from moex.commands.arguments import add_processes, integer, path, process_flags
+from moex.commands.arguments import add_processes, process_flags
+from moex.config.arguments import integer, path
 from moex.config.base import ConfigError
 
 EXAMPLES = """

@@ -2,29 +2,22 @@
 
 The new run starts at step 0 with a fresh optimizer and the same data from the start,
 so it can be scored, sampled and trained on like any other. What changes in a model is
-in `to_moe.py` and `to_latent.py`, the mathematics in `upcycle.py` and `latent.py`.
+said by a `Conversion` (`base.py`).
 """
 
 import dataclasses
 import functools
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moex.config import base as configs
-from moex.config.base import ConfigError
-from moex.convert.calibrate import input_moments
-from moex.convert.to_latent import (
-    ToLatent,
-    check_latent,
-    convert_params,
-    latent_model,
-)
-from moex.convert.to_moe import moe_model, upcycle_params, upcycled_layers
-from moex.convert.upcycle import Upcycle, check_upcycle
+from moex.config.base import ConfigError, require
+from moex.convert.base import Conversion
 from moex.data.files import atomic_write
 from moex.data.tokenizer import SavedTokenizer
 from moex.json_files import dump_json
@@ -62,28 +55,23 @@ def get_config(arg=""):
 
 
 def convert_run(
-    run,
-    workdir,
-    latent: ToLatent | None = None,
-    *,
-    upcycle: Upcycle | None = None,
-    say=print,
+    run, workdir, conversions: Sequence[Conversion], *, sequences: int = 256, say=print
 ) -> dict:
     """Write the newest checkpoint of `run` with other layers to a new run directory.
 
-    Everything that the conversion does not name stays as it is, the state of routers
+    Everything that the conversions do not name stays as it is, the state of routers
     too.
 
     Args:
       run: run directory.
       workdir: the new one; must not exist or be empty.
-      latent: makes the experts of every MoE layer latent ones; None: does not.
-      upcycle: makes dense layers MoE layers, before anything else; None: does not.
+      conversions: at least one; each is applied to what the one before it made.
+      sequences: held-out sequences that score the run before and after; 0: none.
       say: called with each line of news.
 
     Returns:
       What is written to `workdir/convert.json`: the options, sizes and losses;
-      "upcycled", numbers of layers; "errors" of every layer, operator and group.
+      "errors" of every layer, operator and group, and what else conversions found.
 
     Raises:
       ConfigError: for a user's mistake, before anything is computed.
@@ -93,49 +81,42 @@ def convert_run(
     cfg = load_config(run)
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ConfigError(f"--workdir={workdir}: must be new or an empty folder.")
-    report: dict[str, Any] = {"to": "latent" if latent else "moe", "from": str(run)}
-    if upcycle is not None:
-        check_upcycle(upcycle)
-        report |= dataclasses.asdict(upcycle)
-        report["upcycled"] = upcycled_layers(cfg.model, upcycle.layers)
-        cfg.model = moe_model(cfg.model, upcycle)
-    if latent is not None:
-        check_latent(latent)
-        report |= dataclasses.asdict(latent)
-        cfg.model = latent_model(cfg.model, latent)
+    require(sequences >= 0, "--sequences", sequences, ">= 0")
+    report: dict[str, Any] = {"to": conversions[-1].kind, "from": str(run)}
+    for conversion in conversions:
+        conversion.check()
+        report |= dataclasses.asdict(conversion)
+        cfg.model = conversion.model(cfg.model)
+    report |= {"sequences": sequences, "errors": []}
     check_run(cfg, to_train=False)
     with new_run(workdir, f"--workdir={workdir}", say) as made:
-        old = loaded = load_run(run, MeshConfig(), warn=say)  # as the job below
+        old = new = load_run(run, MeshConfig(), warn=say)  # as the job below
         job = _job(run, cfg, say)
-        if upcycle is not None:
-            loaded = _upcycled(loaded, upcycle)
-        params, errors = loaded.params, []
-        if latent is not None:
-            moments = {}
-            if latent.calibration:
-                say(f"second moments of {latent.calibration} training sequences")
-                moments = input_moments(loaded, job, latent.calibration)
-            params, errors = convert_params(params, cfg.model, latent, moments)
-        write_run(job, cfg, {"params": params, "state": loaded.state}, made)
+        for conversion in conversions:
+            new, found = _applied(conversion, new, job, say)
+            report |= found
+        write_run(job, cfg, {"params": new.params, "state": new.state}, made)
     report |= {
-        "step": loaded.step,
+        "step": old.step,
         "params": {"before": _size(old.spec), "after": _size(job.spec)},
         "expert_params": {
             "before": _size(old.spec, "experts"),
             "after": _size(job.spec, "experts"),
         },
-        "loss": _losses(run, workdir, job, report["sequences"]),
-        "errors": errors,
+        "loss": _losses(run, workdir, job, sequences),
     }
     atomic_write(workdir / "convert.json", dump_json(report, indent=1) + "\n")
     return report
 
 
-def _upcycled(run: LoadedRun, options: Upcycle) -> LoadedRun:
-    model = run.cfg.model
-    params, state = upcycle_params(run.params, run.state, model, options)
-    spec = states.model_spec(moe_model(model, options))
-    return dataclasses.replace(run, spec=spec, params=params, state=state)
+def _applied(conversion, run: LoadedRun, job: Job, say) -> tuple[LoadedRun, dict]:
+    """A model after a conversion, and what the conversion reports."""
+    params, state, found = conversion.arrays(run, job, say)
+    cfg = configs.from_dict(configs.to_dict(run.cfg))
+    cfg.model = conversion.model(cfg.model)
+    spec = states.model_spec(cfg.model)
+    new = dataclasses.replace(run, cfg=cfg, spec=spec, params=params, state=state)
+    return new, found
 
 
 def _job(run: pathlib.Path, cfg, say) -> Job:
@@ -214,13 +195,9 @@ def _losses(run, workdir, job: Job, sequences: int) -> dict | None:
     return {"before": before["nll"], "after": after["nll"], "tokens": after["tokens"]}
 
 
-def report_text(report: dict) -> str:
-    """A conversion for people: layers, a table of errors, sizes and losses."""
-    lines = []
-    if "upcycled" in report:
-        lines += _layers_text(report)
-    if report["to"] == "latent":
-        lines += _errors_text(report)
+def report_text(report: dict, conversions: Sequence[Conversion]) -> str:
+    """What was converted, for people: lines of each conversion, sizes and losses."""
+    lines = [line for c in conversions for line in c.lines(report)]
     for name, sizes in (("experts", "expert_params"), ("model", "params")):
         before, after = report[sizes]["before"], report[sizes]["after"]
         ratio = f" ({after / before:.3f})" if before else ""
@@ -234,27 +211,3 @@ def report_text(report: dict) -> str:
             f"{loss['after']:.4f} ({loss['tokens']:,} tokens)"
         )
     return "\n".join(lines)
-
-
-def _layers_text(report: dict) -> list[str]:
-    split = report["split"]
-    parts = f", each 1/{split} of a copy" if split > 1 else ", each a copy"
-    return [
-        "dense layers that became MoE layers: "
-        + ", ".join(map(str, report["upcycled"])),
-        f"{report['experts'] * split} experts{parts}; {report['k'] * split} per token",
-    ]
-
-
-def _errors_text(report: dict) -> list[str]:
-    white = bool(report["calibration"])
-    lines = [f"{'layer':>5} {'op':<5} {'group':>5} {'error':>8}"]
-    lines[0] += f" {'of outputs':>10}" if white else ""
-    for row in report["errors"]:
-        line = (
-            f"{row['layer']:>5} {row['op']:<5} {row['group']:>5} {row['error']:>8.4f}"
-        )
-        if row["output_error"] is not None:
-            line += f" {row['output_error']:>10.4f}"
-        lines.append(line)
-    return lines

@@ -12,45 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from moex.config.base import ConfigError, require
+from moex.config.base import ConfigError
+from moex.convert.kinds.latent import ToLatent
 from moex.convert.latent import Factoring, convert_experts
 from moex.model.layers import sites
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ToLatent:
-    """Latent experts in every MoE layer.
-
-    Attributes:
-      group: experts that share a space, >= 1.
-      latent: width Z of the shared spaces; None: the width of the experts.
-      ops: which of "gate", "up", "down" are factored.
-      rank: see `Factoring`.
-      refit: see `Factoring`.
-      calibration: training sequences whose second moments whiten the inputs of gate
-        and up; 0: plain weights.
-      sequences: held-out sequences that score the run before and after; 0: none.
-    """
-
-    group: int
-    latent: int | None = None
-    ops: tuple[str, ...] = ("gate", "up")
-    rank: int | None = None
-    refit: bool = False
-    calibration: int = 0
-    sequences: int = 256
-
-
-def check_latent(options: ToLatent) -> None:
-    """Raise `ConfigError` if a number is out of range."""
-    for name in ("group", "latent", "rank"):
-        value = getattr(options, name)
-        require(value is None or value >= 1, f"--{name}", value, "at least 1")
-    for name in ("calibration", "sequences"):
-        value = getattr(options, name)
-        require(value >= 0, f"--{name}", value, ">= 0")
 
 
 def latent_model(model, options: ToLatent):

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from moex.config.base import ConfigError, walk
-from moex.convert.upcycle import Upcycle, chosen_layers, layer_of_dense, moe_of_dense
+from moex.convert.kinds.moe import Upcycle
+from moex.convert.upcycle import chosen_layers, layer_of_dense, moe_of_dense
 from moex.model.layers import layers as layers_of
 from moex.model.layers import sites
 from moex.nn.mlp import Dense

@@ -7,76 +7,17 @@ C copies of the feed-forward · g slices of a copy · E = C * g experts · D mod
 F hidden width, of one expert F / g
 """
 
-import dataclasses
-import math
 from typing import Any
 
 import numpy as np
 
-from moex.config.base import ConfigError, require, require_choice
+from moex.config.base import ConfigError, require
+from moex.convert.kinds.moe import Upcycle
 from moex.exact import exact
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE, split_experts
 from moex.moe.routers.topk import TopK
 from moex.nn.mlp import Dense
-
-SCALES = ("gates", "weights")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Upcycle:
-    """What becomes of a dense feed-forward of width F.
-
-    `experts` copies of it, of which a token uses `k`; each is cut into `split` slices
-    of width F / split, which are the experts of the new layer: experts * split of them,
-    k * split per token. Its FLOPs are those of k dense feed-forwards.
-
-    Attributes:
-      experts: copies C, >= 1.
-      k: copies that a token uses, in [1, experts].
-      split: slices g of a copy, a divisor of F.
-      noise: standard deviation of what is added to every weight of the experts, over
-        that of its matrix; >= 0.
-      reinit: share of the hidden columns of every expert that is drawn again, in
-        [0, 1].
-      scale: what makes up for gates that are g times too small: a factor on the
-        "gates" (`TopK.scale`; the weights are those of the dense layer), or on the
-        output "weights" (no factor in the router).
-      layers: "all", "every:N", "last:N", or numbers, "0,3": see `chosen_layers`.
-      seed: of routers, noise and columns, >= 0.
-      sequences: held-out sequences that score the run before and after; 0: none.
-    """
-
-    experts: int
-    k: int
-    split: int = 1
-    noise: float = 0.0
-    reinit: float = 0.0
-    scale: str = "gates"
-    layers: str = "all"
-    seed: int = 0
-    sequences: int = 256
-
-    @property
-    def exact(self) -> bool:
-        """Whether the new model computes what the old one did."""
-        return self.noise == 0 and self.reinit == 0
-
-
-def check_upcycle(options: Upcycle) -> None:
-    """Raise `ConfigError` if a number is out of range, whatever the model."""
-    for name in ("experts", "k", "split"):
-        value = getattr(options, name)
-        require(value >= 1, f"--{name}", value, "at least 1")
-    most = f"at most --experts = {options.experts}"
-    require(options.k <= options.experts, "--k", options.k, most)
-    finite = 0 <= options.noise < math.inf
-    require(finite, "--noise", options.noise, "finite and >= 0")
-    require(0 <= options.reinit <= 1, "--reinit", options.reinit, "in [0, 1]")
-    require_choice("--scale", options.scale, SCALES)
-    for name in ("seed", "sequences"):
-        value = getattr(options, name)
-        require(value >= 0, f"--{name}", value, ">= 0")
 
 
 def chosen_layers(layers: str, dense: list[int]) -> list[int]:

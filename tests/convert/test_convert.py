@@ -15,7 +15,8 @@ from moex.config.base import ConfigError, to_dict
 from moex.convert import apply
 from moex.convert.apply import write_run
 from moex.convert.calibrate import second_moments
-from moex.convert.to_latent import ToLatent, convert_params, latent_model
+from moex.convert.kinds.latent import ToLatent
+from moex.convert.to_latent import convert_params, latent_model
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu

@@ -14,9 +14,10 @@ from flax import nnx
 
 from moex.config.base import ConfigError
 from moex.convert.apply import write_run
+from moex.convert.kinds.moe import Upcycle
 from moex.convert.latent import Factoring, factor_experts
 from moex.convert.to_moe import moe_model, pieces, upcycle_params, upcycled_layers
-from moex.convert.upcycle import Upcycle, check_upcycle, layer_of_dense, moe_of_dense
+from moex.convert.upcycle import layer_of_dense, moe_of_dense
 from moex.model.spec import model_spec
 from moex.moe.layer import MoE
 from moex.moe.narrow import Narrow
@@ -334,7 +335,7 @@ def test_a_repeated_layer(layers):
 def test_options_that_will_not_do(options, message):
     made = Upcycle(**{"experts": 4, "k": 2} | options)
     with pytest.raises(ConfigError) as error:
-        check_upcycle(made)
+        made.check()
         moe_model(depth(3), made)
     assert str(error.value).startswith(message)
 

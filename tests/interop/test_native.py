@@ -8,7 +8,7 @@ import pytest
 
 from moex.config.base import ConfigError
 from moex.convert.apply import convert_run
-from moex.convert.upcycle import Upcycle
+from moex.convert.kinds.moe import Upcycle
 from moex.interop.closest_family import closest
 from moex.interop.export import export_hf
 from moex.interop.families import read_model
@@ -75,9 +75,9 @@ def test_a_dense_folder_leaves_as_one_of_experts(tmp_path):
         return tmp_path / f"moved_{name}"
 
     import_fixture("llama", tmp_path / "dense")
-    options = Upcycle(experts=4, k=2, sequences=0)
+    options = Upcycle(experts=4, k=2)
     with runs.one_device():
-        convert_run(move("dense"), tmp_path / "sparse", upcycle=options, **SAY)
+        convert_run(move("dense"), tmp_path / "sparse", [options], sequences=0, **SAY)
         run = move("sparse")
         config = export_hf(run, tmp_path / "folder", **SAY)
     assert (config["model_type"], config["num_local_experts"]) == ("mixtral", 4)

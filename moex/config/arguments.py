@@ -1,0 +1,44 @@
+"""Types of command line arguments; their errors say what was given."""
+
+import argparse
+import pathlib
+
+from moex.config.base import LARGEST, short
+
+
+def path(text: str) -> pathlib.Path:
+    """The type of a file or folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "must name a file or folder; the one you are in is '.'"
+        )
+    return pathlib.Path(text)
+
+
+def folder(text: str) -> pathlib.Path:
+    """The type of a folder that exists."""
+    found = path(text)
+    if not found.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text}")
+    return found
+
+
+def integer(text: str) -> int:
+    """The type of a whole number."""
+    try:
+        value = int(text)
+    except ValueError:  # also of 4,300 digits and more
+        value = None
+    if value is None or abs(value) > LARGEST:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at most {LARGEST:,}, not {short(text, 60)}"
+        )
+    return value
+
+
+def positive(text: str) -> int:
+    """The type of a whole number of at least 1."""
+    value = integer(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value

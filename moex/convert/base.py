@@ -1,0 +1,116 @@
+"""Conversions of trained models: the contract of a kind, and the list of the kinds.
+
+A kind is a file of `kinds/` with a class that is a `Conversion`; nothing else names it.
+It imports JAX inside its methods, so that `moex convert --help` is quick.
+"""
+
+import abc
+import dataclasses
+import importlib
+import pkgutil
+from typing import Any, ClassVar, Self
+
+from moex.config.base import ConfigError
+from moex.convert import kinds as folder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversion(abc.ABC):
+    """One change of a trained model; its options are the fields.
+
+    Attributes:
+      kind: the name for `moex convert --to=KIND`.
+      about: what it does, for the help, from "KIND: " on.
+      flags: {name: keywords of `add_argument`} of its options; no two kinds have a flag
+        of one name.
+      needed: {flag that must be given: why}.
+      may_follow: kinds that one command may apply before this one: those of which it
+        gives a flag, in this order.
+    """
+
+    kind: ClassVar[str]
+    about: ClassVar[str]
+    flags: ClassVar[dict[str, dict[str, Any]]] = {}
+    needed: ClassVar[dict[str, str]] = {}
+    may_follow: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_flags(cls, given: dict[str, Any]) -> Self:
+        """The conversion of the flags that a command line gives."""
+        return cls(**given)
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raise `ConfigError` if an option is out of range, whatever the model."""
+
+    @abc.abstractmethod
+    def model(self, model):
+        """A copy of an `LM` config as the conversion leaves it.
+
+        Raises:
+          ConfigError: if this model cannot be converted.
+        """
+
+    @abc.abstractmethod
+    def arrays(self, run, job, say) -> tuple[dict, dict, dict]:
+        """The parameters and state of the converted model.
+
+        Args:
+          run: `LoadedRun` as it is before this conversion; it is not changed.
+          job: `Job` of the new run, for training batches and how to compute.
+          say: called with each line of news.
+
+        Returns:
+          `(params, state, found)`; `found` is what `convert.json` reports.
+        """
+
+    def lines(self, report: dict) -> list[str]:
+        """Lines for people of what was found; `report` is all of `convert.json`."""
+        return []
+
+
+def option(flag: str) -> str:
+    """A flag as users write it."""
+    return f"--{flag.replace('_', '-')}"
+
+
+def kinds() -> dict[str, type[Conversion]]:
+    """All kinds by name."""
+    found = {}
+    for name in sorted(module.name for module in pkgutil.iter_modules(folder.__path__)):
+        module = importlib.import_module(f"{folder.__name__}.{name}")
+        for value in vars(module).values():
+            own = getattr(value, "__module__", None) == module.__name__
+            if own and isinstance(value, type) and issubclass(value, Conversion):
+                found[value.kind] = value
+    return found
+
+
+def asked_for(to: str, flags: dict[str, Any]) -> list[Conversion]:
+    """The conversions of a command line, in the order in which they apply.
+
+    Args:
+      to: the kind of the last one.
+      flags: of all kinds; None is not given.
+
+    Raises:
+      ConfigError: if a flag is missing, or is for another kind.
+    """
+    every = kinds()
+    given = {
+        name: {flag: flags[flag] for flag in kind.flags if flags[flag] is not None}
+        for name, kind in every.items()
+    }
+    order = (*every[to].may_follow, to)
+    for name in every.keys() - set(order):
+        if given[name]:
+            raise ConfigError(f"{option(min(given[name]))}: is for --to={name}.")
+    made = []
+    for name in order:
+        if name != to and not given[name]:
+            continue
+        for flag, why in every[name].needed.items():
+            if flag not in given[name]:
+                raise ConfigError(f"{option(flag)}: missing; {why}")
+        made.append(every[name].from_flags(given[name]))
+    return made

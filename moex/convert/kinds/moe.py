@@ -1,0 +1,119 @@
+"""Upcycling: dense layers become MoE layers that compute the same function.
+
+The segments of the model and its parameters are in `to_moe.py`, the mathematics of one
+layer is in `upcycle.py`.
+"""
+
+import dataclasses
+import math
+
+from moex.config.arguments import integer, positive
+from moex.config.base import require, require_choice
+from moex.convert.base import Conversion
+
+SCALES = ("gates", "weights")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Upcycle(Conversion):
+    """What becomes of a dense feed-forward of width F.
+
+    `experts` copies of it, of which a token uses `k`; each is cut into `split` slices
+    of width F / split, which are the experts of the new layer: experts * split of them,
+    k * split per token. Its FLOPs are those of k dense feed-forwards.
+
+    Attributes:
+      experts: copies C, >= 1.
+      k: copies that a token uses, in [1, experts].
+      split: slices g of a copy, a divisor of F.
+      noise: standard deviation of what is added to every weight of the experts, over
+        that of its matrix; >= 0.
+      reinit: share of the hidden columns of every expert that is drawn again, in
+        [0, 1].
+      scale: what makes up for gates that are g times too small: a factor on the
+        "gates" (`TopK.scale`; the weights are those of the dense layer), or on the
+        output "weights" (no factor in the router).
+      layers: "all", "every:N", "last:N", or numbers, "0,3": see `chosen_layers`.
+      seed: of routers, noise and columns, >= 0.
+    """
+
+    kind = "moe"
+    about = "dense layers become MoE layers that compute the same function"
+    flags = {
+        "experts": {
+            "type": positive,
+            "help": "copies of the dense feed-forward; needed",
+        },
+        "k": {"type": positive, "help": "copies that a token uses; needed"},
+        "split": {
+            "type": positive,
+            "help": "cut every copy into so many experts; default: 1",
+        },
+        "noise": {
+            "type": float,
+            "help": "deviation of what is added to weights, over their own; default: 0",
+        },
+        "reinit": {
+            "type": float,
+            "metavar": "SHARE",
+            "help": "share of each expert's hidden columns to draw again; default: 0",
+        },
+        "scale": {
+            "help": "what makes up for the gates of --split: gates or weights; "
+            "default: gates",
+        },
+        "layers": {
+            "help": "all, every:N, last:N or numbers such as 0,3; default: all",
+        },
+        "seed": {"type": integer, "help": "default: 0"},
+    }
+    needed = dict.fromkeys(("experts", "k"), "dense layers need it.")
+
+    experts: int
+    k: int
+    split: int = 1
+    noise: float = 0.0
+    reinit: float = 0.0
+    scale: str = "gates"
+    layers: str = "all"
+    seed: int = 0
+
+    @property
+    def exact(self) -> bool:
+        """Whether the new model computes what the old one did."""
+        return self.noise == 0 and self.reinit == 0
+
+    def check(self):
+        for name in ("experts", "k", "split"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{name}", value, "at least 1")
+        most = f"at most --experts = {self.experts}"
+        require(self.k <= self.experts, "--k", self.k, most)
+        finite = 0 <= self.noise < math.inf
+        require(finite, "--noise", self.noise, "finite and >= 0")
+        require(0 <= self.reinit <= 1, "--reinit", self.reinit, "in [0, 1]")
+        require_choice("--scale", self.scale, SCALES)
+        require(self.seed >= 0, "--seed", self.seed, ">= 0")
+
+    def model(self, model):
+        from moex.convert.to_moe import moe_model
+
+        return moe_model(model, self)
+
+    def arrays(self, run, job, say):
+        from moex.convert.to_moe import upcycle_params, upcycled_layers
+
+        model = run.cfg.model
+        params, state = upcycle_params(run.params, run.state, model, self)
+        return params, state, {"upcycled": upcycled_layers(model, self.layers)}
+
+    def lines(self, report):
+        parts = (
+            f", each 1/{self.split} of a copy" if self.split > 1 else ", each a copy"
+        )
+        return [
+            "dense layers that became MoE layers: "
+            + ", ".join(map(str, report["upcycled"])),
+            f"{self.experts * self.split} experts{parts}; {self.k * self.split} per "
+            "token",
+        ]
