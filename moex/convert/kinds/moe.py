@@ -108,12 +108,10 @@ class Upcycle(Conversion):
         return params, state, {"upcycled": upcycled_layers(model, self.layers)}
 
     def lines(self, report):
-        parts = (
-            f", each 1/{self.split} of a copy" if self.split > 1 else ", each a copy"
-        )
+        layers = ", ".join(map(str, report["upcycled"]))
+        copy = f"1/{self.split} of a copy" if self.split > 1 else "a copy"
+        num_experts, k = self.experts * self.split, self.k * self.split
         return [
-            "dense layers that became MoE layers: "
-            + ", ".join(map(str, report["upcycled"])),
-            f"{self.experts * self.split} experts{parts}; {self.k * self.split} per "
-            "token",
+            f"dense layers that became MoE layers: {layers}",
+            f"{num_experts} experts, each {copy}; {k} per token",
         ]
