@@ -19,7 +19,6 @@ import pytest
 from launch.local import free_port
 from moex import cli
 from moex.cluster import connections, distributed, rendezvous
-from moex.commands.train import told
 from moex.config.base import ConfigError
 from moex.config.flags import load_config
 
@@ -446,7 +445,7 @@ def test_another_config_is_refused_on_both_in_one_line(clean, capsys):
 
     def first():
         try:
-            rendezvous.meet(address, 0, 2, told(cfg, args), 30, "0" * 16)
+            rendezvous.meet(address, 0, 2, distributed.told(cfg, args), 30, "0" * 16)
         except ConfigError as e:
             ended.append(str(e))
 

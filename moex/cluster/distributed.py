@@ -6,6 +6,7 @@ environment does (Open MPI, Slurm, TPU pods of GKE, indexed jobs of Kubernetes);
 functions do nothing in a job of one process.
 """
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -13,11 +14,11 @@ import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from moex.cluster import addresses, connections, rendezvous
-from moex.config.base import ConfigError, require
+from moex.config.base import ConfigError, require, to_dict
 
 LINE: connections.Line | None = None
 SHORTEST_TOKEN = 16  # characters of a secret
@@ -258,6 +259,37 @@ def _check_alone() -> None:
             f"this host is one of {jax.process_count()} of a pod; run the same command "
             "with --distributed on each."
         )
+
+
+def print_once(flags) -> Callable[[str], None]:
+    """`print` for process 0 of a job, or a process alone; silence for the others.
+
+    Args:
+      flags: the command line, of which `process_id` is read.
+    """
+    place = detect(os.environ)
+    if flags.process_id or (place.index if place else 0):
+        return lambda text: None
+    return functools.partial(print, flush=True)
+
+
+def told(cfg, args) -> dict:
+    """The facts that all processes of a job must be told alike.
+
+    Args:
+      cfg: run config.
+      args: the command line of `moex train`.
+    """
+    import jax
+
+    return {
+        "config": to_dict(cfg),
+        "code of moex (a hash)": code_hash(),
+        "version of JAX": jax.__version__,
+        "--workdir": str(args.workdir),
+        "--dry-run": args.dry_run,
+        "--profile": args.profile,
+    }
 
 
 def code_hash() -> str:

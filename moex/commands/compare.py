@@ -1,11 +1,8 @@
 """`moex compare`: a table of runs, a file of them, or whether two are equal."""
 
-import argparse
-import math
-
 from moex.commands import Verb
 from moex.commands.arguments import add_json
-from moex.config.arguments import path
+from moex.config.arguments import path, tolerance
 from moex.config.base import ConfigError, require
 from moex.json_files import dump_json
 from moex.process import use_cpu
@@ -89,19 +86,3 @@ def _write(groups, data: str, out) -> None:
         else:
             draw = page if out.suffix == ".html" else picture
             draw(plot_lines(groups), out)
-
-
-def tolerance(text: str) -> tuple[float, float]:
-    """The type of RTOL[,ATOL]."""
-    try:
-        relative, absolute = map(
-            float, (text if "," in text else f"{text},0").split(",")
-        )
-    except ValueError:
-        relative, absolute = -1.0, 0.0
-    if not (0 <= relative < 1 and 0 <= absolute < math.inf):
-        raise argparse.ArgumentTypeError(
-            f"must be RTOL or RTOL,ATOL with RTOL in [0, 1) and ATOL at least 0, not "
-            f"{text!r}; runs come before it"
-        )
-    return relative, absolute

@@ -79,20 +79,16 @@ def _tasks(args, config_args) -> dict:
 
 
 def _text(args, result: dict) -> str:
-    at = f"{args.run} at step {result['step']}"
+    lines = [f"{args.run} at step {result['step']}"]
     if args.tasks is not None:
-        rows = (
-            (t, *row) for t, found in result["tasks"].items() for row in found.items()
-        )
-        return "\n".join(
-            [f"{at}:", *(f"  {task:<24} {name:<24} {v:.4f}" for task, name, v in rows)]
-        )
+        lines[0] += ":"
+        for task, figures in result["tasks"].items():
+            lines += [f"  {task:<24} {n:<24} {v:.4f}" for n, v in figures.items()]
+        return "\n".join(lines)
     what = f"tokens of {', '.join(args.data)}" if args.data else "held-out tokens"
-    lines = [
-        f"{at}, {result['tokens']:,} {what}:",
-        f"  loss           {result['nll']:.4f} nats per token",
-        f"  perplexity     {result['perplexity']:.3f}",
-    ]
+    lines[0] += f", {result['tokens']:,} {what}:"
+    lines.append(f"  loss           {result['nll']:.4f} nats per token")
+    lines.append(f"  perplexity     {result['perplexity']:.3f}")
     if result["bytes"]:
         lines.append(f"  bits per byte  {result['bits_per_byte']:.4f}")
     lines += [f"  loss on {name}: {nll:.4f}" for name, nll in result["domains"].items()]

@@ -1,8 +1,5 @@
 """`moex train`: one run, or with `--sweep` a grid of them."""
 
-import functools
-import os
-
 from moex.cluster import distributed
 from moex.commands import Verb
 from moex.commands.arguments import add_processes, process_flags
@@ -76,7 +73,7 @@ class Command(Verb):
                 index=args.sweep_index,
                 dry_run=args.dry_run,
                 flags=process_flags(args),
-                say=_print_once(args),
+                say=distributed.print_once(args),
             )
             return
         from moex.config.flags import load_config
@@ -85,31 +82,8 @@ class Command(Verb):
         if args.sweep_index is not None:
             raise ConfigError("--sweep-index: is for --sweep; give both.")
         cfg = load_config(config_args)
-        distributed.join(args, told(cfg, args))
+        distributed.join(args, distributed.told(cfg, args))
         made = train(cfg, args.workdir, dry_run=args.dry_run, profile=args.profile)
         distributed.leave()
         if made.get("interrupted"):
             raise SystemExit(130)
-
-
-def _print_once(args):
-    """`print` for one process of a job of several, silence for the others."""
-    place = distributed.detect(os.environ)
-    index = args.process_id or (place.index if place else 0)
-    return functools.partial(print, flush=True) if not index else lambda text: None
-
-
-def told(cfg, args) -> dict:
-    """What all processes of a job must be told alike."""
-    import jax
-
-    from moex.config.base import to_dict
-
-    return {
-        "config": to_dict(cfg),
-        "code of moex (a hash)": distributed.code_hash(),
-        "version of JAX": jax.__version__,
-        "--workdir": str(args.workdir),
-        "--dry-run": args.dry_run,
-        "--profile": args.profile,
-    }

@@ -1,6 +1,7 @@
 """Types of command line arguments; their errors say what was given."""
 
 import argparse
+import math
 import pathlib
 
 from moex.config.base import LARGEST, short
@@ -42,3 +43,19 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+def tolerance(text: str) -> tuple[float, float]:
+    """The type of RTOL[,ATOL], as `--assert-equal` takes it."""
+    try:
+        relative, absolute = map(
+            float, (text if "," in text else f"{text},0").split(",")
+        )
+    except ValueError:
+        relative, absolute = -1.0, 0.0
+    if not (0 <= relative < 1 and 0 <= absolute < math.inf):
+        raise argparse.ArgumentTypeError(
+            f"must be RTOL or RTOL,ATOL with RTOL in [0, 1) and ATOL at least 0, not "
+            f"{text!r}; runs come before it"
+        )
+    return relative, absolute
