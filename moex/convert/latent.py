@@ -1,6 +1,6 @@
 """Trained experts as latent ones: the factors of their weights, and what they lose.
 
-Pure functions of numpy arrays, in float64. Reading and writing runs: `convert.py`.
+Pure functions of numpy arrays, in float64. Reading and writing runs: `apply.py`.
 
 E experts · n experts of a group · G groups · D model width · F expert width · Z latent
 width

@@ -1,7 +1,7 @@
 """Latent experts in a model: its config, and its parameters.
 
 The mathematics of one layer is in `latent.py`; reading and writing runs in
-`convert.py`.
+`apply.py`.
 
 R copies of a layer · D model width
 """

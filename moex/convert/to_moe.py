@@ -1,7 +1,7 @@
 """MoE layers in place of dense ones: the segments of a model, and its parameters.
 
 The mathematics of one layer is in `upcycle.py`; reading and writing runs in
-`convert.py`.
+`apply.py`.
 
 R copies of a block in a segment
 """
