@@ -5,14 +5,16 @@ B batch · L length · D model width · R copies of a layer · C chain rounds
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moex import cli
 from moex.config.base import ConfigError, to_dict
-from moex.convert import apply
+from moex.convert import apply, kinds
 from moex.convert.apply import write_run
 from moex.convert.calibrate import second_moments
 from moex.convert.kinds.latent import ToLatent
@@ -214,6 +216,83 @@ def test_what_cannot_be_converted():
     error.match(where + r".*bias=True\): must be Glu\(activation='silu', bias=False\)")
     with pytest.raises(ConfigError, match="config.model: has no MoE layer"):
         latent_model(tiny_lm(Segment(pattern=(Dense(hidden=8),))), ToLatent(group=2))
+
+
+# A kind of one's own: the file that CONTRIBUTING asks for, and no other.
+
+FEWER = """
+import dataclasses
+
+from moex.config.arguments import positive
+from moex.config.base import require
+from moex.convert.base import Conversion
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fewer(Conversion):
+    kind = "fewer"
+    about = "the first experts of every MoE layer stay"
+    flags = {"keep": {"type": positive, "help": "experts that stay; needed"}}
+    needed = {"keep": "how many experts stay?"}
+
+    keep: int
+
+    def check(self):
+        require(self.keep > 1, "--keep", self.keep, "at least 2")
+
+    def model(self, model):
+        from moex.model.layers import sites
+
+        model = dataclasses.replace(model)
+        for site in sites(model):
+            if site.sparse is not None:
+                site.sparse.moe.num_experts = self.keep
+        return model
+
+    def arrays(self, run, job, say):
+        import jax
+
+        from moex.model.spec import model_spec
+
+        def cut(array, like):
+            return jax.device_get(array)[tuple(map(slice, like.shape))]
+
+        spec = model_spec(self.model(run.cfg.model))
+        params = jax.tree.map(cut, run.params, spec.params)
+        return params, jax.tree.map(cut, run.state, spec.state), {}
+
+    def lines(self, report):
+        return [f"experts that stay: {report['keep']}"]
+"""
+
+
+def test_a_new_kind_is_one_file(moex, folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "kinds").mkdir()
+    (tmp_path / "kinds" / "fewer.py").write_text(FEWER, encoding="utf-8")
+    folders = [*kinds.__path__, str(tmp_path / "kinds")]
+    monkeypatch.setattr(kinds, "__path__", folders)
+    score = lambda *args, **kw: {"nll": 2.0, "tokens": 5}  # noqa: E731
+    monkeypatch.setattr(apply, "score_run", score)
+    new = tmp_path / "new"
+    to = ("convert", folder / "run", f"--workdir={new}")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["convert", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "fewer: the first experts of every MoE layer stay. moe: dense" in text
+    assert "to fewer: --keep KEEP experts that stay; needed" in text
+    assert "--keep: missing; how many experts stay?" in moex(*to, "--to=fewer")
+    assert "--keep = 1: must be at least 2." in moex(*to, "--to=fewer", "--keep=1")
+    said = moex(*to, "--to=latent", "--group=2", "--keep=2")
+    assert "--keep: is for --to=fewer." in said
+    assert not new.exists()
+    assert "experts that stay: 2\n" in moex(*to, "--to=fewer", "--keep=2")
+    report = json.loads((new / "convert.json").read_text())
+    assert (report["to"], report["keep"], report["errors"]) == ("fewer", 2, [])
+    old, made = (flat_paths(load_run(run).params) for run in (folder / "run", new))
+    name = "segments/0/blocks/0/ffn/experts/w_out_EFD"
+    np.testing.assert_array_equal(made[name], old[name][:, :2])
+    del sys.modules["moex.convert.kinds.fewer"]
 
 
 @pytest.mark.parametrize(
