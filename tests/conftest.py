@@ -3,12 +3,15 @@
 MOEX_TEST_PLATFORM=gpu or =tpu runs on that platform instead, for `-m gpu`, `-m tpu`.
 """
 
+import atexit
 import collections
 import importlib.metadata
 import json
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 
 # So that tests can share `tests.helpers` however pytest was called.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -29,6 +32,15 @@ if PLATFORM == "cpu":
         flags.append("--xla_cpu_parallel_codegen_split_count=1")
     os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
+if "PYTEST_XDIST_WORKER" not in os.environ:  # or it is the folder of all workers
+    # A program is compiled once in a session: by its workers and by the processes that
+    # they start. Another session starts with an empty folder.
+    programs = tempfile.mkdtemp(prefix="moex-programs-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -36,7 +48,6 @@ import pytest  # noqa: E402
 if PLATFORM == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_enable_compilation_cache", False)
 
 hypothesis.settings.register_profile(
     "moex", derandomize=True, deadline=None, max_examples=40, database=None

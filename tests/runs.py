@@ -1,11 +1,9 @@
 """Tiny training runs, made the way a user makes them: a config file, a text file.
 
-Tests that train share compiled programs through JAX's compilation cache, and use one
-device: most of the time of such a run is compiling.
+Tests that train use one device: most of the time of such a run is compiling.
 """
 
 import contextlib
-import functools
 import json
 import os
 import pathlib
@@ -16,7 +14,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from moex.config.flags import load_config
 from moex.runs.checkpoint import Checkpointer
@@ -182,39 +179,6 @@ def _size(path):
     return path.stat().st_size
 
 
-@functools.cache
-def cache_folder() -> str:
-    """Where compiled programs of this test session are kept, for all workers."""
-    cache = pathlib.Path(os.environ["MOEX_CACHE"])
-    root = cache.parent.parent if "PYTEST_XDIST_WORKER" in os.environ else cache.parent
-    return str(root / "programs")
-
-
-CACHE_OPTIONS = {
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
-
-
-@contextlib.contextmanager
-def shared_programs():
-    """Keep compiled programs on disk for the rest of the test session."""
-    options = CACHE_OPTIONS | {
-        "jax_enable_compilation_cache": True,
-        "jax_compilation_cache_dir": cache_folder(),
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-
 @contextlib.contextmanager
 def one_device():
     """The world of a laptop: one of the eight fake devices."""
@@ -226,14 +190,13 @@ def one_device():
 
 
 def environment(**extra) -> dict:
-    """Environment of a `moex` process: one device, programs from the cache."""
-    options = {name.upper(): str(value) for name, value in CACHE_OPTIONS.items()}
-    options |= {"JAX_COMPILATION_CACHE_DIR": cache_folder(), "JAX_PLATFORMS": "cpu"}
+    """Environment of a `moex` process: one device, programs of this test session."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    options = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     # JAX writes an entry of its cache in place; another process may read half of it,
     # says so in a warning, and compiles.
     options |= {"PYTHONWARNINGS": "ignore:Error reading persistent compilation cache"}
-    return os.environ | options | {"PYTHONPATH": path} | extra
+    return os.environ | options | extra
 
 
 def start(*args, **popen) -> subprocess.Popen:

@@ -77,7 +77,7 @@ def undisturbed(folder):
 def four_devices():
     """One process with as many devices as the two have together."""
     four = jax.devices()[:4]
-    with pytest.MonkeyPatch.context() as patch, runs.shared_programs():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda: four)
         patch.setattr(jax, "device_count", lambda: 4)
         yield

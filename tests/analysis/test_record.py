@@ -189,11 +189,10 @@ def test_a_limit_cuts_exactly():
 def trained(tmp_path_factory):
     """(run with checkpoints of steps 4, 6 and 8, its trace)."""
     folder = tmp_path_factory.mktemp("traced")
-    with runs.shared_programs():
-        with runs.one_device():
-            runs.train(folder, folder / "run")
-        moex("trace", folder / "run", f"--out={folder / 't.parquet'}")
-        yield folder / "run", folder / "t.parquet"
+    with runs.one_device():
+        runs.train(folder, folder / "run")
+    moex("trace", folder / "run", f"--out={folder / 't.parquet'}")
+    return folder / "run", folder / "t.parquet"
 
 
 def moex(*args):

@@ -81,7 +81,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("convert")
     cfg = runs.config(folder, "checkpoint.every=0", "eval.every=0")
     cfg.model = dataclasses.replace(cfg.model, layers=cfg.model.layers[1:])
-    with runs.shared_programs(), runs.one_device():
+    with runs.one_device():
         job = make_job(cfg, log=lambda line: None)
         _, params, state = built(cfg.model)
         state = jax.tree.map(lambda a: a + jnp.linspace(0, 1, a.size)[None], state)

@@ -356,7 +356,7 @@ def folder(tmp_path_factory):
     cfg = runs.config(folder, "checkpoint.every=0", "eval.every=0")
     layers = (Segment(pattern=(Dense(hidden=64),), repeat=2),)
     cfg.model = dataclasses.replace(cfg.model, layers=layers)
-    with runs.shared_programs(), runs.one_device():
+    with runs.one_device():
         job = make_job(cfg, log=lambda line: None)
         _, params, state = built(cfg.model)
         write_run(job, cfg, {"params": params, "state": state}, folder / "run")

@@ -12,7 +12,7 @@ OVERRIDES = ("checkpoint.keep_best=1",)
 
 @pytest.fixture(scope="module", autouse=True)
 def setting():
-    with runs.shared_programs(), runs.one_device():
+    with runs.one_device():
         yield
 
 
@@ -37,7 +37,7 @@ def another(folder):
 
 
 def _trained(folder, name, *overrides):
-    with runs.shared_programs(), runs.one_device():
+    with runs.one_device():
         runs.train(folder, folder / name, *OVERRIDES, *overrides)
     return folder / name
 

@@ -247,7 +247,7 @@ def trained(tmp_path_factory):
     """A run directory of a few steps."""
     folder = tmp_path_factory.mktemp("run")
     workdir = folder / "trained"
-    with runs.shared_programs(), runs.one_device():
+    with runs.one_device():
         runs.train(folder, workdir, "steps=4", f"seq_len={SEQ_LEN}")
     return workdir
 

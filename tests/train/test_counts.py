@@ -55,7 +55,7 @@ def test_tokens_are_counted_by_the_batches_and_lengths_that_were():
 def test_a_run_counts_through_changes_of_its_batch(tmp_path):
     """As above; all tokens are targets."""
     workdir = tmp_path / "run"
-    with runs.shared_programs(), runs.one_device():
+    with runs.one_device():
         for steps, batch in ((4, 4), (6, 8), (8, 2)):
             sizes = (f"steps={steps}", f"batch_size={batch}", "eval.batch_size=4")
             runs.train(tmp_path, workdir, "eval.every=0", *sizes)

@@ -15,13 +15,12 @@ pytestmark = pytest.mark.thorough
 def trained(tmp_path_factory):
     """`{name: run directory}`: one device twice, a mesh of eight, another seed."""
     folder = tmp_path_factory.mktemp("equal")
-    with runs.shared_programs():
-        with runs.one_device():
-            for name in ("one", "again"):
-                runs.train(folder, folder / name, *SHORT)
-            runs.train(folder, folder / "seed", *SHORT, "seed=1")
-        mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.expert=2")
-        runs.train(folder, folder / "mesh", *SHORT, *mesh)
+    with runs.one_device():
+        for name in ("one", "again"):
+            runs.train(folder, folder / name, *SHORT)
+        runs.train(folder, folder / "seed", *SHORT, "seed=1")
+    mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.expert=2")
+    runs.train(folder, folder / "mesh", *SHORT, *mesh)
     return {name: folder / name for name in ("one", "again", "seed", "mesh")}
 
 

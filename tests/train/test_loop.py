@@ -27,7 +27,7 @@ RICH = (
 
 @pytest.fixture(scope="module", autouse=True)
 def setting():
-    with runs.shared_programs(), runs.one_device():
+    with runs.one_device():
         yield
 
 

@@ -64,7 +64,7 @@ HASHED = Narrow(
 
 @pytest.fixture(scope="module", autouse=True)
 def setting():
-    with runs.shared_programs(), runs.one_device():
+    with runs.one_device():
         yield
 
 
