@@ -68,9 +68,12 @@ def moex_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs():
-    """Compiled programs of a file go with it: a worker stays below 2 GB."""
-    yield
+def programs():
+    """Programs of a file are shared by its runs and go with it: 2 GB are enough."""
+    from tests import runs
+
+    with runs.one_trace_of_equal_configs():
+        yield
     jax.clear_caches()
 
 

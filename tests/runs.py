@@ -12,13 +12,15 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moex.config.base import to_dict
 from moex.config.flags import load_config
 from moex.runs.checkpoint import Checkpointer
 from moex.train import loop
-from moex.train.job import make_job
+from moex.train.job import Program, make_job
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -177,6 +179,40 @@ def flip_bit(folder) -> None:
 
 def _size(path):
     return path.stat().st_size
+
+
+# What a program does not depend on.
+NOT_TRACED = ("checkpoint", "eval", "init_from", "log", "nan_limit")
+
+
+@contextlib.contextmanager
+def one_trace_of_equal_configs():
+    """Runs of equal configs share their jitted steps, as the steps of one run do.
+
+    Tracing and lowering take longer than all else in a tiny run whose programs are in
+    the cache of this session. Initial states are copied: a step donates its state.
+    """
+
+    def once(method):
+        made = {}
+
+        def cached(program):
+            cfg = {k: v for k, v in program.cfg.items() if k not in NOT_TRACED}
+            if cfg["optim"].schedule == "constant":
+                del cfg["steps"]
+            key = (json.dumps(to_dict(cfg), sort_keys=True), program.mesh)
+            if key not in made:
+                made[key] = method(program)
+            return made[key]
+
+        return cached
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("train_step", "eval_step"):
+            patch.setattr(Program, name, once(getattr(Program, name)))
+        first = once(Program.init_state)
+        patch.setattr(Program, "init_state", lambda p: jax.tree.map(jnp.copy, first(p)))
+        yield
 
 
 @contextlib.contextmanager

@@ -110,6 +110,7 @@ def test_sigterm_then_a_full_disk_then_the_end(undisturbed, command, tmp_path):
     assert not (tmp_path / "corrupt").exists()
 
 
+@pytest.mark.thorough
 def test_a_second_process_is_refused_and_ctrl_c_saves(undisturbed, command, tmp_path):
     first = kill9.start(command(tmp_path), runs.environment())
     for line in first.stdout:

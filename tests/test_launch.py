@@ -141,7 +141,7 @@ SSH = 'while [ "$1" = -o ]; do shift 2; done\nexport NODE=$1; shift; eval "$@"'
     ],
 )
 def test_ssh_starts_one_process_on_each_host(tmp_path, moex, code, starts):
-    env = pretend(tmp_path, ssh=SSH, **{".venv/bin/moex": moex})
+    env = pretend(tmp_path, ssh=SSH, sleep="", **{".venv/bin/moex": moex})
     env |= {"HOSTS": "a b", "FOLDER": str(tmp_path), "RESTARTS": "1", "PORT": "81"}
     env |= {"HOME": str(tmp_path)}
     env.pop("MOEX_JOB_TOKEN", None)

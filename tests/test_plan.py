@@ -377,7 +377,11 @@ def test_advice_where_nothing_helps(run_config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "accum"), [({"data": 8}, 2), ({"data": 1, "fsdp": 8}, 1)]
+    ("mesh", "accum"),
+    [
+        ({"data": 8}, 2),
+        pytest.param({"data": 1, "fsdp": 8}, 1, marks=pytest.mark.thorough),
+    ],
 )
 def test_the_fewest_devices_hold_state_and_all_gradients_once(
     run_config, monkeypatch, mesh, accum

@@ -19,12 +19,10 @@ from moex.sharding import MeshConfig
 
 # With `THOROUGH`, every mesh once and a choice of routers and experts: not every kind
 # is here, and those that are stand on one mesh each. All are among all pairs.
-PAIRS = [
+PAIRS = [("latent", "2 fsdp, 2 expert, 2 seq, all_to_all")]
+THOROUGH = [
     ("glu with biases", "1 data, 4 expert, 2 tensor, all_to_all"),
     ("top-p, controlled", "fsdp 8"),
-    ("latent", "2 fsdp, 2 expert, 2 seq, all_to_all"),
-]
-THOROUGH = [
     ("top-k sigmoid, groups, scale", "expert 8, all_to_all"),
     ("expert choice", "2 data, 2 expert, 2 tensor, gather"),
     ("zero, shared, gated", "2 fsdp, 2 expert, 2 seq, gather"),
@@ -101,6 +99,7 @@ def test_gathered_weights_of_experts_are_not_kept():
     assert not re.search(r"f32\[2,8,16,2,40\]", text)
 
 
+@pytest.mark.thorough
 def test_an_update_that_lost_rows_is_skipped():
     mesh = MeshConfig(data=1, expert=8, exchange="all_to_all", exchange_buffer=1.0)
     outcome = matrix.outcome("forced, all to two", mesh, jax.devices())

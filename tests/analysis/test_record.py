@@ -313,6 +313,7 @@ def test_mistakes_are_one_line_and_leave_nothing(trained, capsys, tmp_path, args
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_an_imported_checkpoint_is_traced(trained, tmp_path, capsys):
     run, out, old = tmp_path / "run", tmp_path / "t.parquet", trained[0].parent
     folder = parity.FIXTURES / "mixtral"

@@ -61,15 +61,15 @@ def dense_weights(seed=0):
     return {k: rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
 
 
-def output(module, params, x_BLD):
-    graphdef, _, state = split_module(module)
+def compiled(layer, x_BLD):
+    """The layer of a config, as a function of its parameters and `x_BLD`."""
+    graphdef, _, state = split_module(layer.make(16, nnx.Rngs(params=0)))
     ctx = context(*x_BLD.shape[:2], kernels="xla")
-    return jax.jit(lambda p, x: nnx.merge(graphdef, p, state)(x, ctx)[0])(params, x_BLD)
+    return jax.jit(lambda p, x: nnx.merge(graphdef, p, state)(x, ctx)[0])
 
 
 def moe_output(options, params, x_BLD):
-    moe = moe_of_dense(DENSE, options, "ffn")
-    return output(moe.make(16, nnx.Rngs(params=0)), params, x_BLD)
+    return compiled(moe_of_dense(DENSE, options, "ffn"), x_BLD)(params, x_BLD)
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,12 @@ def test_the_layer_computes_what_the_dense_one_did(experts, k, split, scale):
     weights = dense_weights()
     x_BLD = np.random.default_rng(1).normal(size=(4, 32, 16)).astype(np.float32)
     x_BLD[0, 0] = 0
-    dense = DENSE.make(16, nnx.Rngs(params=0))
-    expected = output(dense, weights, x_BLD)
+    expected = compiled(DENSE, x_BLD)(weights, x_BLD)
     params = layer_of_dense(weights, options, number=3)
+    moe = compiled(moe_of_dense(DENSE, options, "ffn"), x_BLD)
     for strength in (1, 100, 0):
         w_DE = params["router"]["w_DE"] * strength
-        found = moe_output(options, params | {"router": {"w_DE": w_DE}}, x_BLD)
+        found = moe(params | {"router": {"w_DE": w_DE}}, x_BLD)
         assert_same(found, expected)
 
 

@@ -98,6 +98,7 @@ def test_the_shards_of_a_folder_come_back(tmp_path):
     }
 
 
+@pytest.mark.thorough
 def test_an_imported_run_writes_text_and_trains_on(tmp_path, capsys):
     """After a step another folder of the same names, router biases too."""
     run, back = tmp_path / "run", tmp_path / "back"

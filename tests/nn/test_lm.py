@@ -154,7 +154,9 @@ def test_refusals(fields, message):
         check(cfg, "config.model")
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize(
+    "scan_layers", [True, pytest.param(False, marks=pytest.mark.thorough)]
+)
 def test_every_block_of_a_model_hashes_on_its_own(scan_layers):
     """Copies of a segment, blocks of a pattern, segments, and rounds of a chain."""
     moe = tiny_moe(router=Hash(k=2), shared=None)

@@ -90,7 +90,7 @@ def test_scan_is_a_loop_over_sliced_parameters(stack, scanned):
         {"remat": "full"},
         {"remat": "dots"},
         {"scan_layers": False},
-        {"scan_layers": False, "remat": "full"},
+        pytest.param({"scan_layers": False, "remat": "full"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -85,7 +85,10 @@ def test_a_row_does_not_see_the_rest_of_its_batch(model):
     assert alone == ends[1:2]
 
 
-@pytest.mark.parametrize("places", [[(1, 2)], [(1, 2), (0, 4)]])
+@pytest.mark.parametrize(
+    "places",
+    [pytest.param([(1, 2)], marks=pytest.mark.thorough), [(1, 2), (0, 4)]],
+)
 def test_a_stopped_row_ends_before_a_stop_token_and_changes_no_other(model, places):
     args, prompts, ends = model
     stops = [ends[row][i] for row, i in places]

@@ -108,7 +108,13 @@ def _named(tree):
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-@pytest.mark.parametrize("loss", [TOKEN_ONLY, BY_SEQUENCE], ids=["tokens", "rows"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(TOKEN_ONLY, id="tokens", marks=pytest.mark.thorough),
+        pytest.param(BY_SEQUENCE, id="rows"),
+    ],
+)
 def test_microbatches_add_up_to_the_batch(loss):
     """Parameters, optimizer, every loss and every figure of the routing."""
     _, train_state, whole = trainer("small", loss)
