@@ -81,7 +81,7 @@ def measure(action: str, source: pathlib.Path, out: pathlib.Path) -> dict:
     from moex.interop.export import export_hf
     from moex.interop.hf import import_hf
     from moex.model import spec as states
-    from moex.train.job import load_config
+    from moex.runs.directory import RunDir
 
     process.quiet()
     count = jax.device_count()
@@ -92,7 +92,7 @@ def measure(action: str, source: pathlib.Path, out: pathlib.Path) -> dict:
         export_hf(source, out, say=lambda line: None)
     seconds, most = time.time() - began, peak()
     run = out if action == "import" else source
-    cfg = load_config(run)
+    cfg = RunDir(run).config()
     spec = states.model_spec(cfg.model)
     mesh = cfg.mesh.make()
     sizes, parts = [], []

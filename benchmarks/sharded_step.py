@@ -30,8 +30,8 @@ from moex import optim  # noqa: E402
 from moex.cli import split_config_args  # noqa: E402
 from moex.config.flags import load_config  # noqa: E402
 from moex.model import spec as states  # noqa: E402
+from moex.runs.program import static_options  # noqa: E402
 from moex.sharding import MeshConfig, shard_batch  # noqa: E402
-from moex.train.job import static_options  # noqa: E402
 from moex.train.step import make_train_step  # noqa: E402
 
 MESHES = {

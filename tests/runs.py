@@ -19,6 +19,8 @@ import pytest
 from moex.config.base import to_dict
 from moex.config.flags import load_config
 from moex.runs.checkpoint import Checkpointer
+from moex.runs.directory import RunDir
+from moex.runs.write import write_run
 from moex.train import loop
 from moex.train.job import Program, make_job
 
@@ -104,6 +106,12 @@ def train(folder, workdir, *overrides, said=None, **options):
     """Train in this process; lines before the run's own log are appended to `said`."""
     say = (lambda line: None) if said is None else said.append
     return loop.train(config(folder, *overrides), workdir, say=say, **options)
+
+
+def write(job, arrays, workdir):
+    """Write a run at step 0 of {"params", "state"}, as imports and conversions do."""
+    run = RunDir(workdir)
+    write_run(run, job.cfg, job, job.tx, job.data.tokenizer, arrays)
 
 
 def watch_batches(patch, poison=()):

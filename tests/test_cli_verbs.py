@@ -7,9 +7,11 @@ import pytest
 
 from moex import cli
 from moex.config import base as config
+from moex.runs.directory import RunDir
 from moex.runs.keys import RUN_KEYS
+from moex.runs.open import load_run
 from moex.serve.likelihood import continuation_scores
-from moex.train.job import load_config, load_run, make_job
+from moex.train.job import make_job
 from tests import runs
 
 
@@ -80,7 +82,7 @@ def test_config_as_json_is_the_config(moex, folder):
 
 
 def test_the_saved_config_is_the_resolved_one(folder, trained):
-    saved = load_config(trained)
+    saved = RunDir(trained).config()
     job = make_job(runs.config(folder), log=lambda line: None)
     assert config.to_dict(saved) == config.to_dict(job.cfg)
     assert saved.model.vocab == 257

@@ -16,7 +16,7 @@ import pytest
 
 from launch import local
 from moex.config.base import ConfigError
-from moex.runs import workdir as folders
+from moex.runs import claim
 from moex.train.job import make_job
 from tests import recorded, runs
 
@@ -227,15 +227,13 @@ def test_a_file_that_cannot_be_read_ends_the_job_once(folder, undisturbed):
 
 
 def test_a_folder_that_is_not_shared_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        folders.multihost_utils, "sync_global_devices", lambda name: None
-    )
-    monkeypatch.setattr(folders, "SEEN_S", 0.0)
+    monkeypatch.setattr(claim.multihost_utils, "sync_global_devices", lambda name: None)
+    monkeypatch.setattr(claim, "SEEN_S", 0.0)
     (tmp_path / ".write-test-0").touch()
-    folders.check_shared(tmp_path)
+    claim.check_shared(tmp_path)
     (tmp_path / ".write-test-0").unlink()
     with pytest.raises(ConfigError, match="must be one folder that all hosts share"):
-        folders.check_shared(tmp_path)
+        claim.check_shared(tmp_path)
 
 
 def test_signals_of_the_launcher_reach_its_processes(tmp_path):

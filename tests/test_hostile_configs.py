@@ -39,8 +39,8 @@ from moex.nn.mlp import Dense
 from moex.nn.rope import Yarn
 from moex.nn.stack import Segment
 from moex.optim import Muon
+from moex.runs.directory import RunDir
 from moex.runs.keys import RUN_KEYS, check_run
-from moex.train.job import load_config
 from tests.helpers import tiny_lm, tiny_moe
 
 BASE: dict = {TYPE_KEY: "moex.config.base.Config"}
@@ -65,7 +65,7 @@ def refusal(folder, text: str | bytes) -> str:
     data = text.encode() if isinstance(text, str) else text
     (folder / "config.json").write_bytes(data)
     with pytest.raises(ConfigError) as error:
-        load_config(folder)
+        RunDir(folder).config()
     said = str(error.value)
     assert said.startswith(f"{folder / 'config.json'}: ")
     assert "\n" not in said
@@ -163,7 +163,7 @@ def test_a_config_file_without_one_of_its_keys(good, tmp_path, key):
 
 def test_a_good_config_file_is_read_as_it_was_written(good, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(good)))
-    assert to_dict(load_config(tmp_path)) == to_dict(good)
+    assert to_dict(RunDir(tmp_path).config()) == to_dict(good)
 
 
 HOSTILE = (

@@ -25,7 +25,7 @@ from moex.plan import traffic as traffics
 from moex.plan.advice import advice, least_devices
 from moex.plan.planner import check, plan
 from moex.sharding import AXIS_NAMES, MeshConfig
-from moex.train.job import make_program
+from moex.train.job import make_training
 from moex.train.losses import token_losses
 from tests import runs
 from tests.helpers import tiny_lm
@@ -161,7 +161,7 @@ def test_state_bytes_are_those_of_real_arrays(run_config, mesh):
     cfg = run_config(mesh)
     memory = plan(cfg, topology.parse("cpu:8")).memory
     real = cfg.mesh.make()
-    state = make_program(cfg, real).init_state()
+    state = make_training(cfg, real).init_state()
     device = jax.devices()[0]
 
     def held(tree):
@@ -572,7 +572,7 @@ def test_the_shared_expert_is_computed_while_rows_travel():
     devices = rehearsal.described_devices(topology.parse("v5p:2x2x1"))
     made = cfg.mesh.make(devices)
     with jax.set_mesh(made):
-        program = make_program(cfg, made)
+        program = make_training(cfg, made)
         arguments = rehearsal.train_arguments(program)
         text = program.train_step().lower(*arguments).compile().as_text()
     exchange = r"ragged-all-to-all-start\(.*?ragged-all-to-all-done\("

@@ -13,6 +13,7 @@ from moex.config.base import Config, ConfigError, ConfigWarning
 from moex.config.schedule import Schedule
 from moex.model.spec import model_spec
 from moex.optim import AdamW, Optim
+from moex.runs.directory import RunDir
 from moex.runs.keys import (
     RUN_KEYS,
     Checkpoint,
@@ -22,7 +23,6 @@ from moex.runs.keys import (
     check_run,
     kernel_names,
 )
-from moex.train.job import load_config, save_config
 from tests.helpers import tiny_lm
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -183,8 +183,8 @@ def test_a_run_whose_warm_up_did_not_fit_is_opened_and_not_trained_on(tmp_path):
     cfg = run_config(steps=100, optim=optim)
     with pytest.raises(ConfigError, match="config.optim.warmup_steps = 90"):
         check_run(cfg)
-    save_config(cfg, tmp_path)
-    assert load_config(tmp_path).optim.warmup_steps == 90
+    RunDir(tmp_path).save_config(cfg)
+    assert RunDir(tmp_path).config().optim.warmup_steps == 90
 
 
 @pytest.mark.parametrize("value", ["auto", "cpu", "triton,xla", "mosaic, triton,xla"])

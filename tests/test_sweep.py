@@ -11,7 +11,7 @@ import pytest
 from moex import cli
 from moex.config.base import ConfigError
 from moex.runs import sweep
-from moex.train.job import load_config
+from moex.runs.directory import RunDir
 from tests import runs
 
 K = "model.layers[1].pattern[0].router.k"
@@ -320,7 +320,7 @@ def test_a_sweep_is_trained_and_then_skipped(folder, tmp_path, capfd, monkeypatc
     command = shlex.split(last.removeprefix("compare: "))
     assert command == ["moex", "compare", *map(str, folders)]
     for seed, run in enumerate(folders):
-        assert load_config(run).seed == seed
+        assert RunDir(run).config().seed == seed
         assert runs.records(run)[-1]["step"] == 8
         assert sweep.is_finished(run, 8) and not sweep.is_finished(run, 9)
 

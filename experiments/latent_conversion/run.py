@@ -22,8 +22,8 @@ from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
 from moex.nn.stack import Segment
 from moex.optim import Muon, Optim
+from moex.runs.directory import RunDir
 from moex.runs.keys import Eval
-from moex.train.job import load_config
 from moex.train.loop import train
 from moex.train.score import score_run
 
@@ -54,7 +54,7 @@ def quiet(cfg):
 
 def tune(start: pathlib.Path, out: pathlib.Path, kind: str) -> float:
     """Held-out loss after tuning only `TUNED[kind]` of the run `start`."""
-    cfg = load_config(start)
+    cfg = RunDir(start).config()
     cfg.init_from, cfg.steps = str(start), TUNE_STEPS
     cfg.optim = Optim(
         rule=Muon(),
@@ -68,7 +68,7 @@ def tune(start: pathlib.Path, out: pathlib.Path, kind: str) -> float:
 
 
 def score(run: pathlib.Path) -> float:
-    return score_run(run, load_config(run), sequences=SEQUENCES)["nll"]
+    return score_run(run, RunDir(run).config(), sequences=SEQUENCES)["nll"]
 
 
 def converted(base, out, **options) -> dict:

@@ -5,8 +5,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moex.analysis.reading import KINDS, WHICH, Run, read_runs
+from moex.analysis.reading import Run, read_runs
 from moex.config.base import ConfigError
+from moex.runs.lines import KINDS, WHICH
 
 # Of the machine, or of how a mesh divides the work: free to differ.
 APART = ("perf/", "moe/device_")

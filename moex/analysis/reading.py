@@ -4,21 +4,16 @@ S logged steps of one kind, ascending
 """
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from moex.config.base import LARGEST, ConfigError, nearest, require
-from moex.json_files import field, read_json_lines
-from moex.train.job import load_config
+from moex.config.base import ConfigError, nearest
+from moex.runs.directory import RunDir
+from moex.runs.lines import KINDS, read_metrics
 
-KINDS = ("train", "eval")  # of the lines that are compared, in their order in a step
-# Ends the names of values that are a layer, the one with the worst figure: of two that
-# are nearly the same, either may be.
-WHICH = "_worst_layer"
 FLOPS = "perf/train_flops_per_token"
 # Without these a line is none of moex.
 NEEDED = {
@@ -92,76 +87,24 @@ def read_run(path: pathlib.Path) -> Run:
     Raises:
       ConfigError: if it is none, or no step of it was logged.
     """
-    if not (path / "config.json").is_file():
-        beside = [p.parent.name for p in path.parent.glob("*/config.json")]
+    run = RunDir(path)
+    if not run.is_run():
+        beside = [p for p in path.parent.glob("*") if RunDir(p).is_run()]
         raise ConfigError(
-            f"{path}: not a run directory (there is no {path / 'config.json'})."
-            f"{nearest(path.name, beside)}"
+            f"{path}: not a run directory (there is no {run.config_file})."
+            f"{nearest(path.name, [p.name for p in beside])}"
         )
-    log = path / "metrics.jsonl"
-    lines: dict[str, dict[int, dict]] = {kind: {} for kind in KINDS}
-    for line in read_lines(log) if log.is_file() else ():
-        if line["kind"] in KINDS:
-            # A step that was done again after a crash comes again: the last counts.
-            lines[line["kind"]][line["step"]] = line
-    lines = {kind: dict(sorted(found.items())) for kind, found in lines.items()}
+    found = read_metrics(run.metrics)
+    lines = {kind: found.get(kind, {}) for kind in KINDS}
     if not lines["train"]:
-        raise ConfigError(f"{path}: no training step is logged in {log} yet.")
-    for kind, found in lines.items():
-        for step, line in found.items():
+        raise ConfigError(f"{path}: no training step is logged in {run.metrics} yet.")
+    for kind, own in lines.items():
+        for step, line in own.items():
             for name in NEEDED[kind]:
                 if name not in line:
-                    where = f"{log}: the {kind} line of step {step}"
+                    where = f"{run.metrics}: the {kind} line of step {step}"
                     raise ConfigError(f"{where} has no {name}.")
-    return Run(path, load_config(path), lines)
-
-
-def read_lines(path: pathlib.Path) -> list[dict]:
-    """The lines of a metrics.jsonl, but for a last one that is being written.
-
-    Of training and evaluation all values are numbers, null and NaN among them, but for
-    names of layers.
-
-    Raises:
-      ConfigError: naming the file and the line, if any other line is not JSON, or none
-        that moex writes.
-    """
-    return [
-        _checked(line, f"{path}, line {number}")
-        for number, line in read_json_lines(path, nan=True)
-    ]
-
-
-def _checked(line: dict, where: str) -> dict:
-    kind, step = read_place(line, where)
-    if kind == "sample":
-        field(line, "texts", list[str], where)
-    if kind not in KINDS:
-        return line
-    found = {"kind": kind, "step": step}
-    for name, value in line.items():
-        if name.endswith(WHICH):
-            found[name] = field(line, name, str, where)
-        elif name not in found:
-            value = field(line, name, float | None, where)
-            ok = value is None or abs(value) < 2**63 or not isinstance(value, int)
-            require(ok, f"{where}: {name}", value, "below 2**63")
-            found[name] = math.nan if value is None else value
-    if "tokens_seen" in line:  # a count: it has no NaN
-        tokens = field(line, "tokens_seen", int, where)
-        require(tokens >= 0, f"{where}: tokens_seen", tokens, ">= 0")
-    return found
-
-
-def read_place(line: dict, where: str) -> tuple[str, int]:
-    """Kind and step of a line of metrics.jsonl or routing.jsonl.
-
-    Raises:
-      ConfigError: if it has none.
-    """
-    kind, step = field(line, "kind", str, where), field(line, "step", int, where)
-    require(0 <= step <= LARGEST, f"{where}: step", step, f"in 0 to {LARGEST:,}")
-    return kind, step
+    return Run(path, run.config(), lines)
 
 
 def curves(run: Run, expected_flops: float) -> dict[str, Curve]:

@@ -16,21 +16,21 @@ from moex.config.base import ConfigError
 from moex.data.files import naming
 from moex.model.layers import Routed, label, routers, site_at, sites
 from moex.moe.routing import ExpertRouting
+from moex.runs.directory import Place, RunDir
+from moex.runs.open import LoadedRun
 from moex.sharding import shard_batch
-from moex.train.job import LoadedRun, static_options
-from moex.train.job import load_config as run_config
 from moex.train.losses import make_context, moe_layers
 from moex.train.score import run_with_data
 
 
-def trace_run(workdir, cfg, out, *, tokens=None, step=None, logits=False) -> dict:
+def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -> dict:
     """Write the routing of held-out data by a trained model to `out`.
 
     The model computes as in `moex eval`: no noise, and a layer with a capacity drops
     slots. A trace has what the router chose, before that.
 
     Args:
-      workdir: run directory, trained or imported.
+      place: run directory, trained or imported.
       cfg: run config, as `run_with_data` takes it; every held-out token is traced once,
         whatever `cfg.eval.overlap` says.
       out: the file; must not exist.
@@ -49,18 +49,19 @@ def trace_run(workdir, cfg, out, *, tokens=None, step=None, logits=False) -> dic
     out = check_new(out)
     if jax.process_count() > 1:
         raise ConfigError("moex trace: runs in one process; start it on one host.")
-    if not layer_infos(run_config(workdir).model):
-        raise ConfigError(f"{workdir}: the model has no MoE layers to trace.")
+    folder = RunDir.of(place)
+    if not layer_infos(folder.config().model):
+        raise ConfigError(f"{folder}: the model has no MoE layers to trace.")
     cfg.eval.overlap = 0
-    run, job = run_with_data(workdir, cfg, step=step)
-    if not job.holds_out:
+    run, program = run_with_data(folder, cfg, step=step)
+    if not program.holds_out:
         raise ConfigError("config.data: no data is held out; raise holdout.")
     limit = None if tokens is None else -(-tokens // cfg.seq_len)
-    header = _header(run, workdir, cfg, job.data.domains, logits=logits)
-    routed = jax.jit(_routed_step(run.spec, static_options(cfg, train=False), logits))
+    header = _header(run, folder, cfg, program.data.domains, logits=logits)
+    routed = jax.jit(_routed_step(run.spec, program.static(train=False), logits))
     written, counter = 0, TokenCounter(tokens)
     with jax.set_mesh(run.mesh), TraceWriter(out, header) as writer:
-        for batch in job.eval_batches(limit):
+        for batch in program.eval_batches(limit):
             shards = shard_batch(batch, run.mesh)
             arrays = jax.device_get(routed(run.params, run.state, shards))
             valid_T, found = counter(batch)
@@ -98,10 +99,10 @@ def _info(routed: Routed) -> LayerInfo:
     )
 
 
-def _header(run: LoadedRun, workdir, cfg, domains, *, logits: bool) -> Header:
+def _header(run: LoadedRun, folder: RunDir, cfg, domains, *, logits: bool) -> Header:
     tokenizer = run.tokenizer
     return Header(
-        run=str(workdir),
+        run=str(folder),
         step=run.step,
         layers=layer_infos(run.cfg.model),
         tokenizer={

@@ -8,7 +8,14 @@ from moex.config.base import ConfigError
 
 def add_run(parser) -> None:
     """Add the run directory that a verb opens."""
-    parser.add_argument("run", type=path, help="run directory")
+    parser.add_argument("run", type=run_dir, help="run directory")
+
+
+def run_dir(text: str):
+    """The type of a run directory, which need not exist."""
+    from moex.runs.directory import RunDir  # imports JAX, which --help can do without
+
+    return RunDir(path(text))
 
 
 def add_project(parser) -> None:
@@ -49,9 +56,8 @@ def scored_config(args, config_args: list[str]):
 
     from moex.config.flags import load_config
     from moex.data.from_paths import given_sources
-    from moex.train.job import load_config as run_config
 
-    base = run_config(args.run)
+    base = args.run.config()
     if not args.data:
         return load_config(config_args, base=base)
     for arg in config_args:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moex.runs.open import LoadedRun
 from moex.sharding import shard_batch
-from moex.train.job import Job, LoadedRun
+from moex.train.job import Job
 from moex.train.losses import make_context, moe_layers
 
 

@@ -22,7 +22,7 @@ from moex.nn.context import Context
 from moex.nn.lm import LM
 from moex.nn.param import split_params
 from moex.nn.stack import Segment
-from moex.train.job import static_options
+from moex.runs.program import static_options
 from moex.train.losses import lm_loss, make_context, moe_layers
 
 # Copies of a segment that is only looked at: a prime, unlike any other dim

@@ -20,7 +20,7 @@ from moex.model.layers import describe_kind, sites
 from moex.model.spec import ModelSpec, model_spec
 from moex.optim import flat_paths, make_optimizer
 from moex.runs.keys import check_run
-from moex.train.job import static_options
+from moex.runs.program import static_options
 
 FIGURES = (
     *("params", "active", "forward_flops", "backward_flops"),

@@ -3,7 +3,7 @@
 The position in the data is one number in a fixed order of all sequences. Where files
 have changed the order is another, so some sequences come twice and some not at all.
 
-Not here: changed settings, which are those of the config (`train/job.py`).
+Not here: changed settings, which are those of the config (`train/resume.py`).
 """
 
 import collections
@@ -15,39 +15,38 @@ from moex.config.base import ConfigError
 from moex.data.files import atomic_write
 from moex.json_files import read_object
 
-FILE = "data.json"
 MOST_NAMES = 3  # of changed files in a line
 
 
-def save_data(workdir: Path, manifest: dict[str, Any]) -> None:
+def save_data(file: Path, manifest: dict[str, Any]) -> None:
     """Write which files a run reads, with size and hash.
 
     Args:
-      workdir: run directory.
+      file: where.
       manifest: of `Prepared`.
     """
     files = {name: source["files"] for name, source in manifest.items()}
-    atomic_write(workdir / FILE, json.dumps(files) + "\n")
+    atomic_write(file, json.dumps(files) + "\n")
 
 
-def changed_data(workdir: Path, manifest: dict[str, Any]) -> list[str]:
+def changed_data(file: Path, manifest: dict[str, Any]) -> list[str]:
     """One line per source of which files have changed since the run was last started.
 
     Args:
-      workdir: run directory; one of before version 0.2 has no `data.json`.
+      file: of `save_data`; a run of before version 0.2 has none.
       manifest: of `Prepared`, now.
     """
-    if not (workdir / FILE).exists():
+    if not file.exists():
         return []
     try:
-        before = read_object(workdir / FILE)
+        before = read_object(file)
         compared = [
             (name, _by_name(before[name]), _by_name(manifest[name]["files"]))
             for name in manifest
             if name in before
         ]
     except (ConfigError, ValueError, TypeError) as e:
-        reason = str(e) if isinstance(e, ConfigError) else f"{workdir / FILE}: damaged"
+        reason = str(e) if isinstance(e, ConfigError) else f"{file}: damaged"
         return [f"data: whether files have changed is not known ({reason})"]
     lines = [_line(name, old, new) for name, old, new in compared if old != new]
     return [

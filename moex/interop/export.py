@@ -2,14 +2,12 @@
 
 import json
 import math
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
 from moex.config.base import ConfigError, require
-from moex.data.tokenizer import Tokenizer
 from moex.interop.arrays import tensor_of
 from moex.interop.closest_family import closest, inference
 from moex.interop.families import FAMILIES, read_model
@@ -22,20 +20,21 @@ from moex.interop.folder import (
     read_index,
     read_json,
 )
-from moex.interop.hf import KEPT, RECORD
+from moex.interop.hf import RECORD
 from moex.interop.names import Piece, pieces
 from moex.interop.tokens import first_token, written
 from moex.interop.writing import Tensor, check_target, write
 from moex.json_files import field
 from moex.optim import flat_paths
-from moex.train.job import load_config, load_run
+from moex.runs.directory import Place, RunDir
+from moex.runs.open import load_run
 
 KINDS = {kind.name for kind in DTYPES.values()}
 
 
-def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict, dict | None]:
+def _description(run: RunDir, cfg) -> tuple[dict, dict, dict, dict | None]:
     """(config.json, other files by name, dtype by tensor, index) of an export."""
-    kept = run / KEPT
+    kept = run.imported
     if (kept / RECORD).is_file():
         config = read_json(kept / CONFIG)
         model = read_model(str(kept / CONFIG), config)
@@ -55,7 +54,7 @@ def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict, dict | None]
                 if (kept / INDEX).is_file():
                     index = read_index(kept / INDEX)
             return config, files, dtypes, index
-    own = Tokenizer.load(run / "tokenizer")
+    own = run.tokenizer()
     begin = first_token(own)
     # Else transformers takes the ids of the family's first model.
     config = closest(cfg.model) | {
@@ -64,17 +63,17 @@ def _description(run: pathlib.Path, cfg) -> tuple[dict, dict, dict, dict | None]
         "eos_token_id": list(own.stop_ids) if own.stop_ids[1:] else own.doc_id,
         "pad_token_id": None,
     }
-    return config, written(own, run / "tokenizer"), {}, None
+    return config, written(own, run.tokenizer_folder), {}, None
 
 
-def export_hf(run, out, *, dtype: str | None = None, say=print) -> dict:
+def export_hf(place: Place, out, *, dtype: str | None = None, say=print) -> dict:
     """Write a run's newest checkpoint as a folder that transformers loads.
 
     An imported run leaves as its family, each tensor in the dtype and the file it came
     in. Any other run leaves as the closest family, or is refused with the reason.
 
     Args:
-      run: run directory.
+      place: run directory.
       out: the folder; must not exist or be empty.
       dtype: of all tensors but the state of routers; None: as imported, float32 for
         others.
@@ -86,12 +85,12 @@ def export_hf(run, out, *, dtype: str | None = None, say=print) -> dict:
     Raises:
       ConfigError: if no family has the model, or for a user's mistake.
     """
-    run = pathlib.Path(run)
+    run = RunDir.of(place)
     if jax.process_count() > 1:
         raise ConfigError("export-hf: runs in one process; all shards must be here.")
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype={dtype}: must be float32, bfloat16 or float16.")
-    cfg = load_config(run)
+    cfg = run.config()
     check_target(out)
     config, files, dtypes, index = _description(run, cfg)
     family = FAMILIES[config["model_type"]]

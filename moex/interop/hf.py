@@ -16,10 +16,9 @@ import numpy as np
 
 from moex.config.base import ConfigError, nearest, require
 from moex.config.flags import load_config as load_config_flags
-from moex.convert.apply import write_run
 from moex.data.files import atomic_write
-from moex.data.pipeline import Data
-from moex.data.tokenizer import SavedTokenizer, TokenizerFile
+from moex.data.pipeline import Data, prepare
+from moex.data.tokenizer import SavedTokenizer, Tokenizer, TokenizerFile
 from moex.interop.arrays import load_array
 from moex.interop.dequantise import reader
 from moex.interop.families import (
@@ -40,13 +39,15 @@ from moex.interop.tokens import (
 )
 from moex.interop.writing import check_target
 from moex.model import spec as states
-from moex.optim import AdamW, Optim, flat_paths, path_name
+from moex.optim import AdamW, Optim, flat_paths, make_optimizer, path_name
+from moex.runs.claim import new_run
+from moex.runs.directory import RunDir
 from moex.runs.keys import Checkpoint, Eval, Log, Loss, check_run
-from moex.runs.workdir import new_run
+from moex.runs.program import Program, make_program, mesh_here
+from moex.runs.room import check_room
+from moex.runs.write import write_run
 from moex.sharding import MeshConfig
-from moex.train.job import make_job
 
-KEPT = "hf"  # folder of a run
 RECORD = "import.json"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS = 1024  # of a tensor that are compared at a time
@@ -102,15 +103,15 @@ def import_hf(
         require(given == rows, "--config.model.vocab", given, allowed)
         _check_shapes(shapes, _shapes(cfg.model))
         cfg.data.tokenizer = TokenizerFile(path=str(file), doc_token=doc_token)
-        job = make_job(cfg, log=say)
+        program, tx, own = _prepare(cfg, say)
         with new_run(out, f"--out={out}", say) as temporary:
-            kept = temporary / KEPT
+            kept = temporary.imported
             kept.mkdir(parents=True)
-            set_ends(job.data.tokenizer, opened.path, file, ends)
+            set_ends(own, opened.path, file, ends)
             for name in unused:
                 say(f"not used: {name}")
             say(f"reading {len(wanted)} tensors of {opened.path}")
-            arrays = load_model(job.spec, job.mesh, wanted, source)
+            arrays = load_model(program.spec, program.mesh, wanted, source)
             for extra in (*extra_files(opened.path), opened.path / INDEX):
                 if extra.is_file():
                     shutil.copyfile(extra, kept / extra.name)
@@ -123,9 +124,9 @@ def import_hf(
                 "whole": source is opened and not unused,
             }
             atomic_write(kept / RECORD, json.dumps(record, indent=1) + "\n")
-            saved = out / "tokenizer"
+            saved = RunDir(out).tokenizer_folder
             cfg.data.tokenizer = SavedTokenizer(path=str(saved))
-            write_run(job, cfg, arrays, temporary)
+            write_run(temporary, cfg, program, tx, own, arrays)
     return record
 
 
@@ -241,6 +242,20 @@ def _run_config(model, where, config, config_args):
     cfg = load_config_flags(list(config_args), base=cfg)
     check_run(cfg)
     return cfg
+
+
+def _prepare(cfg, say) -> tuple[Program, Any, Tokenizer]:
+    """The program, the optimizer and the tokenizer of a config, every mistake found."""
+    mesh = mesh_here(cfg)
+    data = prepare(
+        cfg.data, cfg.seq_len, overlap=cfg.eval.overlap, log=say, where="config.data"
+    )
+    program = make_program(cfg, mesh)
+    spec = program.spec
+    tx, _ = make_optimizer(cfg.optim, cfg.steps, spec.params, spec.info)
+    held = program.abstract_state() | {"opt": states.abstract_opt(tx, spec, mesh)}
+    check_room(cfg, mesh, held)
+    return program, tx, data.tokenizer
 
 
 def _shapes(model) -> dict[str, tuple]:

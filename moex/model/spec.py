@@ -151,15 +151,39 @@ def init_guard() -> dict:
     }
 
 
+def abstract_arrays(spec: ModelSpec, mesh: Mesh) -> dict:
+    """The arrays of a model as `ShapeDtypeStruct`s with shardings.
+
+    Returns:
+      {"params", "state", "guard"}.
+    """
+    params, state = shardings(spec, mesh)
+    whole, guard = NamedSharding(mesh, PartitionSpec()), jax.eval_shape(init_guard)
+    return {
+        "params": _placed(spec.params, params),
+        "state": _placed(spec.state, state),
+        "guard": _placed(guard, jax.tree.map(lambda _: whole, guard)),
+    }
+
+
+def abstract_opt(tx, spec: ModelSpec, mesh: Mesh):
+    """The state of an optimizer as `ShapeDtypeStruct`s with shardings."""
+    placed = opt_shardings(tx, spec, shardings(spec, mesh)[0], mesh)
+    return _placed(jax.eval_shape(tx.init, spec.params), placed)
+
+
+def _placed(tree, shards):
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shards
+    )
+
+
 def init_train_state(cfg: LM, spec: ModelSpec, tx, mesh: Mesh, key) -> dict:
     """A fresh train state, every array made in its place: no host holds the model.
 
     Returns:
       {"params", "state", "opt", "guard"}.
     """
-    param_shards, state_shards = shardings(spec, mesh)
-    opt_shards = opt_shardings(tx, spec, param_shards, mesh)
-    whole = NamedSharding(mesh, PartitionSpec())
 
     def init(key):
         params, state = init_params(cfg, key)
@@ -170,12 +194,8 @@ def init_train_state(cfg: LM, spec: ModelSpec, tx, mesh: Mesh, key) -> dict:
             "guard": init_guard(),
         }
 
-    out = {
-        "params": param_shards,
-        "state": state_shards,
-        "opt": opt_shards,
-        "guard": jax.tree.map(lambda _: whole, init_guard()),
-    }
+    placed = abstract_arrays(spec, mesh) | {"opt": abstract_opt(tx, spec, mesh)}
+    out = jax.tree.map(lambda a: a.sharding, placed)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = ONCE_ON_CPU if on_cpu else None
     return jax.jit(init, out_shardings=out, compiler_options=options)(key)

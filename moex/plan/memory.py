@@ -22,7 +22,8 @@ from moex.costs.residual_bytes import (
 from moex.optim import path_name
 from moex.plan import liveness
 from moex.plan.topology import Topology, abstract_mesh
-from moex.train.job import Program, compute_dtype
+from moex.runs.program import compute_dtype
+from moex.train.job import Training
 from moex.train.losses import lm_loss, make_context
 
 
@@ -70,7 +71,7 @@ class Memory:
         return figures | {"state": self.state, "peak": int(self.peak)}
 
 
-def memory(program: Program, topology: Topology) -> Memory:
+def memory(program: Training, topology: Topology) -> Memory:
     """What one device holds of a program. Call it under no other mesh."""
     state = program.abstract_state()
     params = local_bytes(state["params"])
@@ -102,7 +103,7 @@ def local_bytes(tree) -> int:
     return sum(math.prod(local_shape(a)) * a.dtype.itemsize for a in leaves)
 
 
-def batch_arguments(program: Program) -> dict:
+def batch_arguments(program: Training) -> dict:
     """The batch of one step as abstract arrays with shardings."""
     cfg = program.cfg
     arrays = abstract_batch(cfg.batch_size, cfg.seq_len)
@@ -116,7 +117,7 @@ def batch_arguments(program: Program) -> dict:
     }
 
 
-def gathered_bytes(program: Program) -> int:
+def gathered_bytes(program: Training) -> int:
     """Weights as matmuls read them, and their gradients, of the layer that needs most.
 
     A weight that is in the compute dtype and whole on the device is read where it is.
@@ -146,7 +147,7 @@ def gathered_bytes(program: Program) -> int:
     return kept + max(sums.values())
 
 
-def pass_bytes(program: Program, topology: Topology) -> tuple[float, float]:
+def pass_bytes(program: Training, topology: Topology) -> tuple[float, float]:
     """(kept for the backward pass, most alive at once) of one microbatch, no weights.
 
     Traced at 2 and 4 sequences a device; what grows is of tokens. At 1 sequence JAX
@@ -166,7 +167,7 @@ def pass_bytes(program: Program, topology: Topology) -> tuple[float, float]:
     return per_token * cfg.seq_len * sequences, most / 2 / shards * sequences
 
 
-def tensor_local(program: Program) -> dict:
+def tensor_local(program: Training) -> dict:
     """Parameters in the shapes that one device holds of the `tensor` axis alone."""
     spec, tensor = program.spec, program.mesh.shape["tensor"]
 
@@ -205,7 +206,7 @@ def _gradient_graph(cfg, spec, batch_size) -> liveness.Graph:
     return liveness.graph(gradient, spec.params, spec.state, batch, key)
 
 
-def update_bytes(program: Program) -> float:
+def update_bytes(program: Training) -> float:
     """What the optimizer makes of local gradients and state, at its worst moment.
 
     New state is written over the old, so the results take nothing.

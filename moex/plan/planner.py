@@ -14,7 +14,8 @@ from moex.plan.memory import Memory, memory
 from moex.plan.topology import Topology
 from moex.plan.traffic import Traffic, traffic
 from moex.runs.keys import check_run
-from moex.train.job import check_devices, check_kernels, make_program, static_options
+from moex.runs.program import check_devices, check_kernels, static_options
+from moex.train.job import make_training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,7 @@ def check(cfg, topology: Topology):
     check_devices(cfg, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
         check_kernels(cfg)
-        return make_program(cfg, mesh)
+        return make_training(cfg, mesh)
 
 
 def plan(cfg, topology: Topology) -> Plan:

@@ -21,7 +21,7 @@ from jax.experimental import topologies
 from moex.config.base import ConfigError
 from moex.plan.memory import batch_arguments
 from moex.plan.topology import Topology
-from moex.train.job import Program, make_program
+from moex.train.job import Training, make_training
 
 # libtpu asks these on its way to a topology, and waits for a metadata server if they
 # are not there. The values do not limit what may be described.
@@ -125,8 +125,8 @@ def described_devices(topology: Topology) -> list:
     return devices
 
 
-def train_arguments(program: Program) -> tuple:
-    """The abstract arguments of `Program.train_step`, each with its sharding."""
+def train_arguments(program: Training) -> tuple:
+    """The abstract arguments of `Training.train_step`, each with its sharding."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     placed = [
         jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=program.whole)
@@ -145,7 +145,7 @@ def compile_step(cfg, topology: Topology) -> Compiled:
     devices = described_devices(topology)
     mesh = cfg.mesh.make(devices)
     with jax.set_mesh(mesh):
-        program = make_program(cfg, mesh)
+        program = make_training(cfg, mesh)
         arguments = train_arguments(program)
         start = time.perf_counter()
         lowered = program.train_step().lower(*arguments)

@@ -19,8 +19,9 @@ from moex.model.layers import sites
 from moex.moe.all_to_all import moves_all_to_all
 from moex.optim import path_name
 from moex.plan.memory import local_shape
+from moex.runs.program import compute_dtype
 from moex.sharding import TOKEN_AXES, batch_shards
-from moex.train.job import Program, compute_dtype
+from moex.train.job import Training
 
 # Float32 ids and gates of one slot, which travel with a row.
 SLOT_BYTES = 8
@@ -43,7 +44,7 @@ class Traffic:
     exchange: bool = False
 
 
-def traffic(program: Program) -> list[Traffic]:
+def traffic(program: Training) -> list[Traffic]:
     """Everything that travels, without what is nothing; under the topology's mesh."""
     rows = [*_weights(program), *_gradients(program), *_activations(program)]
     merged: dict[tuple, Traffic] = {}
@@ -59,30 +60,30 @@ def _share(n: int) -> float:
     return (n - 1) / n
 
 
-def _itemsize(program: Program) -> int:
+def _itemsize(program: Training) -> int:
     return jnp.dtype(compute_dtype(program.cfg)).itemsize
 
 
-def local_tokens(program: Program) -> float:
+def local_tokens(program: Training) -> float:
     """Tokens of one device in one microbatch."""
     cfg, mesh = program.cfg, program.mesh
     sequences = cfg.batch_size // cfg.grad_accum / batch_shards(mesh)
     return sequences * cfg.seq_len / mesh.shape["seq"]
 
 
-def _passes(program: Program) -> int:
+def _passes(program: Training) -> int:
     """How often a layer's weights are gathered, or its tokens sent, there and back."""
     return 3 if program.cfg.remat == "full" else 2
 
 
-def _leaves(program: Program):
+def _leaves(program: Training):
     """(path, abstract array with its sharding, mesh axes that split it)."""
     params = program.abstract_state()["params"]
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         yield path_name(path), leaf, {a for a in leaf.sharding.spec if a is not None}
 
 
-def _weights(program: Program) -> list[Traffic]:
+def _weights(program: Training) -> list[Traffic]:
     """All-gathers of parameters in the compute dtype, reduce-scatters of gradients.
 
     In the forward pass and in the backward pass, whose recomputation shares the gather.
@@ -99,7 +100,7 @@ def _weights(program: Program) -> list[Traffic]:
     ]
 
 
-def _gradients(program: Program) -> list[Traffic]:
+def _gradients(program: Training) -> list[Traffic]:
     """All-reduces of gradients over the axes that split tokens and not the parameter.
 
     Nearest axes first: what is scattered there travels less on the others.
@@ -117,7 +118,7 @@ def _gradients(program: Program) -> list[Traffic]:
     return rows
 
 
-def _activations(program: Program) -> list[Traffic]:
+def _activations(program: Training) -> list[Traffic]:
     """What tensor parallelism sums, and the keys and values that `seq` gathers.
 
     Tensor: the outputs of attention and feed-forward, and in the backward pass the
@@ -144,7 +145,7 @@ def _activations(program: Program) -> list[Traffic]:
     return rows
 
 
-def _tokens_to_experts(program: Program) -> list[Traffic]:
+def _tokens_to_experts(program: Training) -> list[Traffic]:
     """Tokens to their experts and back, in every pass of every MoE layer."""
     rows = []
     for site in sites(program.cfg.model):
@@ -154,7 +155,7 @@ def _tokens_to_experts(program: Program) -> list[Traffic]:
     return rows
 
 
-def _one_exchange(program: Program, moe, width, passes) -> list[Traffic]:
+def _one_exchange(program: Training, moe, width, passes) -> list[Traffic]:
     mesh_cfg, n = program.cfg.mesh, program.mesh.shape["expert"]
     tokens, K = local_tokens(program), math.ceil(expected_slots(moe))
     buffer, itemsize = mesh_cfg.exchange_buffer, _itemsize(program)

@@ -11,10 +11,11 @@ from moex.report import about, routing, tracing, training
 from moex.report.health import examine
 from moex.report.material import read
 from moex.report.page import render
+from moex.runs.directory import Place, RunDir
 
 
 def write_report(
-    path: pathlib.Path,
+    place: Place,
     *,
     trace: pathlib.Path | None = None,
     compare_trace: pathlib.Path | None = None,
@@ -24,7 +25,7 @@ def write_report(
     """Write the page; returns what `moex report` prints.
 
     Args:
-      path: run directory.
+      place: run directory.
       trace: file of `moex trace`; None: the page says that there is none.
       compare_trace: another trace of the same tokens, of another checkpoint.
       markers: tokens whose experts are looked for.
@@ -33,9 +34,10 @@ def write_report(
     Raises:
       ConfigError: for what is no run, no trace, or cannot be written.
     """
-    out = path / "report.html" if out is None else out
+    run = RunDir.of(place)
+    out = run.report if out is None else out
     check(out, trace, compare_trace, markers)
-    material = read(path)
+    material = read(run)
     found, overlap, whose = _traces(trace, compare_trace, markers)
     health = examine(material, None if found is None else tracing.figures(found))
     sections = [
@@ -46,7 +48,7 @@ def write_report(
         about.config(material),
         about.environment(material),
     ]
-    name = path.resolve().name
+    name = run.path.resolve().name
     page = render(f"moex report: {name}", about.summary(material), health, sections)
     atomic_write(out, page)
     texts = [f"  {kind}: {t}" for kind, ts in health.groups.items() for t in ts]

@@ -12,7 +12,6 @@ digest covers those checksums and the rest; the run's own record has it too
 import contextlib
 import logging
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +21,12 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from moex.config.base import ConfigError, require
 from moex.runs.checksums import checksums
+from moex.runs.directory import Place, RunDir
 from moex.runs.record import (
     ChecksumError,
     digest_of,
     read_about,
     read_record,
-    saved_steps,
     why_unlisted,
     write_record,
 )
@@ -53,23 +52,23 @@ class Checkpointer:
     """The checkpoints of one run directory."""
 
     def __init__(
-        self, workdir, *, keep=1, keep_best=0, read_only=False, host_bytes=None
+        self, place: Place, *, keep=1, keep_best=0, read_only=False, host_bytes=None
     ):
-        """Opens (and unless `read_only` creates) `workdir/checkpoints`.
+        """Opens (and unless `read_only` creates) the checkpoints of a run directory.
 
         Args:
-          workdir: run directory.
+          place: run directory.
           keep, keep_best: checkpoints that are kept: newest, and best.
           read_only: nothing is written or moved.
           host_bytes: about as many bytes of arrays are on the host at a time, or one
             array; `save` then reads them until `wait` returns, so that they may not be
             donated. None: all of them, in a copy.
         """
-        self.workdir = pathlib.Path(workdir).absolute()
-        self.directory = self.workdir / "checkpoints"
-        self.quarantine = self.workdir / "corrupt"
+        self.run = RunDir(RunDir.of(place).path.absolute())
+        self.directory = self.run.checkpoints
+        self.quarantine = self.run.corrupt
         self.read_only, self._ranks = read_only, keep_best > 0
-        self._record = read_record(self.workdir)
+        self._record = read_record(self.run)
         self._digests = dict(self._record or {})
         self._saving: int | None = None
         if self._record is not None and not read_only:
@@ -168,22 +167,22 @@ class Checkpointer:
         Orbax calls this right before it gives that one its name.
         """
         if jax.process_index() == 0:
-            steps = saved_steps(self.workdir)
+            steps = self.run.saved_steps()
             if self._saving is not None:
                 steps.append(self._saving)
-            write_record(self.workdir, {s: self._digests.get(s) for s in steps})
+            write_record(self.run, {s: self._digests.get(s) for s in steps})
 
     def _forget_unfinished(self, record: dict) -> None:
         """Take from the record what a kill kept from getting its name."""
         names = [p.name for p in self.directory.glob("*.orbax-checkpoint-tmp*")]
         steps = {int(n) for n in (n.split(".")[0] for n in names) if n.isdecimal()}
-        for step in steps - {*saved_steps(self.workdir)}:
+        for step in steps - {*self.run.saved_steps()}:
             if record.pop(step, None) is not None:
                 self.write_record()
 
     def _set_unlisted_aside(self) -> dict[int, str]:
         """`{step: reason}` of what Orbax cannot list: it would open none at all."""
-        steps = saved_steps(self.workdir)
+        steps = self.run.saved_steps()
         found = {s: why_unlisted(self.directory / str(s)) for s in steps}
         bad = {step: reason for step, reason in found.items() if reason}
         if jax.process_count() > 1:
@@ -197,7 +196,7 @@ class Checkpointer:
 
     def last_good(self, before: float = math.inf) -> int | None:
         """The newest step below `before` that was saved after an update was taken."""
-        good = (s for s in saved_steps(self.workdir) if s not in self._skipped)
+        good = (s for s in self.run.saved_steps() if s not in self._skipped)
         return max((s for s in good if s < before), default=None)
 
     def wait(self) -> None:

@@ -3,7 +3,6 @@
 import datetime
 import importlib.metadata
 import json
-import pathlib
 import platform
 import sys
 
@@ -13,8 +12,8 @@ from moex.cluster import distributed
 from moex.config.base import ConfigError
 from moex.data.files import atomic_write
 from moex.json_files import expect_object, field, json_kind, read_json
+from moex.runs.directory import RunDir
 
-FILE = "environment.json"
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
     *("ml_collections", "tokenizers", "libtpu", "jax-cuda12-plugin"),
@@ -50,12 +49,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def read_environment(file: pathlib.Path) -> list[dict]:
-    """The starts in an environment.json, oldest first; none if there is no file.
+def read_environment(run: RunDir) -> list[dict]:
+    """The starts in a run's environment.json, oldest first; none if there is no file.
 
     Raises:
       ConfigError: naming the file and the entry, if it is none that moex writes.
     """
+    file = run.environment
     if not file.is_file():
         return []
     starts = read_json(file)
@@ -69,16 +69,16 @@ def read_environment(file: pathlib.Path) -> list[dict]:
     return starts
 
 
-def save_environment(workdir: pathlib.Path, step: int) -> None:
-    """Add this start to `workdir/environment.json`.
+def save_environment(run: RunDir, step: int) -> None:
+    """Add this start to the environment.json of a run.
 
     A damaged file is kept as environment.json.damaged, and begun again.
     """
-    path = workdir / FILE
+    file = run.environment
     try:
-        starts = read_environment(path)
+        starts = read_environment(run)
     except ConfigError:
-        path.replace(path.with_name(f"{FILE}.damaged"))
+        file.replace(file.with_name(f"{file.name}.damaged"))
         starts = []
     text = json.dumps([*starts, environment(step)], indent=1)
-    atomic_write(path, text + "\n")
+    atomic_write(file, text + "\n")

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from moex.config.base import ConfigError
 from moex.data.files import naming
 from moex.json_files import expect_object, parse_json
+from moex.runs.directory import RunDir
 
-FILE = "run.lock"
 BOOT = "/proc/sys/kernel/random/boot_id"  # differs with every start of a machine
 BEAT_S = 5.0  # seconds between two signs of life of a writer
 STALE_S = 60.0  # seconds of silence after which a writer elsewhere counts as dead
@@ -35,18 +35,18 @@ class LockLostError(RuntimeError):
 
 
 @contextlib.contextmanager
-def held(folder: pathlib.Path, flag: str, say=print) -> Iterator["RunLock"]:
-    """Hold the lock of a folder that exists, until the end of the block.
+def held(run: RunDir, flag: str, say=print) -> Iterator["RunLock"]:
+    """Hold the lock of a run directory that exists, until the end of the block.
 
     Args:
-      folder: the run directory.
+      run: run directory.
       flag: names it in the error, such as "--workdir=runs/a".
       say: called with a line where a lock of a dead process is taken over.
 
     Raises:
       ConfigError: if another process has it.
     """
-    lock = RunLock(folder, flag, say)
+    lock = RunLock(run, flag, say)
     try:
         lock.acquire()
         yield lock
@@ -57,11 +57,11 @@ def held(folder: pathlib.Path, flag: str, say=print) -> Iterator["RunLock"]:
 class RunLock:
     """The lock of a run directory; `held` acquires and releases it."""
 
-    def __init__(self, folder: pathlib.Path, flag: str, say=print):
-        self.file, self.flag, self.say = folder / FILE, flag, say
+    def __init__(self, run: RunDir, flag: str, say=print):
+        self.file, self.flag, self.say = run.lock, flag, say
         self.token = uuid.uuid4().hex
         self.lost: dict | None = None  # the record of whoever took it
-        self._folder = os.open(folder, os.O_RDONLY)
+        self._folder = os.open(run.path, os.O_RDONLY)
         self._ended = threading.Event()
         self._beating = threading.Thread(
             target=self._beat, daemon=True, name="moex-lock"
@@ -139,7 +139,7 @@ class RunLock:
 
     def _own_file(self) -> pathlib.Path:
         """A file with our record beside the lock."""
-        made = self.file.with_name(f".{FILE}.{self.token}")
+        made = self.file.with_name(f".{self.file.name}.{self.token}")
         with naming(made):
             made.write_text(json.dumps(self.record), encoding="utf-8")
         return made
@@ -261,7 +261,7 @@ def _flock(folder: int) -> bool | None:
 def _read(file: pathlib.Path) -> dict | None:
     """The record in a lock file; {} if it is none (yet), None if there is no file."""
     try:
-        return expect_object(parse_json(file.read_bytes(), FILE), FILE)
+        return expect_object(parse_json(file.read_bytes(), file.name), file.name)
     except FileNotFoundError:
         return None
     except ConfigError:

@@ -18,13 +18,11 @@ from moex.json_files import (
     expect_object,
     field,
     parse_json,
-    read_json_lines,
     read_object,
 )
-from moex.runs.environment import FILE as ENVIRONMENT
+from moex.runs.directory import RunDir
 from moex.runs.environment import read_environment
-
-FILE = "checkpoints.json"
+from moex.runs.lines import last_step
 
 
 class ChecksumError(ValueError):
@@ -36,14 +34,7 @@ def digest_of(step: int, data: Any, metrics: Any, meta: Any) -> str:
     return digest({"step": step, "data": data, "metrics": metrics, "meta": meta})
 
 
-def saved_steps(workdir: pathlib.Path) -> list[int]:
-    """Steps whose checkpoints are committed, ascending; nothing is restored."""
-    found = (pathlib.Path(workdir) / "checkpoints").glob("*")
-    names = [p.name for p in found if p.name.isdecimal()]
-    return sorted(int(name) for name in names if name == str(int(name)))  # not "08"
-
-
-def read_record(workdir: pathlib.Path) -> dict[int, str | None] | None:
+def read_record(run: RunDir) -> dict[int, str | None] | None:
     """`{step: digest}` of the checkpoints that were there at the last save, ascending.
 
     A digest is None for a checkpoint of moex before version 0.2, which has none.
@@ -54,7 +45,7 @@ def read_record(workdir: pathlib.Path) -> dict[int, str | None] | None:
     Raises:
       ConfigError: if the file is damaged.
     """
-    file = workdir / FILE
+    file = run.record
     if not file.exists():
         return None
     steps = field(read_object(file), "steps", dict[str, str | None], str(file))
@@ -63,10 +54,10 @@ def read_record(workdir: pathlib.Path) -> dict[int, str | None] | None:
     return {int(step): steps[step] for step in sorted(steps, key=int)}
 
 
-def write_record(workdir: pathlib.Path, steps: dict[int, str | None]) -> None:
+def write_record(run: RunDir, steps: dict[int, str | None]) -> None:
     """Write what `read_record` reads."""
     text = json.dumps({"steps": {str(s): steps[s] for s in sorted(steps)}}, indent=1)
-    atomic_write(workdir / FILE, text + "\n")
+    atomic_write(run.record, text + "\n")
 
 
 def read_about(
@@ -132,51 +123,39 @@ def _json(file: pathlib.Path) -> dict:
         raise ChecksumError(f"{file.parent.name}/{e}") from None
 
 
-def check_may_begin(workdir: pathlib.Path, every: int) -> None:
+def check_may_begin(run: RunDir, every: int) -> None:
     """Check that a run without checkpoints never had any, so that nothing is lost.
 
     Args:
-      workdir: run directory with a `config.json`.
+      run: run directory with a config.
       every: steps between checkpoints, of that config.
 
     Raises:
       ConfigError: if it had: training from step 0 would drop what it has logged.
     """
-    recorded = read_record(workdir)
+    recorded, trained = read_record(run), last_step(run.metrics)
     if recorded:
         why = f"it saved step {max(recorded)}"
-    elif recorded is None and (step := _trained(workdir)) > 2 * every > 0:
-        why = f"it trained {step} steps and saved one in {every}"
-    elif (step := _resumed_at(workdir)) > 0:
+    elif recorded is None and trained > 2 * every > 0:
+        why = f"it trained {trained} steps and saved one in {every}"
+    elif (step := _resumed_at(run)) > 0:
         why = f"it went on from step {step} once"
-    elif not (workdir / ENVIRONMENT).exists() and not _trained(workdir):
+    elif not run.environment.exists() and not trained:
         why = "it was imported or converted, and began with one"
     else:
         return
-    aside = workdir / "corrupt"
-    where = f" (damaged ones are in {aside})" if aside.is_dir() else ""
+    where = f" (damaged ones are in {run.corrupt})" if run.corrupt.is_dir() else ""
     raise ConfigError(
-        f"{workdir}: all checkpoints of this run are gone, and {why}{where}. Put "
-        f"{workdir / 'checkpoints'} back; to train from the beginning, give another "
+        f"{run}: all checkpoints of this run are gone, and {why}{where}. Put "
+        f"{run.checkpoints} back; to train from the beginning, give another "
         "--workdir or delete this one."
     )
 
 
-def _trained(workdir: pathlib.Path) -> int:
-    """The last step in the log, 0 if there is none."""
-    file = workdir / "metrics.jsonl"
-    if not file.exists():
-        return 0
-    where, last = str(file), 0
-    for number, line in read_json_lines(file, nan=True):
-        last = max(last, field(line, "step", int, f"{where}, line {number}"))
-    return last
-
-
-def _resumed_at(workdir: pathlib.Path) -> int:
+def _resumed_at(run: RunDir) -> int:
     """The last step that a start of the run went on from."""
     try:
-        starts = read_environment(workdir / ENVIRONMENT)
+        starts = read_environment(run)
     except ConfigError:  # it is written anew each start
         return 0
     return max((start.get("step", 0) for start in starts), default=0)

@@ -25,8 +25,8 @@ from moex.config.base import ConfigError, flat, require, to_dict
 from moex.config.flags import load_config
 from moex.data.files import atomic_write, locked
 from moex.process import fail, use_cpu
+from moex.runs.directory import RunDir
 from moex.runs.keys import check_run
-from moex.runs.record import saved_steps
 
 FILE = "sweep.json"
 MOST_POINTS = 10_000
@@ -170,7 +170,7 @@ def claim(sweep: Sweep, workdir: pathlib.Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ConfigError(f"{flag}: cannot be written ({e.strerror}).") from None
-    if (workdir / "config.json").is_file():
+    if RunDir(workdir).is_run():
         raise ConfigError(f"{flag}: is a run; a sweep needs a folder of its own.")
     with locked(workdir / ".sweep.lock"):  # jobs of a Slurm array come at once
         if file.is_file():
@@ -211,7 +211,7 @@ def _check_grows(theirs: dict, mine: dict, flag: str) -> None:
 
 def is_finished(run: pathlib.Path, steps: int) -> bool:
     """Whether a run has saved its last step; nothing is restored to find out."""
-    return max(saved_steps(run), default=-1) >= steps
+    return max(RunDir(run).saved_steps(), default=-1) >= steps
 
 
 def list_lines(sweep: Sweep, workdir: pathlib.Path | None) -> list[str]:

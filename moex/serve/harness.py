@@ -15,11 +15,13 @@ import jax
 
 from moex.config.base import ConfigError, nearest, require
 from moex.json_files import dump_json
+from moex.runs.directory import Place, RunDir
 from moex.runs.keys import not_causal
+from moex.runs.open import LoadedRun, load_run
+from moex.runs.program import eval_batch_size
 from moex.serve.decode import generate
 from moex.serve.likelihood import chunks, continuation_scores, padded_length
 from moex.terminal import printable
-from moex.train.job import LoadedRun, eval_batch_size, load_run, static_options
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -121,7 +123,7 @@ class HarnessLM(TemplateLM):
                 asked[context] += 1
             length = padded_length(len(prompt), self.max_length)
             groups[length, tuple(arguments.items())].append((i, prompt, until))
-        static = static_options(run.cfg, train=False)
+        static = run.static(train=False)
         texts = [""] * len(requests)
         for (_, chosen), members in groups.items():
             # What is sampled depends on its row of the batch: it gets a batch alone.
@@ -165,12 +167,12 @@ class HarnessLM(TemplateLM):
 
 
 def score_tasks(
-    workdir, tasks: list[str], *, include_path=None, limit=None, num_fewshot=None
+    place: Place, tasks: list[str], *, include_path=None, limit=None, num_fewshot=None
 ) -> dict:
     """Evaluate tasks of the harness on the newest checkpoint of a run.
 
     Args:
-      workdir: run directory; the result is added to its `harness.jsonl`.
+      place: run directory; the result is added to its `harness.jsonl`.
       tasks: YAML files, or names of tasks that the harness or `include_path` has.
       include_path: folder of more tasks, by name.
       limit: documents per task, or below 1 a share of them; None: all.
@@ -202,7 +204,7 @@ def score_tasks(
         if task not in manager.all_tasks:
             hint = nearest(task, manager.all_tasks)
             raise ConfigError(f"--tasks = {task!r}: no such task or file.{hint}")
-    run = load_run(workdir, warn=lambda line: print(printable(line), file=sys.stderr))
+    run = load_run(place, warn=lambda line: print(printable(line), file=sys.stderr))
     # The harness would fork this process for its bootstrap, under the threads of JAX.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout is for results
@@ -225,7 +227,7 @@ def score_tasks(
             for task, values in found["results"].items()
         },
     }
-    with open(pathlib.Path(workdir) / "harness.jsonl", "a", encoding="utf-8") as f:
+    with open(RunDir.of(place).harness, "a", encoding="utf-8") as f:
         f.write(dump_json(result) + "\n")
     return result
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moex.runs.open import LoadedRun
+from moex.runs.program import eval_batch_size
 from moex.serve.decode import SHORTEST_PROMPT
 from moex.sharding import batch_shards, shard_batch
-from moex.train.job import LoadedRun, eval_batch_size, static_options
 from moex.train.losses import make_context, token_losses
 
 
@@ -50,7 +51,7 @@ def continuation_scores(
         length = min(len(context) + len(continuation) - 1, seq_len)
         groups[padded_length(length, seq_len, run.mesh.shape["seq"])].append(i)
     # Not "eval": a capacity would make a row depend on the rest of its batch.
-    static = static_options(run.cfg, train=False) | {"mode": "decode"}
+    static = run.static(train=False) | {"mode": "decode"}
     scores = [(0.0, True)] * len(pairs)
     with jax.set_mesh(run.mesh):
         for L, members in groups.items():

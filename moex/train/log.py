@@ -6,7 +6,6 @@ plain line per logging step everywhere.
 
 import contextlib
 import math
-import pathlib
 import resource
 import sys
 import time
@@ -17,11 +16,10 @@ from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 from tqdm import tqdm
 
-from moex.config.base import ConfigError
-from moex.data.files import naming
-from moex.json_files import dump_json, expect_object, field, parse_json
 from moex.model.figures import layer_rows, routing_record
 from moex.model.layers import shown
+from moex.runs.directory import Place, RunDir
+from moex.runs.lines import Lines, trim
 from moex.terminal import printable
 from moex.train.tensorboard import Board, check_events, event_folder, layout
 
@@ -38,8 +36,8 @@ def memory_bytes() -> int:
 class RunLog:
     """Writes one run's figures; a no-op on processes other than 0."""
 
-    def __init__(self, workdir, cfg, *, step, total_steps, num_domains=1):
-        """Continue the logs of `workdir` after `step`; later lines are dropped."""
+    def __init__(self, place: Place, cfg, *, step, total_steps, num_domains=1):
+        """Continue the logs of a run after `step`; later lines are dropped."""
         self.active = jax.process_index() == 0
         self.tb: Any = None
         self.board: Any = None
@@ -48,21 +46,20 @@ class RunLog:
         self.routing: Any = None
         if not self.active:
             return
-        self.workdir = workdir = pathlib.Path(workdir)
-        path = workdir / "metrics.jsonl"
-        for log in (path, workdir / "routing.jsonl"):
-            damaged = _trim(log, step)
+        self.run = run = RunDir.of(place)
+        for log in (run.metrics, run.routing):
+            damaged = trim(log, step)
             if damaged:
                 print(
                     f"warning: {log}: {damaged} damaged lines were dropped; the file "
                     f"is kept as {log.name}.damaged"
                 )
-        self.jsonl = _Lines(path)
+        self.jsonl = Lines(run.metrics)
         if cfg.log.tensorboard:
             # TensorBoard forgets what a killed session wrote from this step on.
             # A long queue: the loop never waits for the disk.
             self.tb = SummaryWriter(
-                event_folder(workdir / "tb"),
+                event_folder(run.tensorboard),
                 purge_step=step + 1,
                 flush_secs=5,
                 max_queue=1000,
@@ -97,7 +94,7 @@ class RunLog:
             return
         self.jsonl.write({"kind": kind, "step": step} | values)
         if self.board is not None:
-            check_events(self.workdir / "tb")
+            check_events(self.run.tensorboard)
             self.board.values(kind, step, values)
 
     def layers(self, kind: str, step: int, rows: dict, *, image: bool = False) -> None:
@@ -112,7 +109,7 @@ class RunLog:
         if not self.active or not rows:
             return
         if self.routing is None:
-            self.routing = _Lines(self.workdir / "routing.jsonl")
+            self.routing = Lines(self.run.routing)
         line = {"kind": kind, "step": step, "layers": routing_record(rows)}
         self.routing.write(line)
         if self.board is not None and kind == "train":
@@ -139,51 +136,7 @@ class RunLog:
             if part is not None:
                 part.close()
         if self.tb is not None and sys.exception() is None:
-            check_events(self.workdir / "tb")
-
-
-class _Lines:
-    """A file of JSON lines; each is handed to the system when `write` returns."""
-
-    def __init__(self, file: pathlib.Path):
-        self.file = file
-        self._out = file.open("a", buffering=1, encoding="utf-8")
-
-    def write(self, line: dict) -> None:
-        """Append a line; an error names the file."""
-        with naming(self.file):
-            self._out.write(dump_json(line) + "\n")
-
-    def close(self) -> None:
-        """Close the file; what `write` could not write is tried again, and was said."""
-        with contextlib.suppress(OSError):
-            self._out.close()
-
-
-def _trim(path: pathlib.Path, step: int) -> int:
-    """Drop lines after `step`, a half-written last line and damaged lines.
-
-    Returns:
-      How many lines were damaged; if any, the file is kept as it was, as FILE.damaged.
-    """
-    if not path.exists():
-        return 0
-    kept, damaged = [], 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            # Logs of before version 0.2 have NaN.
-            entry = expect_object(parse_json(line, "", nan=True), "")
-            if field(entry, "step", int, "") <= step:
-                kept.append(line.rstrip(b"\n") + b"\n")
-        except ConfigError:
-            damaged += line.endswith(b"\n")
-    temporary = path.with_name(path.name + ".tmp")
-    with naming(path):
-        temporary.write_bytes(b"".join(kept))
-    if damaged:
-        path.replace(path.with_name(f"{path.name}.damaged"))
-    temporary.replace(path)
-    return damaged
+            check_events(self.run.tensorboard)
 
 
 def clock(seconds: float) -> str:

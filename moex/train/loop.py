@@ -7,7 +7,6 @@ logging never makes the device wait; see `train/in_flight.py`.
 import contextlib
 import dataclasses
 import math
-import pathlib
 import sys
 import time
 from typing import Any
@@ -27,24 +26,18 @@ from moex.model.figures import by_layer, moe_summary
 from moex.optim import path_name
 from moex.runs.checkpoint import Checkpointer, CheckpointError
 from moex.runs.checksums import all_finite
+from moex.runs.claim import claimed
 from moex.runs.consumed import Consumed
+from moex.runs.directory import RunDir
 from moex.runs.environment import save_environment
 from moex.runs.keys import check_run
 from moex.runs.lock import RunLock
+from moex.runs.open import restore_params, saved_with
 from moex.runs.record import check_may_begin
-from moex.runs.workdir import claimed
+from moex.runs.write import about_step
 from moex.sharding import shard_batch, told_by_each
 from moex.train.in_flight import Flight
-from moex.train.job import (
-    Job,
-    check_init_from,
-    check_resume,
-    load_config,
-    make_job,
-    restore_params,
-    save_config,
-    saved_with,
-)
+from moex.train.job import Job, make_job
 from moex.train.log import (
     RunLog,
     Stopwatch,
@@ -54,7 +47,8 @@ from moex.train.log import (
     step_line,
 )
 from moex.train.profiler import Profiler, profile_steps
-from moex.train.score import continue_texts, domain_losses, evaluate
+from moex.train.resume import check_init_from, check_resume
+from moex.train.score import continue_texts, domain_losses, eval_step, evaluate
 from moex.train.stop import said_where_it_stands, stands, stop_on_signals
 
 
@@ -83,26 +77,27 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
     say = say or (print if jax.process_index() == 0 else lambda *_: None)
     check_run(cfg)  # before anything else, so that a mistake leaves no folder
     profiled = profile_steps(profile, cfg.steps)
+    source = RunDir(cfg.init_from)
     if dry_run:
-        _prepare(cfg, None if workdir is None else pathlib.Path(workdir), say)
+        _prepare(cfg, None if workdir is None else RunDir.of(workdir), source, say)
         say("dry run: the config is good; nothing was trained")
         return {}
     require_path("--workdir", workdir)
-    workdir = pathlib.Path(workdir)
-    with said_where_it_stands(workdir), claimed(workdir, say) as lock:
-        job, cost = _prepare(cfg, workdir, say)
+    folder = RunDir.of(workdir)
+    with said_where_it_stands(folder), claimed(folder, say) as lock:
+        job, cost = _prepare(cfg, folder, source, say)
         checkpointer = Checkpointer(
-            workdir, keep=cfg.checkpoint.keep, keep_best=cfg.checkpoint.keep_best
+            folder, keep=cfg.checkpoint.keep, keep_best=cfg.checkpoint.keep_best
         )
-        run = _start(job, workdir, checkpointer, cost, say)
+        run = _start(job, folder, source, checkpointer, cost, say)
         run.lock = lock
-        run.profiler = Profiler(profiled, workdir / "profile", run.log.line)
+        run.profiler = Profiler(profiled, folder.profile, run.log.line)
         if jax.process_index() == 0:
             # The config comes last: with it a folder is a run, and has a tokenizer.
-            job.data.tokenizer.save(workdir / "tokenizer")
-            save_data(workdir, job.data.manifest)
-            save_environment(workdir, run.step)
-            save_config(cfg, workdir)
+            job.data.tokenizer.save(folder.tokenizer_folder)
+            save_data(folder.data_file, job.data.manifest)
+            save_environment(folder, run.step)
+            folder.save_config(cfg)
         with jax.set_mesh(job.mesh), stop_on_signals(run):
             try:
                 return run.loop()
@@ -110,8 +105,11 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
                 _close(run)
 
 
-def _prepare(cfg, workdir: pathlib.Path | None, say) -> tuple[Job, accounting.Cost]:
+def _prepare(cfg, folder: RunDir | None, source: RunDir, say):
     """Prepare the data, build the abstract model, compare with the run that is there.
+
+    Returns:
+      (`Job`, `accounting.Cost`).
 
     Raises:
       ConfigError: for a mistake in the config, or a run of another model.
@@ -119,7 +117,7 @@ def _prepare(cfg, workdir: pathlib.Path | None, say) -> tuple[Job, accounting.Co
     job = make_job(cfg, log=say)
     cost = accounting.model_cost(cfg.model, job.spec, cfg.seq_len)
     say(accounting.model_table(cfg.model, job.spec, job.tx, cfg.seq_len))
-    resuming = workdir is not None and (workdir / "config.json").is_file()
+    resuming = folder is not None and folder.is_run()
     distributed.agree(
         {
             "data": {k: v["sha256"] for k, v in job.data.manifest.items()},
@@ -127,13 +125,13 @@ def _prepare(cfg, workdir: pathlib.Path | None, say) -> tuple[Job, accounting.Co
             "answer to whether --workdir holds a run": resuming,
         }
     )
-    if resuming and workdir is not None:
-        for line in changed_data(workdir, job.data.manifest):
+    if resuming and folder is not None:
+        for line in changed_data(folder.data_file, job.data.manifest):
             say(line)
-        for change in check_resume(cfg, workdir, job.data.tokenizer):
+        for change in check_resume(cfg, folder, job.data.tokenizer):
             say(f"resuming with a changed config: {change}")
     elif cfg.init_from:
-        check_init_from(job)
+        check_init_from(job, source)
     if not job.holds_out:
         say("no data is held out: nothing will be evaluated")
     return job, cost
@@ -151,7 +149,7 @@ def _close(run: "Run") -> None:
         run.checkpointer.close()
 
 
-def _start(job: Job, workdir, checkpointer, cost, say) -> "Run":
+def _start(job: Job, folder: RunDir, source: RunDir, checkpointer, cost, say) -> "Run":
     """Restore or make the train state."""
     found = checkpointer.restore(
         job.abstract_state(), warn=say, check=saved_with(job.cfg, job.data.tokenizer)
@@ -160,19 +158,17 @@ def _start(job: Job, workdir, checkpointer, cost, say) -> "Run":
     if found is not None:
         step, state, data, meta = found
         final = meta["final"]
-        say(f"resuming {workdir} after step {step}")
+        say(f"resuming {folder} after step {step}")
         consumed = Consumed.of(data, job.cfg.seq_len)
     else:
-        if (workdir / "config.json").is_file():
-            check_may_begin(workdir, load_config(workdir).checkpoint.every)
-            say(f"{workdir} has no checkpoint yet: it begins again at step 0")
+        if folder.is_run():
+            check_may_begin(folder, folder.config().checkpoint.every)
+            say(f"{folder} has no checkpoint yet: it begins again at step 0")
         checkpointer.write_record()  # from here on it tells what was saved
         step, consumed, state = 0, Consumed(), job.init_state()
         if job.cfg.init_from:
-            check = saved_with(load_config(job.cfg.init_from), job.data.tokenizer)
-            arrays, at = restore_params(
-                job.cfg.init_from, job.spec, job.mesh, warn=say, check=check
-            )
+            check = saved_with(source.config(), job.data.tokenizer)
+            arrays, at = restore_params(source, job, warn=say, check=check)
             # What follows this run's own schedule or target starts as configured.
             fresh, info = state["state"], job.spec.info
             carried = jax.tree_util.tree_map_with_path(
@@ -181,15 +177,15 @@ def _start(job: Job, workdir, checkpointer, cost, say) -> "Run":
                 fresh,
             )
             state |= {"params": arrays["params"], "state": carried}
-            say(f"starting from the parameters of {job.cfg.init_from} at step {at}")
+            say(f"starting from the parameters of {source} at step {at}")
     log = RunLog(
-        workdir,
+        folder,
         job.cfg,
         step=step,
         total_steps=job.cfg.steps,
         num_domains=len(job.data.domains),
     )
-    run = Run(job, workdir, checkpointer, cost, log, state, step, consumed, final)
+    run = Run(job, folder, checkpointer, cost, log, state, step, consumed, final)
     run.in_row = int(state["guard"]["skipped_in_row"])
     return run
 
@@ -214,7 +210,7 @@ class Run:
     """A run in progress: the job, its arrays and where it stands."""
 
     job: Job
-    workdir: pathlib.Path
+    dir: RunDir
     checkpointer: Checkpointer
     cost: accounting.Cost
     log: RunLog
@@ -283,7 +279,7 @@ class Run:
             done = "checkpoint saved; the same command goes on from here"
             log.line(
                 f"stopped at step {self.step} of {cfg.steps}: "
-                f"{done if saved else stands(self.workdir)}"
+                f"{done if saved else stands(self.dir)}"
             )
             left = {"stopped": True, "interrupted": self.interrupted}
             return self.last | {"step": self.step} | left
@@ -450,7 +446,7 @@ class Run:
 
     def _evaluate(self, limit) -> dict:
         if self.eval_step is None:
-            self.eval_step = self.job.eval_step()
+            self.eval_step = eval_step(self.job)
         result = evaluate(self.job, self.state, self.eval_step, limit)
         values = {k: result[k] for k in ("nll", "bits_per_byte", "tokens", "bytes")}
         values |= {f"nll/{k}": v for k, v in result["domains"].items()}
@@ -472,7 +468,6 @@ class Run:
 
     def _save(self, final: dict | None = None) -> bool:
         """Save this step; False, and a warning, if its parameters are not finite."""
-        cfg = self.job.cfg
         if self.lock is not None:
             self.lock.check()
         if not all_finite((self.state["params"], self.state["state"])):
@@ -482,17 +477,12 @@ class Run:
             )
             return False
         scored = self.last_eval is not None and self.last_eval[0] == self.step
+        job = self.job
         self.checkpointer.save(
             self.step,
             self.state,
             data=dataclasses.asdict(self.consumed),
-            meta={
-                "step": self.step,
-                "tokenizer": self.job.data.tokenizer.fingerprint,
-                "model": configs.to_dict(cfg.model),
-                "jax": jax.__version__,
-                "final": final,
-            },
+            meta=about_step(self.step, job.cfg, job.data.tokenizer, final),
             metrics={"nll": self.last_eval[1]["nll"]} if scored else None,
             skipped_in_row=self.in_row,
         )
@@ -536,16 +526,16 @@ class Run:
         if scored is not None:
             self._report(scored)
         log.text("config", self.step, configs.describe(cfg))
-        look = f"moex report {self.workdir}"
+        look = f"moex report {self.dir}"
         if cfg.log.tensorboard:
             look = (
-                f"tensorboard --logdir {self.workdir / 'tb'}\n"
+                f"tensorboard --logdir {self.dir.tensorboard}\n"
                 "              its page Custom Scalars begins with the MoE layers"
             )
         log.line(
-            f"training time {clock(self.watch.read())}; run directory {self.workdir}\n"
+            f"training time {clock(self.watch.read())}; run directory {self.dir}\n"
             f"look at it:   {look}\n"
-            f"let it write: moex generate {self.workdir} --prompt 'def '"
+            f"let it write: moex generate {self.dir} --prompt 'def '"
         )
         return self.last | {"step": self.step} | figures
 

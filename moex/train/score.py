@@ -12,45 +12,55 @@ import numpy as np
 from moex.config.base import ConfigError, require
 from moex.data import pipeline
 from moex.data.tokenizer import SavedTokenizer
+from moex.runs.directory import Place, RunDir
 from moex.runs.keys import check_run, not_causal
+from moex.runs.open import LoadedRun, load_run
+from moex.runs.program import (
+    Evaluated,
+    Program,
+    check_eval_devices,
+    eval_batch_size,
+    static_options,
+)
 from moex.serve.decode import generate
 from moex.sharding import batch_shards, shard_batch
 from moex.terminal import printable
-from moex.train.job import (
-    Job,
-    LoadedRun,
-    check_eval_devices,
-    eval_batch_size,
-    load_config,
-    load_run,
-    static_options,
-)
-from moex.train.step import figures
+from moex.train.step import figures, make_eval_step
 
 
-def evaluate(job: Job, state: dict, eval_step, limit: int | None) -> dict:
+def eval_step(program: Program):
+    """The jitted evaluation step of a program."""
+    step = make_eval_step(
+        program.spec,
+        num_domains=len(program.cfg.data.sources),
+        static=program.static(train=False),
+    )
+    return jax.jit(step, out_shardings=program.whole)
+
+
+def evaluate(program: Evaluated, state: dict, step, limit: int | None) -> dict:
     """Held-out figures: nats per token, bits per byte, perplexity, per domain, routing.
 
     They are made of the sums of all batches, so the batch size does not change them. A
     mean over nothing is NaN.
 
     Args:
-      job: the job whose held-out data is scored.
+      program: with the held-out data that is scored.
       state: {"params", "state"}.
-      eval_step: from `job.eval_step()`.
+      step: from `eval_step`.
       limit: sequences to score; None: all.
 
     Raises:
       ConfigError: if nothing is held out.
     """
     total, running = None, None
-    for batch in job.eval_batches(limit):
-        batch = shard_batch(batch, job.mesh)
+    for batch in program.eval_batches(limit):
+        batch = shard_batch(batch, program.mesh)
         # One step at a time, while the next batch is read. Nothing orders two of them
         # (the next does not read what this one makes), and processes that start their
         # collectives in different orders wait for each other for ever.
         total = _add(total, running)
-        running = eval_step(state["params"], state["state"], batch)
+        running = step(state["params"], state["state"], batch)
     total = _add(total, running)
     if total is None:
         raise ConfigError("config.data: no data is held out; raise holdout.")
@@ -61,7 +71,7 @@ def evaluate(job: Job, state: dict, eval_step, limit: int | None) -> dict:
         "bits_per_byte": float(result["bits_per_byte"]),
         "tokens": int(total["tokens"]),
         "bytes": int(total["bytes"]),
-        "domains": domain_losses(job.data.domains, result),
+        "domains": domain_losses(program.data.domains, result),
         "layers": result["layers"],
     }
 
@@ -83,11 +93,11 @@ def domain_losses(domains, metrics) -> dict[str, float]:
     return {name: float(nll) for name, nll, tokens in named if tokens > 0}
 
 
-def score_run(workdir, cfg, *, sequences=None) -> dict:
+def score_run(place: Place, cfg, *, sequences=None) -> dict:
     """Held-out loss, perplexity and bits per byte of a run on the data of `cfg`.
 
     Args:
-      workdir: run directory.
+      place: run directory.
       cfg: as `run_with_data` takes it.
       sequences: at most so many held-out sequences; None: all.
 
@@ -95,24 +105,24 @@ def score_run(workdir, cfg, *, sequences=None) -> dict:
       ConfigError: for a bad run directory or bad data.
       CheckpointError: if no checkpoint is intact.
     """
-    run, job = run_with_data(workdir, cfg)
+    run, program = run_with_data(place, cfg)
     state = {"params": run.params, "state": run.state}
     with jax.set_mesh(run.mesh):
-        result = evaluate(job, state, job.eval_step(), sequences)
+        result = evaluate(program, state, eval_step(program), sequences)
     if result["tokens"] == 0:
         raise ConfigError("config.data: what is held out has no target to score.")
     result.pop("layers")
     return {"step": run.step} | result
 
 
-def run_with_data(workdir, cfg, *, step=None) -> tuple[LoadedRun, Job]:
-    """A trained model, and a job that reads the held-out data of `cfg` with it.
+def run_with_data(place: Place, cfg, *, step=None) -> tuple[LoadedRun, Evaluated]:
+    """A trained model, and its program with the held-out data of `cfg`.
 
     The run's tokenizer is used whatever `cfg.data.tokenizer` says, so that the ids mean
     what the model learned.
 
     Args:
-      workdir: run directory.
+      place: run directory.
       cfg: run config whose data, seq_len, eval, precision and mesh are used; its model
         and eval.batch_size are filled in.
       step: of the checkpoint; None: the newest.
@@ -122,15 +132,16 @@ def run_with_data(workdir, cfg, *, step=None) -> tuple[LoadedRun, Job]:
       CheckpointError: if no checkpoint is intact.
     """
     # On the run's own mesh if it fits the devices that there are, or on the one given.
-    given = None if cfg.mesh == load_config(workdir).mesh else cfg.mesh
-    run = load_run(workdir, given, warn=_warn, step=step)
+    folder = RunDir.of(place)
+    given = None if cfg.mesh == folder.config().mesh else cfg.mesh
+    run = load_run(folder, given, warn=_warn, step=step)
     cfg.model = run.cfg.model
     check_run(cfg, to_train=False)
     shards = batch_shards(run.mesh)
     rows = -(-eval_batch_size(cfg) // shards) * shards  # the last batch is filled up
     cfg.eval = dataclasses.replace(cfg.eval, batch_size=rows)
     check_eval_devices(cfg, run.mesh)
-    tokenizer = SavedTokenizer(path=str(workdir / "tokenizer"))
+    tokenizer = SavedTokenizer(path=str(folder.tokenizer_folder))
     data_cfg = dataclasses.replace(cfg.data, tokenizer=tokenizer)
     data = pipeline.prepare(
         data_cfg,
@@ -140,25 +151,25 @@ def run_with_data(workdir, cfg, *, step=None) -> tuple[LoadedRun, Job]:
         log=_warn,
         where="config.data",
     )
-    return run, Job(cfg, run.mesh, run.spec, None, None, data)
+    return run, Evaluated(cfg=cfg, mesh=run.mesh, spec=run.spec, data=data)
 
 
 def _warn(line: str) -> None:
     print(printable(line), file=sys.stderr)
 
 
-def write_text(workdir, prompts: list[str], *, max_new_tokens, seed, **sampling):
+def write_text(place: Place, prompts: list[str], *, max_new_tokens, seed, **sampling):
     """Continue each prompt; returns prompt + continuation as text.
 
     Raises:
       ConfigError: for a bad run directory or sampling parameter.
     """
     require(len(prompts) >= 1, "--prompt", prompts, "given at least once")
-    run = load_run(workdir, warn=_warn)
+    run = load_run(place, warn=_warn)
     where = not_causal(run.cfg.model)
     if where is not None:
         raise ConfigError(
-            f"{workdir}: {where} is ExpertChoice, which chooses tokens by those that "
+            f"{place}: {where} is ExpertChoice, which chooses tokens by those that "
             "follow: the model cannot generate."
         )
     try:

@@ -2,33 +2,32 @@
 
 import contextlib
 import os
-import pathlib
 import signal
 
 from moex.cluster import distributed
-from moex.runs.record import saved_steps
+from moex.runs.directory import RunDir
 
 
 @contextlib.contextmanager
-def said_where_it_stands(workdir: pathlib.Path):
+def said_where_it_stands(run: RunDir):
     """Have Ctrl-C before the first step say where the run is, which is as it was."""
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {stands(workdir)}") from None
+        raise KeyboardInterrupt(f"interrupted; {stands(run)}") from None
 
 
-def stands(workdir: pathlib.Path) -> str:
+def stands(run: RunDir) -> str:
     """One line for people: the step from which the same command goes on."""
-    steps = saved_steps(workdir)
+    steps = run.saved_steps()
     if not steps:
         return "no checkpoint was saved yet: the same command begins at step 0"
     return f"the same command goes on from the checkpoint of step {steps[-1]}"
 
 
 @contextlib.contextmanager
-def stop_on_signals(run):
-    """SIGTERM or Ctrl-C asks the run to save and leave; Ctrl-C again leaves at once.
+def stop_on_signals(loop):
+    """SIGTERM or Ctrl-C asks a `loop.Run` to save and leave; again: leave at once.
 
     The old handlers come back after. JAX's own notice to several processes may find one
     of them past the step that it chose, and the others wait for it there.
@@ -36,12 +35,12 @@ def stop_on_signals(run):
 
     def ask(number, frame):
         if number == signal.SIGINT:
-            if run.stop_asked:
-                distributed.leave_now(f"left at once; {stands(run.workdir)}", 130)
-            run.interrupted = True
+            if loop.stop_asked:
+                distributed.leave_now(f"left at once; {stands(loop.dir)}", 130)
+            loop.interrupted = True
             # Not `print`, which may be what this came in the middle of.
             os.write(2, b"interrupt: saving, then leaving (again: leave at once)\n")
-        run.stop_asked = True
+        loop.stop_asked = True
 
     before = {}
     with contextlib.suppress(ValueError):  # not the main thread: nobody to ask

@@ -19,8 +19,8 @@ from moex.analysis.reading import FLOPS, curves, read_run, read_runs
 from moex.costs.accounting import model_cost
 from moex.model.spec import model_spec
 from moex.moe.routers.topp import TopP
+from moex.runs.directory import RunDir
 from moex.terminal import printable
-from moex.train.job import save_config
 from tests import runs
 from tests.report import pages
 
@@ -49,7 +49,7 @@ def write(folder, tmp_path):
             change(cfg)
         workdir = tmp_path / name
         workdir.mkdir()
-        save_config(cfg, workdir)
+        RunDir(workdir).save_config(cfg)
         timed = {"perf/step_s": 0.5} | more
         lines = [
             line("train", step, nll, tokens_seen=step * TOKENS, **timed)

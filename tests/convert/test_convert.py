@@ -15,7 +15,6 @@ import pytest
 from moex import cli
 from moex.config.base import ConfigError, to_dict
 from moex.convert import apply, kinds
-from moex.convert.apply import write_run
 from moex.convert.calibrate import second_moments
 from moex.convert.kinds.latent import ToLatent
 from moex.convert.to_latent import convert_params, latent_model
@@ -27,7 +26,9 @@ from moex.moe.narrow import Narrow
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.optim import flat_paths
-from moex.train.job import load_config, load_run, make_job
+from moex.runs.directory import RunDir
+from moex.runs.open import load_run
+from moex.train.job import make_job
 from moex.train.losses import make_context
 from tests import runs
 from tests.helpers import (
@@ -85,7 +86,7 @@ def folder(tmp_path_factory):
         job = make_job(cfg, log=lambda line: None)
         _, params, state = built(cfg.model)
         state = jax.tree.map(lambda a: a + jnp.linspace(0, 1, a.size)[None], state)
-        write_run(job, cfg, {"params": params, "state": state}, folder / "run")
+        runs.write(job, {"params": params, "state": state}, folder / "run")
         yield folder
 
 
@@ -153,7 +154,7 @@ def test_what_is_kept_and_what_is_written(moex, folder, tmp_path, monkeypatch):
         sizes = [leaf.size for leaf in jax.tree.leaves(run.params)]
         assert report["params"][name] == sum(sizes)
     # Apart from the experts the config is the same.
-    old_cfg, new_cfg = load_config(folder / "run"), load_config(new)
+    old_cfg, new_cfg = RunDir(folder / "run").config(), RunDir(new).config()
     experts = new_cfg.model.layers[0].pattern[0].experts
     assert experts == Latent(hidden=32, latent=32, group=2, ops=("down", "gate"))
     new_cfg.model.layers[0].pattern[0].experts = Glu(hidden=32)

@@ -13,7 +13,6 @@ import pytest
 from flax import nnx
 
 from moex.config.base import ConfigError
-from moex.convert.apply import write_run
 from moex.convert.kinds.moe import Upcycle
 from moex.convert.latent import Factoring, factor_experts
 from moex.convert.to_moe import moe_model, pieces, upcycle_params, upcycled_layers
@@ -27,7 +26,9 @@ from moex.nn.attention import Attention
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.optim import flat_paths
-from moex.train.job import load_config, load_run, make_job
+from moex.runs.directory import RunDir
+from moex.runs.open import load_run
+from moex.train.job import make_job
 from moex.train.losses import make_context
 from tests import runs
 from tests.helpers import (
@@ -359,7 +360,7 @@ def folder(tmp_path_factory):
     with runs.one_device():
         job = make_job(cfg, log=lambda line: None)
         _, params, state = built(cfg.model)
-        write_run(job, cfg, {"params": params, "state": state}, folder / "run")
+        runs.write(job, {"params": params, "state": state}, folder / "run")
         yield folder
 
 
@@ -377,7 +378,7 @@ def test_a_dense_run_becomes_one_of_experts_and_trains_on(moex, folder, tmp_path
     assert f"moex train --config={new / 'config.py'} --workdir={new}" in text
     assert (report["to"], report["upcycled"]) == ("moe", [1])
     assert (report["experts"], report["k"], report["split"]) == (3, 2, 2)
-    cfg = load_config(new)
+    cfg = RunDir(new).config()
     assert [type(s.pattern[0]) for s in cfg.model.layers] == [Dense, MoE]
     moe = cfg.model.layers[1].pattern[0]
     assert moe.router == TopK(k=4, scale=2.0)

@@ -497,14 +497,15 @@ def test_a_changed_file_is_named_on_resume(tmp_path):
     def manifest():
         return prepare(config, L, log=quiet).manifest
 
-    assert changed_data(tmp_path, manifest()) == []  # a run of before it was kept
-    save_data(tmp_path, manifest())
-    assert changed_data(tmp_path, manifest()) == []
+    file = tmp_path / "data.json"
+    assert changed_data(file, manifest()) == []  # a run of before it was kept
+    save_data(file, manifest())
+    assert changed_data(file, manifest()) == []
     (texts / "a.txt").write_text("text of A " * 40)
     (texts / "b.txt").unlink()
     for name in "vwxyz":
         (texts / f"{name}.txt").write_text(f"text of {name} " * 40)
-    (line,) = changed_data(tmp_path, manifest())
+    (line,) = changed_data(file, manifest())
     assert line.startswith(
         "resuming with changed data: files of 'mine': 1 changed (a.txt), "
         "5 new (v.txt, w.txt, x.txt, ...), 1 gone (b.txt); "
@@ -518,10 +519,10 @@ def test_a_changed_file_is_named_on_resume(tmp_path):
         '{"mine": [["a", {}, 1]]}',
     ):
         (tmp_path / "data.json").write_text(text)
-        (line,) = changed_data(tmp_path, manifest())
+        (line,) = changed_data(file, manifest())
         assert "is not known" in line and "data.json" in line
     (tmp_path / "data.json").write_text('{"other": []}')
-    assert changed_data(tmp_path, manifest()) == []
+    assert changed_data(file, manifest()) == []
 
 
 def _prepare_quietly(config):

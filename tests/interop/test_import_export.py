@@ -22,9 +22,10 @@ from moex.interop.hf import import_hf
 from moex.interop.names import Piece
 from moex.nn.context import Context
 from moex.optim import flat_paths
+from moex.runs.directory import RunDir
+from moex.runs.open import load_run
 from moex.serve.decode import generate
 from moex.train import score
-from moex.train.job import load_config, load_run
 from tests import runs
 from tests.helpers import mesh_of
 from tests.interop import parity
@@ -47,7 +48,7 @@ def test_in_and_out_again(tmp_path, name):
     source = parity.FIXTURES / name
     record = import_fixture(name, run)
     assert record["model_type"] == name and not record["unused"]
-    assert load_config(run).model == read_model("c", parity.config_of(name))
+    assert RunDir(run).config().model == read_model("c", parity.config_of(name))
     tokenizer = Tokenizer.load(run / "tokenizer")  # its files name no begin token
     assert (tokenizer.begin_id, tokenizer.prefix_id) == (None, tokenizer.doc_id)
     with runs.one_device():

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moex.convert.apply import write_run
 from moex.data.tokenizer import Bpe, Bytes
 from moex.interop.export import export_hf
 from moex.interop.hf import import_hf
@@ -20,8 +19,9 @@ from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
+from moex.runs.open import load_run
 from moex.train import loop
-from moex.train.job import load_run, make_job
+from moex.train.job import make_job
 from moex.train.score import continue_texts
 from tests import runs
 from tests.helpers import built, context
@@ -105,7 +105,7 @@ def test_a_native_model_is_its_closest_family(kind, tmp_path):
     with runs.one_device():
         job = make_job(cfg, log=lambda line: None)
         _, params, state = built(cfg.model)
-        write_run(job, cfg, {"params": params, "state": state}, tmp_path / "run")
+        runs.write(job, {"params": params, "state": state}, tmp_path / "run")
         config = export_hf(tmp_path / "run", tmp_path / "folder", **SAY)
         run = load_run(tmp_path / "run")
         token_BL = np.arange(2 * 12).reshape(2, 12) % 100

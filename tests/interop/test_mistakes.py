@@ -12,7 +12,7 @@ from moex.config.base import ConfigError
 from moex.interop.folder import INDEX
 from moex.interop.hf import import_hf
 from moex.interop.writing import check_target
-from moex.train.job import load_config
+from moex.runs.directory import RunDir
 from tests import runs
 from tests.interop import parity
 from tests.interop.folders import (
@@ -239,7 +239,7 @@ def test_where_a_run_can_be_written(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("empty")
     import_fixture("llama", "link")
     assert (tmp_path / "link").is_symlink()
-    assert load_config(tmp_path / "empty").seq_len == 32
+    assert RunDir(tmp_path / "empty").config().seq_len == 32
     assert check_target("~/new") == tmp_path / "new"
 
 

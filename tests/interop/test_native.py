@@ -17,7 +17,7 @@ from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.train.job import load_run
+from moex.runs.open import load_run
 from tests import runs
 from tests.helpers import tiny_lm, tiny_moe
 from tests.interop import parity

@@ -11,7 +11,7 @@ import pytest
 from moex.analysis.trace import Header, LayerInfo, Slots, Tokens
 from moex.analysis.writer import TraceWriter
 from moex.report.write import write_report
-from moex.train.job import save_config
+from moex.runs.directory import RunDir
 from tests import runs
 
 EVIL = "</script><script>window.evil=1</script><b onload=x>&amp;"
@@ -73,7 +73,7 @@ def train_line(step, nll):
 def write_run(folder, workdir, *, load=healthy, samples=("once",), extra=()):
     """A run directory with `STEPS` logged steps; `folder` has its corpus."""
     workdir.mkdir(parents=True)
-    save_config(runs.config(folder, "model.vocab=257", "steps=400"), workdir)
+    RunDir(workdir).save_config(runs.config(folder, "model.vocab=257", "steps=400"))
     lines = [train_line(s, 3 + 2 * np.exp(-s / 100)) for s in STEPS]
     held = {"tokens": 1000, "bytes": 2000}
     for step in (200, 400):

@@ -13,7 +13,7 @@ from moex.moe.routers.topp import TopP
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.report import health, material
-from moex.train.job import save_config
+from moex.runs.directory import RunDir
 from tests import runs
 from tests.helpers import tiny_lm, tiny_moe
 from tests.report import pages
@@ -36,7 +36,7 @@ def examined(tmp_path_factory):
         if dynamic:
             cfg.model.layers[1].pattern[0].router = TopP(p=0.5, k_max=MOST)
         run = tmp_path_factory.mktemp("run")
-        save_config(cfg, run)
+        RunDir(run).save_config(cfg)
         series = {k: np.broadcast_to(v, S).tolist() for k, v in figures.items()}
         lines = []
         for s in range(S):
@@ -44,7 +44,7 @@ def examined(tmp_path_factory):
             load = {"001": pages.healthy(10 * s)["001"]}
             lines.append(pages.routing_line(10 * s, load, **own))
         pages.write_lines(run / "routing.jsonl", lines)
-        return health.examine(material.read(run))
+        return health.examine(material.read(RunDir(run)))
 
     return examined
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moex.config.base import ConfigError
-from moex.report.material import read_routing
+from moex.runs.lines import read_routing
 
 HEAD = '{"kind": "train", "step": 1, "layers": '
 LINES = {

@@ -9,8 +9,9 @@ import pytest
 
 from moex import cli
 from moex.config.base import ConfigError
-from moex.report import about, downsample, material, routing
+from moex.report import about, downsample, routing
 from moex.report.page import label, token
+from moex.runs import lines as log
 from tests import runs
 from tests.report import pages
 
@@ -105,9 +106,9 @@ def test_every_plot_has_data(good):
 def test_sections_without_data_say_so(folder, tmp_path):
     run = tmp_path / "new"
     run.mkdir()
-    from moex.train.job import save_config
+    from moex.runs.directory import RunDir
 
-    save_config(runs.config(folder, "model.vocab=257"), run)
+    RunDir(run).save_config(runs.config(folder, "model.vocab=257"))
     said, page = pages.report(run)
     assert "No warnings" in said
     for line in (
@@ -169,7 +170,7 @@ def test_routing_is_read_by_kind_and_the_last_line_of_a_step_counts(tmp_path):
             pages.routing_line(20, odd),
         ],
     )
-    found = material.read_routing(file)
+    found = log.read_routing(file)
     assert set(found) == {"train", "eval"}
     train = found["train"]
     np.testing.assert_array_equal(train.step_S, [10, 20])
@@ -185,17 +186,17 @@ def test_figures_that_some_lines_lack(tmp_path):
     lines[1]["layers"]["000"]["new"] = 3.0
     del lines[1]["layers"]["000"]["entropy"]
     pages.write_lines(file, lines)
-    figures = material.read_routing(file)["train"].layers["000"]
+    figures = log.read_routing(file)["train"].layers["000"]
     np.testing.assert_array_equal(figures["new"], [np.nan, 3])
     np.testing.assert_array_equal(figures["entropy"], np.float32([1.2, np.nan]))
 
 
 def test_a_long_file_is_thinned(tmp_path, monkeypatch):
-    monkeypatch.setattr(material, "MOST_LINES", 5)
+    monkeypatch.setattr(log, "MOST_LINES", 5)
     file = tmp_path / "routing.jsonl"
     even = {"000": [0.5, 0.5]}
     pages.write_lines(file, [pages.routing_line(s, even) for s in range(1, 102)])
-    train = material.read_routing(file)["train"]
+    train = log.read_routing(file)["train"]
     np.testing.assert_array_equal(train.step_S, [1, 26, 51, 76, 101])
     assert (train.read, train.there) == (5, 101)
     assert "(5 evenly spaced ones of 101)" in routing._thinned(train)
@@ -223,7 +224,7 @@ def test_a_page_has_a_bound():
         for i in range(48)
     }
     steps = np.arange(1, 301)
-    large = material.Routing(step_S=steps, layers=layers, read=300, there=300)
+    large = log.Routing(step_S=steps, layers=layers, read=300, there=300)
     frames = routing.load_maps(large).data
     assert len(frames) == 40  # of 65 that there would be room for
     assert sum(frame.z.size for frame in frames) <= routing.FRAME_NUMBERS

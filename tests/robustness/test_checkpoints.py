@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import pytest
 
+from moex.runs.open import load_run
 from moex.train import loop
-from moex.train.job import load_run
 from tests import runs
 from tests.robustness.attacks import (
     Outcome,

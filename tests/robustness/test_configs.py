@@ -14,10 +14,13 @@ from configs import deepseek_v3, moe_1b, moe_8x7b, moe_100m, quickstart
 from moex.data.pipeline import Data
 from moex.data.sources import Text
 from moex.data.tokenizer import Bytes
+from moex.runs.directory import RunDir
 from moex.runs.keys import check_run
+from moex.runs.open import load_run
 from moex.sharding import MeshConfig, shard_batch
 from moex.train import loop
-from moex.train.job import load_config, load_run, make_job
+from moex.train.job import make_job
+from moex.train.score import eval_step
 from tests.robustness import drawn
 from tests.robustness.attacks import (
     SECONDS,
@@ -76,7 +79,7 @@ def trace(cfg):
         if job.holds_out:
             held = next(iter(job.eval_batches(1)))
             state = job.abstract_state()
-            jax.eval_shape(job.eval_step(), state["params"], state["state"], held)
+            jax.eval_shape(eval_step(job), state["params"], state["state"], held)
 
 
 def train_once(cfg):
@@ -249,7 +252,7 @@ def test_a_saved_config_edited_by_hand(change, run):
     before = snapshot(run)
 
     def read():
-        cfg = load_config(run)
+        cfg = RunDir(run).config()
         check_run(cfg)
         load_run(run)
 

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 from moex.config import base as configs
 from moex.data.encoding import Tokenizer
 from moex.optim import flat_paths
-from moex.train.job import load_config, load_run
+from moex.runs.directory import RunDir
+from moex.runs.open import load_run
 from tests.interop import parity
 from tests.robustness.attacks import check_refused, moex, snapshot, some
 
@@ -344,7 +345,7 @@ def check(outcome, folder, truth, family, *names, value=GONE):
         return
     right = truth(family)
     mine, theirs = (
-        configs.flat(configs.to_dict(load_config(run))) for run in (out, right)
+        configs.flat(configs.to_dict(RunDir(run).config())) for run in (out, right)
     )
     differ = {
         key: mine.get(key)

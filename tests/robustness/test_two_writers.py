@@ -12,8 +12,8 @@ import sys
 import pytest
 
 from experiments.crash.kill9 import step_of
+from moex.runs.open import load_run
 from moex.train import loop
-from moex.train.job import load_run
 from tests import runs
 from tests.robustness.attacks import ERROR, check_refused, moex
 from tests.robustness.test_checkpoints import steps_of

@@ -19,11 +19,11 @@ from moex.data.tokenizer import Tokenizer
 from moex.moe.routers.expert_choice import ExpertChoice
 from moex.moe.routers.topk import TopK
 from moex.nn.stack import Segment
+from moex.runs.open import LoadedRun
 from moex.serve import harness, likelihood
 from moex.serve.decode import generate
 from moex.serve.harness import HarnessLM, score_tasks
 from moex.serve.likelihood import continuation_scores
-from moex.train.job import LoadedRun
 from tests import runs
 from tests.helpers import built, context, mesh_of, tiny_lm, tiny_moe
 

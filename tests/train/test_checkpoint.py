@@ -17,6 +17,7 @@ from moex.model.spec import ParamInfo, init_guard
 from moex.optim import AdamW, Muon, Optim, make_optimizer
 from moex.runs import checksums
 from moex.runs.checkpoint import Checkpointer, CheckpointError
+from moex.runs.directory import RunDir
 from moex.runs.record import read_record
 from tests import runs
 from tests.helpers import mesh_of
@@ -357,9 +358,9 @@ def test_old_checkpoints_are_read_and_then_recorded(opened, saved, tmp_path):
     assert reader.restore(abstract(STATE), items=("params",))[0] == 3
     writer = opened(workdir, keep=2)
     assert writer.restore(abstract(STATE))[0] == 3
-    assert read_record(workdir) == {1: None, 2: None, 3: None}
+    assert read_record(RunDir(workdir)) == {1: None, 2: None, 3: None}
     save(writer, 4)
-    assert read_record(workdir)[4] is not None
+    assert read_record(RunDir(workdir))[4] is not None
     # From now on none may look as if it came before.
     shutil.copytree(workdir / "checkpoints" / "3", workdir / "checkpoints" / "5")
     said = []
@@ -450,7 +451,7 @@ def test_a_kill_right_before_a_checkpoint_has_its_name(opened, tmp_path):
     said = []
     again = opened(tmp_path)
     assert again.restore(abstract(STATE), warn=said.append) is None
-    assert (said, read_record(tmp_path)) == ([], {})
+    assert (said, read_record(RunDir(tmp_path))) == ([], {})
 
 
 def test_the_checksum_names_the_array(opened, saved, tmp_path):

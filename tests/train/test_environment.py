@@ -6,14 +6,15 @@ import jax
 import pytest
 
 from moex.config.base import ConfigError
-from moex.runs.environment import FILE, read_environment, save_environment
+from moex.runs.directory import RunDir
+from moex.runs.environment import read_environment, save_environment
 
 
 def test_each_start_is_one_entry(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.argv", ["moex", "train", "--workdir=a b"])
-    save_environment(tmp_path, 0)
-    save_environment(tmp_path, 40)
-    starts = json.loads((tmp_path / FILE).read_text())
+    save_environment(RunDir(tmp_path), 0)
+    save_environment(RunDir(tmp_path), 40)
+    starts = json.loads((tmp_path / "environment.json").read_text())
     assert [start["step"] for start in starts] == [0, 40]
     first = starts[0]
     assert first["command"] == ["moex", "train", "--workdir=a b"]
@@ -23,12 +24,12 @@ def test_each_start_is_one_entry(tmp_path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_damaged_file_is_begun_again(tmp_path):
+    file, kept = tmp_path / "environment.json", tmp_path / "environment.json.damaged"
     for text in ("[{", "{}", "[1]", "[" * 100_000, "\udcff"):
-        (tmp_path / FILE).write_text(text, errors="surrogateescape")
-        save_environment(tmp_path, 3)
-        assert [s["step"] for s in json.loads((tmp_path / FILE).read_text())] == [3]
-        kept = (tmp_path / f"{FILE}.damaged").read_text(errors="surrogateescape")
-        assert kept == text
+        file.write_text(text, errors="surrogateescape")
+        save_environment(RunDir(tmp_path), 3)
+        assert [s["step"] for s in json.loads(file.read_text())] == [3]
+        assert kept.read_text(errors="surrogateescape") == text
 
 
 STARTS = {
@@ -46,9 +47,9 @@ STARTS = {
 
 @pytest.mark.parametrize("text", STARTS, ids=range(len(STARTS)))
 def test_an_environment_that_is_none_of_moex(tmp_path, text):
-    file = tmp_path / "environment.json"
-    file.write_text(text)
+    run = RunDir(tmp_path)
+    run.environment.write_text(text)
     with pytest.raises(ConfigError) as error:
-        read_environment(file)
-    assert str(error.value).startswith(str(file))
+        read_environment(run)
+    assert str(error.value).startswith(str(run.environment))
     assert STARTS[text] in str(error.value)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moex.config.schedule import Schedule
-from moex.runs.record import read_about, saved_steps
+from moex.runs.directory import RunDir
+from moex.runs.record import read_about
 from moex.train import loop
 from moex.train.loop import TrainingStopped
 from moex.train.step import SPIKE_WARMUP
@@ -38,7 +39,7 @@ def saved(workdir):
     """`(step, skipped_in_row)` of the checkpoints there."""
     return [
         (step, read_about(workdir / "checkpoints" / str(step), "")[0]["skipped_in_row"])
-        for step in saved_steps(workdir)
+        for step in RunDir(workdir).saved_steps()
     ]
 
 

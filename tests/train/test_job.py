@@ -6,7 +6,8 @@ import pytest
 
 from configs import base
 from moex.config.base import ConfigError, ConfigWarning, to_dict
-from moex.train.job import check_kernels, kernels_here, saved_with, static_options
+from moex.runs.open import saved_with
+from moex.runs.program import check_kernels, kernels_here, static_options
 from tests.helpers import tiny_lm
 
 

@@ -12,20 +12,23 @@ import pytest
 
 from moex.config.base import ConfigError
 from moex.runs import lock
-from moex.runs.lock import FILE, LockLostError, RunLock, held
-from moex.runs.workdir import new_run
+from moex.runs.claim import new_run
+from moex.runs.directory import RunDir
+from moex.runs.lock import LockLostError, RunLock, held
 
+FILE = "run.lock"
 ROOT = pathlib.Path(__file__).parents[2]
 HOLDER = """
 import pathlib, sys, time
 from moex.runs import lock
+from moex.runs.directory import RunDir
 folder, host, beat = sys.argv[1:]
 if host:  # as on a machine whose locks of the system nobody else sees
     here = lock._here
     lock._here = lambda *a: here(*a) | {"host": host, "locks": None, "pids": host}
     lock._flock = lambda folder: None
 lock.BEAT_S = float(beat)
-with lock.held(pathlib.Path(folder), "--workdir=x"):
+with lock.held(RunDir(folder), "--workdir=x"):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -69,7 +72,7 @@ def other_host(monkeypatch):
 def take(folder, said=None):
     """Take the lock and give it back; the lines that were said."""
     said = [] if said is None else said
-    with held(folder, "--workdir=runs/a", said.append):
+    with held(RunDir(folder), "--workdir=runs/a", said.append):
         assert json.loads((folder / FILE).read_text())["pid"] == os.getpid()
     return said
 
@@ -134,12 +137,12 @@ def test_a_silent_process_on_another_host_is_dead(tmp_path, holder, other_host):
 
 
 def test_who_was_taken_for_dead_stops(tmp_path, monkeypatch, other_host):
-    first = RunLock(tmp_path, "--workdir=runs/a")
+    first = RunLock(RunDir(tmp_path), "--workdir=runs/a")
     first.acquire()
     first._ended.set()  # as a process that is stopped: it shows no sign of life
     monkeypatch.setattr(lock, "_here", lambda *a: {"host": "c", "locks": 0, "pids": 0})
     said = []
-    with held(tmp_path, "--workdir=runs/a", said.append) as second:
+    with held(RunDir(tmp_path), "--workdir=runs/a", said.append) as second:
         assert len(said) == 2
         with pytest.raises(LockLostError, match="process None on c|another process"):
             first.check()
@@ -149,7 +152,7 @@ def test_who_was_taken_for_dead_stops(tmp_path, monkeypatch, other_host):
 
 
 def test_a_lock_that_somebody_deleted_is_put_back(tmp_path, other_host):
-    with held(tmp_path, "--workdir=runs/a") as mine:
+    with held(RunDir(tmp_path), "--workdir=runs/a") as mine:
         (tmp_path / FILE).unlink()
         for _ in range(100):
             if (tmp_path / FILE).exists():
@@ -171,7 +174,7 @@ def test_of_many_at_once_one_gets_it(tmp_path, monkeypatch, other_host, links):
     def run():
         start.wait()
         try:
-            with held(tmp_path, "--workdir=runs/a", lambda line: None):
+            with held(RunDir(tmp_path), "--workdir=runs/a", lambda line: None):
                 got.append(1)
                 end.wait()
         except ConfigError:
@@ -203,11 +206,11 @@ def test_a_file_that_is_no_record_is_waited_for_once(tmp_path, other_host, text)
 def test_a_new_run_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt), new_run(target, "--out=run") as made:
-        (made / "half").mkdir()
+        (made.path / "half").mkdir()
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
     with new_run(target, "--out=run") as made:
-        (made / "config.json").write_text("{}")
+        (made.path / "config.json").write_text("{}")
         assert not target.exists()
     assert [p.name for p in tmp_path.rglob("*")] == ["run", "config.json"]
 
@@ -215,7 +218,7 @@ def test_a_new_run_appears_whole_or_not_at_all(tmp_path):
 def test_two_that_make_one_run(tmp_path):
     target = tmp_path / "run"
     with new_run(target, "--out=run") as made:
-        (made / "mine").touch()
+        (made.path / "mine").touch()
         refused = pytest.raises(ConfigError, match="--out=run: process .* writes this")
         with refused, new_run(target, "--out=run"):
             pass

@@ -6,8 +6,8 @@ import pytest
 
 from moex.config.base import ConfigError
 from moex.json_files import digest
+from moex.runs.directory import RunDir
 from moex.runs.record import (
-    FILE,
     ChecksumError,
     check_may_begin,
     digest_of,
@@ -144,18 +144,18 @@ def test_a_meta_that_is_no_json_is_damage(tmp_path, text):
 
 
 def test_the_record_comes_back(tmp_path):
-    assert read_record(tmp_path) is None
+    assert read_record(RunDir(tmp_path)) is None
     for steps in ({}, {2: None, 10: "ab", 9: "cd"}):
-        write_record(tmp_path, steps)
-        assert read_record(tmp_path) == steps
-    assert list(read_record(tmp_path)) == [2, 9, 10]
+        write_record(RunDir(tmp_path), steps)
+        assert read_record(RunDir(tmp_path)) == steps
+    assert list(read_record(RunDir(tmp_path))) == [2, 9, 10]
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"steps": [4]}', '{"steps": {"x": null}}'])
 def test_a_damaged_record_is_said(tmp_path, text):
-    (tmp_path / FILE).write_text(text)
-    with pytest.raises(ConfigError, match=FILE):
-        read_record(tmp_path)
+    (RunDir(tmp_path).record).write_text(text)
+    with pytest.raises(ConfigError, match="checkpoints.json"):
+        read_record(RunDir(tmp_path))
 
 
 def logged(folder, last, started=(0,)):
@@ -173,15 +173,15 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_may_begin(
 ):
     logged(tmp_path, last)
     if record is not None:
-        write_record(tmp_path, record)
-    check_may_begin(tmp_path, every=4)
-    check_may_begin(tmp_path, every=0)
+        write_record(RunDir(tmp_path), record)
+    check_may_begin(RunDir(tmp_path), every=4)
+    check_may_begin(RunDir(tmp_path), every=0)
 
 
 def test_a_run_that_lost_its_checkpoints_may_not(tmp_path):
     def refused(why):
         with pytest.raises(ConfigError) as error:
-            check_may_begin(tmp_path, every=4)
+            check_may_begin(RunDir(tmp_path), every=4)
         assert why in str(error.value) and "Put " in str(error.value)
         return str(error.value)
 
@@ -190,7 +190,7 @@ def test_a_run_that_lost_its_checkpoints_may_not(tmp_path):
     logged(tmp_path, 0, started=(0, 4))
     refused("it went on from step 4 once")
     logged(tmp_path, 2)
-    write_record(tmp_path, {2: "ab", 4: "cd"})
+    write_record(RunDir(tmp_path), {2: "ab", 4: "cd"})
     refused("it saved step 4")
     (tmp_path / "corrupt").mkdir()
     assert f"damaged ones are in {tmp_path / 'corrupt'}" in refused("it saved step 4")
@@ -198,4 +198,4 @@ def test_a_run_that_lost_its_checkpoints_may_not(tmp_path):
 
 def test_nor_one_that_was_imported(tmp_path):
     with pytest.raises(ConfigError, match="imported or converted"):
-        check_may_begin(tmp_path, every=4)
+        check_may_begin(RunDir(tmp_path), every=4)

@@ -12,18 +12,18 @@ from jax.experimental import multihost_utils
 
 from moex.cluster import distributed
 from moex.config.base import ConfigError
-from moex.runs.lock import FILE as LOCK
+from moex.runs.directory import Place, RunDir
 from moex.runs.lock import RunLock, held
 
 SEEN_S = 60.0  # a network file system may show a new file late
 
 
 @contextlib.contextmanager
-def claimed(workdir: pathlib.Path, say=print) -> Iterator[RunLock | None]:
+def claimed(run: RunDir, say=print) -> Iterator[RunLock | None]:
     """The run directory for this job alone, made if there is none.
 
     Args:
-      workdir: run directory.
+      run: run directory.
       say: called with a line where the lock of a dead process is taken over.
 
     Yields:
@@ -32,14 +32,14 @@ def claimed(workdir: pathlib.Path, say=print) -> Iterator[RunLock | None]:
     Raises:
       ConfigError: if the folder cannot be written, or another job writes it.
     """
-    flag = f"--workdir={workdir}"
+    flag = f"--workdir={run}"
     with contextlib.ExitStack() as stack:
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
+            run.path.mkdir(parents=True, exist_ok=True)
             first = jax.process_index() == 0
-            lock = stack.enter_context(held(workdir, flag, say)) if first else None
+            lock = stack.enter_context(held(run, flag, say)) if first else None
             distributed.agree({"step of the start": "the run directory is locked"})
-            _check_writable(workdir)
+            _check_writable(run.path)
         except OSError as e:
             raise ConfigError(
                 f"{flag}: cannot be written ({e.strerror}); "
@@ -49,7 +49,7 @@ def claimed(workdir: pathlib.Path, say=print) -> Iterator[RunLock | None]:
 
 
 @contextlib.contextmanager
-def new_run(target: pathlib.Path, flag: str, say=print) -> Iterator[pathlib.Path]:
+def new_run(target: Place, flag: str, say=print) -> Iterator[RunDir]:
     """A hidden folder beside `target` that becomes it at the end of a good block.
 
     An error leaves nothing behind; a second process for one target is refused at once.
@@ -62,19 +62,20 @@ def new_run(target: pathlib.Path, flag: str, say=print) -> Iterator[pathlib.Path
     Raises:
       ConfigError: if another process makes it, or it came into being meanwhile.
     """
-    made = target.parent / f".{target.name}.new"
-    made.mkdir(parents=True, exist_ok=True)
+    path = RunDir.of(target).path
+    made = RunDir(path.parent / f".{path.name}.new")
+    made.path.mkdir(parents=True, exist_ok=True)
     try:
         with held(made, flag, say):
-            for path in made.iterdir():  # of a killed process
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != LOCK:
-                    path.unlink()
+            for left in made.path.iterdir():  # of a killed process
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left != made.lock:
+                    left.unlink()
             try:
                 yield made
-                (made / LOCK).unlink()
-                made.replace(target)
+                made.lock.unlink()
+                made.path.replace(path)
             except BaseException:
                 shutil.rmtree(made, ignore_errors=True)
                 raise

@@ -1,0 +1,151 @@
+"""Opening a run to use its model: its program, its tokenizer and its parameters."""
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh
+
+from moex import sharding
+from moex.config import base as configs
+from moex.config.base import ConfigError
+from moex.data.tokenizer import Tokenizer
+from moex.model.spec import ModelSpec, check_mesh, model_spec
+from moex.runs.checkpoint import HOST_BYTES, Checkpointer
+from moex.runs.directory import Place, RunDir
+from moex.runs.program import Program
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoadedRun(Program):
+    """A trained model from a run directory."""
+
+    tokenizer: Tokenizer
+    step: int  # of the checkpoint
+    params: dict
+    state: dict
+
+
+def load_run(place: Place, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun:
+    """Read the newest intact parameters of a run directory, or those of one step.
+
+    Args:
+      place: run directory.
+      mesh_cfg: `MeshConfig`; None: that of the run where it fits the devices that there
+        are, else copies of the model on all.
+      warn: called with one line per damaged checkpoint, and if the mesh does not fit.
+      step: of the checkpoint; None: the newest.
+
+    Raises:
+      ConfigError: if it is not a run directory or has no (such) checkpoint.
+      CheckpointError: if no checkpoint is intact.
+    """
+    run = RunDir.of(place)
+    cfg, tokenizer = run.config(), run.tokenizer()
+    spec = saved_spec(run)
+    if mesh_cfg is None:
+        mesh = _mesh_here(cfg, spec, warn)
+    else:
+        mesh = mesh_cfg.make()
+        check_mesh(spec, mesh)
+    program = Program(cfg=cfg, mesh=mesh, spec=spec)
+    check = saved_with(cfg, tokenizer)
+    arrays, step = restore_params(run, program, warn=warn, step=step, check=check)
+    model = {name: arrays[name] for name in ("params", "state")}
+    return LoadedRun(**vars(program), tokenizer=tokenizer, step=step, **model)
+
+
+def saved_spec(run: RunDir) -> ModelSpec:
+    """The abstract model of a run that was started, whose vocabulary is known.
+
+    Raises:
+      ConfigError: if it is no run directory, or leaves the vocabulary open.
+    """
+    model = run.config().model
+    if model.vocab is None:
+        raise ConfigError(
+            f"{run.config_file}: config.model.vocab = None: training fills it in; was "
+            "the file edited?"
+        )
+    return model_spec(model)
+
+
+def _mesh_here(cfg, spec: ModelSpec, warn) -> Mesh:
+    try:
+        mesh = cfg.mesh.make()
+        check_mesh(spec, mesh)
+    except ConfigError as e:  # trained on another number of devices
+        mesh = sharding.MeshConfig().make()
+        warn(f"the mesh of the run does not fit here ({e}); every device has a copy")
+        check_mesh(spec, mesh)
+    return mesh
+
+
+def restore_params(run: RunDir, program: Program, *, warn=print, step=None, check=None):
+    """`({"params", "state"}, step)` of the newest intact checkpoint, or of `step`.
+
+    Args:
+      run: run directory.
+      program: a model of the run's shapes, and the mesh that its arrays go to.
+      warn, step, check: as for `Checkpointer.restore`.
+
+    Raises:
+      ConfigError: if there is no (such) checkpoint.
+      CheckpointError: if none is intact.
+    """
+    if not run.checkpoints.is_dir():
+        raise ConfigError(f"{run}: the run has no checkpoint yet.")
+    abstract = Program.abstract_state(program)  # no optimizer
+    # Orbax refuses an array above its limit, and may read all to get one part.
+    largest = max(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract))
+    limit = max(HOST_BYTES, 2 * largest)
+    checkpointer = Checkpointer(run, read_only=True, host_bytes=limit)
+    try:
+        found = checkpointer.restore(
+            abstract, items=("params", "state"), warn=warn, step=step, check=check
+        )
+    finally:
+        checkpointer.close()
+    if found is None:
+        raise ConfigError(f"{run}: the run has no checkpoint yet.")
+    step, arrays, _, _ = found
+    return arrays, step
+
+
+def saved_with(cfg, tokenizer: Tokenizer):
+    """`check(step, meta)`: that a checkpoint has the model and tokenizer of a config.
+
+    It raises a `ConfigError` that names the first field that differs.
+    """
+    model = configs.to_dict(cfg.model)
+
+    def check(step: int, meta: dict) -> None:
+        where = f"the checkpoint of step {step}"
+        if meta.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+            raise ConfigError(
+                f"{where} was trained with another tokenizer than the one that the "
+                "run directory has now; put the folder tokenizer back."
+            )
+        if "model" not in meta:
+            return
+        try:  # fields that were added since get their defaults
+            saved = configs.to_dict(configs.from_dict(meta["model"]))
+        except ConfigError:
+            return  # a field has another name now; the arrays are compared
+        for key, here, there in differences(model, saved, "model"):
+            raise ConfigError(
+                f"config.{key} = {here!r}, but {where} was trained with {there!r}; put "
+                "config.json of the run back."
+            )
+
+    return check
+
+
+def differences(new, old, path: str = ""):
+    """Yield `(path, new value, old value)` of what differs in two of `to_dict`.
+
+    A value that one of them lacks is None; paths are sorted.
+    """
+    here, there = configs.flat(new, path), configs.flat(old, path)
+    for key in sorted(here.keys() | there.keys()):
+        if here.get(key) != there.get(key):
+            yield key, here.get(key), there.get(key)

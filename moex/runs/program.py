@@ -1,0 +1,198 @@
+"""A program: a model on a mesh and how to compute it; no arrays, data or optimizer.
+
+It is what training, evaluation, generation and conversion have in common.
+"""
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kernels_pallas.device import platform
+from kernels_pallas.implementations import (
+    INTERPRETED,
+    Request,
+    able,
+    split_names,
+    why_not,
+)
+from moex import sharding
+from moex.config.base import ConfigError, caution, require
+from moex.data.batches import eval_batches
+from moex.data.pipeline import Prepared
+from moex.model.spec import ModelSpec, abstract_arrays, check_mesh, model_spec
+from moex.runs.keys import check_run
+
+
+@dataclasses.dataclass(kw_only=True)
+class Program:
+    """A model on a mesh, and how to compute it."""
+
+    cfg: Any  # the run config, checked, with the vocabulary filled in
+    mesh: Mesh
+    spec: ModelSpec
+
+    def static(self, *, train: bool) -> dict:
+        """Static fields of `Context`: how to compute, not what."""
+        return static_options(self.cfg, train=train)
+
+    @property
+    def whole(self) -> NamedSharding:
+        """The sharding of what every device holds in full."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def abstract_state(self) -> dict:
+        """The arrays of the model as `ShapeDtypeStruct`s with shardings.
+
+        Returns:
+          {"params", "state", "guard"}.
+        """
+        return abstract_arrays(self.spec, self.mesh)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Evaluated(Program):
+    """A program and the held-out data that it is scored on."""
+
+    data: Prepared
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether any data is held out that has something to score."""
+        return self.data.holds_out
+
+    def eval_batches(self, limit: int | None):
+        """Held-out batches of this process."""
+        batch_size = eval_batch_size(self.cfg)
+        return eval_batches(
+            self.data,
+            batch_size=batch_size,
+            limit=limit,
+            rows=sharding.process_rows(self.mesh, batch_size),
+        )
+
+
+def make_program(cfg, mesh: Mesh) -> Program:
+    """The program of a checked config on a mesh, or abstract mesh.
+
+    Raises:
+      ConfigError: if the mesh does not divide a parameter.
+    """
+    spec = model_spec(cfg.model)
+    check_mesh(spec, mesh)
+    return Program(cfg=cfg, mesh=mesh, spec=spec)
+
+
+def mesh_here(cfg) -> Mesh:
+    """The mesh of a config on the devices that there are, every mistake found.
+
+    Raises:
+      ConfigError: for a mistake in the config, or where it does not fit the devices.
+    """
+    check_run(cfg, to_train=False)
+    mesh = cfg.mesh.make()
+    check_devices(cfg, mesh)
+    check_kernels(cfg)
+    return mesh
+
+
+def compute_dtype(cfg) -> str:
+    """The dtype of matmuls: bfloat16 on accelerators, float32 on CPU, unless set."""
+    if cfg.precision != "auto":
+        return cfg.precision
+    return "float32" if platform() == "cpu" else "bfloat16"
+
+
+def static_options(cfg, *, train: bool) -> dict:
+    """Static fields of `Context` from a run config."""
+    kernels = None if cfg.kernels == "auto" else cfg.kernels
+    if not train and not kernels_here(cfg):
+        caution(f"config.kernels = {kernels!r} do not run here; 'auto' is used.")
+        kernels = None
+    return {
+        "dtype": compute_dtype(cfg),
+        "kernels": kernels,
+        "remat": cfg.remat if train else "none",
+        "scan_layers": cfg.scan_layers,
+        "exchange": cfg.mesh.exchange,
+        # What is scored must be exact, and keeps nothing for a backward pass.
+        "exchange_buffer": cfg.mesh.exchange_buffer if train else None,
+    }
+
+
+def kernels_here(cfg) -> bool:
+    """Whether one at least of the kernels that a run names can compute it here."""
+    return cfg.kernels == "auto" or any(
+        why_not(name, _experts_of(cfg), platform()) is None
+        for name in split_names(cfg.kernels)
+    )
+
+
+def _experts_of(cfg) -> Request:
+    """What experts ask of kernels, of sizes that no kernel refuses."""
+    return Request("grouped_glu", compute_dtype(cfg), 1024, 1024, 8, "silu")
+
+
+def eval_batch_size(cfg) -> int:
+    """Sequences per evaluation step over the whole job."""
+    return cfg.eval.batch_size or cfg.batch_size // cfg.grad_accum
+
+
+def check_devices(cfg, mesh: Mesh) -> None:
+    """Check that batches and sequences divide over the devices of a mesh.
+
+    Raises:
+      ConfigError: naming the field and the number it must be a multiple of.
+    """
+    shards = sharding.batch_shards(mesh)
+    micro = cfg.batch_size // cfg.grad_accum
+    require(
+        micro % shards == 0,
+        "config.batch_size",
+        cfg.batch_size,
+        f"a multiple of grad_accum * batch shards of the mesh = "
+        f"{cfg.grad_accum} * {shards}",
+    )
+    check_eval_devices(cfg, mesh)
+
+
+def check_eval_devices(cfg, mesh: Mesh) -> None:
+    """What `check_devices` checks of an evaluation."""
+    shards = sharding.batch_shards(mesh)
+    parts = mesh.shape["seq"]
+    require(
+        cfg.seq_len % parts == 0,
+        "config.seq_len",
+        cfg.seq_len,
+        f"a multiple of config.mesh.seq = {parts}",
+    )
+    require(
+        parts == 1 or _platform(mesh) in ("cpu", "tpu"),
+        "config.mesh.seq",
+        parts,
+        "1 on a GPU, whose attention is not split along the sequence; use fsdp",
+    )
+    require(
+        eval_batch_size(cfg) % shards == 0,
+        "config.eval.batch_size",
+        eval_batch_size(cfg),
+        f"a multiple of the batch shards of the mesh = {shards}",
+    )
+
+
+def _platform(mesh) -> str:
+    """Of the devices of a mesh, or of those that an abstract one describes."""
+    return mesh.abstract_mesh.abstract_device.platform
+
+
+def check_kernels(cfg) -> None:
+    """Check that the kernels that a run names can run on the platform of the mesh."""
+    if kernels_here(cfg):
+        return
+    request, where = _experts_of(cfg), platform()
+    can = [name for name in able(request, where) if not name.endswith(INTERPRETED)]
+    reasons = (f"{n}: {why_not(n, request, where)}" for n in split_names(cfg.kernels))
+    raise ConfigError(
+        f"config.kernels = {cfg.kernels!r}: must be 'auto' or have one among "
+        f"{', '.join(can)} on a {where} in {request.dtype}. {'; '.join(reasons)}."
+    )

@@ -1,0 +1,102 @@
+"""Writing a run: the checkpoints of a training, or a whole new run of given arrays."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from moex.config import base as configs
+from moex.config.base import ConfigError
+from moex.data.files import atomic_write
+from moex.data.tokenizer import Tokenizer
+from moex.model.spec import init_guard, opt_shardings
+from moex.optim import flat_paths
+from moex.runs.checkpoint import HOST_BYTES, Checkpointer
+from moex.runs.checksums import all_finite
+from moex.runs.consumed import Consumed
+from moex.runs.directory import RunDir
+from moex.runs.program import Program
+
+# So that the new run can be trained on: a config file that is the saved config.
+CONFIG_SCRIPT = '''\
+"""The config of this run: moex train --config=THIS_FILE --workdir=ITS_FOLDER."""
+
+import pathlib
+
+from moex.runs.directory import RunDir
+
+
+def get_config(arg=""):
+    return RunDir(pathlib.Path(__file__).parent).config()
+'''
+
+
+def about_step(step: int, cfg, tokenizer: Tokenizer, final: dict | None = None) -> dict:
+    """What a checkpoint tells of its run: `meta` of `Checkpointer.save`.
+
+    Args:
+      step: optimizer steps done.
+      cfg, tokenizer: of the run.
+      final: figures of a run that is complete.
+    """
+    return {
+        "step": step,
+        "tokenizer": tokenizer.fingerprint,
+        "model": configs.to_dict(cfg.model),
+        "jax": jax.__version__,
+        "final": final,
+    }
+
+
+def write_run(
+    run: RunDir, cfg, program: Program, tx, tokenizer: Tokenizer, arrays: dict
+) -> None:
+    """Write a run directory at step 0 that training can go on in.
+
+    Args:
+      run: where; made if there is none.
+      cfg: the run config that is saved.
+      program: the same model here, on the mesh that its arrays go to.
+      tx: optax transformation, which starts afresh.
+      tokenizer: that it has.
+      arrays: {"params", "state"}. Beside them, one at a time is on the host.
+
+    Raises:
+      ConfigError: if there are numbers that are not finite.
+    """
+    at = jax.tree.map(lambda a: a.sharding, Program.abstract_state(program))
+    params = jax.device_put(arrays["params"], at["params"])
+    state = {
+        "params": params,
+        "state": jax.device_put(arrays["state"], at["state"]),
+        "guard": jax.device_put(init_guard(), at["guard"]),
+    }
+    if not all_finite((params, state["state"])):
+        trees = flat_paths({"params": params, "state": state["state"]})
+        bad = next(name for name, array in trees.items() if not all_finite(array))
+        raise ConfigError(
+            f"{bad}: has numbers that are not finite; nothing is written."
+        )
+    if not _starts_at_zero(tx, params):
+        opt = opt_shardings(tx, program.spec, at["params"], program.mesh)
+        state["opt"] = jax.jit(tx.init, out_shardings=opt)(params)
+    run.path.mkdir(parents=True, exist_ok=True)
+    checkpointer = Checkpointer(run, host_bytes=HOST_BYTES)
+    try:
+        data = dataclasses.asdict(Consumed())
+        meta = about_step(0, cfg, tokenizer)
+        checkpointer.save(0, state, data=data, meta=meta)
+        checkpointer.wait()
+    finally:
+        checkpointer.close()
+    tokenizer.save(run.tokenizer_folder)
+    atomic_write(run.config_script, CONFIG_SCRIPT)
+    run.save_config(cfg)  # last: with it a folder is a run
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _starts_at_zero(tx, params):
+    """Whether a fresh optimizer state is zeros, as moments are; it is not kept."""
+    leaves = [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tx.init(params))]
+    return ~jnp.any(jnp.array(leaves, bool))

@@ -1,0 +1,72 @@
+"""Whether a run may go on in a directory, or start from the parameters of another."""
+
+from moex.config import base as configs
+from moex.config.base import ConfigError
+from moex.data.tokenizer import Tokenizer
+from moex.optim import flat_paths
+from moex.runs.directory import RunDir
+from moex.runs.open import differences, saved_spec
+from moex.train.job import Job
+
+# Changing these would make a checkpoint of the old config unusable.
+FIXED_ON_RESUME = ("model", "optim.rule", "optim.lr_factors")
+
+
+def check_resume(cfg, run: RunDir, tokenizer: Tokenizer) -> list[str]:
+    """Compare a config with the one that a run was started with.
+
+    Returns:
+      One line per changed field that may change.
+
+    Raises:
+      ConfigError: if the directory holds a run of another architecture, optimizer
+        rule or vocabulary.
+    """
+    old = configs.to_dict(run.config())
+    changed = list(differences(configs.to_dict(cfg), old))
+    saved = run.tokenizer()
+    if saved.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"{run} holds a run with another tokenizer (vocabulary {saved.vocab_size}, "
+            f"here {tokenizer.vocab_size}); use another --workdir, or the tokenizer of "
+            "that run."
+        )
+    for key, new, before in changed:
+        if key.startswith(FIXED_ON_RESUME):
+            raise ConfigError(
+                f"{run} holds a run with config.{key} = {before!r}, not {new!r}; use "
+                f"another --workdir, or --config.init_from={run} to start a new run "
+                "from its parameters."
+            )
+    return [f"config.{key}: {before!r} -> {new!r}" for key, new, before in changed]
+
+
+def check_init_from(job: Job, source: RunDir) -> None:
+    """Check that the run named by `config.init_from` has parameters for this model.
+
+    Raises:
+      ConfigError: if it is no run, or one of another architecture or vocabulary.
+    """
+    where = f"config.init_from = {str(source)!r}"
+    try:
+        spec, tokenizer = saved_spec(source), source.tokenizer()
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {e}") from None
+    if tokenizer.fingerprint != job.data.tokenizer.fingerprint:
+        raise ConfigError(
+            f"{where}: has another tokenizer (vocabulary {tokenizer.vocab_size}, here "
+            f"{job.data.tokenizer.vocab_size}); use "
+            f"SavedTokenizer(path='{source.tokenizer_folder}') as "
+            "config.data.tokenizer."
+        )
+    old, new = (_shapes((s.params, s.state)) for s in (spec, job.spec))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            raise ConfigError(
+                f"{where}: has another architecture: {name} has shape "
+                f"{old.get(name)} there, {new.get(name)} here (None: there is none)."
+            )
+
+
+def _shapes(trees) -> dict[str, tuple]:
+    return {k: v.shape for tree in trees for k, v in flat_paths(tree).items()}
