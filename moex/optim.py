@@ -22,6 +22,7 @@ from moex.config.schedule import (
     value_at,
 )
 from moex.exact import exact
+from moex.model.paths import flat_paths, path_name
 from moex.muon import muon
 
 
@@ -175,17 +176,6 @@ def straight(first: float, last: float, steps: int):
         return last + (first - last) * left / steps
 
     return value
-
-
-def flat_paths(tree) -> dict[str, Any]:
-    """`{"a/b/c": leaf}` of nested dicts."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_name(path): leaf for path, leaf in leaves}
-
-
-def path_name(path) -> str:
-    """A key path of nested dicts as `a/b/c`."""
-    return "/".join(str(k.key) for k in path)
 
 
 def path_factors(cfg: Optim, params, path: str = "config.optim") -> dict[str, Any]:

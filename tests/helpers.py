@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moex.model.paths import flat_paths, path_name
 from moex.model.spec import model_spec
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
@@ -19,7 +20,6 @@ from moex.nn.context import Context
 from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.optim import flat_paths, path_name
 from moex.sharding import MeshConfig
 
 VOCAB = 48

@@ -20,7 +20,7 @@ from benchmarks import (
 from kernels_pallas import tuned
 from moex.costs.accounting import num_bytes
 from moex.model import spec as states
-from moex.optim import flat_paths
+from moex.model.paths import flat_paths
 from moex.sharding import MeshConfig
 from tests import runs
 

@@ -11,13 +11,13 @@ from optax.contrib import muon
 
 from moex.config.base import ConfigError, check
 from moex.config.schedule import Schedule
+from moex.model.paths import flat_paths
 from moex.model.spec import ParamInfo
 from moex.optim import (
     AdamW,
     Muon,
     Optim,
     decays,
-    flat_paths,
     make_optimizer,
     path_factors,
     schedule_frac,

@@ -13,8 +13,8 @@ import pytest
 from experiments.sharding import matrix
 from moex.config.base import ConfigError
 from moex.model import spec as states
+from moex.model.paths import flat_paths
 from moex.moe.experts.glu import Glu
-from moex.optim import flat_paths
 from moex.sharding import MeshConfig
 
 # With `THOROUGH`, every mesh once and a choice of routers and experts: not every kind

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from moex.model.layers import sites
+from moex.model.paths import flat_paths
 from moex.nn.model import Model
-from moex.optim import flat_paths
 
 # Dense bfloat16 peak with float32 sums, 10^12 FLOP/s per device as JAX counts devices
 # (half a chip of TPU v2, v3 and TPU7x), by the whole of `device_kind`: names that begin

@@ -25,7 +25,7 @@ from moex.interop.names import Piece, pieces
 from moex.interop.tokens import first_token, written
 from moex.interop.writing import Tensor, check_target, write
 from moex.json_files import field
-from moex.optim import flat_paths
+from moex.model.paths import flat_paths
 from moex.runs.directory import Place, RunDir
 from moex.runs.open import load_run
 

@@ -14,9 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moex import sharding
+from moex.model.paths import flat_paths, path_name
 from moex.nn.lm import LM
 from moex.nn.param import split_params
-from moex.optim import flat_paths, path_name
 
 # For a program that runs once: LLVM optimised the quickstart's first state for 7 of the
 # 10 s that it took, and the arrays are the same to the bit (2 cores, JAX 0.10.2).

@@ -19,7 +19,7 @@ from moex.costs.residual_bytes import (
     model_activation_bytes,
     traced_options,
 )
-from moex.optim import path_name
+from moex.model.paths import path_name
 from moex.plan import liveness
 from moex.plan.topology import Topology, abstract_mesh
 from moex.runs.program import compute_dtype

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from moex.model.layers import sites
+from moex.model.paths import path_name
 from moex.moe.all_to_all import moves_all_to_all
-from moex.optim import path_name
 from moex.plan.memory import local_shape
 from moex.runs.program import compute_dtype
 from moex.sharding import TOKEN_AXES, batch_shards

@@ -10,8 +10,8 @@ from moex.config import base as configs
 from moex.config.base import ConfigError
 from moex.data.files import atomic_write
 from moex.data.tokenizer import Tokenizer
+from moex.model.paths import flat_paths
 from moex.model.spec import init_guard, opt_shardings
-from moex.optim import flat_paths
 from moex.runs.checkpoint import HOST_BYTES, Checkpointer
 from moex.runs.checksums import all_finite
 from moex.runs.consumed import Consumed

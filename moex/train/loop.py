@@ -23,7 +23,7 @@ from moex.costs import accounting
 from moex.data.changes import changed_data, save_data
 from moex.data.report import compressor_bits_per_byte
 from moex.model.figures import by_layer, moe_summary
-from moex.optim import path_name
+from moex.model.paths import path_name
 from moex.runs.checkpoint import Checkpointer, CheckpointError
 from moex.runs.checksums import all_finite
 from moex.runs.claim import claimed

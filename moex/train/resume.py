@@ -3,7 +3,7 @@
 from moex.config import base as configs
 from moex.config.base import ConfigError
 from moex.data.tokenizer import Tokenizer
-from moex.optim import flat_paths
+from moex.model.paths import flat_paths
 from moex.runs.directory import RunDir
 from moex.runs.open import differences, saved_spec
 from moex.train.job import Job

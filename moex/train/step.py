@@ -14,8 +14,9 @@ import optax
 
 from moex.config.schedule import is_always_zero, points_of, value_at
 from moex.costs.accounting import param_group
+from moex.model.paths import flat_paths, path_name
 from moex.moe.metrics import layer_metrics, mean
-from moex.optim import flat_paths, path_factors, path_name
+from moex.optim import path_factors
 from moex.train.losses import lm_loss, lm_sums, make_context, step_counts
 
 # Updates that must be accepted before a spike can be told from a start.

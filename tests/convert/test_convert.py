@@ -18,6 +18,7 @@ from moex.convert import apply, kinds
 from moex.convert.calibrate import second_moments
 from moex.convert.kinds.latent import ToLatent
 from moex.convert.to_latent import convert_params, latent_model
+from moex.model.paths import flat_paths
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
@@ -25,7 +26,6 @@ from moex.moe.experts.latent import Latent
 from moex.moe.narrow import Narrow
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.optim import flat_paths
 from moex.runs.directory import RunDir
 from moex.runs.open import load_run
 from moex.train.job import make_job

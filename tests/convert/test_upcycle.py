@@ -17,6 +17,7 @@ from moex.convert.kinds.moe import Upcycle
 from moex.convert.latent import Factoring, factor_experts
 from moex.convert.to_moe import moe_model, pieces, upcycle_params, upcycled_layers
 from moex.convert.upcycle import layer_of_dense, moe_of_dense
+from moex.model.paths import flat_paths
 from moex.model.spec import model_spec
 from moex.moe.layer import MoE
 from moex.moe.narrow import Narrow
@@ -25,7 +26,6 @@ from moex.moe.routers.topp import TopP
 from moex.nn.attention import Attention
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.optim import flat_paths
 from moex.runs.directory import RunDir
 from moex.runs.open import load_run
 from moex.train.job import make_job

@@ -12,7 +12,7 @@ import pytest
 
 from moex.interop.arrays import tensor_of
 from moex.interop.folder import Folder
-from moex.optim import flat_paths
+from moex.model.paths import flat_paths
 from moex.serve.decode import generate
 from moex.train.losses import moe_layers
 from tests.interop import parity

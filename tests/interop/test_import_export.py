@@ -20,8 +20,8 @@ from moex.interop.families import read_model
 from moex.interop.folder import INDEX, SINGLE, Folder
 from moex.interop.hf import import_hf
 from moex.interop.names import Piece
+from moex.model.paths import flat_paths
 from moex.nn.context import Context
-from moex.optim import flat_paths
 from moex.runs.directory import RunDir
 from moex.runs.open import load_run
 from moex.serve.decode import generate

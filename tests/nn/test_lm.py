@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from moex.config.base import ConfigError, check
+from moex.model.paths import flat_paths
 from moex.model.spec import init_params, model_spec
 from moex.moe.chain import Chain
 from moex.moe.replay import recorded
@@ -18,7 +19,6 @@ from moex.nn.attention import Attention
 from moex.nn.mlp import Dense
 from moex.nn.norm import RMSNorm
 from moex.nn.stack import Segment
-from moex.optim import flat_paths
 from moex.train.losses import make_context, token_losses
 from tests.helpers import VOCAB, built, context, random_batch, tiny_lm, tiny_moe
 from tests.tolerances import assert_close

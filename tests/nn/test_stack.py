@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 
 from moex.config.base import Config, ConfigError, check
+from moex.model.paths import flat_paths
 from moex.nn.attention import Attention
 from moex.nn.block import Block
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.optim import flat_paths
 from tests.helpers import built, context, split_module, tiny_lm, tiny_moe
 from tests.tolerances import assert_close
 

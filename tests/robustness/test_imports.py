@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from moex.config import base as configs
 from moex.data.encoding import Tokenizer
-from moex.optim import flat_paths
+from moex.model.paths import flat_paths
 from moex.runs.directory import RunDir
 from moex.runs.open import load_run
 from tests.interop import parity

@@ -9,10 +9,10 @@ import pytest
 
 from moex.config.base import check, from_dict, to_dict
 from moex.model import spec as states
+from moex.model.paths import flat_paths
 from moex.moe.chain import Chain
 from moex.moe.routers.topk import TopK
 from moex.nn.stack import Segment
-from moex.optim import flat_paths
 from moex.runs.keys import Loss
 from moex.sharding import MeshConfig, shard_batch
 from moex.train.losses import lm_loss, make_context
