@@ -13,6 +13,7 @@ from moex.model.layers import (
     site_at,
     sites,
 )
+from moex.model.paths import flat_paths
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.narrow import Narrow
@@ -20,7 +21,6 @@ from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.optim import flat_paths
 from tests.helpers import tiny_lm, tiny_moe
 
 ROUTERS = (TopK(k=1), TopK(k=2))
