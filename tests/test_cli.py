@@ -59,7 +59,7 @@ def mistake(moex, capsys, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("reached the part that compiles")
 
-    for owner, name in ((Job, "init_state"), (Job, "train_step"), (Job, "eval_step")):
+    for owner, name in ((Job, "init_state"), (Job, "train_step"), (score, "eval_step")):
         monkeypatch.setattr(owner, name, never)
 
     def mistake(*args, code=2, cfg=True):

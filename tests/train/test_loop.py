@@ -253,7 +253,7 @@ def test_a_complete_run_is_left_alone(train, straight, tmp_path, monkeypatch, ca
     shutil.copytree(straight[0], workdir)
     before = (workdir / "metrics.jsonl").read_bytes()
     monkeypatch.setattr(Job, "train_step", never)
-    monkeypatch.setattr(Job, "eval_step", never)
+    monkeypatch.setattr(loop, "eval_step", never)
     result = train(workdir)
     assert {k: result[k] for k in result} == {
         k: straight[1][k] for k in ("step", "eval_nll", "eval_bits_per_byte")
