@@ -6,6 +6,13 @@ from moex.commands import Verb
 from moex.commands.arguments import add_json
 from moex.config.base import ConfigError
 
+EXAMPLES = """
+Examples:
+  moex params --config=configs/moe_8x7b.py
+  moex params --config=configs/quickstart.py --like=configs/quickstart.py:ffn=dense \\
+    --match=flops
+"""
+
 
 class Command(Verb):
     """Print what a model costs, layer by layer.
@@ -14,12 +21,7 @@ class Command(Verb):
     backward pass needs; no data is read and no array is made.
     """
 
-    examples = """
-    Examples:
-      moex params --config=configs/moe_8x7b.py
-      moex params --config=configs/quickstart.py \\
-        --like=configs/quickstart.py:ffn=dense --match=flops
-    """
+    examples = EXAMPLES
 
     def add(self, parser):
         add_json(parser)
