@@ -32,27 +32,22 @@ class ToLatent(Conversion):
         "layers first"
     )
     flags = {
-        "group": {"type": positive, "help": "experts that share a projection; needed"},
-        "latent": {
-            "type": positive,
-            "help": "width of the projections; default: of experts",
-        },
-        "ops": {"help": "which of gate,up,down; default: gate,up"},
-        "rank": {"type": positive, "help": "cut every expert to this rank first"},
-        "refit": {
-            "action": "store_true",
-            "help": "own factors from the uncut experts",
-        },
-        "whiten": {
-            "action": "store_true",
-            "help": "keep what matters on training data, not for inputs of all "
-            "directions",
-        },
-        "calibration": {
-            "type": positive,
-            "metavar": "SEQUENCES",
-            "help": "training sequences that --whiten looks at; default: 256",
-        },
+        "group": dict(type=positive, help="experts that share a projection; needed"),
+        "latent": dict(
+            type=positive, help="width of the projections; default: of experts"
+        ),
+        "ops": dict(help="which of gate,up,down; default: gate,up"),
+        "rank": dict(type=positive, help="cut every expert to this rank first"),
+        "refit": dict(action="store_true", help="own factors from the uncut experts"),
+        "whiten": dict(
+            action="store_true",
+            help="keep what matters on training data, not for inputs of all directions",
+        ),
+        "calibration": dict(
+            type=positive,
+            metavar="SEQUENCES",
+            help="training sequences that --whiten looks at; default: 256",
+        ),
     }
     needed = {"group": "how many experts share a projection?"}
     may_follow = ("moe",)

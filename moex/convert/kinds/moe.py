@@ -40,32 +40,28 @@ class Upcycle(Conversion):
     kind = "moe"
     about = "dense layers become MoE layers that compute the same function"
     flags = {
-        "experts": {
-            "type": positive,
-            "help": "copies of the dense feed-forward; needed",
-        },
-        "k": {"type": positive, "help": "copies that a token uses; needed"},
-        "split": {
-            "type": positive,
-            "help": "cut every copy into so many experts; default: 1",
-        },
-        "noise": {
-            "type": float,
-            "help": "deviation of what is added to weights, over their own; default: 0",
-        },
-        "reinit": {
-            "type": float,
-            "metavar": "SHARE",
-            "help": "share of each expert's hidden columns to draw again; default: 0",
-        },
-        "scale": {
-            "help": "what makes up for the gates of --split: gates or weights; "
-            "default: gates",
-        },
-        "layers": {
-            "help": "all, every:N, last:N or numbers such as 0,3; default: all",
-        },
-        "seed": {"type": integer, "help": "default: 0"},
+        "experts": dict(type=positive, help="copies of the dense feed-forward; needed"),
+        "k": dict(type=positive, help="copies that a token uses; needed"),
+        "split": dict(
+            type=positive, help="cut every copy into so many experts; default: 1"
+        ),
+        "noise": dict(
+            type=float,
+            help="deviation of what is added to weights, over their own; default: 0",
+        ),
+        "reinit": dict(
+            type=float,
+            metavar="SHARE",
+            help="share of each expert's hidden columns to draw again; default: 0",
+        ),
+        "scale": dict(
+            help="what makes up for the gates of --split: gates or weights; default: "
+            "gates"
+        ),
+        "layers": dict(
+            help="all, every:N, last:N or numbers such as 0,3; default: all"
+        ),
+        "seed": dict(type=integer, help="default: 0"),
     }
     needed = dict.fromkeys(("experts", "k"), "dense layers need it.")
 
