@@ -40,6 +40,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # or it is the folder of all worker
     os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    # JAX writes an entry of its cache in place; another process may read half of it,
+    # says so in a warning, and compiles.
+    unread = "ignore:Error reading persistent compilation cache"
+    os.environ["PYTHONWARNINGS"] = unread
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

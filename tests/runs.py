@@ -236,11 +236,7 @@ def one_device():
 def environment(**extra) -> dict:
     """Environment of a `moex` process: one device, programs of this test session."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    options = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    # JAX writes an entry of its cache in place; another process may read half of it,
-    # says so in a warning, and compiles.
-    options |= {"PYTHONWARNINGS": "ignore:Error reading persistent compilation cache"}
-    return os.environ | options | extra
+    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path} | extra
 
 
 def start(*args, **popen) -> subprocess.Popen:
