@@ -8,12 +8,13 @@ import os
 import pathlib
 import platform
 import statistics
-import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 
+from benchmarks.commit import commit
 from kernels_pallas.grouped_matmul.shapes import REAL, LayerShape
 from moex import allocator
 
@@ -79,7 +80,36 @@ def shape_of(text: str) -> LayerShape:
         ) from None
 
 
-def measure(jobs: dict, repeats: int, pause_s: float = 0.0) -> dict:
+def sample_seconds() -> float:
+    """The `sample_s` of `measure`: an accelerator is started long before it ends."""
+    return 0.0 if jax.default_backend() == "cpu" else 0.02
+
+
+def warmed(jobs: dict) -> tuple[dict, dict]:
+    """Runs every job once, and leaves out those that fail.
+
+    Args:
+      jobs: {tuple: function without arguments}; where one fails, all go whose names
+        differ from its name in the last place only.
+
+    Returns:
+      `(jobs, {name without its last place: the first line of the error})`.
+    """
+    failed: dict = {}
+    for name, job in jobs.items():
+        if name[:-1] in failed:
+            continue
+        try:
+            jax.block_until_ready(job())
+        except Exception as e:  # whatever a compiler or a library raises
+            failed[name[:-1]] = (str(e).strip().splitlines() or [repr(e)])[0][:300]
+            print(f"{name}: {failed[name[:-1]]}", file=sys.stderr, flush=True)
+    return {n: job for n, job in jobs.items() if n[:-1] not in failed}, failed
+
+
+def measure(
+    jobs: dict, repeats: int, pause_s: float = 0.0, sample_s: float = 0.0
+) -> dict:
     """Seconds of each job, interleaved, so that a busy spell meets all alike.
 
     Args:
@@ -87,19 +117,26 @@ def measure(jobs: dict, repeats: int, pause_s: float = 0.0) -> dict:
       repeats: of each.
       pause_s: seconds of sleep before every run, for the threads of one library to stop
         waiting busily where another one's are timed next.
+      sample_s: a job that is shorter is started as often as fills this, up to 50 times,
+        before its end is waited for; the time is that of one.
 
     Returns:
       {name: {"wall": [...], "cpu": [...]}}; "cpu" is the time of all threads.
     """
     seconds: dict = {name: {"wall": [], "cpu": []} for name in jobs}
+    calls = dict.fromkeys(jobs, 1)
     for i in range(repeats + 2):
         for name, job in jobs.items():
             time.sleep(pause_s)
             cpu, wall = time.process_time(), time.perf_counter()
+            for _ in range(calls[name] - 1):
+                job()
             result = jax.block_until_ready(job())
-            wall = time.perf_counter() - wall
-            cpu = time.process_time() - cpu
+            wall = (time.perf_counter() - wall) / calls[name]
+            cpu = (time.process_time() - cpu) / calls[name]
             del result  # its pages are taken again by the next
+            if i == 1:
+                calls[name] = max(1, min(50, round(sample_s / wall)))
             if i >= 2:
                 seconds[name]["wall"].append(wall)
                 seconds[name]["cpu"].append(cpu)
@@ -130,12 +167,6 @@ def summary(seconds: dict, limit: str | None = None) -> dict:
 
 def environment() -> dict:
     """Device, versions and commit: what a figure is worth nothing without."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-    ).stdout.strip()
     return {
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
@@ -145,7 +176,7 @@ def environment() -> dict:
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "allocator": allocator_text(),
-        "commit": commit,
+        "commit": commit(),
     }
 
 

@@ -1,7 +1,8 @@
 """Prefill and decode tokens/s of moex beside Hugging Face transformers, one model each.
 
   python -m benchmarks.decode [--models=mixtral,deepseek_v3,experts] [--batches=1,8]
-      [--repeats=7] [--experts=grouped_mm] [--threads=N] [--alone] [--json=FILE]
+      [--repeats=7] [--experts=grouped_mm] [--threads=N] [--alone] [--dtype=float32]
+      [--json=FILE]
 
 A checkpoint of random float32 weights is made by transformers and read by moex; both
 continue the same prompts greedily, in one process, runs interleaved. Prefill is the
@@ -11,7 +12,8 @@ beside it makes torch's threads wait for each other, many times as long. "same" 
 the rows whose tokens are all equal. "experts" is moex alone: few and many experts of
 the same number of multiplications per token; a step should cost in proportion to the
 experts used, not to those there are.
-Needs the extra `hf`; with --alone moex's rows alone, without it.
+Needs the extra `hf`; with --alone moex's rows alone, without it, and a larger model,
+"olmoe", in another --dtype.
 """
 
 import argparse
@@ -74,14 +76,29 @@ MODELS = {
         "topk_group": 1,
     },
 }
+# By name only, with --alone. "olmoe" is the shape of OLMoE 1B-7B, 28 GB in float32: for
+# an accelerator.
+MORE = {
+    "tiny": MIXTRAL | {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1},
+    "olmoe": {
+        "model_type": "olmoe",
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "intermediate_size": 1024,
+    },
+}
 EXPERTS = "experts"
 SIZES = ((8, 2, 512), (64, 2, 512), (64, 8, 128))  # E, K, F
 PAUSE_S = 0.5  # torch's threads spin for a while after each run, on moex's cores
 
 
-def prompts_of(B: int, L: int) -> list[list[int]]:
+def prompts_of(B: int, L: int, V: int) -> list[list[int]]:
     """Random tokens."""
-    V = COMMON["vocab_size"]
     return np.random.default_rng(0).integers(2, V, size=(B, L)).tolist()
 
 
@@ -100,12 +117,10 @@ def moex_model(config: dict, folder: str | None = None):
     return spec, model, arrays["params"], arrays["state"]
 
 
-def moex_run(model, prompts, num_new: int):
+def moex_run(model, prompts, num_new: int, dtype: str = "float32"):
     """A function that makes new tokens."""
-    spec, cfg, params, state = model
-    return lambda: generate(
-        spec, cfg, params, state, prompts, max_new_tokens=num_new, temperature=0.0
-    )
+    options = {"max_new_tokens": num_new, "temperature": 0.0, "dtype": dtype}
+    return lambda: generate(*model, prompts, **options)
 
 
 def peers():
@@ -147,7 +162,7 @@ def torch_run(model, experts: str, prompts, num_new: int):
 
 def both(name: str, args) -> tuple:
     """(moex's model, torch's with the same weights or None)."""
-    config = COMMON | MODELS[name]
+    config = COMMON | (MODELS | MORE)[name]
     if args.alone:
         return moex_model(config), None
     theirs = torch_model(config, args.experts.split(",")[0])
@@ -195,8 +210,9 @@ def beside(name: str, args) -> dict:
     ours, theirs = both(name, args)
     figures = {}
     for B in args.batches:
-        prompts = prompts_of(B, args.prompt)
-        sides = {"moex": functools.partial(moex_run, ours, prompts)}
+        prompts = prompts_of(B, args.prompt, ours[1].vocab)
+        run = functools.partial(moex_run, ours, prompts, dtype=args.dtype)
+        sides = {"moex": run}
         for experts in [] if theirs is None else args.experts.split(","):
             make = functools.partial(torch_run, theirs, experts, prompts)
             sides[f"transformers {experts}"] = make
@@ -226,7 +242,7 @@ def experts_cost(args) -> list[dict]:
         models[E, K, F] = moex_model(config)
     rows = []
     for B in args.batches:
-        prompts = prompts_of(B, args.prompt)
+        prompts = prompts_of(B, args.prompt, COMMON["vocab_size"])
         jobs = {
             (size, n): moex_run(model, prompts, n)
             for size, model in models.items()
@@ -258,12 +274,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--experts", default="grouped_mm", help="of transformers")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
+    parser.add_argument("--dtype", default="float32", help="of moex")
     parser.add_argument("--alone", action="store_true", help="without transformers")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
-    figures: dict = {"prompt": args.prompt, "new": args.new, "models": {}}
+    figures: dict = {"prompt": args.prompt, "new": args.new, "dtype": args.dtype}
+    figures["models"] = {}
     try:
-        common.check_names(args.models, (*MODELS, EXPERTS))
+        common.check_names(args.models, (*MODELS, *MORE, EXPERTS))
         args.batches = [int(n) for n in args.batches.split(",")]
         if args.new < 2 or min(args.batches) < 1:
             raise ValueError("--new must be 2 at least, and --batches 1 at least.")
@@ -283,7 +301,7 @@ def main() -> None:
         text = "{:<12}{:>3}  {:<24}{:>9}{:>7}{:>7}{:>9}{:>7}{:>7}  {}"
         print(text.format("model", "B", "tokens/s of", *head))
     for name in names:
-        if name in MODELS:
+        if name != EXPERTS:
             figures["models"][name] = beside(name, args)
     if EXPERTS in names:
         figures["experts_cost"] = experts_cost(args)

@@ -6,7 +6,8 @@
 `--shape` is a name in kernels_pallas/grouped_matmul/shapes.py, or T,K,D,F,E: the matmul
 is the layer's first, [T K, D] x [E, D, 2 F], and its second, [T K, F] x [E, F, D]. The
 limit is jnp.dot of the same rows with one matrix, in the same run. "of limit" is what
-the GPU's users ask for, the dense time over the grouped time.
+the GPU's users ask for, the dense time over the grouped time. What cannot run is left
+out, with its error.
 
 Beside moex's implementations: `ragged_dot` is JAX's own, with its own gradients;
 `tokamax` and `grouped_mm` (torch) where installed.
@@ -62,7 +63,7 @@ def jobs_of(args, shape, second: bool) -> dict:
                     a, b, sizes, implementation=name
                 )
             )
-            for name in args.implementations.split(",")
+            for name in filter(None, args.implementations.split(","))
         }
         others = {}
         if "ragged_dot" in wanted:
@@ -81,15 +82,16 @@ def jobs_of(args, shape, second: bool) -> dict:
     return out
 
 
-def run(args, shape, second: bool) -> dict:
-    """`{name: {load: {part: row}}}`, ratios over the dense matmul of that part."""
-    seconds = common.measure(jobs_of(args, shape, second), args.repeats)
+def run(args, shape, second: bool) -> tuple[dict, dict]:
+    """`({name: {load: {part: row}}}, failed)`, ratios over that part's dense matmul."""
+    jobs, failed = common.warmed(jobs_of(args, shape, second))
+    seconds = common.measure(jobs, args.repeats, sample_s=common.sample_seconds())
     rows: dict = {}
     for part in ("fwd", "dx", "dw"):
         one = {(n, w): s for (n, w, p), s in seconds.items() if p == part}
         for (name, load), row in common.summary(one, ("dense", "")).items():
             rows.setdefault(name, {}).setdefault(load, {})[part] = row
-    return rows
+    return rows, {", ".join(name): error for name, error in failed.items()}
 
 
 def table(rows: dict, flops: float) -> str:
@@ -129,9 +131,10 @@ def main() -> None:
         parser.error(str(e))
     T, K, D, F, _ = shape
     figures = {"shape_TKDFE": shape, "dtype": args.dtype, "rows": {}}
+    figures["failed"] = {}
     for which, width in (("first", 2 * F), ("second", F)):
-        rows = run(args, shape, which == "second")
-        figures["rows"][which] = rows
+        rows, failed = run(args, shape, which == "second")
+        figures["rows"][which], figures["failed"][which] = rows, failed
         print(f"{which} matmul of T,K,D,F,E = {','.join(map(str, shape))}")
         print(table(rows, 2 * T * K * D * width))
     common.write_json(args.json, figures)

@@ -3,8 +3,10 @@
 T tokens · K slots per token · N sorted rows · D, F widths · E experts
 """
 
+import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,21 @@ def tokamax_ragged_dot():
     return tokamax.ragged_dot
 
 
+@dataclasses.dataclass
+class TorchResult:
+    """What torch has started; `jax.block_until_ready` waits for it as for an array."""
+
+    value: Any
+
+    def block_until_ready(self):
+        """Waits for the GPU; on a CPU torch is done already."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return self
+
+
 def torch_grouped_mm(arrays, expert_TK):
     """`(forward, forward and backward)` with torch's grouped matmul; None without it.
 
@@ -86,18 +103,12 @@ def torch_grouped_mm(arrays, expert_TK):
     if device == "cuda":
         layer = torch.compile(layer)
 
-    def done(result):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return result
-
     def forward():
         with torch.no_grad():
-            layer()
-        return done(None)
+            return TorchResult(layer())
 
     def backward():
-        done(torch.autograd.grad(layer(), (x, w_router, w_in, w_out), dy))
+        return TorchResult(torch.autograd.grad(layer(), (x, w_router, w_in, w_out), dy))
 
     return forward, backward
 
@@ -118,16 +129,23 @@ def torch_products(lhs, rhs, dout, sizes) -> dict:
     a, b, g = tensor(lhs), tensor(rhs), tensor(dout)
     ends = torch.from_numpy(np.cumsum(np.asarray(sizes))).to(torch.int32).to(device)
 
-    def job(f):
-        def run():
-            f()
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        return run
-
     return {
-        "fwd": job(lambda: grouped_mm(a, b, offs=ends)),
-        "dx": job(lambda: grouped_mm(g, b.transpose(1, 2), offs=ends)),
-        "dw": job(lambda: grouped_mm(a.T, g, offs=ends)),
+        "fwd": lambda: TorchResult(grouped_mm(a, b, offs=ends)),
+        "dx": lambda: TorchResult(grouped_mm(g, b.transpose(1, 2), offs=ends)),
+        "dw": lambda: TorchResult(grouped_mm(a.T, g, offs=ends)),
     }
+
+
+def torch_dot(a, b) -> dict:
+    """`{"matmul": job}` of torch's dense matmul; {} without torch or its GPU."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    if not torch.cuda.is_available():
+        return {}
+    a, b = (
+        torch.from_numpy(np.asarray(m.astype(jnp.float32))).cuda().bfloat16()
+        for m in (a, b)
+    )
+    return {"matmul": lambda: TorchResult(a @ b)}

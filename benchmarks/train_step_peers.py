@@ -21,7 +21,6 @@ import math
 import os
 import pathlib
 import sys
-import tempfile
 from itertools import product
 
 import jax
@@ -31,13 +30,9 @@ import torch
 import transformers
 
 from benchmarks import common
+from benchmarks.train_step import random_batch, random_job
 from configs import base
 from moex.costs import accounting
-from moex.data.batches import stack
-from moex.data.packing import blank_example
-from moex.data.pipeline import Data
-from moex.data.sources import Text
-from moex.data.tokenizer import Bytes
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
@@ -47,7 +42,6 @@ from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim
 from moex.runs.keys import Loss
 from moex.sharding import shard_batch
-from moex.train.job import make_job
 
 B, L, D, V, LAYERS, HEADS = 8, 256, 256, 8192, 4, 4
 SETTINGS = {8: (2, 512), 64: (8, 64)}  # E: K and F
@@ -59,20 +53,8 @@ ALONE = "matmuls alone (XLA)"
 PAUSE_S = 0.5  # torch's threads spin for a while after each step, on moex's cores
 
 
-def random_batch() -> dict:
-    """One document of random tokens per row, as the data pipeline has it."""
-    ids = np.random.default_rng(0).integers(V, size=(B, L + 1), dtype=np.int32)
-    return stack([blank_example(L, 0, i) for i in range(B)]) | {
-        "tokens": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "segment": np.ones((B, L), np.int32),
-        "position": np.tile(np.arange(L, dtype=np.int32), (B, 1)),
-        "loss_mask": np.ones((B, L), np.float32),
-    }
-
-
 def moex_job(E: int):
-    """The job whose step is timed; its text is a stand-in for the random batch."""
+    """The job whose step is timed, on a random batch."""
     K, F = SETTINGS[E]
     moe = MoE(num_experts=E, router=TopK(k=K), experts=Glu(hidden=F))
     layers = (Segment(pattern=(moe,), repeat=LAYERS),)
@@ -84,16 +66,13 @@ def moex_job(E: int):
     options = {"schedule": "constant", "weight_decay": DECAY, "clip": None}
     cfg.optim = Optim(rule=rule, lr=LR, **options)
     cfg.loss = Loss(load_balance=0.0, router_z=0.0)
-    with tempfile.TemporaryDirectory() as folder:
-        text = Text(paths=(__file__,), holdout=0.0)
-        cfg.data = Data(sources=(text,), tokenizer=Bytes(), cache_dir=folder)
-        return make_job(cfg, log=lambda line: None)
+    return random_job(cfg, V)
 
 
 def moex_step(job, losses: list):
     """A function that trains one step and notes its loss."""
     key, step = jax.random.key(0), job.train_step()
-    batch = shard_batch(random_batch(), job.mesh)
+    batch = shard_batch(random_batch(B, L, V), job.mesh)
     held = {"state": job.init_state()}
 
     def run():
@@ -147,7 +126,9 @@ def torch_model(E: int, attention: str, experts: str, device: str = DEVICE):
 
 def torch_step(model, optimizer: str, compiled: bool, losses: list):
     """The same of a torch model; `optimizer` is "fused" or "foreach"."""
-    batch = {k: torch.tensor(v, device=DEVICE) for k, v in random_batch().items()}
+    batch = {
+        k: torch.tensor(v, device=DEVICE) for k, v in random_batch(B, L, V).items()
+    }
     options = {"weight_decay": DECAY, "betas": BETAS, "eps": EPS, optimizer: True}
     adamw = torch.optim.AdamW(model.parameters(), lr=LR, **options)
 

@@ -2,7 +2,8 @@
 
   python -m benchmarks.tune [--implementations=triton,mosaic] [--shapes=H1,H2,...]
       [--operations=up,product,...] [--dtype=bfloat16] [--load=random]
-      [--dry-run]
+      [--seconds=N] [--out=FILE] [--json=FILE] [--dry-run]
+  python -m benchmarks.tune --merge=FILE
 
 Every candidate of every operation of the layer (`candidates` of each backend) is
 compiled and timed, interleaved; the fastest by its median becomes the entry, with its
@@ -10,9 +11,14 @@ time and that of the default beside it, so that the table says what it gains. Ca
 that do not compile are listed and skipped. Entries of the same operation and sizes are
 replaced, all others kept; nothing of this happens when moex is imported.
 
+`--seconds` is shared evenly by what is left to measure; candidates for which no time is
+left are not tried, and the default is always among those that are. `--out` takes the
+place of tilings.json: what it has for this device is not measured again, and
+`--merge=FILE` moves its entries there.
+
 `--dry-run` uses a small shape, the Pallas interpreter and one repeat, compares every
-candidate with the reference, and writes nothing: it shows that this script is ready
-for a device that is not there.
+candidate with the reference, and writes nothing but `--out`: it shows that this script
+is ready for a device that is not there.
 
 T tokens · K slots per token · D model width · F expert width · E experts
 """
@@ -20,8 +26,13 @@ T tokens · K slots per token · D model width · F expert width · E experts
 import argparse
 import functools
 import json
+import math
+import os
+import pathlib
 import statistics
 import sys
+import time
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +44,11 @@ from kernels_pallas.device import device_kind
 from kernels_pallas.grouped_glu import xla as reference
 from kernels_pallas.grouped_matmul import xla as matmul_reference
 from kernels_pallas.grouped_matmul.shapes import LayerShape
+from moex.data.files import atomic_write
+from moex.json_files import read_object
 
 OPERATIONS = ("up", "product", "down_vjp", "product_t", "weight")
+KEY = ("operation", "M", "K", "N", "G", "dtype")  # of an entry
 SMALL = LayerShape(96, 2, 64, 64, 4)
 
 
@@ -63,50 +77,75 @@ def arrays(shape, dtype, load):
     return {**out, "token": plan.token_N, "bounds": plan.bounds}
 
 
-def calls(kernels, matmul, operation, a):
-    """`(function of a tiling, sizes for default_tiling)` of an operation."""
-    N, (E, F, D) = a["token"].shape[0], a["w_out"].shape
+def sizes_of(shape, operation) -> tuple[int, int, int, int]:
+    """The M, K, N, G that `default_tiling` is given for an operation of a layer."""
+    T, K, D, F, E = shape
+    inner = {
+        "up": (D, F),
+        "down_vjp": (D, F),
+        "weight": (F, 2 * F),
+        "product": (F, D),
+        "product_t": (2 * F, D),
+    }
+    return (T * K, *inner[operation], E)
+
+
+def call(kernels, matmul, operation, a, **options):
+    """Runs an operation on `arrays`; `options` are `tiling` and `interpret`."""
     token, bounds = a["token"], a["bounds"]
     if operation == "up":
-        return (
-            lambda **o: kernels.up(a["x"], a["w_in"], token, bounds, "silu", True, **o)
-        ), (N, D, F, E)
+        return kernels.up(a["x"], a["w_in"], token, bounds, "silu", True, **options)
     if operation == "down_vjp":
-        pre = kernels.up(a["x"], a["w_in"], token, bounds, "silu", True)[0]
-        return (
-            lambda **o: kernels.down_vjp(
-                a["dy"], a["w_out"], pre, a["weight"], token, bounds, "silu", **o
-            )
-        ), (N, D, F, E)
+        rows = (a["pre"], a["weight"], token, bounds)
+        return kernels.down_vjp(a["dy"], a["w_out"], *rows, "silu", **options)
     if operation == "weight":
-        return (
-            lambda **o: matmul.weight_product(a["h"], a["a"], bounds, a["h"].dtype, **o)
-        ), (N, F, 2 * F, E)
-    if operation == "product":
-        return (
-            lambda **o: matmul.product(
-                a["h"], a["w_out"], bounds, False, a["h"].dtype, **o
-            )
-        ), (N, F, D, E)
-    return (
-        lambda **o: matmul.product(a["a"], a["w_in"], bounds, True, a["a"].dtype, **o)
-    ), (N, 2 * F, D, E)
+        return matmul.weight_product(a["h"], a["a"], bounds, a["h"].dtype, **options)
+    transposed = operation == "product_t"
+    lhs, rhs = (a["a"], a["w_in"]) if transposed else (a["h"], a["w_out"])
+    return matmul.product(lhs, rhs, bounds, transposed, lhs.dtype, **options)
 
 
-def timed(candidates, function, dtype_tolerance, dry_run, expected):
-    """`[(tiling, median seconds)]`, fastest first; prints what does not compile."""
-    jobs = {}
-    for tiling in candidates:
-        job = jax.jit(functools.partial(function, tiling=tiling))
-        try:
-            result = jax.block_until_ready(job())
-        except Exception as e:  # whatever a compiler refuses a candidate with
-            print(f"    {tiling}: {str(e).splitlines()[0][:100]}", file=sys.stderr)
-            continue
-        if dry_run:
-            check(result, expected, dtype_tolerance)
-        jobs[tiling] = job
-    seconds = common.measure(jobs, 1 if dry_run else 5)
+def with_pre(kernels, operation, a, **options) -> dict:
+    """`arrays` with the pre-activations that a backend's "down_vjp" reads."""
+    if operation != "down_vjp":
+        return a
+    up = jax.jit(lambda a: call(kernels, None, "up", a, **options)[0])
+    return a | {"pre": up(a)}
+
+
+def compiled(candidates, function, a, until) -> dict:
+    """`{tiling: program of a}`; prints what does not compile, stops at `until`.
+
+    Compilers work beside each other, in threads: a GPU's machine has cores for it.
+    """
+    jobs: dict = {}
+    width = min(8, os.cpu_count() or 1)
+
+    def compile_one(tiling):
+        return jax.jit(functools.partial(function, tiling=tiling)).lower(a).compile()
+
+    with futures.ThreadPoolExecutor(width) as pool:
+        for start in range(0, len(candidates), width):
+            if jobs and time.monotonic() > until:
+                print(f"    no time for {len(candidates) - start}", file=sys.stderr)
+                break
+            some = candidates[start : start + width]
+            made = [pool.submit(compile_one, tiling) for tiling in some]
+            for tiling, program in zip(some, made, strict=True):
+                try:
+                    job = functools.partial(program.result(), a)
+                    jax.block_until_ready(job())
+                except Exception as e:  # whatever a compiler refuses a candidate with
+                    reason = (str(e).splitlines() or [repr(e)])[0][:100]
+                    print(f"    {tiling}: {reason}", file=sys.stderr)
+                else:
+                    jobs[tiling] = job
+    return jobs
+
+
+def timed(jobs, repeats) -> list:
+    """`[(tiling, median seconds)]`, fastest first."""
+    seconds = common.measure(jobs, repeats, sample_s=common.sample_seconds())
     medians = {t: statistics.median(s["wall"]) for t, s in seconds.items()}
     return sorted(medians.items(), key=lambda item: item[1])
 
@@ -120,41 +159,47 @@ def check(actual, expected, tolerance) -> None:
         np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max(), rtol=0)
 
 
-def tune(name, shape, operation, args) -> dict:
-    """The entry of one operation of one shape."""
+def tune(name, shape, operation, args, until=math.inf) -> dict | None:
+    """The entry of one operation of one shape; None if no candidate compiles."""
     backend = implementations.PALLAS[name]
     dtype = jnp.dtype(args.dtype)
     a = arrays(shape, dtype, args.load)
     interpret = {"interpret": backend.interpreter()} if args.dry_run else {}
-    kernels = backend.glu.KERNELS
-    if interpret:
-        kernels = kernels.__class__(
-            *(functools.partial(f, **interpret) for f in kernels)
-        )
-    function, sizes = calls(kernels, backend.matmul, operation, a)
-    if interpret and operation in ("weight", "product", "product_t"):
-        function = functools.partial(function, **interpret)
-    expected = None
+    kernels, matmul = backend.glu.KERNELS, backend.matmul
+    sizes = sizes_of(shape, operation)
+
+    def function(a, tiling):
+        return call(kernels, matmul, operation, a, tiling=tiling, **interpret)
+
+    found = matmul.candidates(operation, *sizes, dtype)
+    found = found[:2] if args.dry_run else found
+    ready = with_pre(kernels, operation, a, **interpret)
+    jobs = compiled(found, function, ready, until)
     if args.dry_run:
-        plain, _ = calls(reference.KERNELS, matmul_reference, operation, a)
-        expected = plain()
-    found = backend.matmul.candidates(operation, *sizes, dtype)
-    if args.dry_run:
-        found = found[:3]
-    ranking = timed(found, function, 3e-2, args.dry_run, expected)
-    if not ranking:
-        raise SystemExit(f"error: no candidate of {name} {operation} compiles.")
-    default = backend.matmul.default_tiling(operation, *sizes, dtype)
+        plain = with_pre(reference.KERNELS, operation, a)
+        expected = call(reference.KERNELS, matmul_reference, operation, plain)
+        for job in jobs.values():
+            check(job(), expected, 3e-2)
+    if not jobs:
+        return None
+    ranking = timed(jobs, 1 if args.dry_run else 5)
+    default = matmul.default_tiling(operation, *sizes, dtype)
     best, best_s = ranking[0]
     return {
         "operation": operation,
         **dict(zip("MKNG", sizes, strict=True)),
         "dtype": args.dtype,
         "tiling": fields(best),
-        "us": round(1e6 * best_s, 1),
-        "default_us": round(1e6 * dict(ranking).get(default, float("nan")), 1),
+        "us": us(best_s),
+        "tried": len(ranking),
+        "default_us": us(dict(ranking).get(default)),
         "jax": jax.__version__,
     }
+
+
+def us(seconds: float | None) -> float | None:
+    """Microseconds; None of what could not be measured."""
+    return None if seconds is None else round(1e6 * seconds, 1)
 
 
 def fields(tiling) -> dict:
@@ -164,24 +209,63 @@ def fields(tiling) -> dict:
     return dict(vars(tiling))
 
 
+def key_of(entry: dict) -> tuple:
+    """What an entry is of: the operation and its sizes."""
+    return tuple(entry[k] for k in KEY)
+
+
 def replace(table, device, name, entry) -> None:
     """Puts an entry in the place of one for the same operation and sizes."""
-    key = ("operation", "M", "K", "N", "G", "dtype")
     entries = table.setdefault(device, {}).setdefault(name, [])
-    same = [e for e in entries if all(e[k] == entry[k] for k in key)]
-    for old in same:
-        entries.remove(old)
+    entries[:] = [e for e in entries if key_of(e) != key_of(entry)]
     entries.append(entry)
-    entries.sort(key=lambda e: tuple(str(e[k]) for k in key))
+    entries.sort(key=lambda e: tuple(map(str, key_of(e))))
 
 
-def main() -> None:
+def merge(file: pathlib.Path) -> int:
+    """Moves the entries of a table of `--out` to tilings.json; how many they are."""
+    table, new = read_object(tuned.PATH), read_object(file)
+    found = [
+        (device, name, entry)
+        for device, backends in new.items()
+        for name, entries in backends.items()
+        for entry in entries
+    ]
+    for device, name, entry in found:
+        replace(table, device, name, entry)
+    write(tuned.PATH, table)
+    return len(found)
+
+
+def write(file: pathlib.Path, data) -> None:
+    atomic_write(file, json.dumps(data, indent=1) + "\n")
+
+
+def work_of(args, shapes, done) -> list:
+    """`(shape's name, shape, backend, operation)` of all that is not in `done` yet."""
+    out = []
+    for shape_name, shape in shapes.items():
+        for name in args.implementations.split(","):
+            for operation in args.operations.split(","):
+                sizes = sizes_of(shape, operation)
+                key = (operation, *sizes, args.dtype)
+                if key not in map(key_of, done.get(name, [])):
+                    out.append((shape_name, shape, name, operation))
+    return out
+
+
+def parsed() -> tuple[argparse.Namespace, dict]:
+    """The arguments, and `{name: shape}`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--implementations", default="triton,mosaic")
     parser.add_argument("--shapes", default="H1,H2,H3,H4,H5,H6,H7,H8,H9")
     parser.add_argument("--operations", default=",".join(OPERATIONS))
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--load", default="random", choices=common.LOADS)
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--out", type=pathlib.Path, help="instead of tilings.json")
+    parser.add_argument("--merge", type=pathlib.Path, help="a table of --out")
+    parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     try:
@@ -190,23 +274,40 @@ def main() -> None:
         shapes = {name: common.shape_of(name) for name in args.shapes.split(",")}
     except ValueError as e:
         parser.error(str(e))
-    if args.dry_run:
-        shapes = {"small": SMALL}
-    device = device_kind()
-    table = json.loads(tuned.PATH.read_text(encoding="utf-8"))
-    for shape_name, shape in shapes.items():
-        for name in args.implementations.split(","):
-            for operation in args.operations.split(","):
-                entry = tune(name, shape, operation, args)
-                print(
-                    f"{shape_name:<6}{name:<8}{operation:<10}{entry['us']:>10} us, "
-                    f"default {entry['default_us']} us: {entry['tiling']}"
-                )
-                replace(table, device, name, entry)
-                if not args.dry_run:  # as it goes: a lease may end at any time
-                    tuned.PATH.write_text(
-                        json.dumps(table, indent=1) + "\n", encoding="utf-8"
-                    )
+    return args, {"small": SMALL} if args.dry_run else shapes
+
+
+def main() -> None:
+    args, shapes = parsed()
+    if args.merge:
+        print(f"{merge(args.merge)} entries into {tuned.PATH}")
+        return
+    file = args.out or (None if args.dry_run else tuned.PATH)
+    table = read_object(file) if file and file.exists() else {}
+    device, began = device_kind(), time.monotonic()
+    work = work_of(args, shapes, table.get(device, {}) if args.out else {})
+    figures: dict = {"entries": [], "failed": []}
+    for i, (shape_name, shape, name, operation) in enumerate(work):
+        left = began + args.seconds - time.monotonic()
+        until = time.monotonic() + left / (len(work) - i)
+        entry = tune(name, shape, operation, args, until)
+        what = f"{shape_name:<6}{name:<8}{operation:<10}"
+        if entry is None:
+            print(f"{what} no candidate compiles", flush=True)
+            figures["failed"].append([shape_name, name, operation])
+        else:
+            print(
+                f"{what}{entry['us']:>10} us, default {entry['default_us']} us: "
+                f"{entry['tiling']}",
+                flush=True,
+            )
+            replace(table, device, name, entry)
+            figures["entries"].append({"shape": shape_name, "backend": name} | entry)
+            if file:  # as it goes: a lease may end at any time
+                write(file, table)
+        common.write_json(args.json, figures)
+    if work and not figures["entries"]:
+        raise SystemExit("error: no candidate of any operation compiles.")
 
 
 if __name__ == "__main__":

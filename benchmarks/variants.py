@@ -94,7 +94,7 @@ def variants(args, shape) -> dict:
             "weight_bytes": sum(a.nbytes for a in jax.tree.leaves(params)),
             "temp_bytes": backward.memory_analysis().temp_size_in_bytes,
         }
-    seconds = common.measure(jobs, args.repeats)
+    seconds = common.measure(jobs, args.repeats, sample_s=common.sample_seconds())
     first = next(iter(rows))
     for which in ("fwd", "fwd_bwd"):
         part = {n: s for (n, w), s in seconds.items() if w == which}

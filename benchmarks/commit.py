@@ -1,0 +1,18 @@
+"""The commit that figures are of."""
+
+import os
+import subprocess
+
+
+def commit() -> str:
+    """MOEX_COMMIT, for a machine without the repository's history; else git's word."""
+    if named := os.environ.get("MOEX_COMMIT"):
+        return named
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        said = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace"
+        )
+    except FileNotFoundError:
+        return ""
+    return said.stdout.strip()
