@@ -50,30 +50,30 @@ def test_the_dry_run_does_every_step_and_its_results_make_rows(tmp_path):
 
 
 def test_a_kill_keeps_what_was_done_and_leaves_nothing_running(tmp_path):
-    args = ("--dry-run", "--steps=ceiling,kernels", f"--out={tmp_path}")
+    args = ("--dry-run", "--steps=ceiling,loads", f"--out={tmp_path}")
     archive = tmp_path / "all.tar.gz"
     process = start(*args, f"--pack={archive}")
-    events = tmp_path / "partial" / "ceiling.jsonl"
-    while not events.exists():  # the kernels are done, the next step has begun
+    events = tmp_path / "partial" / "loads.jsonl"
+    while not events.exists():  # the ceiling is done, the next step has begun
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     children = children_of(process.pid)
     process.kill()
     process.wait()
     process.stdout.close()
-    before = (tmp_path / "kernels.json").read_bytes()
-    assert result(tmp_path, "kernels")["status"] == "done" and children
-    assert not (tmp_path / "ceiling.json").exists()
+    before = (tmp_path / "ceiling.json").read_bytes()
+    assert result(tmp_path, "ceiling")["status"] == "done" and children
+    assert not (tmp_path / "loads.json").exists()
     with tarfile.open(archive) as tar:
-        assert tar.getnames() == ["kernels.json"]
+        assert tar.getnames() == ["ceiling.json"]
     wait_for(lambda: not any(map(alive, children)))
 
     again = start(*args)
     said, _ = again.communicate()
     assert again.returncode == 0, said
-    assert "kernels: dry" not in said and "ceiling: dry" in said
-    assert (tmp_path / "kernels.json").read_bytes() == before
-    assert result(tmp_path, "ceiling")["status"] == "done"
+    assert "ceiling: dry" not in said and "loads: dry" in said
+    assert (tmp_path / "ceiling.json").read_bytes() == before
+    assert result(tmp_path, "loads")["status"] == "done"
     assert not list((tmp_path / "partial").iterdir())
 
 

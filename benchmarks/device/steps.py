@@ -208,7 +208,7 @@ STEPS = (
                     "--loads=random",
                     "--implementations=triton_interpret",
                     "--repeats=1",
-                    "--others=ragged_dot",
+                    "--others=",
                 ),
             ),
         ),
@@ -223,7 +223,13 @@ STEPS = (
             Run(
                 "H1 triton",
                 "benchmarks.moe_layer",
-                (TINY, "--loads=random", "--implementations=xla", "--repeats=1"),
+                (
+                    TINY,
+                    "--loads=random",
+                    "--implementations=xla",
+                    "--others=",
+                    "--repeats=1",
+                ),
             ),
         ),
     ),
