@@ -28,7 +28,7 @@ NEXT_LOSS = 5.99739  # of step 4, as version 0.2.0 went on
 
 @pytest.fixture(scope="module", autouse=True)
 def setting():
-    with runs.shared_programs(), runs.one_device():
+    with runs.one_device():
         yield
 
 
