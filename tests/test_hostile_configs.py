@@ -107,7 +107,7 @@ EDITS = [
     ("model.layers.1.repeat", 10**6, "repeat = 1000000: must be at most"),
     ("model.layers.1.pattern.0.router", BASE, "router = 'Config': must be a router"),
     ("model.layers.1.pattern.0.experts", BASE, "must be an experts config such as"),
-    ("model.layers.1.pattern", BASE, "must be tuple of Config, not Config"),
+    ("model.layers.1.pattern", BASE, "must be tuple of a feed-forward"),
     ("model.layers.1.pattern.0", BASE, "must be a feed-forward config"),
     ("model.attention", BASE, "must be an attention config"),
     ("model.attention.heads", 0, "config.model.attention.heads = 0: must be"),

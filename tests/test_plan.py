@@ -339,9 +339,13 @@ def test_latent_tokens_travel_as_latents():
     moe = MoE(
         num_experts=8, router=TopK(k=2), experts=Latent(hidden=8, latent=4, group=4)
     )
-    assert traffics.travel_width(moe, 32, K=2, n=4) == (8, 32)
-    assert traffics.travel_width(moe, 8, K=2, n=4) == (8, 8)  # no shorter
-    assert traffics.travel_width(moe, 32, K=1, n=4) == (32, 32)  # more spaces
+
+    def widths(dim, slots):
+        return moe.experts.travel_widths(8, dim, slots, num_devices=4)
+
+    assert widths(32, 2) == (8, 32)
+    assert widths(8, 2) == (8, 8)  # no shorter
+    assert widths(32, 1) == (32, 32)  # more spaces
 
 
 # What to change, and the command.

@@ -91,10 +91,9 @@ def _info(routed: Routed) -> LayerInfo:
         round=routed.round,
         num_experts=routed.moe.num_experts,
         num_choices=choices,
-        # Where experts choose, a token may be taken by all of them.
-        slots=router.slots(choices) if hasattr(router, "slots") else choices,
+        slots=router.slots(choices),
         router=type(router).__name__,
-        causal=getattr(router, "causal", True),
+        causal=router.causal,
         capacity_factor=routed.moe.capacity_factor,
     )
 

@@ -239,10 +239,25 @@ def check_types(config: Config, path: str) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not fits(value, field.type):
-            raise ConfigError(
-                f"{path}.{field.name} = {short(value)}: must be "
-                f"{type_name(field.type)}, not {type(value).__name__}."
-            )
+            where, value, kind = _misfit(f"{path}.{field.name}", value, field.type)
+            name = type(value).__name__
+            text, end = short(value), f", not {name}."
+            if isinstance(value, Config):
+                text, end = repr(name), "."
+            raise ConfigError(f"{where} = {text}: must be {type_name(kind)}{end}")
+
+
+def _misfit(path: str, value: Any, annotation: Any) -> tuple[str, Any, Any]:
+    """(path, value, type) of an entry of a tuple that does not fit, or of all of it."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    kinds = args if origin in (types.UnionType, typing.Union) else (annotation,)
+    for kind in kinds:
+        entry = typing.get_args(kind)
+        if typing.get_origin(kind) is tuple and entry[1:] == (Ellipsis,):
+            for i, v in enumerate(value if isinstance(value, (tuple, list)) else ()):
+                if isinstance(v, Config) and not fits(v, entry[0]):
+                    return f"{path}[{i}]", v, entry[0]
+    return path, value, annotation
 
 
 def fits(value: Any, annotation: Any) -> bool:
@@ -289,7 +304,9 @@ def type_name(annotation: Any) -> str:
         return f"mapping of {type_name(args[0])} to {type_name(args[1])}"
     if annotation in (None, type(None)):
         return "None"
-    return getattr(annotation, "__name__", str(annotation))
+    if isinstance(annotation, type):  # a contract says its role in a sentence
+        return vars(annotation).get("role", annotation.__name__)
+    return str(annotation)
 
 
 def to_dict(value: Any) -> Any:
@@ -404,9 +421,9 @@ def config_class(tag: Any, path: str) -> type[Config]:
         raise ConfigError(f"{path}: {short(tag)}: {e}") from e
     except (ImportError, OSError, ValueError):
         cls = None
-    is_config = isinstance(cls, type) and issubclass(cls, Config)
-    if is_config and not inspect.isabstract(cls):
-        return cls
+    if isinstance(cls, type) and issubclass(cls, Config):  # noqa: SIM102
+        if not inspect.isabstract(cls):
+            return cls
     advice = ""
     if module and not inside:
         advice = (

@@ -18,6 +18,7 @@ from moex.convert.kinds.moe import Upcycle
 from moex.convert.upcycle import chosen_layers, layer_of_dense, moe_of_dense
 from moex.model.layers import layers as layers_of
 from moex.model.layers import sites
+from moex.moe.contract import RouterConfig
 from moex.nn.mlp import Dense
 
 
@@ -132,8 +133,8 @@ def _at_copies(ffn, copies: slice):
     """A feed-forward config with what it says of each copy cut to some copies."""
     ffn = copy.deepcopy(ffn)
     for _, node in walk(ffn, ""):
-        if hasattr(node, "validate_repeat") and isinstance(node.p, (tuple, list)):
-            node.p = tuple(node.p[copies])
+        if isinstance(node, RouterConfig):
+            node.keep_copies(copies)
     return ffn
 
 

@@ -103,7 +103,7 @@ class BlockCost:
         return 2 * met + self.score_flops
 
     def _use(self, name: str, experts_per_token=None) -> tuple[float, float]:
-        if name.startswith("ffn/") and hasattr(self.ffn, "param_use"):
+        if name.startswith("ffn/"):
             return self.ffn.param_use(name.removeprefix("ffn/"), experts_per_token)
         return 1.0, 1.0
 

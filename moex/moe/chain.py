@@ -10,20 +10,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moex.config.base import Config, require
-from moex.moe.layer import MoE, SparseLayer, check_capacity, check_router
+from moex.config.base import require
+from moex.moe.contract import Router, RouterConfig
+from moex.moe.layer import MoE, SparseLayer, check_capacity, check_router, loss_weights
 from moex.nn.context import fold_key
+from moex.nn.contract import FeedForwardConfig
 
 ROUTERS = ("independent", "shared")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Chain(Config):
+class Chain(FeedForwardConfig):
     """`iterations` rounds through the experts of `moe`; k counts experts per round."""
 
     moe: MoE  # the experts, held once, and the router of every round
     iterations: int  # C, >= 1
-    routers: str | tuple[Config, ...] = "independent"  # or "shared"; or one per round
+    routers: str | tuple[RouterConfig, ...] = (
+        "independent"  # or "shared"; or one per round
+    )
     inner_residual: bool = True  # a round adds to its input
     shared_once: bool = False  # the shared expert: in the first round only
 
@@ -51,10 +55,15 @@ class Chain(Config):
             )
 
     def validate_dim(self, dim, path):
-        """Checks that need the model width."""
         self.moe.validate_dim(dim, f"{path}.moe")
 
-    def rounds(self) -> list:
+    def validate_repeat(self, repeat, path):
+        self.moe.validate_repeat(repeat, f"{path}.moe")
+        if not isinstance(self.routers, str):
+            for i, router in enumerate(self.routers):
+                router.validate_repeat(repeat, f"{path}.routers[{i}]")
+
+    def rounds(self) -> list[RouterConfig]:
         """The router config of each round."""
         if isinstance(self.routers, str):
             return [self.moe.router] * self.iterations
@@ -100,17 +109,24 @@ class ChainLayer(SparseLayer):
         self.iterations = cfg.iterations
         self.inner_residual = cfg.inner_residual
         self.shared_once = cfg.shared_once
-        if cfg.routers == "shared":
-            self.router = cfg.moe.router.make(dim, choices, rngs)
-        else:
-            self.routers = nnx.List(r.make(dim, choices, rngs) for r in cfg.rounds())
+        shared = cfg.routers == "shared"
+        self.router: Router | None = (
+            cfg.moe.router.make(dim, choices, rngs) if shared else None
+        )
+        self.routers: nnx.List | None = (
+            None
+            if shared
+            else nnx.List(r.make(dim, choices, rngs) for r in cfg.rounds())
+        )
+        self.loss_weights = tuple(map(loss_weights, cfg.rounds()))
         super().__init__(cfg.moe, dim, rngs)
 
     def __call__(self, x_BLD, ctx):
         z_BLD, sum_BLD, rounds = x_BLD, None, []
         for t in range(self.iterations):
-            router = self.router if hasattr(self, "router") else self.routers[t]
-            y_BLD, aux = self.mix(z_BLD, router, self._context(ctx, t))
+            router = self.router if self.routers is None else self.routers[t]
+            own = self._context(ctx, t)
+            y_BLD, aux = self.mix(z_BLD, router, self.loss_weights[t], own)
             if self.shared is not None and (t == 0 or not self.shared_once):
                 y_BLD = y_BLD + self.shared_output(z_BLD, ctx)
             rounds.append(aux)

@@ -4,33 +4,32 @@ B batch · L length · T = B * L tokens · D model width · E experts · K slots
 """
 
 import dataclasses
-from inspect import signature
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moex.config.base import Config, require, walk
+from moex.config.base import require, walk
+from moex.config.schedule import static_value
 from moex.moe import losses, metrics
 from moex.moe.capacity import drop_over_capacity, expert_capacity
-from moex.moe.experts.glu import Glu
+from moex.moe.contract import ExpertsConfig, RouterConfig
 from moex.moe.experts.zero import Zero
 from moex.moe.parallel import Rows, run_experts
 from moex.moe.routing import ExpertRouting
-from moex.nn.block import is_feed_forward
+from moex.nn.contract import FeedForward, FeedForwardConfig
 from moex.nn.param import param
 from moex.sharding import constrain, on_a_mesh
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class MoE(Config):
+class MoE(FeedForwardConfig):
     """A sparse feed-forward: `router` chooses among `num_experts` of kind `experts`."""
 
     num_experts: int  # E, >= 1
-    router: Config  # how tokens choose, such as TopK(k=2)
-    experts: Config  # what an expert is, such as Glu(hidden=512)
-    shared: Config | None = None  # a feed-forward for every token, such as Dense(...)
+    router: RouterConfig  # how tokens choose, such as TopK(k=2)
+    experts: ExpertsConfig  # what an expert is, such as Glu(hidden=512)
+    shared: FeedForwardConfig | None = None  # for every token, such as Dense(...)
     shared_gate: bool = False  # the shared output times sigmoid(x w), as in Qwen2-MoE
     zero: Zero | None = None  # choices that cost nothing, beside the experts
     capacity_factor: float | None = (
@@ -53,28 +52,21 @@ class MoE(Config):
         check_router(self.router, self.num_choices(), f"{path}.router")
         check_capacity(self, self.router, f"{path}.capacity_factor")
         require(
-            _makes(self.experts, "dim", "num_experts", "rngs")
-            and not hasattr(self.experts, "validate_experts"),
-            f"{path}.experts",
-            type(self.experts).__name__,
-            "an experts config such as Glu",
-        )
-        require(
             self.buffer_slots is None or self.buffer_slots > 0,
             f"{path}.buffer_slots",
             self.buffer_slots,
             "above 0, or None for buffers that hold all slots",
         )
         require(
-            self.buffer_slots is None
-            or (isinstance(self.experts, Glu) and not self.experts.bias),
+            self.buffer_slots is None or self.experts.takes_buffer_rows(),
             f"{path}.buffer_slots",
             self.buffer_slots,
             f"None with {type(self.experts).__name__}: for Glu without biases",
         )
         require(
-            self.shared is None
-            or (is_feed_forward(self.shared) and not _has_router(self.shared)),
+            not any(
+                isinstance(node, RouterConfig) for _, node in walk(self.shared, "")
+            ),
             f"{path}.shared",
             type(self.shared).__name__,
             "a dense feed-forward config such as Dense, or None",
@@ -87,13 +79,12 @@ class MoE(Config):
         )
 
     def validate_dim(self, dim, path):
-        """Checks that need the model width."""
-        experts: Any = self.experts
-        if hasattr(experts, "validate_sizes"):
-            experts.validate_sizes(self.num_experts, dim, f"{path}.experts")
-        shared: Any = self.shared
-        if hasattr(shared, "validate_dim"):
-            shared.validate_dim(dim, f"{path}.shared")
+        self.experts.validate_sizes(self.num_experts, dim, f"{path}.experts")
+        if self.shared is not None:
+            self.shared.validate_dim(dim, f"{path}.shared")
+
+    def validate_repeat(self, repeat, path):
+        self.router.validate_repeat(repeat, f"{path}.router")
 
     def num_choices(self) -> int:
         """What a router chooses among: experts and zero-computation experts."""
@@ -105,22 +96,12 @@ class MoE(Config):
         All choices are alike then, so zero-computation experts get their share.
         """
         choices = self.num_choices()
-        router: Any = self.router
-        return router.expected_slots(choices) * self.num_experts / choices
+        return self.router.expected_slots(choices) * self.num_experts / choices
 
     def param_use(self, name, experts_per_token=None) -> tuple[float, float]:
-        """How a token uses a parameter: the share it meets, the times it meets it.
-
-        Zero-computation experts are computed for every token.
-
-        Args:
-          name: path of the parameter in the layer, such as "experts/w_out_EFD".
-          experts_per_token: measured; None: as expected before training.
-        """
-        shared: Any = self.shared
-        if name.startswith("shared/") and hasattr(shared, "param_use"):
-            return shared.param_use(name.removeprefix("shared/"))
-        if not name.startswith("experts/"):
+        if name.startswith("shared/") and self.shared is not None:
+            return self.shared.param_use(name.removeprefix("shared/"))
+        if not name.startswith("experts/"):  # zero-computation ones see every token
             return 1.0, 1.0
         if experts_per_token is None:
             experts_per_token = self.expected_experts()
@@ -128,13 +109,10 @@ class MoE(Config):
 
     def expert_use(self, name, rounds: list[float]) -> tuple[float, float]:
         """`param_use` of the experts when tokens come in `rounds` of so many slots."""
-        E = self.num_experts
-        experts: Any = self.experts
+        E, last = self.num_experts, name.split("/")[-1]
 
         def frac(slots):
-            if hasattr(experts, "expert_frac"):
-                return experts.expert_frac(E, slots, name.split("/")[-1])
-            return slots / E
+            return self.experts.expert_frac(E, slots, last)
 
         return frac(min(sum(rounds), E)), sum(map(frac, rounds))
 
@@ -142,36 +120,45 @@ class MoE(Config):
         return MoELayer(self, dim, rngs)
 
 
-def check_router(router: Any, num_choices: int, path: str) -> None:
-    """Check that a config is a router, and one for this number of choices."""
-    require(
-        hasattr(router, "validate_experts")
-        and _makes(router, "dim", "num_experts", "rngs"),
-        path,
-        type(router).__name__,
-        "a router config such as TopK",
-    )
+def check_router(router: RouterConfig, num_choices: int, path: str) -> None:
+    """Check a router for this number of choices, and the names of its losses."""
     router.validate_experts(num_choices, path)
+    for name in router.losses():
+        require(
+            name.isidentifier() and name not in losses.TAKEN,
+            f"{path}.losses()",
+            name,
+            f"identifiers other than {', '.join(losses.TAKEN)}",
+        )
 
 
-def check_capacity(moe: MoE, router: Any, path: str) -> None:
+def loss_weights(router: RouterConfig) -> tuple:
+    """((name, coefficient), ...) of the router's own losses, for its layer to keep."""
+    return tuple((k, static_value(v)) for k, v in sorted(router.losses().items()))
+
+
+def check_losses(router, routing, weights) -> None:
+    """Check that a router reports the losses that its config names.
+
+    Raises:
+      ValueError: if it reports others.
+    """
+    named, told = [name for name, _ in weights], sorted(routing.losses)
+    if named != told:
+        raise ValueError(
+            f"{type(router).__name__} reports the losses {told}; `losses()` of its "
+            f"config names {named}."
+        )
+
+
+def check_capacity(moe: MoE, router: RouterConfig, path: str) -> None:
     """A capacity is for routers in which tokens choose."""
     require(
-        moe.capacity_factor is None or hasattr(router, "slots"),
+        moe.capacity_factor is None or not router.experts_choose,
         path,
         moe.capacity_factor,
         f"None: {type(router).__name__} fills its experts evenly",
     )
-
-
-def _makes(config: Any, *names: str) -> bool:
-    """Whether a config has `make` with exactly these parameters."""
-    make = getattr(config, "make", None)
-    return make is not None and tuple(signature(make).parameters) == names
-
-
-def _has_router(config) -> bool:
-    return any(hasattr(node, "validate_experts") for _, node in walk(config, ""))
 
 
 def split_experts(moe: MoE, parts: int) -> MoE:
@@ -180,31 +167,19 @@ def split_experts(moe: MoE, parts: int) -> MoE:
     The same parameters and FLOPs, and many more combinations.
 
     Raises:
-      ValueError: if the width is not a multiple, or the router has no k.
+      ValueError: if the width is not a multiple, or the router or experts cannot.
 
     Source: DeepSeekMoE, arXiv:2401.06066, section 3.1.
     """
-    router: Any = moe.router
-    experts: Any = moe.experts
-    if not hasattr(router, "k") or not isinstance(experts, Glu) or experts.bias:
-        raise ValueError(
-            "split_experts needs a router with k and Glu experts without biases; got "
-            f"{type(router).__name__} and {experts}."
-        )
-    if parts < 1 or experts.hidden % parts:
-        raise ValueError(
-            f"split_experts needs parts >= 1 that divide the expert width; got "
-            f"parts={parts}, hidden={experts.hidden}."
-        )
     return dataclasses.replace(
         moe,
         num_experts=moe.num_experts * parts,
-        router=dataclasses.replace(router, k=router.k * parts),
-        experts=dataclasses.replace(experts, hidden=experts.hidden // parts),
+        router=moe.router.split(parts),
+        experts=moe.experts.split(parts),
     )
 
 
-class SparseLayer(nnx.Module):
+class SparseLayer(FeedForward):
     """Everything of an MoE layer but its router: what a chain goes round with."""
 
     def __init__(self, cfg, dim, rngs):
@@ -220,8 +195,19 @@ class SparseLayer(nnx.Module):
             else None
         )
 
-    def mix(self, x_BLD, router, ctx):
-        """`(y_BLD, aux)` of the routed experts alone."""
+    def mix(self, x_BLD, router, loss_weights, ctx):
+        """The routed experts alone.
+
+        Args:
+          x_BLD: input of the layer.
+          router: `Router`.
+          loss_weights: of its own losses, from `loss_weights`.
+          ctx: `Context`.
+
+        Returns:
+          (y_BLD, aux); aux has "losses" (`losses.layer_losses`), "load" and "stats"
+          (`metrics.routing_stats`), and where `ctx.collect` what a trace needs.
+        """
         B, L, D = x_BLD.shape
         x_TD = constrain(x_BLD.reshape(-1, D), "tokens", None)
         valid_T = ctx.valid_BL.reshape(-1)
@@ -229,6 +215,7 @@ class SparseLayer(nnx.Module):
             routing = router(x_TD, ctx)
             if not isinstance(routing, ExpertRouting):  # which takes no padding
                 routing = routing.keep_only(valid_T[:, None])
+            check_losses(router, routing, loss_weights)
             load_BE, real_T = metrics.loads(routing, (B, L), self.num_experts)
         if isinstance(routing, ExpertRouting):
             y_TD, num_kept, num_lost = self._sums_of_experts(x_TD, routing, ctx)
@@ -243,7 +230,7 @@ class SparseLayer(nnx.Module):
             num_lost,
             self.num_experts,
             y_TD,
-        )
+        ) | losses.own_sums(routing.losses, loss_weights, valid_T, ctx.step)
         aux = {
             "losses": losses.layer_losses(stats),
             "load": stats["load_E"],
@@ -311,10 +298,11 @@ class MoELayer(SparseLayer):
 
     def __init__(self, cfg, dim, rngs):
         self.router = cfg.router.make(dim, cfg.num_choices(), rngs)
+        self.loss_weights = loss_weights(cfg.router)
         super().__init__(cfg, dim, rngs)
 
     def __call__(self, x_BLD, ctx):
-        y_BLD, aux = self.mix(x_BLD, self.router, ctx)
+        y_BLD, aux = self.mix(x_BLD, self.router, self.loss_weights, ctx)
         if self.shared is not None:
             y_BLD = y_BLD + self.shared_output(x_BLD, ctx)
         return y_BLD, aux

@@ -9,6 +9,15 @@ E experts · ... any leading dims (layers, chain steps, sequences)
 
 import jax.numpy as jnp
 
+from moex.config.schedule import value_at
+
+# Prefixes of the sums that a layer has of its router's own losses.
+OWN, WEIGHTED = "own_loss:", "own_loss_weighted:"
+# Names that a router's own losses cannot have: of the losses that every layer has.
+TAKEN = (
+    *("z", "load_balance", "sequence_balance", "router_z", "entropy", "importance"),
+)
+
 
 def load_balance_loss(load_E, prob_sum_E, num_tokens):
     """E * sum_e f_e P_e; 1 at uniform routing for any k.
@@ -45,7 +54,53 @@ def layer_losses(stats) -> dict:
         "router_z": mean_loss(stats["z_sum"], tokens),
         "entropy": mean_loss(stats["entropy_sum"], tokens),
         "importance": importance_loss(prob_sum_E),
+        **{
+            f"{name.removeprefix(OWN)}_loss": mean_loss(total, tokens)
+            for name, total in stats.items()
+            if name.startswith(OWN)
+        },
     }
+
+
+def own_sums(loss_T, weights, valid_T, step) -> dict:
+    """Sums over the valid tokens of a router's own losses, plain and weighted.
+
+    Args:
+      loss_T: `Routing.losses`.
+      weights: ((name, coefficient), ...) of all of them.
+      valid_T: bool, False at padding.
+      step: optimizer step; None, outside of training: there are no weighted sums.
+    """
+    sums = {}
+    for name, weight in weights:
+        total = jnp.sum(jnp.where(valid_T, loss_T[name], 0.0))
+        sums[f"{OWN}{name}"] = total
+        if step is not None:
+            sums[f"{WEIGHTED}{name}"] = value_at(weight, step) * total
+    return sums
+
+
+def own_losses(layers, num_tokens, over_layers) -> dict:
+    """The part of a microbatch in the weighted losses that routers have of their own.
+
+    Args:
+      layers: `{path: aux of a layer}`.
+      num_tokens: tokens of the whole optimizer step.
+      over_layers: `Loss.over_layers`, "sum" or "mean".
+
+    Returns:
+      float32 scalars by name, over all layers and chain rounds.
+    """
+    total: dict = {}
+    count = 0
+    for layer in layers.values():
+        count += layer["stats"]["num_tokens"].size
+        for key, value in layer["stats"].items():
+            if key.startswith(WEIGHTED):
+                name = key.removeprefix(WEIGHTED)
+                total[name] = total.get(name, 0.0) + jnp.sum(value)
+    divisor = num_tokens * (count if over_layers == "mean" else 1)
+    return {name: value / divisor for name, value in total.items()}
 
 
 def sequence_balance_sums(load_BE, prob_sum_BE, num_tokens_B):

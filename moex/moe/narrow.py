@@ -4,58 +4,47 @@ B batch · L length · D model width · Z latent width
 """
 
 import dataclasses
-from typing import Any
 
-from flax import nnx
-
-from moex.config.base import Config, require
-from moex.nn.block import is_feed_forward
+from moex.config.base import require
+from moex.nn.contract import FeedForward, FeedForwardConfig
 from moex.nn.param import param
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Narrow(Config):
+class Narrow(FeedForwardConfig):
     """`inner` between one projection to `latent` and one back, for every token.
 
     Tokens are dispatched in the latent width, so traffic falls by latent / dim.
     """
 
     latent: int  # width Z of the inner layer, 1 <= latent <= model width
-    inner: Config  # a feed-forward: MoE, Chain, Dense, ...
+    inner: FeedForwardConfig  # a feed-forward: MoE, Chain, Dense, ...
 
     def validate(self, path):
         require(self.latent >= 1, f"{path}.latent", self.latent, "at least 1")
-        require(
-            is_feed_forward(self.inner),
-            f"{path}.inner",
-            type(self.inner).__name__,
-            "a feed-forward config such as MoE",
-        )
 
     def validate_dim(self, dim, path):
-        """Checks that need the model width."""
         require(
             self.latent <= dim,
             f"{path}.latent",
             self.latent,
             f"at most the model width, {dim}",
         )
-        inner: Any = self.inner
-        if hasattr(inner, "validate_dim"):
-            inner.validate_dim(self.latent, f"{path}.inner")
+        self.inner.validate_dim(self.latent, f"{path}.inner")
+
+    def validate_repeat(self, repeat, path):
+        self.inner.validate_repeat(repeat, f"{path}.inner")
 
     def param_use(self, name, experts_per_token=None) -> tuple[float, float]:
-        """As `MoE.param_use`."""
-        inner: Any = self.inner
-        if name.startswith("inner/") and hasattr(inner, "param_use"):
-            return inner.param_use(name.removeprefix("inner/"), experts_per_token)
+        if name.startswith("inner/"):
+            return self.inner.param_use(name.removeprefix("inner/"), experts_per_token)
         return 1.0, 1.0
 
     def make(self, dim, rngs):
         return NarrowLayer(self, dim, rngs)
 
 
-class NarrowLayer(nnx.Module):
+class NarrowLayer(FeedForward):
     """y = inner(x W_down) W_up; router and shared expert see the latent tokens.
 
     Parameters: w_down_DZ [D, Z], w_up_ZD [Z, D].

@@ -19,7 +19,6 @@ axis of n: t tokens, e experts, N rows that leave, R rows that arrive
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +26,11 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import combine, dispatch, make_plan
+from kernels_pallas import dispatch, make_plan
 from kernels_pallas.permute import take
 from moex.exact import exact
 from moex.moe.all_to_all import moves_all_to_all, plan_travel
+from moex.nn.contract import StackReader
 from moex.nn.param import split_params
 from moex.sharding import TOKEN_AXES, on_a_mesh, partition_spec
 
@@ -76,10 +76,10 @@ def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
     if not on_a_mesh():
         T = x_TD.shape[0]
         limits = rows.limits(T, T, num_experts)
-        if ctx.whole_stack and reads_stack(experts):
+        if ctx.whole_stack and isinstance(experts, StackReader):
             slots = _in_stack(slots, num_experts, ctx.layer)
             num_experts *= experts.num_copies()
-        y_TD = local_sums(sums_of(experts), x_TD, slots, num_experts, ctx, **limits)
+        y_TD = local_sums(experts.sums, x_TD, slots, num_experts, ctx, **limits)
         return y_TD, jnp.zeros(())
     mesh = jax.sharding.get_abstract_mesh()
     tokens = P(TOKEN_AXES)
@@ -122,11 +122,6 @@ def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
     return run(weights, nnx.to_pure_dict(rest), x_TD, *slots)
 
 
-def reads_stack(experts) -> bool:
-    """Whether these experts can be given the weights of all copies of their layer."""
-    return getattr(experts, "reads_stack", False)
-
-
 def _in_stack(slots, num_experts, layer):
     """Slots with the ids that the experts have among those of all copies."""
     expert_TK, gate_TK, keep_TK = slots
@@ -134,23 +129,11 @@ def _in_stack(slots, num_experts, layer):
     return expert_TK + layer * num_experts, gate_TK, keep_TK
 
 
-def sums_of(experts) -> Callable:
-    """`(x_TD, gate_TK, plan, ctx) -> y_TD` of an expert kind."""
-    if hasattr(experts, "fused"):
-        return experts.fused
-
-    def sums(x_TD, gate_TK, plan, ctx):
-        y_ND = experts(dispatch(x_TD, plan), plan.group_sizes_E, ctx)
-        return combine(y_ND, gate_TK, plan)
-
-    return sums
-
-
 def local_sums(sums, x_TD, slots, num_experts, ctx, *, buffer_rows=None, max_rows=None):
     """Gated sums of experts that are all on this device, [T, D].
 
     Args:
-      sums: from `sums_of`.
+      sums: `Experts.sums`, or that of a `TravelForm`.
       x_TD: tokens, or what of them reaches the experts.
       slots: (expert_TK, gate_TK, keep_TK) as in `Routing`; ids outside of
         [0, num_experts) count nothing.
@@ -173,7 +156,8 @@ def local_sums(sums, x_TD, slots, num_experts, ctx, *, buffer_rows=None, max_row
 
 def _for_experts(ctx, share):
     """The context inside: nothing of the batch, only how to compute."""
-    names = ("segment_BL", "position_BL", "token_BL", "key", "forced", "layer", "depth")
+    names = ("segment_BL", "position_BL", "token_BL", "step", "key", "forced")
+    names += ("layer", "depth")
     return dataclasses.replace(ctx, **dict.fromkeys(names), tensor_share=share)
 
 
@@ -244,23 +228,25 @@ class _ExpertAxis:
         t, K = slots[0].shape
         if self.num_devices == 1:
             limits = self.rows.limits(t, t, self.num_experts)
-            own = sums_of(experts)
-            y_tD = local_sums(own, x_tD, slots, self.num_experts, ctx, **limits)
+            y_tD = local_sums(
+                experts.sums, x_tD, slots, self.num_experts, ctx, **limits
+            )
             return y_tD, jnp.zeros(())
         first = lax.axis_index("expert") * self.num_local
         ctx = dataclasses.replace(ctx, first_expert=first)
         if self.has_all_tokens:
-            y_tD, lost = self._own_part(experts, x_tD, _packed(*slots), (t, K), ctx)
+            packed = _packed(*slots)
+            y_tD, lost = self._own_part(experts.sums, x_tD, packed, (t, K), ctx)
             return _sum_over(y_tD, "expert"), lost
         if self._travels_all_to_all(ctx, t, K):
             return self._all_to_all(experts, x_tD, slots, ctx)
         x_RD = lax.all_gather(x_tD, "expert", tiled=True)
         packed = lax.all_gather(_packed(*slots), "expert", tiled=True)
-        y_RD, lost = self._own_part(experts, x_RD, packed, (t, K), ctx)
+        y_RD, lost = self._own_part(experts.sums, x_RD, packed, (t, K), ctx)
         y_tD = lax.psum_scatter(y_RD, "expert", scatter_dimension=0, tiled=True)
         return y_tD, lost
 
-    def _own_part(self, experts, x_RD, packed, shape_tK, ctx, sums=None):
+    def _own_part(self, sums, x_RD, packed, shape_tK, ctx):
         """(sums of the experts of this device for all of R tokens, slots lost)."""
         (t, K), e = shape_tK, self.num_local
         slots = _unpacked(packed, ctx.first_expert, e)
@@ -274,7 +260,6 @@ class _ExpertAxis:
             room = math.ceil(exact(ctx.exchange_buffer) * t * K)
             limits["max_rows"] = min(room, limits.get("max_rows", room))
             lost = jnp.maximum(jnp.sum(slots[2], dtype=jnp.float32) - room, 0)
-        sums = sums or sums_of(experts)
         return local_sums(sums, x_RD, slots, e, ctx, **limits), lost
 
     def _travels_all_to_all(self, ctx, t, K) -> bool:
@@ -289,28 +274,20 @@ class _ExpertAxis:
         t, K = expert_tK.shape
         n, e = self.num_devices, self.num_local
         keep_tK = keep_tK & (expert_tK < self.num_experts)
-        in_latent = hasattr(experts, "can_travel") and experts.can_travel(K, n)
+        form = experts.travel_form(K, n)
         with jax.named_scope("dispatch"):
             travel = plan_travel(expert_tK // e, keep_tK, n, ctx.exchange_buffer)
             layout = travel.layout
-            group_N = experts.group_of(travel.device_N * e) if in_latent else None
-            if in_latent:
-                rows_ND = experts.pick(dispatch(experts.enter(x_tD), layout), group_N)
-            else:
-                rows_ND = dispatch(x_tD, layout)
+            expert_N = travel.device_N * e
+            rows_NC = form.leave(x_tD, layout, expert_N)
             keep_NK = take(keep_tK, layout.token_N) & layout.real_N[:, None]
             packed = _packed(
                 take(expert_tK, layout.token_N), dispatch(gate_tK, layout), keep_NK
             )
-            x_RD, packed = travel.there(rows_ND), travel.there(packed)
-        sums = experts.inside if in_latent else None
-        y_RD, lost = self._own_part(experts, x_RD, packed, (t, K), ctx, sums)
+            x_RC, packed = travel.there(rows_NC), travel.there(packed)
+        y_RC, lost = self._own_part(form.sums, x_RC, packed, (t, K), ctx)
         with jax.named_scope("combine"):
-            y_ND = travel.back(y_RD)
-            if in_latent:
-                y_tD = experts.leave(y_ND, group_N, layout)
-            else:
-                y_tD = combine(y_ND, jnp.ones((t, K)), layout)
+            y_tD = form.arrive(travel.back(y_RC), layout, expert_N)
         return y_tD, lost + jnp.asarray(travel.lost, jnp.float32)
 
 

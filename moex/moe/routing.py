@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moex.config.base import Config, require
 from moex.sharding import by_rows
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
@@ -32,6 +31,9 @@ class Routing:
         averages these.
       sums: what the router's own state update needs beside the load; float32 or int32
         arrays that may be added over microbatches.
+      losses: float32[T] by name, the router's own losses, differentiable: their means
+        over the tokens of a step, times `RouterConfig.losses`, are part of the total
+        loss. A loss of the whole batch is the same number for every token.
     """
 
     expert_TK: jax.Array
@@ -40,6 +42,7 @@ class Routing:
     logits_TE: jax.Array
     probs_TE: jax.Array
     sums: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def keep_only(self, keep_TK) -> "Routing":
         """The same routing with only the slots that `keep_TK` also allows."""
@@ -59,7 +62,7 @@ class ExpertRouting:
 
     Attributes:
       token_EC: int32 in [0, T); the kept slots of an expert name different tokens.
-      gate_EC, keep_EC, logits_TE, probs_TE, sums: as in `Routing`.
+      gate_EC, keep_EC, logits_TE, probs_TE, sums, losses: as in `Routing`.
     """
 
     token_EC: jax.Array
@@ -68,6 +71,7 @@ class ExpertRouting:
     logits_TE: jax.Array
     probs_TE: jax.Array
     sums: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def by_row(self) -> tuple[jax.Array, Routing]:
         """`(token_N, routing)`: every slot as a token of its own with one expert."""
@@ -98,33 +102,6 @@ class ExpertRouting:
     def trace(self) -> dict:
         """What a replay of this routing needs, and the gates."""
         return {"token": self.token_EC, "gate": self.gate_EC, "keep": self.keep_EC}
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class FixedK(Config):
-    """Base of the routers that give every token the same number of experts."""
-
-    k: int  # slots per token, 1 <= k <= num_experts
-
-    def validate(self, path):
-        require(self.k >= 1, f"{path}.k", self.k, "at least 1")
-
-    def validate_experts(self, num_experts, path):
-        """Checks that need the number of experts, which only the layer knows."""
-        require(
-            self.k <= num_experts,
-            f"{path}.k",
-            self.k,
-            f"at most num_experts = {num_experts}; lower k or add experts",
-        )
-
-    def slots(self, num_experts) -> int:
-        """K: slots per token."""
-        return self.k
-
-    def expected_slots(self, num_experts) -> float:
-        """Slots that a token uses, before anything is trained."""
-        return self.k
 
 
 def router_logits(x_TD, w_DE) -> jax.Array:

@@ -16,8 +16,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from kernels_pallas.device import platform
-from moex.config.base import MOST, Config, require, require_choice
+from moex.config.base import MOST, require, require_choice
 from moex.nn.attention_blocks import FLOOR, attend_in_blocks, visible
+from moex.nn.contract import AttentionConfig, AttentionModule
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
 from moex.nn.project import in_c, project
@@ -28,7 +29,7 @@ IMPLEMENTATIONS = ("einsum", "blocks", "cudnn", "splash")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Attention(Config):
+class Attention(AttentionConfig):
     """Grouped-query attention; `heads` query heads share `kv_heads` key/value heads."""
 
     heads: int  # query heads H, >= 1
@@ -74,7 +75,6 @@ class Attention(Config):
             )
 
     def validate_dim(self, dim, path):
-        """Checks that need the model width."""
         require(
             self.head_dim is not None
             or (dim % self.heads == 0 and self.width(dim) % 2 == 0),
@@ -88,16 +88,16 @@ class Attention(Config):
         require(width <= most, f"{path}.heads", self.heads, allowed)
 
     def score_width(self, dim) -> int:
-        """Multiplications per query and visible key, for scores and values."""
         return 2 * self.heads * self.width(dim)
 
     def visible_keys(self, seq_len) -> float:
-        """Mean over the queries of a sequence without documents."""
         return mean_visible(seq_len, self.window)
 
     def key_width(self, dim) -> int:
-        """Numbers per token of keys and values."""
         return 2 * (self.kv_heads or self.heads) * self.width(dim)
+
+    def score_heads(self) -> int:
+        return self.heads
 
     def width(self, dim) -> int:
         """Width of one head for a model of width `dim`."""
@@ -113,7 +113,7 @@ class Attention(Config):
         return {"k_BSGA": jnp.zeros(shape, dtype), "v_BSGA": jnp.zeros(shape, dtype)}
 
 
-class AttentionLayer(nnx.Module):
+class AttentionLayer(AttentionModule):
     """softmax(q k^T / sqrt(A) + mask) v with rotary q and k.
 
     Parameters: w_q_DGRA [D, G, R, A], w_kv_D2GA [D, 2, G, A], w_out_GRAD [G, R, A, D];

@@ -4,8 +4,6 @@ B batch · L length · D model width
 """
 
 import dataclasses
-from inspect import signature
-from typing import Any
 
 import jax
 from flax import nnx
@@ -17,15 +15,6 @@ from moex.nn.norm import RMSNorm
 RESIDUALS = ("prenorm", "released", "both", "none")
 
 
-def is_feed_forward(config: Any) -> bool:
-    """Whether a config can stand in a pattern: `make(dim, rngs)`, no more, no less.
-
-    Routers and experts are made with the number of experts too.
-    """
-    make = getattr(config, "make", None)
-    return make is not None and list(signature(make).parameters) == ["dim", "rngs"]
-
-
 class Block(nnx.Module):
     """h = x + attention(norm(x)), then h + ffn(norm(h)) (pre-norm).
 
@@ -33,8 +22,8 @@ class Block(nnx.Module):
     Chain-of-Experts code, whose residual stream is replaced by its normalised version.
     "both" is h + z + ffn(z) (theirs with the outer residual); "none" is ffn(z).
 
-    The feed-forward is whatever the pattern names: anything with
-    `make(dim, rngs)` and `(x_BLD, ctx) -> (y_BLD, aux)`.
+    The feed-forward is whatever the pattern names, the attention whatever the segment
+    or the model does: see `nn/contract.py`.
 
     Returns `(x_BLD, aux, cache)`; `aux` sits under "ffn", where the module sits.
     """

@@ -22,12 +22,14 @@ class Context:
       key_segment_BS, key_position_BS: the same for the keys of a decoding cache; None
         when the keys are the queries', and a cache is only written.
       cache_index: int32 scalar, where in the cache this call's keys are written.
+      step: int32 scalar, the optimizer step, for coefficients that follow a schedule;
+        None where nothing is trained.
       key: random key for router noise, or None for no noise; every layer gets its own.
       forced: a recorded assignment to replay (`moe/replay.py`), or None.
       layer: int32 scalar, which copy of its segment a layer is; None outside a stack.
       depth: int32 scalar, the number of the block in the model, from 0; for a segment
         that of its first block. None outside a model.
-      whole_stack: experts that can (`reads_stack`) hold the weights of all copies of
+      whole_stack: experts that can (`StackReader`) hold the weights of all copies of
         their layer, [repeat, E, ...], of which those of copy `layer` are meant.
       chain_round: which round of a chain this is, from 0.
       first_expert: int32 scalar, the id of the first expert of this device, inside of
@@ -50,6 +52,7 @@ class Context:
     key_segment_BS: jax.Array | None = None
     key_position_BS: jax.Array | None = None
     cache_index: jax.Array | None = None
+    step: jax.Array | int | None = None
     key: jax.Array | None = None
     forced: dict | None = None
     layer: jax.Array | None = None

@@ -12,10 +12,10 @@ latent width
 import dataclasses
 
 import jax.numpy as jnp
-from flax import nnx
 
-from moex.config.base import Config, require
+from moex.config.base import require
 from moex.nn.attention import attend, choose, extend, key_places, mean_visible
+from moex.nn.contract import AttentionConfig, AttentionModule
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
 from moex.nn.project import project
@@ -24,7 +24,7 @@ from moex.sharding import constrain
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class LatentAttention(Config):
+class LatentAttention(AttentionConfig):
     """Multi-head latent attention of DeepSeek-V2 and V3."""
 
     heads: int  # H, >= 1
@@ -53,20 +53,17 @@ class LatentAttention(Config):
         require(self.rope_theta > 1, f"{path}.rope_theta", self.rope_theta, "above 1")
         require(self.score_scale > 0, f"{path}.score_scale", self.score_scale, "> 0")
 
-    def validate_dim(self, dim, path):
-        """Any model width will do."""
-
     def score_width(self, dim) -> int:
-        """Multiplications per query and visible key, for scores and values."""
         return self.heads * (self.nope_dim + self.rope_dim + self.v_dim)
 
     def visible_keys(self, seq_len) -> float:
-        """Mean over the queries of a sequence without documents."""
         return mean_visible(seq_len)
 
     def key_width(self, dim) -> int:
-        """Numbers per token of keys and values, grown out of the latent."""
         return self.score_width(dim)
+
+    def score_heads(self) -> int:
+        return self.heads
 
     def make(self, dim, rngs):
         return LatentAttentionLayer(self, dim, rngs)
@@ -79,7 +76,7 @@ class LatentAttention(Config):
         }
 
 
-class LatentAttentionLayer(nnx.Module):
+class LatentAttentionLayer(AttentionModule):
     """c, p = x W_kva; k = [norm(c) W_k, rotate(p)]; v = norm(c) W_v.
 
     Parameters: w_kva_DC [D, Z + P], norm_kv, w_kvb_ZHC [Z, H, N + V],

@@ -6,15 +6,15 @@ T tokens · B batch · L length · D model width · F hidden width
 import dataclasses
 
 import jax
-from flax import nnx
 
-from moex.config.base import Config, require
+from moex.config.base import require
+from moex.nn.contract import FeedForward, FeedForwardConfig
 from moex.nn.param import param
 from moex.nn.project import project
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Dense(Config):
+class Dense(FeedForwardConfig):
     """A dense SwiGLU feed-forward layer; also the shape of a shared expert."""
 
     hidden: int  # hidden width F, >= 1
@@ -26,7 +26,7 @@ class Dense(Config):
         return DenseLayer(self, dim, rngs)
 
 
-class DenseLayer(nnx.Module):
+class DenseLayer(FeedForward):
     """W_out (silu(W_gate x) * W_up x), no biases.
 
     Parameters: w_in_D2F [D, 2, F] (gate, up), w_out_FD [F, D].

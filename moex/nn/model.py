@@ -7,14 +7,14 @@ B batch · L length · D model width
 """
 
 import dataclasses
-from typing import Any
 
 from flax import nnx
 
 from moex.config.base import MOST, Config, require
 from moex.nn.context import fold_key
+from moex.nn.contract import AttentionConfig
 from moex.nn.norm import RMSNorm
-from moex.nn.stack import Segment, require_attention
+from moex.nn.stack import Segment
 from moex.sharding import constrain
 
 
@@ -23,7 +23,7 @@ class Model(Config):
     """The base of all models: width, attention, and the layers in their order."""
 
     dim: int  # model width D, >= 1
-    attention: Config  # of every block whose segment does not name its own
+    attention: AttentionConfig  # of every block whose segment does not name its own
     layers: tuple[Segment, ...]  # at least one segment
     norm_eps: float = 1e-6  # added to mean squares, > 0
 
@@ -33,9 +33,7 @@ class Model(Config):
         layers, most = self.num_layers(), MOST["repeat"]
         require(layers <= most, f"{path}.layers", layers, f"at most {most:,} blocks")
         require(self.norm_eps > 0, f"{path}.norm_eps", self.norm_eps, "above 0")
-        require_attention(self.attention, f"{path}.attention")
-        attention: Any = self.attention
-        attention.validate_dim(self.dim, f"{path}.attention")
+        self.attention.validate_dim(self.dim, f"{path}.attention")
         for i, segment in enumerate(self.layers):
             segment.validate_dim(self.dim, f"{path}.layers[{i}]")
 

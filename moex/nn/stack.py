@@ -7,18 +7,17 @@ repeats.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas.names import GROUPED_MATMUL, PRE_ACTIVATIONS
-from moex.config.base import Config, require, require_choice, walk
-from moex.moe.parallel import reads_stack
-from moex.nn.block import RESIDUALS, Block, is_feed_forward
+from moex.config.base import Config, require, require_choice
+from moex.nn.block import RESIDUALS, Block
 from moex.nn.context import fold_key
 from moex.nn.project import in_c
+from moex.nn.contract import AttentionConfig, FeedForwardConfig, StackReader
 from moex.sharding import constrain, on_a_mesh
 
 
@@ -26,24 +25,20 @@ from moex.sharding import constrain, on_a_mesh
 class Segment(Config):
     """`repeat` copies of the blocks that `pattern` describes, in order."""
 
-    pattern: tuple[Config, ...]  # one feed-forward config per block, at least one
+    pattern: tuple[
+        FeedForwardConfig, ...
+    ]  # one feed-forward config per block, at least one
     repeat: int = 1  # copies, >= 1
     residual: str = "prenorm"  # or "released", "both", "none": see `nn/block.py`
-    attention: tuple[Config, ...] | None = None  # one per block; None: the model's
+    attention: tuple[AttentionConfig, ...] | None = (
+        None  # one per block, or the model's
+    )
 
     def validate(self, path):
         require(len(self.pattern) >= 1, f"{path}.pattern", self.pattern, "not empty")
         require(self.repeat >= 1, f"{path}.repeat", self.repeat, "at least 1")
         for i, ffn in enumerate(self.pattern):
-            require(
-                is_feed_forward(ffn),
-                f"{path}.pattern[{i}]",
-                type(ffn).__name__,
-                "a feed-forward config such as Dense or MoE",
-            )
-            for where, node in walk(ffn, f"{path}.pattern[{i}]"):
-                if hasattr(node, "validate_repeat"):
-                    node.validate_repeat(self.repeat, where)
+            ffn.validate_repeat(self.repeat, f"{path}.pattern[{i}]")
         require_choice(f"{path}.residual", self.residual, RESIDUALS)
         own = self.attention
         require(
@@ -53,20 +48,16 @@ class Segment(Config):
             f"one attention for each of the {len(self.pattern)} blocks, or None",
         )
 
-    def attentions(self, default) -> tuple[Any, ...]:
+    def attentions(self, default) -> tuple[AttentionConfig, ...]:
         """The attention config of each block; `default` is the model's."""
         return self.attention or (default,) * len(self.pattern)
 
     def validate_dim(self, dim, path):
         """Checks that need the model width."""
         for i, attention in enumerate(self.attention or ()):
-            own: Any = attention
-            require_attention(own, f"{path}.attention[{i}]")
-            own.validate_dim(dim, f"{path}.attention[{i}]")
+            attention.validate_dim(dim, f"{path}.attention[{i}]")
         for i, ffn in enumerate(self.pattern):
-            config: Any = ffn
-            if hasattr(config, "validate_dim"):
-                config.validate_dim(dim, f"{path}.pattern[{i}]")
+            ffn.validate_dim(dim, f"{path}.pattern[{i}]")
 
     def make(self, attention, dim, rngs, *, norm_eps):
         """A `SegmentStack`; every parameter gets a leading `repeat` dim."""
@@ -81,16 +72,6 @@ class Segment(Config):
         own = self.attentions(attention)
         one = [a.init_cache(dim, batch, length, dtype) for a in own]
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.repeat, *a.shape)), one)
-
-
-def require_attention(attention: Any, path: str) -> None:
-    """Check that a config is an attention: it makes a layer and a decoding cache."""
-    require(
-        hasattr(attention, "init_cache"),
-        path,
-        type(attention).__name__,
-        "an attention config such as Attention or LatentAttention",
-    )
 
 
 class SegmentStack(nnx.Module):
@@ -169,7 +150,7 @@ def _unstacked(layers, repeat) -> list:
 def stack_readers(blocks) -> set[tuple]:
     """Paths of the experts that can read their weights out of the whole stack."""
     modules = nnx.iter_modules(blocks, graph=False)
-    return {path for path, module in modules if reads_stack(module)}
+    return {path for path, module in modules if isinstance(module, StackReader)}
 
 
 REMAT = ("none", "dots", "full")

@@ -167,28 +167,11 @@ def _one_exchange(program: Training, moe, width, passes) -> list[Traffic]:
     ids = SLOT_BYTES * K
     if chosen == "all_to_all":
         rows = tokens * mean_devices(moe, n) * _share(n)
-        there, back = travel_width(moe, width, K, n)
+        there, back = moe.experts.travel_widths(moe.num_experts, width, K, n)
         received = rows * ((there + back) * itemsize + ids)
         return [Traffic("expert", "tokens to experts", passes * received, True)]
     received = tokens * (n - 1) * (2 * width * itemsize + ids)
     return [Traffic("expert", "tokens gathered", passes * received)]
-
-
-def travel_width(moe, width: int, K: int, n: int) -> tuple[int, int]:
-    """Numbers of a row on its way to the experts and back.
-
-    Latent experts take the latents of a token, where these are shorter: the rule of
-    `LatentExperts.can_travel`.
-    """
-    experts = moe.experts
-    latent, ops = getattr(experts, "latent", None), getattr(experts, "ops", ())
-    if latent is None or not {"gate", "up"} <= {*ops} or 2 * latent >= width:
-        return width, width
-    groups = math.ceil(moe.num_experts / experts.group)
-    one_space = groups == 1 or experts.group % (moe.num_experts // n) == 0
-    if not one_space or groups > K:
-        return width, width
-    return 2 * latent, latent if "down" in ops else width
 
 
 def expected_slots(moe) -> float:
@@ -204,20 +187,21 @@ def mean_devices(moe, n: int) -> float:
     kept that are elsewhere.
     """
     E, K = moe.num_experts, expected_slots(moe)
-    groups = getattr(moe.router, "groups", None)
+    groups = moe.router.groups_kept()
     if int(K) != K or K > E:
         return n * (1 - (1 - 1 / n) ** K)
     if groups is None:
         return n * (1 - _none(E, E // n, int(K)))
-    size, keep = E // groups.num, groups.keep
-    if n >= groups.num:  # a device's experts are of one group
+    num, keep = groups
+    size = E // num
+    if n >= num:  # a device's experts are of one group
         missed = _none(keep * size, E // n, int(K))
-        return n * keep / groups.num * (1 - missed)
-    own = groups.num // n  # groups of a device; j of them are kept
+        return n * keep / num * (1 - missed)
+    own = num // n  # groups of a device; j of them are kept
     missed = sum(
         math.comb(own, j)
-        * math.comb(groups.num - own, keep - j)
-        / math.comb(groups.num, keep)
+        * math.comb(num - own, keep - j)
+        / math.comb(num, keep)
         * _none(keep * size, j * size, int(K))
         for j in range(min(own, keep) + 1)
     )

@@ -21,6 +21,7 @@ from moex.config.base import (
 )
 from moex.config.schedule import Schedule, require_values
 from moex.data.pipeline import Data
+from moex.nn.contract import PartConfig
 from moex.nn.lm import LM
 from moex.nn.stack import REMAT
 from moex.optim import Optim
@@ -231,7 +232,7 @@ def check_schedules(cfg) -> None:
 def not_causal(model: LM, path: str = "config.model") -> str | None:
     """Where a model looks at later tokens (and so cannot decode); None: nowhere."""
     for where, node in configs.walk(model, path):
-        if not getattr(node, "causal", True):
+        if isinstance(node, PartConfig) and not node.causal:
             return where
     return None
 

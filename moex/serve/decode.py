@@ -19,8 +19,8 @@ from flax import nnx
 
 from kernels_pallas.device import platform
 from moex.costs.accounting import num_bytes
-from moex.moe.parallel import reads_stack
 from moex.nn.context import Context
+from moex.nn.contract import StackReader
 from moex.nn.lm import LM
 from moex.runs.room import device_bytes
 
@@ -202,7 +202,7 @@ def _generate(
 def cast_experts(model, dtype) -> None:
     """Experts in the compute dtype: once, not all of them again for every token."""
     for _, module in nnx.iter_modules(model, graph=False):
-        if reads_stack(module):
+        if isinstance(module, StackReader):
             for weight in jax.tree.leaves(module, is_leaf=_is_param):
                 weight[...] = weight[...].astype(dtype)
 
@@ -301,7 +301,7 @@ def _check_memory(model_cfg: LM, batch: int, prompt: int, new: int, dtype: str) 
     """
     slots = prompt + new - 1
     cache = jax.eval_shape(lambda: model_cfg.init_cache(batch, slots, jnp.dtype(dtype)))
-    pair = 1 if platform() == "gpu" else 4 * getattr(model_cfg.attention, "heads", 1)
+    pair = 1 if platform() == "gpu" else 4 * model_cfg.attention.score_heads()
     needed = num_bytes(cache) + batch * prompt**2 * pair
     room = device_bytes(jax.local_devices()[:1])
     if needed > room:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moex.config.schedule import value_at
-from moex.moe.losses import load_balance_loss
+from moex.moe.losses import load_balance_loss, own_losses
 from moex.nn.context import Context
 
 
@@ -99,6 +99,7 @@ def lm_loss(
     )
     for name, value in raw.items():
         weighted[name] = value_at(getattr(coefs, name), step) * value
+    weighted |= own_losses(sums["layers"], counts["tokens"], coefs.over_layers)
     loss = sums["nll"] / counts["targets"] + sum(weighted.values())
     return loss, sums | {"weighted": weighted}
 

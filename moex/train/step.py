@@ -41,7 +41,7 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
 
     def loss_fn(params, state, batch, key, counts, step, load_before):
         model = spec.merge(params, state)
-        ctx = make_context(batch, key=key, mode="train", **static)
+        ctx = make_context(batch, step=step, key=key, mode="train", **static)
         return lm_loss(
             model,
             ctx,

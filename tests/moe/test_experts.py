@@ -78,7 +78,7 @@ def by_definition(module, x_TD, gate_TK, plan, ctx):
 
 
 def fused(module, x_TD, gate_TK, plan, ctx):
-    return module.fused(x_TD, gate_TK, plan, ctx)
+    return module.sums(x_TD, gate_TK, plan, ctx)
 
 
 @functools.lru_cache

@@ -369,7 +369,7 @@ def test_split_experts_keep_parameters_and_work():
     assert sizes[0] == sizes[1]
     with pytest.raises(ValueError, match=r"parts=4, hidden=6"):
         split_experts(moe, 4)
-    with pytest.raises(ValueError, match="got TopP and Glu"):
+    with pytest.raises(ValueError, match="TopP cannot choose parts of experts"):
         split_experts(other(TopP(p=0.5, k_max=2)), 3)
 
 
@@ -382,7 +382,7 @@ def test_split_experts_keep_parameters_and_work():
         ),
         (other(TopK(k=2), TopK(k=2)), r"experts = 'TopK': must be an experts config"),
         (other(Groups(num=2, keep=1)), r"router = 'Groups': must be a router config"),
-        (other(TopK(k=2), shared=Glu(hidden=1)), r"shared = 'Glu': must be a dense"),
+        (other(TopK(k=2), shared=Glu(hidden=1)), r"shared = 'Glu': must be a feed"),
         (other(TopK(k=2), shared=other(TopK(k=2))), r"shared = 'MoE': must be a dense"),
         (other(TopK(k=2), num_experts=0), r"num_experts = 0: must be at least 1"),
         (other(TopK(k=2), capacity_factor=0.0), r"capacity_factor = 0.0: must be abo"),

@@ -20,7 +20,7 @@ from moex.moe import all_to_all
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
 from moex.moe.layer import MoE
-from moex.moe.parallel import Rows, local_sums, sums_of
+from moex.moe.parallel import Rows, local_sums
 from moex.moe.routers.forced import Forced
 from moex.moe.routers.topk import Groups, TopK
 from moex.moe.routers.topp import TopP
@@ -269,7 +269,7 @@ def test_rows_without_room_are_counted(ragged, request):
     routing = layer.router(x_TD, context(B, L))
     only_first = routing.keep_only(routing.expert_TK == 0)
     slots = (only_first.expert_TK, only_first.gate_TK, only_first.keep_TK)
-    part_TD = local_sums(sums_of(layer.experts), x_TD, slots, E, context(B, L))
+    part_TD = local_sums(layer.experts.sums, x_TD, slots, E, context(B, L))
     y_TD = np.asarray(y_BLD).reshape(-1, D)
     has_part_T = np.isclose(y_TD, part_TD, atol=1e-5).all(axis=1)
     has_none_T = (y_TD == 0).all(axis=1)

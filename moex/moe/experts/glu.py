@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas import ACTIVATIONS, grouped_glu, grouped_matmul
-from moex.config.base import Config, require, require_choice
+from moex.config.base import require, require_choice
+from moex.moe.contract import Experts, ExpertsConfig
+from moex.nn.contract import StackReader
 from moex.nn.param import param
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Glu(Config):
+class Glu(ExpertsConfig):
     """Gated experts, all of one width."""
 
     hidden: int  # hidden width F of each expert, >= 1
@@ -25,20 +27,30 @@ class Glu(Config):
         require(self.hidden >= 1, f"{path}.hidden", self.hidden, "at least 1")
         require_choice(f"{path}.activation", self.activation, ACTIVATIONS)
 
+    def takes_buffer_rows(self) -> bool:
+        return not self.bias
+
+    def split(self, parts):
+        if parts < 1 or self.hidden % parts or self.bias:
+            raise ValueError(
+                "Glu experts can be cut into parts >= 1 that divide their width, and "
+                f"without biases; got parts={parts}, hidden={self.hidden}, "
+                f"bias={self.bias}."
+            )
+        return dataclasses.replace(self, hidden=self.hidden // parts)
+
     def make(self, dim, num_experts, rngs):
         kind = GluExperts if self.bias else FusedGluExperts
         return kind(self, dim, num_experts, rngs)
 
 
-class GluExperts(nnx.Module):
+class GluExperts(Experts, StackReader):
     """E experts W_out act(W_gate x + b_gate, W_up x + b_up) + b_out.
 
     Parameters: w_in_ED2F [E, D, 2, F] (gate, up), w_out_EFD [E, F, D]; with biases
     bias_in_E2F [E, 2, F] and bias_out_ED [E, D]. Where `ctx.whole_stack`, with a
     leading dim [repeat]: then experts are counted through all copies of the layer.
     """
-
-    reads_stack = True
 
     def __init__(self, cfg, dim, num_experts, rngs):
         E, F = num_experts, cfg.hidden
@@ -67,7 +79,6 @@ class GluExperts(nnx.Module):
         )
 
     def __call__(self, x_ND, group_sizes_E, ctx):
-        """The definition: rows sorted by expert; rows past the sum come back zero."""
         w_in, w_out = self._weights(x_ND.dtype, ctx)
         E, D, _, F = w_in.shape
         a_NC = grouped_matmul(
@@ -86,7 +97,6 @@ class GluExperts(nnx.Module):
         return y_ND
 
     def num_copies(self) -> int:
-        """Copies of the layer in the whole stack."""
         return self.w_out_EFD.shape[0]
 
     def _weights(self, dtype, ctx):
@@ -99,8 +109,7 @@ class GluExperts(nnx.Module):
 class FusedGluExperts(GluExperts):
     """Without biases, dispatch and combine can be part of the kernel."""
 
-    def fused(self, x_TD, gate_TK, plan, ctx, buffer_rows=None):
-        """Tokens in, gated sums out; equal to the definition."""
+    def sums(self, x_TD, gate_TK, plan, ctx, buffer_rows=None):
         w_in, w_out = self._weights(x_TD.dtype, ctx)
         return grouped_glu(
             x_TD,

@@ -5,20 +5,19 @@ G groups of experts · K slots
 """
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from kernels_pallas import ACTIVATIONS, combine, dispatch, grouped_matmul
-from moex.config.base import Config, caution, require, require_choice
+from moex.config.base import caution, require, require_choice
+from moex.moe.contract import Experts, ExpertsConfig, TravelForm
 from moex.nn.param import param
 
 OPS = ("gate", "up", "down")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Latent(Config):
+class Latent(ExpertsConfig):
     """SwiGLU experts whose `ops` are small own factors behind shared projections."""
 
     hidden: int  # hidden width F of each expert, >= 1
@@ -41,7 +40,6 @@ class Latent(Config):
         )
 
     def validate_sizes(self, num_experts, dim, path):
-        """Checks that need the sizes of the layer; a caution where nothing is saved."""
         require(
             self.latent <= dim,
             f"{path}.latent",
@@ -67,11 +65,16 @@ class Latent(Config):
             )
 
     def expert_frac(self, num_experts, slots, name) -> float:
-        """Share of the parameter `name` that a token with `slots` experts uses."""
         if name.startswith("b_"):
             num_groups = -(-num_experts // self.group)
             return min(slots, num_groups) / num_groups
         return slots / num_experts
+
+    def travel_widths(self, num_experts, dim, num_slots, num_devices):
+        sizes = (num_experts, dim, self.group, self.latent)
+        if not latents_travel(sizes, self.ops, num_slots, num_devices):
+            return dim, dim
+        return 2 * self.latent, self.latent if "down" in self.ops else dim
 
     def make(self, dim, num_experts, rngs):
         return LatentExperts(self, dim, num_experts, rngs)
@@ -85,7 +88,26 @@ def latent_ratio(num_experts, dim, cfg: Latent) -> float:
     return (len(cfg.ops) * factored + (3 - len(cfg.ops)) * plain) / (3 * plain)
 
 
-class LatentExperts(nnx.Module):
+def latents_travel(sizes, ops, num_slots, num_devices) -> bool:
+    """Whether latents travel between devices instead of tokens.
+
+    They do if gate and up are both factored, each device's experts share one space,
+    there are no more spaces than slots, and 2 Z < D.
+
+    Args:
+      sizes: (experts, model width D, experts per space, width Z of a space).
+      ops: of `Latent`.
+      num_slots: K.
+      num_devices: devices that the experts are split over.
+    """
+    num_experts, dim, group, latent = sizes
+    num_groups = -(-num_experts // group)
+    one_space = num_groups == 1 or group % (num_experts // num_devices) == 0
+    factored = {"gate", "up"} <= set(ops)
+    return factored and one_space and num_slots >= num_groups and 2 * latent < dim
+
+
+class LatentExperts(Experts):
     """SwiGLU with W^e = A^e B^g for the ops chosen, g = e // group; no bias.
 
     gate, up: x -> (x B^g) A^e. down: h -> (h A^e) B^g. Nothing lies between the
@@ -104,8 +126,8 @@ class LatentExperts(nnx.Module):
 
     def __init__(self, cfg, dim, num_experts, rngs):
         E, F, Z = num_experts, cfg.hidden, cfg.latent
-        self.num_experts = E
-        self.group = cfg.group
+        self.ops, self.group = tuple(cfg.ops), cfg.group
+        self.sizes = (E, dim, cfg.group, Z)
         self.num_groups = G = -(-E // cfg.group)
 
         def weight(count, fan_in, fan_out, axes):
@@ -129,27 +151,24 @@ class LatentExperts(nnx.Module):
             self.w_down_EFD = weight(E, F, dim, ("expert", "mlp", "embed"))
 
     def __call__(self, x_ND, group_sizes_E, ctx):
-        """The definition: rows sorted by expert, hence by group too."""
+        # Rows sorted by expert are sorted by group too.
         by_expert, by_group = self._matmuls(group_sizes_E, ctx)
         latents = {
-            op: by_group(x_ND, f"b_{op}_GDZ")
-            for op in ("gate", "up")
-            if hasattr(self, f"b_{op}_GDZ")
+            op: by_group(x_ND, f"b_{op}_GDZ") for op in ("gate", "up") if op in self.ops
         }
         out_N = self._to_out(x_ND, latents, by_expert)
-        return by_group(out_N, "b_down_GZD") if hasattr(self, "b_down_GZD") else out_N
+        return by_group(out_N, "b_down_GZD") if "down" in self.ops else out_N
 
-    def fused(self, x_TD, gate_TK, plan, ctx):
-        """Tokens in, gated sums out: shared projections once per token and group."""
+    def sums(self, x_TD, gate_TK, plan, ctx, buffer_rows=None):
         by_expert, by_group = self._matmuls(plan.group_sizes_E, ctx)
         G, K = self.num_groups, gate_TK.shape[1]
         token_N = plan.token_N
         x_ND = x_TD.at[token_N].get(mode="clip")
         latents = {}
         for op in ("gate", "up"):
-            name = f"b_{op}_GDZ"
-            if not hasattr(self, name):
+            if op not in self.ops:
                 continue
+            name = f"b_{op}_GDZ"
             if K < G:
                 latents[op] = by_group(x_ND, name)
             else:
@@ -158,71 +177,33 @@ class LatentExperts(nnx.Module):
                 group_N = self._group_of_rows(plan, ctx)
                 latents[op] = z_TGZ.at[token_N, group_N].get(mode="clip")
         out_N = self._to_out(x_ND, latents, by_expert)
-        if not hasattr(self, "b_down_GZD"):
+        if "down" not in self.ops:
             return combine(out_N, gate_TK, plan)
         if G == 1:  # the projection is linear: sum first, project once per token
             b_ZD = self.b_down_GZD[...][0].astype(x_TD.dtype)
             return combine(out_N, gate_TK, plan) @ b_ZD
         return combine(by_group(out_N, "b_down_GZD"), gate_TK, plan)
 
-    # Between devices tokens travel as latents, where that is less: `moe/parallel.py`.
-
-    def can_travel(self, num_slots, num_devices) -> bool:
-        """Whether latents travel instead of tokens.
-
-        They do if gate and up are both factored, each device's experts share one space,
-        there are no more spaces than slots, and 2 Z < D.
-        """
-        b_gate: Any = getattr(self, "b_gate_GDZ", None)
-        if b_gate is None or not hasattr(self, "b_up_GDZ"):
-            return False
-        G, D, Z = b_gate[...].shape
-        per_device = self.num_experts // num_devices
-        one_space = G == 1 or self.group % per_device == 0
-        return one_space and num_slots >= G and 2 * Z < D
+    def travel_form(self, num_slots, num_devices):
+        if latents_travel(self.sizes, self.ops, num_slots, num_devices):
+            return LatentForm(self)
+        return TravelForm(self)
 
     def group_of(self, expert):
         """The group of an expert id."""
         return expert // self.group
 
-    def enter(self, x_TD):
-        """[T, G * 2Z]: the latents of gate and up in every space."""
-        both = (getattr(self, f"b_{op}_GDZ")[...] for op in ("gate", "up"))
-        b = jnp.concatenate(list(both), axis=2)
-        z = jnp.einsum("td,gdc->tgc", x_TD, b.astype(x_TD.dtype))
-        return z.reshape(x_TD.shape[0], -1)
-
-    def pick(self, z_NC, group_N):
-        """[N, 2Z]: of each row the latents of its group."""
-        z = z_NC.reshape(z_NC.shape[0], self.num_groups, -1)
-        return jnp.sum(z * self._one_hot(group_N, z.dtype)[:, :, None], axis=1)
-
-    def inside(self, z_TC, gate_TK, plan, ctx):
-        """Gated sums of the experts' own parts, [T, Z], or [T, D] where down is whole.
+    def sums_of_latents(self, z_TC, gate_TK, plan, ctx):
+        """[T, Z] gated sums of the experts' own parts; [T, D] where down is whole.
 
         Args:
           z_TC: [T, 2Z] latents of gate and up.
-          gate_TK, plan, ctx: as for `fused`.
+          gate_TK, plan, ctx: as for `sums`.
         """
         by_expert, _ = self._matmuls(plan.group_sizes_E, ctx)
         z_gate, z_up = jnp.split(dispatch(z_TC, plan), 2, axis=1)
         out_N = self._to_out(None, {"gate": z_gate, "up": z_up}, by_expert)
         return combine(out_N, gate_TK, plan)
-
-    def leave(self, y_NC, group_N, layout):
-        """[T, D] sums of rows that came back, through the shared part of down."""
-        ones_TK = layout.kept_TK.astype(jnp.float32)
-        if not hasattr(self, "b_down_GZD"):
-            return combine(y_NC, ones_TK, layout)
-        # Linear: rows are summed in the space of their group, then projected once.
-        y = y_NC[:, None] * self._one_hot(group_N, y_NC.dtype)[:, :, None]
-        y_TGZ = combine(y.reshape(y.shape[0], -1), ones_TK, layout)
-        b_GZD = self.b_down_GZD[...].astype(y_NC.dtype)
-        return y_TGZ @ b_GZD.reshape(-1, b_GZD.shape[2])
-
-    def _one_hot(self, group_N, dtype):
-        groups_1G = jnp.arange(self.num_groups)[None]
-        return (group_N[:, None] == groups_1G).astype(dtype)
 
     def _matmuls(self, group_sizes_E, ctx):
         """Grouped matmuls with a parameter of experts, and with one of groups."""
@@ -262,5 +243,41 @@ class LatentExperts(nnx.Module):
             for op in ("gate", "up")
         ]
         h_NF = ACTIVATIONS["silu"].value(*halves)
-        own = "a_down_EFZ" if hasattr(self, "a_down_EFZ") else "w_down_EFD"
+        own = "a_down_EFZ" if "down" in self.ops else "w_down_EFD"
         return by_expert(h_NF, own)
+
+
+class LatentForm(TravelForm):
+    """Tokens travel as the latents of gate and up in the space of their device.
+
+    The sums come back in that space, and go through the shared part of down here.
+    """
+
+    experts: LatentExperts
+
+    def leave(self, x_TD, layout, expert_N):
+        both = (getattr(self.experts, f"b_{op}_GDZ")[...] for op in ("gate", "up"))
+        b_GDC = jnp.concatenate(list(both), axis=2)
+        z_TGC = jnp.einsum("td,gdc->tgc", x_TD, b_GDC.astype(x_TD.dtype))
+        z_NC = dispatch(z_TGC.reshape(x_TD.shape[0], -1), layout)
+        z_NGC = z_NC.reshape(z_NC.shape[0], self.experts.num_groups, -1)
+        return jnp.sum(z_NGC * self._own_group(expert_N, z_NGC.dtype), axis=1)
+
+    def sums(self, x_RC, gate_RK, plan, ctx, buffer_rows=None):
+        return self.experts.sums_of_latents(x_RC, gate_RK, plan, ctx)
+
+    def arrive(self, y_NC, layout, expert_N):
+        if "down" not in self.experts.ops:
+            return TravelForm.arrive(self, y_NC, layout, expert_N)
+        # Linear: rows are summed in the space of their group, then projected once.
+        y_NGC = y_NC[:, None] * self._own_group(expert_N, y_NC.dtype)
+        flat_NC = y_NGC.reshape(y_NGC.shape[0], -1)
+        y_TC = TravelForm.arrive(self, flat_NC, layout, expert_N)
+        b_GZD = self.experts.b_down_GZD[...].astype(y_NC.dtype)
+        return y_TC @ b_GZD.reshape(-1, b_GZD.shape[2])
+
+    def _own_group(self, expert_N, dtype):
+        """[N, G, 1]: 1 at the group of each row's device, 0 elsewhere."""
+        group_N1 = self.experts.group_of(expert_N)[:, None]
+        own_NG = group_N1 == jnp.arange(self.experts.num_groups)[None]
+        return own_NG.astype(dtype)[:, :, None]

@@ -5,15 +5,14 @@ N routed rows · D model width · E experts · R rank
 
 import dataclasses
 
-from flax import nnx
-
 from kernels_pallas import grouped_matmul
-from moex.config.base import Config, require
+from moex.config.base import require
+from moex.moe.contract import Experts, ExpertsConfig
 from moex.nn.param import param
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class LowRank(Config):
+class LowRank(ExpertsConfig):
     """Linear experts of rank R; R = 1 makes each a key and a value."""
 
     rank: int  # R, 1 <= rank <= model width
@@ -30,7 +29,6 @@ class LowRank(Config):
         )
 
     def validate_sizes(self, num_experts, dim, path):
-        """Checks that need the sizes of the layer."""
         require(
             self.rank <= dim,
             f"{path}.rank",
@@ -42,7 +40,7 @@ class LowRank(Config):
         return LowRankExperts(self, dim, num_experts, rngs)
 
 
-class LowRankExperts(nnx.Module):
+class LowRankExperts(Experts):
     """E experts x -> (alpha / R) (x A) B, without an activation.
 
     Parameters: a_EDR [E, D, R], b_ERD [E, R, D].
@@ -71,7 +69,6 @@ class LowRankExperts(nnx.Module):
         )
 
     def __call__(self, x_ND, group_sizes_E, ctx):
-        """The definition: rows sorted by expert; rows past the sum come back zero."""
         dtype = x_ND.dtype
         h_NR = grouped_matmul(
             x_ND,

@@ -8,16 +8,16 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from moex.config.base import Config, caution, require
+from moex.config.base import caution, require
 from moex.exact import exact
+from moex.moe.contract import Router, RouterConfig
 from moex.moe.routing import ExpertRouting, replayed, router_logits
 from moex.nn.param import param
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class ExpertChoice(Config):
+class ExpertChoice(RouterConfig):
     """Each expert takes the tokens that want it most: perfect balance by design.
 
     Which tokens an expert takes depends on the whole batch, later tokens included: a
@@ -28,7 +28,8 @@ class ExpertChoice(Config):
     k: float  # mean experts per token, above 0 and at most num_experts
     init_std: float = 0.02  # standard deviation of the initial router weights
 
-    causal = False  # a class attribute: the choice for a token reads later tokens
+    causal = False
+    experts_choose = True
 
     def validate(self, path):
         require(self.k > 0, f"{path}.k", self.k, "above 0")
@@ -39,7 +40,6 @@ class ExpertChoice(Config):
         )
 
     def validate_experts(self, num_experts, path):
-        """Checks that need the number of experts, which only the layer knows."""
         require(
             self.k <= num_experts,
             f"{path}.k",
@@ -48,14 +48,16 @@ class ExpertChoice(Config):
         )
 
     def expected_slots(self, num_experts) -> float:
-        """Mean slots per token."""
         return self.k
+
+    def split(self, parts):
+        return dataclasses.replace(self, k=self.k * parts)
 
     def make(self, dim, num_experts, rngs):
         return ExpertChoiceRouter(self, dim, num_experts, rngs)
 
 
-class ExpertChoiceRouter(nnx.Module):
+class ExpertChoiceRouter(Router):
     """probs = softmax(x W) over experts; expert e takes its C most probable tokens.
 
     C = ceil(k T / E), at most T, with T the tokens that are no padding. Gates are the

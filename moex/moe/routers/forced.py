@@ -10,11 +10,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from moex.config.base import require, require_choice
+from moex.moe.contract import FixedK, Router
 from moex.moe.routing import (
-    FixedK,
     Routing,
     replayed,
     router_logits,
@@ -47,7 +46,7 @@ class Forced(FixedK):
         return ForcedRouter(self, dim, num_experts, rngs)
 
 
-class ForcedRouter(nnx.Module):
+class ForcedRouter(Router):
     """The assignment depends on the token's place in the batch only.
 
     "balanced": slot j of token t goes to expert (t k + j) mod E. "random": k different

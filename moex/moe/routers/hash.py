@@ -7,10 +7,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from moex.config.base import ABSENT, require
-from moex.moe.routing import FixedK, Routing, replayed, top_k
+from moex.moe.contract import FixedK, Router
+from moex.moe.routing import Routing, replayed, top_k
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class Hash(FixedK):
         return HashRouter(self, num_experts)
 
 
-class HashRouter(nnx.Module):
+class HashRouter(Router):
     """The k experts with the largest hash of (token id, expert); gates are 1/k.
 
     Every block of the model and every round of a chain hashes with a seed of its own,

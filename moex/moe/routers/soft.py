@@ -6,15 +6,15 @@ T tokens · D model width · E experts
 import dataclasses
 
 import jax.numpy as jnp
-from flax import nnx
 
-from moex.config.base import Config, require, require_choice
+from moex.config.base import require, require_choice
+from moex.moe.contract import Router, RouterConfig
 from moex.moe.routing import SCORES, Routing, replayed, router_logits, router_scores
 from moex.nn.param import param
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Soft(Config):
+class Soft(RouterConfig):
     """The dense mixture: no selection, no savings; gates sum to 1."""
 
     score: str = "softmax"  # "softmax", "sigmoid" or "sqrt_softplus" of the logits
@@ -24,22 +24,14 @@ class Soft(Config):
         require_choice(f"{path}.score", self.score, SCORES)
         require(self.init_std >= 0, f"{path}.init_std", self.init_std, ">= 0")
 
-    def validate_experts(self, num_experts, path):
-        """Any number of experts will do."""
-
-    def slots(self, num_experts) -> int:
-        """K: slots per token."""
-        return num_experts
-
     def expected_slots(self, num_experts) -> float:
-        """Slots that a token really uses."""
         return num_experts
 
     def make(self, dim, num_experts, rngs):
         return SoftRouter(self, dim, num_experts, rngs)
 
 
-class SoftRouter(nnx.Module):
+class SoftRouter(Router):
     """Gates of all experts are probs = scores of x W that sum to 1.
 
     Parameters: w_DE [D, E].

@@ -12,11 +12,11 @@ from flax import nnx
 from moex.config.base import Config, caution, require, require_choice
 from moex.config.schedule import Schedule, is_always_zero, require_values
 from moex.moe.balance import BIAS_RULES, bias_rule
+from moex.moe.contract import FixedK, Router
 from moex.moe.quantile import SPAN, margin_counts
 from moex.moe.routing import (
     NORMALIZE,
     SCORES,
-    FixedK,
     Routing,
     replayed,
     router_logits,
@@ -121,16 +121,18 @@ class TopK(FixedK):
             )
 
     def validate_experts(self, num_experts, path):
-        """Checks that need the number of experts, which only the layer knows."""
         FixedK.validate_experts(self, num_experts, path)
         if self.groups is not None:
             self.groups.validate_experts(num_experts, self.k, f"{path}.groups")
+
+    def groups_kept(self):
+        return self.groups and (self.groups.num, self.groups.keep)
 
     def make(self, dim, num_experts, rngs):
         return TopKRouter(self, dim, num_experts, rngs)
 
 
-class TopKRouter(nnx.Module):
+class TopKRouter(Router):
     """scores = f(x W); the k highest (scores + bias) are chosen.
 
     The bias, if there is one, only selects: gates are the scores without it, and no

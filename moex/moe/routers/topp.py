@@ -5,16 +5,16 @@ T tokens · D model width · E experts · K = k_max slots per token
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moex.config.base import Config, caution, require, require_choice
+from moex.config.base import caution, require, require_choice
 from moex.config.schedule import Schedule, points_of, require_values, value_at
 from moex.exact import exact
 from moex.moe.balance import Controller, ControlP, ScheduledValue
+from moex.moe.contract import Router, RouterConfig
 from moex.moe.routing import (
     Routing,
     replayed,
@@ -27,7 +27,7 @@ from moex.nn.param import RouterState, param
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class TopP(Config):
+class TopP(RouterConfig):
     """Each token goes to its best experts until their probability exceeds p."""
 
     p: float | tuple[float, ...] | Schedule  # in (0, 1]; a tuple: per segment copy
@@ -64,7 +64,6 @@ class TopP(Config):
         require(self.init_std >= 0, f"{path}.init_std", self.init_std, ">= 0")
 
     def validate_experts(self, num_experts, path):
-        """Checks that need the number of experts, which only the layer knows."""
         for name in ("k_min", "k_max"):
             k = getattr(self, name)
             require(
@@ -83,7 +82,6 @@ class TopP(Config):
             )
 
     def validate_repeat(self, repeat, path):
-        """Checks that need the number of copies of the segment."""
         require(
             not isinstance(self.p, (tuple, list)) or len(self.p) == repeat,
             f"{path}.p",
@@ -91,26 +89,28 @@ class TopP(Config):
             f"one p per copy of the segment, repeat = {repeat}",
         )
 
+    def keep_copies(self, copies):
+        if isinstance(self.p, (tuple, list)):
+            self.p = tuple(self.p[copies])
+
     def slots(self, num_experts) -> int:
-        """K: most slots per token."""
         return num_experts if self.k_max is None else self.k_max
 
     def expected_slots(self, num_experts) -> float:
         """Experts per token of uniform routing, floor(p E) + 1, or the target."""
         if self.control is not None:
             return self.control.target
-        points = points_of(self.p) if isinstance(self.p, Schedule) else None
-        ps: Any = self.p if isinstance(self.p, (tuple, list)) else (self.p,)
-        ps = (points[-1][1],) if points is not None else ps
+        ps = tuple(self.p) if isinstance(self.p, (tuple, list)) else (self.p,)
+        last = [p.points[-1][1] if isinstance(p, Schedule) else p for p in ps]
         K = self.slots(num_experts)
-        counts = [math.floor(exact(p) * num_experts) + 1 for p in ps]
+        counts = [math.floor(exact(p) * num_experts) + 1 for p in last]
         return sum(min(max(n, self.k_min), K) for n in counts) / len(counts)
 
     def make(self, dim, num_experts, rngs):
         return TopPRouter(self, dim, num_experts, rngs)
 
 
-class TopPRouter(nnx.Module):
+class TopPRouter(Router):
     """Experts in falling order of probability, until those before hold more than p.
 
     Expert j of the order is kept if the sum of the j - 1 before it is not above p, so

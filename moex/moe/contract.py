@@ -1,0 +1,205 @@
+"""The contracts of an MoE layer's two choices: what a router and an expert kind define.
+
+A kind is a config class and the module that its `make` returns. Subclass the config
+here, define what is abstract, and override the other hooks where their answer differs.
+
+T tokens · N routed rows · D model width · E experts (zero-computation ones too, where a
+router chooses) · K slots per token
+"""
+
+import abc
+import dataclasses
+from typing import ClassVar, Self
+
+import jax.numpy as jnp
+from flax import nnx
+
+from kernels_pallas import combine, dispatch
+from moex.config.base import require
+from moex.config.schedule import Schedule
+from moex.moe.routing import ExpertRouting, Routing
+from moex.nn.contract import PartConfig
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class RouterConfig(PartConfig):
+    """A router: how tokens choose experts, or experts tokens."""
+
+    role: ClassVar[str] = "a router config such as TopK"
+    experts_choose: ClassVar[bool] = False  # True: `make` gives an `ExpertRouting`
+
+    @abc.abstractmethod
+    def make(self, dim: int, num_experts: int, rngs: nnx.Rngs) -> "Router":
+        """The module that chooses among `num_experts` for tokens of width `dim`."""
+
+    @abc.abstractmethod
+    def expected_slots(self, num_experts: int) -> float:
+        """Slots that a token uses, the mean before anything is trained."""
+
+    def slots(self, num_experts: int) -> int:
+        """K, the most slots of a token; where experts choose, all may take it."""
+        return num_experts
+
+    def losses(self) -> dict[str, float | Schedule]:
+        """The coefficients of the losses in `Routing.losses`, by name."""
+        return {}
+
+    def validate_experts(self, num_experts: int, path: str) -> None:
+        """Raise `ConfigError` for what needs the number of experts to be seen."""
+
+    def validate_repeat(self, repeat: int, path: str) -> None:
+        """Raise `ConfigError` for what needs the number of copies of the segment."""
+
+    def keep_copies(self, copies: slice) -> None:
+        """Keep of what is said for each copy of the segment that of some copies."""
+
+    def groups_kept(self) -> tuple[int, int] | None:
+        """(groups of experts, groups that a token may use); None: no such limit."""
+        return None
+
+    def split(self, parts: int) -> Self:
+        """The router for experts that are each cut into `parts`, all of them chosen.
+
+        Raises:
+          ValueError: if there is none.
+        """
+        raise ValueError(f"{type(self).__name__} cannot choose parts of experts.")
+
+
+class Router(nnx.Module):
+    """The module of a router."""
+
+    def __call__(self, x_TD, ctx) -> Routing | ExpertRouting:
+        """The decision for every token, padding included, in float32.
+
+        Args:
+          x_TD: the input of the layer.
+          ctx: `Context`; `routing.replayed` gives a recorded decision instead.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class FixedK(RouterConfig):
+    """Base of the routers that give every token the same number of experts."""
+
+    k: int  # slots per token, 1 <= k <= num_experts
+
+    def validate(self, path):
+        require(self.k >= 1, f"{path}.k", self.k, "at least 1")
+
+    def validate_experts(self, num_experts, path):
+        require(
+            self.k <= num_experts,
+            f"{path}.k",
+            self.k,
+            f"at most num_experts = {num_experts}; lower k or add experts",
+        )
+
+    def slots(self, num_experts) -> int:
+        return self.k
+
+    def expected_slots(self, num_experts) -> float:
+        return self.k
+
+    def split(self, parts):
+        return dataclasses.replace(self, k=self.k * parts)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ExpertsConfig(PartConfig):
+    """An expert kind: what the experts of a layer compute."""
+
+    role: ClassVar[str] = "an experts config such as Glu"
+
+    @abc.abstractmethod
+    def make(self, dim: int, num_experts: int, rngs: nnx.Rngs) -> "Experts":
+        """The module that holds `num_experts` for tokens of width `dim`."""
+
+    def validate_sizes(self, num_experts: int, dim: int, path: str) -> None:
+        """Raise `ConfigError` for what needs the sizes of the layer to be seen."""
+
+    def expert_frac(self, num_experts: int, slots: float, name: str) -> float:
+        """Share of the parameter `name` that a token with `slots` experts uses."""
+        return slots / num_experts
+
+    def takes_buffer_rows(self) -> bool:
+        """Whether `Experts.sums` takes `buffer_rows`: see `MoE.buffer_slots`."""
+        return False
+
+    def travel_widths(
+        self, num_experts: int, dim: int, num_slots: int, num_devices: int
+    ) -> tuple[int, int]:
+        """Numbers of a row of `Experts.travel_form` on its way there and back."""
+        return dim, dim
+
+    def split(self, parts: int) -> Self:
+        """An expert kind of which `parts` experts are as large as one of these.
+
+        Raises:
+          ValueError: if there is none.
+        """
+        raise ValueError(f"{type(self).__name__} experts cannot be cut into parts.")
+
+
+class Experts(nnx.Module):
+    """The module of an expert kind: the parameters of E experts, on one device."""
+
+    def __call__(self, x_ND, group_sizes_E, ctx):
+        """The definition: [N, D], each row through its expert.
+
+        Args:
+          x_ND: rows sorted by expert.
+          group_sizes_E: int32, rows of each expert; what is past their sum is not used.
+          ctx: `Context`; of the batch it holds nothing.
+        """
+        raise NotImplementedError
+
+    def sums(self, x_TD, gate_TK, plan, ctx, buffer_rows=None):
+        """[T, D]: for each token the sum over its kept slots of gate * expert(x).
+
+        Override it where dispatch and combine can be part of the computation.
+
+        Args:
+          x_TD: tokens.
+          gate_TK: float32 weights.
+          plan: `kernels_pallas.Plan` of the kept slots.
+          ctx: `Context`.
+          buffer_rows: rows that buffers are made for, more are computed too; only given
+            if `ExpertsConfig.takes_buffer_rows`.
+        """
+        y_ND = self(dispatch(x_TD, plan), plan.group_sizes_E, ctx)
+        return combine(y_ND, gate_TK, plan)
+
+    def travel_form(self, num_slots: int, num_devices: int) -> "TravelForm":
+        """The form in which tokens travel between `num_devices` that hold experts."""
+        return TravelForm(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class TravelForm:
+    """The form in which tokens travel to the devices of their experts: whole.
+
+    One row leaves for each device that holds an expert of a token, and one comes back.
+    N rows that leave · C numbers of a row
+    """
+
+    experts: Experts
+
+    def leave(self, x_TD, layout, expert_N):
+        """[N, C]: the rows that leave.
+
+        Args:
+          x_TD: tokens of this device.
+          layout: `kernels_pallas.plan.Layout` of the rows.
+          expert_N: int32, an expert of the device to which each row goes.
+        """
+        return dispatch(x_TD, layout)
+
+    def sums(self, x_RC, gate_RK, plan, ctx, buffer_rows=None):
+        """`Experts.sums` of the rows that arrived."""
+        return self.experts.sums(x_RC, gate_RK, plan, ctx, buffer_rows)
+
+    def arrive(self, y_NC, layout, expert_N):
+        """[T, D]: the sums of the rows that came back; arguments as for `leave`."""
+        return combine(y_NC, jnp.ones(layout.kept_TK.shape), layout)

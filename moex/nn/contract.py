@@ -1,0 +1,121 @@
+"""The contracts of a block's two parts: what attentions and feed-forwards must define.
+
+A kind is a config class and the module that its `make` returns. Subclass the config
+here, define what is abstract, and override the other hooks where their answer differs.
+
+B batch · L length · S cache length · D model width
+"""
+
+import abc
+import dataclasses
+from typing import Any, ClassVar
+
+from flax import nnx
+
+from moex.config.base import Config
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class PartConfig(Config, abc.ABC):
+    """Base of the configs that make a part of a layer."""
+
+    causal: ClassVar[bool] = True  # False: what it does for a token reads later tokens
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class FeedForwardConfig(PartConfig):
+    """A feed-forward: what a pattern of a `Segment` names, and what can be nested."""
+
+    role: ClassVar[str] = "a feed-forward config such as Dense or MoE"
+
+    @abc.abstractmethod
+    def make(self, dim: int, rngs: nnx.Rngs) -> "FeedForward":
+        """The module for a model of width `dim`."""
+
+    def validate_dim(self, dim: int, path: str) -> None:
+        """Raise `ConfigError` for what needs the model width D to be seen."""
+
+    def validate_repeat(self, repeat: int, path: str) -> None:
+        """Raise `ConfigError` for what needs the number of copies of the segment."""
+
+    def param_use(self, name: str, experts_per_token=None) -> tuple[float, float]:
+        """How a token uses a parameter: the share it meets, the times it meets it.
+
+        Args:
+          name: path of the parameter in the layer, such as "experts/w_out_EFD".
+          experts_per_token: measured, one number or one per chain round; None: as
+            expected before training.
+        """
+        return 1.0, 1.0
+
+
+class FeedForward(nnx.Module):
+    """The module of a feed-forward."""
+
+    def __call__(self, x_BLD, ctx) -> tuple[Any, dict]:
+        """`(y_BLD, aux)`: what is added to the residual stream, and what it tells.
+
+        `aux` is {} or mirrors the modules inside; that of an MoE layer is what
+        `SparseLayer.mix` returns.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class AttentionConfig(PartConfig):
+    """An attention: the first half of a block, with a cache for decoding."""
+
+    role: ClassVar[str] = "an attention config such as Attention or LatentAttention"
+
+    @abc.abstractmethod
+    def make(self, dim: int, rngs: nnx.Rngs) -> "AttentionModule":
+        """The module for a model of width `dim`."""
+
+    @abc.abstractmethod
+    def init_cache(self, dim: int, batch: int, length: int, dtype) -> dict:
+        """A decoding cache of zeros: arrays by name, each [batch, length, ...]."""
+
+    @abc.abstractmethod
+    def score_width(self, dim: int) -> int:
+        """Multiplications per query and visible key, for scores and values."""
+
+    @abc.abstractmethod
+    def visible_keys(self, seq_len: int) -> float:
+        """Keys that a query sees, the mean over a sequence without documents."""
+
+    @abc.abstractmethod
+    def key_width(self, dim: int) -> int:
+        """Numbers per token of keys and values."""
+
+    def validate_dim(self, dim: int, path: str) -> None:
+        """Raise `ConfigError` for what needs the model width D to be seen."""
+
+    def score_heads(self) -> int:
+        """Heads that have scores of their own."""
+        return 1
+
+
+class AttentionModule(nnx.Module):
+    """The module of an attention."""
+
+    def __call__(self, x_BLD, ctx, cache) -> tuple[Any, Any]:
+        """`(y_BLD, cache)`: what is added to the residual stream, and the new cache.
+
+        Args:
+          x_BLD: normalised residual stream.
+          ctx: `Context`.
+          cache: of `AttentionConfig.init_cache`, [B, S, ...]; None outside decoding.
+        """
+        raise NotImplementedError
+
+
+class StackReader:
+    """A module that can be given the parameters of all copies of its layer at once.
+
+    Where `ctx.whole_stack`, its parameters have a leading dim [repeat], and the copy
+    that is meant is `ctx.layer`: a scan would copy the parameters of each copy instead.
+    """
+
+    def num_copies(self) -> int:
+        """The copies of the layer, where `ctx.whole_stack`."""
+        raise NotImplementedError
