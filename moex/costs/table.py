@@ -72,8 +72,8 @@ def fill_vocab(cfg) -> None:
     if cfg.model.vocab is not None:
         return
     tokenizer = cfg.data.tokenizer
-    if hasattr(tokenizer, "vocab"):  # trained to this size
-        cfg.model.vocab = tokenizer.vocab
+    cfg.model.vocab = tokenizer.known_size()
+    if cfg.model.vocab is not None:
         return
     where = "config.data.tokenizer"
 

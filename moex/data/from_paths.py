@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moex.config.base import ConfigError, nearest
+from moex.data.contract import Source
 from moex.data.files import find_files
-from moex.data.sources import ArrayRecord, Parquet, PromptResponse, Source, Text
+from moex.data.sources import ArrayRecord, Parquet, PromptResponse, Text
 
 TEXT = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".py", ".sh", ".c", ".h", ".cc"),

@@ -7,17 +7,17 @@ Shapes: L length.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
-from moex.config.base import Config, ConfigError, check, require
+from moex.config.base import ConfigError, check, require
 from moex.data import cache
 from moex.data.batches import Datasets, Reading
+from moex.data.contract import Source, TokenizerConfig
 from moex.data.files import unit_hash
 from moex.data.packing import Rows, Windows
 from moex.data.shared import check_shared
-from moex.data.sources import PythonStdlib, Source
+from moex.data.sources import PythonStdlib
 from moex.data.stream import SPLITS, Stream
-from moex.data.tokenizer import TOKENIZERS, Bpe, Tokenizer
+from moex.data.tokenizer import Bpe, Tokenizer
 from moex.json_files import digest
 
 
@@ -26,15 +26,13 @@ class Data(Reading):
     """What a run reads: a mixture of sources, and how text becomes tokens."""
 
     sources: tuple[Source, ...] = (PythonStdlib(),)
-    tokenizer: Config = dataclasses.field(default_factory=Bpe)
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=Bpe)
     cache_dir: str | None = None  # None: $MOEX_CACHE, else ~/.cache/moex
 
     def validate(self, path: str) -> None:
         """Check the names of the sources too."""
         Reading.validate(self, path)
         require(len(self.sources) > 0, f"{path}.sources", self.sources, "not empty")
-        ok = isinstance(self.tokenizer, TOKENIZERS)
-        require(ok, f"{path}.tokenizer", self.tokenizer, "a tokenizer of moex.data")
         names = [source.label() for source in self.sources]
         for i, name in enumerate(names):
             if name in names[:i]:
@@ -101,8 +99,7 @@ def prepare(
     all_files = digest([s["sha256"] for s in scans])
     total = sum(s["bytes"] for s in scans)
     corpus = (lambda limit: _sample(named, total, limit), all_files)
-    choice: Any = config.tokenizer
-    tokenizer = choice.make(f"{where}.tokenizer", corpus, root, log)
+    tokenizer = config.tokenizer.make(f"{where}.tokenizer", corpus, root, log)
     domains = tuple(s.label() for s in config.sources)
     train_parts: list[Windows | Rows] = []
     eval_parts: list[Windows | Rows] = []

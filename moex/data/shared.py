@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable, Sequence
 
 from moex.config.base import ConfigError, to_dict
+from moex.data.contract import Source
 from moex.data.files import File
-from moex.data.sources import Source
 
 # Fields that do not say which text of a file is read.
 ASIDE = ("weight", "name", "paths", "holdout", "delimiter", "truncate")
@@ -51,6 +51,4 @@ def _split(source: Source, file: File) -> str:
     """A text that is equal for sources that hold out the same documents of a file."""
     if source.holdout in (0, 1):
         return f"{source.holdout:g}"
-    delimiter = getattr(source, "delimiter", None)
-    by_name = file.name if delimiter == "" else None
-    return f"{source.holdout!r} {delimiter!r} {by_name!r}"
+    return f"{source.holdout!r} {source.cut(file)!r}"

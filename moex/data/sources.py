@@ -8,100 +8,28 @@ Not here: tokenizing (`tokenizer.py`), packing into sequences (`packing.py`).
 """
 
 import dataclasses
-import glob
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from moex.config.base import Config, ConfigError, nearest, require, require_choice
+from moex.config.base import ConfigError, nearest, require_choice
 from moex.data import parquet
+from moex.data.contract import Document, FileSource, Say, Source
 from moex.data.files import (
     BOM,
     File,
     content_key,
     decode_utf8,
-    find_files,
     one_line,
     read_text,
-    unit_hash,
 )
 from moex.json_files import parse_json
 
-Say = Callable[[str], None]  # takes one line for people
-
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
-
-
-class Document(NamedTuple):
-    """One document: a stable key, and its text, token ids or (prompt, response).
-
-    A value of None is a document that could not be read and is only counted.
-    """
-
-    key: str
-    value: str | np.ndarray | tuple[str, str] | None
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class Source(Config):
-    """What every source has: its share of the mixture, its name, its held-out part."""
-
-    weight: float = 1.0  # share in the training mixture, in [1e-6, 1e6]
-    name: str = ""  # name of the domain; "" takes the class or the file's stem
-    # Fraction of documents kept for evaluation, in [0, 1]; 1: none is trained on.
-    holdout: float = 0.05
-
-    def validate(self, path: str) -> None:
-        """Check the fields that all sources share."""
-        kinds = "a kind of source, such as Text"
-        require(type(self).read is not Source.read, path, self, kinds)
-        ok = 1e-6 <= self.weight <= 1e6  # Grain mixes by whole numbers
-        require(ok, f"{path}.weight", self.weight, "> 0, in [1e-6, 1e6]")
-        require(0 <= self.holdout <= 1, f"{path}.holdout", self.holdout, "in [0, 1]")
-
-    def label(self) -> str:
-        """The name of the domain."""
-        paths: tuple[str, ...] = getattr(self, "paths", ())
-        if self.name:
-            return self.name
-        if len(paths) == 1 and not glob.has_magic(paths[0]):
-            return Path(paths[0]).stem
-        return type(self).__name__.lower()
-
-    def content(self) -> str:
-        """What documents hold: `text`, `tokens` or `pairs`."""
-        return getattr(self, "kind", "text")
-
-    def files(self, where: str, say: Say | None = None) -> list[File]:
-        """All input files in a fixed order; `where` names this source in errors.
-
-        Args:
-          where: the path of this config.
-          say: called with one line of what was left out, if anything was.
-
-        Raises:
-          ConfigError: for a path that matches no file, and if all files are empty.
-        """
-        return find_files(getattr(self, "paths"), f"{where}.paths", say)  # noqa: B009
-
-    def check_file(self, file: File, where: str) -> None:
-        """Raise `ConfigError` for what can be seen without reading all of a file."""
-
-    def read(self, where: str) -> Iterator[Document]:
-        """Yield every document of both splits, in a fixed order."""
-        raise NotImplementedError
-
-    def split(self, key: str) -> str:
-        """The split that the document `key` belongs to: `train` or `eval`."""
-        return "eval" if unit_hash(key, "moex.holdout") < self.holdout else "train"
-
-    def documents(self, split: str, where: str = "source") -> Iterator[Document]:
-        """Yield the documents of one split, in a fixed order."""
-        return (d for d in self.read(where) if self.split(d.key) == split)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -143,11 +71,14 @@ class PythonStdlib(Source):
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Text(Source):
+class Text(FileSource):
     """UTF-8 text files: one document a file, or several with a `delimiter`."""
 
-    paths: tuple[str, ...]  # files, directories (recursive) or globs
     delimiter: str = ""  # text between two documents of a file; "": one a file
+
+    def cut(self, file: File) -> str:
+        """The delimiter; a whole file has its name as its key."""
+        return self.delimiter or f"whole {file.name}"
 
     def read(self, where: str) -> Iterator[Document]:
         """Yield one document per file, or per delimited part."""
@@ -162,17 +93,20 @@ class Text(Source):
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Parquet(Source):
+class Parquet(FileSource):
     """A column of Parquet files: one document a row. Needs the package pyarrow."""
 
-    paths: tuple[str, ...]  # files, directories (recursive) or globs
     column: str = "text"  # the column that holds the documents
     kind: str = "text"  # "text", or "tokens" for lists of token ids
 
     def validate(self, path: str) -> None:
         """Check the fields."""
-        Source.validate(self, path)
+        FileSource.validate(self, path)
         require_choice(f"{path}.kind", self.kind, ("text", "tokens"))
+
+    def content(self) -> str:
+        """The kind."""
+        return self.kind
 
     def check_file(self, file: File, where: str) -> None:
         """Check that the file is Parquet and has the column, of the right type."""
@@ -222,18 +156,21 @@ def _token_document(ids: np.ndarray) -> Document:
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class ArrayRecord(Source):
+class ArrayRecord(FileSource):
     """ArrayRecord files: one document a record."""
 
-    paths: tuple[str, ...]  # files, directories (recursive) or globs
     kind: str = "text"  # "text" for UTF-8, "tokens" for little-endian token ids
     token_dtype: str = "uint16"  # with kind="tokens": the type of an id
 
     def validate(self, path: str) -> None:
         """Check the fields."""
-        Source.validate(self, path)
+        FileSource.validate(self, path)
         require_choice(f"{path}.kind", self.kind, ("text", "tokens"))
         require_choice(f"{path}.token_dtype", self.token_dtype, TOKEN_DTYPES)
+
+    def content(self) -> str:
+        """The kind."""
+        return self.kind
 
     def check_file(self, file: File, where: str) -> None:
         """Check that the file opens as ArrayRecord."""
@@ -288,7 +225,7 @@ def _surrogate(character: str) -> bool:
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class PromptResponse(Source):
+class PromptResponse(FileSource):
     """JSON lines with a prompt and a response; only the response is learned.
 
     Prompt and response are joined as they are: put separators into the texts. The
@@ -297,7 +234,6 @@ class PromptResponse(Source):
     learned too.
     """
 
-    paths: tuple[str, ...]  # files, directories (recursive) or globs
     prompt: str = "prompt"  # name of the field that is only read
     response: str = "response"  # name of the field that is learned
     truncate: bool = False  # cut examples that are longer than a sequence

@@ -6,31 +6,28 @@ streams (`stream.py`).
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moex.config.base import (
-    Config,
     ConfigError,
     nearest,
     require,
     require_path,
 )
+from moex.data.contract import Corpus, TokenizerConfig
 from moex.data.encoding import DOC_TOKEN, MOST_TOKENS, Tokenizer, read_model, sha256
 from moex.data.files import atomic_write, locked
 from moex.json_files import read_object
 
 BPE_SAMPLE_BYTES = 4_000_000
 
-# Texts of the training split up to about so many bytes in all, and their digest.
-Corpus = tuple[Callable[[int], list[str]], str]
-
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Bytes(Config):
+class Bytes(TokenizerConfig):
     """The 256 bytes, and one more token between documents: a vocabulary of 257."""
 
     def make(self, where: str, corpus: Corpus, cache: Path, log=print) -> Tokenizer:
@@ -39,7 +36,7 @@ class Bytes(Config):
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Bpe(Config):
+class Bpe(TokenizerConfig):
     """A byte-level BPE trained on the training split; any text can be encoded."""
 
     vocab: int = 4096  # number of tokens, > 256 and at most MOST_TOKENS
@@ -48,6 +45,10 @@ class Bpe(Config):
         """Check that all bytes and the document token fit."""
         allowed = f"> 256 (all bytes) and at most {MOST_TOKENS:,}"
         require(256 < self.vocab <= MOST_TOKENS, f"{path}.vocab", self.vocab, allowed)
+
+    def known_size(self) -> int:
+        """The number of tokens that it is trained to."""
+        return self.vocab
 
     def make(self, where: str, corpus: Corpus, cache: Path, log=print) -> Tokenizer:
         """Train, or read what was trained before on the same text.
@@ -95,7 +96,7 @@ def _kept(file: Path) -> str | None:
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class TokenizerFile(Config):
+class TokenizerFile(TokenizerConfig):
     """A tokenizer in the JSON format of Hugging Face `tokenizers`."""
 
     path: str  # the file, usually called tokenizer.json
@@ -126,7 +127,7 @@ class TokenizerFile(Config):
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class SavedTokenizer(Config):
+class SavedTokenizer(TokenizerConfig):
     """The tokenizer that a run saved; what `Tokenizer.save` wrote."""
 
     path: str  # the directory, usually RUN/tokenizer
@@ -157,6 +158,3 @@ def train_bpe(texts: Iterable[str], vocab: int) -> tokenizers.Tokenizer:
     )
     model.train_from_iterator(texts, trainer)
     return model
-
-
-TOKENIZERS = (Bytes, Bpe, TokenizerFile, SavedTokenizer)

@@ -205,7 +205,7 @@ class Ids:
         return "train"
 
     def read(self, where):
-        from moex.data.sources import Document
+        from moex.data.contract import Document
 
         return (Document("k", np.array(d, np.int64)) for d in self.documents)
 

@@ -1,0 +1,131 @@
+"""The contracts of text data: what a source of documents and a tokenizer must define.
+
+Subclass a config here, define what is abstract, and override the other hooks where
+their answer differs.
+"""
+
+import abc
+import dataclasses
+import glob
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from moex.config.base import Config, require
+from moex.data.encoding import Tokenizer
+from moex.data.files import File, find_files, unit_hash
+
+Say = Callable[[str], None]  # takes one line for people
+# Texts of the training split up to about so many bytes in all, and their digest.
+Corpus = tuple[Callable[[int], list[str]], str]
+
+
+class Document(NamedTuple):
+    """One document: a stable key, and its text, token ids or (prompt, response).
+
+    A value of None is a document that could not be read and is only counted.
+    """
+
+    key: str
+    value: str | np.ndarray | tuple[str, str] | None
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Source(Config, abc.ABC):
+    """A source of documents: its share of the mixture, its name, its held-out part."""
+
+    role: ClassVar[str] = "a kind of source, such as Text"
+
+    weight: float = 1.0  # share in the training mixture, in [1e-6, 1e6]
+    name: str = ""  # name of the domain; "" takes the class or the file's stem
+    # Fraction of documents kept for evaluation, in [0, 1]; 1: none is trained on.
+    holdout: float = 0.05
+
+    def validate(self, path: str) -> None:
+        """Check the fields that all sources share."""
+        ok = 1e-6 <= self.weight <= 1e6  # Grain mixes by whole numbers
+        require(ok, f"{path}.weight", self.weight, "> 0, in [1e-6, 1e6]")
+        require(0 <= self.holdout <= 1, f"{path}.holdout", self.holdout, "in [0, 1]")
+
+    @abc.abstractmethod
+    def files(self, where: str, say: Say | None = None) -> list[File]:
+        """All input files in a fixed order; `where` names this source in errors.
+
+        Args:
+          where: the path of this config.
+          say: called with one line of what was left out, if anything was.
+
+        Raises:
+          ConfigError: for a path that matches no file, and if all files are empty.
+        """
+
+    @abc.abstractmethod
+    def read(self, where: str) -> Iterator[Document]:
+        """Yield every document of both splits, in a fixed order."""
+
+    def label(self) -> str:
+        """The name of the domain."""
+        return self.name or type(self).__name__.lower()
+
+    def content(self) -> str:
+        """The kind of what documents hold: `text`, `tokens` or `pairs`."""
+        return "text"
+
+    def check_file(self, file: File, where: str) -> None:
+        """Raise `ConfigError` for what can be seen without reading all of a file."""
+
+    def cut(self, file: File) -> str:
+        """A text that is equal for sources that give a file's documents equal keys."""
+        return ""
+
+    def split(self, key: str) -> str:
+        """The split that the document `key` belongs to: `train` or `eval`."""
+        return "eval" if unit_hash(key, "moex.holdout") < self.holdout else "train"
+
+    def documents(self, split: str, where: str = "source") -> Iterator[Document]:
+        """Yield the documents of one split, in a fixed order."""
+        return (d for d in self.read(where) if self.split(d.key) == split)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class FileSource(Source):
+    """Base of the sources that are given paths."""
+
+    paths: tuple[str, ...]  # files, directories (recursive) or globs
+
+    def label(self) -> str:
+        """The name, or that of the only file."""
+        if not self.name and len(self.paths) == 1 and not glob.has_magic(self.paths[0]):
+            return Path(self.paths[0]).stem
+        return Source.label(self)
+
+    def files(self, where: str, say: Say | None = None) -> list[File]:
+        """The files that the paths name."""
+        return find_files(self.paths, f"{where}.paths", say)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class TokenizerConfig(Config, abc.ABC):
+    """A choice of tokenizer."""
+
+    role: ClassVar[str] = "a tokenizer config such as Bpe"
+
+    @abc.abstractmethod
+    def make(self, where: str, corpus: Corpus, cache: Path, log=print) -> Tokenizer:
+        """The tokenizer.
+
+        Args:
+          where: the path of this config, for errors.
+          corpus: training text, for a tokenizer that is trained.
+          cache: folder in which what was trained can be kept.
+          log: called with one line for people.
+
+        Raises:
+          ConfigError: if there is nothing to make it of.
+        """
+
+    def known_size(self) -> int | None:
+        """The size of the vocabulary, where the config alone says it."""
+        return None
