@@ -16,8 +16,8 @@ from moex.config.base import ConfigError
 from moex.costs.accounting import model_cost, num_bytes
 from moex.costs.matching import match
 from moex.costs.residual_bytes import block_activation_bytes, model_activation_bytes
-from moex.model.layers import describe_kind, sites
 from moex.model.paths import flat_paths
+from moex.model.layers import sites
 from moex.model.spec import ModelSpec, model_spec
 from moex.optim import make_optimizer
 from moex.runs.keys import check_run
@@ -112,7 +112,7 @@ def model_rows(cfg) -> list[Row]:
             *(sum(block.total().values()), sum(block.active().values())),
             *(forward, 2 * forward, held[0], held[0], held[1], kept[same]),
         )
-        kind = describe_kind(site.ffn)
+        kind = site.ffn.describe()
         rows.append(Row("", kind, tuple(site.numbers), _named(figures)))
     in_layers = sum(r.copies * r.figures["activation_bytes"] for r in rows)
     rest = (

@@ -8,10 +8,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from moex.config.base import Config
 from moex.moe.chain import Chain
 from moex.moe.layer import MoE
-from moex.moe.narrow import Narrow
+from moex.nn.contract import FeedForwardConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +120,16 @@ def sites(model) -> list[Site]:
     return found
 
 
-def _sparse(ffn: Any, path: str, where: str, width: int) -> Sparse | None:
-    if isinstance(ffn, Narrow):
-        return _sparse(ffn.inner, f"{path}/inner", f"{where}.inner", ffn.latent)
+def _sparse(ffn: FeedForwardConfig, path: str, where: str, width: int) -> Sparse | None:
     if isinstance(ffn, Chain):
         routers = tuple(ffn.rounds())
         return Sparse(path, f"{where}.moe", ffn.moe, width, routers, True)
     if isinstance(ffn, MoE):
         return Sparse(path, where, ffn, width, (ffn.router,), False)
-    return None
+    if (inside := ffn.wraps(width)) is None:
+        return None
+    name, inner, width = inside
+    return _sparse(inner, f"{path}/{name}", f"{where}.{name}", width)
 
 
 def layers(model) -> list[tuple[Site, int]]:
@@ -173,16 +173,3 @@ def shown(label: str) -> str:
     """A label for people: "3", or "3.1" for the first round of a chain."""
     number, dot, chain_round = label.partition(".")
     return f"{number.lstrip('0') or number[-1:]}{dot}{chain_round}"
-
-
-def describe_kind(ffn: Config) -> str:
-    """The feed-forward in a few words: `MoE(8, TopK, Glu)`, `Chain(2, MoE(...))`."""
-    name = type(ffn).__name__
-    if isinstance(ffn, MoE):
-        kinds = (type(ffn.router).__name__, type(ffn.experts).__name__)
-        return f"{name}({ffn.num_experts}, {', '.join(kinds)})"
-    if isinstance(ffn, Chain):
-        return f"{name}({ffn.iterations}, {describe_kind(ffn.moe)})"
-    if isinstance(ffn, Narrow):
-        return f"{name}({ffn.latent}, {describe_kind(ffn.inner)})"
-    return name

@@ -86,6 +86,9 @@ class Chain(FeedForwardConfig):
             return share, times
         return share, times * self.iterations
 
+    def describe(self):
+        return f"Chain({self.iterations}, {self.moe.describe()})"
+
     def make(self, dim, rngs):
         return ChainLayer(self, dim, rngs)
 

@@ -116,6 +116,10 @@ class MoE(FeedForwardConfig):
 
         return frac(min(sum(rounds), E)), sum(map(frac, rounds))
 
+    def describe(self):
+        kinds = (type(self.router).__name__, type(self.experts).__name__)
+        return f"MoE({self.num_experts}, {', '.join(kinds)})"
+
     def make(self, dim, rngs):
         return MoELayer(self, dim, rngs)
 

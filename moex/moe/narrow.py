@@ -40,6 +40,12 @@ class Narrow(FeedForwardConfig):
             return self.inner.param_use(name.removeprefix("inner/"), experts_per_token)
         return 1.0, 1.0
 
+    def wraps(self, dim):
+        return "inner", self.inner, self.latent
+
+    def describe(self):
+        return f"Narrow({self.latent}, {self.inner.describe()})"
+
     def make(self, dim, rngs):
         return NarrowLayer(self, dim, rngs)
 

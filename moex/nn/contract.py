@@ -48,6 +48,17 @@ class FeedForwardConfig(PartConfig):
         """
         return 1.0, 1.0
 
+    def wraps(self, dim: int) -> tuple[str, "FeedForwardConfig", int] | None:
+        """A feed-forward inside: (its field, its config, the width of its tokens).
+
+        The module has it in an attribute of that name, and gives its `aux` by it.
+        """
+        return None
+
+    def describe(self) -> str:
+        """The kind in a few words for tables, such as `MoE(8, TopK, Glu)`."""
+        return type(self).__name__
+
 
 class FeedForward(nnx.Module):
     """The module of a feed-forward."""

@@ -5,7 +5,6 @@ import pytest
 
 from moex.config.base import to_dict
 from moex.model.layers import (
-    describe_kind,
     label,
     layers,
     routers,
@@ -44,7 +43,7 @@ def test_every_layer_is_met_once_in_order():
         [2, 4],
         [5, 6, 7],
     ]
-    kinds = [describe_kind(site.ffn) for site, _ in layers(MODEL)]
+    kinds = [site.ffn.describe() for site, _ in layers(MODEL)]
     inside = "Narrow(8, Chain(2, MoE(8, TopK, Glu)))"
     assert kinds[:5] == ["Dense", inside, "Dense", inside, "Dense"]
     assert kinds[5:] == ["Narrow(8, Narrow(4, MoE(4, TopK, Glu)))"] * 3
