@@ -7,7 +7,6 @@ R copies of a layer · D model width
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
@@ -34,9 +33,8 @@ def latent_model(model, options: ToLatent):
             "--experts and --k its dense layers become MoE layers first."
         )
     for sparse in found:
-        experts: Any = sparse.moe.experts
-        plain = isinstance(experts, Glu) and experts.activation == "silu"
-        if not plain or experts.bias:
+        experts = sparse.moe.experts
+        if not isinstance(experts, Glu) or experts != Glu(hidden=experts.hidden):
             raise ConfigError(
                 f"{sparse.where}.experts = {experts!r}: must be Glu(activation='silu', "
                 "bias=False); only plain SwiGLU experts become latent ones."

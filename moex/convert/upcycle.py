@@ -8,6 +8,8 @@ F hidden width, of one expert F / g
 """
 
 from typing import Any
+import dataclasses
+import math
 
 import numpy as np
 
@@ -71,9 +73,9 @@ def moe_of_dense(dense: Dense, options: Upcycle, where: str) -> MoE:
         experts=Glu(hidden=dense.hidden),
     )
     moe = split_experts(moe, options.split)
-    router: Any = moe.router
     if options.scale == "gates":
-        router.scale = float(options.split)
+        assert isinstance(moe.router, TopK)
+        moe.router.scale = float(options.split)
     return moe
 
 

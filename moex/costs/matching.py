@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from typing import Any
 
-from moex.config.base import Config, ConfigError, require_choice, walk
+from moex.config.base import Config, ConfigError, children, require_choice, walk
 from moex.costs.accounting import model_cost
 from moex.model.spec import model_spec
 from moex.nn.lm import LM
@@ -103,8 +103,9 @@ def _holders(cfg: LM, path: str = "model") -> list[tuple[str, Any, str]]:
     return [
         (where, node, name)
         for where, node in walk(cfg, path)
-        for name in ("hidden", "rank")
-        if isinstance(node, Config) and hasattr(node, name)
+        if isinstance(node, Config)
+        for name, _ in children(node)
+        if name in ("hidden", "rank")
     ]
 
 

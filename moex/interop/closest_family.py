@@ -95,12 +95,11 @@ def _attention(attention: Any, model: LM):
 def _feed_forward(ffn: Any):
     if not isinstance(ffn, MoE):
         return ffn
-    router: Any = ffn.router
+    own = dict(children(ffn.router))
     training = {"bias_rule": "sign", "jitter": 0.0, "noise": 0.0, "init_std": 0.02}
-    training["bias_rate"] = 1e-3 if getattr(router, "bias_rate", 0.0) else 0.0
-    own = {f.name for f in dataclasses.fields(router)}
+    training["bias_rate"] = 1e-3 if own.get("bias_rate") else 0.0
     router = dataclasses.replace(
-        router, **{k: v for k, v in training.items() if k in own}
+        ffn.router, **{k: v for k, v in training.items() if k in own}
     )
     # Nothing is dropped where it is used: in transformers, and here in decoding.
     return dataclasses.replace(
@@ -110,10 +109,11 @@ def _feed_forward(ffn: Any):
 
 def _fields(model: LM, kind: str) -> dict:
     """Every field that one of the candidates reads, and none that `kind` refuses."""
-    attention: Any = model.attention
+    attention = model.attention
+    assert isinstance(attention, Attention)
     ffns = [site.ffn for site, _ in layers(model)]
-    sparse: Any = next((f for f in ffns if isinstance(f, MoE)), None)
-    dense: Any = next((f for f in ffns if isinstance(f, Dense)), None)
+    sparse = next((f for f in ffns if isinstance(f, MoE)), None)
+    dense = next((f for f in ffns if isinstance(f, Dense)), None)
     rope = _rope(attention)
     fields = {
         "hidden_size": model.dim,
@@ -134,12 +134,13 @@ def _fields(model: LM, kind: str) -> dict:
         "intermediate_size": dense.hidden if dense else 1,
     }
     if sparse is not None:
-        hidden = getattr(sparse.experts, "hidden", 1)
+        router, experts = dict(children(sparse.router)), dict(children(sparse.experts))
+        hidden = experts.get("hidden", 1)
         fields |= {
             "num_local_experts": sparse.num_experts,
             "num_experts": sparse.num_experts,
-            "num_experts_per_tok": getattr(sparse.router, "k", 1),
-            "norm_topk_prob": getattr(sparse.router, "normalize", "") == "after",
+            "num_experts_per_tok": router.get("k", 1),
+            "norm_topk_prob": router.get("normalize") == "after",
             "moe_intermediate_size": hidden,
             "mlp_only_layers": [
                 i for i, ffn in enumerate(ffns) if isinstance(ffn, Dense)

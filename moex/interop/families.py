@@ -26,6 +26,7 @@ from moex.interop.layers import (
 )
 from moex.interop.names import Names
 from moex.interop.positions import rope
+from moex.moe.experts.glu import Glu
 from moex.nn.lm import LM
 from moex.nn.mla import LatentAttention
 from moex.nn.mlp import Dense
@@ -123,8 +124,8 @@ def gpt_oss(of: Fields) -> list[Layer]:
     of.only("swiglu_alpha", 1.702)
     full = attention(of, sinks=True)
     moe = sparse(of, "intermediate_size", logit_bias=True)
-    experts: Any = moe.experts
-    experts.activation, experts.bias = "clamped", True
+    assert isinstance(moe.experts, Glu)
+    moe.experts.activation, moe.experts.bias = "clamped", True
     keys = of("sliding_window", int, least=1, null=None)
     count = num_layers(of)
     turns = ["sliding_attention", "full_attention"] * count

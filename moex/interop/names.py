@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from moex.model.layers import layers
+from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
+from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
 from moex.nn.lm import LM
 from moex.nn.mla import LatentAttention
@@ -213,8 +215,8 @@ class _Layer:
 
     def moe(self, cfg: MoE, D, names: Names) -> Iterator[Piece]:
         at, to, E = names.sparse, "ffn", cfg.num_experts
-        router: Any = cfg.router
-        experts: Any = cfg.experts
+        router, experts = cfg.router, cfg.experts
+        assert isinstance(router, TopK) and isinstance(experts, Glu)
         F = experts.hidden
         gate = f"{at}.{names.router}"
         yield self.matrix(f"{gate}.weight", f"{to}/router/w_DE", E, D)
@@ -238,10 +240,9 @@ class _Layer:
                 path = f"{to}/experts/w_out_EFD"
                 yield self.matrix(f"{own}.{w_down}.weight", path, D, F, (e,))
         if cfg.shared is not None:
-            shared: Any = cfg.shared
-            yield from self.dense(
-                f"{at}.shared_experts", f"{to}/shared", shared.hidden, D
-            )
+            assert isinstance(cfg.shared, Dense)
+            F = cfg.shared.hidden
+            yield from self.dense(f"{at}.shared_experts", f"{to}/shared", F, D)
 
     def mixed_experts(self, at, to, E, F, D) -> Iterator[Piece]:
         """Gate and up in turn along the last axis, [in, out] as ours."""

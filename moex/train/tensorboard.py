@@ -12,11 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 from tensorboardX.record_writer import register_writer_factory
 
-from moex.config.base import walk
 from moex.data.files import naming
 from moex.model.figures import scalar_names, slot_shares
-from moex.model.layers import shown
-from moex.moe.layer import MoE
+from moex.model.layers import routers, shown
 
 PREFIX = "moex:"  # of the paths that `_EventFiles` opens
 
@@ -76,7 +74,7 @@ def layout(cfg, num_domains: int) -> dict:
       num_domains: sources of the data.
     """
     pages: dict[str, dict[str, list]] = {}
-    if any(isinstance(node, MoE) for _, node in walk(cfg.model, "")):
+    if any(routers(cfg.model)):
         detailed = cfg.log.detail == "detailed"
         for page, charts in MOE_CHARTS.items():
             pages[page] = {
