@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from moex import cli, commands, project
-from moex.config.base import ConfigError, from_dict, to_dict
+from moex.config.base import ConfigError, from_dict, own_files, to_dict
 from moex.config.flags import load_config
 
 ROUTER = """
@@ -48,7 +48,9 @@ def write(folder, name, text=ROUTER):
 def test_a_class_beside_the_config_file_is_found_again(tmp_path, monkeypatch):
     write(tmp_path, "own_router.py")
     file = write(tmp_path, "config.py", CONFIG.format(module="own_router"))
-    data = to_dict(load_config([f"--config={file}"]))
+    cfg = load_config([f"--config={file}"])
+    assert own_files(cfg) == [tmp_path / "own_router.py"]
+    data = to_dict(cfg)
     assert data["own"] == {"__config__": "own_router.Own", "k": 3}
     project.use(None)  # the next command is not told of the config file
     del sys.modules["own_router"]

@@ -14,7 +14,7 @@ import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from moex.cluster import addresses, connections, rendezvous
@@ -284,7 +284,7 @@ def told(cfg, args) -> dict:
 
     return {
         "config": to_dict(cfg),
-        "code of moex (a hash)": code_hash(),
+        "code of moex (a hash)": code_hash(own_files(cfg)),
         "version of JAX": jax.__version__,
         "--workdir": str(args.workdir),
         "--dry-run": args.dry_run,
@@ -292,13 +292,18 @@ def told(cfg, args) -> dict:
     }
 
 
-def code_hash() -> str:
-    """Of the source text of moex and its kernels: other code computes other things."""
+def code_hash(own: Iterable[pathlib.Path] = ()) -> str:
+    """A hash of the source text of moex, its kernels and `own` files of the user.
+
+    Processes of a job compare it: other code computes other things.
+    """
     root, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
     for package in ("moex", "kernels_pallas"):
         for path in sorted((root / package).rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode())
             digest.update(path.read_bytes())
+    for path in own:
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

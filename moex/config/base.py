@@ -15,7 +15,9 @@ import difflib
 import importlib
 import inspect
 import math
+import pathlib
 import re
+import sys
 import types
 import typing
 import warnings
@@ -432,6 +434,14 @@ def config_class(tag: Any, path: str) -> type[Config]:
             "--project=FOLDER"
         )
     raise ConfigError(f"{path}: {short(tag)} is not a config class of moex{advice}.")
+
+
+def own_files(value: Any) -> list[pathlib.Path]:
+    """The files of the classes of a config tree that are not of moex, in order."""
+    nodes = [node for _, node in walk(value, "config") if isinstance(node, Config)]
+    names = {type(node).__module__ for node in nodes} - {__name__}
+    files = [sys.modules[n].__file__ for n in names if not n.startswith("moex.")]
+    return sorted(pathlib.Path(file) for file in files if file)
 
 
 def describe(value: Any, name: str = "config", indent: int = 0) -> str:

@@ -7,10 +7,6 @@ C copies of the feed-forward · g slices of a copy · E = C * g experts · D mod
 F hidden width, of one expert F / g
 """
 
-from typing import Any
-import dataclasses
-import math
-
 import numpy as np
 
 from moex.config.base import ConfigError, require

@@ -16,8 +16,8 @@ from moex.config.base import ConfigError
 from moex.costs.accounting import model_cost, num_bytes
 from moex.costs.matching import match
 from moex.costs.residual_bytes import block_activation_bytes, model_activation_bytes
-from moex.model.paths import flat_paths
 from moex.model.layers import sites
+from moex.model.paths import flat_paths
 from moex.model.spec import ModelSpec, model_spec
 from moex.optim import make_optimizer
 from moex.runs.keys import check_run

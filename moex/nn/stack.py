@@ -16,8 +16,8 @@ from kernels_pallas.names import GROUPED_MATMUL, PRE_ACTIVATIONS
 from moex.config.base import Config, require, require_choice
 from moex.nn.block import RESIDUALS, Block
 from moex.nn.context import fold_key
-from moex.nn.project import in_c
 from moex.nn.contract import AttentionConfig, FeedForwardConfig, StackReader
+from moex.nn.project import in_c
 from moex.sharding import constrain, on_a_mesh
 
 
