@@ -115,7 +115,7 @@ def _fields(model: LM, kind: str) -> dict:
     sparse = next((f for f in ffns if isinstance(f, MoE)), None)
     dense = next((f for f in ffns if isinstance(f, Dense)), None)
     rope = _rope(attention)
-    fields = {
+    fields: dict[str, Any] = {
         "hidden_size": model.dim,
         "vocab_size": model.vocab,
         "num_hidden_layers": len(ffns),

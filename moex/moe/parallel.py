@@ -156,8 +156,10 @@ def local_sums(sums, x_TD, slots, num_experts, ctx, *, buffer_rows=None, max_row
 
 def _for_experts(ctx, share):
     """The context inside: nothing of the batch, only how to compute."""
-    names = ("segment_BL", "position_BL", "token_BL", "step", "key", "forced")
-    names += ("layer", "depth")
+    names = (
+        *("segment_BL", "position_BL", "token_BL", "step", "key", "forced"),
+        *("layer", "depth"),
+    )
     return dataclasses.replace(ctx, **dict.fromkeys(names), tensor_share=share)
 
 
