@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from moex.cluster import addresses, connections, rendezvous
-from moex.config.base import ConfigError, require, to_dict
+from moex.config.base import ConfigError, own_files, require, to_dict
 
 LINE: connections.Line | None = None
 SHORTEST_TOKEN = 16  # characters of a secret
