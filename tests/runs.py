@@ -21,8 +21,8 @@ from moex.config.flags import load_config
 from moex.runs.checkpoint import Checkpointer
 from moex.runs.directory import RunDir
 from moex.runs.write import write_run
-from moex.train import loop
-from moex.train.job import Program, make_job
+from moex.train import loop, score
+from moex.train.job import Training, make_job
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -216,10 +216,13 @@ def one_trace_of_equal_configs():
         return cached
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("train_step", "eval_step"):
-            patch.setattr(Program, name, once(getattr(Program, name)))
-        first = once(Program.init_state)
-        patch.setattr(Program, "init_state", lambda p: jax.tree.map(jnp.copy, first(p)))
+        patch.setattr(Training, "train_step", once(Training.train_step))
+        shared = once(score.eval_step)
+        for module in (score, loop):
+            patch.setattr(module, "eval_step", shared)
+        first = once(Training.init_state)
+        copied = lambda program: jax.tree.map(jnp.copy, first(program))  # noqa: E731
+        patch.setattr(Training, "init_state", copied)
         yield
 
 
