@@ -97,7 +97,7 @@ def test_every_file_is_a_verb_of_its_contract():
 def test_a_verb_is_a_short_file():
     for path in FOLDER.glob("*.py"):
         lines = len(path.read_text(encoding="utf-8").splitlines())
-        assert lines <= (120 if path.stem == "arguments" else 95), path.name
+        assert lines <= (130 if path.stem == "arguments" else 95), path.name
 
 
 def test_help_imports_nothing_that_computes():
