@@ -5,28 +5,12 @@ E experts · S bins of a histogram
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from moex.model.layers import label, routers, site_at, sites
-
-# What "the worst layer" means, for the figures of which one can be worse than another.
-WORST: dict[str, Callable] = {
-    "max_violation": max,
-    "device_violation": max,
-    "dead_frac": max,
-    "effective_frac": min,
-    "entropy": min,
-    "confidence": max,
-    "experts_per_token": max,
-    "unrouted_frac": max,
-    "dropped_frac": max,
-    "lost_frac": max,
-    "logit_norm": max,
-    "output_norm": max,
-}
+from moex.moe import metrics
 
 
 def by_layer(model, layers: dict, *, expert_devices=1) -> dict[str, dict[str, Any]]:
@@ -94,10 +78,11 @@ def moe_summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
       rows: from `by_layer`.
 
     Returns:
-      For each scalar NAME a float "NAME"; for those in `WORST` also "NAME_worst", and
+      For each scalar NAME a float "NAME"; where one can be the worst "NAME_worst", and
       the label "NAME_worst_layer". Empty without MoE layers.
     """
     out: dict[str, Any] = {}
+    worst = {figure.name: figure.worst for figure in metrics.FIGURES}
     for name in scalar_names(rows):
         values = {label: float(own[name]) for label, own in rows.items()}
         # A layer that nothing came to has no figure.
@@ -105,8 +90,8 @@ def moe_summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if not values:
             continue
         out[name] = sum(values.values()) / len(values)
-        if name in WORST:
-            label = WORST[name](values, key=values.__getitem__)
+        if choose := worst.get(name):
+            label = choose(values, key=values.__getitem__)
             out[f"{name}_worst"] = values[label]
             out[f"{name}_worst_layer"] = label
     return out

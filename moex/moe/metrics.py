@@ -1,12 +1,18 @@
 """What a layer tells about its routing: sums made on the device, figures from sums.
 
 Sums can be added over microbatches and devices; figures cannot. `routing_stats` makes
-the sums inside the layer, `layer_metrics` turns them into what is logged.
+the sums inside the layer, `layer_metrics` turns them into what is logged. `FIGURES` is
+the one list of figures: charts, reports and the table of docs/monitoring.md, which
+`python -m moex.moe.metrics` prints, are made from it.
 
 B batch · L length · T = B * L tokens · D model width · E experts (zero-computation ones
 included) · K slots per token · C slots per expert · S bins of a histogram · ... leading
 dims (layers, chain steps)
 """
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,52 +123,192 @@ def mean(total, count):
     return total / jnp.where(count > 0, count, jnp.nan)
 
 
-def layer_metrics(stats: dict) -> dict:
-    """Figures of one layer (or of stacked layers) from its sums.
+class Figure(NamedTuple):
+    """A figure of an MoE layer: how it is made, and how it is shown.
 
-    Means over tokens are NaN where there is none; shares of no slots are 0.
-
-    Returns a dict of float32, with the losses of `losses.layer_losses` and
-      load_frac_E [..., E]: share of the slots that each expert received.
-      max_violation [...]: max load / mean load - 1; 0 is perfect balance.
-      dead_frac [...]: share of experts that received nothing.
-      effective_frac [...]: exp(entropy of the load) / E; 1 is perfect balance.
-      confidence [...]: mean over tokens of the largest router probability.
-      experts_per_token [...]: computed slots per token.
-      experts_per_token_std [...]: their deviation over tokens, before capacity.
-      unrouted_frac [...]: share of tokens that no computing expert was chosen for.
-      zero_frac [...]: share of slots at zero-computation experts.
-      dropped_frac [...]: share of slots dropped by capacity or lost on the way.
-      lost_frac [...]: share of slots that found no room on the way to their experts.
-      logit_norm [...]: root mean square over tokens of the length of their logits.
-      output_norm [...]: the same of what the routed experts give a token.
-      slots_hist_S [..., S]: share of the tokens with 0, 1, 2, ... computing experts,
-        before capacity; with more than `MOST_SLOTS` the last bin is open.
+    Attributes:
+      name: as in logs; one with a value per expert ends in "_E", per bin in "_S".
+      title: for people.
+      unit: what is measured, for the axis of a chart.
+      of: makes it, float32[...] or float32[..., E], from the sums of `routing_stats`;
+        None: made where the devices are known, in `model/figures.py`.
+      chart: page of charts that it is on; None: on none.
+      worst: `max` or `min`, where the worst layer is; None: none is worse.
+      rare: 0 in most runs, so that a report leaves it out where it is 0.
     """
-    load_E = stats["load_E"]
-    num_experts = load_E.shape[-1]
+
+    name: str
+    title: str
+    unit: str
+    of: Callable[[dict], jax.Array] | None
+    chart: str | None = None
+    worst: Callable | None = None
+    rare: bool = False
+
+    @property
+    def short_name(self) -> str:
+        """The name in routing.jsonl, without the letter of a shape."""
+        return re.sub(r"_[A-Z]$", "", self.name)
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether it is one number per layer."""
+        return self.short_name == self.name
+
+
+def _frac_E(stats):
+    return stats["load_E"] / jnp.maximum(stats["num_slots"], 1.0)[..., None]
+
+
+def _max_violation(stats):
+    violation = jnp.max(_frac_E(stats), axis=-1) * stats["load_E"].shape[-1] - 1.0
+    return jnp.where(stats["num_slots"] > 0, violation, 0.0)
+
+
+def _effective_frac(stats):
+    frac_E = _frac_E(stats)
+    entropy = -jnp.sum(frac_E * jnp.log(jnp.maximum(frac_E, 1e-30)), axis=-1)
+    return jnp.exp(entropy) / frac_E.shape[-1]
+
+
+def _slots_deviation(stats):
+    """The deviation over tokens of their computed slots, before capacity."""
     count = stats["num_tokens"]
-    slots = jnp.maximum(stats["num_slots"], 1.0)
-    frac_E = load_E / slots[..., None]
-    load_entropy = -jnp.sum(frac_E * jnp.log(jnp.maximum(frac_E, 1e-30)), axis=-1)
-    violation = jnp.max(frac_E, axis=-1) * num_experts - 1.0
-    num_dropped = stats["num_slots"] - stats["num_kept"] - stats["num_zero"]
     mean_real = mean(stats["num_slots"] - stats["num_zero"], count)
-    variance = jnp.maximum(mean(stats["real_sq_sum"], count) - mean_real**2, 0.0)
-    losses = layer_losses(stats)
-    return {name: jnp.where(count > 0, v, jnp.nan) for name, v in losses.items()} | {
-        "load_frac_E": frac_E,
-        "max_violation": jnp.where(stats["num_slots"] > 0, violation, 0.0),
-        "dead_frac": jnp.mean((load_E == 0).astype(jnp.float32), axis=-1),
-        "effective_frac": jnp.exp(load_entropy) / num_experts,
-        "confidence": mean(stats["top_gate_sum"], count),
-        "experts_per_token": mean(stats["num_kept"], count),
-        "experts_per_token_std": jnp.sqrt(variance),
-        "unrouted_frac": mean(stats["num_unrouted"], count),
-        "zero_frac": stats["num_zero"] / slots,
-        "lost_frac": stats["num_lost"] / slots,
-        "dropped_frac": num_dropped / slots,
-        "logit_norm": jnp.sqrt(mean(stats["logit_sq_sum"], count)),
-        "output_norm": jnp.sqrt(mean(stats["output_sq_sum"], count)),
-        "slots_hist_S": stats["slots_S"] / jnp.maximum(count, 1.0)[..., None],
-    }
+    square = mean(stats["real_sq_sum"], count)
+    return jnp.sqrt(jnp.maximum(square - mean_real**2, 0.0))
+
+
+def _dropped_frac(stats):
+    dropped = stats["num_slots"] - stats["num_kept"] - stats["num_zero"]
+    return dropped / jnp.maximum(stats["num_slots"], 1.0)
+
+
+def _token_mean(name):
+    return lambda stats: mean(stats[name], stats["num_tokens"])
+
+
+def _slot_share(name):
+    return lambda stats: stats[name] / jnp.maximum(stats["num_slots"], 1.0)
+
+
+def _length(name):
+    return lambda stats: jnp.sqrt(mean(stats[name], stats["num_tokens"]))
+
+
+def _loss(name):
+    def of(stats):
+        there = stats["num_tokens"] > 0
+        return jnp.where(there, layer_losses(stats)[name], jnp.nan)
+
+    return of
+
+
+BALANCE, ROUTERS, EXPERTS = "balance", "routers", "experts per token"
+UNSCALED = "before its coefficient"  # the unit of losses
+# In the order in which charts and reports show them. Means over tokens are NaN where
+# there is no token; shares of slots are 0 where there is no slot.
+FIGURES: tuple[Figure, ...] = (
+    Figure("load_frac_E", "Load of the experts", "share of slots", _frac_E),
+    Figure(
+        *("max_violation", "Max violation", "max load / mean load − 1"),
+        *(_max_violation, BALANCE, max),
+    ),
+    Figure(
+        *("effective_frac", "Effective experts", "exp(entropy of load) / experts"),
+        *(_effective_frac, BALANCE, min),
+    ),
+    Figure(
+        *("dead_frac", "Experts without a token", "share of experts"),
+        lambda stats: jnp.mean((stats["load_E"] == 0).astype(jnp.float32), axis=-1),
+        *(BALANCE, max, True),
+    ),
+    Figure(
+        *("entropy", "Router entropy", "nats per token"),
+        *(_loss("entropy"), ROUTERS, min),
+    ),
+    Figure(
+        *("confidence", "Router confidence", "largest probability, mean over tokens"),
+        *(_token_mean("top_gate_sum"), ROUTERS, max),
+    ),
+    Figure(
+        *("experts_per_token", "Experts per token", "mean number, computed ones"),
+        *(_token_mean("num_kept"), EXPERTS, max),
+    ),
+    Figure(
+        *("experts_per_token_std", "Experts per token, deviation", "over tokens"),
+        *(_slots_deviation, EXPERTS, None, True),
+    ),
+    Figure(
+        *("dropped_frac", "Dropped slots, lost ones too", "share of slots"),
+        *(_dropped_frac, BALANCE, max, True),
+    ),
+    Figure(
+        *("lost_frac", "Slots lost on the way to their experts", "share of slots"),
+        *(_slot_share("num_lost"), BALANCE, max, True),
+    ),
+    Figure(
+        *("unrouted_frac", "Tokens without a computing expert", "share of tokens"),
+        *(_token_mean("num_unrouted"), EXPERTS, max, True),
+    ),
+    Figure(
+        *("zero_frac", "Zero-computation slots", "share of slots"),
+        *(_slot_share("num_zero"), EXPERTS, None, True),
+    ),
+    Figure(
+        *("logit_norm", "Router logits", "L2 norm, RMS over tokens"),
+        *(_length("logit_sq_sum"), ROUTERS, max),
+    ),
+    Figure(
+        *("output_norm", "Output of the routed experts", "L2 norm, RMS over tokens"),
+        *(_length("output_sq_sum"), ROUTERS, max),
+    ),
+    Figure(
+        *("device_violation", "Balance of devices", "max load / mean load − 1"),
+        *(None, BALANCE, max),
+    ),
+    Figure(
+        *("load_balance", "Load-balance loss", UNSCALED),
+        *(_loss("load_balance"), ROUTERS),
+    ),
+    Figure(
+        *("sequence_balance", "Load-balance loss by sequence", UNSCALED),
+        *(_loss("sequence_balance"), ROUTERS),
+    ),
+    Figure("router_z", "Router z-loss", UNSCALED, _loss("router_z"), ROUTERS),
+    Figure("importance", "Importance loss", UNSCALED, _loss("importance"), ROUTERS),
+    Figure(
+        *("slots_hist_S", "Computing experts of a token, before capacity"),
+        f"share of tokens with 0, 1, 2, ...; from {MOST_SLOTS} on in one",
+        lambda stats: (
+            stats["slots_S"] / jnp.maximum(stats["num_tokens"], 1.0)[..., None]
+        ),
+    ),
+)
+
+
+def layer_metrics(stats: dict) -> dict:
+    """The figures of one layer (or of stacked layers) from its sums, by name.
+
+    They are those of `FIGURES`, and the losses that the router reports of its own as
+    "NAME_loss".
+    """
+    losses = {name: _loss(name)(stats) for name in layer_losses(stats)}
+    return losses | {figure.name: figure.of(stats) for figure in FIGURES if figure.of}
+
+
+def documentation() -> str:
+    """`FIGURES` as a table for docs/monitoring.md."""
+    lines = [
+        "| figure, in `moe/` | what it is | unit | worst layer |",
+        "|---|---|---|---|",
+    ]
+    for figure in FIGURES:
+        worst = {max: "largest", min: "smallest", None: ""}[figure.worst]
+        name = f"`{figure.short_name}`"
+        lines.append(f"| {name} | {figure.title} | {figure.unit} | {worst} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(documentation())

@@ -7,6 +7,7 @@ K experts per token
 import numpy as np
 
 from moex.model.layers import shown
+from moex.moe import metrics
 from moex.report import downsample, maps
 from moex.report.health import judged
 from moex.report.material import Material, Routing
@@ -16,31 +17,8 @@ from moex.report.page import Grid, Note, Plot, Section, Table, layer_name, style
 FRAME_NUMBERS, MOST_FRAMES = 400_000, 40
 HISTORY_NUMBERS, MOST_STEPS = 400_000, 200
 CURVE_NUMBERS, MOST_POINTS = 150_000, 300
-MOST_SLOTS = 32  # the last, open bin of slots_hist
 LEGEND = 12  # layers; more are told by a colour bar
 LIGHTEST = 0.9  # of the colour scale of layers: the rest is too faint
-# Figures of layers: name, title, unit.
-FIGURES = (
-    ("max_violation", "Max violation", "max load / mean load − 1"),
-    ("effective_frac", "Effective experts", "exp(entropy of load) / experts"),
-    ("dead_frac", "Dead experts", "share of experts"),
-    ("entropy", "Router entropy", "nats per token"),
-    ("confidence", "Router confidence", "largest probability"),
-    ("experts_per_token", "Experts per token", "mean number"),
-    ("experts_per_token_std", "Experts per token, deviation", "over tokens"),
-    ("dropped_frac", "Dropped slots", "share of slots"),
-    ("unrouted_frac", "Tokens without an expert", "share of tokens"),
-    ("zero_frac", "Zero-computation slots", "share of slots"),
-    ("logit_norm", "Router logits", "L2 norm, RMS over tokens"),
-    ("output_norm", "Expert output", "L2 norm, RMS over tokens"),
-    ("device_violation", "Balance of devices", "max load / mean load − 1"),
-    ("load_balance", "Load-balance loss", "before its coefficient"),
-    ("router_z", "Router z-loss", "before its coefficient"),
-)
-CONSTANT = (
-    *("dropped_frac", "zero_frac", "unrouted_frac", "dead_frac"),
-    "experts_per_token_std",
-)
 
 
 def sections(material: Material) -> list[Section]:
@@ -70,11 +48,12 @@ def sections(material: Material) -> list[Section]:
             "One layer through training, at first the least balanced one.",
         ),
     ]
-    grid = [plot for figure in FIGURES if (plot := curves(routing, *figure))]
+    grid = [plot for figure in metrics.FIGURES if (plot := curves(routing, figure))]
     flat = [
-        title
-        for name, title, _ in FIGURES
-        if name in CONSTANT and not _moves(routing, name)
+        figure.title
+        for figure in metrics.FIGURES
+        if figure.rare and _logged(routing, figure.name)
+        if not _moves(routing, figure.name)
     ]
     figures: list = [Grid(tuple(grid))] if grid else []
     if flat:
@@ -156,24 +135,28 @@ def load_histories(routing: Routing):
     )
 
 
+def _logged(routing: Routing, name: str) -> list[np.ndarray]:
+    return [f[name] for f in routing.layers.values() if name in f]
+
+
 def _moves(routing: Routing, name: str) -> bool:
-    values = [f[name] for f in routing.layers.values() if name in f]
+    values = _logged(routing, name)
     return any(np.nanmax(np.abs(value_S), initial=0) > 0 for value_S in values)
 
 
-def curves(routing: Routing, name: str, title: str, unit: str) -> Plot | None:
+def curves(routing: Routing, what: metrics.Figure) -> Plot | None:
     """A figure of all layers over steps; None if it was not logged, or is always 0."""
     from plotly.colors import sample_colorscale
     from plotly.graph_objects import Figure
 
     layers = {
-        label: figures[name]
+        label: figures[what.name]
         for label, figures in routing.layers.items()
-        if name in figures and figures[name].ndim == 1
+        if what.name in figures and figures[what.name].ndim == 1
     }
-    if not layers or (name in CONSTANT and not _moves(routing, name)):
+    if not layers or (what.rare and not _moves(routing, what.name)):
         return None
-    most = CURVE_NUMBERS // (len(FIGURES) * len(layers))
+    most = CURVE_NUMBERS // (len(metrics.FIGURES) * len(layers))
     chosen = downsample.spaced(len(routing.step_S), max(20, min(MOST_POINTS, most)))
     steps = routing.step_S[chosen].astype(np.int32)
     places = np.linspace(0, LIGHTEST, len(layers)) if len(layers) > 1 else [0.3]
@@ -190,9 +173,9 @@ def curves(routing: Routing, name: str, title: str, unit: str) -> Plot | None:
         )
     if len(layers) > LEGEND:
         _depth_bar(figure, list(layers))
-    style(figure, height=300, title=title)
+    style(figure, height=300, title=what.title)
     figure.update_xaxes(title_text="optimizer step", rangemode="tozero")
-    figure.update_yaxes(title_text=unit)
+    figure.update_yaxes(title_text=what.unit)
     figure.update_layout(
         showlegend=1 < len(layers) <= LEGEND,
         legend={"title": {"text": "layer"}, "font": {"size": 10}},
@@ -243,16 +226,17 @@ def slots(routing: Routing) -> Plot | None:
         told="layer {row}: {column} experts for {value} of the tokens",
     )
     text = "Share of the tokens of a layer that have so many experts, or more in column"
-    return Plot(figure, f"{text} {MOST_SLOTS}.")
+    return Plot(figure, f"{text} {metrics.MOST_SLOTS}.")
 
 
 def table(routing: Routing) -> Table:
     """Figures of all layers at the last logged step."""
     there = [
-        (name, title)
-        for name, title, _ in FIGURES
-        if any(name in figures for figures in routing.layers.values())
-        and (name not in CONSTANT or _moves(routing, name))
+        figure
+        for figure in metrics.FIGURES
+        if figure.is_scalar
+        and _logged(routing, figure.name)
+        and (not figure.rare or _moves(routing, figure.name))
     ]
     rows = []
     for label, figures in routing.layers.items():
@@ -260,11 +244,11 @@ def table(routing: Routing) -> Table:
         experts = "" if load_SE is None else str(load_SE.shape[1])
         cells = [
             f"{float(figures[name][-1]):.4g}" if name in figures else "–"
-            for name, _ in there
+            for name, *_ in there
         ]
         rows.append((shown(label), experts, *cells))
     return Table(
-        ("layer", "experts", *(title.lower() for _, title in there)),
+        ("layer", "experts", *(figure.title.lower() for figure in there)),
         rows,
         f"All layers at step {routing.step_S[-1]}, but for what is zero everywhere.",
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moex.analysis.plotting import COLOURS
+from moex.moe.metrics import FIGURES, UNSCALED
 from moex.report import downsample
 from moex.report.material import Material
 from moex.report.page import Grid, Note, Plot, Section, style
@@ -71,10 +72,7 @@ PANELS = (
     Panel(
         "Losses of the router before their coefficients, mean of layers",
         "each in its own unit",
-        tuple(
-            f"moe/{name}"
-            for name in ("load_balance", "sequence_balance", "router_z", "importance")
-        ),
+        tuple(f"moe/{f.name}" for f in FIGURES if f.unit == UNSCALED),
         log=True,
         missing="no layer is routed, or nothing is logged",
     ),

@@ -15,36 +15,10 @@ from tensorboardX.record_writer import register_writer_factory
 from moex.data.files import naming
 from moex.model.figures import scalar_names, slot_shares
 from moex.model.layers import routers, shown
+from moex.moe import metrics
 
 PREFIX = "moex:"  # of the paths that `_EventFiles` opens
 
-# Charts of figures that exist per layer; each shows the mean and the worst.
-MOE_CHARTS: dict[str, dict[str, str]] = {
-    "MoE: balance": {
-        "max violation (0 is balanced)": "max_violation",
-        "dead experts, share": "dead_frac",
-        "effective experts, exp(H) / E (1 is balanced)": "effective_frac",
-        "device violation (0 is balanced)": "device_violation",
-        "dropped slots, share": "dropped_frac",
-        "slots lost on their way, share": "lost_frac",
-    },
-    "MoE: routers": {
-        "router entropy, nats": "entropy",
-        "confidence (largest probability)": "confidence",
-        "length of the router logits": "logit_norm",
-        "length of what the experts add": "output_norm",
-        "load-balance loss": "load_balance",
-        "load-balance loss by sequence": "sequence_balance",
-        "router z-loss": "router_z",
-        "importance loss": "importance",
-    },
-    "MoE: experts per token": {
-        "experts per token": "experts_per_token",
-        "experts per token, deviation over tokens": "experts_per_token_std",
-        "tokens without a computing expert, share": "unrouted_frac",
-        "zero-computation slots, share": "zero_frac",
-    },
-}
 CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "training": {
         "loss, nats per token": ("train/nll$", "eval/nll$"),
@@ -76,12 +50,11 @@ def layout(cfg, num_domains: int) -> dict:
     pages: dict[str, dict[str, list]] = {}
     if any(routers(cfg.model)):
         detailed = cfg.log.detail == "detailed"
-        for page, charts in MOE_CHARTS.items():
-            pages[page] = {
-                title: _chart(f"moe/{name}(_worst)?$", *[f"moe/{name}/.*"] * detailed)
-                for title, name in charts.items()
-                if name != "device_violation" or cfg.mesh.expert > 1
-            }
+        for name, title, unit, of, page, *_ in metrics.FIGURES:
+            if page is None or (of is None and cfg.mesh.expert == 1):
+                continue
+            tags = f"moe/{name}(_worst)?$", *[f"moe/{name}/.*"] * detailed
+            pages.setdefault(f"MoE: {page}", {})[f"{title} ({unit})"] = _chart(*tags)
         pages["MoE: balance"]["which layer is worst"] = _chart("moe/.*_worst_layer$")
         shares = _chart("moe/slots_share/.*")
         pages["MoE: experts per token"]["tokens by number of experts, share"] = shares

@@ -231,7 +231,7 @@ def test_tensorboard_has_all_pages(straight):
     (sample,) = events.Tensors("sample/text_summary")
     assert b"The " in sample.tensor_proto.string_val[0]
     (layout,) = events.Tensors("custom_scalars__config__")
-    assert b"max violation" in layout.tensor_proto.string_val[0]
+    assert b"Max violation" in layout.tensor_proto.string_val[0]
 
 
 def test_what_a_report_needs_is_there(straight, interrupted):

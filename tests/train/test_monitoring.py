@@ -16,6 +16,7 @@ from moex.model.figures import (
     routing_record,
     slot_shares,
 )
+from moex.moe import metrics
 from moex.moe.chain import Chain
 from moex.moe.experts.zero import Zero
 from moex.nn.mlp import Dense
@@ -30,12 +31,7 @@ from moex.train.tensorboard import layout
 from tests.helpers import tiny_lm, tiny_moe
 from tests.test_run import run_config
 
-SCALARS = (
-    *("max_violation", "dead_frac", "effective_frac", "entropy", "confidence"),
-    *("experts_per_token", "experts_per_token_std", "unrouted_frac", "zero_frac"),
-    *("lost_frac", "dropped_frac", "logit_norm", "output_norm", "load_balance"),
-    *("sequence_balance", "router_z", "importance"),
-)
+SCALARS = tuple(f.name for f in metrics.FIGURES if f.is_scalar and f.of)
 
 
 def figures(shape, num_experts, seed=0):
