@@ -1,6 +1,7 @@
 """Rules of the house that a machine can check."""
 
 import ast
+import graphlib
 import pathlib
 import re
 
@@ -15,7 +16,36 @@ from tests.helpers import tiny_lm
 
 ROOT = pathlib.Path(__file__).parents[1]
 # A package may import those to its right, and itself.
-ORDER = ("experiments", "configs", "launch", "moex", "kernels_pallas")
+ORDER = ("experiments", "benchmarks", "configs", "launch", "moex", "kernels_pallas")
+# Folders and modules of moex, from the lowest floor up. Each may import from its own
+# floor, if no circle comes of it, and from those below.
+FLOORS = (
+    {"exact", "terminal"},
+    {"config", "json_files", "project"},
+    {"allocator", "cluster"},
+    {"process"},
+    {"data", "sharding"},
+    {"optim"},
+    {"nn"},
+    {"moe"},
+    {"model"},
+    {"runs"},
+    {"tasks"},
+    {"train"},
+    {"convert", "costs", "interop", "plan", "serve"},
+    {"analysis"},
+    {"report"},
+    {"commands"},
+    {"__init__", "cli"},
+)
+# Imports that run up, to be mended: (file, imported module).
+RUN_UP = {
+    ("moex/nn/stack.py", "moex.moe.parallel"),
+    ("moex/train/job.py", "moex.serve.decode"),
+    ("moex/train/loop.py", "moex.costs.accounting"),
+    ("moex/train/score.py", "moex.serve.decode"),
+    ("moex/train/step.py", "moex.costs.accounting"),
+}
 # What moex uses of nnx; transforms are JAX's own. See docs/decisions.
 NNX_NAMES = {
     *("List", "Module", "Param", "Rngs", "Variable"),
@@ -45,6 +75,62 @@ def test_imports_point_one_way(package):
     for path in sources(package):
         wrong = forbidden & set(imported(path))
         assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def room(module: str) -> str:
+    """The folder or module right below moex that holds a module of moex."""
+    return (module.split(".") + ["__init__"])[1]
+
+
+def modules_imported(path):
+    """Dotted names of the modules of moex that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            if name.split(".")[0] == "moex":
+                while not is_module(name):
+                    name = name.rpartition(".")[0]
+                yield name
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def arrows():
+    """Yield (file, its room, module, its room) of every import from another room."""
+    for path in sources("moex"):
+        file = path.relative_to(ROOT)
+        own = file.parts[1].removesuffix(".py")
+        for module in modules_imported(path):
+            if room(module) != own:
+                yield file.as_posix(), own, module, room(module)
+
+
+def test_imports_inside_moex_run_down():
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    up = {(f, to) for f, own, to, its in arrows() if floor[its] > floor[own]}
+    assert up - RUN_UP == set(), "an import from a higher floor"
+    assert RUN_UP - up == set(), "mended: take it out of RUN_UP"
+
+
+def test_no_circle_runs_through_the_rooms_of_moex():
+    below = {name: set() for names in FLOORS for name in names}
+    for file, own, module, its in arrows():
+        if (file, module) not in RUN_UP:
+            below[own].add(its)
+    graphlib.TopologicalSorter(below).prepare()  # raises CycleError
+
+
+def test_every_room_of_moex_has_a_floor():
+    rooms = {path.relative_to(ROOT / "moex").parts[0] for path in sources("moex")}
+    listed = [name for names in FLOORS for name in names]
+    assert sorted(name.removesuffix(".py") for name in rooms) == sorted(listed)
 
 
 def test_the_packages_are_there():
@@ -107,7 +193,7 @@ def opens_text_by_locale(node) -> bool:
     return "b" not in getattr(mode, "value", "")
 
 
-@pytest.mark.parametrize("package", (*ORDER, "benchmarks"))
+@pytest.mark.parametrize("package", ORDER)
 def test_text_files_are_opened_in_an_encoding_that_is_named(package):
     for path in sources(package):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
