@@ -1,6 +1,6 @@
 """`moex train` that writes down which examples it reads, and ends itself when told to.
 
-Run by `tests/test_distributed.py` in the place of `moex.cli`, with three variables:
+Run by `cluster/test_distributed.py` in the place of `moex.cli`, with three variables:
 RECORD, a folder; DISTURB, "process signal batch": send that signal to that process when
 it places that batch, once; DAMAGE: flip a bit of the newest checkpoint before the
 second start.

@@ -22,7 +22,7 @@ from moex.cluster import connections, distributed, rendezvous
 from moex.config.base import ConfigError
 from moex.config.flags import load_config
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 FACTS = {"config": {"optim": {"lr": 0.1}, "layers": [1, 2]}, "code": "abc"}
 
 
