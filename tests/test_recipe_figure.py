@@ -25,7 +25,7 @@ def gini(stats):
     load_E = jnp.sort(stats["load_E"], axis=-1)
     E = load_E.shape[-1]
     rank_E = 2 * jnp.arange(1, E + 1) - E - 1
-    return jnp.sum(rank_E * load_E, axis=-1) / (E * jnp.sum(load_E, axis=-1))
+    return jnp.einsum("e,...e->...", rank_E, load_E) / (E * jnp.sum(load_E, axis=-1))
 
 
 GINI = metrics.Figure("gini", "Gini of the load", "0 to 1", gini, "balance", max)

@@ -110,12 +110,12 @@ def test_the_layout_has_the_moe_first_and_what_the_run_has():
     pages = layout(cfg, num_domains=1)
     assert [page.startswith("MoE") for page in pages] == [True] * 3 + [False] * 2
     titles = {title for charts in pages.values() for title in charts}
-    assert not any("device" in title or "domain" in title for title in titles)
+    assert not any("devices" in title or "domain" in title for title in titles)
     cfg.mesh = MeshConfig(expert=2)
     more = layout(cfg, num_domains=2)
     more = {title for charts in more.values() for title in charts} - titles
     assert sorted(more) == [
-        "device violation (0 is balanced)",
+        "Balance of devices (max load / mean load − 1)",
         "loss by domain, nats per token",
     ]
     dense = layout(run_config(model=tiny_lm(Segment(pattern=(Dense(hidden=8),)))), 1)
