@@ -31,7 +31,7 @@ from benchmarks.common import write_json
 from moex.cli import split_config_args
 from moex.config.base import ConfigError
 from moex.config.flags import load_config
-from moex.costs import accounting
+from moex.model import accounting
 from moex.sharding import shard_batch
 from moex.train.job import make_job
 from moex.train.log import RunLog

@@ -26,12 +26,12 @@ from benchmarks.common import environment
 from moex.cli import split_config_args
 from moex.config.base import ConfigError
 from moex.config.flags import load_config
-from moex.costs import accounting
 from moex.data.batches import stack
 from moex.data.packing import blank_example
 from moex.data.pipeline import Data
 from moex.data.sources import Text
 from moex.data.tokenizer import Bytes
+from moex.model import accounting
 from moex.sharding import shard_batch
 from moex.train import losses
 from moex.train.job import make_job

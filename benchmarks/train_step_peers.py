@@ -32,7 +32,7 @@ import transformers
 from benchmarks import common
 from benchmarks.train_step import random_batch, random_job
 from configs import base
-from moex.costs import accounting
+from moex.model import accounting
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK

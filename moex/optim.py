@@ -21,9 +21,9 @@ from moex.config.schedule import (
     static_value,
     value_at,
 )
-from moex.exact import exact
 from moex.model.paths import flat_paths, path_name
 from moex.muon import muon
+from moex.numbers import exact
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

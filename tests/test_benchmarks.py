@@ -18,8 +18,8 @@ from benchmarks import (
     tune,
 )
 from kernels_pallas import tuned
-from moex.costs.accounting import num_bytes
 from moex.model import spec as states
+from moex.model.accounting import num_bytes
 from moex.model.paths import flat_paths
 from moex.sharding import MeshConfig
 from tests import runs

@@ -12,7 +12,7 @@ import pytest
 from moex import cli
 from moex.config.base import ConfigError
 from moex.config.flags import load_config
-from moex.costs.accounting import num_bytes
+from moex.model.accounting import num_bytes
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
 from moex.moe.layer import MoE

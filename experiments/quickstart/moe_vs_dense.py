@@ -16,7 +16,7 @@ import matplotlib
 import ml_collections
 
 from configs import quickstart
-from moex.costs import accounting
+from moex.model import accounting
 from moex.train.job import make_job
 from moex.train.loop import train
 

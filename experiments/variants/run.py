@@ -21,8 +21,8 @@ import jax
 from benchmarks.common import environment
 from configs import quickstart
 from moex.config.base import ConfigError
-from moex.costs.accounting import model_cost
 from moex.data.sources import PythonStdlib
+from moex.model.accounting import model_cost
 from moex.model.spec import model_spec
 from moex.train import loop
 from moex.train.score import write_text

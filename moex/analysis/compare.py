@@ -16,9 +16,10 @@ from scipy.special import stdtrit  # SciPy comes with JAX
 
 from moex.analysis.reading import Curve, Run, curves
 from moex.config.base import flat, to_dict
-from moex.costs.accounting import model_cost
-from moex.costs.table import fill_vocab, scaled
+from moex.costs.table import fill_vocab
+from moex.model.accounting import model_cost
 from moex.model.spec import model_spec
+from moex.numbers import scaled
 from moex.train.log import clock
 
 MANY = 4  # fields in a label; where more differ, folders say it shorter

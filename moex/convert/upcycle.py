@@ -11,11 +11,11 @@ import numpy as np
 
 from moex.config.base import ConfigError, require
 from moex.convert.kinds.moe import Upcycle
-from moex.exact import exact
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE, split_experts
 from moex.moe.routers.topk import TopK
 from moex.nn.mlp import Dense
+from moex.numbers import exact
 
 
 def chosen_layers(layers: str, dense: list[int]) -> list[int]:

@@ -11,7 +11,7 @@ import itertools
 from typing import Any
 
 from moex.config.base import Config, ConfigError, children, require_choice, walk
-from moex.costs.accounting import model_cost
+from moex.model.accounting import model_cost
 from moex.model.spec import model_spec
 from moex.nn.lm import LM
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas.device import platform
-from moex.costs.accounting import num_bytes
+from moex.model.accounting import num_bytes
 from moex.model.spec import ModelSpec
 from moex.nn.context import Context
 from moex.nn.lm import LM

@@ -1,24 +1,24 @@
 """What `moex params` says: cost and memory of a model, layer by layer.
 
 Everything is abstract: no array is made. Parameters and FLOPs are those of
-`accounting`, bytes kept for the backward pass those of `activations`; bytes of the
-optimizer are read off its abstract state.
+`model/accounting.py`, bytes kept for the backward pass those of `residual_bytes.py`;
+bytes of the optimizer are read off its abstract state.
 """
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from moex.config.base import ConfigError
-from moex.costs.accounting import model_cost, num_bytes
 from moex.costs.matching import match
 from moex.costs.residual_bytes import block_activation_bytes, model_activation_bytes
+from moex.model.accounting import model_cost, num_bytes
 from moex.model.layers import sites
 from moex.model.paths import flat_paths
 from moex.model.spec import ModelSpec, model_spec
+from moex.numbers import number_ranges, scaled
 from moex.optim import make_optimizer
 from moex.runs.keys import check_run
 from moex.runs.program import static_options
@@ -255,27 +255,3 @@ def _cells(figures: dict[str, float]) -> list[str]:
         scaled(figures[name], 1024, "B") if name.endswith("bytes") else scaled(value)
         for name, value in figures.items()
     ]
-
-
-def scaled(value: float, base: int = 1000, unit: str = "") -> str:
-    """A number with a prefix: `1.45 G`, or in steps of 1024 `5.41 GiB`."""
-    prefixes = ("", "k", "M", "G", "T", "P") if base == 1000 else _BINARY
-    power = 0
-    while power < len(prefixes) - 1 and abs(value) >= 999.5 * base**power:
-        power += 1
-    number = value / base**power
-    digits = 0 if power == 0 else max(0, 2 - int(math.log10(max(number, 1))))
-    return f"{number:.{digits}f} {prefixes[power]}{unit}".rstrip()
-
-
-_BINARY = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
-
-
-def number_ranges(numbers: tuple[int, ...]) -> str:
-    """`0-3`, `1-9 by 2`, or `0, 3, 4`."""
-    steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
-    if len(numbers) > 2 and len(steps) == 1 or steps == {1}:
-        step = steps.pop()
-        by = "" if step == 1 else f" by {step}"
-        return f"{numbers[0]}-{numbers[-1]}{by}"
-    return ", ".join(map(str, numbers))

@@ -21,7 +21,7 @@ from kernels_pallas import make_plan
 from kernels_pallas.device import platform
 from kernels_pallas.permute import take
 from kernels_pallas.plan import Layout
-from moex.exact import exact
+from moex.numbers import exact
 
 # all_to_all is chosen if it moves less than this share of the rows that a gather moves:
 # a gather needs no sort, no packing and no ids beside the rows. A judgement, not timed.

@@ -10,8 +10,8 @@ import math
 import jax.numpy as jnp
 
 from kernels_pallas import make_plan
-from moex.exact import exact
 from moex.moe.routing import Routing
+from moex.numbers import exact
 
 
 def expert_capacity(capacity_factor, num_slots, num_experts) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from moex.costs.accounting import model_cost
 from moex.costs.table import fill_vocab
+from moex.model.accounting import model_cost
 from moex.plan.memory import Memory, memory
 from moex.plan.topology import Topology
 from moex.plan.traffic import Traffic, traffic

@@ -1,6 +1,6 @@
 """A plan, and what a compiler said, as text for people."""
 
-from moex.costs.table import scaled
+from moex.numbers import scaled
 from moex.plan.planner import Plan
 from moex.plan.rehearsal import Compiled
 

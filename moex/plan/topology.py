@@ -14,7 +14,7 @@ import re
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from moex.config.base import ConfigError, nearest, require
-from moex.costs.accounting import device_peak_flops
+from moex.model.accounting import device_peak_flops
 from moex.sharding import AXIS_NAMES
 
 GIB = 2**30

@@ -5,7 +5,7 @@ import shlex
 from typing import Any
 
 from moex.config.base import Config, children, flat, short, to_dict
-from moex.costs.table import scaled
+from moex.numbers import scaled
 from moex.report.material import Material
 from moex.report.page import Note, Section, Table, Verbatim
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from moex.config.base import ConfigError
-from moex.costs.accounting import Cost, model_cost
 from moex.costs.table import fill_vocab
+from moex.model.accounting import Cost, model_cost
 from moex.model.spec import model_spec
 from moex.runs.directory import RunDir
 from moex.runs.environment import read_environment

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from kernels_pallas.device import platform
-from moex.costs.accounting import num_bytes
+from moex.model.accounting import num_bytes
 from moex.nn.context import Context
 from moex.nn.contract import StackReader
 from moex.nn.lm import LM

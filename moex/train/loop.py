@@ -19,9 +19,9 @@ from moex.cluster import distributed
 from moex.config import base as configs
 from moex.config.base import ConfigError, require_path
 from moex.config.schedule import is_always_zero
-from moex.costs import accounting
 from moex.data.changes import changed_data, save_data
 from moex.data.report import compressor_bits_per_byte
+from moex.model import accounting
 from moex.model.figures import by_layer, moe_summary
 from moex.model.paths import path_name
 from moex.runs.checkpoint import Checkpointer, CheckpointError

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from moex.config.schedule import is_always_zero, points_of, value_at
-from moex.costs.accounting import param_group
+from moex.model.accounting import param_group
 from moex.model.paths import flat_paths, path_name
 from moex.moe.metrics import layer_metrics, mean
 from moex.optim import path_factors

@@ -16,7 +16,7 @@ from moex.analysis.compare import estimate, grouped, make_groups
 from moex.analysis.equality import Tolerance, same
 from moex.analysis.plotting import mean_curve, plot_lines
 from moex.analysis.reading import FLOPS, curves, read_run, read_runs
-from moex.costs.accounting import model_cost
+from moex.model.accounting import model_cost
 from moex.model.spec import model_spec
 from moex.moe.routers.topp import TopP
 from moex.runs.directory import RunDir

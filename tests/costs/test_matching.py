@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from moex.config.base import ConfigError
-from moex.costs.accounting import model_cost
 from moex.costs.matching import MEASURES, hidden_widths, match
+from moex.model.accounting import model_cost
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu

@@ -9,8 +9,8 @@ from moex import cli
 from moex.config.base import ConfigError
 from moex.config.flags import load_config
 from moex.costs import residual_bytes, table
-from moex.costs.accounting import model_cost, num_bytes
 from moex.data.tokenizer import Bytes, TokenizerFile
+from moex.model.accounting import model_cost, num_bytes
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.nn.mlp import Dense
@@ -157,37 +157,6 @@ def test_vocabulary_without_data(run_config, tmp_path):
     cfg.model.vocab = 100
     table.fill_vocab(cfg)
     assert cfg.model.vocab == 100
-
-
-@pytest.mark.parametrize(
-    ("numbers", "text"),
-    [
-        ((3,), "3"),
-        ((0, 1), "0-1"),
-        ((0, 1, 2), "0-2"),
-        ((1, 3), "1, 3"),
-        ((1, 3, 5), "1-5 by 2"),
-        ((0, 2, 3), "0, 2, 3"),
-    ],
-)
-def test_layer_numbers(numbers, text):
-    assert table.number_ranges(numbers) == text
-
-
-@pytest.mark.parametrize(
-    ("args", "text"),
-    [
-        ((0,), "0"),
-        ((999,), "999"),
-        ((999.6,), "1.00 k"),
-        ((46.7e9,), "46.7 G"),
-        ((123_456_789,), "123 M"),
-        ((5.4 * 2**30, 1024, "B"), "5.40 GiB"),
-        ((20, 1024, "B"), "20 B"),
-    ],
-)
-def test_scaled_numbers(args, text):
-    assert table.scaled(*args) == text
 
 
 # The command.

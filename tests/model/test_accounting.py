@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from moex.costs import accounting
-from moex.costs.accounting import device_peak_flops, model_cost, model_table
+from moex.model import accounting
+from moex.model.accounting import device_peak_flops, model_cost, model_table
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu

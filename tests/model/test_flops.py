@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from moex.costs.accounting import model_cost
+from moex.model.accounting import model_cost
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu

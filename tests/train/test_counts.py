@@ -83,7 +83,7 @@ def test_speed_says_what_padding_has_of_it(monkeypatch):
         job=types.SimpleNamespace(cfg=types.SimpleNamespace(batch_size=4, seq_len=64)),
         cost=types.SimpleNamespace(train_flops_at=lambda layers: 1e9),
     )
-    monkeypatch.setattr("moex.costs.accounting.device_peak_flops", lambda: 1e12)
+    monkeypatch.setattr("moex.model.accounting.device_peak_flops", lambda: 1e12)
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     speed = Run._speed(run, {"padding": np.int32(64), "layers": {}}, 0.5, 96.0)
     assert speed["perf/tokens_per_s"] == 512

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from moex.config.base import caution, require
-from moex.exact import exact
 from moex.moe.contract import Router, RouterConfig
 from moex.moe.routing import ExpertRouting, replayed, router_logits
 from moex.nn.param import param
+from moex.numbers import exact
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -12,7 +12,6 @@ from flax import nnx
 
 from moex.config.base import caution, require, require_choice
 from moex.config.schedule import Schedule, points_of, require_values, value_at
-from moex.exact import exact
 from moex.moe.balance import Controller, ControlP, ScheduledValue
 from moex.moe.contract import Router, RouterConfig
 from moex.moe.routing import (
@@ -24,6 +23,7 @@ from moex.moe.routing import (
     top_k,
 )
 from moex.nn.param import RouterState, param
+from moex.numbers import exact
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
