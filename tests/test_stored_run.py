@@ -57,6 +57,14 @@ def run(tmp_path, monkeypatch):
     assert READ == ["run/config.json"]
 
 
+def test_a_config_that_was_changed_is_not_that_of_the_run(run):
+    first = run.config()
+    first.steps, first.data.sources = 99, ()
+    assert run.config().steps == 3
+    assert run.config().data.sources
+    assert RunDir.of(run) is run  # which has read its config
+
+
 @pytest.mark.parametrize("step", [None, 2])
 def test_the_stored_run_opens(run, step):
     opened = load_run(run, step=step)
