@@ -33,9 +33,7 @@ class Command(Verb):
         add_json(parser)
 
     def run(self, args, config_args):
-        from moex.runs.record import saved_steps
-
-        steps = saved_steps(args.run)
+        steps = args.run.saved_steps()
         print({"steps": steps} if args.json else max(steps))
 '''
 
