@@ -29,6 +29,7 @@ def by_layer(model, layers: dict, *, expert_devices=1) -> dict[str, dict[str, An
     places = sites(model)
     for path, figures in layers.items():
         site = site_at(places, path)
+        assert site.sparse is not None, path
         arrays = {name: np.asarray(value) for name, value in figures.items()}
         for r, number in enumerate(site.numbers):
             own = {name: value[r] for name, value in arrays.items()}

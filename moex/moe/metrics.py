@@ -165,6 +165,14 @@ def _max_violation(stats):
     return jnp.where(stats["num_slots"] > 0, violation, 0.0)
 
 
+def _dead_frac(stats):
+    return jnp.mean((stats["load_E"] == 0).astype(jnp.float32), axis=-1)
+
+
+def _slots_hist_S(stats):
+    return stats["slots_S"] / jnp.maximum(stats["num_tokens"], 1.0)[..., None]
+
+
 def _effective_frac(stats):
     frac_E = _frac_E(stats)
     entropy = -jnp.sum(frac_E * jnp.log(jnp.maximum(frac_E, 1e-30)), axis=-1)
@@ -208,83 +216,48 @@ BALANCE, ROUTERS, EXPERTS = "balance", "routers", "experts per token"
 UNSCALED = "before its coefficient"  # the unit of losses
 # In the order in which charts and reports show them. Means over tokens are NaN where
 # there is no token; shares of slots are 0 where there is no slot.
+# fmt: off
 FIGURES: tuple[Figure, ...] = (
     Figure("load_frac_E", "Load of the experts", "share of slots", _frac_E),
-    Figure(
-        *("max_violation", "Max violation", "max load / mean load − 1"),
-        *(_max_violation, BALANCE, max),
-    ),
-    Figure(
-        *("effective_frac", "Effective experts", "exp(entropy of load) / experts"),
-        *(_effective_frac, BALANCE, min),
-    ),
-    Figure(
-        *("dead_frac", "Experts without a token", "share of experts"),
-        lambda stats: jnp.mean((stats["load_E"] == 0).astype(jnp.float32), axis=-1),
-        *(BALANCE, max, True),
-    ),
-    Figure(
-        *("entropy", "Router entropy", "nats per token"),
-        *(_loss("entropy"), ROUTERS, min),
-    ),
-    Figure(
-        *("confidence", "Router confidence", "largest probability, mean over tokens"),
-        *(_token_mean("top_gate_sum"), ROUTERS, max),
-    ),
-    Figure(
-        *("experts_per_token", "Experts per token", "mean number, computed ones"),
-        *(_token_mean("num_kept"), EXPERTS, max),
-    ),
-    Figure(
-        *("experts_per_token_std", "Experts per token, deviation", "over tokens"),
-        *(_slots_deviation, EXPERTS, None, True),
-    ),
-    Figure(
-        *("dropped_frac", "Dropped slots, lost ones too", "share of slots"),
-        *(_dropped_frac, BALANCE, max, True),
-    ),
-    Figure(
-        *("lost_frac", "Slots lost on the way to their experts", "share of slots"),
-        *(_slot_share("num_lost"), BALANCE, max, True),
-    ),
-    Figure(
-        *("unrouted_frac", "Tokens without a computing expert", "share of tokens"),
-        *(_token_mean("num_unrouted"), EXPERTS, max, True),
-    ),
-    Figure(
-        *("zero_frac", "Zero-computation slots", "share of slots"),
-        *(_slot_share("num_zero"), EXPERTS, None, True),
-    ),
-    Figure(
-        *("logit_norm", "Router logits", "L2 norm, RMS over tokens"),
-        *(_length("logit_sq_sum"), ROUTERS, max),
-    ),
-    Figure(
-        *("output_norm", "Output of the routed experts", "L2 norm, RMS over tokens"),
-        *(_length("output_sq_sum"), ROUTERS, max),
-    ),
-    Figure(
-        *("device_violation", "Balance of devices", "max load / mean load − 1"),
-        *(None, BALANCE, max),
-    ),
-    Figure(
-        *("load_balance", "Load-balance loss", UNSCALED),
-        *(_loss("load_balance"), ROUTERS),
-    ),
-    Figure(
-        *("sequence_balance", "Load-balance loss by sequence", UNSCALED),
-        *(_loss("sequence_balance"), ROUTERS),
-    ),
+    Figure("max_violation", "Max violation", "max load / mean load − 1",
+           _max_violation, BALANCE, max),
+    Figure("effective_frac", "Effective experts", "exp(entropy of load) / experts",
+           _effective_frac, BALANCE, min),
+    Figure("dead_frac", "Experts without a token", "share of experts",
+           _dead_frac, BALANCE, max, True),
+    Figure("entropy", "Router entropy", "nats per token",
+           _loss("entropy"), ROUTERS, min),
+    Figure("confidence", "Router confidence", "largest probability, mean over tokens",
+           _token_mean("top_gate_sum"), ROUTERS, max),
+    Figure("experts_per_token", "Experts per token", "mean number, computed ones",
+           _token_mean("num_kept"), EXPERTS, max),
+    Figure("experts_per_token_std", "Experts per token, deviation", "over tokens",
+           _slots_deviation, EXPERTS, None, True),
+    Figure("dropped_frac", "Dropped slots, lost ones too", "share of slots",
+           _dropped_frac, BALANCE, max, True),
+    Figure("lost_frac", "Slots lost on the way to their experts", "share of slots",
+           _slot_share("num_lost"), BALANCE, max, True),
+    Figure("unrouted_frac", "Tokens without a computing expert", "share of tokens",
+           _token_mean("num_unrouted"), EXPERTS, max, True),
+    Figure("zero_frac", "Zero-computation slots", "share of slots",
+           _slot_share("num_zero"), EXPERTS, None, True),
+    Figure("logit_norm", "Router logits", "L2 norm, RMS over tokens",
+           _length("logit_sq_sum"), ROUTERS, max),
+    Figure("output_norm", "Output of the routed experts", "L2 norm, RMS over tokens",
+           _length("output_sq_sum"), ROUTERS, max),
+    Figure("device_violation", "Balance of devices", "max load / mean load − 1",
+           None, BALANCE, max),
+    Figure("load_balance", "Load-balance loss", UNSCALED,
+           _loss("load_balance"), ROUTERS),
+    Figure("sequence_balance", "Load-balance loss by sequence", UNSCALED,
+           _loss("sequence_balance"), ROUTERS),
     Figure("router_z", "Router z-loss", UNSCALED, _loss("router_z"), ROUTERS),
     Figure("importance", "Importance loss", UNSCALED, _loss("importance"), ROUTERS),
-    Figure(
-        *("slots_hist_S", "Computing experts of a token, before capacity"),
-        f"share of tokens with 0, 1, 2, ...; from {MOST_SLOTS} on in one",
-        lambda stats: (
-            stats["slots_S"] / jnp.maximum(stats["num_tokens"], 1.0)[..., None]
-        ),
-    ),
+    Figure("slots_hist_S", "Computing experts of a token, before capacity",
+           f"share of tokens with 0, 1, 2, ...; from {MOST_SLOTS} on in one",
+           _slots_hist_S),
 )
+# fmt: on
 
 
 def layer_metrics(stats: dict) -> dict:
