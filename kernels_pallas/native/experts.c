@@ -18,6 +18,8 @@
 #include "threads.h"
 #include "xla.h"
 
+enum { BLOCK = 320, FEW = 64 };  // rows of a block; of the smallest piece
+
 // ---- Rows of experts, cut into pieces -----------------------------------------------
 //
 // An expert with more than 1 / `most` of the rows is cut, so that a few large experts
@@ -113,6 +115,62 @@ static void add_parts(const Groups* s, const float* parts, int64_t part_size,
       add_to(sum + piece.group * size + begin, parts + piece.part * part_size + begin,
              end - begin);
   }
+}
+
+// ---- Rows of activations -------------------------------------------------------------
+
+// Vectors of a row's last, partial group of lanes go by way of these.
+INLINE vec load_some(const float* from, int64_t lanes) {
+  if (lanes >= LANES) return load(from);
+  vec x = {};
+  memcpy(&x, from, lanes * sizeof(float));
+  return x;
+}
+
+INLINE void store_some(float* to, vec x, int64_t lanes) {
+  if (lanes >= LANES)
+    store(to, x);
+  else
+    memcpy(to, &x, lanes * sizeof(float));
+}
+
+// h [F] of one row.
+INLINE void activate_as(Activation which, const float* a, int64_t F, float* h) {
+  for (int64_t f = 0; f < F; f += LANES)
+    store_some(h + f,
+               unit(which, load_some(a + f, F - f), load_some(a + F + f, F - f)).h,
+               F - f);
+}
+
+// Of one row: dh becomes weight * h, da is written, and dh . h is returned.
+INLINE float pull_as(Activation which, const float* a, float weight, int64_t F,
+                     float* dh, float* da) {
+  vec sum = {};
+  for (int64_t f = 0; f < F; f += LANES) {
+    const int64_t lanes = F - f;
+    const Unit u = unit(which, load_some(a + f, lanes), load_some(a + F + f, lanes));
+    const vec d = load_some(dh + f, lanes), weighted = splat(weight) * d;
+    sum += d * u.h;
+    store_some(dh + f, splat(weight) * u.h, lanes);
+    store_some(da + f, weighted * u.d_gate, lanes);
+    store_some(da + F + f, weighted * u.d_up, lanes);
+  }
+  float total = 0;
+  for (int i = 0; i < LANES; i++) total += sum[i];
+  return total;
+}
+
+static void activate(Activation which, const float* a, int64_t F, float* h) {
+  if (which == SILU) activate_as(SILU, a, F, h);
+  if (which == GELU) activate_as(GELU, a, F, h);
+  if (which == CLAMPED) activate_as(CLAMPED, a, F, h);
+}
+
+static float pull(Activation which, const float* a, float weight, int64_t F, float* dh,
+                  float* da) {
+  if (which == SILU) return pull_as(SILU, a, weight, F, dh, da);
+  if (which == GELU) return pull_as(GELU, a, weight, F, dh, da);
+  return pull_as(CLAMPED, a, weight, F, dh, da);
 }
 
 // ---- Whole experts ----------------------------------------------------------------

@@ -25,9 +25,11 @@ import jax
 import jaxlib
 import numpy as np
 
-SOURCES = ("experts.c", "orthogonalise.c")
+SOURCES = ("attention.c", "experts.c", "orthogonalise.c")
 FOLDER = pathlib.Path(__file__).parent
 FUNCTIONS = (
+    "moex_attention_forward",
+    "moex_attention_backward",
     "moex_experts_forward",
     "moex_experts_backward",
     "moex_orthogonalise",
@@ -57,7 +59,7 @@ def why_not() -> str | None:
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         first = next((line for line in said.splitlines() if "error" in line), said)
-        return f"{' '.join(compiler)} could not compile it: {first.strip()}"
+        return f"{' '.join(compiler)} could not compile the C files: {first.strip()}"
     for name in FUNCTIONS:
         capsule = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")

@@ -8,40 +8,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
-enum { LANES = 16, ROWS = 6, WIDE = 4 };
-#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif defined(__AVX2__)
-enum { LANES = 8, ROWS = 6, WIDE = 2 };
-#define LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#else
-enum { LANES = 4, ROWS = 8, WIDE = 2 };
-#define LOW 0, 4, 1, 5
-#define HIGH 2, 6, 3, 7
-#endif
-enum { COLUMNS = WIDE * LANES, DEPTH = 128, BLOCK = 320, FEW = 64 };
+#include "vectors.h"
 
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
-
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#define UNROLL_4 _Pragma("clang loop unroll_count(4)")
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
-#define UNROLL _Pragma("GCC unroll 16")
-#define UNROLL_4 _Pragma("GCC unroll 4")
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE vec load(const float* from) { return *(const loose*)from; }
-INLINE void store(float* to, vec value) { *(loose*)to = value; }
-INLINE vec splat(float value) { return value - (vec){}; }
+enum { COLUMNS = WIDE * LANES, DEPTH = 128 };
 
 // Element (i, j) of a matrix is at[i * row + j * column]; one of the two strides is 1.
 typedef struct {

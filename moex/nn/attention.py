@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from kernels_pallas.attention import attend_in_c
 from kernels_pallas.device import platform
 from moex.config.base import MOST, require, require_choice
 from moex.nn.attention_blocks import FLOOR, attend_in_blocks, visible
@@ -25,7 +26,7 @@ from moex.nn.project import in_c, project
 from moex.nn.rope import Scaling, frequencies, rotary
 from moex.sharding import constrain, partition_spec
 
-IMPLEMENTATIONS = ("einsum", "blocks", "cudnn", "splash")
+IMPLEMENTATIONS = ("einsum", "blocks", "native", "cudnn", "splash")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -212,7 +213,13 @@ class AttentionLayer(AttentionModule):
         if cache is not None and cached:
             k, v = cache["k_BSGA"], cache["v_BSGA"]
         plain = self.window is None and self.sink_GR is None
-        name = choose(ctx.attention, q_BLHA, cached=cached, plain=plain)
+        name = choose(
+            ctx.attention,
+            q_BLHA,
+            cached=cached,
+            plain=plain,
+            kernels=ctx.kernels,
+        )
         sink_H = None if self.sink_GR is None else self.sink_GR[...].reshape(-1)
         y_BLHA = attend(
             q_BLHA,
@@ -222,7 +229,6 @@ class AttentionLayer(AttentionModule):
             implementation=name,
             window=self.window,
             sink_H=sink_H,
-            in_c=in_c(dtype, ctx.kernels),
         )
         y = y_BLHA.reshape(B, L, G, R, A)
         y = project(y, self.w_out_GRAD[...].astype(dtype), ctx, contract=3)
@@ -264,7 +270,7 @@ def key_places(ctx):
     return pairs
 
 
-def choose(name, q_BLHA, *, cached, plain=True) -> str:
+def choose(name, q_BLHA, *, cached, plain=True, kernels=None) -> str:
     """The implementation to run: `name` if given, else the fastest exact one here.
 
     Args:
@@ -272,6 +278,7 @@ def choose(name, q_BLHA, *, cached, plain=True) -> str:
       q_BLHA: queries.
       cached: whether keys are those of a cache.
       plain: no window, no sinks, values as wide as keys; else only "einsum" serves.
+      kernels: name of the matmul implementation, or None: whether C is wanted.
 
     Raises:
       ConfigError: for a name that is none, or that cannot do this.
@@ -292,8 +299,9 @@ def choose(name, q_BLHA, *, cached, plain=True) -> str:
     if backend == "tpu" and not cached and L % (128 * parts) == 0 and A % 128 == 0:
         return "splash"
     # Blocks of queries would lie across devices where these split the sequence.
-    blocks = backend == "cpu" and not cached and parts == 1
-    return "blocks" if blocks else "einsum"
+    if backend != "cpu" or cached or parts > 1:
+        return "einsum"
+    return "native" if in_c(q_BLHA.dtype, kernels) else "blocks"
 
 
 def attend(
@@ -307,7 +315,6 @@ def attend(
     scale=None,
     window=None,
     sink_H=None,
-    in_c=False,
 ):
     """Exact softmax attention within segments, not to later positions.
 
@@ -315,11 +322,10 @@ def attend(
       q_BLHA: queries; k_BSGA, v_BSGA: keys and values, G divides H; with "einsum"
         values may have a width of their own.
       segments: int32 (queries [B, L], keys [B, S]).
-      positions: int32 (queries [B, L], keys [B, S]) inside the segments. "blocks" and
-        "splash" take queries and keys of the same rows, with positions that rise along
-        the row inside a segment.
-      implementation: one of `IMPLEMENTATIONS`.
-      in_c: of "blocks": whether its products are computed in C; see `project.in_c`.
+      positions: int32 (queries [B, L], keys [B, S]) inside the segments. "blocks",
+        "native" and "splash" take queries and keys of the same rows, with positions
+        that rise along the row inside a segment.
+      implementation: one of `IMPLEMENTATIONS`; "native" is C for one CPU, float32.
       scale: factor on the scores; None: A^-0.5. This and the rest: "einsum" only.
       window: keys that a query sees, its own included; None: all before it.
       sink_H: logit of each head that takes weight and gives no value; None: none.
@@ -330,9 +336,9 @@ def attend(
     """
     if implementation == "splash":
         return _splash(q_BLHA, k_BSGA, v_BSGA, segments)
-    if implementation == "blocks":
-        rows = (segments[0], positions[0])
-        return attend_in_blocks(q_BLHA, k_BSGA, v_BSGA, *rows, in_c)
+    if implementation in ("blocks", "native"):
+        by_rows = attend_in_c if implementation == "native" else attend_in_blocks
+        return by_rows(q_BLHA, k_BSGA, v_BSGA, segments[0], positions[0])
     mask_BLS = visible(segments, positions)
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(

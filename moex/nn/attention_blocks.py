@@ -1,4 +1,4 @@
-"""Exact causal attention in blocks of queries: the quick path of CPUs.
+"""Exact causal attention in blocks of queries: the path of CPUs without C.
 
 A block of queries meets only the keys up to its own end, so that about half of the
 masked products are never computed, and nothing of size L x L outlives its block: the
@@ -11,27 +11,22 @@ B batch · L length · H query heads · G key/value heads · R = H / G · A head
 · N queries of one block · S keys up to its end
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
-
-from kernels_pallas.grouped_matmul import native
 
 MAX_BLOCKS = 8  # each is traced by itself; more save less than they cost to compile
 MIN_ROWS = 64  # smaller blocks make smaller and slower matmuls
 FLOOR = -1e30  # a row with no visible key stays free of NaN
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attend_in_blocks(q_BLHA, k_BLGA, v_BLGA, segment_BL, position_BL, in_c=False):
+@jax.custom_vjp
+def attend_in_blocks(q_BLHA, k_BLGA, v_BLGA, segment_BL, position_BL):
     """Softmax attention within segments, not to later positions.
 
     Args:
       q_BLHA, k_BLGA, v_BLGA: queries, keys and values, G divides H.
       segment_BL, position_BL: int32; positions rise along the row inside a segment, so
         that no query sees a key that stands behind it in the row.
-      in_c: whether products are grouped matmuls in C: float32, on one CPU.
 
     Returns:
       [B, L, H, A] in the dtype of q.
@@ -39,10 +34,10 @@ def attend_in_blocks(q_BLHA, k_BLGA, v_BLGA, segment_BL, position_BL, in_c=False
     Raises:
       ValueError: if there are more keys than queries, or fewer, as in decoding.
     """
-    return _forward(q_BLHA, k_BLGA, v_BLGA, segment_BL, position_BL, in_c)[0]
+    return _forward(q_BLHA, k_BLGA, v_BLGA, segment_BL, position_BL)[0]
 
 
-def _forward(q_BLHA, k_BLGA, v_BLGA, segment_BL, position_BL, in_c):
+def _forward(q_BLHA, k_BLGA, v_BLGA, segment_BL, position_BL):
     if q_BLHA.shape[1] != k_BLGA.shape[1]:
         raise ValueError(
             "attention in blocks needs the keys of the queries' own rows; got "
@@ -52,41 +47,39 @@ def _forward(q_BLHA, k_BLGA, v_BLGA, segment_BL, position_BL, in_c):
     masks = (segment_BL, position_BL)
     parts, norms = [], []
     for rows in _blocks(q_BLHA.shape[1]):
-        score = _scores(q, k, rows, masks, in_c)
+        score = _scores(q, k, rows, masks)
         top = jnp.max(score, axis=-1, keepdims=True)
         weight = jnp.exp(score - top)
         total = jnp.sum(weight, axis=-1, keepdims=True)
-        y = _matmul(weight.astype(v.dtype), v[:, :, : rows.stop], in_c) / total
+        y = _matmul(weight.astype(v.dtype), v[:, :, : rows.stop]) / total
         parts.append(y.astype(q.dtype))
         norms.append(top + jnp.log(total))
     y_BLHA = _heads_last(parts)
     return y_BLHA, (q_BLHA, k_BLGA, v_BLGA, *masks, y_BLHA, norms)
 
 
-def _backward(in_c, saved, dy_BLHA):
+def _backward(saved, dy_BLHA):
     q_BLHA, k_BLGA, v_BLGA, *masks, y_BLHA, norms = saved
     q, k, v = _heads_first(q_BLHA, k_BLGA, v_BLGA)
     G = k.shape[1]
     dy, y = _grouped(dy_BLHA, G), _grouped(y_BLHA, G)
     dq = []
-    # `_sum_rows` gives [B, G, A, S], and in C [B, G, S, A].
-    keys, to_last = (2, (0, 2, 1, 3)) if in_c else (3, (0, 3, 1, 2))
-    dk = dv = jnp.zeros(k.shape if in_c else jnp.swapaxes(k, 2, 3).shape, jnp.float32)
+    dk = dv = jnp.zeros(jnp.swapaxes(k, 2, 3).shape, jnp.float32)  # as `_sum_rows`
     # sum over keys of weight * dweight, and the sum over A of dy * y, are one
     mean = jnp.sum(_float(dy) * _float(y), axis=-1, keepdims=True)
     for rows, norm in zip(_blocks(q_BLHA.shape[1]), norms, strict=True):
         seen, behind = rows.stop, q_BLHA.shape[1] - rows.stop
-        weight = jnp.exp(_scores(q, k, rows, masks, in_c) - norm)
+        weight = jnp.exp(_scores(q, k, rows, masks) - norm)
         dy_N = dy[:, :, :, rows]
-        dweight = _matmul(dy_N, v[:, :, :seen], in_c, transpose=True)
+        dweight = _matmul(dy_N, v[:, :, :seen], transpose=True)
         dscore = (weight * (dweight - mean[:, :, :, rows])).astype(q.dtype)
-        dq.append(_matmul(dscore, k[:, :, :seen], in_c).astype(q.dtype))
-        pad = [(0, behind if axis == keys else 0) for axis in range(4)]
-        dk += jnp.pad(_sum_rows(q[:, :, :, rows], dscore, in_c), pad)
-        dv += jnp.pad(_sum_rows(dy_N, weight.astype(v.dtype), in_c), pad)
+        dq.append(_matmul(dscore, k[:, :, :seen]).astype(q.dtype))
+        pad = ((0, 0), (0, 0), (0, 0), (0, behind))
+        dk += jnp.pad(_sum_rows(q[:, :, :, rows], dscore), pad)
+        dv += jnp.pad(_sum_rows(dy_N, weight.astype(v.dtype)), pad)
     scale = q_BLHA.shape[-1] ** -0.5  # q in here is scaled: dk needs no more of it
-    dk_BLGA = jnp.transpose(dk, to_last).astype(k.dtype)
-    dv_BLGA = jnp.transpose(dv, to_last).astype(v.dtype)
+    dk_BLGA = jnp.transpose(dk, (0, 3, 1, 2)).astype(k.dtype)
+    dv_BLGA = jnp.transpose(dv, (0, 3, 1, 2)).astype(v.dtype)
     gradients = (_heads_last(dq) * scale, dk_BLGA, dv_BLGA)
     # Or XLA joins the transposes and whatever comes next to one slow loop.
     return *jax.lax.optimization_barrier(gradients), None, None
@@ -131,45 +124,32 @@ def _heads_last(parts):
     return jnp.transpose(x, (0, 3, 1, 2, 4)).reshape(B, L, G * R, A)
 
 
-def _scores(q, k, rows, masks, in_c):
+def _scores(q, k, rows, masks):
     """float32[B, G, R, N, S], masked."""
     keys = slice(0, rows.stop)
     mask_BNS = visible(*((of_BL[:, rows], of_BL[:, keys]) for of_BL in masks))
-    score = _matmul(q[:, :, :, rows], k[:, :, keys], in_c, transpose=True)
+    score = _matmul(q[:, :, :, rows], k[:, :, keys], transpose=True)
     return jnp.where(mask_BNS[:, None, None], score, FLOOR)
 
 
-def _matmul(x_BGRNC, w_BGSA, in_c, *, transpose=False):
+def _matmul(x_BGRNC, w_BGSA, *, transpose=False):
     """x @ w, or x @ w.T, for every group; float32 sums and result."""
     B, G, R, N, C = x_BGRNC.shape
-    if in_c:
-        w, bounds = w_BGSA.reshape(B * G, *w_BGSA.shape[2:]), _bounds(B * G, R * N)
-        y = native.product(x_BGRNC.reshape(-1, C), w, bounds, transpose, jnp.float32)
-        return y.reshape(B, G, R, N, -1)
     w = jnp.swapaxes(w_BGSA, 2, 3) if transpose else w_BGSA
     x = x_BGRNC.reshape(B, G, R * N, C)
     y = jnp.matmul(x, w, preferred_element_type=jnp.float32)
     return y.reshape(B, G, R, N, -1)
 
 
-def _sum_rows(x_BGRNA, y_BGRNS, in_c):
-    """x.T @ y over all rows of a group, float32[B, G, A, S]; in C [B, G, S, A]."""
+def _sum_rows(x_BGRNA, y_BGRNS):
+    """x.T @ y over all rows of a group, float32[B, G, A, S]."""
     B, G, R, N, A = x_BGRNA.shape
     S = y_BGRNS.shape[-1]
-    if in_c:
-        y, x = y_BGRNS.reshape(-1, S), x_BGRNA.reshape(-1, A)
-        total = native.weight_product(y, x, _bounds(B * G, R * N), jnp.float32)
-        return total.reshape(B, G, S, A)
     x = jnp.swapaxes(x_BGRNA.reshape(B, G, R * N, A), 2, 3)
     y = y_BGRNS.reshape(B, G, R * N, S)
     # The barrier keeps XLA from transposing y, the larger one, instead.
     x = jax.lax.optimization_barrier(x)
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
-
-
-def _bounds(num_groups, size):
-    """int32[groups + 1] of groups of one size."""
-    return size * jnp.arange(num_groups + 1, dtype=jnp.int32)
 
 
 def _float(x):

@@ -168,8 +168,8 @@ print("equal")
 @pytest.mark.parametrize(
     "environment, said",
     [
-        ({"CC": "no-such-compiler"}, "no-such-compiler could not compile experts.c"),
-        ({"CC": "cc -DBLOCK=256"}, "could not compile experts.c: .*error"),
+        ({"CC": "no-such-compiler"}, "no-such-compiler could not compile the C files"),
+        ({"CC": "cc -DBLOCK=256"}, "could not compile the C files: .*error"),
         ({"CC": "", "PATH": ""}, "it needs a C compiler: .*pip install ziglang"),
     ],
 )

@@ -222,6 +222,7 @@ def test_layer_shapes_and_explicit_head_width():
     ("backend", "dtype", "L", "A", "cached", "expected"),
     [
         ("cpu", "bfloat16", 128, 128, False, "blocks"),
+        ("cpu", "float32", 128, 64, False, "native"),
         ("cpu", "float32", 1, 64, True, "einsum"),
         ("gpu", "bfloat16", 100, 64, False, "cudnn"),
         ("gpu", "bfloat16", 1, 64, True, "cudnn"),
@@ -236,6 +237,10 @@ def test_layer_shapes_and_explicit_head_width():
 )
 def test_choice_by_platform(monkeypatch, backend, dtype, L, A, cached, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    # Whether or not this machine has a C compiler.
+    monkeypatch.setattr(
+        attention, "in_c", lambda d, _: backend == "cpu" and d == "float32"
+    )
     q = jax.ShapeDtypeStruct((1, L, 2, A), dtype)
     assert choose(None, q, cached=cached) == expected
     assert choose("einsum", q, cached=cached) == "einsum"
@@ -320,4 +325,10 @@ def test_refusals(fields, message):
 
 
 def test_the_implementations_are_these():
-    assert attention.IMPLEMENTATIONS == ("einsum", "blocks", "cudnn", "splash")
+    assert attention.IMPLEMENTATIONS == (
+        "einsum",
+        "blocks",
+        "native",
+        "cudnn",
+        "splash",
+    )

@@ -10,7 +10,6 @@ import pytest
 
 from kernels_pallas.device import platform
 from kernels_pallas.native import library
-from moex.nn.attention_blocks import attend_in_blocks
 from moex.nn.context import Context
 from moex.nn.project import in_c, project
 
@@ -80,21 +79,3 @@ def test_a_scan_over_layers_keeps_no_copy_of_weights():
     pull = jax.eval_shape(lambda *a: jax.vjp(run, *a)[1], x, w)
     kept = sum(leaf.size for leaf in jax.tree.leaves(pull))
     assert kept < 2 * w.size + 5 * x.size
-
-
-@needs_c
-@pytest.mark.parametrize("kv_heads", [2, 4])
-@pytest.mark.parametrize("length", [70, 256])
-def test_attention_in_blocks_is_the_same_in_c(length, kv_heads):
-    B, H, A = 2, 4, 24
-    q = normal(B, length, H, A)
-    k, v = normal(B, length, kv_heads, A), normal(B, length, kv_heads, A)[::-1]
-    row = jnp.tile(jnp.arange(length, dtype=jnp.int32), (B, 1))
-    segment, position = 1 + row // 50, row % 50
-
-    def run(c):
-        return value_and_pull(
-            lambda *a: attend_in_blocks(*a, segment, position, c), q, k, v
-        )
-
-    check(run(True), run(False))
