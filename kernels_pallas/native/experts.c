@@ -334,6 +334,42 @@ static void product_share(void* of, int64_t job) {
     if (i < first || i >= last) memset(s->out + i * s->N, 0, s->N * sizeof(float));
 }
 
+// C [m, n] = A [m, k] B [k, n], or C += where `add`; B as `pack_panels` left it.
+static void multiply_packed(int64_t m, int64_t n, int64_t k, Matrix a, const vec* b,
+                            float* c, int64_t c_row, int add) {
+  const int64_t panels = (m + ROWS - 1) / ROWS, depths = (k + DEPTH - 1) / DEPTH;
+  const int transposed = a.row == 1 && a.column != 1;
+  const int64_t stride = transposed ? a.column : a.row;
+  for (int64_t j = 0; j < n; j += COLUMNS, b += WIDE * k) {
+    const int64_t columns = n - j < COLUMNS ? n - j : COLUMNS;
+    for (int64_t s = 0; s < depths; s++) {
+      const int64_t p = k * s / depths, depth = k * (s + 1) / depths - p;
+      for (int64_t q = 0; q < panels; q++) {
+        const int64_t i = m * q / panels;
+        const int rows = m * (q + 1) / panels - i;
+        (transposed ? tile_in_columns : tile_in_rows)(
+            rows, depth, a.at + i * a.row + p * a.column, stride, b + WIDE * p,
+            c + i * c_row + j, c_row, columns, add || s > 0);
+      }
+    }
+  }
+}
+
+// Lays rows of B out in panels of COLUMNS, each of them whole; zeros fill the last.
+static void pack_panels(const float* from, int64_t row, int64_t k, int64_t n, vec* to) {
+  for (int64_t p = 0; p < k; p++, from += row) {
+    int64_t j = 0;
+    for (; j + COLUMNS <= n; j += COLUMNS)
+      for (int v = 0; v < WIDE; v++)
+        to[(j / COLUMNS * k + p) * WIDE + v] = load(from + j + v * LANES);
+    if (j < n) {
+      vec last[WIDE] = {0};
+      memcpy(last, from + j, (n - j) * sizeof(float));
+      memcpy(to + (j / COLUMNS * k + p) * WIDE, last, sizeof last);
+    }
+  }
+}
+
 // lhs [M, K], rhs [M, N] -> [G, K, N].
 static void weight_piece(void* of, int64_t job) {
   Products* s = of;
@@ -348,15 +384,16 @@ static void weight_piece(void* of, int64_t job) {
   const int64_t first = part < 0 ? 0 : panels * part / n * COLUMNS;
   const int64_t last = part < 0 ? N : panels * (part + 1) / n * COLUMNS;
   const int64_t width = (last < N ? last : N) - first;
-  float* lhs = scratch(&s->of, BLOCK * (apart(K) + apart(width)));
+  const int64_t whole = (width + COLUMNS - 1) / COLUMNS * COLUMNS;
+  float* lhs = scratch(&s->of, BLOCK * (apart(K) + whole));
   if (!lhs) return;
   float* rhs = lhs + BLOCK * apart(K);
   for (int64_t begin = piece.begin, rows; begin < piece.end; begin += rows) {
     rows = block_of(piece, begin);
     spread(s->lhs + begin * K, K, K, rows, lhs);
-    spread(s->rhs + begin * N + first, N, width, rows, rhs);
-    multiply(K, width, rows, (Matrix){lhs, 1, apart(K)}, (Matrix){rhs, apart(width), 1},
-             to + first, N, begin > piece.begin);
+    pack_panels(s->rhs + begin * N + first, N, rows, width, (vec*)rhs);
+    multiply_packed(K, width, rows, (Matrix){lhs, 1, apart(K)}, (vec*)rhs, to + first,
+                    N, begin > piece.begin);
   }
   free(lhs);
 }

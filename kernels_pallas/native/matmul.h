@@ -10,7 +10,7 @@
 
 #include "vectors.h"
 
-enum { COLUMNS = WIDE * LANES, DEPTH = 128 };
+enum { COLUMNS = WIDE * LANES, DEPTH = 256 };
 
 // Element (i, j) of a matrix is at[i * row + j * column]; one of the two strides is 1.
 typedef struct {
