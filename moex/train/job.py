@@ -111,8 +111,9 @@ def make_training(cfg, mesh) -> Training:
         `config.optim` that shows only beside the parameters.
     """
     spec = make_program(cfg, mesh).spec
+    kernels = None if cfg.kernels == "auto" else cfg.kernels
     tx, learning_rate = optim.make_optimizer(
-        cfg.optim, cfg.steps, spec.params, spec.info, cfg.kernels
+        cfg.optim, cfg.steps, spec.params, spec.info, kernels
     )
     return Training(cfg=cfg, mesh=mesh, spec=spec, tx=tx, learning_rate=learning_rate)
 
