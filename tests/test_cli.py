@@ -446,9 +446,9 @@ def test_given_data_and_tasks(mistake, trained):
     [
         (
             "config.model.layers[1].pattern[0].num_experts=8",
-            "config.model.layers.1.pattern.0.num_experts = 4, not 8; use another",
+            "config.model.layers[1].pattern[0].num_experts = 4, not 8; use another",
         ),
-        ("config.model.layers[0].repeat=2", "model.layers.0.repeat = 1, not 2"),
+        ("config.model.layers[0].repeat=2", "model.layers[0].repeat = 1, not 2"),
         ("config.optim.rule.b1=0.8", "config.optim.rule.b1 = 0.9, not 0.8"),
     ],
 )
