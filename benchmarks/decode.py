@@ -33,7 +33,7 @@ from moex.interop.folder import Folder
 from moex.interop.hf import load_model
 from moex.interop.names import pieces
 from moex.model import spec as states
-from moex.serve.decode import generate
+from moex.model.decode import generate
 from moex.sharding import MeshConfig
 
 COMMON: dict = {

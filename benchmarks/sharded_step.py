@@ -65,6 +65,7 @@ def compiled_step(cfg, mesh_cfg, devices):
     held = {"state": states.init_train_state(cfg.model, spec, tx, mesh, key)}
     batch = shard_batch(random_batch(cfg), mesh)
     step = make_train_step(
+        cfg.task,
         spec,
         tx,
         cfg.loss,

@@ -9,12 +9,14 @@ from moex.data.pipeline import Data
 from moex.optim import AdamW, Optim
 from moex.runs.keys import Checkpoint, Eval, Log, Loss
 from moex.sharding import MeshConfig
+from moex.tasks.lm import LanguageModelling
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Run defaults without a model; not a run by itself."""
     del arg
-    cfg = ml_collections.ConfigDict(convert_dict=False)
+    # A key may take another kind of config; `check_run` checks all types.
+    cfg = ml_collections.ConfigDict(type_safe=False, convert_dict=False)
     cfg.seed = 0  # initial parameters, data order, router noise
     cfg.steps = 1000  # optimizer steps
     cfg.batch_size = 64  # sequences per optimizer step over the whole job
@@ -26,6 +28,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     cfg.kernels = "auto"  # or kernel implementations, the first that can: "triton,xla"
     cfg.nan_limit = 10  # skipped updates in a row before the run stops
     cfg.init_from = ""  # run directory whose parameters start this run
+    cfg.task = LanguageModelling()  # what is learned: docs/tasks.md
     cfg.data = Data()
     cfg.optim = Optim(rule=AdamW(), lr=1e-3, warmup_steps=50, weight_decay=0.1)
     cfg.loss = Loss()

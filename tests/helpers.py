@@ -21,8 +21,11 @@ from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.sharding import MeshConfig
+from moex.tasks.lm import LanguageModelling
 
 VOCAB = 48
+TASK = LanguageModelling()
+lm_loss = TASK.loss
 
 
 def tiny_moe(num_experts=8, **fields):

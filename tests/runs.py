@@ -21,7 +21,8 @@ from moex.config.flags import load_config
 from moex.runs.checkpoint import Checkpointer
 from moex.runs.directory import RunDir
 from moex.runs.write import write_run
-from moex.train import loop, score
+from moex.tasks import score
+from moex.train import loop
 from moex.train.job import Training, make_job
 
 ROOT = pathlib.Path(__file__).parents[1]

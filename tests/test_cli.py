@@ -13,7 +13,7 @@ import pytest
 from moex import cli, commands, process
 from moex.config.base import ConfigWarning
 from moex.moe.routers.expert_choice import ExpertChoice
-from moex.train import score
+from moex.tasks import score
 from moex.train.job import Job
 from tests import runs
 

@@ -15,7 +15,7 @@ from moex.nn.attention import attend
 from moex.optim import AdamW, Optim, make_optimizer
 from moex.runs.keys import Loss
 from moex.train.step import make_train_step
-from tests.helpers import mesh_of, random_batch, tiny_lm
+from tests.helpers import TASK, mesh_of, random_batch, tiny_lm
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.gpu
@@ -80,7 +80,14 @@ def test_training_learns_one_batch(dtype):
     static = {"dtype": dtype, "kernels": None, "remat": "none"}
     step = jax.jit(
         make_train_step(
-            spec, tx, Loss(), grad_accum=1, num_domains=2, optim=optim, static=static
+            TASK,
+            spec,
+            tx,
+            Loss(),
+            grad_accum=1,
+            num_domains=2,
+            optim=optim,
+            static=static,
         )
     )
     batch = random_batch(4, 32)

@@ -25,8 +25,8 @@ from moex.plan import traffic as traffics
 from moex.plan.advice import advice, least_devices
 from moex.plan.planner import check, plan
 from moex.sharding import AXIS_NAMES, MeshConfig
+from moex.tasks.lm import token_losses
 from moex.train.job import make_training
-from moex.train.losses import token_losses
 from tests import runs
 from tests.helpers import tiny_lm
 

@@ -41,7 +41,7 @@ def test_the_keys_of_a_run():
     assert list(RUN_KEYS) == [
         *("seed", "steps", "batch_size", "seq_len", "grad_accum", "eval", "checkpoint"),
         *("log", "precision", "remat", "scan_layers", "kernels", "nan_limit"),
-        *("init_from", "model", "optim", "data", "mesh", "loss"),
+        *("init_from", "task", "model", "optim", "data", "mesh", "loss"),
     ]
 
 
@@ -57,9 +57,11 @@ def test_every_config_file_is_good(name):
     check_run(cfg)
     again = config.from_dict(config.to_dict(cfg))
     assert all(again[key] == cfg[key] for key in RUN_KEYS)
-    cfg.model.vocab = cfg.model.vocab or 1000
+    size = cfg.model.num_outputs or 1000
+    setattr(cfg.model, cfg.model.SIZE, size)
     spec = model_spec(cfg.model)
-    assert spec.params["w_embed_VD"].shape == (cfg.model.vocab, cfg.model.dim)
+    inputs = {"w_embed_VD", "w_in_ND"} & spec.params.keys()
+    assert [spec.params[n].shape for n in inputs] == [(size, cfg.model.dim)]
 
 
 def test_no_config_has_many_fields():

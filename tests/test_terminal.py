@@ -9,8 +9,8 @@ import pytest
 from moex import cli, process
 from moex.cluster import connections, distributed
 from moex.config.base import ConfigError, ConfigWarning
+from moex.tasks import score
 from moex.terminal import CONTROL, Terminal, printable
-from moex.train import score
 from moex.train.log import RunLog
 
 SHOWN = {

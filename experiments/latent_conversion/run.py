@@ -24,8 +24,8 @@ from moex.nn.stack import Segment
 from moex.optim import Muon, Optim
 from moex.runs.directory import RunDir
 from moex.runs.keys import Eval
+from moex.tasks.score import score_run
 from moex.train.loop import train
-from moex.train.score import score_run
 
 HERE = pathlib.Path(__file__).parent
 GROUPS = (2, 4, 8)

@@ -37,6 +37,7 @@ from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim
 from moex.runs.keys import Loss
 from moex.sharding import MeshConfig, shard_batch
+from moex.tasks.lm import LanguageModelling
 from moex.train.step import make_train_step
 
 B, L, VOCAB = 8, 8, 48
@@ -244,6 +245,7 @@ def _prepared(
     static["exchange"] = mesh_cfg.exchange
     static["exchange_buffer"] = mesh_cfg.exchange_buffer
     step = make_train_step(
+        LanguageModelling(),
         spec,
         TX,
         Loss(**LOSS | (losses or {})),

@@ -24,8 +24,8 @@ from moex.config.base import ConfigError
 from moex.data.sources import PythonStdlib
 from moex.model.accounting import model_cost
 from moex.model.spec import model_spec
+from moex.serve.text import write_text
 from moex.train import loop
-from moex.train.score import write_text
 
 HERE = pathlib.Path(__file__).absolute().parent
 VARIANTS = (

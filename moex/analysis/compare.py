@@ -15,10 +15,10 @@ import numpy as np
 from scipy.special import stdtrit  # SciPy comes with JAX
 
 from moex.analysis.reading import Curve, Run, curves
-from moex.config.base import flat, to_dict
-from moex.costs.table import fill_vocab
+from moex.config.base import ConfigError, flat, to_dict
 from moex.model.accounting import model_cost
 from moex.model.spec import model_spec
+from moex.model.task import Task
 from moex.numbers import scaled
 from moex.train.log import clock
 
@@ -51,7 +51,7 @@ class Group:
     curves: tuple[dict[str, Curve], ...]
 
     def values(self, name: str) -> list:
-        """A figure of `FIGURES` of each run."""
+        """A figure of `figure_names` of each run."""
         return [figures(*pair)[name] for pair in self._pairs()]
 
     def estimate(self, name: str) -> Estimate | None:
@@ -61,7 +61,7 @@ class Group:
 
     def to_dict(self) -> dict:
         """Everything but the curves, as plain data."""
-        over = {name: self.estimate(name) for name in FIGURES}
+        over = {name: self.estimate(name) for name in figure_names(self.task)}
         return {
             "label": self.label,
             "params": self.params,
@@ -81,29 +81,40 @@ class Group:
         """Whether its FLOPs are of the experts that were used, not expected ones."""
         return all(run.has_flops for run in self.runs)
 
+    @property
+    def task(self) -> Task:
+        """What its runs learn."""
+        return self.runs[0].cfg.task
+
     def _pairs(self):
         return zip(self.runs, self.curves, strict=True)
 
 
-FIGURES = (
-    *("steps", "tokens", "train_flops", "train_s", "train_nll"),
-    *("best_eval_nll", "last_eval_nll"),
-    *("best_eval_bits_per_byte", "last_eval_bits_per_byte"),
-)
+SPENT = ("steps", "tokens", "train_flops", "train_s")
+BEST_AND_LAST = ("best", "last")
+
+
+def figure_names(task: Task) -> list[str]:
+    """What is told of a run: `SPENT`, the last training loss, scores when held out."""
+    held_out = [
+        f"{which}_eval_{name}" for name, *_ in task.FIGURES for which in BEST_AND_LAST
+    ]
+    return [*SPENT, f"train_{task.score}", *held_out]
 
 
 def figures(run: Run, curve: dict[str, Curve]) -> dict[str, Any]:
-    """The figures of `FIGURES` of one run; None for what was not held out."""
+    """The figures of `figure_names` of one run; None for what was not held out."""
     train = curve["train"]
     found: list[float | None] = [
         int(train.step_S[-1]),
         int(train.tokens_S[-1]),
-        *map(float, (train.flops_S[-1], train.seconds_S[-1], train.nll_S[-1])),
+        *map(float, (train.flops_S[-1], train.seconds_S[-1], train.loss_S[-1])),
     ]
-    for name in ("nll", "bits_per_byte"):
+    task = run.cfg.task
+    for name, *_ in task.FIGURES:
         values = [line[name] for line in run.lines["eval"].values()]
         found += [min(values, key=_rank), values[-1]] if values else [None, None]
-    return dict(zip(FIGURES, found, strict=True))
+    return dict(zip(figure_names(task), found, strict=True))
 
 
 def _rank(value: float) -> tuple[bool, float]:
@@ -132,13 +143,22 @@ def make_groups(runs: Sequence[Run]) -> list[Group]:
     """The groups of some runs, in the order of their first runs.
 
     Raises:
-      ConfigError: if a config leaves the size of its vocabulary open.
+      ConfigError: if they are of several tasks, or a config leaves the size of its
+        vocabulary open.
     """
+    first = runs[0]
+    for run in runs:
+        kinds = [type(each.cfg.task).__name__ for each in (first, run)]
+        if kinds[0] != kinds[1]:
+            raise ConfigError(
+                f"{run.path}: learns {kinds[1]}, and {first.path} {kinds[0]}; compare "
+                "runs of one task."
+            )
     parts = grouped(runs)
     made = []
     for label, part in zip(labels(parts), parts, strict=True):
         cfg = part[0].cfg
-        fill_vocab(cfg)
+        cfg.task.fill(cfg)
         cost = model_cost(cfg.model, model_spec(cfg.model), cfg.seq_len)
         own = tuple(curves(run, cost.train_flops) for run in part)
         made.append(Group(label, tuple(part), cost.num_params, cost.num_active, own))
@@ -189,20 +209,20 @@ def _plain(found: Estimate):
         yield name, None if value is None else float(value)
 
 
-HEADS = (
-    *("seeds", "params", "active", "steps", "tokens", "FLOPs", "time", "train"),
-    *("best", "last", "best bpb", "last bpb", "run"),
-)
-NOTE = (
-    "train, best, last: nats per token of the last training line, of the best and the "
-    "last evaluation; bpb: bits per byte; time: of training steps alone.\n"
-    "± is half the 95 % interval over seeds (Student's t)."
-)
+HEADS = ("seeds", "params", "active", "steps", "tokens", "FLOPs", "time", "train")
 
 
 def table(groups: Sequence[Group]) -> str:
     """The groups as a table for people."""
-    lines = [HEADS, *map(_cells, groups)]
+    score, *others = groups[0].task.FIGURES
+    heads = (f"{which} {f.column}" for f in others for which in BEST_AND_LAST)
+    lines = [(*HEADS, *BEST_AND_LAST, *heads, "run"), *map(_cells, groups)]
+    about = "".join(f"; {f.column}: {f.unit}" for f in others)
+    note = (
+        f"train, best, last: {score.unit} of the last training line, of the best and "
+        f"the last evaluation{about}; time: of training steps alone.\n"
+        "± is half the 95 % interval over seeds (Student's t)."
+    )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join(
@@ -211,7 +231,7 @@ def table(groups: Sequence[Group]) -> str:
         )
         for line in lines
     ]
-    return "\n".join([*text, NOTE, *notes(groups)])
+    return "\n".join([*text, note, *notes(groups)])
 
 
 def notes(groups: Sequence[Group]) -> list[str]:
@@ -237,7 +257,10 @@ def _cells(group: Group) -> tuple[str, ...]:
         ("" if group.has_flops else "~")
         + _cell(group.estimate("train_flops"), "{:.3g}".format),
         _cell(group.estimate("train_s"), _time),
-        *(_cell(group.estimate(name), "{:.4f}".format) for name in FIGURES[4:]),
+        *(
+            _cell(group.estimate(name), "{:.4f}".format)
+            for name in figure_names(group.task)[len(SPENT) :]
+        ),
         group.label,
     )
 

@@ -25,7 +25,6 @@ PANELS = (
     ("flops_S", "training FLOPs"),
     ("seconds_S", "wall time of training, s"),
 )
-LOSS = "loss, nats per token"
 PLOT = {
     "displaylogo": False,
     "responsive": True,
@@ -52,6 +51,7 @@ class Line(NamedTuple):
       curve: mean over seeds, of what was spent too.
       half_S: half width of the interval of the loss; None for one seed.
       has_flops: its FLOPs are of the experts that were used, not expected ones.
+      axis: what the loss is, and its unit.
     """
 
     label: str
@@ -60,6 +60,7 @@ class Line(NamedTuple):
     curve: Curve
     half_S: Any
     has_flops: bool
+    axis: str
 
     @property
     def name(self) -> str:
@@ -76,7 +77,8 @@ def plot_lines(groups: Sequence[Group]) -> list[Line]:
             if len(curve.step_S):
                 colour = COLOURS[i % len(COLOURS)]
                 about = (group.label, kind, colour)
-                found.append(Line(*about, curve, half_S, group.has_flops))
+                axis = group.task.FIGURES[0].axis
+                found.append(Line(*about, curve, half_S, group.has_flops, axis))
     return found
 
 
@@ -88,8 +90,8 @@ def mean_curve(curves: Sequence[Curve]) -> tuple[Curve, np.ndarray | None]:
         name: np.mean([getattr(curve, name) for curve in curves], axis=0)
         for name, _ in PANELS
     }
-    nll_S, half_S = estimate(np.array([curve.nll_S for curve in curves]))
-    return Curve(step_S=step_S, nll_S=nll_S, **spent), half_S
+    loss_S, half_S = estimate(np.array([curve.loss_S for curve in curves]))
+    return Curve(step_S=step_S, loss_S=loss_S, **spent), half_S
 
 
 def _title(lines: Sequence[Line]) -> str:
@@ -113,7 +115,7 @@ def page(lines: Sequence[Line], file: pathlib.Path) -> None:
                 figure.add_trace(trace, row=1, col=column)
             axis = {"title_text": _axis(field, title, lines), "rangemode": "tozero"}
             figure.update_xaxes(**axis, exponentformat="SI", row=1, col=column)
-    figure.update_yaxes(title_text=LOSS, row=1, col=1)
+    figure.update_yaxes(title_text=lines[0].axis, row=1, col=1)
     legend = {"orientation": "h", "y": -0.2}
     figure.update_layout(
         template="plotly_white", legend=legend, title_text=_title(lines)
@@ -148,13 +150,16 @@ def _traces(line: Line, x_S: np.ndarray) -> list[dict]:
     about = {"type": "scatter", "name": name, "legendgroup": name}
     traces = [
         about
-        | {"x": x_S, "y": line.curve.nll_S, "showlegend": True}
+        | {"x": x_S, "y": line.curve.loss_S, "showlegend": True}
         | {"mode": "lines+markers" if held else "lines"}
         | {"line": {"color": line.colour, "width": 2 if held else 1}}
         | {"opacity": 1 if held else FAINT}
     ]
     if line.half_S is not None:
-        low_S, high_S = line.curve.nll_S - line.half_S, line.curve.nll_S + line.half_S
+        low_S, high_S = (
+            line.curve.loss_S - line.half_S,
+            line.curve.loss_S + line.half_S,
+        )
         around: dict[str, Any] = {"x": np.concatenate([x_S, x_S[::-1]])}
         around |= {"y": np.concatenate([high_S, low_S[::-1]]), "fill": "toself"}
         around |= {"fillcolor": line.colour, "opacity": BAND if held else BAND * FAINT}
@@ -173,7 +178,7 @@ def picture(lines: Sequence[Line], file: pathlib.Path) -> None:
     for axes, (field, title) in zip(panels, PANELS, strict=True):
         handles = []
         for line in lines:
-            x_S, y_S = getattr(line.curve, field), line.curve.nll_S
+            x_S, y_S = getattr(line.curve, field), line.curve.loss_S
             held = line.kind == "eval"
             style = {"marker": "o", "markersize": 4} if held else {"alpha": FAINT}
             handles += axes.plot(x_S, y_S, color=line.colour, **style)
@@ -190,7 +195,7 @@ def picture(lines: Sequence[Line], file: pathlib.Path) -> None:
             axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         axes.grid(alpha=BAND)
     figure.suptitle(_title(lines), fontsize="medium")
-    panels[0].set_ylabel(LOSS)
+    panels[0].set_ylabel(lines[0].axis)
     names = [line.name for line in lines]
     legend = figure.legend(
         handles, names, loc="outside lower center", ncols=2, fontsize="small"

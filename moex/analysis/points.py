@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from moex.analysis.compare import Group
 
 COLUMNS = ("group", "run", "seed", "kind")
-NUMBERS = ("step", "tokens", "train_flops", "train_s", "nll")  # in the order of `Curve`
+NUMBERS = ("step", "tokens", "train_flops", "train_s")  # in the order of `Curve`
 
 
 def write_points(groups: Sequence[Group], file: pathlib.Path) -> None:
@@ -16,7 +16,7 @@ def write_points(groups: Sequence[Group], file: pathlib.Path) -> None:
     escape = "backslashreplace"  # a name of a file may hold what UTF-8 cannot
     with file.open("w", newline="", encoding="utf-8", errors=escape) as out:
         lines = csv.writer(out)
-        lines.writerow(COLUMNS + NUMBERS)
+        lines.writerow((*COLUMNS, *NUMBERS, groups[0].task.score))
         for group in groups:
             for run, curves in zip(group.runs, group.curves, strict=True):
                 for kind, curve in curves.items():

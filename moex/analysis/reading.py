@@ -15,11 +15,8 @@ from moex.runs.directory import RunDir
 from moex.runs.lines import KINDS, read_metrics
 
 FLOPS = "perf/train_flops_per_token"
-# Without these a line is none of moex.
-NEEDED = {
-    "train": ("nll", "tokens_seen", "perf/step_s"),
-    "eval": ("nll", "bits_per_byte"),
-}
+# Without these and the figures of its task a training line is none of moex.
+NEEDED = ("tokens_seen", "perf/step_s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +46,14 @@ class Curve:
     Attributes:
       step_S: optimizer steps done.
       tokens_S, flops_S, seconds_S: tokens, training FLOPs, wall time of training.
-      nll_S: nats per token.
+      loss_S: the figure that the task trains on.
     """
 
     step_S: np.ndarray
     tokens_S: np.ndarray
     flops_S: np.ndarray
     seconds_S: np.ndarray
-    nll_S: np.ndarray
+    loss_S: np.ndarray
 
     def at(self, step_S: np.ndarray) -> "Curve":
         """The curve at some of its steps."""
@@ -98,13 +95,16 @@ def read_run(path: pathlib.Path) -> Run:
     lines = {kind: found.get(kind, {}) for kind in KINDS}
     if not lines["train"]:
         raise ConfigError(f"{path}: no training step is logged in {run.metrics} yet.")
+    cfg = run.config()
+    figures = tuple(figure.name for figure in cfg.task.FIGURES)
+    needed = {"train": (*figures[:1], *NEEDED), "eval": figures}
     for kind, own in lines.items():
         for step, line in own.items():
-            for name in NEEDED[kind]:
+            for name in needed[kind]:
                 if name not in line:
                     where = f"{run.metrics}: the {kind} line of step {step}"
                     raise ConfigError(f"{where} has no {name}.")
-    return Run(path, run.config(), lines)
+    return Run(path, cfg, lines)
 
 
 def curves(run: Run, expected_flops: float) -> dict[str, Curve]:
@@ -126,12 +126,12 @@ def curves(run: Run, expected_flops: float) -> dict[str, Curve]:
         "flops_S": flops_spent(tokens_S, np.concatenate([rate_S[:1], rate_S])),
         "seconds_S": np.cumsum(seconds_S * np.diff(step_S, prepend=0)),
     }
-    found = {}
+    found, score = {}, run.cfg.task.score
     for kind, lines in run.lines.items():
         at_S = np.array(list(lines), dtype=int)
-        nll_S = np.array([line["nll"] for line in lines.values()], dtype=float)
+        loss_S = np.array([line[score] for line in lines.values()], dtype=float)
         by_then = {name: np.interp(at_S, step_S, y_S) for name, y_S in spent.items()}
-        found[kind] = Curve(step_S=at_S, nll_S=nll_S, **by_then)
+        found[kind] = Curve(step_S=at_S, loss_S=loss_S, **by_then)
     return found
 
 

@@ -15,12 +15,14 @@ from moex.config import base as configs
 from moex.config.base import ConfigError
 from moex.data.files import naming
 from moex.model.layers import Routed, label, routers, site_at, sites
+from moex.model.losses import moe_layers
+from moex.model.task import require_token_ids
 from moex.moe.routing import ExpertRouting
 from moex.runs.directory import Place, RunDir
 from moex.runs.open import LoadedRun
+from moex.runs.program import Evaluated
 from moex.sharding import shard_batch
-from moex.train.losses import make_context, moe_layers
-from moex.train.score import run_with_data
+from moex.tasks.score import run_with_data
 
 
 def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -> dict:
@@ -50,6 +52,7 @@ def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -
     if jax.process_count() > 1:
         raise ConfigError("moex trace: runs in one process; start it on one host.")
     folder = RunDir.of(place)
+    require_token_ids(folder.config(), "moex trace")
     if not layer_infos(folder.config().model):
         raise ConfigError(f"{folder}: the model has no MoE layers to trace.")
     cfg.eval.overlap = 0
@@ -58,7 +61,7 @@ def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -
         raise ConfigError("config.data: no data is held out; raise holdout.")
     limit = None if tokens is None else -(-tokens // cfg.seq_len)
     header = _header(run, folder, cfg, program.data.domains, logits=logits)
-    routed = jax.jit(_routed_step(run.spec, program.static(train=False), logits))
+    routed = jax.jit(_routed_step(program, logits))
     written, counter = 0, TokenCounter(tokens)
     with jax.set_mesh(run.mesh), TraceWriter(out, header) as writer:
         for batch in program.eval_batches(limit):
@@ -77,7 +80,7 @@ def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -
 
 
 def layer_infos(model) -> tuple[LayerInfo, ...]:
-    """Every router of an `LM` config, in the order of its layers.
+    """Every router of a `Model` config, in the order of its layers.
 
     Layers are numbered from 0 with the dense ones, rounds of a chain from 1.
     """
@@ -120,12 +123,14 @@ def _header(run: LoadedRun, folder: RunDir, cfg, domains, *, logits: bool) -> He
     )
 
 
-def _routed_step(spec, static, logits: bool):
+def _routed_step(program: Evaluated, logits: bool):
     """`(params, state, batch) -> {path: {round: arrays}}`, of `routed_layers`."""
 
+    task, how = program.cfg.task, program.static(train=False)
+
     def step(params, state, batch):
-        ctx = make_context(batch, mode="eval", collect=True, **static)
-        _, aux = spec.merge(params, state)(ctx)
+        ctx = task.context(batch, mode="eval", collect=True, **how)
+        _, aux = task.run(program.spec.merge(params, state), ctx, batch)
         return routed_layers(aux, logits=logits)
 
     return step
@@ -180,7 +185,7 @@ def slots_by_layer(model, layers: dict, valid_T) -> dict[str, Slots]:
     """What `routed_layers` found, as `TraceWriter.write` takes it.
 
     Args:
-      model: `LM` config, whose segments number the layers.
+      model: `Model` config, whose segments number the layers.
       layers: numpy arrays from `routed_layers`.
       valid_T: bool[T], the tokens to take.
     """

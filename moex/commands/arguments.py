@@ -42,7 +42,7 @@ def add_data(parser) -> None:
         metavar="FILE",
         help="all of this file (or folder, or glob) instead of held-out data; repeat "
         "it for several, each a domain. Text, .jsonl of prompt and response, .parquet "
-        "and .arrayrecord of text",
+        "and .arrayrecord of text; CSV for series",
     )
 
 
@@ -52,10 +52,7 @@ def scored_config(args, config_args: list[str]):
     Raises:
       ConfigError: if both `--data` and a config of data are given, or either is wrong.
     """
-    import dataclasses
-
     from moex.config.flags import load_config
-    from moex.data.from_paths import given_sources
 
     base = args.run.config()
     if not args.data:
@@ -67,7 +64,7 @@ def scored_config(args, config_args: list[str]):
                 "one of the two."
             )
     cfg = load_config(config_args, base=base)
-    cfg.data = dataclasses.replace(cfg.data, sources=given_sources(args.data))
+    cfg.data = cfg.task.given(cfg.data, args.data)
     return cfg
 
 

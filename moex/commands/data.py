@@ -15,14 +15,14 @@ class Command(Verb):
 
     def run(self, args, config_args):
         from moex.config.flags import load_config
-        from moex.data.pipeline import prepare
         from moex.data.report import inspect
+        from moex.model.task import require_token_ids
         from moex.runs.keys import check_run
 
         cfg = load_config(config_args)
         check_run(cfg)
-        prepared = prepare(
-            cfg.data, cfg.seq_len, overlap=cfg.eval.overlap, where="config.data"
-        )
+        if args.action == "inspect":
+            require_token_ids(cfg, "moex data inspect")
+        prepared = cfg.task.prepare(cfg)
         if args.action == "inspect":
             print(inspect(prepared, example=args.example))

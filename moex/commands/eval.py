@@ -1,5 +1,7 @@
 """`moex eval`, on held-out data or on tasks of the lm_eval harness."""
 
+from typing import Any
+
 from moex.commands import Verb
 from moex.commands.arguments import add_data, add_json, add_run, scored_config
 from moex.config.arguments import integer, path, positive
@@ -47,21 +49,35 @@ class Command(Verb):
         )
 
     def run(self, args, config_args):
-        result = (_tasks if args.tasks is not None else _held_out)(args, config_args)
-        print(dump_json(result) if args.json else _text(args, result))
+        score, tell = _held_out, _held_out_text
+        if args.tasks is not None:
+            score, tell = _tasks, _tasks_text
+        result, task = score(args, config_args)
+        print(dump_json(result) if args.json else "\n".join(tell(args, result, task)))
 
 
-def _held_out(args, config_args) -> dict:
+def _held_out(args, config_args) -> tuple[dict, Any]:
     for name in ("include_path", "limit", "num_fewshot"):
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')}: is for --tasks.")
-    from moex.train.score import score_run
+    from moex.tasks.score import score_run
 
     cfg = scored_config(args, config_args)
-    return score_run(args.run, cfg, sequences=args.sequences)
+    return score_run(args.run, cfg, sequences=args.sequences), cfg.task
 
 
-def _tasks(args, config_args) -> dict:
+def _held_out_text(args, result: dict, task) -> list[str]:
+    what = f"tokens of {', '.join(args.data)}" if args.data else "held-out tokens"
+    rows = task.score_lines(result)
+    width = max(13, *(len(title) for title, _ in rows))
+    return [
+        f"{args.run} at step {result['step']}, {result['tokens']:,} {what}:",
+        *(f"  {title:<{width}}  {value}" for title, value in rows),
+        *(f"  loss on {name}: {loss:.4f}" for name, loss in result["domains"].items()),
+    ]
+
+
+def _tasks(args, config_args) -> tuple[dict, Any]:
     from moex.serve.harness import score_tasks
 
     wrong = config_args + [f"--{n}" for n in ("data", "sequences") if getattr(args, n)]
@@ -69,27 +85,19 @@ def _tasks(args, config_args) -> dict:
         raise ConfigError(
             f"{wrong[0]}: --tasks takes the config of the run; see --limit."
         )
-    return score_tasks(
+    result = score_tasks(
         args.run,
         args.tasks.split(","),
         include_path=args.include_path and str(args.include_path),
         limit=args.limit,
         num_fewshot=args.num_fewshot,
     )
+    return result, None
 
 
-def _text(args, result: dict) -> str:
-    lines = [f"{args.run} at step {result['step']}"]
-    if args.tasks is not None:
-        lines[0] += ":"
-        for task, figures in result["tasks"].items():
-            lines += [f"  {task:<24} {n:<24} {v:.4f}" for n, v in figures.items()]
-        return "\n".join(lines)
-    what = f"tokens of {', '.join(args.data)}" if args.data else "held-out tokens"
-    lines[0] += f", {result['tokens']:,} {what}:"
-    lines.append(f"  loss           {result['nll']:.4f} nats per token")
-    lines.append(f"  perplexity     {result['perplexity']:.3f}")
-    if result["bytes"]:
-        lines.append(f"  bits per byte  {result['bits_per_byte']:.4f}")
-    lines += [f"  loss on {name}: {nll:.4f}" for name, nll in result["domains"].items()]
-    return "\n".join(lines)
+def _tasks_text(args, result: dict, task) -> list[str]:
+    return [f"{args.run} at step {result['step']}:"] + [
+        f"  {asked:<24} {name:<24} {value:.4f}"
+        for asked, figures in result["tasks"].items()
+        for name, value in figures.items()
+    ]

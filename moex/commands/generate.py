@@ -41,7 +41,7 @@ class Command(Verb):
 
     def run(self, args, config_args):
         from moex.data.files import decode_utf8
-        from moex.train.score import write_text
+        from moex.serve.text import write_text
 
         require(0 <= args.seed < 2**31, "--seed", args.seed, "in [0, 2**31)")
         prompts = args.prompt

@@ -16,7 +16,6 @@ from moex.config import base as configs
 from moex.config.base import ConfigError, require
 from moex.convert.base import Conversion
 from moex.data.files import atomic_write
-from moex.data.tokenizer import SavedTokenizer
 from moex.json_files import dump_json
 from moex.model import spec as states
 from moex.runs.claim import new_run
@@ -25,8 +24,8 @@ from moex.runs.keys import check_run
 from moex.runs.open import LoadedRun, load_run
 from moex.runs.write import write_run
 from moex.sharding import MeshConfig
+from moex.tasks.score import score_run
 from moex.train.job import Job, make_job
-from moex.train.score import score_run
 
 
 def convert_run(
@@ -76,7 +75,7 @@ def convert_run(
             new, found = _applied(conversion, new, job, say)
             report |= found
         arrays = {"params": new.params, "state": new.state}
-        write_run(hidden, cfg, job, job.tx, job.data.tokenizer, arrays)
+        write_run(hidden, cfg, job, job.tx, job.data, arrays)
     report |= {
         "step": old.step,
         "params": {"before": _size(old.spec), "after": _size(job.spec)},
@@ -101,11 +100,10 @@ def _applied(conversion, run: LoadedRun, job: Job, say) -> tuple[LoadedRun, dict
 
 
 def _job(run: RunDir, cfg, say) -> Job:
-    """The new run's job here: on the devices that there are, with the old tokenizer."""
+    """The new run's job here: on the devices that there are, with the old data."""
     cfg = configs.from_dict(configs.to_dict(cfg))
     cfg.mesh = MeshConfig()
-    tokenizer = SavedTokenizer(path=str(run.tokenizer_folder))
-    cfg.data = dataclasses.replace(cfg.data, tokenizer=tokenizer)
+    cfg.task.like(cfg, run)
     return make_job(cfg, log=say)
 
 
@@ -120,13 +118,14 @@ def _size(spec, part="") -> int:
 
 
 def _losses(run: RunDir, new: RunDir, job: Job, sequences: int) -> dict | None:
-    """Held-out nats per token before and after; None if nothing is or shall be held."""
+    """The held-out loss before and after; None if nothing is or shall be held."""
     if not sequences or not job.holds_out:
         return None
     before, after = (
         score_run(folder, folder.config(), sequences=sequences) for folder in (run, new)
     )
-    return {"before": before["nll"], "after": after["nll"], "tokens": after["tokens"]}
+    score = job.cfg.task.score
+    return {"before": before[score], "after": after[score], "tokens": after["tokens"]}
 
 
 def report_text(report: dict, conversions: Sequence[Conversion]) -> str:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moex.model.losses import moe_layers
 from moex.runs.open import LoadedRun
 from moex.sharding import shard_batch
 from moex.train.job import Job
-from moex.train.losses import make_context, moe_layers
 
 
 def input_moments(run: LoadedRun, job: Job, sequences: int) -> dict:
@@ -26,12 +26,12 @@ def input_moments(run: LoadedRun, job: Job, sequences: int) -> dict:
     Returns:
       {path of a layer: float64[R, D, D]}.
     """
-    static = job.static(train=False)
+    task, static = job.cfg.task, job.static(train=False)
 
     @jax.jit
     def moments(params, state, batch):
-        ctx = make_context(batch, mode="eval", collect=True, **static)
-        _, aux = run.spec.merge(params, state)(ctx)
+        ctx = task.context(batch, mode="eval", collect=True, **static)
+        _, aux = task.run(run.spec.merge(params, state), ctx, batch)
         return second_moments(aux, ctx.valid_BL)
 
     num_batches = -(-sequences // job.cfg.batch_size)

@@ -20,7 +20,7 @@ from moex.moe.experts.latent import Latent
 
 
 def latent_model(model, options: ToLatent):
-    """A copy of an `LM` config with latent experts.
+    """A copy of a `Model` config with latent experts.
 
     Raises:
       ConfigError: if there is no MoE, or one whose experts are not plain SwiGLU.
@@ -53,7 +53,7 @@ def convert_params(params, model, options: ToLatent, moments):
 
     Args:
       params: nested dict of arrays of the old model; not changed.
-      model: the new `LM` config.
+      model: the new `Model` config.
       options: `ToLatent`.
       moments: {path of a layer: float64[R, D, D]}, or empty.
 

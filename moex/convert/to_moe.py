@@ -53,7 +53,7 @@ class Piece:
 
 
 def pieces(model, layers: str) -> list[Piece]:
-    """The segments that an `LM` config has to have where some layers change.
+    """The segments that an `Model` config has to have where some layers change.
 
     A segment all of whose copies change alike stays one; others are cut into as few
     as a greedy choice finds, so that "every:2" of one repeated layer is a pattern of
@@ -98,7 +98,7 @@ def _longest(rows) -> tuple[int, int]:
 
 
 def moe_model(model, options: Upcycle):
-    """A copy of an `LM` config in which the dense layers that are named are MoE layers.
+    """A copy of a `Model` config in which the named dense layers are MoE layers.
 
     Dense layers inside `Narrow` and shared experts stay.
 
@@ -143,7 +143,7 @@ def upcycle_params(params, state, model, options: Upcycle):
 
     Args:
       params, state: nested dicts of arrays of the old model; not changed.
-      model: the old `LM` config.
+      model: the old `Model` config.
       options: `Upcycle`.
 
     Returns:
@@ -191,7 +191,7 @@ def _cut(tree, found: list[Piece], model) -> dict:
 
 
 def upcycled_layers(model, layers: str) -> list[int]:
-    """Numbers of the layers of an `LM` config that become MoE layers."""
+    """Numbers of the layers of a `Model` config that become MoE layers."""
     return sorted(
         piece.layer(block, r)
         for piece in pieces(model, layers)

@@ -13,7 +13,7 @@ from typing import Any
 from moex.config.base import Config, ConfigError, children, require_choice, walk
 from moex.model.accounting import model_cost
 from moex.model.spec import model_spec
-from moex.nn.lm import LM
+from moex.nn.model import Model
 
 MEASURES = {
     "params": lambda cost: sum(cost.total.values()),
@@ -32,7 +32,7 @@ class Match:
       cost, target: of `model` and of the other one, in units of the measure.
     """
 
-    model: LM
+    model: Model
     hidden: dict[str, int]
     cost: float
     target: float
@@ -43,7 +43,7 @@ class Match:
         return self.cost / self.target - 1
 
 
-def match(cfg: LM, like: LM, *, by: str, seq_len: int) -> Match:
+def match(cfg: Model, like: Model, *, by: str, seq_len: int) -> Match:
     """`cfg` with hidden widths that make it cost what `like` costs.
 
     The cost is linear in the widths, so it is known everywhere from one evaluation
@@ -61,7 +61,7 @@ def match(cfg: LM, like: LM, *, by: str, seq_len: int) -> Match:
     """
     require_choice("match by", by, MEASURES)
 
-    def cost_of(model: LM) -> float:
+    def cost_of(model: Model) -> float:
         return MEASURES[by](model_cost(model, model_spec(model), seq_len))
 
     target = cost_of(like)
@@ -90,7 +90,7 @@ def match(cfg: LM, like: LM, *, by: str, seq_len: int) -> Match:
     return Match(model, hidden_widths(model), cost_of(model), target)
 
 
-def hidden_widths(cfg: LM, path: str = "model") -> dict[str, int]:
+def hidden_widths(cfg: Model, path: str = "model") -> dict[str, int]:
     """Every hidden width of a model by its path."""
     return {
         f"{where}.{name}": getattr(node, name)
@@ -98,7 +98,7 @@ def hidden_widths(cfg: LM, path: str = "model") -> dict[str, int]:
     }
 
 
-def _holders(cfg: LM, path: str = "model") -> list[tuple[str, Any, str]]:
+def _holders(cfg: Model, path: str = "model") -> list[tuple[str, Any, str]]:
     """(path, config, name of its width); that of low-rank experts is their rank."""
     return [
         (where, node, name)
@@ -109,7 +109,7 @@ def _holders(cfg: LM, path: str = "model") -> list[tuple[str, Any, str]]:
     ]
 
 
-def _with_widths(cfg: LM, new: dict[int, int]) -> LM:
+def _with_widths(cfg: Model, new: dict[int, int]) -> Model:
     """A copy in which every hidden width w is `new[w]`, where it has one."""
     cfg = copy.deepcopy(cfg)
     for _, node, name in _holders(cfg):

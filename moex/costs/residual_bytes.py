@@ -12,18 +12,17 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas.device import platform
 from moex.model.accounting import num_bytes
+from moex.model.losses import moe_layers
 from moex.model.spec import ModelSpec
 from moex.nn.context import Context
-from moex.nn.lm import LM
+from moex.nn.model import Model
 from moex.nn.param import split_params
 from moex.nn.stack import Segment
 from moex.runs.program import static_options
-from moex.train.losses import lm_loss, make_context, moe_layers
 
 # Copies of a segment that is only looked at: a prime, unlike any other dim
 COPIES = 1_000_003
@@ -52,7 +51,7 @@ def _pattern_bytes(cfg, segment: Segment, pattern) -> float:
     What scan stacks is of each copy; the rest (masks, rotary angles) is shared by all.
     Batch sizes 1 and 2 tell activations from weights.
     """
-    model: LM = cfg.model
+    model: Model = cfg.model
     segment = dataclasses.replace(segment, pattern=tuple(pattern), repeat=1)
     stack = nnx.eval_shape(
         lambda: segment.make(
@@ -71,7 +70,7 @@ def _pattern_bytes(cfg, segment: Segment, pattern) -> float:
         return jax.vjp(run, params, x_BLD)[1]
 
     def kept(batch_size: int) -> int:
-        ctx = _abstract_context(cfg, abstract_batch(batch_size, cfg.seq_len))
+        ctx = _abstract_context(cfg, cfg.task.batch_shapes(cfg, batch_size))
         shape = (batch_size, cfg.seq_len, model.dim)
         x_BLD = jax.ShapeDtypeStruct(shape, ctx.compute_dtype)
         leaves = jax.tree.leaves(jax.eval_shape(residuals, params, state, x_BLD, ctx))
@@ -98,10 +97,10 @@ def model_activation_bytes(cfg, spec: ModelSpec, sequences: int = 1) -> float:
 
     def kept(batch_size):
         def residuals(params, state, batch, key):
-            ctx = make_context(batch, key=key, **traced_options(cfg))
+            ctx = cfg.task.context(batch, key=key, **traced_options(cfg))
 
             def loss(params):
-                return lm_loss(
+                return cfg.task.loss(
                     spec.merge(params, state),
                     ctx,
                     batch,
@@ -111,7 +110,7 @@ def model_activation_bytes(cfg, spec: ModelSpec, sequences: int = 1) -> float:
 
             return jax.vjp(loss, params)[1]
 
-        batch = abstract_batch(batch_size, cfg.seq_len)
+        batch = cfg.task.batch_shapes(cfg, batch_size)
         args = (spec.params, spec.state, batch, _abstract_key())
         return num_bytes(jax.eval_shape(residuals, *args))
 
@@ -137,20 +136,5 @@ def _abstract_key():
 
 def _abstract_context(cfg, batch) -> Context:
     options = traced_options(cfg)
-    make = functools.partial(make_context, **options)
+    make = functools.partial(cfg.task.context, **options)
     return jax.eval_shape(make, batch, key=_abstract_key())
-
-
-def abstract_batch(batch_size: int, seq_len: int) -> dict:
-    """The shapes of a batch of the data pipeline."""
-
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
-
-    names = ("tokens", "targets", "segment", "position", "num_bytes")
-    batch = {name: array(jnp.int32, seq_len) for name in names}
-    return batch | {
-        "loss_mask": array(jnp.float32, seq_len),
-        "domain": array(jnp.int32),
-        "example_id": array(jnp.int32),
-    }

@@ -6,12 +6,10 @@ bytes of the optimizer are read off its abstract state.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from moex.config.base import ConfigError
 from moex.costs.matching import match
 from moex.costs.residual_bytes import block_activation_bytes, model_activation_bytes
 from moex.model.accounting import model_cost, num_bytes
@@ -63,37 +61,14 @@ class Row:
         return names | {"layers": list(self.layers)} | self.figures
 
 
-def fill_vocab(cfg) -> None:
-    """Set `cfg.model.vocab` from the tokenizer's config, without preparing any data.
-
-    Raises:
-      ConfigError: if neither says it.
-    """
-    if cfg.model.vocab is not None:
-        return
-    tokenizer = cfg.data.tokenizer
-    cfg.model.vocab = tokenizer.known_size()
-    if cfg.model.vocab is not None:
-        return
-    where = "config.data.tokenizer"
-
-    def no_text(size):
-        raise ConfigError(
-            f"config.model.vocab = None: and {type(tokenizer).__name__} has no size "
-            "before it was trained; give --config.model.vocab=N."
-        )
-
-    cfg.model.vocab = tokenizer.make(where, (no_text, ""), Path()).vocab_size
-
-
 def model_rows(cfg) -> list[Row]:
-    """The rows of a run config, layers first; fills in its vocabulary.
+    """The rows of a run config, layers first; fills in the size of its model.
 
     Raises:
       ConfigError: for any mistake of the config.
     """
     check_run(cfg)
-    fill_vocab(cfg)
+    cfg.task.fill(cfg)
     spec = model_spec(cfg.model)
     tx, _ = make_optimizer(cfg.optim, cfg.steps, spec.params, spec.info)
     cost = model_cost(cfg.model, spec, cfg.seq_len)
@@ -176,7 +151,7 @@ def rows_dict(cfg, rows: list[Row]) -> dict:
     """The rows, their sum and what they hold for, as plain data."""
     setting = static_options(cfg, train=True) | {
         "seq_len": cfg.seq_len,
-        "vocab": cfg.model.vocab,
+        cfg.model.SIZE: cfg.model.num_outputs,
         "backend": jax.default_backend(),
     }
     return {
@@ -224,7 +199,7 @@ def matched(cfg, like, by: str) -> dict:
     """
     for one in (cfg, like):
         check_run(one)
-        fill_vocab(one)
+        one.task.fill(one)
     found = match(cfg.model, like.model, by=by, seq_len=cfg.seq_len)
     return {
         "by": by,

@@ -18,7 +18,7 @@ import numpy as np
 
 from moex.config.base import Config, require
 
-Example = dict[str, np.ndarray]
+Example = dict[str, Any]
 Batch = dict[str, np.ndarray]
 
 
@@ -193,7 +193,7 @@ def blank_like(example: Example) -> Example:
     return blank | {"example_id": np.int32(-1)}
 
 
-def _quotas(datasets: list, limit: int | None) -> list[int]:
+def _quotas(datasets: Sequence[Dataset], limit: int | None) -> list[int]:
     """How many sequences of each dataset to take: in proportion, but at least one."""
     sizes = np.array([len(d) for d in datasets])
     total = int(sizes.sum())

@@ -5,8 +5,7 @@ file is a series of its own: windows do not reach from one into another.
 
 Not here: batches (`batches.py`).
 
-Shapes: T steps of a series · C columns · L tokens of a window · P steps of a token ·
-N = P C numbers of a token.
+Shapes: T steps of a series · C columns · L tokens of a window · P steps of a token.
 """
 
 import csv
@@ -15,6 +14,7 @@ import hashlib
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -101,7 +101,8 @@ def prepare(
     train, held_out = [], []
     for i, (value_TC, cut) in enumerate(zip(series, cuts, strict=True)):
         value_TC = ((value_TC - mean_C) / deviation_C).astype(np.float32)
-        options = {"seq_len": seq_len, "patch": config.patch, "domain": i}
+        options: dict[str, Any] = {"seq_len": seq_len, "domain": i}
+        options["patch"] = config.patch
         own = SeriesWindows(value_TC[:cut], stride=config.stride, **options)
         if not len(own) and not scoring:
             raise ConfigError(
@@ -168,13 +169,9 @@ def read_series(config: Series, file: File, names, where: str) -> np.ndarray:
     Raises:
       ConfigError: naming file, line and column of what is no finite number.
     """
+    _columns(config, file, where)  # they are there
     text = read_text(file, f"{where}.paths")
     reader = csv.reader(io.StringIO(text, newline=""))
-    if _columns(config, file, where) != names:
-        raise ConfigError(
-            f"{where}.paths: {file.path} has other columns than the first file, which "
-            f"has {', '.join(names)}; name those to read in {where}.columns."
-        )
     here = f"{where}.paths: {file.path}, line"
     try:
         head = next(reader)
@@ -265,19 +262,20 @@ class SeriesWindows:
         return f"SeriesWindows({self.value_TC.shape}, {self.seq_len}, {self.patch})"
 
     def __getitem__(self, index: int) -> Example:
-        """One window: float32[L, N] values and targets, and the fields of all data."""
+        """One window: float32[L, P, C] values and targets, and what all data has."""
         if not 0 <= index < self._len:
             raise IndexError(index)
         start = int(index) * self.stride
         part_TC = self.value_TC[start : start + self.steps]
         tokens = len(part_TC) // self.patch
-        token_N = part_TC[: tokens * self.patch].reshape(tokens, -1)
+        shape = (tokens, self.patch, part_TC.shape[1])
+        value_LPC = part_TC[: tokens * self.patch].reshape(shape)
         n, L = tokens - 1, self.seq_len
         place_L = np.arange(L, dtype=np.int32)
-        padding = ((0, L - n), (0, 0))
+        padding = ((0, L - n), (0, 0), (0, 0))
         return {
-            "values": np.pad(token_N[:-1], padding),
-            "targets": np.pad(token_N[1:], padding),
+            "values": np.pad(value_LPC[:-1], padding),
+            "targets": np.pad(value_LPC[1:], padding),
             "segment": (place_L < n).astype(np.int32),
             "position": np.where(place_L < n, place_L, 0).astype(np.int32),
             "loss_mask": (

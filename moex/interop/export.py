@@ -26,6 +26,7 @@ from moex.interop.tokens import first_token, written
 from moex.interop.writing import Tensor, check_target, write
 from moex.json_files import field
 from moex.model.paths import flat_paths
+from moex.model.task import require_token_ids
 from moex.runs.directory import Place, RunDir
 from moex.runs.open import load_run
 
@@ -91,6 +92,7 @@ def export_hf(place: Place, out, *, dtype: str | None = None, say=print) -> dict
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype={dtype}: must be float32, bfloat16 or float16.")
     cfg = run.config()
+    require_token_ids(cfg, "moex export-hf")
     check_target(out)
     config, files, dtypes, index = _description(run, cfg)
     family = FAMILIES[config["model_type"]]

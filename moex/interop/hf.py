@@ -17,8 +17,8 @@ import numpy as np
 from moex.config.base import ConfigError, nearest, require
 from moex.config.flags import load_config as load_config_flags
 from moex.data.files import atomic_write
-from moex.data.pipeline import Data, prepare
-from moex.data.tokenizer import SavedTokenizer, Tokenizer, TokenizerFile
+from moex.data.pipeline import Data
+from moex.data.tokenizer import SavedTokenizer, TokenizerFile
 from moex.interop.arrays import load_array
 from moex.interop.dequantise import reader
 from moex.interop.families import (
@@ -245,18 +245,16 @@ def _run_config(model, where, config, config_args):
     return cfg
 
 
-def _prepare(cfg, say) -> tuple[Program, Any, Tokenizer]:
-    """The program, the optimizer and the tokenizer of a config, every mistake found."""
+def _prepare(cfg, say) -> tuple[Program, Any, Any]:
+    """The program, the optimizer and the data of a config, every mistake found."""
     mesh = mesh_here(cfg)
-    data = prepare(
-        cfg.data, cfg.seq_len, overlap=cfg.eval.overlap, log=say, where="config.data"
-    )
+    data = cfg.task.prepare(cfg, log=say)
     program = make_program(cfg, mesh)
     spec = program.spec
     tx, _ = make_optimizer(cfg.optim, cfg.steps, spec.params, spec.info)
     held = program.abstract_state() | {"opt": states.abstract_opt(tx, spec, mesh)}
     check_room(cfg, mesh, held)
-    return program, tx, data.tokenizer
+    return program, tx, data
 
 
 def _shapes(model) -> dict[str, tuple]:

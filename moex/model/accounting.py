@@ -7,6 +7,8 @@ feed-forward's config says: its `param_use`.
 
 import dataclasses
 import math
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -184,6 +186,18 @@ def device_peak_flops(device=None) -> float | None:
     """Dense bfloat16 FLOP/s of a device, or None where it is not known."""
     tera = PEAK_TFLOPS.get((device or jax.devices()[0]).device_kind)
     return None if tera is None else tera * 1e12
+
+
+def device_bytes(devices: Sequence[jax.Device]) -> float:
+    """Memory of one device; that of the host is shared by the CPU devices given."""
+    device = devices[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    if device.platform != "cpu":
+        return math.inf
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return host / len(devices)
 
 
 def _by_group(sizes: dict[str, Any]) -> dict[str, Any]:

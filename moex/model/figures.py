@@ -20,7 +20,7 @@ def by_layer(model, layers: dict, *, expert_devices=1) -> dict[str, dict[str, An
     layers of their own, "003.1", "003.2" and so on.
 
     Args:
-      model: `LM` config, whose segments give the numbers.
+      model: `Model` config, whose segments give the numbers.
       layers: metrics by module path, each stacked [repeat, ...] or [repeat, C, ...].
       expert_devices: devices that the experts are split over; with several there is
         "device_violation" too.

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moex import sharding
 from moex.model.paths import flat_paths, path_name
-from moex.nn.lm import LM
+from moex.nn.model import Model
 from moex.nn.param import split_params
 
 # For a program that runs once: LLVM optimised the quickstart's first state for 7 of the
@@ -58,7 +58,7 @@ class ModelSpec:
         return nnx.merge(self.graphdef, params, state)
 
 
-def model_spec(cfg: LM) -> ModelSpec:
+def model_spec(cfg: Model) -> ModelSpec:
     """The abstract model of a config; allocates nothing."""
     abstract = nnx.eval_shape(lambda: cfg.make(nnx.Rngs(params=0)), graph=False)
     graphdef, params, state = split_params(abstract)
@@ -85,7 +85,7 @@ def _string_keys(tree):
     return tree
 
 
-def init_params(cfg: LM, key) -> tuple[dict, dict]:
+def init_params(cfg: Model, key) -> tuple[dict, dict]:
     """Fresh (params, state) of a config; jit it with `out_shardings`."""
     _, params, state = split_params(cfg.make(nnx.Rngs(params=key)))
     return _pure(params), _pure(state)
@@ -178,7 +178,7 @@ def _placed(tree, shards):
     )
 
 
-def init_train_state(cfg: LM, spec: ModelSpec, tx, mesh: Mesh, key) -> dict:
+def init_train_state(cfg: Model, spec: ModelSpec, tx, mesh: Mesh, key) -> dict:
     """A fresh train state, every array made in its place: no host holds the model.
 
     Returns:

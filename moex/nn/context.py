@@ -18,7 +18,7 @@ class Context:
       segment_BL: int32, document number within the row from 1; 0 is padding. Tokens
         attend only inside their segment, and padding is not routed.
       position_BL: int32, position inside the segment, from 0.
-      token_BL: int32 token ids.
+      token_BL: int32 token ids; None where tokens have none.
       key_segment_BS, key_position_BS: the same for the keys of a decoding cache; None
         when the keys are the queries', and a cache is only written.
       cache_index: int32 scalar, where in the cache this call's keys are written.
@@ -48,7 +48,7 @@ class Context:
 
     segment_BL: jax.Array
     position_BL: jax.Array
-    token_BL: jax.Array
+    token_BL: jax.Array | None = None
     key_segment_BS: jax.Array | None = None
     key_position_BS: jax.Array | None = None
     cache_index: jax.Array | None = None

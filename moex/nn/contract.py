@@ -20,6 +20,7 @@ class PartConfig(Config, abc.ABC):
     """Base of the configs that make a part of a layer."""
 
     causal: ClassVar[bool] = True  # False: what it does for a token reads later tokens
+    needs_token_ids: ClassVar[bool] = False  # True: only for tasks that have them
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

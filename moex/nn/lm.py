@@ -20,6 +20,8 @@ from moex.sharding import constrain
 class LM(Model):
     """A decoder-only transformer; depth and its variety are in `layers`."""
 
+    SIZE = "vocab"
+
     vocab: int | None = None  # vocabulary V, >= 2; None: that of the tokenizer
     tied_embeddings: bool = False  # one matrix for input and output
     scale_embeddings: bool = True  # rows of the input times sqrt(dim)
@@ -35,10 +37,6 @@ class LM(Model):
 
     def make(self, rngs):
         return LanguageModel(self, rngs)
-
-    def num_outputs(self) -> int:
-        assert self.vocab is not None
-        return self.vocab
 
     def about(self) -> str:
         return f"vocabulary {self.vocab}"

@@ -7,6 +7,7 @@ B batch · L length · D model width
 """
 
 import dataclasses
+from typing import ClassVar
 
 from flax import nnx
 
@@ -20,7 +21,14 @@ from moex.sharding import constrain
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Model(Config):
-    """The base of all models: width, attention, and the layers in their order."""
+    """The base of all models: width, attention, and the layers in their order.
+
+    Attributes:
+      SIZE: the field with the size of what comes out for a token, which the data tells
+        where it is None.
+    """
+
+    SIZE: ClassVar[str]
 
     dim: int  # model width D, >= 1
     attention: AttentionConfig  # of every block whose segment does not name its own
@@ -44,9 +52,10 @@ class Model(Config):
     def num_layers(self) -> int:
         return sum(s.repeat * len(s.pattern) for s in self.layers)
 
+    @property
     def num_outputs(self) -> int:
         """Numbers that come out for each token."""
-        raise NotImplementedError
+        return getattr(self, self.SIZE)
 
     def about(self) -> str:
         """Words about what goes in and comes out, such as "vocabulary 256"."""

@@ -17,6 +17,8 @@ from moex.sharding import constrain
 class SeriesModel(Model):
     """Tokens are vectors of numbers, in and out; depth is in `layers`."""
 
+    SIZE = "numbers"
+
     numbers: int | None = None  # N of a token, >= 1; None: those of the data
 
     def validate(self, path):
@@ -27,10 +29,6 @@ class SeriesModel(Model):
 
     def make(self, rngs):
         return SeriesLayers(self, rngs)
-
-    def num_outputs(self) -> int:
-        assert self.numbers is not None
-        return self.numbers
 
     def about(self) -> str:
         return f"{self.numbers} numbers a token"

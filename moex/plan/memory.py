@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from moex import sharding
 from moex.costs.residual_bytes import (
-    abstract_batch,
     model_activation_bytes,
     traced_options,
 )
@@ -24,7 +23,6 @@ from moex.plan import liveness
 from moex.plan.topology import Topology, abstract_mesh
 from moex.runs.program import compute_dtype
 from moex.train.job import Training
-from moex.train.losses import lm_loss, make_context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +104,7 @@ def local_bytes(tree) -> int:
 def batch_arguments(program: Training) -> dict:
     """The batch of one step as abstract arrays with shardings."""
     cfg = program.cfg
-    arrays = abstract_batch(cfg.batch_size, cfg.seq_len)
+    arrays = cfg.task.batch_shapes(cfg, cfg.batch_size)
     return {
         name: jax.ShapeDtypeStruct(
             a.shape,
@@ -188,10 +186,11 @@ def _gradient_graph(cfg, spec, batch_size) -> liveness.Graph:
     """The graph of the loss and its gradient for one microbatch."""
 
     def gradient(params, state, batch, key):
-        ctx = make_context(batch, key=key, mode="train", **traced_options(cfg))
+        options = traced_options(cfg)
+        ctx = cfg.task.context(batch, key=key, mode="train", **options)
 
         def loss(params):
-            return lm_loss(
+            return cfg.task.loss(
                 spec.merge(params, state),
                 ctx,
                 batch,
@@ -201,7 +200,7 @@ def _gradient_graph(cfg, spec, batch_size) -> liveness.Graph:
 
         return jax.grad(loss, has_aux=True)(params)
 
-    batch = abstract_batch(batch_size, cfg.seq_len)
+    batch = cfg.task.batch_shapes(cfg, batch_size)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return liveness.graph(gradient, spec.params, spec.state, batch, key)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-from moex.costs.table import fill_vocab
 from moex.model.accounting import model_cost
 from moex.plan.memory import Memory, memory
 from moex.plan.topology import Topology
@@ -146,7 +145,7 @@ def check(cfg, topology: Topology):
       ConfigError: for any mistake in the config, or where it does not fit the devices.
     """
     check_run(cfg)
-    fill_vocab(cfg)
+    cfg.task.fill(cfg)
     mesh: Any = topology.mesh(cfg.mesh)  # an abstract one does for a program
     check_devices(cfg, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -190,7 +189,7 @@ def plan(cfg, topology: Topology) -> Plan:
         recompute_flops=again,
         setting=setting
         | {"batch_size": cfg.batch_size, "grad_accum": cfg.grad_accum}
-        | {"seq_len": cfg.seq_len, "vocab": cfg.model.vocab},
+        | {"seq_len": cfg.seq_len, cfg.model.SIZE: cfg.model.num_outputs},
         memory=held,
         carried=carried,
     )

@@ -1,6 +1,7 @@
 """What a run is: its summary, its samples, its config, where it ran."""
 
 import dataclasses
+import math
 import shlex
 from typing import Any
 
@@ -18,15 +19,13 @@ def summary(material: Material) -> list[str]:
     cfg = material.cfg
     parts = [f"step {material.step:,} of {cfg.steps:,}"]
     lines = material.lines.get("eval", {}).items()
-    held = [(step, line) for step, line in lines if "nll" in line]
+    score, *others = cfg.task.FIGURES
+    held = [(step, line) for step, line in lines if score.name in line]
     if held:
         step, line = held[-1]
-        bits = (
-            f", {line['bits_per_byte']:.4f} bits per byte"
-            if line.get("bytes") and "bits_per_byte" in line
-            else ""
-        )
-        text = f"held out at step {step:,}: {line['nll']:.4f} nats per token{bits}"
+        known = [f for f in others if math.isfinite(line.get(f.name, math.nan))]
+        told = (f"{line[f.name]:.4f} {f.unit}" for f in (score, *known))
+        text = f"held out at step {step:,}: {', '.join(told)}"
         parts.append(
             text + (f" ({line['tokens']:,} tokens)" if "tokens" in line else "")
         )

@@ -74,7 +74,8 @@ def examine(material: Material, traced: Routing | None = None) -> Health:
 
 
 def _training(material: Material, checked, unchecked) -> Iterator[Finding]:
-    step_S, nll_S = material.series("train", "nll")
+    score = material.cfg.task.score
+    step_S, loss_S = material.series("train", score)
     if len(step_S) == 0:
         unchecked.append("training, for no step is logged")
     else:
@@ -85,21 +86,21 @@ def _training(material: Material, checked, unchecked) -> Iterator[Finding]:
                 health_checks.not_finite(
                     f"training {name}", *material.series("train", name)
                 )
-                for name in ("nll", "grad_norm")
+                for name in (score, "grad_norm")
             ),
-            health_checks.divergence(step_S, nll_S),
-            health_checks.spikes(step_S, nll_S),
+            health_checks.divergence(step_S, loss_S),
+            health_checks.spikes(step_S, loss_S),
             health_checks.skipped_updates(*material.series("train", "skipped")),
         )
-    step_S, nll_S = material.series("eval", "nll")
+    step_S, loss_S = material.series("eval", score)
     if len(step_S) == 0:
         unchecked.append("held-out loss, for there is no evaluation")
         return
     checked.append("held-out loss")
     _, tokens_S = material.series("eval", "tokens")
-    yield from _found(health_checks.not_finite("held-out loss", step_S, nll_S))
+    yield from _found(health_checks.not_finite("held-out loss", step_S, loss_S))
     if len(tokens_S) == len(step_S):
-        yield from _found(health_checks.overfitting(step_S, nll_S, tokens_S))
+        yield from _found(health_checks.overfitting(step_S, loss_S, tokens_S))
 
 
 def _found(*results: Finding | None) -> Iterator[Finding]:
@@ -183,7 +184,7 @@ def most_experts(model) -> dict[str, int]:
     Experts are those that compute; a chain's rounds are labelled "003.1", "003.2".
 
     Args:
-      model: `LM` config.
+      model: `Model` config.
     """
     found: dict[str, int] = {}
     for routed in routers(model):

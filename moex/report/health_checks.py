@@ -280,48 +280,48 @@ def not_finite(name: str, step_S, value_S) -> Finding | None:
     )
 
 
-def spikes(step_S, nll_S) -> Finding | None:
+def spikes(step_S, loss_S) -> Finding | None:
     """Training losses far above those before.
 
     Args:
       step_S: of the lines.
-      nll_S: nats per token.
+      loss_S: the loss of the task.
     """
-    nll_S = np.asarray(nll_S, dtype=float)
+    loss_S = np.asarray(loss_S, dtype=float)
     found = []
-    for i in range(BEFORE, len(nll_S)):
-        before = nll_S[i - BEFORE : i]
+    for i in range(BEFORE, len(loss_S)):
+        before = loss_S[i - BEFORE : i]
         middle = np.nanmedian(before)
         deviation = 1.4826 * np.nanmedian(np.abs(before - middle))
-        if nll_S[i] > middle + max(SPIKE_DEVIATIONS * deviation, SPIKE_SHARE * middle):
-            found.append((nll_S[i] - middle, i, middle))
+        if loss_S[i] > middle + max(SPIKE_DEVIATIONS * deviation, SPIKE_SHARE * middle):
+            found.append((loss_S[i] - middle, i, middle))
     if not found:
         return None
     _, at, middle = max(found)
     return Finding(
         "loss spikes",
         f"{len(found)} logged training losses are far above the {BEFORE} before; the "
-        f"largest, at step {int(step_S[at])}: {nll_S[at]:.4g} after a median of "
+        f"largest, at step {int(step_S[at])}: {loss_S[at]:.4g} after a median of "
         f"{middle:.4g} (threshold: {SPIKE_DEVIATIONS:g} robust deviations and "
         f"{_percent(SPIKE_SHARE)}).",
     )
 
 
-def divergence(step_S, nll_S) -> Finding | None:
+def divergence(step_S, loss_S) -> Finding | None:
     """The training loss ends above where it was.
 
     Args:
       step_S: of the lines.
-      nll_S: nats per token.
+      loss_S: the loss of the task.
     """
-    nll_S = np.asarray(nll_S, dtype=float)
-    finite = np.isfinite(nll_S)
-    step_S, nll_S = np.asarray(step_S)[finite], nll_S[finite]
-    end = tail(len(nll_S))
+    loss_S = np.asarray(loss_S, dtype=float)
+    finite = np.isfinite(loss_S)
+    step_S, loss_S = np.asarray(step_S)[finite], loss_S[finite]
+    end = tail(len(loss_S))
     width = end.stop - end.start
-    if len(nll_S) < 2 * TAIL:
+    if len(loss_S) < 2 * TAIL:
         return None
-    mean_S = np.convolve(nll_S, np.full(width, 1 / width), mode="valid")
+    mean_S = np.convolve(loss_S, np.full(width, 1 / width), mode="valid")
     low, last = int(np.argmin(mean_S)), mean_S[-1]
     if not last > (1 + DIVERGED) * mean_S[low]:
         return None
@@ -333,28 +333,28 @@ def divergence(step_S, nll_S) -> Finding | None:
     )
 
 
-def overfitting(step_S, nll_S, tokens_S) -> Finding | None:
+def overfitting(step_S, loss_S, tokens_S) -> Finding | None:
     """Held-out loss that is worse than at an earlier evaluation of the same tokens.
 
     Args:
       step_S: of the evaluations.
-      nll_S: nats per token.
+      loss_S: the loss of the task.
       tokens_S: how many were scored: the last evaluation may score more than others.
     """
-    step_S, nll_S, tokens_S = map(np.asarray, (step_S, nll_S, tokens_S))
+    step_S, loss_S, tokens_S = map(np.asarray, (step_S, loss_S, tokens_S))
     if len(step_S) == 0:
         return None
     counts = {n: int(np.sum(tokens_S == n)) for n in tokens_S}
     same = tokens_S == max(counts, key=counts.__getitem__)
-    step_S, nll_S = step_S[same], nll_S[same]
-    if not np.isfinite(nll_S).any():
+    step_S, loss_S = step_S[same], loss_S[same]
+    if not np.isfinite(loss_S).any():
         return None
-    best, last = int(np.nanargmin(nll_S)), nll_S[-1]
-    if not last > (1 + WORSE) * nll_S[best]:
+    best, last = int(np.nanargmin(loss_S)), loss_S[-1]
+    if not last > (1 + WORSE) * loss_S[best]:
         return None
     return Finding(
         "held-out loss rises",
         f"held-out loss is {last:.4f} at step {int(step_S[-1])} and was "
-        f"{nll_S[best]:.4f} at step {int(step_S[best])} on the same tokens (threshold: "
-        f"{_percent(WORSE)} above): overfitting, or divergence.",
+        f"{loss_S[best]:.4f} at step {int(step_S[best])} on the same tokens "
+        f"(threshold: {_percent(WORSE)} above): overfitting, or divergence.",
     )

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from moex.config.base import ConfigError
-from moex.costs.table import fill_vocab
 from moex.model.accounting import Cost, model_cost
 from moex.model.spec import model_spec
 from moex.runs.directory import RunDir
@@ -69,7 +68,7 @@ def read(run: RunDir) -> Material:
 
 def _cost(cfg) -> Cost | None:
     try:
-        fill_vocab(cfg)
+        cfg.task.fill(cfg)
     except ConfigError:
         return None
     return model_cost(cfg.model, model_spec(cfg.model), cfg.seq_len)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moex.analysis.plotting import COLOURS
+from moex.model.task import Task
 from moex.moe.metrics import FIGURES, UNSCALED
 from moex.report import downsample
 from moex.report.material import Material
@@ -14,8 +15,6 @@ from moex.report.page import Grid, Note, Plot, Section, style
 
 STEP = "optimizer step"
 MOST_CURVES = 64  # of a plot; a person tells no more apart
-# Figures that are shown beside parts of them, or beside those of evaluations.
-PLAIN = {"nll": "loss", "bits_per_byte": "bits", "grad_norm": "all"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +40,32 @@ class Panel:
     missing: str = "not logged"
 
 
+BOTH = ("train", "eval")
+
+
+def panels(task: Task) -> tuple[Panel, ...]:
+    """The plots of runs of a task: its figures, then what all runs log."""
+    score, *others = task.FIGURES
+    title = _capital(score.title)
+    return (
+        Panel(title, score.unit, (score.name,), BOTH),
+        *(Panel(_capital(f.title), f.unit, (f.name,), BOTH) for f in others),
+        Panel(
+            f"{title} by data domain",
+            score.unit,
+            (f"{score.name}/*",),
+            BOTH,
+            missing="the data has one domain, or nothing is logged",
+        ),
+        *PANELS,
+    )
+
+
+def _capital(title: str) -> str:
+    return title[:1].upper() + title[1:]
+
+
 PANELS = (
-    Panel("Loss", "nats per token", ("nll",), ("train", "eval")),
-    Panel("Bits per byte", "bits per byte", ("bits_per_byte",), ("train", "eval")),
-    Panel(
-        "Loss by data domain",
-        "nats per token",
-        ("nll/*",),
-        ("train", "eval"),
-        missing="the data has one domain, or nothing is logged",
-    ),
     Panel("Gradient norm", "L2 norm", ("grad_norm", "grad_norm/*"), log=True),
     Panel("Learning rate", "learning rate", ("lr",)),
     Panel("Throughput", "tokens per second", ("perf/tokens_per_s",)),
@@ -64,8 +79,8 @@ PANELS = (
     Panel("Time of a step", "seconds", ("perf/*_s",)),
     Panel("Memory, peak", "GiB", ("perf/memory_gib",)),
     Panel(
-        "Losses beside cross-entropy, weighted",
-        "nats per token",
+        "Losses beside that of the tokens, weighted",
+        "in the unit of the loss",
         ("loss/*",),
         missing="all coefficients are 0, or nothing is logged",
     ),
@@ -82,7 +97,7 @@ PANELS = (
 def section(material: Material) -> Section:
     """Plots of all that was logged, and a line for what was not."""
     plots, missing = [], []
-    for panel in PANELS:
+    for panel in panels(material.cfg.task):
         plot = _plot(panel, material)
         if plot is None:
             missing.append(f"{panel.title} ({panel.missing})")
@@ -102,7 +117,7 @@ def section(material: Material) -> Section:
 def _plot(panel: Panel, material: Material) -> Plot | None:
     from plotly.graph_objects import Figure
 
-    figure = Figure()
+    figure, task = Figure(), material.cfg.task
     found = [
         (kind, name) for kind in panel.kinds for name in _names(panel, kind, material)
     ]
@@ -123,7 +138,7 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
         figure.add_scatter(
             x=step_S,
             y=(value_S * panel.scale).astype(np.float32),
-            name=html.escape(_title(name) + (", held out" if held else "")),
+            name=html.escape(_title(name, task) + (", held out" if held else "")),
             mode="lines+markers" if held or len(step_S) == 1 else "lines",
             line={"color": colour, "width": 1 if held else 1.6}
             | ({"dash": "dot"} if held else {}),
@@ -147,8 +162,10 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
     return Plot(figure)
 
 
-def _title(name: str) -> str:
-    return PLAIN.get(name) or name.partition("/")[2] or name
+def _title(name: str, task: Task) -> str:
+    titles = {figure.name: figure.title for figure in task.FIGURES}
+    titles["grad_norm"] = "all"  # it is shown beside parts of it
+    return titles.get(name) or name.partition("/")[2] or name
 
 
 def _names(panel: Panel, kind: str, material: Material) -> list[str]:
@@ -156,7 +173,7 @@ def _names(panel: Panel, kind: str, material: Material) -> list[str]:
     lines = material.lines.get(kind, {}).values()
     there = list(dict.fromkeys(name for line in lines for name in line))
     found = [name for name in there if any(_fits(name, n) for n in panel.names)]
-    if panel.names == ("nll/*",) and len(found) < 2:
+    if panel.names == (f"{material.cfg.task.score}/*",) and len(found) < 2:
         return []
     return found
 

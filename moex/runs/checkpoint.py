@@ -12,6 +12,7 @@ digest covers those checksums and the rest; the run's own record has it too
 import contextlib
 import logging
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -52,13 +53,21 @@ class Checkpointer:
     """The checkpoints of one run directory."""
 
     def __init__(
-        self, place: Place, *, keep=1, keep_best=0, read_only=False, host_bytes=None
+        self,
+        place: Place,
+        *,
+        keep=1,
+        keep_best=0,
+        score="nll",
+        read_only=False,
+        host_bytes=None,
     ):
         """Opens (and unless `read_only` creates) the checkpoints of a run directory.
 
         Args:
           place: run directory.
           keep, keep_best: checkpoints that are kept: newest, and best.
+          score: the figure that is lowest in the best ones.
           read_only: nothing is written or moved.
           host_bytes: about as many bytes of arrays are on the host at a time, or one
             array; `save` then reads them until `wait` returns, so that they may not be
@@ -68,6 +77,7 @@ class Checkpointer:
         self.directory = self.run.checkpoints
         self.quarantine = self.run.corrupt
         self.read_only, self._ranks = read_only, keep_best > 0
+        self._rank = operator.itemgetter(score)
         self._record = read_record(self.run)
         self._digests = dict(self._record or {})
         self._saving: int | None = None
@@ -80,7 +90,7 @@ class Checkpointer:
         if keep_best:
             keepers.append(
                 policies.BestN(
-                    get_metric_fn=_nll,
+                    get_metric_fn=self._rank,
                     reverse=True,
                     n=keep_best,
                     keep_checkpoints_without_metrics=False,
@@ -88,7 +98,8 @@ class Checkpointer:
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keepers),
-            best_fn=_nll if keep_best else None,  # without it metrics stay in memory
+            # Without a function that ranks them, metrics stay in memory.
+            best_fn=self._rank if keep_best else None,
             best_mode="min",
             create=not read_only,
             read_only=read_only,
@@ -132,7 +143,7 @@ class Checkpointer:
             as zeros.
           data: JSON data, the position in the data.
           meta: JSON data; checksums are added.
-          metrics: {"nll": float} of held-out data, for keep-best, or None.
+          metrics: {score: float} of held-out data, for keep-best, or None.
           skipped_in_row: updates that were skipped right before. If there are any, the
             checkpoint is not ranked and takes no other's place.
 
@@ -143,7 +154,7 @@ class Checkpointer:
         self.wait()  # Orbax would; its thread reads what is set below
         meta = meta | {"checksums": {k: checksums(v) for k, v in items.items()}}
         meta |= {"skipped_in_row": skipped_in_row}
-        if metrics is not None and not math.isfinite(metrics["nll"]):
+        if metrics is not None and not math.isfinite(self._rank(metrics)):
             metrics = None  # Orbax would rank NaN as the best
         if skipped_in_row:
             metrics = None
@@ -406,10 +417,6 @@ def _zeros(abstract):
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
 
     return jax.jit(make, out_shardings=jax.tree.map(lambda a: a.sharding, abstract))()
-
-
-def _nll(metrics) -> float:
-    return metrics["nll"]
 
 
 def _items(train_state) -> dict:

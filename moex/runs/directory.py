@@ -13,7 +13,7 @@ from typing import Any, Union
 from moex.config import base as configs
 from moex.config.base import ConfigError, ConfigWarning
 from moex.data.files import atomic_write
-from moex.data.tokenizer import SavedTokenizer, Tokenizer
+from moex.data.tokenizer import Tokenizer
 from moex.json_files import read_object
 from moex.runs.keys import check_run
 
@@ -69,8 +69,7 @@ class RunDir:
     def config(self):
         """A copy of the run config. The file is read once, whoever asks how often.
 
-        A saved tokenizer that is no longer where the config says (the folder was moved,
-        or came from another machine) is the copy that every run directory has.
+        Its task completes it, as the folder may have been moved.
 
         Raises:
           ConfigError: if it is not a run directory, or its config.json is none that
@@ -93,10 +92,7 @@ class RunDir:
                 check_run(cfg, to_train=False)
         except ConfigError as e:
             raise ConfigError(f"{self.config_file}: {e}") from None
-        copy, tokenizer = self.tokenizer_folder.absolute(), cfg.data.tokenizer
-        saved = isinstance(tokenizer, SavedTokenizer)
-        if saved and copy.is_dir() and not pathlib.Path(tokenizer.path).exists():
-            cfg.data.tokenizer = SavedTokenizer(path=str(copy))
+        cfg.task.opened(cfg, self)
         return configs.to_dict(cfg)
 
     def save_config(self, cfg) -> None:

@@ -20,9 +20,10 @@ from moex.config.base import (
     short,
 )
 from moex.config.schedule import Schedule, require_values
-from moex.data.pipeline import Data
+from moex.data.batches import Reading
+from moex.model.task import Task
 from moex.nn.contract import PartConfig
-from moex.nn.lm import LM
+from moex.nn.model import Model
 from moex.nn.stack import REMAT
 from moex.optim import Optim
 from moex.sharding import MeshConfig
@@ -93,12 +94,13 @@ BALANCE_SCOPES = ("microbatch", "sequence", "step")
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Loss(Config):
-    """What the losses beside cross-entropy weigh; applied in `train/losses.py`.
+    """What the losses beside that of the task weigh; applied in `model/task.py`.
 
     Every coefficient is a number or a `Schedule` of the optimizer step.
     """
 
-    z: float | Schedule = 0.0  # squared log-normaliser of the logits, mean over tokens
+    # Squared log-normaliser of the logits of a language model, mean over tokens.
+    z: float | Schedule = 0.0
     load_balance: float | Schedule = 0.01  # load-balance loss of MoE layers
     router_z: float | Schedule = 0.001  # router z-loss of MoE layers
     entropy: float | Schedule = 0.0  # entropy of the router probabilities
@@ -138,16 +140,23 @@ RUN_KEYS = {
     "kernels": str,
     "nan_limit": int,
     "init_from": str,
-    "model": LM,
+    "task": Task,
+    "model": Model,
     "optim": Optim,
-    "data": Data,
+    "data": Reading,
     "mesh": MeshConfig,
     "loss": Loss,
 }
 
 
+# The task of configs that name none, such as those of runs before version 0.3.
+DEFAULT_TASK = "moex.tasks.lm.LanguageModelling"
+
+
 def check_run(cfg: ml_collections.ConfigDict, *, to_train: bool = True) -> None:
     """Check the whole run config, before anything is read, built or compiled.
+
+    Fills in the task of a config that names none.
 
     Args:
       cfg: keys of `RUN_KEYS`.
@@ -161,6 +170,8 @@ def check_run(cfg: ml_collections.ConfigDict, *, to_train: bool = True) -> None:
         raise ConfigError(
             f"config: must be a mapping of run keys, not {type(cfg).__name__}."
         )
+    if "task" not in cfg:
+        cfg.task = configs.from_dict({configs.TYPE_KEY: DEFAULT_TASK})
     for key in cfg:
         if key not in RUN_KEYS:
             raise ConfigError(
@@ -202,13 +213,7 @@ def _check_values(cfg):
         cfg.batch_size,
         f"a multiple of grad_accum = {cfg.grad_accum}",
     )
-    where = not_causal(cfg.model)
-    require(
-        where is None or cfg.log.sample_tokens == 0,
-        "config.log.sample_tokens",
-        cfg.log.sample_tokens,
-        f"0: {where} chooses tokens by those that follow, so the model cannot generate",
-    )
+    cfg.task.check_run(cfg)
     require(
         cfg.eval.overlap < cfg.seq_len,
         "config.eval.overlap",
@@ -229,7 +234,7 @@ def check_schedules(cfg) -> None:
             node.check_reached(cfg.steps, where)
 
 
-def not_causal(model: LM, path: str = "config.model") -> str | None:
+def not_causal(model: Model, path: str = "config.model") -> str | None:
     """Where a model looks at later tokens (and so cannot decode); None: nowhere."""
     for where, node in configs.walk(model, path):
         if isinstance(node, PartConfig) and not node.causal:

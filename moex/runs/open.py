@@ -1,6 +1,7 @@
 """Opening a run to use its model: its program, its tokenizer and its parameters."""
 
 import dataclasses
+import functools
 
 import jax
 from jax.sharding import Mesh
@@ -19,10 +20,15 @@ from moex.runs.program import Program
 class LoadedRun(Program):
     """A trained model from a run directory."""
 
-    tokenizer: Tokenizer
+    folder: RunDir
     step: int  # of the checkpoint
     params: dict
     state: dict
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of a run of a task with token ids."""
+        return self.folder.tokenizer()
 
 
 def load_run(place: Place, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun:
@@ -40,7 +46,8 @@ def load_run(place: Place, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun
       CheckpointError: if no checkpoint is intact.
     """
     run = RunDir.of(place)
-    cfg, tokenizer = run.config(), run.tokenizer()
+    cfg = run.config()
+    check = saved_with(cfg, cfg.task.saved_identity(run))
     spec = saved_spec(run)
     if mesh_cfg is None:
         mesh = _mesh_here(cfg, spec, warn)
@@ -48,23 +55,22 @@ def load_run(place: Place, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun
         mesh = mesh_cfg.make()
         check_mesh(spec, mesh)
     program = Program(cfg=cfg, mesh=mesh, spec=spec)
-    check = saved_with(cfg, tokenizer)
     arrays, step = restore_params(run, program, warn=warn, step=step, check=check)
     model = {name: arrays[name] for name in ("params", "state")}
-    return LoadedRun(**vars(program), tokenizer=tokenizer, step=step, **model)
+    return LoadedRun(**vars(program), folder=run, step=step, **model)
 
 
 def saved_spec(run: RunDir) -> ModelSpec:
-    """The abstract model of a run that was started, whose vocabulary is known.
+    """The abstract model of a run that was started, whose size is known.
 
     Raises:
-      ConfigError: if it is no run directory, or leaves the vocabulary open.
+      ConfigError: if it is no run directory, or leaves the size of its model open.
     """
     model = run.config().model
-    if model.vocab is None:
+    if model.num_outputs is None:
         raise ConfigError(
-            f"{run.config_file}: config.model.vocab = None: training fills it in; was "
-            "the file edited?"
+            f"{run.config_file}: config.model.{model.SIZE} = None: training fills it "
+            "in; was the file edited?"
         )
     return model_spec(model)
 
@@ -111,8 +117,8 @@ def restore_params(run: RunDir, program: Program, *, warn=print, step=None, chec
     return arrays, step
 
 
-def saved_with(cfg, tokenizer: Tokenizer):
-    """`check(step, meta)`: that a checkpoint has the model and tokenizer of a config.
+def saved_with(cfg, identity: dict[str, str]):
+    """`check(step, meta)`: that a checkpoint has a model and an identity of its task.
 
     It raises a `ConfigError` that names the first field that differs.
     """
@@ -120,11 +126,12 @@ def saved_with(cfg, tokenizer: Tokenizer):
 
     def check(step: int, meta: dict) -> None:
         where = f"the checkpoint of step {step}"
-        if meta.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-            raise ConfigError(
-                f"{where} was trained with another tokenizer than the one that the "
-                "run directory has now; put the folder tokenizer back."
-            )
+        for name, own in identity.items():
+            if meta.get(name, own) != own:
+                raise ConfigError(
+                    f"{where} was trained with another {name} than the one that the "
+                    f"run directory has now; put the folder {name} back."
+                )
         if "model" not in meta:
             return
         try:  # fields that were added since get their defaults

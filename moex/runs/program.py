@@ -18,8 +18,7 @@ from kernels_pallas.implementations import (
 )
 from moex import sharding
 from moex.config.base import ConfigError, caution, require
-from moex.data.batches import eval_batches
-from moex.data.pipeline import Prepared
+from moex.data.batches import Datasets, eval_batches
 from moex.model.spec import ModelSpec, abstract_arrays, check_mesh, model_spec
 from moex.runs.keys import check_run
 
@@ -28,13 +27,18 @@ from moex.runs.keys import check_run
 class Program:
     """A model on a mesh, and how to compute it."""
 
-    cfg: Any  # the run config, checked, with the vocabulary filled in
+    cfg: Any  # the run config, checked, with what the data tells filled in
     mesh: Mesh
     spec: ModelSpec
 
     def static(self, *, train: bool) -> dict:
         """Static fields of `Context`: how to compute, not what."""
         return static_options(self.cfg, train=train)
+
+    @property
+    def num_domains(self) -> int:
+        """Domains of the data, as the config has them."""
+        return self.cfg.task.num_domains(self.cfg)
 
     @property
     def whole(self) -> NamedSharding:
@@ -54,7 +58,12 @@ class Program:
 class Evaluated(Program):
     """A program and the held-out data that it is scored on."""
 
-    data: Prepared
+    data: Datasets
+
+    @property
+    def num_domains(self) -> int:
+        """Domains of the data."""
+        return len(self.data.domains)
 
     @property
     def holds_out(self) -> bool:

@@ -5,21 +5,20 @@ says what a job really needs, also of devices that are not here.
 """
 
 import math
-import os
-from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
 
 from moex import sharding
 from moex.config.base import ConfigError
+from moex.model.accounting import device_bytes
 
 
 def check_room(cfg, mesh: Mesh, state) -> None:
     """Check that the memory of a device is not less than what it must hold.
 
     Args:
-      cfg: run config, with the vocabulary filled in.
+      cfg: run config, with the size of the model filled in.
       mesh: of real devices.
       state: the abstract train state, with shardings.
 
@@ -39,7 +38,7 @@ def check_room(cfg, mesh: Mesh, state) -> None:
         )
     rows = cfg.batch_size // cfg.grad_accum / sharding.batch_shards(mesh)
     parts = mesh.shape["seq"] * mesh.shape["tensor"]
-    logits = 4 * rows * cfg.seq_len * cfg.model.num_outputs() / parts
+    logits = 4 * rows * cfg.seq_len * cfg.model.num_outputs / parts
     if held + logits > most:
         raise ConfigError(
             f"config.batch_size = {cfg.batch_size}: the float32 logits of a microbatch "
@@ -47,15 +46,3 @@ def check_room(cfg, mesh: Mesh, state) -> None:
             f"{most / 2**30:,.1f}, {held / 2**30:,.1f} of them for parameters and "
             "optimizer; raise config.grad_accum, or lower batch_size or seq_len."
         )
-
-
-def device_bytes(devices: Sequence[jax.Device]) -> float:
-    """Memory of one device; that of the host is shared by the CPU devices given."""
-    device = devices[0]
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    if device.platform != "cpu":
-        return math.inf
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return host / len(devices)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from moex.config import base as configs
 from moex.config.base import ConfigError
+from moex.data.batches import Datasets
 from moex.data.files import atomic_write
-from moex.data.tokenizer import Tokenizer
 from moex.model.paths import flat_paths
 from moex.model.spec import init_guard, opt_shardings
 from moex.runs.checkpoint import HOST_BYTES, Checkpointer
@@ -32,17 +32,20 @@ def get_config(arg=""):
 '''
 
 
-def about_step(step: int, cfg, tokenizer: Tokenizer, final: dict | None = None) -> dict:
+def about_step(
+    step: int, cfg, identity: dict[str, str], final: dict | None = None
+) -> dict:
     """What a checkpoint tells of its run: `meta` of `Checkpointer.save`.
 
     Args:
       step: optimizer steps done.
-      cfg, tokenizer: of the run.
+      cfg: of the run.
+      identity: of the run, by its task.
       final: figures of a run that is complete.
     """
     return {
         "step": step,
-        "tokenizer": tokenizer.fingerprint,
+        **identity,
         "model": configs.to_dict(cfg.model),
         "jax": jax.__version__,
         "final": final,
@@ -50,7 +53,7 @@ def about_step(step: int, cfg, tokenizer: Tokenizer, final: dict | None = None) 
 
 
 def write_run(
-    run: RunDir, cfg, program: Program, tx, tokenizer: Tokenizer, arrays: dict
+    run: RunDir, cfg, program: Program, tx, data: Datasets, arrays: dict
 ) -> None:
     """Write a run directory at step 0 that training can go on in.
 
@@ -59,7 +62,7 @@ def write_run(
       cfg: the run config that is saved.
       program: the same model here, on the mesh that its arrays go to.
       tx: optax transformation, which starts afresh.
-      tokenizer: that it has.
+      data: what it is to be trained on.
       arrays: {"params", "state"}. Beside them, one at a time is on the host.
 
     Raises:
@@ -84,13 +87,13 @@ def write_run(
     run.path.mkdir(parents=True, exist_ok=True)
     checkpointer = Checkpointer(run, host_bytes=HOST_BYTES)
     try:
-        data = dataclasses.asdict(Consumed())
-        meta = about_step(0, cfg, tokenizer)
-        checkpointer.save(0, state, data=data, meta=meta)
+        position = dataclasses.asdict(Consumed())
+        meta = about_step(0, cfg, cfg.task.identity(data))
+        checkpointer.save(0, state, data=position, meta=meta)
         checkpointer.wait()
     finally:
         checkpointer.close()
-    tokenizer.save(run.tokenizer_folder)
+    cfg.task.save(data, run)
     atomic_write(run.config_script, CONFIG_SCRIPT)
     run.save_config(cfg)  # last: with it a folder is a run
 

@@ -15,11 +15,12 @@ import jax
 
 from moex.config.base import ConfigError, nearest, require
 from moex.json_files import dump_json
+from moex.model.decode import generate
+from moex.model.task import require_token_ids
 from moex.runs.directory import Place, RunDir
 from moex.runs.keys import not_causal
 from moex.runs.open import LoadedRun, load_run
 from moex.runs.program import eval_batch_size
-from moex.serve.decode import generate
 from moex.serve.likelihood import chunks, continuation_scores, padded_length
 from moex.terminal import printable
 
@@ -204,6 +205,7 @@ def score_tasks(
         if task not in manager.all_tasks:
             hint = nearest(task, manager.all_tasks)
             raise ConfigError(f"--tasks = {task!r}: no such task or file.{hint}")
+    require_token_ids(RunDir.of(place).config(), "moex eval --tasks")
     run = load_run(place, warn=lambda line: print(printable(line), file=sys.stderr))
     # The harness would fork this process for its bootstrap, under the threads of JAX.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moex.model.decode import SHORTEST_PROMPT
 from moex.runs.open import LoadedRun
 from moex.runs.program import eval_batch_size
-from moex.serve.decode import SHORTEST_PROMPT
 from moex.sharding import batch_shards, shard_batch
-from moex.train.losses import make_context, token_losses
+from moex.tasks.lm import make_context, token_losses
 
 
 def continuation_scores(

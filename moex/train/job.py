@@ -9,20 +9,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moex import optim, sharding
-from moex.config.base import ConfigError, require, short
-from moex.data import batches, pipeline
-from moex.data.tokenizer import Tokenizer
+from moex.data import batches
 from moex.model.spec import abstract_opt, init_train_state
 from moex.runs.directory import RunDir
 from moex.runs.program import (
     Evaluated,
     Program,
-    compute_dtype,
     make_program,
     mesh_here,
 )
 from moex.runs.room import check_room
-from moex.serve.decode import check_request
 from moex.train import step as steps
 
 # By default libtpu's exchange of ragged rows is one operation that nothing runs beside.
@@ -47,11 +43,12 @@ class Training(Program):
     def train_step(self):
         """The jitted training step; donates the train state."""
         step = steps.make_train_step(
+            self.cfg.task,
             self.spec,
             self.tx,
             self.cfg.loss,
             grad_accum=self.cfg.grad_accum,
-            num_domains=len(self.cfg.data.sources),
+            num_domains=self.num_domains,
             optim=self.cfg.optim,
             static=self.static(train=True),
         )
@@ -121,43 +118,17 @@ def make_training(cfg, mesh) -> Training:
 def make_job(cfg, *, log=print) -> Job:
     """Check a run config, prepare its data and build its abstract model.
 
-    Fills in `cfg.model.vocab` from the tokenizer.
+    Fills in what the config leaves to the data, such as the vocabulary.
 
     Raises:
       ConfigError: for any mistake of the user, before anything is compiled.
     """
     mesh = mesh_here(cfg)  # `train` checks the schedules
-    data = pipeline.prepare(
-        cfg.data, cfg.seq_len, overlap=cfg.eval.overlap, log=log, where="config.data"
-    )
-    vocab = data.tokenizer.vocab_size
-    if cfg.model.vocab is None:
-        cfg.model.vocab = vocab
-    require(
-        cfg.model.vocab >= vocab,
-        "config.model.vocab",
-        cfg.model.vocab,
-        f"at least the vocabulary of the tokenizer, {vocab} (or None to take it)",
-    )
-    _check_samples(cfg, data.tokenizer)
+    data = cfg.task.prepare(cfg, log=log)
+    cfg.task.fill(cfg, data)
     made = make_training(cfg, mesh)
     check_room(cfg, mesh, made.abstract_state())
     return Job(**vars(made), data=data)
-
-
-def _check_samples(cfg, tokenizer: Tokenizer) -> None:
-    """Check now that the text samples can be written, which the last step does."""
-    if cfg.log.sample_tokens == 0:
-        return
-    try:
-        prompts = [tokenizer.prompt(text) for text in cfg.log.sample_prompts]
-        dtype = compute_dtype(cfg)
-        check_request(cfg.model, prompts, cfg.log.sample_tokens, dtype)
-    except ValueError as e:
-        raise ConfigError(
-            f"config.log.sample_prompts = {short(cfg.log.sample_prompts)}, "
-            f"sample_tokens = {cfg.log.sample_tokens}: {e}"
-        ) from None
 
 
 def load_config(folder: pathlib.Path):

@@ -150,13 +150,14 @@ def clock(seconds: float) -> str:
     )
 
 
-def step_line(step: int, total: int, values: dict, step_seconds: float) -> str:
-    """One line that says everything about a step."""
-    targets = not math.isnan(values["nll"])
+def step_line(
+    step: int, total: int, values: dict, brief: str, step_seconds: float
+) -> str:
+    """One line that says everything about a step; `brief` is of its task."""
     parts = [
         f"step {step}/{total}",
         f"loss {values['loss']:.4f}",
-        f"bpb {values['bits_per_byte']:.3f}" if targets else "no target",
+        brief,
         f"grad {values['grad_norm']:.3g}",
         f"lr {values['lr']:.2e}",
         f"{values['perf/tokens_per_s']:,.0f} tok/s",

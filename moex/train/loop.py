@@ -17,10 +17,9 @@ from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
 from moex.cluster import distributed
 from moex.config import base as configs
-from moex.config.base import ConfigError, require_path
+from moex.config.base import require_path
 from moex.config.schedule import is_always_zero
 from moex.data.changes import changed_data, save_data
-from moex.data.report import compressor_bits_per_byte
 from moex.model import accounting
 from moex.model.figures import by_layer, moe_summary
 from moex.model.paths import path_name
@@ -36,6 +35,7 @@ from moex.runs.open import restore_params, saved_with
 from moex.runs.record import check_may_begin
 from moex.runs.write import about_step
 from moex.sharding import shard_batch, told_by_each
+from moex.tasks.score import domain_losses, eval_step, evaluate
 from moex.train.in_flight import Flight
 from moex.train.job import Job, make_job
 from moex.train.log import (
@@ -48,7 +48,6 @@ from moex.train.log import (
 )
 from moex.train.profiler import Profiler, profile_steps
 from moex.train.resume import check_init_from, check_resume
-from moex.train.score import continue_texts, domain_losses, eval_step, evaluate
 from moex.train.stop import said_where_it_stands, stands, stop_on_signals
 
 
@@ -87,14 +86,17 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
     with said_where_it_stands(folder), claimed(folder, say) as lock:
         job, cost = _prepare(cfg, folder, source, say)
         checkpointer = Checkpointer(
-            folder, keep=cfg.checkpoint.keep, keep_best=cfg.checkpoint.keep_best
+            folder,
+            keep=cfg.checkpoint.keep,
+            keep_best=cfg.checkpoint.keep_best,
+            score=cfg.task.score,
         )
         run = _start(job, folder, source, checkpointer, cost, say)
         run.lock = lock
         run.profiler = Profiler(profiled, folder.profile, run.log.line)
         if jax.process_index() == 0:
-            # The config comes last: with it a folder is a run, and has a tokenizer.
-            job.data.tokenizer.save(folder.tokenizer_folder)
+            # The config comes last: with it a folder is a run that can be used.
+            cfg.task.save(job.data, folder)
             save_data(folder.data_file, job.data.manifest)
             save_environment(folder, run.step)
             folder.save_config(cfg)
@@ -121,14 +123,14 @@ def _prepare(cfg, folder: RunDir | None, source: RunDir, say):
     distributed.agree(
         {
             "data": {k: v["sha256"] for k, v in job.data.manifest.items()},
-            "tokenizer": job.data.tokenizer.fingerprint,
+            **cfg.task.identity(job.data),
             "answer to whether --workdir holds a run": resuming,
         }
     )
     if resuming and folder is not None:
         for line in changed_data(folder.data_file, job.data.manifest):
             say(line)
-        for change in check_resume(cfg, folder, job.data.tokenizer):
+        for change in check_resume(cfg, folder, job.data):
             say(f"resuming with a changed config: {change}")
     elif cfg.init_from:
         check_init_from(job, source)
@@ -151,8 +153,9 @@ def _close(run: "Run") -> None:
 
 def _start(job: Job, folder: RunDir, source: RunDir, checkpointer, cost, say) -> "Run":
     """Restore or make the train state."""
+    identity = job.cfg.task.identity(job.data)
     found = checkpointer.restore(
-        job.abstract_state(), warn=say, check=saved_with(job.cfg, job.data.tokenizer)
+        job.abstract_state(), warn=say, check=saved_with(job.cfg, identity)
     )
     final = None
     if found is not None:
@@ -167,7 +170,7 @@ def _start(job: Job, folder: RunDir, source: RunDir, checkpointer, cost, say) ->
         checkpointer.write_record()  # from here on it tells what was saved
         step, consumed, state = 0, Consumed(), job.init_state()
         if job.cfg.init_from:
-            check = saved_with(source.config(), job.data.tokenizer)
+            check = saved_with(source.config(), identity)
             arrays, at = restore_params(source, job, warn=say, check=check)
             # What follows this run's own schedule or target starts as configured.
             fresh, info = state["state"], job.spec.info
@@ -340,7 +343,7 @@ class Run:
             return
         with self.watch.part("wait"):
             metrics = jax.device_get(metrics)
-        self.log.advance(float(metrics["nll"]))
+        self.log.advance(float(metrics[self.job.cfg.task.score]))
         before, self.logged = self.logged, (step, self.consumed.targets)
         steps = max(step - before[0], 1)
         seconds = {k: v / steps for k, v in self.watch.lap().items()}
@@ -372,7 +375,8 @@ class Run:
         image = step == cfg.steps or (every > 0 and step % every == 0)
         self.log.layers("train", step, rows, image=image)
         self.last = values
-        self.log.line(step_line(step, cfg.steps, values, seconds["step"]))
+        brief = cfg.task.brief(values)
+        self.log.line(step_line(step, cfg.steps, values, brief, seconds["step"]))
         idle = values["grad_norm"] == 0
         if idle and not self.idle:
             self.log.line(
@@ -390,8 +394,7 @@ class Run:
         cfg, domains = self.job.cfg, self.job.data.domains
         values = {
             "loss": float(metrics["loss"]),
-            "nll": float(metrics["nll"]),
-            "bits_per_byte": float(metrics["bits_per_byte"]),
+            **{name: float(metrics[name]) for name, *_ in cfg.task.FIGURES},
             "grad_norm": float(metrics["grad_norm"]),
             "lr": float(metrics["lr"]),
             "skipped": int(metrics["skipped"]),
@@ -405,9 +408,11 @@ class Run:
             if not is_always_zero(getattr(cfg.loss, name)):
                 values[f"loss/{name}"] = float(value)
         if len(domains) > 1:
-            losses = domain_losses(domains, metrics)
-            values |= {f"nll/{name}": nll for name, nll in losses.items()}
+            values |= self._by_domain(domain_losses(domains, metrics))
         return values
+
+    def _by_domain(self, losses: dict[str, float]) -> dict[str, float]:
+        return {f"{self.job.cfg.task.score}/{k}": loss for k, loss in losses.items()}
 
     def _speed(self, metrics, step_seconds: float, targets: float) -> dict:
         """Tokens, of which targets are learned, and FLOPs of a second of training."""
@@ -448,17 +453,19 @@ class Run:
         if self.eval_step is None:
             self.eval_step = eval_step(self.job)
         result = evaluate(self.job, self.state, self.eval_step, limit)
-        values = {k: result[k] for k in ("nll", "bits_per_byte", "tokens", "bytes")}
-        values |= {f"nll/{k}": v for k, v in result["domains"].items()}
+        task = self.job.cfg.task
+        values = {k: result[k] for k in (*(f.name for f in task.FIGURES), *task.COUNTS)}
+        values |= self._by_domain(result["domains"])
         rows = self._rows(result["layers"])
         if rows:
             values["max_violation"] = moe_summary(rows)["max_violation"]
         self.log.record("eval", self.step, values)
         self.log.layers("eval", self.step, rows)
         self.last_eval = (self.step, result)
-        units = {"nll": "nats per token", "bits_per_byte": "bits per byte"}
         said = [
-            f"{result[k]:.4f} {u}" for k, u in units.items() if math.isfinite(result[k])
+            f"{result[name]:.4f} {unit}"
+            for name, _, unit, _ in task.FIGURES
+            if math.isfinite(result[name])
         ]
         self.log.line(
             f"held out at step {self.step}: {', '.join(said) or 'no target'} "
@@ -477,32 +484,22 @@ class Run:
             )
             return False
         scored = self.last_eval is not None and self.last_eval[0] == self.step
-        job = self.job
+        job, score = self.job, self.job.cfg.task.score
+        identity = job.cfg.task.identity(job.data)
         self.checkpointer.save(
             self.step,
             self.state,
             data=dataclasses.asdict(self.consumed),
-            meta=about_step(self.step, job.cfg, job.data.tokenizer, final),
-            metrics={"nll": self.last_eval[1]["nll"]} if scored else None,
+            meta=about_step(self.step, job.cfg, identity, final),
+            metrics={score: self.last_eval[1][score]} if scored else None,
             skipped_in_row=self.in_row,
         )
         return True
 
     def _sample(self) -> None:
-        cfg = self.job.cfg
-        # Text needs the parameters on one host; a sharded model samples with the CLI.
-        if cfg.log.sample_tokens == 0 or jax.process_count() > 1:
+        texts = self.job.cfg.task.samples(self.job, self.state, self.job.data)
+        if not texts:
             return
-        texts = continue_texts(
-            cfg,
-            self.job.spec,
-            self.state,
-            self.job.data.tokenizer,
-            cfg.log.sample_prompts,
-            max_new_tokens=cfg.log.sample_tokens,
-            temperature=0.7,
-            seed=cfg.seed,
-        )
         self.log.record("sample", self.step, {"texts": texts})
         self.log.text("sample", self.step, "\n----\n".join(texts))
         for text in texts:
@@ -513,7 +510,7 @@ class Run:
         """Score all held-out data, save, sample, and say where to look."""
         cfg, log = self.job.cfg, self.log
         scored = self._evaluate(None) if self.job.holds_out else None
-        names = ("nll", "bits_per_byte")
+        names = [figure.name for figure in cfg.task.FIGURES]
         figures = {f"eval_{n}": scored[n] for n in names} if scored else {}
         figures = {k: v for k, v in figures.items() if math.isfinite(v)}
         if self.step not in self.checkpointer.steps() and not self._save(figures):
@@ -532,11 +529,12 @@ class Run:
                 f"tensorboard --logdir {self.dir.tensorboard}\n"
                 "              its page Custom Scalars begins with the MoE layers"
             )
-        log.line(
-            f"training time {clock(self.watch.read())}; run directory {self.dir}\n"
-            f"look at it:   {look}\n"
-            f"let it write: moex generate {self.dir} --prompt 'def '"
-        )
+        lines = [
+            f"training time {clock(self.watch.read())}; run directory {self.dir}",
+            f"look at it:   {look}",
+            *cfg.task.use_lines(self.dir),
+        ]
+        log.line("\n".join(lines))
         return self.last | {"step": self.step} | figures
 
     def _report(self, scored: dict) -> None:
@@ -544,25 +542,9 @@ class Run:
         cfg, log = self.job.cfg, self.log
         if scored["layers"]:
             log.line(load_lines(cfg.model, scored["layers"]))
-        score, what = scored["nll"], "held-out loss, nats per token"
-        beside = ""
-        if scored["bytes"]:
-            score, what = scored["bits_per_byte"], "held-out bits per byte"
-            if log.active and cfg.log.compressors:
-                beside = self._compressed(scored["bytes"])
-        log.line(f"{what}: {score:.3f}{beside}")
+        data = self.job.data
+        log.line(cfg.task.conclusion(cfg, data, scored, self.step, log))
         log.hparams(
             {"steps": cfg.steps, "lr": cfg.optim.lr, "batch_size": cfg.batch_size},
-            {"eval/final_nll": scored["nll"]},
+            {f"eval/final_{cfg.task.score}": scored[cfg.task.score]},
         )
-
-    def _compressed(self, num_bytes: int) -> str:
-        """Figures of compressors on the held-out text, which is read again."""
-        try:
-            reached = compressor_bits_per_byte(self.job.data, where="config.data")
-        except (ConfigError, OSError) as e:  # the run itself is complete
-            self.log.line(f"warning: no comparison with compressors: {e}")
-            return ""
-        self.log.record("compressors", self.step, reached)
-        figures = ", ".join(f"{name} {value:.3f}" for name, value in reached.items())
-        return f" beside {figures} on the same {num_bytes:,} bytes"

@@ -2,7 +2,7 @@
 
 from moex.config import base as configs
 from moex.config.base import ConfigError
-from moex.data.tokenizer import Tokenizer
+from moex.data.batches import Datasets
 from moex.model.paths import flat_paths
 from moex.runs.directory import RunDir
 from moex.runs.open import differences, saved_spec
@@ -12,33 +12,32 @@ from moex.train.job import Job
 FIXED_ON_RESUME = ("model", "optim.rule", "optim.lr_factors")
 
 
-def check_resume(cfg, run: RunDir, tokenizer: Tokenizer) -> list[str]:
+def check_resume(cfg, run: RunDir, data: Datasets) -> list[str]:
     """Compare a config with the one that a run was started with.
 
     Returns:
       One line per changed field that may change.
 
     Raises:
-      ConfigError: if the directory holds a run of another architecture, optimizer
-        rule or vocabulary.
+      ConfigError: if the directory holds a run of another task, architecture,
+        optimizer rule or vocabulary.
     """
     old = configs.to_dict(run.config())
     changed = list(differences(configs.to_dict(cfg), old))
-    saved = run.tokenizer()
-    if saved.fingerprint != tokenizer.fingerprint:
-        raise ConfigError(
-            f"{run} holds a run with another tokenizer (vocabulary {saved.vocab_size}, "
-            f"here {tokenizer.vocab_size}); use another --workdir, or the tokenizer of "
-            "that run."
-        )
+    _require_equal(changed, ("task",), run)
+    cfg.task.check_same(data, run, str(run), resume=True)
+    _require_equal(changed, (*FIXED_ON_RESUME, *cfg.task.FIXED), run)
+    return [f"config.{key}: {before!r} -> {new!r}" for key, new, before in changed]
+
+
+def _require_equal(changed, fixed: tuple[str, ...], run: RunDir) -> None:
     for key, new, before in changed:
-        if key.startswith(FIXED_ON_RESUME):
+        if key.startswith(fixed):
             raise ConfigError(
                 f"{run} holds a run with config.{key} = {before!r}, not {new!r}; use "
                 f"another --workdir, or --config.init_from={run} to start a new run "
                 "from its parameters."
             )
-    return [f"config.{key}: {before!r} -> {new!r}" for key, new, before in changed]
 
 
 def check_init_from(job: Job, source: RunDir) -> None:
@@ -49,16 +48,14 @@ def check_init_from(job: Job, source: RunDir) -> None:
     """
     where = f"config.init_from = {str(source)!r}"
     try:
-        spec, tokenizer = saved_spec(source), source.tokenizer()
+        spec = saved_spec(source)
+        own, task = type(source.config().task), job.cfg.task
+        if own is not type(task):
+            raise ConfigError(f"learned {own.__name__}, not {type(task).__name__}.")
+        task.saved_identity(source)  # it can be read
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from None
-    if tokenizer.fingerprint != job.data.tokenizer.fingerprint:
-        raise ConfigError(
-            f"{where}: has another tokenizer (vocabulary {tokenizer.vocab_size}, here "
-            f"{job.data.tokenizer.vocab_size}); use "
-            f"SavedTokenizer(path='{source.tokenizer_folder}') as "
-            "config.data.tokenizer."
-        )
+    task.check_same(job.data, source, where, resume=False)
     old, new = (_shapes((s.params, s.state)) for s in (spec, job.spec))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):

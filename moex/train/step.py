@@ -14,10 +14,9 @@ import optax
 
 from moex.config.schedule import is_always_zero, points_of, value_at
 from moex.model.accounting import param_group
+from moex.model.losses import step_counts
 from moex.model.paths import flat_paths, path_name
-from moex.moe.metrics import layer_metrics, mean
 from moex.optim import path_factors
-from moex.train.losses import lm_loss, lm_sums, make_context, step_counts
 
 # Updates that must be accepted before a spike can be told from a start.
 SPIKE_WARMUP = 50
@@ -26,10 +25,11 @@ GRAD_NORM_DECAY = 0.99
 SPIKES_IN_ROW = 3
 
 
-def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
+def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, static):
     """`(train_state, step, key, batch) -> (train_state, metrics)`; jit with donation.
 
     Args:
+      task: `Task`: what is learned.
       spec: `ModelSpec`.
       tx: optax transformation.
       coefs: `run.Loss`.
@@ -41,8 +41,8 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
 
     def loss_fn(params, state, batch, key, counts, step, load_before):
         model = spec.merge(params, state)
-        ctx = make_context(batch, step=step, key=key, mode="train", **static)
-        return lm_loss(
+        ctx = task.context(batch, step=step, key=key, mode="train", **static)
+        return task.loss(
             model,
             ctx,
             batch,
@@ -94,11 +94,11 @@ def make_train_step(spec, tx, coefs, *, grad_accum, num_domains, optim, static):
                 grad_norm,
                 optim.spike_factor,
                 lost,
-                sums["nll"] > 2 * sums["guess"],
+                sums[task.score] > 2 * sums["guess"],
             )
             old = {k: train_state[k] for k in new}
             new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
-        metrics = figures(sums) | {
+        metrics = task.figures(sums) | {
             "loss": loss,
             "weighted": sums["weighted"],
             "grad_norm": grad_norm,
@@ -240,34 +240,3 @@ def guard_update(guard, loss, grad_norm, spike_factor, lost=0.0, hopeless=False)
         "skipped": guard["skipped"] + skip,
         "skipped_in_row": (guard["skipped_in_row"] + 1) * skip,
     }
-
-
-def figures(sums):
-    """The logged figures, from sums: nats per token, bits per byte, routing per layer.
-
-    A mean over nothing is NaN. Counts stay as they are.
-    """
-    return {
-        "nll": mean(sums["nll"], sums["tokens"]),
-        "z": mean(sums["z"], sums["tokens"]),
-        "bits_per_byte": mean(sums["nll"], sums["bytes"]) / jnp.log(2.0),
-        "domain_nll": mean(sums["domain_nll"], sums["domain_tokens"]),
-        **{
-            name: sums[name] for name in ("tokens", "padding", "bytes", "domain_tokens")
-        },
-        "layers": {
-            path: layer_metrics(layer["stats"])
-            for path, layer in sums["layers"].items()
-        },
-    }
-
-
-def make_eval_step(spec, *, num_domains, static):
-    """`(params, state, batch) -> sums`; sums of all batches go to `figures`."""
-
-    def eval_step(params, state, batch):
-        model = spec.merge(params, state)
-        ctx = make_context(batch, mode="eval", **static)
-        return lm_sums(model, ctx, batch, num_domains=num_domains)
-
-    return eval_step

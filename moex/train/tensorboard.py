@@ -21,10 +21,7 @@ PREFIX = "moex:"  # of the paths that `_EventFiles` opens
 
 CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "training": {
-        "loss, nats per token": ("train/nll$", "eval/nll$"),
-        "loss by domain, nats per token": ("train/nll/.*", "eval/nll/.*"),
         "weighted losses": ("loss/.*",),
-        "bits per byte": ("train/bits_per_byte$", "eval/bits_per_byte$"),
         "gradient norm": ("train/grad_norm$",),
         "gradient norm by group of parameters": ("train/grad_norm/.*",),
         "learning rate": ("train/lr$",),
@@ -58,13 +55,19 @@ def layout(cfg, num_domains: int) -> dict:
         pages["MoE: balance"]["which layer is worst"] = _chart("moe/.*_worst_layer$")
         shares = _chart("moe/slots_share/.*")
         pages["MoE: experts per token"]["tokens by number of experts, share"] = shares
+    pages["training"] = _task_charts(cfg.task, num_domains)
     for page, others in CHARTS.items():
-        pages[page] = {
-            title: _chart(*tags)
-            for title, tags in others.items()
-            if num_domains > 1 or "domain" not in title
-        }
+        own = {title: _chart(*tags) for title, tags in others.items()}
+        pages[page] = pages.get(page, {}) | own
     return pages
+
+
+def _task_charts(task, num_domains: int) -> dict[str, list]:
+    """The figures of a task, of training and held-out data in one chart."""
+    tags = {f.axis: f"{f.name}$" for f in task.FIGURES}
+    if num_domains > 1:
+        tags[f"loss by domain, {task.FIGURES[0].unit}"] = f"{task.score}/.*"
+    return {title: _chart(f"train/{tag}", f"eval/{tag}") for title, tag in tags.items()}
 
 
 def _chart(*tags: str) -> list:

@@ -109,7 +109,7 @@ def test_what_a_run_had_spent_at_each_line(write):
     np.testing.assert_array_equal(train.flops_S, [1280, 1280 + 5120])
     # One step of 0.5 s, then two of 0.25 s.
     np.testing.assert_array_equal(train.seconds_S, [0.5, 1.0])
-    np.testing.assert_array_equal(train.nll_S, [4.0, 2.0])
+    np.testing.assert_array_equal(train.loss_S, [4.0, 2.0])
     # Half way between the lines of steps 1 and 3.
     assert (held.step_S, held.tokens_S, held.seconds_S) == (2, 256, 0.75)
     assert held.flops_S == 1280 + 2560

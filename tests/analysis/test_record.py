@@ -21,6 +21,7 @@ from moex.analysis.record import (
 from moex.analysis.trace import Header, Trace
 from moex.analysis.writer import TraceWriter
 from moex.data.tokenizer import Tokenizer
+from moex.model.losses import moe_layers
 from moex.moe.chain import Chain
 from moex.moe.experts.zero import Zero
 from moex.moe.narrow import Narrow
@@ -29,7 +30,7 @@ from moex.moe.routers.topk import TopK
 from moex.moe.routers.topp import TopP
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.train.losses import make_context, moe_layers
+from moex.tasks.lm import make_context
 from tests import runs
 from tests.helpers import built, random_batch, tiny_lm, tiny_moe
 from tests.interop import parity

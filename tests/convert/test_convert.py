@@ -28,8 +28,8 @@ from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.runs.directory import RunDir
 from moex.runs.open import load_run
+from moex.tasks.lm import make_context
 from moex.train.job import make_job
-from moex.train.losses import make_context
 from tests import runs
 from tests.helpers import (
     assert_equal_trees,

@@ -148,14 +148,14 @@ def test_vocabulary_without_data(run_config, tmp_path):
     cfg = run_config()
     cfg.model.vocab = None
     cfg.data.tokenizer = Bytes()
-    table.fill_vocab(cfg)
+    cfg.task.fill(cfg)
     assert cfg.model.vocab == 257
     cfg.model.vocab = None
     cfg.data.tokenizer = TokenizerFile(path=str(tmp_path / "none.json"))
     with pytest.raises(ConfigError, match=r"config\.data\.tokenizer\.path = .*no such"):
-        table.fill_vocab(cfg)
+        cfg.task.fill(cfg)
     cfg.model.vocab = 100
-    table.fill_vocab(cfg)
+    cfg.task.fill(cfg)
     assert cfg.model.vocab == 100
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from moex.interop.arrays import tensor_of
 from moex.interop.folder import Folder
+from moex.model.decode import generate
+from moex.model.losses import moe_layers
 from moex.model.paths import flat_paths
-from moex.serve.decode import generate
-from moex.train.losses import moe_layers
 from tests.interop import parity
 
 families = pytest.mark.parametrize("name", parity.NAMES)

@@ -20,12 +20,12 @@ from moex.interop.families import read_model
 from moex.interop.folder import INDEX, SINGLE, Folder
 from moex.interop.hf import import_hf
 from moex.interop.names import Piece
+from moex.model.decode import generate
 from moex.model.paths import flat_paths
 from moex.nn.context import Context
 from moex.runs.directory import RunDir
 from moex.runs.open import load_run
-from moex.serve.decode import generate
-from moex.train import score
+from moex.tasks import lm
 from tests import runs
 from tests.helpers import mesh_of
 from tests.interop import parity
@@ -136,11 +136,11 @@ def test_generation_ends_at_any_of_a_list_of_tokens(tmp_path, monkeypatch):
         run.tokenizer.prompt = lambda text: prompt  # its words are of no language
         made = []
         monkeypatch.setattr(
-            score, "generate", lambda *a, **k: made.extend(generate(*a, **k)) or made
+            lm, "generate", lambda *a, **k: made.extend(generate(*a, **k)) or made
         )
         state = {"params": run.params, "state": run.state}
-        score.continue_texts(
-            *(run.cfg, run.spec, state, run.tokenizer, [""]),
+        lm.continue_texts(
+            *(run, state, run.tokenizer, [""]),
             max_new_tokens=20,
             temperature=0,
         )

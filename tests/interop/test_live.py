@@ -20,9 +20,9 @@ from moex.nn.attention import Attention
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.runs.open import load_run
+from moex.tasks.lm import continue_texts
 from moex.train import loop
 from moex.train.job import make_job
-from moex.train.score import continue_texts
 from tests import runs
 from tests.helpers import built, context
 from tests.interop import make_fixtures, parity
@@ -133,7 +133,7 @@ def test_a_native_run_writes_the_same_text_in_transformers(tmp_path, tokenizer):
         export_hf(tmp_path / "run", tmp_path / "folder", **SAY)
         run = load_run(tmp_path / "run")
         ours = continue_texts(
-            *(run.cfg, run.spec, {"params": run.params, "state": run.state}),
+            *(run, {"params": run.params, "state": run.state}),
             *(run.tokenizer, prompts),
             max_new_tokens=24,
             temperature=0,

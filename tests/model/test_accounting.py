@@ -9,6 +9,7 @@ import pytest
 
 from moex.model import accounting
 from moex.model.accounting import device_peak_flops, model_cost, model_table
+from moex.model.losses import moe_layers
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
@@ -26,7 +27,6 @@ from moex.nn.attention import Attention
 from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.train.losses import moe_layers
 from tests.helpers import context
 
 D, V, LENGTH = 8, 10, 6

@@ -23,8 +23,8 @@ from moex.moe.routing import Routing, router_logits
 from moex.nn.param import param
 from moex.nn.stack import Segment
 from moex.runs.keys import Loss
-from moex.train.losses import lm_loss, make_context
-from tests.helpers import built, random_batch, tiny_lm
+from moex.tasks.lm import make_context
+from tests.helpers import built, lm_loss, random_batch, tiny_lm
 from tests.tolerances import assert_close
 
 E = 4

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moex.model.losses import moe_layers
 from moex.model.paths import flat_paths
 from moex.moe.chain import Chain
 from moex.moe.narrow import Narrow
 from moex.moe.replay import recorded
 from moex.moe.routers.topp import TopP
 from moex.nn.stack import Segment
-from moex.train.losses import make_context, moe_layers
+from moex.tasks.lm import make_context
 from tests.helpers import built, random_batch, tiny_lm, tiny_moe
 from tests.tolerances import assert_close
 

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from experiments.sharding.matrix import LAYERS, VOCAB, batch
+from moex.model.decode import generate
 from moex.model.spec import init_guard, model_spec
 from moex.moe.chain import Chain
 from moex.moe.experts.latent import Latent
@@ -19,10 +20,9 @@ from moex.nn.rope import Linear, Llama3, Yarn
 from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim, make_optimizer
 from moex.runs.keys import Loss
-from moex.serve.decode import generate
-from moex.train.losses import make_context
+from moex.tasks.lm import make_context
 from moex.train.step import make_train_step
-from tests.helpers import built, tiny_lm, tiny_moe
+from tests.helpers import TASK, built, tiny_lm, tiny_moe
 
 SCALINGS = (
     Linear(factor=2.0),
@@ -84,7 +84,7 @@ def test_training_is_traced(mode):
     optim = Optim(rule=AdamW(), lr=0.1)
     tx, _ = make_optimizer(optim, 10, spec.params, spec.info)
     step = make_train_step(
-        spec, tx, Loss(), grad_accum=2, num_domains=1, optim=optim, static={}
+        TASK, spec, tx, Loss(), grad_accum=2, num_domains=1, optim=optim, static={}
     )
     state = {
         "params": spec.params,

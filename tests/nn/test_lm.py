@@ -19,7 +19,7 @@ from moex.nn.attention import Attention
 from moex.nn.mlp import Dense
 from moex.nn.norm import RMSNorm
 from moex.nn.stack import Segment
-from moex.train.losses import make_context, token_losses
+from moex.tasks.lm import make_context, token_losses
 from tests.helpers import VOCAB, built, context, random_batch, tiny_lm, tiny_moe
 from tests.tolerances import assert_close
 

@@ -18,9 +18,9 @@ from moex.runs.directory import RunDir
 from moex.runs.keys import check_run
 from moex.runs.open import load_run
 from moex.sharding import MeshConfig, shard_batch
+from moex.tasks.score import eval_step
 from moex.train import loop
 from moex.train.job import make_job
-from moex.train.score import eval_step
 from tests.robustness import drawn
 from tests.robustness.attacks import (
     SECONDS,

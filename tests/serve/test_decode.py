@@ -13,6 +13,8 @@ import pytest
 from flax import nnx
 
 from kernels_pallas.native import library
+from moex.model import decode
+from moex.model.decode import generate, sample
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
 from moex.moe.experts.zero import Zero
@@ -21,8 +23,6 @@ from moex.nn.attention import Attention
 from moex.nn.mla import LatentAttention
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.serve import decode
-from moex.serve.decode import generate, sample
 from tests.helpers import VOCAB, built, context, split_module, tiny_lm, tiny_moe
 from tests.tolerances import assert_close
 

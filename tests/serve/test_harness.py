@@ -16,12 +16,13 @@ import pytest
 
 from moex.config.base import ConfigError
 from moex.data.tokenizer import Tokenizer
+from moex.model.decode import generate
 from moex.moe.routers.expert_choice import ExpertChoice
 from moex.moe.routers.topk import TopK
 from moex.nn.stack import Segment
+from moex.runs.directory import RunDir
 from moex.runs.open import LoadedRun
 from moex.serve import harness, likelihood
-from moex.serve.decode import generate
 from moex.serve.harness import HarnessLM, score_tasks
 from moex.serve.likelihood import continuation_scores
 from tests import runs
@@ -43,7 +44,11 @@ def loaded(folder, model=None, mesh=None) -> LoadedRun:
     )
     spec, params, state = built(cfg.model)
     tokenizer = Tokenizer(None, doc_id=DOC, vocab_size=257)
-    return LoadedRun(cfg, mesh or mesh_of(), spec, tokenizer, 7, params, state)
+    arrays = {"params": params, "state": state}
+    own = {"cfg": cfg, "mesh": mesh or mesh_of(), "spec": spec}
+    run = LoadedRun(**own, folder=RunDir(folder), step=7, **arrays)
+    run.tokenizer = tokenizer
+    return run
 
 
 @pytest.fixture(scope="module")

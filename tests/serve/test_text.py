@@ -7,7 +7,7 @@ import pytest
 
 from moex.serve import harness
 from moex.serve.harness import HarnessLM
-from moex.train import score
+from moex.tasks import lm
 from tests.data import zoo
 from tests.helpers import tiny_lm
 
@@ -24,13 +24,13 @@ def new_ids(tokenizer, prompt, text):
 
 def test_a_sample_keeps_the_space_before_its_first_word(tokenizer, monkeypatch):
     new = new_ids(tokenizer, "the cat", "the cat sees the red")
-    monkeypatch.setattr(score, "generate", lambda *args, **options: [new])
-    monkeypatch.setattr(
-        score, "static_options", lambda *args, **options: {"dtype": "", "kernels": None}
+    monkeypatch.setattr(lm, "generate", lambda *args, **options: [new])
+    how = {"dtype": "", "kernels": None}
+    program = types.SimpleNamespace(
+        cfg=types.SimpleNamespace(model=None), spec=None, static=lambda train: how
     )
-    cfg = types.SimpleNamespace(model=None)
     state = {"params": None, "state": None}
-    texts = score.continue_texts(cfg, None, state, tokenizer, ["the cat"])
+    texts = lm.continue_texts(program, state, tokenizer, ["the cat"])
     assert texts == ["the cat sees the red"]
 
 

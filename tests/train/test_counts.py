@@ -17,13 +17,12 @@ from moex.data.batches import stack
 from moex.data.packing import blank_example
 from moex.nn.stack import Segment
 from moex.runs.consumed import Consumed
+from moex.tasks.lm import make_context
+from moex.tasks.score import evaluate, make_eval_step
 from moex.train.log import Stopwatch
 from moex.train.loop import Run
-from moex.train.losses import make_context
-from moex.train.score import evaluate
-from moex.train.step import make_eval_step
 from tests import runs
-from tests.helpers import built, mesh_of, random_batch, tiny_lm, tiny_moe
+from tests.helpers import TASK, built, mesh_of, random_batch, tiny_lm, tiny_moe
 from tests.tolerances import assert_close
 
 
@@ -93,6 +92,7 @@ def test_speed_says_what_padding_has_of_it(monkeypatch):
 
 
 ROWS = 7
+CFG = types.SimpleNamespace(task=TASK)
 # Real tokens of each row, so that batches differ much in what they hold.
 LENGTHS = np.array([16, 2, 11, 1, 16, 3, 5])
 
@@ -112,7 +112,8 @@ def held_out(**changes):
                 yield stack(rows[first : first + batch_size])
 
         data = types.SimpleNamespace(domains=("a", "b"))
-        return types.SimpleNamespace(eval_batches=batches, mesh=mesh_of(1), data=data)
+        own = {"cfg": CFG, "mesh": mesh_of(1), "data": data}
+        return types.SimpleNamespace(eval_batches=batches, **own)
 
     return whole, job
 
@@ -120,7 +121,7 @@ def held_out(**changes):
 @pytest.fixture(scope="module")
 def model():
     spec, params, state = built(tiny_lm(Segment(pattern=(tiny_moe(),), repeat=2)))
-    step = jax.jit(make_eval_step(spec, num_domains=2, static={"kernels": "xla"}))
+    step = jax.jit(make_eval_step(TASK, spec, num_domains=2, static={"kernels": "xla"}))
     return spec, {"params": params, "state": state}, step
 
 
@@ -167,12 +168,13 @@ def test_counts_of_an_evaluation_are_exact_above_what_float32_holds(model):
     """Three batches of 2**30 + 1 bytes each."""
     job = types.SimpleNamespace(
         eval_batches=lambda limit: iter([{"x": np.zeros(1)}] * 3),
+        cfg=CFG,
         mesh=mesh_of(1),
         data=types.SimpleNamespace(domains=("a",)),
     )
     sums = {"nll": jnp.float32(8), "z": jnp.float32(8), "layers": {}}
     sums |= {name: jnp.int32(2**30 + 1) for name in ("bytes", "tokens", "padding")}
-    sums |= {"domain_nll": jnp.ones(1), "domain_tokens": jnp.ones(1, jnp.int32)}
+    sums |= {"domain_score": jnp.ones(1), "domain_tokens": jnp.ones(1, jnp.int32)}
     state = {"params": None, "state": None}
     found = evaluate(job, state, lambda *_: sums, None)
     assert found["bytes"] == found["tokens"] == 3 * (2**30 + 1)

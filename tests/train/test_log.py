@@ -23,7 +23,7 @@ from moex.train.log import (
     step_line,
 )
 from moex.train.tensorboard import load_figure, relative_load
-from tests.helpers import tiny_lm, tiny_moe
+from tests.helpers import TASK, tiny_lm, tiny_moe
 from tests.test_run import run_config
 
 # Layers 0 | 1 2 3 4 5 6 | 7 8: dense; (MoE of 8, dense, MoE of 4) twice; MoE of 2.
@@ -218,12 +218,12 @@ VALUES = {
 
 
 def test_the_line_of_a_step():
-    assert step_line(5, 10, VALUES, 2.0) == (
+    assert step_line(5, 10, VALUES, TASK.brief(VALUES), 2.0) == (
         "step 5/10 | loss 3.1416 | bpb 2.000 | grad 0.5 | lr 1.00e-03 | 12,346 tok/s "
         "| mem 1.50 GiB | eta 0:10"
     )
     more = {"perf/mfu": 0.4, "moe/max_violation": 0.5, "moe/dropped_frac": 0.1}
-    line = step_line(5, 10, VALUES | more | {"skipped": 2}, math.nan)
+    line = step_line(5, 10, VALUES | more | {"skipped": 2}, "no target", math.nan)
     for part in ("mfu 40.0%", "imbalance 0.50", "dropped 10.0%", "skipped 2", "eta ?"):
         assert f"| {part}" in line
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from moex.config.schedule import Schedule
+from moex.model.losses import routing_losses
 from moex.moe.losses import load_balance_loss
 from moex.optim import AdamW, Optim
 from moex.runs.keys import Loss
-from moex.train.losses import lm_loss, make_context, routing_losses
+from moex.tasks.lm import make_context
 from moex.train.step import make_train_step
-from tests.helpers import built, random_batch, tiny_lm
+from tests.helpers import TASK, built, lm_loss, random_batch, tiny_lm
 from tests.tolerances import assert_close
 
 # Sums that the figures want and these tests do not look at.
@@ -152,6 +153,7 @@ def test_microbatches_of_a_step_share_their_load():
     spec = types.SimpleNamespace(merge=lambda *_: model, params={}, info={})
     still = types.SimpleNamespace(update=lambda grads, state, params: (grads, state))
     step = make_train_step(
+        TASK,
         spec,
         still,
         Loss(load_balance=1.0, router_z=0.0, balance_scope="step"),

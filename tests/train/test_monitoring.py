@@ -23,10 +23,10 @@ from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.runs.keys import Log
 from moex.sharding import MeshConfig
+from moex.tasks.score import domain_losses
 from moex.train import in_flight
 from moex.train.in_flight import Flight
 from moex.train.log import RunLog, Stopwatch
-from moex.train.score import domain_losses
 from moex.train.tensorboard import layout
 from tests.helpers import tiny_lm, tiny_moe
 from tests.test_run import run_config
@@ -124,7 +124,7 @@ def test_the_layout_has_the_moe_first_and_what_the_run_has():
 
 def test_a_domain_without_tokens_has_no_loss():
     """Its sum over its tokens is 0 / 1: no loss of a model."""
-    metrics = {"domain_nll": np.array([2.0, 0.0]), "domain_tokens": np.array([9, 0])}
+    metrics = {"domain_score": np.array([2.0, 0.0]), "domain_tokens": np.array([9, 0])}
     assert domain_losses(("code", "prose"), metrics) == {"code": 2.0}
 
 

@@ -15,9 +15,9 @@ from moex.moe.routers.topk import TopK
 from moex.nn.stack import Segment
 from moex.runs.keys import Loss
 from moex.sharding import MeshConfig, shard_batch
-from moex.train.losses import lm_loss, make_context
+from moex.tasks.lm import make_context
 from moex.train.step import _accumulate, update_state
-from tests.helpers import built, random_batch, tiny_lm, tiny_moe
+from tests.helpers import built, lm_loss, random_batch, tiny_lm, tiny_moe
 
 ROUTER = TopK(k=2, score="sigmoid", bias_rule="quantile", bias_rate=1.0, init_std=0.7)
 PLAIN = tiny_moe(router=ROUTER, shared=None)

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moex.config.base import ConfigError
+from moex.model.accounting import device_bytes
 from moex.runs import room
-from moex.runs.room import check_room, device_bytes
+from moex.runs.room import check_room
 from tests.helpers import mesh_of
 
 GIB = 2**30

@@ -19,18 +19,20 @@ from moex.nn.stack import Segment
 from moex.optim import AdamW, Optim, make_optimizer
 from moex.runs.keys import Loss
 from moex.sharding import shard_batch
-from moex.train.losses import lm_loss, make_context, token_losses
+from moex.tasks.lm import make_context, token_losses
+from moex.tasks.score import make_eval_step
 from moex.train.profiler import SCOPES
 from moex.train.step import (
     SPIKE_WARMUP,
     gradient_norms,
     guard_update,
-    make_eval_step,
     make_train_step,
 )
 from tests.helpers import (
+    TASK,
     assert_equal_trees,
     built,
+    lm_loss,
     mesh_of,
     random_batch,
     tiny_lm,
@@ -73,6 +75,7 @@ def trainer(name, loss, grad_accum=1):
         "guard": states.init_guard(),
     }
     step = make_train_step(
+        TASK,
         spec,
         tx,
         Loss(**dict(loss)),
@@ -371,6 +374,7 @@ def test_a_clipped_step_of_the_real_optimizer_is_the_same_on_a_mesh():
     tx, _ = make_optimizer(OPTIM, 100, spec.params, spec.info)
     placed = _placed(spec, tx, train_state, mesh)
     step = make_train_step(
+        TASK,
         spec,
         tx,
         Loss(**dict(BALANCED)),
@@ -466,7 +470,7 @@ def test_losses_by_hand():
     assert (sums["tokens"], sums["bytes"]) == (3, 9)
     assert sums["tokens"].dtype == sums["domain_tokens"].dtype == jnp.int32
     assert_close(sums["guess"], 3 * np.log(2), "float32")
-    assert_close(sums["domain_nll"], [nll - np.log(2), np.log(2), 0], "float32")
+    assert_close(sums["domain_score"], [nll - np.log(2), np.log(2), 0], "float32")
     assert sums["domain_tokens"].tolist() == [2, 1, 0]
     assert sums["layers"].keys() == {"segments/0/blocks/0/ffn"}
 
@@ -479,7 +483,7 @@ def test_token_losses_of_large_logits_are_finite():
 
 def test_evaluation_scores_as_training_does():
     spec, train_state, _ = trainer("small", BALANCED)
-    run = make_eval_step(spec, num_domains=2, static={"kernels": "xla"})
+    run = make_eval_step(TASK, spec, num_domains=2, static={"kernels": "xla"})
     sums = jax.jit(run)(train_state["params"], train_state["state"], BATCH)
     assert_close(sums["nll"] / sums["tokens"], one_step()[1]["nll"], "order")
 
@@ -491,7 +495,7 @@ def test_a_batch_without_targets_is_harmless():
     # Its loss is that of the routing, and a mean over no target is no figure.
     for name in ("nll", "z", "bits_per_byte"):
         assert np.isnan(metrics[name])
-    assert np.all(np.isnan(metrics["domain_nll"]))
+    assert np.all(np.isnan(metrics["domain_score"]))
     assert_close(metrics["loss"], sum(metrics["weighted"].values()), "float32")
     assert (metrics["tokens"], metrics["skipped"]) == (0, 0)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(after))

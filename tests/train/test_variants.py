@@ -27,8 +27,8 @@ from moex.moe.routers.topp import TopP
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.runs.keys import Loss, check_run, not_causal
+from moex.serve.text import write_text
 from moex.train import loop
-from moex.train.score import write_text
 from tests import runs
 
 STEPS = 8

@@ -4,6 +4,7 @@ T tokens · E experts · K slots per token
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from moex.moe.routing import Routing, replayed, top_k
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Hash(FixedK):
     """Each token id has k fixed experts, with equal gates."""
+
+    needs_token_ids: ClassVar[bool] = True
 
     seed: int = 0  # of the hash
     by_layer: bool = dataclasses.field(default=True, metadata={ABSENT: False})

@@ -18,11 +18,10 @@ import numpy as np
 from flax import nnx
 
 from kernels_pallas.device import platform
-from moex.model.accounting import num_bytes
+from moex.model.accounting import device_bytes, num_bytes
 from moex.nn.context import Context
 from moex.nn.contract import StackReader
 from moex.nn.lm import LM
-from moex.runs.room import device_bytes
 
 # Prompts are padded to a power of two of at least this many tokens, so that a session
 # of many prompts compiles few programs.

@@ -1,0 +1,48 @@
+"""A small MoE that tells a day of a numeric series from the week before: CPU minutes.
+
+  moex train --config=configs/regression.py --workdir=runs/regression \\
+      --config.data.paths='("series.csv",)'
+
+The CSV file has a line of names, a column `date` that is not read, and columns of
+numbers, a line an hour; `--config.data.time=None` where there is no `date`. See
+docs/tasks.md.
+"""
+
+from configs import base
+from moex.data.series import Series
+from moex.moe.experts.glu import Glu
+from moex.moe.layer import MoE
+from moex.moe.routers.topk import TopK
+from moex.nn.attention import Attention
+from moex.nn.mlp import Dense
+from moex.nn.series import SeriesModel
+from moex.nn.stack import Segment
+from moex.optim import AdamW, Optim
+from moex.runs.keys import Eval, Log
+from moex.tasks.regression import Regression
+
+
+def get_config(arg=""):
+    """Takes no argument."""
+    del arg
+    cfg = base.get_config()
+    cfg.task = Regression()
+    moe = MoE(
+        num_experts=8,
+        router=TopK(k=2, bias_rate=1e-3),
+        experts=Glu(hidden=64),
+        shared=Dense(hidden=64),
+    )
+    cfg.model = SeriesModel(
+        dim=64,
+        attention=Attention(heads=4, qk_norm=True),
+        layers=(Segment(pattern=(moe,), repeat=2),),
+    )
+    cfg.data = Series(patch=24)
+    cfg.steps = 1000
+    cfg.batch_size = 32
+    cfg.seq_len = 7  # patches
+    cfg.optim = Optim(rule=AdamW(), lr=1e-3, warmup_steps=50, weight_decay=0.1)
+    cfg.eval = Eval(every=200, sequences=None, overlap=6)
+    cfg.log = Log(images_every=200)
+    return cfg

@@ -1,0 +1,368 @@
+"""A task: what a model learns and how it is scored. Training asks it for all of that.
+
+`Task` says what a kind of task defines; those of moex are in `moex/tasks`. All data
+has the fields that `data/batches.py` names, so losses are means over the positions
+that `loss_mask` marks, and MoE layers see tokens whatever these stand for.
+
+B batch · L length · X domains
+"""
+
+import dataclasses
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moex.config.base import Config, ConfigError, require, walk
+from moex.config.schedule import is_always_zero, value_at
+from moex.data.batches import Datasets, Reading
+from moex.model.losses import moe_layers, routing_losses, step_counts
+from moex.moe.losses import own_losses
+from moex.moe.metrics import layer_metrics, mean
+from moex.nn.context import Context
+from moex.nn.contract import PartConfig
+from moex.nn.model import Model
+
+
+class Figure(NamedTuple):
+    """A figure of a task: a mean over scored tokens that is lower for better models.
+
+    Attributes:
+      name: in figures and in the lines of metrics.jsonl, such as "nll".
+      title: for people, such as "loss".
+      unit: such as "nats per token"; that of a figure that says all is its title.
+      short: for the head of a column; "" is the name.
+    """
+
+    name: str
+    title: str
+    unit: str
+    short: str = ""
+
+    @property
+    def axis(self) -> str:
+        """Title and unit."""
+        return self.title if self.unit == self.title else f"{self.title}, {self.unit}"
+
+    @property
+    def column(self) -> str:
+        """The head of a column."""
+        return self.short or self.name
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Task(Config):
+    """The base of all tasks: what must be defined, and what follows from it.
+
+    A kind of task sets the class attributes and defines `prepare` and `losses`, and
+    `run` where the model takes more than the context; the others have defaults.
+
+    Attributes:
+      MODEL, DATA: the kinds of `config.model` and `config.data`.
+      FIGURES: what is logged, compared and reported. The first is the mean of the
+        losses: it is trained on, and `keep_best` keeps the checkpoints where it is
+        lowest.
+      COUNTS: numbers among the sums that are logged with evaluations.
+      LOSSES: names of coefficients of `config.loss` whose losses `losses` sums up,
+        beside those of the MoE layers.
+      TOKEN_IDS: whether the tokens are ids of a tokenizer: then there is text.
+      FIXED: paths in the config that may not change when a run is resumed.
+    """
+
+    MODEL: ClassVar[type[Model]]
+    DATA: ClassVar[type[Reading]]
+    FIGURES: ClassVar[tuple[Figure, ...]]
+    COUNTS: ClassVar[tuple[str, ...]] = ("tokens",)
+    LOSSES: ClassVar[tuple[str, ...]] = ()
+    TOKEN_IDS: ClassVar[bool] = False
+    FIXED: ClassVar[tuple[str, ...]] = ()
+
+    # Before anything is computed.
+
+    def check_run(self, cfg) -> None:
+        """Check what this task needs of a whole run config.
+
+        Raises:
+          ConfigError: for a model, data or loss of another task.
+        """
+        for key, kind in (("model", self.MODEL), ("data", self.DATA)):
+            given, task = type(cfg[key]).__name__, type(self).__name__
+            ok = isinstance(cfg[key], kind)
+            require(ok, f"config.{key}", given, f"{kind.__name__}, which {task} takes")
+        for where, node in walk(cfg.model, "config.model"):
+            needs = isinstance(node, PartConfig) and node.needs_token_ids
+            allowed = f"another kind: {type(self).__name__} has no token ids"
+            require(self.TOKEN_IDS or not needs, where, type(node).__name__, allowed)
+        if "z" not in self.LOSSES:
+            none = f"0: {type(self).__name__} has no such loss"
+            require(is_always_zero(cfg.loss.z), "config.loss.z", cfg.loss.z, none)
+
+    def like(self, cfg, run) -> None:
+        """Have `cfg.data` read in the units or the vocabulary of a run.
+
+        Args:
+          cfg: run config; its data is changed.
+          run: `RunDir` of the run.
+        """
+
+    def prepare(self, cfg, *, log=print, scoring=False) -> Datasets:
+        """Read the data of a run.
+
+        Args:
+          cfg: run config.
+          log: called with one line per step of the work.
+          scoring: only held-out data is read, so training data may be missing.
+
+        Raises:
+          ConfigError: for data that cannot be used.
+        """
+        raise NotImplementedError
+
+    def num_domains(self, cfg) -> int:
+        """How many domains the data has, as far as it is known before it is read."""
+        return 1
+
+    def fill(self, cfg, data: Datasets | None = None) -> None:
+        """Fill in what the config leaves to the data, such as the size of the model.
+
+        Args:
+          cfg: run config.
+          data: from `prepare`; None: find it out without preparing any data.
+
+        Raises:
+          ConfigError: if the data cannot tell, or contradicts the config.
+        """
+
+    def given(self, data, paths: list[str]):
+        """The config `data` with files from the command line, all of them held out."""
+        name = type(self).__name__
+        raise ConfigError(f"--data: {name} takes its data from --config.data.")
+
+    # What a run directory (`RunDir`) holds of the task beside its config.
+
+    def save(self, data: Datasets, run) -> None:
+        """Write what a model needs to be used, such as a tokenizer."""
+
+    def opened(self, cfg, run) -> None:
+        """Complete the config of a run directory that may have been moved."""
+
+    def identity(self, data: Datasets) -> dict[str, str]:
+        """Hashes of what `save` writes, by name; every checkpoint has them."""
+        return {}
+
+    def saved_identity(self, run) -> dict[str, str]:
+        """The same of what was written."""
+        return {}
+
+    def check_same(self, data: Datasets, run, where: str, *, resume: bool) -> None:
+        """Check that a run was trained with what is in `data`.
+
+        Args:
+          data: from `prepare`.
+          run: its `RunDir`.
+          where: names the run in errors.
+          resume: the run goes on; else another starts from its parameters.
+
+        Raises:
+          ConfigError: if it was not.
+        """
+
+    # Inside a step: pure functions that are compiled.
+
+    def fields(self, cfg) -> dict[str, tuple[tuple[int, ...], str]]:
+        """`{name: (shape, dtype)}` of one sequence of the data."""
+        own = ((cfg.seq_len,), "int32")
+        return {
+            "segment": own,
+            "position": own,
+            "loss_mask": ((cfg.seq_len,), "float32"),
+            "domain": ((), "int32"),
+            "example_id": ((), "int32"),
+        }
+
+    def batch_shapes(self, cfg, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The abstract batch of `batch_size` sequences."""
+        return {
+            name: jax.ShapeDtypeStruct((batch_size, *shape), jnp.dtype(dtype))
+            for name, (shape, dtype) in self.fields(cfg).items()
+        }
+
+    def context(self, batch, **how) -> Context:
+        """The `Context` of a batch; `how` are its other fields."""
+        return Context(
+            segment_BL=batch["segment"], position_BL=batch["position"], **how
+        )
+
+    def run(self, model, ctx: Context, batch) -> tuple[Any, dict]:
+        """(outputs, aux) of the model for a batch."""
+        return model(ctx)
+
+    def losses(self, outputs, batch) -> tuple[jax.Array, dict]:
+        """The loss of each token, and sums for `figures`.
+
+        Args:
+          outputs: from `run`.
+          batch: of the data.
+
+        Returns:
+          (loss_BL float32, sums): sums have "guess", the loss of a model that knows
+          nothing, those of `LOSSES` and the other ones of `FIGURES`. All are sums over
+          tokens weighted with `loss_mask`.
+        """
+        raise NotImplementedError
+
+    @property
+    def score(self) -> str:
+        """The name of the figure that is trained and that ranks checkpoints."""
+        return self.FIGURES[0].name
+
+    def sums(self, model, ctx, batch, *, num_domains: int) -> dict:
+        """The sums that losses and figures are made of, of one (micro)batch.
+
+        Args:
+          model: the module.
+          ctx: from `context`.
+          batch: of the data.
+          num_domains: X.
+        """
+        outputs, aux = self.run(model, ctx, batch)
+        loss_BL, own = self.losses(outputs, batch)
+        mask_BL = batch["loss_mask"]
+        scored_BL = (mask_BL > 0).astype(jnp.int32)
+        domain_BX = jax.nn.one_hot(batch["domain"], num_domains, dtype=jnp.int32)
+        return own | {
+            self.score: jnp.sum(loss_BL * mask_BL),
+            "tokens": jnp.sum(scored_BL),
+            "padding": jnp.sum(batch["segment"] == 0, dtype=jnp.int32),
+            "domain_score": domain_BX.T.astype(jnp.float32)
+            @ jnp.sum(loss_BL * mask_BL, 1),
+            "domain_tokens": jnp.sum(
+                domain_BX * jnp.sum(scored_BL, 1)[:, None], axis=0
+            ),
+            "layers": {
+                "/".join(path): {"losses": layer["losses"], "stats": layer["stats"]}
+                for path, layer in moe_layers(aux)
+            },
+        }
+
+    def loss(
+        self,
+        model,
+        ctx,
+        batch,
+        coefs,
+        *,
+        step=0,
+        counts=None,
+        num_microbatches=1,
+        num_domains,
+        load_before=None,
+    ):
+        """The loss whose gradient trains the model, and the sums that figures need.
+
+        Means over tokens or sequences are over those of the whole step, so that
+        microbatches with unequal counts add up to the full batch: the loss of the
+        tokens, those of `LOSSES`, router z-loss, entropy, and the balance loss by
+        sequence. The balance loss of a microbatch and the importance loss are no such
+        means; microbatches count the same.
+
+        Args:
+          model: the module.
+          ctx: `Context` of the microbatch.
+          batch: microbatch of the data.
+          coefs: `run.Loss`.
+          step: optimizer step, for coefficients that follow a schedule.
+          counts: `step_counts` of the whole optimizer step; None: the batch is all.
+          num_microbatches: int, over which per-microbatch losses are averaged.
+          num_domains: X, of the data.
+          load_before: `{layer path: load_E}` of earlier microbatches of the step, for
+            `balance_scope="step"`; None: there are none.
+
+        Returns:
+          (float32 scalar, sums): float32 sums and int32 counts that add over
+          microbatches.
+        """
+        counts = step_counts(batch) if counts is None else counts
+        sums = self.sums(model, ctx, batch, num_domains=num_domains)
+        raw = {name: sums[name] / counts["targets"] for name in self.LOSSES}
+        raw |= routing_losses(
+            sums["layers"], coefs, counts, num_microbatches, load_before=load_before
+        )
+        weighted = {k: value_at(getattr(coefs, k), step) * v for k, v in raw.items()}
+        weighted |= own_losses(sums["layers"], counts["tokens"], coefs.over_layers)
+        loss = sums[self.score] / counts["targets"] + sum(weighted.values())
+        return loss, sums | {"weighted": weighted}
+
+    def figures(self, sums) -> dict:
+        """The logged figures, from sums: those of `FIGURES`, counts, routing per layer.
+
+        A mean over nothing is NaN. Counts stay as they are.
+        """
+        names = (*self.COUNTS, "padding", "domain_tokens")
+        counts = {name: sums[name] for name in names}
+        summed = [figure.name for figure in self.FIGURES if figure.name in sums]
+        means = {name: mean(sums[name], sums["tokens"]) for name in summed}
+        return (
+            counts
+            | means
+            | {
+                "domain_score": mean(sums["domain_score"], sums["domain_tokens"]),
+                "layers": {
+                    path: layer_metrics(layer["stats"])
+                    for path, layer in sums["layers"].items()
+                },
+            }
+        )
+
+    # What people are told.
+
+    def result(self, figures: dict) -> dict[str, Any]:
+        """What `moex eval` tells of held-out data, as plain numbers."""
+        means = {name: float(figures[name]) for name, *_ in self.FIGURES}
+        return means | {name: int(figures[name]) for name in self.COUNTS}
+
+    def score_lines(self, result: dict) -> list[tuple[str, str]]:
+        """(title, value) of each line of `moex eval`."""
+        return [
+            (title, f"{result[name]:.4f} {unit if unit != title else ''}".rstrip())
+            for name, title, unit, _ in self.FIGURES
+        ]
+
+    def brief(self, values: dict) -> str:
+        """The part of a training line that tells the figures of a step."""
+        value = values[self.score]
+        return "no target" if math.isnan(value) else f"{self.score} {value:.4f}"
+
+    def conclusion(self, cfg, data: Datasets, result: dict, step: int, log) -> str:
+        """The line at the end that tells what the held-out data says.
+
+        Args:
+          cfg: run config.
+          data: what was scored.
+          result: from `evaluate`.
+          step: the last one.
+          log: `RunLog`, for lines of other figures.
+        """
+        return f"held-out {self.FIGURES[0].axis}: {result[self.score]:.4f}"
+
+    def samples(self, program, state, data: Datasets) -> list[str]:
+        """What the model makes, as text, while it is trained; nothing by default."""
+        return []
+
+    def use_lines(self, run) -> list[str]:
+        """Lines at the end of training about what can be done with the run."""
+        return []
+
+
+def require_token_ids(cfg, verb: str) -> None:
+    """Check that a run is of a task whose tokens are ids, for verbs that need text.
+
+    Raises:
+      ConfigError: if it is not.
+    """
+    if not cfg.task.TOKEN_IDS:
+        raise ConfigError(
+            f"{verb}: needs a run whose tokens are text; this one learns "
+            f"{type(cfg.task).__name__}."
+        )
