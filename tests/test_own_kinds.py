@@ -7,6 +7,8 @@ import pyarrow.parquet
 import pytest
 
 from moex import cli
+from moex.config.flags import load_config
+from moex.train import tensorboard
 from tests import runs
 
 PARTS = '''
@@ -161,6 +163,15 @@ def test_it_trains_and_resumes_and_its_own_loss_is_logged(run):
     assert json.loads(routing[-1])["layers"]["002"]["l1_loss"] > 0
 
 
+def test_its_own_loss_has_a_chart(project):
+    sys.modules.pop("own_parts", None)
+    cfg = load_config([f"--config={project / 'config.py'}"])
+    charts = tensorboard.layout(cfg, 1)["MoE: routers"]
+    assert charts["Router's own loss l1 (before its coefficient)"][1] == [
+        "moe/l1_loss(_worst)?$"
+    ]
+
+
 @pytest.mark.thorough
 def test_trace_report_convert_and_generate_find_the_kinds(
     run, project, monkeypatch, tmp_path, capsys
@@ -172,7 +183,7 @@ def test_trace_report_convert_and_generate_find_the_kinds(
     own = f"--project={project}"
     moex("report", run, own, f"--out={tmp_path / 'r.html'}")
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "l1_loss" in page and "Relu" in page
+    assert "Router's own loss l1" in page and "Relu" in page
     capsys.readouterr()
     moex("generate", run, own, "--prompt=the cat", "--max-new-tokens=4")
     assert "the cat" in capsys.readouterr().out

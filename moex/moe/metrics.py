@@ -260,6 +260,16 @@ FIGURES: tuple[Figure, ...] = (
 # fmt: on
 
 
+def own_figures(names) -> tuple[Figure, ...]:
+    """The figures of losses that routers report of their own, by name of the loss."""
+    return tuple(
+        Figure(
+            f"{n}_loss", f"Router's own loss {n}", UNSCALED, _loss(f"{n}_loss"), ROUTERS
+        )
+        for n in sorted(names)
+    )
+
+
 def layer_metrics(stats: dict) -> dict:
     """The figures of one layer (or of stacked layers) from its sums, by name.
 

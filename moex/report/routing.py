@@ -48,7 +48,7 @@ def sections(material: Material) -> list[Section]:
             "One layer through training, at first the least balanced one.",
         ),
     ]
-    grid = [plot for figure in metrics.FIGURES if (plot := curves(routing, figure))]
+    grid = [plot for figure in figures_of(routing) if (plot := curves(routing, figure))]
     flat = [
         figure.title
         for figure in metrics.FIGURES
@@ -133,6 +133,13 @@ def load_histories(routing: Routing):
         active=int(np.argmax([np.nan_to_num(each[-1]).max() for each in load])),
         gap=0,
     )
+
+
+def figures_of(routing: Routing) -> tuple[metrics.Figure, ...]:
+    """The figures of every layer, and the losses that routers have of their own."""
+    names = {name for figures in routing.layers.values() for name in figures}
+    own = {name.removesuffix("_loss") for name in names if name.endswith("_loss")}
+    return (*metrics.FIGURES, *metrics.own_figures(own))
 
 
 def _logged(routing: Routing, name: str) -> list[np.ndarray]:
@@ -233,7 +240,7 @@ def table(routing: Routing) -> Table:
     """Figures of all layers at the last logged step."""
     there = [
         figure
-        for figure in metrics.FIGURES
+        for figure in figures_of(routing)
         if figure.is_scalar
         and _logged(routing, figure.name)
         and (not figure.rare or _moves(routing, figure.name))

@@ -87,7 +87,7 @@ PANELS = (
     Panel(
         "Losses of the router before their coefficients, mean of layers",
         "each in its own unit",
-        tuple(f"moe/{f.name}" for f in FIGURES if f.unit == UNSCALED),
+        (*(f"moe/{f.name}" for f in FIGURES if f.unit == UNSCALED), "moe/*_loss"),
         log=True,
         missing="no layer is routed, or nothing is logged",
     ),
