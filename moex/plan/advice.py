@@ -3,7 +3,7 @@
 import copy
 import math
 
-from moex.config.base import ConfigError
+from moex.config.base import Config, ConfigError
 from moex.optim import Muon
 from moex.plan.planner import Plan, plan
 from moex.sharding import BATCH_AXES
@@ -78,7 +78,7 @@ def _tried(cfg, found: Plan, change: dict) -> str | None:
 
 
 def _shown(value) -> str:
-    return f"{type(value).__name__}(...)" if hasattr(value, "validate") else f"{value}"
+    return f"{type(value).__name__}(...)" if isinstance(value, Config) else f"{value}"
 
 
 def least_devices(found: Plan) -> str:
