@@ -10,8 +10,6 @@ import importlib.util
 import os
 import pkgutil
 
-from moex.config.base import ConfigError
-
 VARIABLE = "MOEX_KEEP_MEMORY"
 # mallopt(3): the numbers of malloc.h and the values that we set.
 SETTINGS = {
@@ -46,6 +44,8 @@ def why_not() -> str | None:
     """Why `keep_memory` does nothing in this process; None: it sets the allocator."""
     wanted = os.environ.get(VARIABLE, "1")
     if wanted not in ("0", "1"):
+        from moex.config.base import ConfigError  # `import moex` needs nothing else
+
         raise ConfigError(f"{VARIABLE}={wanted}: must be 0 or 1.")
     if wanted == "0":
         return f"{VARIABLE}=0"

@@ -333,6 +333,16 @@ def test_wheels_are_named_by_the_version_that_this_project_pins():
     assert len(found) == 8 and set(found) <= later
 
 
+def test_the_script_starts_where_what_the_wheels_bring_is_missing():
+    program = (
+        "import sys\n"
+        "for name in ('grain', 'ml_collections', 'flax', 'array_record', 'jax'):\n"
+        "    sys.modules[name] = None\n"
+        "import benchmarks.device.__main__\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
 def test_only_wheels_that_are_missing_and_fit_are_taken(tmp_path, monkeypatch):
     tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
     names = {

@@ -26,16 +26,19 @@ def error_of(implementation: str, dtype: str, shape) -> str | None:
     """
     T, K, D, F, E = shape
     lost = min(7, T // 2)
-    keys = jax.random.split(jax.random.key(1), 5)
-    token_T = jnp.arange(T)
-    x = jax.random.normal(keys[0], (T, D), dtype)
-    x = jnp.where(token_T[:, None] < T - lost, x, jnp.nan)
-    w_in = (jax.random.normal(keys[1], (E, D, 2, F)) * D**-0.5).astype(dtype)
-    w_out = (jax.random.normal(keys[2], (E, F, D)) * F**-0.5).astype(dtype)
-    gate = jax.random.uniform(keys[3], (T, K))
-    expert = jnp.argsort(jax.random.normal(keys[4], (T, E)), axis=1)[:, :K]
-    keep = jnp.broadcast_to(token_T[:, None] < T - lost, (T, K))
-    plan = make_plan(expert.astype(jnp.int32), keep, E)
+    rng = np.random.default_rng(1)  # JAX would compile a program for every shape
+
+    def normal(*size, scale=1.0):
+        return jnp.asarray(scale * rng.normal(size=size), dtype)
+
+    x = np.array(normal(T, D))
+    x[T - lost :] = np.nan
+    w_in = normal(E, D, 2, F, scale=D**-0.5)
+    w_out = normal(E, F, D, scale=F**-0.5)
+    gate = jnp.asarray(rng.random((T, K)), jnp.float32)
+    expert = np.argsort(rng.random((T, E)), axis=1)[:, :K].astype(np.int32)
+    keep = np.broadcast_to(np.arange(T)[:, None] < T - lost, (T, K))
+    plan = make_plan(jnp.asarray(expert), jnp.asarray(keep), E)
 
     def run(name):
         def loss(x, w_in, w_out, gate):
@@ -43,7 +46,8 @@ def error_of(implementation: str, dtype: str, shape) -> str | None:
             return jnp.sum(jnp.sin(y[: T - lost].astype(jnp.float32)))
 
         with jax.default_matmul_precision("highest"):
-            return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(x, w_in, w_out, gate)
+            arrays = (jnp.asarray(x), w_in, w_out, gate)
+            return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*arrays)
 
     for what, a, b in zip(NAMES, run(implementation), run("reference"), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
