@@ -368,4 +368,4 @@ def processes(step: Step, dry_run: bool) -> tuple[Process, ...]:
     """The processes of a step; all runs of a dry run are in one."""
     if not dry_run:
         return step.processes
-    return (Process("dry", 120, 1, step.dry),) if step.dry else ()
+    return (Process("dry", 600, 1, step.dry),) if step.dry else ()
