@@ -85,7 +85,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore::moex.config.ConfigWarning")
+@pytest.mark.filterwarnings("ignore::moex.config.base.ConfigWarning")
 @pytest.mark.parametrize(("cfg", "message"), WRONG, ids=[m[:40] for _, m in WRONG])
 def test_what_is_no_such_part_is_refused_by_the_field(cfg, message):
     with pytest.raises(ConfigError) as error:
