@@ -131,7 +131,7 @@ def test_walk_names_every_node():
         ("router.scale", "1", r"router.scale = '1': must be float, not str"),
         ("router.normalize", 1, r"normalize = 1: must be str, not int"),
         ("capacity_factor", "x", r"= 'x': must be float or None, not str"),
-        ("router", None, r"router = None: must be Config, not NoneType"),
+        ("router", None, r"router = None: must be a router config such as TopK"),
         ("router", Dense(hidden=1), r"router = 'Dense': must be a router config"),
         ("num_experts", 0, r"num_experts = 0: must be at least 1"),
         ("capacity_factor", 0.0, r"capacity_factor = 0.0: must be above 0, or None"),

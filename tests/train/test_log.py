@@ -95,7 +95,8 @@ def test_rounds_of_a_chain_are_layers_of_their_own():
         *(("001.1", 1), ("001.2", 2), ("002.1", 3), ("002.2", 4))
     ]
     ten = {"experts_per_token": np.zeros((1, 11)), "entropy": np.arange(11.0)[None]}
-    rows = layer_rows(model, {"segments/1/blocks/0/ffn": ten}, "entropy")
+    long = tiny_lm(Segment(pattern=(Chain(moe=tiny_moe(3), iterations=11),)))
+    rows = layer_rows(long, {"segments/0/blocks/0/ffn": ten}, "entropy")
     assert [value for _, value in rows] == list(range(11))
     assert "layer 2.1 |" in load_lines(model, found)
     assert [shown(label) for label in ("000", "010.2")] == ["0", "10.2"]
