@@ -149,18 +149,19 @@ class ChainLayer(SparseLayer):
 def stack_rounds(rounds: list[dict]) -> dict:
     """The aux of all rounds with a leading dim [C]; traces stay apart, by round.
 
-    Sums that only some routers report are 0 for the others, and the histograms of slots
-    are as long as the longest.
+    Sums and losses that only some routers report are 0 for the others, and the
+    histograms of slots are as long as the longest.
     """
     traces = {
         str(t): aux.pop("trace") for t, aux in enumerate(rounds) if "trace" in aux
     }
-    names: dict[str, Any] = {}
-    for aux in rounds:
-        names |= {k: v for k, v in aux["stats"].items() if k not in names}
-    for aux in rounds:
-        missing = {k: jnp.zeros_like(v) for k, v in names.items()}
-        aux["stats"] = missing | aux["stats"]
+    for part in ("stats", "losses"):
+        names: dict[str, Any] = {}
+        for aux in rounds:
+            names |= {k: v for k, v in aux[part].items() if k not in names}
+        for aux in rounds:
+            missing = {k: jnp.zeros_like(v) for k, v in names.items()}
+            aux[part] = missing | aux[part]
     longest = max(len(aux["stats"]["slots_S"]) for aux in rounds)
     for aux in rounds:
         slots_S = aux["stats"]["slots_S"]

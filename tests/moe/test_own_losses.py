@@ -153,7 +153,7 @@ def test_rounds_of_a_chain_and_copies_are_added_or_averaged(batch):
     own = sums["layers"][path]["stats"]["own_loss:l1"]
     assert own.shape == (2, 3) and np.all(np.asarray(own)[:, 1] > 0)
     assert np.all(np.asarray(own)[:, ::2] == 0)
-    tokens = jnp.sum(batch["segment"] > 0)
+    tokens = jnp.sum(batch["segment"] > 0, dtype=jnp.float32)
     total = 0.1 * jnp.sum(own) / tokens
     assert_close(sums["weighted"]["l1"], total, "float32")
     mean = own_losses(sums["layers"], tokens, "mean")["l1"]
