@@ -48,7 +48,7 @@ def get_config(arg=""):
 
 @pytest.fixture(scope="module", autouse=True)
 def setting():
-    with runs.shared_programs(), runs.one_device():
+    with runs.one_device():
         yield
 
 
