@@ -5,6 +5,7 @@ This package knows nothing of moex. Its public names:
   Plan, make_plan    which slot goes to which row, sorted by expert
   dispatch, combine  rows into that order and back, by gathers alone
   grouped_matmul     one matmul per group of rows
+  matmul             one matmul of all rows
   grouped_glu        gather, gated expert and weighted combine as one operation
   grouped_swiglu     the same with silu
   ACTIVATIONS        of grouped_glu
@@ -12,6 +13,7 @@ This package knows nothing of moex. Its public names:
 """
 
 from kernels_pallas.activations import ACTIVATIONS
+from kernels_pallas.dense import matmul
 from kernels_pallas.grouped_glu.api import grouped_glu, grouped_swiglu
 from kernels_pallas.grouped_matmul.api import grouped_matmul
 from kernels_pallas.implementations import IMPLEMENTATIONS
@@ -28,4 +30,5 @@ __all__ = [
     "grouped_matmul",
     "grouped_swiglu",
     "make_plan",
+    "matmul",
 ]

@@ -1,4 +1,4 @@
-"""Exact causal attention within segments in C, for CPUs: native/attention.c.
+"""Which attention is the quickest here, and the one in C: native/attention.c.
 
 B batch · L length · H query heads · G key/value heads · A head width
 """
@@ -6,7 +6,33 @@ B batch · L length · H query heads · G key/value heads · A head width
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.dense import computes_in_c
+from kernels_pallas.device import platform
 from kernels_pallas.native import library
+
+
+def default_attention(dtype, L: int, A: int, cached: bool, implementation) -> str:
+    """The quickest exact attention: "cudnn", "splash", "native", "blocks" or "einsum".
+
+    Args:
+      dtype: of queries, keys and values.
+      L, A: queries in a row, and the width of a head.
+      cached: whether keys are those of a cache.
+      implementation: of matmuls; it says whether C is wanted.
+    """
+    backend = platform()
+    half_precision = dtype in (jnp.bfloat16, jnp.float16)
+    # cuDNN's flash kernel takes 16-bit inputs and head widths up to 128, in eights.
+    if backend == "gpu" and half_precision and A <= 128 and A % 8 == 0:
+        return "cudnn"
+    # The TPU kernel wants whole 128-wide blocks and has no cache of another length.
+    parts = jax.sharding.get_abstract_mesh().shape.get("seq", 1)
+    if backend == "tpu" and not cached and L % (128 * parts) == 0 and A % 128 == 0:
+        return "splash"
+    # Blocks of queries would lie across devices where these split the sequence.
+    if backend != "cpu" or cached or parts > 1:
+        return "einsum"
+    return "native" if computes_in_c(dtype, implementation) else "blocks"
 
 
 @jax.custom_vjp

@@ -1,5 +1,7 @@
 """The device that a program is traced for."""
 
+import math
+
 import jax
 
 
@@ -13,6 +15,11 @@ def platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = device.platform if device is not None else jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def on_a_mesh() -> bool:
+    """Whether there is a mesh of several devices in use."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape.values()) > 1
 
 
 def device_kind() -> str:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, MuonState, scale_by_muon
 
+from kernels_pallas.dense import computes_in_c
 from kernels_pallas.orthogonalise import orthogonalise
-from moex.nn.project import in_c
 
 EPS = 1e-8  # added to the norm of a matrix, as in optax
 LARGEST = 2**21  # floats of a matrix; a thread of C computes a whole one by itself
@@ -65,7 +65,7 @@ def _orthogonal_momentum(cfg, dims, kernels):
 
     def update(grads, state, params=None):
         own = dims(grads)
-        if not (in_c(jnp.dtype("float32"), kernels) and _fit(grads, own)):
+        if not (computes_in_c(jnp.dtype("float32"), kernels) and _fit(grads, own)):
             return plain.update(grads, state, params)
         beta, count = cfg.momentum, optax.safe_increment(state.count)
         mu = optax.tree.update_moment(grads, state.mu, beta, 1)

@@ -216,11 +216,6 @@ def _extent(mesh, axis) -> int:
     return math.prod(mesh.shape[n] for n in names)
 
 
-def on_a_mesh() -> bool:
-    """Whether there is a mesh of several devices in use."""
-    return math.prod(jax.sharding.get_abstract_mesh().shape.values()) > 1
-
-
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
     return _extent(mesh, BATCH_AXES)

@@ -149,7 +149,7 @@ def test_a_training_step_of_the_shipped_config_uses_muon_in_c_where_it_can(monke
     cfg = quickstart.get_config()
     cfg.model.vocab = 300
     asked = []
-    monkeypatch.setattr(muon, "in_c", lambda _, kernels: asked.append(kernels))
+    monkeypatch.setattr(muon, "computes_in_c", lambda _, kernels: asked.append(kernels))
     training = make_training(cfg, jax.make_mesh((1,), ("data",)))
     jax.eval_shape(
         lambda g: training.tx.update(g, training.tx.init(g), g), training.spec.params

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.device import on_a_mesh
 from moex.config.base import require, walk
 from moex.config.schedule import static_value
 from moex.moe import losses, metrics
@@ -19,7 +20,7 @@ from moex.moe.parallel import Rows, run_experts
 from moex.moe.routing import ExpertRouting
 from moex.nn.contract import FeedForward, FeedForwardConfig
 from moex.nn.param import param
-from moex.sharding import constrain, on_a_mesh
+from moex.sharding import constrain
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

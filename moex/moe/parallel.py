@@ -27,12 +27,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import dispatch, make_plan
+from kernels_pallas.device import on_a_mesh
 from kernels_pallas.permute import take
 from moex.moe.all_to_all import moves_all_to_all, plan_travel
 from moex.nn.contract import StackReader
 from moex.nn.param import split_params
 from moex.numbers import exact
-from moex.sharding import TOKEN_AXES, on_a_mesh, partition_spec
+from moex.sharding import TOKEN_AXES, partition_spec
 
 
 @dataclasses.dataclass(frozen=True)

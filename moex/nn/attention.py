@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from kernels_pallas.attention import attend_in_c
-from kernels_pallas.device import platform
+from kernels_pallas import matmul
+from kernels_pallas.attention import attend_in_c, default_attention
+from kernels_pallas.dense import computes_in_c
 from moex.config.base import MOST, require, require_choice
 from moex.nn.attention_blocks import FLOOR, attend_in_blocks, visible
 from moex.nn.contract import AttentionConfig, AttentionModule
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
-from moex.nn.project import in_c, project
 from moex.nn.rope import Scaling, frequencies, rotary
 from moex.sharding import constrain, partition_spec
 
@@ -168,7 +168,7 @@ class AttentionLayer(AttentionModule):
         dtype = x_BLD.dtype
         B, L, _ = x_BLD.shape
         _, G, R, A = self.w_q_DGRA[...].shape
-        q = project(x_BLD, self.w_q_DGRA[...].astype(dtype), ctx)
+        q = matmul(x_BLD, self.w_q_DGRA[...].astype(dtype), implementation=ctx.kernels)
         k, v = self._keys_and_values(x_BLD, ctx)
         if self.bias_q_GRA is not None and self.bias_kv_2GA is not None:
             q += self.bias_q_GRA[...].astype(dtype)[None, None]
@@ -188,13 +188,14 @@ class AttentionLayer(AttentionModule):
     def _keys_and_values(self, x_BLD, ctx):
         """Keys and values [B, L, G, A], without biases."""
         w_D2GA = self.w_kv_D2GA[...].astype(x_BLD.dtype)
-        # Splits, whose gradient is one concatenation; that of slices is padding twice.
-        # In C of the weights, which are smaller than what they give; but a scan over
-        # layers would keep both halves of each.
-        if in_c(x_BLD.dtype, ctx.kernels) and not ctx.scan_layers:
+        # The gradient of a split is one concatenation; that of slices is padding twice.
+        # In C the weights are split, which are smaller than the product; but a scan
+        # over layers would save both halves of each for the backward pass.
+        kernels = ctx.kernels
+        if computes_in_c(x_BLD.dtype, kernels) and not ctx.scan_layers:
             w_k, w_v = (jnp.squeeze(w, 1) for w in jnp.split(w_D2GA, 2, axis=1))
-            return project(x_BLD, w_k, ctx), project(x_BLD, w_v, ctx)
-        kv = project(x_BLD, w_D2GA, ctx)
+            return tuple(matmul(x_BLD, w, implementation=kernels) for w in (w_k, w_v))
+        kv = matmul(x_BLD, w_D2GA, implementation=kernels)
         return tuple(jnp.squeeze(part, 2) for part in jnp.split(kv, 2, axis=2))
 
     def __call__(self, x_BLD, ctx, cache):
@@ -231,7 +232,12 @@ class AttentionLayer(AttentionModule):
             sink_H=sink_H,
         )
         y = y_BLHA.reshape(B, L, G, R, A)
-        y = project(y, self.w_out_GRAD[...].astype(dtype), ctx, contract=3)
+        y = matmul(
+            y,
+            self.w_out_GRAD[...].astype(dtype),
+            contract=3,
+            implementation=ctx.kernels,
+        )
         if self.bias_out_D is not None:
             y += self.bias_out_D[...].astype(dtype)[None, None]
         return y, cache
@@ -288,20 +294,8 @@ def choose(name, q_BLHA, *, cached, plain=True, kernels=None) -> str:
         return name
     if not plain:
         return "einsum"
-    backend = platform()
     L, A = q_BLHA.shape[1], q_BLHA.shape[-1]
-    half_precision = q_BLHA.dtype in (jnp.bfloat16, jnp.float16)
-    # cuDNN's flash kernel takes 16-bit inputs and head widths up to 128, in eights.
-    if backend == "gpu" and half_precision and A <= 128 and A % 8 == 0:
-        return "cudnn"
-    # The TPU kernel wants whole 128-wide blocks and has no cache of another length.
-    parts = jax.sharding.get_abstract_mesh().shape.get("seq", 1)
-    if backend == "tpu" and not cached and L % (128 * parts) == 0 and A % 128 == 0:
-        return "splash"
-    # Blocks of queries would lie across devices where these split the sequence.
-    if backend != "cpu" or cached or parts > 1:
-        return "einsum"
-    return "native" if in_c(q_BLHA.dtype, kernels) else "blocks"
+    return default_attention(q_BLHA.dtype, L, A, cached, kernels)
 
 
 def attend(

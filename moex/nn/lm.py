@@ -5,14 +5,12 @@ B batch · L length · S cache length · D model width · V vocabulary
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
-from kernels_pallas.device import platform
+from kernels_pallas import matmul
 from moex.config.base import require
 from moex.nn.model import Layers, Model
 from moex.nn.param import param
-from moex.nn.project import in_c, project
 from moex.sharding import constrain
 
 
@@ -100,43 +98,10 @@ class LanguageModel(Layers):
             w_DV = self.w_embed_VD[...].T
         else:
             w_DV = self.w_logits_DV[...]
-        logits_BLV = logits(x_BLD, w_DV.astype(ctx.compute_dtype), ctx)
+        logits_BLV = matmul(
+            x_BLD,
+            w_DV.astype(ctx.compute_dtype),
+            implementation=ctx.kernels,
+            out_dtype=jnp.float32,
+        )
         return constrain(logits_BLV, "batch", "length", "vocab")
-
-
-def logits(x_BLD, w_DV, ctx):
-    """float32[B, L, V]: the product, with a quick weight gradient on a CPU.
-
-    Where there is no C: XLA:CPU makes one dot of two transposed operands of that
-    gradient, at a third of the speed of one whose first operand was transposed before
-    (2 cores, JAX 0.10.2: [2048, 256] and [2048, 8192], 23 and 73 GFLOP/s).
-    """
-    if in_c(x_BLD.dtype, ctx.kernels):
-        return project(x_BLD, w_DV, ctx)
-    if platform() == "cpu" and x_BLD.dtype == jnp.float32:
-        return _logits_on_cpu(x_BLD, w_DV)
-    return _product(x_BLD, w_DV)
-
-
-def _product(x_BLD, w_DV):
-    return jnp.einsum("bld,dv->blv", x_BLD, w_DV, preferred_element_type=jnp.float32)
-
-
-@jax.custom_vjp
-def _logits_on_cpu(x_BLD, w_DV):
-    return _product(x_BLD, w_DV)
-
-
-def _logits_forward(x_BLD, w_DV):
-    return _product(x_BLD, w_DV), (x_BLD, w_DV)
-
-
-def _logits_backward(saved, dlogits_BLV):
-    x_BLD, w_DV = saved
-    D, V = w_DV.shape
-    dlogits_TV = dlogits_BLV.reshape(-1, V)
-    x_DT = jax.lax.optimization_barrier(x_BLD.reshape(-1, D).T)
-    return (dlogits_TV @ w_DV.T).reshape(x_BLD.shape), x_DT @ dlogits_TV
-
-
-_logits_on_cpu.defvjp(_logits_forward, _logits_backward)

@@ -13,12 +13,12 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from kernels_pallas import matmul
 from moex.config.base import require
 from moex.nn.attention import attend, choose, extend, key_places, mean_visible
 from moex.nn.contract import AttentionConfig, AttentionModule
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
-from moex.nn.project import project
 from moex.nn.rope import Scaling, frequencies, rotary
 from moex.sharding import constrain
 
@@ -119,7 +119,9 @@ class LatentAttentionLayer(AttentionModule):
         q_BLHC = self._queries(x_BLD, ctx)
         q_BLHC = constrain(q_BLHC, "batch", "length", "heads", None)
         q_rope = rotary(q_BLHC[..., N:], ctx.position_BL, *self.rope)
-        c_BLC = project(x_BLD, self.w_kva_DC[...].astype(dtype), ctx)
+        c_BLC = matmul(
+            x_BLD, self.w_kva_DC[...].astype(dtype), implementation=ctx.kernels
+        )
         latent = self.norm_kv(c_BLC[..., :Z])
         k_rope = rotary(c_BLC[:, :, None, Z:], ctx.position_BL, *self.rope)[:, :, 0]
         # Where sequences are split every device needs all keys of its rows.
@@ -134,22 +136,28 @@ class LatentAttentionLayer(AttentionModule):
         places = key_places(ctx)
         y_BLHV = mix(q_BLHC[..., :N], q_rope, latent, k_rope, places, ctx)
         w_out = self.w_out_HVD[...].astype(dtype)
-        return project(y_BLHV, w_out, ctx, contract=2), cache
+        return matmul(y_BLHV, w_out, contract=2, implementation=ctx.kernels), cache
 
     def _queries(self, x_BLD, ctx):
         dtype = x_BLD.dtype
         if self.w_q_DHC is not None:
-            return project(x_BLD, self.w_q_DHC[...].astype(dtype), ctx)
+            return matmul(
+                x_BLD, self.w_q_DHC[...].astype(dtype), implementation=ctx.kernels
+            )
         assert self.w_qa_DQ is not None and self.w_qb_QHC is not None
         assert self.norm_q is not None
-        q_BLQ = self.norm_q(project(x_BLD, self.w_qa_DQ[...].astype(dtype), ctx))
-        return project(q_BLQ, self.w_qb_QHC[...].astype(dtype), ctx)
+        q_BLQ = self.norm_q(
+            matmul(x_BLD, self.w_qa_DQ[...].astype(dtype), implementation=ctx.kernels)
+        )
+        return matmul(
+            q_BLQ, self.w_qb_QHC[...].astype(dtype), implementation=ctx.kernels
+        )
 
     def _grown(self, q_nope, q_rope, latent_BSZ, k_rope_BSP, places, ctx):
         """Keys and values of every head, then attention as any other."""
         N = self.nope_dim
         w_kvb = self.w_kvb_ZHC[...].astype(latent_BSZ.dtype)
-        kv_BSHC = project(latent_BSZ, w_kvb, ctx)
+        kv_BSHC = matmul(latent_BSZ, w_kvb, implementation=ctx.kernels)
         kv_BSHC = constrain(kv_BSHC, "batch", None, "heads", None)
         k_rope = jnp.broadcast_to(
             k_rope_BSP[:, :, None], (*kv_BSHC.shape[:3], k_rope_BSP.shape[-1])

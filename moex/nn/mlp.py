@@ -7,10 +7,10 @@ import dataclasses
 
 import jax
 
+from kernels_pallas import matmul
 from moex.config.base import require
 from moex.nn.contract import FeedForward, FeedForwardConfig
 from moex.nn.param import param
-from moex.nn.project import project
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -50,6 +50,7 @@ class DenseLayer(FeedForward):
     def __call__(self, x_BLD, ctx):
         dtype = x_BLD.dtype
         w_in = self.w_in_D2F[...].astype(dtype)
-        h_BL2F = project(x_BLD, w_in, ctx)
+        h_BL2F = matmul(x_BLD, w_in, implementation=ctx.kernels)
         h_BLF = jax.nn.silu(h_BL2F[..., 0, :]) * h_BL2F[..., 1, :]
-        return project(h_BLF, self.w_out_FD[...].astype(dtype), ctx), {}
+        w_out = self.w_out_FD[...].astype(dtype)
+        return matmul(h_BLF, w_out, implementation=ctx.kernels), {}

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.dense import computes_in_c
+from kernels_pallas.device import on_a_mesh
 from kernels_pallas.names import GROUPED_MATMUL, PRE_ACTIVATIONS
 from moex.config.base import Config, require, require_choice
 from moex.nn.block import RESIDUALS, Block
 from moex.nn.context import fold_key
 from moex.nn.contract import AttentionConfig, FeedForwardConfig, StackReader
-from moex.nn.project import in_c
-from moex.sharding import constrain, on_a_mesh
+from moex.sharding import constrain
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -90,7 +91,7 @@ class SegmentStack(nnx.Module):
         # A scan copies a layer's slice of every weight. To decode a token with few of
         # many experts that would be most of the work: theirs are read where they are. A
         # prompt uses most experts, but in C those of other layers cost nothing.
-        few = x_BLD.shape[1] == 1 or in_c(x_BLD.dtype, ctx.kernels)
+        few = x_BLD.shape[1] == 1 or computes_in_c(x_BLD.dtype, ctx.kernels)
         in_place = ctx.mode == "decode" and few and not on_a_mesh()
         paths = stack_readers(self.blocks) if in_place else set()
         graphdef, stacked, blocks = nnx.split(  # type: ignore

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kernels_pallas import attention as kernels
 from moex.config.base import ConfigError, check
 from moex.nn import attention, attention_blocks
 from moex.nn.attention import Attention, attend, choose
@@ -238,9 +239,8 @@ def test_layer_shapes_and_explicit_head_width():
 def test_choice_by_platform(monkeypatch, backend, dtype, L, A, cached, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     # Whether or not this machine has a C compiler.
-    monkeypatch.setattr(
-        attention, "in_c", lambda d, _: backend == "cpu" and d == "float32"
-    )
+    c = backend == "cpu" and dtype == "float32"
+    monkeypatch.setattr(kernels, "computes_in_c", lambda *_: c)
     q = jax.ShapeDtypeStruct((1, L, 2, A), dtype)
     assert choose(None, q, cached=cached) == expected
     assert choose("einsum", q, cached=cached) == "einsum"
