@@ -1,7 +1,5 @@
 """`moex eval`, on held-out data or on tasks of the lm_eval harness."""
 
-from typing import Any
-
 from moex.commands import Verb
 from moex.commands.arguments import add_data, add_json, add_run, scored_config
 from moex.config.arguments import integer, path, positive
@@ -49,35 +47,26 @@ class Command(Verb):
         )
 
     def run(self, args, config_args):
-        score, tell = _held_out, _held_out_text
-        if args.tasks is not None:
-            score, tell = _tasks, _tasks_text
-        result, task = score(args, config_args)
-        print(dump_json(result) if args.json else "\n".join(tell(args, result, task)))
+        score = _held_out if args.tasks is None else _tasks
+        result, what, lines = score(args, config_args)
+        head = f"{args.run} at step {result['step']}{what}:"
+        print(dump_json(result) if args.json else "\n".join([head, *lines]))
 
 
-def _held_out(args, config_args) -> tuple[dict, Any]:
+def _held_out(args, config_args):
+    """(figures, words about what was scored, lines of text)."""
     for name in ("include_path", "limit", "num_fewshot"):
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')}: is for --tasks.")
-    from moex.tasks.score import score_run
+    from moex.tasks.score import score_run, score_text
 
     cfg = scored_config(args, config_args)
-    return score_run(args.run, cfg, sequences=args.sequences), cfg.task
-
-
-def _held_out_text(args, result: dict, task) -> list[str]:
+    result = score_run(args.run, cfg, sequences=args.sequences)
     what = f"tokens of {', '.join(args.data)}" if args.data else "held-out tokens"
-    rows = task.score_lines(result)
-    width = max(13, *(len(title) for title, _ in rows))
-    return [
-        f"{args.run} at step {result['step']}, {result['tokens']:,} {what}:",
-        *(f"  {title:<{width}}  {value}" for title, value in rows),
-        *(f"  loss on {name}: {loss:.4f}" for name, loss in result["domains"].items()),
-    ]
+    return result, f", {result['tokens']:,} {what}", score_text(cfg.task, result)
 
 
-def _tasks(args, config_args) -> tuple[dict, Any]:
+def _tasks(args, config_args):
     from moex.serve.harness import score_tasks
 
     wrong = config_args + [f"--{n}" for n in ("data", "sequences") if getattr(args, n)]
@@ -92,12 +81,5 @@ def _tasks(args, config_args) -> tuple[dict, Any]:
         limit=args.limit,
         num_fewshot=args.num_fewshot,
     )
-    return result, None
-
-
-def _tasks_text(args, result: dict, task) -> list[str]:
-    return [f"{args.run} at step {result['step']}:"] + [
-        f"  {asked:<24} {name:<24} {value:.4f}"
-        for asked, figures in result["tasks"].items()
-        for name, value in figures.items()
-    ]
+    figures = ((t, *row) for t, own in result["tasks"].items() for row in own.items())
+    return result, "", [f"  {t:<24} {name:<24} {v:.4f}" for t, name, v in figures]

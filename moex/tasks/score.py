@@ -115,6 +115,16 @@ def score_run(place: Place, cfg, *, sequences=None) -> dict:
     return {"step": run.step} | result
 
 
+def score_text(task, result: dict) -> list[str]:
+    """What `score_run` found, a line for each figure and domain."""
+    rows = task.score_lines(result)
+    width = max(13, *(len(title) for title, _ in rows))
+    return [
+        *(f"  {title:<{width}}  {value}" for title, value in rows),
+        *(f"  loss on {name}: {loss:.4f}" for name, loss in result["domains"].items()),
+    ]
+
+
 def run_with_data(place: Place, cfg, *, step=None) -> tuple[LoadedRun, Evaluated]:
     """A trained model, and its program with the held-out data of `cfg`.
 
