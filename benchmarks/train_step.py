@@ -33,7 +33,6 @@ from moex.data.sources import Text
 from moex.data.tokenizer import Bytes
 from moex.model import accounting
 from moex.sharding import shard_batch
-from moex.train import losses
 from moex.train.job import make_job
 from moex.train.log import memory_bytes
 
@@ -43,15 +42,10 @@ def parts(job):
     cfg, spec = job.cfg, job.spec
 
     def loss(params, state, batch):
-        ctx = losses.make_context(batch, mode="train", **job.static(train=True))
+        ctx = cfg.task.context(batch, step=0, mode="train", **job.static(train=True))
         model = spec.merge(params, state)
-        return losses.lm_loss(
-            model,
-            ctx,
-            batch,
-            cfg.loss,
-            num_domains=len(job.data.domains),
-        )
+        domains = job.num_domains
+        return cfg.task.loss(model, ctx, batch, cfg.loss, num_domains=domains)
 
     gradient = jax.grad(loss, has_aux=True)
     forward = jax.jit(lambda s, b: loss(s["params"], s["state"], b)[0])
