@@ -94,7 +94,7 @@ def own_losses(layers, num_tokens, over_layers) -> dict:
     total: dict = {}
     count = 0
     for layer in layers.values():
-        count += layer["stats"]["num_tokens"].size
+        count += layer["losses"]["load_balance"].size
         for key, value in layer["stats"].items():
             if key.startswith(WEIGHTED):
                 name = key.removeprefix(WEIGHTED)

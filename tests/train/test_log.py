@@ -2,7 +2,6 @@
 
 import json
 import math
-import types
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from moex.model.layers import shown
 from moex.moe.chain import Chain
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.train import loop
+from moex.runs.keys import Log
+from moex.tasks import lm
 from moex.train.log import (
     RunLog,
     Stopwatch,
@@ -295,19 +295,22 @@ def test_a_full_disk_under_tensorboard_names_the_file(tmp_path, capfd):
 
 def test_a_complete_run_does_not_fail_for_its_comparison(tmp_path, monkeypatch):
     """The corpus was moved away meanwhile, or holds out no text."""
-    log = open_log(tmp_path)
-    run = types.SimpleNamespace(log=log, step=3, job=types.SimpleNamespace(data=None))
+    log, cfg = open_log(tmp_path), run_config(log=Log(compressors=True))
+    scored = {"bits_per_byte": 2.0, "bytes": 7}
     said = []
     monkeypatch.setattr(log, "line", said.append)
+
+    def concluded(reached):
+        monkeypatch.setattr(lm, "compressor_bits_per_byte", reached)
+        return TASK.conclusion(cfg, None, scored, 3, log)
+
     for error in (OSError(2, "No such file", "a.txt"), ConfigError("no text")):
 
         def fails(data, where, error=error):
             raise error
 
-        monkeypatch.setattr(loop, "compressor_bits_per_byte", fails)
-        assert loop.Run._compressed(run, 7) == ""
+        assert concluded(fails) == "held-out bits per byte: 2.000"
         assert str(error) in said[-1] and "warning" in said[-1]
-    monkeypatch.setattr(
-        loop, "compressor_bits_per_byte", lambda data, where: {"gzip": 1.5}
+    assert concluded(lambda data, where: {"gzip": 1.5}) == (
+        "held-out bits per byte: 2.000 beside gzip 1.500 on the same 7 bytes"
     )
-    assert loop.Run._compressed(run, 7) == " beside gzip 1.500 on the same 7 bytes"
