@@ -1,5 +1,67 @@
-"""moex: a research training framework for mixture-of-experts models."""
+"""moex: a research training framework for mixture-of-experts models.
 
-from moex.allocator import keep_memory
+The names below are what configs, notebooks and kinds of your own need. Each is loaded
+when it is first asked for, so that `import moex` is quick and brings no JAX.
+"""
 
-__all__ = ["keep_memory"]
+import importlib
+
+__version__ = "0.2.0"
+
+PUBLIC = {
+    "moex.allocator": ("keep_memory",),
+    "moex.config.base": ("Config", "ConfigError"),
+    "moex.config.schedule": ("Schedule",),
+    "moex.data.contract": ("Document", "FileSource", "Source", "TokenizerConfig"),
+    "moex.data.pipeline": ("Data",),
+    "moex.data.sources": ("Parquet", "PromptResponse", "Text"),
+    "moex.data.tokenizer": ("Bpe", "Bytes", "TokenizerFile"),
+    "moex.sharding": ("MeshConfig",),
+    "moex.nn.attention": ("Attention",),
+    "moex.nn.context": ("Context",),
+    "moex.nn.contract": (
+        *("AttentionConfig", "AttentionModule"),
+        *("FeedForward", "FeedForwardConfig"),
+    ),
+    "moex.nn.lm": ("LM",),
+    "moex.nn.mla": ("LatentAttention",),
+    "moex.nn.mlp": ("Dense",),
+    "moex.nn.model": ("Model",),
+    "moex.nn.param": ("param",),
+    "moex.nn.stack": ("Segment",),
+    "moex.moe.chain": ("Chain",),
+    "moex.moe.contract": (
+        *("Experts", "ExpertsConfig", "FixedK"),
+        *("Router", "RouterConfig"),
+    ),
+    "moex.moe.experts.glu": ("Glu",),
+    "moex.moe.experts.latent": ("Latent",),
+    "moex.moe.experts.lowrank": ("LowRank",),
+    "moex.moe.layer": ("MoE",),
+    "moex.moe.narrow": ("Narrow",),
+    "moex.moe.routers.expert_choice": ("ExpertChoice",),
+    "moex.moe.routers.topk": ("TopK",),
+    "moex.moe.routers.topp": ("TopP",),
+    "moex.moe.routing": ("Routing",),
+    "moex.model.task": ("Task",),
+    "moex.optim": ("AdamW", "Muon", "Optim"),
+    "moex.runs.open": ("load_run",),
+    "moex.tasks.lm": ("LanguageModelling",),
+    "moex.tasks.regression": ("Regression",),
+    "moex.convert.base": ("Conversion",),
+    "moex.commands": ("Verb",),
+}
+MODULES = {name: module for module, names in PUBLIC.items() for name in names}
+
+__all__ = ["__version__", *MODULES]
+
+
+def __getattr__(name: str):
+    if name not in MODULES:
+        raise AttributeError(f"module 'moex' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *MODULES})

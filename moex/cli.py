@@ -10,7 +10,8 @@ import os
 import signal
 import sys
 
-from moex import commands, keep_memory, process, project
+from moex import commands, process, project
+from moex.allocator import keep_memory
 from moex.commands.arguments import add_project
 from moex.config.base import ConfigError, nearest
 
