@@ -29,7 +29,7 @@ from moex.runs.claim import claimed
 from moex.runs.consumed import Consumed
 from moex.runs.directory import RunDir
 from moex.runs.environment import save_environment
-from moex.runs.keys import check_run
+from moex.runs.keys import COEFFICIENTS, check_run
 from moex.runs.lock import RunLock
 from moex.runs.open import restore_params, saved_with
 from moex.runs.record import check_may_begin
@@ -405,7 +405,8 @@ class Run:
         for group, norm in metrics["grad_norms"].items():
             values[f"grad_norm/{group}"] = float(norm)
         for name, value in metrics["weighted"].items():
-            if not is_always_zero(getattr(cfg.loss, name)):
+            own = name not in COEFFICIENTS  # of a router, with its own coefficient
+            if own or not is_always_zero(getattr(cfg.loss, name)):
                 values[f"loss/{name}"] = float(value)
         if len(domains) > 1:
             values |= self._by_domain(domain_losses(domains, metrics))
