@@ -29,6 +29,7 @@ def get_config():
 @pytest.fixture(autouse=True)
 def clean_imports(monkeypatch):
     """No module of a test is there in the next one."""
+    project.use(None)
     before, path = set(sys.modules), list(sys.path)
     yield
     for name in set(sys.modules) - before:
@@ -65,11 +66,11 @@ def test_a_class_beside_the_config_file_is_found_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("package", [True, False])
 def test_a_class_in_a_folder_of_the_project_is_found(tmp_path, package):
-    write(tmp_path, "own_parts/router.py")
+    write(tmp_path, "own_pieces/router.py")
     if package:
-        write(tmp_path, "own_parts/__init__.py", "")
+        write(tmp_path, "own_pieces/__init__.py", "")
     project.use(tmp_path)
-    assert from_dict({"__config__": "own_parts.router.Own", "k": 2}).k == 2
+    assert from_dict({"__config__": "own_pieces.router.Own", "k": 2}).k == 2
 
 
 def test_a_class_in_the_config_file_itself_is_refused(tmp_path):
