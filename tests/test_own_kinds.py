@@ -173,6 +173,7 @@ def test_its_own_loss_has_a_chart(project):
 
 
 @pytest.mark.thorough
+@pytest.mark.filterwarnings("ignore::moex.config.base.ConfigWarning")
 def test_trace_report_convert_and_generate_find_the_kinds(
     run, project, monkeypatch, tmp_path, capsys
 ):

@@ -123,6 +123,7 @@ def test_it_is_part_of_the_total_with_its_coefficient(batch):
     )
 
 
+@pytest.mark.thorough
 def test_padding_has_no_part_in_it(batch):
     """The same tokens with more padding: the same loss."""
     (loss, sums), _ = run(moe(Relu()), batch, NO_LOSS)
@@ -134,6 +135,7 @@ def test_padding_has_no_part_in_it(batch):
     assert_close(loss, padded, "float32")
 
 
+@pytest.mark.thorough
 def test_its_coefficient_follows_a_schedule(batch):
     router = Relu(l1=Schedule(points=((0, 0.0), (10, 1.0))))
     weighted = [
@@ -160,6 +162,7 @@ def test_rounds_of_a_chain_and_copies_are_added_or_averaged(batch):
     assert_close(mean, total / 6, "float32")
 
 
+@pytest.mark.thorough
 def test_microbatches_add_up_to_the_batch(batch):
     counts = {
         "targets": jnp.sum(batch["loss_mask"]),
