@@ -1,4 +1,4 @@
-"""Runs beside each other: groups over seeds, what differs between them, a table.
+"""Runs side by side: groups over seeds, what differs between them, a table.
 
 R runs of a group
 """
@@ -78,12 +78,12 @@ class Group:
 
     @property
     def has_flops(self) -> bool:
-        """Whether its FLOPs are of the experts that were used, not expected ones."""
+        """Whether its FLOPs count the experts that were used, not the expected ones."""
         return all(run.has_flops for run in self.runs)
 
     @property
     def task(self) -> Task:
-        """What its runs learn."""
+        """The task that its runs learn."""
         return self.runs[0].cfg.task
 
     def _pairs(self):
@@ -95,7 +95,7 @@ BEST_AND_LAST = ("best", "last")
 
 
 def figure_names(task: Task) -> list[str]:
-    """What is told of a run: `SPENT`, the last training loss, scores when held out."""
+    """The figures of a run: `SPENT`, the last training loss, held-out scores."""
     held_out = [
         f"{which}_eval_{name}" for name, *_ in task.FIGURES for which in BEST_AND_LAST
     ]
@@ -132,8 +132,8 @@ def estimate(values_R: np.ndarray) -> Estimate:
     mean = np.mean(values_R, axis=0)
     if count == 1:
         return Estimate(mean, None)
-    with np.errstate(invalid="ignore"):  # of infinite losses
-        # Less the first: equal values have no deviation, not that of a rounded mean.
+    with np.errstate(invalid="ignore"):  # infinite losses
+        # Subtract the first value, so that equal values have a deviation of exactly 0.
         deviation = np.std(values_R - values_R[0], axis=0, ddof=1)
     t = stdtrit(count - 1, (1 + CONFIDENCE) / 2)
     return Estimate(mean, t * deviation / math.sqrt(count))
@@ -191,7 +191,7 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
         for mine in fields
     ]
     texts = [", ".join(f"{k}={v}" for k, v in mine.items()) for mine in own]
-    # Configs are equal where there is one group, or where a seed came again.
+    # No field differs where there is one group, or where a seed came again.
     told = "" not in texts and len(set(texts)) == len(texts)
     if told and max(map(len, own)) <= MANY:
         return texts
@@ -235,7 +235,7 @@ def table(groups: Sequence[Group]) -> str:
 
 
 def notes(groups: Sequence[Group]) -> list[str]:
-    """What a person must know of these rows, and would not see."""
+    """Remarks that a reader of the table needs and that its rows do not show."""
     found = []
     if not all(group.has_flops for group in groups):
         found.append(
@@ -277,6 +277,6 @@ def _time(seconds: float) -> str:
 def _cell(found: Estimate | None, shown) -> str:
     if found is None:
         return "-"
-    # Seeds do not change FLOPs where routing is not dynamic: nothing to say.
+    # Where routing is not dynamic, seeds do not change FLOPs: add no note.
     about = f" ± {shown(found.half_width)}" if found.half_width else ""
     return shown(found.mean) + about

@@ -1,4 +1,4 @@
-"""Are two runs the same run? What both logged, line by line, times apart."""
+"""Check that two runs are equal: all that they logged, line by line, but for times."""
 
 import math
 import pathlib
@@ -9,7 +9,7 @@ from moex.analysis.reading import Run, read_runs
 from moex.config.base import ConfigError
 from moex.runs.lines import KINDS, WHICH
 
-# Of the machine, or of how a mesh divides the work: free to differ.
+# Figures that depend on the machine or on the mesh: they may differ.
 APART = ("perf/", "moe/device_")
 PLACE = ("kind", "step")
 
@@ -93,14 +93,14 @@ def _equal_lines(
 
 
 def same(x, y, tolerance: Tolerance) -> bool:
-    """Whether two values are equal, as `Tolerance` has it."""
+    """Whether two values are equal within a `Tolerance`."""
     if not (_is_number(x) and _is_number(y)):
         return x == y
     if math.isnan(x) or math.isnan(y):
         return math.isnan(x) and math.isnan(y)
-    if x == y or not any(tolerance):  # exactly: large integers are not rounded
+    if x == y or not any(tolerance):  # exactly: floats round large integers
         return x == y
-    # Nothing but itself is close to infinity.
+    # `isclose(inf, x)` is False unless x is inf, as it has to be.
     return math.isclose(x, y, rel_tol=tolerance.relative, abs_tol=tolerance.absolute)
 
 

@@ -40,7 +40,7 @@ class LayerInfo:
 
     @property
     def label(self) -> str:
-        """Such as "003", or "003.1" for the first round of a chain."""
+        """The name of the router: "003", or "003.1" for the first round of a chain."""
         return f"{self.layer:03d}" + (f".{self.round}" if self.round else "")
 
 
@@ -126,7 +126,7 @@ def read_layer(data: dict[str, Any], where: str) -> LayerInfo:
     }
     info = LayerInfo(**values)
     ranges = {
-        "layer": (0, 2**15 - 1),  # as its column holds it
+        "layer": (0, 2**15 - 1),  # the range of its column
         "round": (0, 2**7 - 1),
         "num_experts": (1, MOST["num_experts"]),
         "num_choices": (info.num_experts, 4 * MOST["num_experts"]),

@@ -1,4 +1,4 @@
-"""What becomes of an `Analysis`: a few figures per router, a table, a file.
+"""Output of an `Analysis`: a few figures per router, a table, a file.
 
 D domains · E experts
 """
@@ -64,7 +64,7 @@ def _layer_figures(layer: LayerAnalysis, tokens_D, step: Step | None) -> dict:
 
 
 def _mean(values, weights) -> float:
-    """Weighted mean where there are weights; NaN if there are none."""
+    """The weighted mean of values; NaN if all weights are 0."""
     there = np.asarray(weights) > 0
     if not there.any():
         return float("nan")

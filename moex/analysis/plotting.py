@@ -104,11 +104,11 @@ def _axis(field: str, title: str, lines: Sequence[Line]) -> str:
 
 
 def page(lines: Sequence[Line], file: pathlib.Path) -> None:
-    """A page that needs nothing beside itself; labels switch lines off."""
+    """Write a page that needs no other file; a click on a label hides a line."""
     from plotly.subplots import make_subplots
 
     figure = make_subplots(rows=1, cols=len(PANELS), shared_yaxes=True)
-    for line in sorted(lines, key=lambda line: line.kind):  # labels: held-out first
+    for line in sorted(lines, key=lambda line: line.kind):  # held-out labels come first
         for column, (field, title) in enumerate(PANELS, 1):
             for trace in _traces(line, getattr(line.curve, field)):
                 trace["showlegend"] = trace["showlegend"] and column == 1
@@ -169,7 +169,7 @@ def _traces(line: Line, x_S: np.ndarray) -> list[dict]:
 
 
 def picture(lines: Sequence[Line], file: pathlib.Path) -> None:
-    """The same as a PNG."""
+    """Write the same plot as a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 

@@ -1,4 +1,4 @@
-"""What is read of run directories: configs, the lines of metrics.jsonl, curves of them.
+"""Reading run directories: configs, the lines of metrics.jsonl, curves of them.
 
 S logged steps of one kind, ascending
 """
@@ -15,7 +15,7 @@ from moex.runs.directory import RunDir
 from moex.runs.lines import KINDS, read_metrics
 
 FLOPS = "perf/train_flops_per_token"
-# Without these and the figures of its task a training line is none of moex.
+# A training line of moex has all of these, and the figures of its task.
 NEEDED = ("tokens_seen", "perf/step_s")
 
 

@@ -36,7 +36,7 @@ def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -
       cfg: run config, as `run_with_data` takes it; every held-out token is traced once,
         whatever `cfg.eval.overlap` says.
       out: the file; must not exist.
-      tokens: at most so many tokens, of sequences spread over all sources; None: all.
+      tokens: the most tokens to trace, from sequences of all sources; None: all.
       step: of the checkpoint; None: the newest.
       logits: record the logits of all experts, not of the chosen ones only.
 
@@ -182,7 +182,7 @@ def _slots(trace, scores) -> dict:
 
 
 def slots_by_layer(model, layers: dict, valid_T) -> dict[str, Slots]:
-    """What `routed_layers` found, as `TraceWriter.write` takes it.
+    """The slots that `routed_layers` found, as `TraceWriter.write` takes them.
 
     Args:
       model: `Model` config, whose segments number the layers.

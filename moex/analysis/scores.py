@@ -12,11 +12,11 @@ from moex.analysis.trace import Slots
 def pool(slots: Slots, size: int | None = None) -> tuple[np.ndarray, ...]:
     """The experts of each token with the greatest logits: `(expert, logit, valid)_NP`.
 
-    Of all experts where the trace has their logits, else of the chosen ones. A router
-    with a selection bias or groups may choose others than these.
+    These are of all experts where the trace has their logits, else of the chosen ones.
+    A router with a selection bias or groups may choose others than these.
 
     Args:
-      size: P, at most so many; None: as many as were chosen, at least 1 slot.
+      size: P, the most experts per token; None: those that were chosen, at least 1.
 
     Raises:
       ValueError: if `size` is below 1, or above the slots of a trace without logits.
@@ -35,7 +35,7 @@ def pool(slots: Slots, size: int | None = None) -> tuple[np.ndarray, ...]:
             f"a pool has 1 to {most} experts, not {P}; a trace with the logits of all "
             "experts (moex trace --logits) allows more."
         )
-    # Stable, so that of equal logits the first expert wins.
+    # The sort is stable, so that among equal logits the first expert wins.
     order_NP = np.argsort(np.where(valid_NC, -logit_NC, np.inf), axis=1, kind="stable")
     order_NP = order_NP[:, :P]
     expert_NP, logit_NP, valid_NP = (
@@ -96,7 +96,7 @@ def score_sums(
     counted_NP = np.asarray(valid_NP)
     if threshold_G is not None:
         limit_N1 = np.asarray(threshold_G)[group_N][:, None]
-        # A mean of equal numbers may lie above them by a rounding.
+        # By rounding, a mean of equal numbers may lie slightly above them.
         counted_NP = counted_NP & (
             pool_probs(logit_NP, valid_NP) >= limit_N1 * (1 - 1e-12)
         )
@@ -138,7 +138,7 @@ def npmi(hits_ME, markers_M, load_E, tokens: int) -> np.ndarray:
         pointwise_ME = np.log(hits_ME / markers_M1) + np.log(tokens / load_E)
         out_ME = pointwise_ME / np.log(tokens / hits_ME)
     out_ME = np.where(hits_ME == 0, -1.0, out_ME)
-    # Marker and expert at every token: nothing is told, and nothing contradicts.
+    # If both occur at every token, -log P(both) is 0, and nPMI would be 0 / 0.
     always_ME = hits_ME == tokens
     out_ME = np.where(always_ME, 1.0, out_ME)
     return np.where(markers_M1 == 0, np.nan, np.clip(out_ME, -1.0, 1.0))

@@ -52,11 +52,12 @@ def pair_counts(
 ) -> np.ndarray:
     """int64[A, B]: tokens that have expert a in one layer and b in another.
 
-    Of a layer with itself it is the co-activation: symmetric, its diagonal the load.
+    For a layer with itself this is the co-activation: it is symmetric, and its
+    diagonal is the load.
     """
     counts = np.zeros(num_a * num_b, np.int64)
-    # Not a product of multi-hot matrices: those threads wait for each other where cores
-    # are busy, and experts are few of many.
+    # `bincount` is used, not a product of multi-hot matrices: few entries are 1, and
+    # the threads of a matrix product wait for each other where cores are busy.
     used_J = keep_NJ.any(axis=0)
     other_NJ, keep_NJ = other_NJ[:, used_J], keep_NJ[:, used_J]
     for k in np.flatnonzero(keep_NK.any(axis=0)):
@@ -147,7 +148,7 @@ def specialisation(count_GE, tokens_G) -> np.ndarray:
 
 
 def uniform_share(count_GE, tokens_G) -> float:
-    """What `specialisation` would be everywhere under uniform routing: k / E."""
+    """The value of `specialisation` under uniform routing, everywhere k / E."""
     return float(np.sum(count_GE) / max(np.sum(tokens_G), 1) / count_GE.shape[1])
 
 
@@ -170,7 +171,7 @@ def entropy(count_E) -> float:
 
 
 def load_figures(load_E) -> dict[str, float]:
-    """How even a load is.
+    """Figures of how even a load is.
 
     Returns:
       max_violation: greatest load over its mean, minus 1; 0 is balanced.
@@ -212,7 +213,7 @@ def affinity(count_AB) -> np.ndarray:
 
 
 def predictability(count_AB) -> dict[str, float]:
-    """How well an expert tells the next one.
+    """Figures of how well the expert of a token predicts its next expert.
 
     Returns:
       given: share of tokens whose next expert is the most frequent one after theirs.
@@ -258,7 +259,7 @@ def size_figures(count_K) -> dict[str, float]:
 
 
 def vocabulary_figures(count_VE, tokens_V, rows: int) -> dict[str, np.ndarray]:
-    """How far token ids tell the experts of one layer, and which ids.
+    """Figures of how far token ids decide the experts of one layer, and which ids do.
 
     Returns:
       specialisation_E: float64, the mean of P(e | id) over the expert's own slots:

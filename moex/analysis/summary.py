@@ -16,8 +16,8 @@ from moex.analysis.header import LayerInfo
 from moex.analysis.trace import Chunk, Slots, Tokens, Trace
 from moex.config.base import ConfigError, nearest
 
-MOST_IDS = 8192  # of the most frequent token ids, whose experts are counted one by one
-BUCKETS = 33  # of positions: those of 32 bits
+MOST_IDS = 8192  # most frequent token ids, whose experts are counted one by one
+BUCKETS = 33  # buckets of positions, enough for 32 bits
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -81,7 +81,7 @@ class Step:
 
 @dataclasses.dataclass(kw_only=True)
 class Analysis:
-    """What `analyse` finds.
+    """The result of `analyse`.
 
     Attributes:
       run, step: of the trace.
@@ -259,7 +259,7 @@ def _pairs(a: Slots, b: Slots, shape) -> np.ndarray:
 
 
 class _FirstPass:
-    """What the second pass needs: how many tokens of each kind, thresholds of PEU."""
+    """Sums that the second pass needs: tokens of each kind, thresholds of PEU."""
 
     def __init__(self, trace: Trace, pool: int | None):
         domains = len(trace.domains)

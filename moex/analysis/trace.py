@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from moex.analysis.header import Header, LayerInfo
 from moex.config.base import ConfigError, nearest, short
 
-KEY = b"moex.trace"  # of the header, in the metadata of the file
+KEY = b"moex.trace"  # key of the header in the metadata of the file
 BLOCK = 16384  # tokens of a row group; the last one has what is left
 SHARED = ("example", "position", "document", "token", "domain")
 VALUES = ("gate", "logit", "prob")
@@ -137,7 +137,7 @@ class Trace:
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; `moex trace` writes traces.")
         try:
-            # Traces of moex before version 0.2 have no checksums, and are read too.
+            # Traces of moex before 0.2 have no checksums; they are read too.
             file = pq.ParquetFile(path, page_checksum_verification=True)
         except (pa.ArrowInvalid, OSError) as e:
             reason = str(e).splitlines()[0]
@@ -169,7 +169,7 @@ class Trace:
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """What each token id stands for."""
+        """The text of each token id."""
         return self.header.vocabulary
 
     @property

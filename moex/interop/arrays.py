@@ -19,12 +19,12 @@ Ranges = Sequence[tuple[int, int]]
 
 
 def load_array(shape, dtype, sharding, pieces: Sequence[Piece], folder) -> jax.Array:
-    """One of our arrays, each shard read in its place.
+    """Read one of our arrays, each shard on the device where it goes.
 
     Args:
-      shape, dtype: of the whole array.
+      shape, dtype: those of the whole array.
       sharding: where its parts go.
-      pieces: all that it consists of.
+      pieces: all pieces that it consists of.
       folder: `Folder` or `Dequantised`.
     """
 
@@ -41,7 +41,7 @@ def load_array(shape, dtype, sharding, pieces: Sequence[Piece], folder) -> jax.A
         return out
 
     # `make_array_from_callback` would build the parts of all devices before it moves
-    # one. Devices that hold the same part stand together, so that it is built once.
+    # one. Here devices that hold the same part are grouped, so that it is built once.
     places = sharding.addressable_devices_indices_map(shape)
     devices_of = collections.defaultdict(list)
     for device, index in places.items():
@@ -91,7 +91,7 @@ def read_part(piece: Piece, ranges: Ranges, folder) -> np.ndarray:
     wanted = [(0, 0)] * len(piece.split)
     for ours, theirs in enumerate(piece.order):
         wanted[theirs] = ranges[ours]
-    # Of dims that are joined to one in the folder, the outermost is a range there.
+    # Where the folder joins dims to one, reading cuts only the outermost of them.
     index, shape, rest = [], [], []
     for group in joined(piece):
         sizes = [piece.split[i] for i in group]
@@ -119,7 +119,7 @@ def joined(piece: Piece) -> list[list[int]]:
             i += 1
         groups.append(group)
         left = len(piece.shape) - number - 1
-        # Dims of 1 that no later dim of the tensor is waiting for.
+        # Take in dims of size 1 unless a later dim of the tensor needs them.
         while i < len(piece.split) - left and piece.split[i] == 1:
             group.append(i)
             i += 1

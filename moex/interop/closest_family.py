@@ -20,7 +20,7 @@ from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.rope import Llama3, Yarn
 
-# What a model that was never imported can be; the others have more than routing.
+# Families that a model of moex's own can match; the others differ in more than routing.
 CANDIDATES = ("mixtral", "qwen3_moe", "olmoe", "llama", "qwen3")
 PARTS = "parts, not"
 
@@ -65,7 +65,7 @@ def closest(model: LM) -> dict:
 
 
 def inference(model: LM) -> LM:
-    """A copy with one form for what is the same when nothing is trained."""
+    """A copy of a model; models that compute the same at inference have equal copies."""
     blocks = [
         (_attention(site.attention, model), _feed_forward(site.ffn))
         for site, _ in layers(model)
@@ -101,7 +101,7 @@ def _feed_forward(ffn: Any):
     router = dataclasses.replace(
         ffn.router, **{k: v for k, v in training.items() if k in own}
     )
-    # Nothing is dropped where it is used: in transformers, and here in decoding.
+    # Capacity does not matter: transformers and decoding here drop no slots.
     return dataclasses.replace(
         ffn, router=router, buffer_slots=None, capacity_factor=None
     )
@@ -129,7 +129,7 @@ def _fields(model: LM, kind: str) -> dict:
         "clip_qkv": attention.clip,
         "sliding_window": attention.window,
         "rope_parameters": rope,
-        "rope_theta": attention.rope_theta,  # for transformers 4, as the next one
+        "rope_theta": attention.rope_theta,  # for transformers 4, like the next field
         "rope_scaling": None if attention.rope_scaling is None else rope,
         "intermediate_size": dense.hidden if dense else 1,
     }
@@ -178,7 +178,7 @@ def _rope(attention: Attention) -> dict:
 
 
 def _differences(ours: Any, theirs: Any, path: str = "config.model") -> list[str]:
-    """Where two configs differ, in words."""
+    """The fields in which two configs differ, one line each."""
     if ours == theirs:
         return []
     if type(ours) is not type(theirs) or not isinstance(ours, (Config, tuple)):
@@ -194,7 +194,7 @@ def _differences(ours: Any, theirs: Any, path: str = "config.model") -> list[str
 
 
 def _distance(differences: list[str]) -> tuple[bool, float]:
-    """Other layers are further than any number of other fields."""
+    """A sort key: different layers count more than any number of different fields."""
     return any(PARTS in text for text in differences), len(differences)
 
 

@@ -2,7 +2,7 @@
 
 These are the defaults of its config classes in version 5.24. Sizes of the model are
 left out: without them a config is broken, and moex says which one is missing. None
-stands for null, whose meaning is beside the place where the field is read.
+stands for null, whose meaning is told where the field is read.
 
 `own_rope` is what a family takes for `rope_parameters` where they are null.
 `tests/interop/make_readings.py` compares all of this with transformers.

@@ -1,4 +1,4 @@
-"""Reading checkpoints that were published quantised, as if they were not.
+"""Read checkpoints that were published quantised, as if they were not.
 
 Two methods, named by `quantization_config.quant_method` of config.json:
 
@@ -86,7 +86,7 @@ class Dequantised:
         return self.folder.file_of(found.weight if found else name)
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """A tensor, or the part `index` of it; as `Folder.read`.
+        """A tensor, or the part `index` of it; the same as `Folder.read`.
 
         Only the blocks that the part lies in are read.
         """
@@ -228,7 +228,7 @@ def _require(ok: bool, folder: Folder, name: str, text: str) -> None:
 
 
 def reader(folder: Folder, dtype: Any = BFLOAT16) -> Folder | Dequantised:
-    """What reads a folder's tensors as plain numbers: itself if not quantised.
+    """A reader of a folder's tensors as plain numbers: the folder if not quantised.
 
     Raises:
       ConfigError: for a method other than fp8 by blocks and mxfp4, and for a scale

@@ -40,7 +40,7 @@ def _description(run: RunDir, cfg) -> tuple[dict, dict, dict, dict | None]:
         config = read_json(kept / CONFIG)
         model = read_model(str(kept / CONFIG), config)
         if inference(model) == inference(cfg.model):
-            # What the folder does not have: other numbers, code, layers after the last.
+            # The export has no quantised numbers, code or layers after the last.
             config.pop("quantization_config", None)
             config.pop("auto_map", None)
             if "num_nextn_predict_layers" in config:
@@ -57,7 +57,7 @@ def _description(run: RunDir, cfg) -> tuple[dict, dict, dict, dict | None]:
             return config, files, dtypes, index
     own = run.tokenizer()
     begin = first_token(own)
-    # Else transformers takes the ids of the family's first model.
+    # Without these fields transformers takes the ids of the family's first model.
     config = closest(cfg.model) | {
         "max_position_embeddings": cfg.seq_len,
         "bos_token_id": begin,

@@ -34,7 +34,7 @@ from moex.nn.mlp import Dense
 
 def mixtral(of: Fields) -> list[Layer]:
     """Mixtral 8x7B, 8x22B."""
-    of.only("attention_bias", False)  # transformers has none, whatever is written
+    of.only("attention_bias", False)  # transformers ignores the field
     own = attention(of, window=of("sliding_window", int, least=1, null=None))
     return [(own, sparse(of, "intermediate_size"))] * num_layers(of)
 
@@ -66,7 +66,7 @@ def _deepseek(of: Fields, interleaved: bool, **router) -> list[Layer]:
     of.only("moe_layer_freq", 1)
     heads = of.count("num_attention_heads")
     of.only("num_key_value_heads", heads)
-    of.read |= {"head_dim", "qk_head_dim"}  # sums and copies of others
+    of.read |= {"head_dim", "qk_head_dim"}  # these are sums and copies of other fields
     where, scores = rope(of)
     own = LatentAttention(
         heads=heads,
@@ -170,7 +170,7 @@ class Family:
     unused: tuple[str, ...] = ()
 
 
-# Frequencies that old versions of transformers stored.
+# Rotary frequencies, which old versions of transformers stored.
 OLD = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 FAMILIES = {
     "mixtral": Family(
@@ -218,7 +218,7 @@ def find_family(where: str, config: Mapping[str, Any]) -> Family:
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        # No nearest name: another family is another model, however it is called.
+        # Suggest another spelling only: a family of a similar name is another model.
         near = [k for k in FAMILIES if str(kind).lower().replace("-", "_") == k]
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
@@ -261,14 +261,14 @@ def read_model(
     )
     for name in of.check_rest():
         say(f"not used: {name} = {short(config[name])} of {where}, which is unknown")
-    with warnings.catch_warnings():  # those come again with the whole run config
+    with warnings.catch_warnings():  # they come again with the whole run config
         warnings.simplefilter("ignore", ConfigWarning)
         check(model, where)
     return model
 
 
 def further_layers(where: str, config: Mapping[str, Any]) -> int:
-    """How many layers after the last predict further tokens (DeepSeek-V3)."""
+    """The number of layers after the last that predict further tokens (DeepSeek-V3)."""
     name = "num_nextn_predict_layers"
     of = Fields(where, config, {name: 1}, {"num_mtp_layers": name})
     count, most = of(name, int, least=0, null=0), MOST["repeat"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from moex.config.base import HUGEST, LARGEST, ConfigError, fits, short
 
-# Kinds of values, as an error says them.
+# Names of kinds of values in error messages.
 KINDS = {
     int: "a whole number",
     float: "a number",

@@ -31,7 +31,7 @@ MOST_HEADER = 100_000_000  # bytes, as in the safetensors library
 PICKLES = (".bin", ".pt", ".pth")
 LONGEST_NAME = 255  # bytes, of file systems
 
-# What travels with a model, besides its weights.
+# Files that travel with a model, besides its weights.
 EXTRA_FILES = (
     *(CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
@@ -134,15 +134,15 @@ class Folder:
         drop an axis, missing axes are taken whole.
         """
         entry = self._entry(name)
-        if 0 in entry.shape:  # no bytes: nothing that could be mapped
+        if 0 in entry.shape:  # an empty tensor has no bytes to map
             return np.empty(entry.shape, entry.dtype)[index or ()]
-        # Mapped anew for every read: pages of a large folder do not pile up in memory.
+        # Every read maps the file anew, so that pages do not pile up in memory.
         file = self.path / entry.file
         mapped = np.memmap(file, entry.dtype, "r", entry.offset, entry.shape)
         return np.array(mapped[index or ()])
 
     def close(self) -> None:
-        """Does nothing, as no file stays open; for `with` and for a later change."""
+        """Do nothing, as no file stays open; for `with` and for a later change."""
 
     def __enter__(self) -> Self:
         return self
@@ -169,7 +169,7 @@ def _weight_map(path: Path) -> dict[str, str] | None:
     """The index's file name by tensor; None for a folder with a single file."""
     single, index = (path / SINGLE).is_file(), path / INDEX
     if single and index.is_file():
-        # One of the two is left over, and which one cannot be seen.
+        # One of the two files is out of date, and nothing tells which one.
         raise ConfigError(f"{path}: has both {SINGLE} and {INDEX}; remove one.")
     if single:
         return None
@@ -192,7 +192,7 @@ def _weight_map(path: Path) -> dict[str, str] | None:
 
 
 def read_index(file: Path) -> dict[str, Any]:
-    """An index of shards, of the form that it must have."""
+    """Read an index of shards and check its form."""
     index = read_json(file)
     field(index, "metadata", dict | None, str(file), None)
     weight_map = index.get("weight_map")

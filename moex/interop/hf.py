@@ -51,7 +51,7 @@ from moex.sharding import MeshConfig
 
 RECORD = "import.json"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-ROWS = 1024  # of a tensor that are compared at a time
+ROWS = 1024  # rows of a tensor that are compared at a time
 
 
 def import_hf(
@@ -65,8 +65,8 @@ def import_hf(
 ) -> dict:
     """Write a run directory that holds the model of a folder, at step 0.
 
-    Every check comes before anything is read, and all is written beside `out` first:
-    an error leaves no run behind.
+    Every check comes before anything is read, and all is written to a folder next to
+    `out` first, so that an error leaves no run behind.
 
     Args:
       folder: with `config.json` and safetensors.
@@ -121,7 +121,7 @@ def import_hf(
                 "model_type": opened.config["model_type"],
                 "dtypes": {p.name: source.dtype(p.name).name for p in wanted},
                 "unused": unused,
-                # So the files of an export may be those of the folder.
+                # An export may then have the same files as the folder.
                 "whole": source is opened and not unused,
             }
             atomic_write(kept / RECORD, json.dumps(record, indent=1) + "\n")
@@ -143,7 +143,7 @@ def check_tensors(source, family, model, config) -> tuple[list[Piece], list[str]
         logits of their own where the config says that embeddings are tied.
     """
     names, wanted = source.names, []
-    # One by one: a config can ask for any number of tensors, a folder has few.
+    # Stop at the first one missing: a config can ask for any number of tensors.
     for piece in pieces(model, family.names):
         if piece.name not in names:
             some = itertools.islice(pieces(model, family.names), 2 * len(names))

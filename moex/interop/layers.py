@@ -72,7 +72,7 @@ def groups(of: Fields, score: str) -> Groups:
 
 
 def num_layers(of: Fields) -> int:
-    """How many there are."""
+    """The number of layers."""
     count, most = of.count("num_hidden_layers"), MOST["repeat"]
     if count > most:
         raise of.refuse("num_hidden_layers", count, f"at most {most:,}")
@@ -80,7 +80,7 @@ def num_layers(of: Fields) -> int:
 
 
 def window(of: Fields) -> int | None:
-    """The window of Qwen3, which has a switch."""
+    """The attention window of Qwen3, which a field of its own turns on."""
     window = of("sliding_window", int, least=1, null=None)
     return window if of("use_sliding_window", bool) else None
 

@@ -204,7 +204,7 @@ class _Layer:
         )
 
     def matrix(self, name, path, outputs, inputs, index=()) -> Piece:
-        """Theirs is [outputs, inputs], ours [inputs, outputs]."""
+        """The piece of a matrix: [outputs, inputs] there, [inputs, outputs] here."""
         return self.piece(name, path, (outputs, inputs), (1, 0), index)
 
     def dense(self, at, to, F, D) -> Iterator[Piece]:
@@ -245,7 +245,7 @@ class _Layer:
             yield from self.dense(f"{at}.shared_experts", f"{to}/shared", F, D)
 
     def mixed_experts(self, at, to, E, F, D) -> Iterator[Piece]:
-        """Gate and up in turn along the last axis, [in, out] as ours."""
+        """Experts with gate and up alternating in the last axis, [in, out] as ours."""
         own, path = f"{at}.experts", f"{to}/experts"
         yield self.piece(
             f"{own}.gate_up_proj",

@@ -1,7 +1,7 @@
 """The rotary positions that a `config.json` describes, in the forms that there are.
 
 transformers 5 has one object `rope_parameters`. Versions before it had `rope_theta`
-beside an object `rope_scaling`, and some families have fields of the object beside it.
+next to an object `rope_scaling`, and some families write fields of the object there.
 The order in which transformers 5.24 looks at these places is kept here; places that
 contradict each other are refused, although it takes one of them.
 """
@@ -66,7 +66,7 @@ def _object(of: Fields) -> Fields:
 
 
 def _complete(of: Fields, name: str, values: dict) -> dict:
-    """An object with what transformers adds to it from the fields beside it."""
+    """An object with what transformers adds to it from the fields next to it."""
     values = dict(values)
     for key, value in values.items():
         if isinstance(value, dict):
@@ -94,7 +94,7 @@ def _linear(own: Fields, of: Fields) -> Linear:
 
 
 def _original(own: Fields, of: Fields) -> int:
-    """The context before it was extended, in tokens."""
+    """The length of the context before it was extended, in tokens."""
     if ORIGINAL in own.values:
         return own.count(ORIGINAL)
     return of.count("max_position_embeddings")

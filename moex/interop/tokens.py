@@ -151,7 +151,7 @@ def written(own: Tokenizer, folder: pathlib.Path) -> dict[str, str]:
         "bos_token": None if first is None else model.id_to_token(first),
         "eos_token": model.id_to_token(own.doc_id),
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # in a text they are text
+        "split_special_tokens": True,  # special tokens written in a text are plain text
     }
     settings = {key: value for key, value in settings.items() if value is not None}
     return {

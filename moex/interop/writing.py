@@ -48,7 +48,7 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
         raise ConfigError(
             f"--out={folder}: exists already; must be new or an empty folder."
         )
-    if target == Path.cwd():  # what is written takes its place
+    if target == Path.cwd():  # the new folder replaces it
         raise ConfigError(f"--out={folder}: is the folder you are in; name another.")
     return target
 
@@ -65,7 +65,7 @@ def write(
     """Write a checkpoint folder; a failure at any point leaves nothing behind.
 
     Tensors fill shards in the order given, and one is in memory at a time. All is
-    written to a hidden folder beside `folder`, which gets its name at the end.
+    written to a hidden folder next to `folder`, which gets its name at the end.
 
     Args:
       folder: where to; must be empty or not exist.
@@ -142,7 +142,7 @@ def _plan(tensors: Sequence[Tensor], max_shard_bytes: int) -> dict[str, list[Ten
 def _as_before(
     tensors: Sequence[Tensor], files: Mapping[str, str]
 ) -> dict[str, list[Tensor]]:
-    """Tensors by the file that an index places them in."""
+    """Group tensors by the file that an index places them in."""
     shards: dict[str, list[Tensor]] = {}
     for tensor in tensors:
         shards.setdefault(files[tensor.name], []).append(tensor)
@@ -150,7 +150,7 @@ def _as_before(
 
 
 def _index(shards: dict[str, list[Tensor]], before: Mapping[str, Any]) -> dict:
-    """The index of shards: with what one before it has, in its order."""
+    """The index of shards, with the fields of an earlier index, in its order."""
     file_of = {t.name: file for file, shard in shards.items() for t in shard}
     size = sum(t.nbytes for shard in shards.values() for t in shard)
     return {
@@ -193,5 +193,5 @@ def _value(tensor: Tensor) -> memoryview:
             f"shape {tuple(tensor.shape)}; read() gave {value.dtype} of shape "
             f"{value.shape}."
         )
-    # One dimension first: a view of a scalar as bytes is refused.
+    # Reshape first: NumPy refuses a view of a scalar as bytes.
     return np.ravel(value).view(np.uint8).data

@@ -1,4 +1,4 @@
-"""What a run is: its summary, its samples, its config, where it ran."""
+"""Sections about a run: its summary, its samples, its config, where it ran."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from moex.report.material import Material
 from moex.report.page import Note, Section, Table, Verbatim
 
 NONE = dataclasses.MISSING  # the default of a field that has none
-SAMPLES = 3  # of the newest ones, that are shown open
+SAMPLES = 3  # texts of the newest step that are shown open
 
 
 def summary(material: Material) -> list[str]:
@@ -62,7 +62,7 @@ def samples(material: Material) -> Section:
 
 
 def config(material: Material) -> Section:
-    """What differs from the defaults of the config classes, then everything."""
+    """Fields that differ from the defaults of the config classes, then all fields."""
     rows = [
         (path, _show(value), _show(default))
         for path, value, default in changes(material.cfg)
@@ -107,7 +107,7 @@ def changes(cfg) -> list[tuple[str, Any, Any]]:
             if isinstance(node, Config):
                 default = _default(node, name)
             if isinstance(value, Config):
-                # Of a run key the fields are told, not that it has its kind.
+                # A run key has no default: list its changed fields, not its kind.
                 if path and not isinstance(default, type(value)):
                     found.append((inner, value, default))
                 look(value, inner)

@@ -1,4 +1,4 @@
-"""What the figures of a trace share: a map of each layer, curves over layers.
+"""Parts that the figures of a trace share: a map of each layer, curves over layers.
 
 R rows · C columns
 """
@@ -12,7 +12,7 @@ from moex.analysis.summary import Analysis, LayerAnalysis
 from moex.report import maps
 from moex.report.page import label, layer_name, style
 
-NUMBERS = 400_000  # of the maps of one figure; four bytes each
+NUMBERS = 400_000  # numbers in all maps of one figure; four bytes each
 COLOURS_END = f"Colours end at the {100 * maps.TOP:g} % quantile of all cells."
 
 
@@ -41,14 +41,14 @@ def _pair(result):
 
 
 def left_out(shown_maps: list, total: int) -> str:
-    """What to say of layers that are not shown."""
+    """A sentence about layers that are not shown, or nothing."""
     if len(shown_maps) == total:
         return ""
     return f" {len(shown_maps)} evenly spaced ones of {total}."
 
 
 def with_rows(made: list, rows: Sequence[str], columns=None) -> list:
-    """The same maps with labels."""
+    """The same maps with labels of rows and columns."""
     return [maps.Map(m.name, m.z_RC, rows, columns, m.about_RC) for m in made]
 
 

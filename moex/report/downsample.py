@@ -5,11 +5,11 @@ S logged steps
 
 import numpy as np
 
-POINTS = 1000  # of a curve
+POINTS = 1000  # the most points of a curve
 
 
 def spaced(count: int, most: int) -> np.ndarray:
-    """At most so many evenly spaced indices of `count`, first and last among them."""
+    """At most `most` evenly spaced indices below `count`, with the first and last."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 

@@ -15,7 +15,7 @@ from moex.report.health_checks import Finding
 from moex.report.material import Material, Routing
 
 DEVICES = "device_violation"
-# What needs which figure.
+# The checks that need a figure, by its name.
 LOOKED_AT = {
     "load_frac": "dead experts and collapse",
     "experts_per_token": "saturated routers",
@@ -24,12 +24,12 @@ LOOKED_AT = {
     "logit_norm": "router logits",
     DEVICES: "balance of devices",
 }
-LINES = 3  # of training that per-layer checks need; else evaluations are looked at
+LINES = 3  # training lines that per-layer checks need; with fewer, evaluations are used
 
 
 @dataclasses.dataclass(frozen=True)
 class Health:
-    """What the checks say.
+    """The result of the checks.
 
     Attributes:
       findings: all of them.
@@ -58,7 +58,7 @@ class Health:
 
 
 def examine(material: Material, traced: Routing | None = None) -> Health:
-    """All checks that a run has figures for.
+    """Run all checks that a run has figures for.
 
     Args:
       material: of the run.
@@ -142,7 +142,7 @@ def _layers(material: Material, traced, checked, unchecked) -> Iterator[Finding]
 
 
 def _layer(label, step_S, figures, most) -> Iterator[Finding | None]:
-    """The checks of one layer, always as many and in the same order."""
+    """Run the checks of one layer, always the same number in the same order."""
     where = f"layer {shown(label)}"
     load = figures.get("load_frac")
     load = None if load is None else _complete(load)
@@ -179,7 +179,7 @@ def _complete(load_SE) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def most_experts(model) -> dict[str, int]:
-    """By label of a layer with a top-p router: the most experts that a token can have.
+    """The most experts that a token can have, by label of layers with a top-p router.
 
     Experts are those that compute; a chain's rounds are labelled "003.1", "003.2".
 

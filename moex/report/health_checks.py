@@ -1,4 +1,4 @@
-"""What can go wrong with routing and training, found in series and said in words.
+"""Checks that find in series what went wrong with routing and training.
 
 Every check is a pure function of what was logged. It returns None where all is well,
 and its text states its threshold. Checks of a layer look at the end of the run: the
@@ -38,7 +38,7 @@ class Finding(NamedTuple):
 
 
 def tail(count: int) -> slice:
-    """The end of a run of so many logged steps."""
+    """The end of a run of `count` logged steps."""
     return slice(max(0, count - max(TAIL, count // 10)), count)
 
 
@@ -70,7 +70,7 @@ def dead_experts(where: str, step_S, load_SE) -> Finding | None:
 
 
 def _since(low_S) -> int:
-    """Index from which on all is True; the last index if the last is False."""
+    """The index from which on all is True; the last index if the last is False."""
     high = np.flatnonzero(~np.asarray(low_S))
     return 0 if len(high) == 0 else min(int(high[-1]) + 1, len(low_S) - 1)
 

@@ -108,7 +108,7 @@ def sliding(
     from plotly.graph_objects import Figure
 
     if "zmax" not in colours:
-        # One scale for all positions, so that they can be compared.
+        # All positions have one scale, so that they can be compared.
         every = np.concatenate([one.z_RC[np.isfinite(one.z_RC)] for one in maps])
         most = float(np.quantile(every, TOP)) if every.size else 0.0
         colours = colours | {"zmax": max(most, 1e-9)}
@@ -171,7 +171,7 @@ def _axis(title: str, labels, count: int) -> dict:
 
 
 def _every(count: int, most: int = 32) -> int:
-    """Distance of labels, of which there are at most so many."""
+    """The distance between labels that makes at most `most` of them."""
     step = 1
     while count > most * step:
         step *= 2
@@ -199,12 +199,12 @@ def _slide(figure, prefix: str, names: list[str], active: int) -> None:
 
 
 def affordable(items: Sequence[Any], numbers: int, budget: int) -> list[Any]:
-    """As many evenly spaced ones as hold `budget` numbers together, at least one.
+    """Evenly spaced items that together hold at most `budget` numbers; at least one.
 
     Args:
-      items: what may be shown.
-      numbers: of the largest of them.
-      budget: of a figure.
+      items: the items that may be shown.
+      numbers: how many numbers the largest of them holds.
+      budget: the most numbers of a figure.
     """
     return [
         items[i]

@@ -70,7 +70,7 @@ class Plot:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Small plots beside each other."""
+    """Small plots side by side."""
 
     plots: Sequence[Plot]
     kind: str = "grid"

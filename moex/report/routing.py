@@ -13,7 +13,7 @@ from moex.report.health import judged
 from moex.report.material import Material, Routing
 from moex.report.page import Grid, Note, Plot, Section, Table, layer_name, style
 
-# Numbers of all frames, and of all curves, of a page; four bytes each.
+# The most numbers in all frames, and in all curves, of a page; four bytes each.
 FRAME_NUMBERS, MOST_FRAMES = 400_000, 40
 HISTORY_NUMBERS, MOST_STEPS = 400_000, 200
 CURVE_NUMBERS, MOST_POINTS = 150_000, 300

@@ -9,7 +9,7 @@ from moex.analysis.summary import Analysis, LayerAnalysis
 from moex.model.layers import shown
 from moex.report.page import Note, Section, Table, token
 
-MOST_ROWS = 2048  # experts of all tables
+MOST_ROWS = 2048  # experts in all tables together
 NO_BREAK = "\u00a0"
 MOST_TOKENS = 8  # of an expert
 HEAD = ("expert", "load", "specialisation", "tokens: share of their occurrences")

@@ -44,7 +44,7 @@ def sections(found: Analysis | None, overlap: dict | None, about: str) -> list[S
 
 
 def figures(found: Analysis) -> Routing:
-    """Of a trace, what routing.jsonl has of a logged step: for the checks of layers."""
+    """The figures of a trace as those of one logged step, for the checks of layers."""
     layers = {
         name: {
             "load_frac": stats.share(layer.load_E).astype(np.float32)[None],

@@ -14,7 +14,7 @@ from moex.report.material import Material
 from moex.report.page import Grid, Note, Plot, Section, style
 
 STEP = "optimizer step"
-MOST_CURVES = 64  # of a plot; a person tells no more apart
+MOST_CURVES = 64  # curves in one plot; nobody can tell more apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
     figure.update_xaxes(title_text=STEP, rangemode="tozero")
     figure.update_yaxes(title_text=panel.unit)
     if panel.log:
-        # Decades, or 1, 2 and 5 of few of them.
+        # Ticks at powers of ten, or at 1, 2 and 5 times these where they are few.
         wide = bool(lowest) and max(highest) / min(lowest) > 100
         figure.update_yaxes(type="log", dtick=1 if wide else "D2")
     figure.update_layout(
@@ -164,7 +164,7 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
 
 def _title(name: str, task: Task) -> str:
     titles = {figure.name: figure.title for figure in task.FIGURES}
-    titles["grad_norm"] = "all"  # it is shown beside parts of it
+    titles["grad_norm"] = "all"  # its plot also shows the norms of its parts
     return titles.get(name) or name.partition("/")[2] or name
 
 
@@ -182,5 +182,5 @@ def _fits(name: str, pattern: str) -> bool:
     start, star, end = pattern.partition("*")
     if not star:
         return name == pattern
-    # A rate per second is no number of seconds.
+    # A rate per second ends in "_s" too, but is no number of seconds.
     return name.startswith(start) and name.endswith(end) and "_per_" not in name
