@@ -69,7 +69,7 @@ def convert_run(
     report |= {"sequences": sequences, "errors": []}
     check_run(cfg, to_train=False)
     with new_run(made, f"--workdir={made}", say) as hidden:
-        old = new = load_run(run, MeshConfig(), warn=say)  # as the job below
+        old = new = load_run(run, MeshConfig(), warn=say)  # for the job's devices
         job = _job(run, cfg, say)
         for conversion in conversions:
             new, found = _applied(conversion, new, job, say)
@@ -90,7 +90,7 @@ def convert_run(
 
 
 def _applied(conversion, run: LoadedRun, job: Job, say) -> tuple[LoadedRun, dict]:
-    """A model after a conversion, and what the conversion reports."""
+    """Apply a conversion: the new model, and what the conversion reports."""
     params, state, found = conversion.arrays(run, job, say)
     cfg = configs.from_dict(configs.to_dict(run.cfg))
     cfg.model = conversion.model(cfg.model)
@@ -129,7 +129,7 @@ def _losses(run: RunDir, new: RunDir, job: Job, sequences: int) -> dict | None:
 
 
 def report_text(report: dict, conversions: Sequence[Conversion]) -> str:
-    """What was converted, for people: lines of each conversion, sizes and losses."""
+    """The report as text for people: lines of each conversion, sizes and losses."""
     lines = [line for c in conversions for line in c.lines(report)]
     for name, sizes in (("experts", "expert_params"), ("model", "params")):
         before, after = report[sizes]["before"], report[sizes]["after"]

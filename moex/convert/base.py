@@ -70,7 +70,7 @@ class Conversion(abc.ABC):
 
 
 def option(flag: str) -> str:
-    """A flag as users write it."""
+    """The name of a flag as users write it."""
     return f"--{flag.replace('_', '-')}"
 
 
@@ -91,7 +91,7 @@ def asked_for(to: str, flags: dict[str, Any]) -> list[Conversion]:
 
     Args:
       to: the kind of the last one.
-      flags: of all kinds; None is not given.
+      flags: the flags of all kinds by name; None: not given.
 
     Raises:
       ConfigError: if a flag is missing, or is for another kind.

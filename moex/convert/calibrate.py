@@ -1,4 +1,4 @@
-"""What the experts of a trained model see: second moments of their inputs.
+"""Second moments of the inputs of a trained model's experts.
 
 B batch · L length · T = B * L tokens · C chain rounds · R copies of a layer · D width
 """
@@ -16,12 +16,12 @@ from moex.train.job import Job
 
 
 def input_moments(run: LoadedRun, job: Job, sequences: int) -> dict:
-    """Second moments of what the experts of each MoE see, over valid tokens.
+    """Second moments of the inputs of each MoE's experts, over valid tokens.
 
     Args:
       run: the trained model.
       job: for its training batches, from the first on, and how to compute.
-      sequences: at least so many sequences, in whole batches.
+      sequences: the least number of sequences to read, in whole batches.
 
     Returns:
       {path of a layer: float64[R, D, D]}.

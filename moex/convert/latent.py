@@ -42,7 +42,7 @@ class Factoring:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FactorError:
-    """What one group loses, as shares of the norm of its weights.
+    """The errors of one group, as shares of the norm of its weights.
 
     Attributes:
       error: |W - B A| / |W|, Frobenius norms over all experts of the group.
@@ -59,7 +59,7 @@ class FactorError:
 
 
 def factor_experts(w_EDF, how: Factoring, moment_DD=None):
-    """Experts y = x W^e as x B^g A^e, with g = e // group.
+    """Factor experts y = x W^e as x B^g A^e, with g = e // group.
 
     Per group the experts stand side by side, [D, n F]; its first Z left singular
     vectors U are B, and A = U^T W. No other B and A are closer in the Frobenius norm
@@ -141,7 +141,7 @@ def whitening(moment_DD, dim):
     """`(L^T, L^-T)`, each [D, D], of a second moment with a ridge; identities if None.
 
     L = V sqrt(lambda) from the eigenvectors: unlike Cholesky's it exists for any
-    moment, of fewer tokens than D too.
+    moment, even of fewer tokens than D.
     """
     if moment_DD is None or not np.any(moment_DD):
         return np.eye(dim), np.eye(dim)
@@ -151,7 +151,7 @@ def whitening(moment_DD, dim):
 
 
 def balance(b_DZ, a_nZF):
-    """The same product with both factors of each latent direction of one norm.
+    """Rescale the factors: the same product, equal norms in each latent direction.
 
     Without whitening this is the root of the singular values on each side. Of all
     gauges it has the least sum of squares, so that weight decay and the norms of
@@ -193,7 +193,7 @@ def convert_experts(weights: dict, ops, how: Factoring, moment_DD=None):
         else:
             params[f"w_{op}_EDF"] = w_EDF
     w_EFD = np.asarray(weights["w_out_EFD"])
-    if "down" in ops:  # shared on the side of its output: the same, transposed
+    if "down" in ops:  # shares the space of its output: transpose and do the same
         b_GDZ, a_EZF, errors["down"] = factor_experts(w_EFD.swapaxes(1, 2), how)
         params["b_down_GZD"] = b_GDZ.swapaxes(1, 2)
         params["a_down_EFZ"] = a_EZF.swapaxes(1, 2)

@@ -93,7 +93,7 @@ def convert_params(params, model, options: ToLatent, moments):
 
 
 def at_path(tree, path):
-    """What is at `path` in a nested dict."""
+    """The value at `path` in a nested dict."""
     for key in path:
         tree = tree[key]
     return tree

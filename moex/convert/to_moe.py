@@ -130,7 +130,7 @@ def moe_model(model, options: Upcycle):
 
 
 def _at_copies(ffn, copies: slice):
-    """A feed-forward config with what it says of each copy cut to some copies."""
+    """A feed-forward config whose values per copy are cut to some copies."""
     ffn = copy.deepcopy(ffn)
     for _, node in walk(ffn, ""):
         if isinstance(node, RouterConfig):
@@ -180,7 +180,7 @@ def _cut(tree, found: list[Piece], model) -> dict:
         stride, whole = len(segment.pattern), piece.repeat == segment.repeat
         for block in range(len(piece.upcycled)):
             values = old_blocks.get(str(block % stride))
-            if values is None:  # such as the state of a block that has none
+            if values is None:  # for example a block without state
                 continue
             if not whole:
                 at = piece.copies(block)

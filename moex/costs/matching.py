@@ -47,7 +47,7 @@ def match(cfg: Model, like: Model, *, by: str, seq_len: int) -> Match:
     """`cfg` with hidden widths that make it cost what `like` costs.
 
     The cost is linear in the widths, so it is known everywhere from one evaluation
-    per distinct width; of the integers beside the exact solution the best are taken.
+    per distinct width; the best integers next to the exact solution are taken.
 
     Args:
       cfg: the model to change (it is copied); vocabulary filled in.

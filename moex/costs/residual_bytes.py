@@ -24,7 +24,7 @@ from moex.nn.param import split_params
 from moex.nn.stack import Segment
 from moex.runs.program import static_options
 
-# Copies of a segment that is only looked at: a prime, unlike any other dim
+# Copies of an abstract segment: a large prime, so that no other dim is equal to it.
 COPIES = 1_000_003
 
 
@@ -48,8 +48,8 @@ def block_activation_bytes(cfg, segment: Segment, place: int) -> float:
 def _pattern_bytes(cfg, segment: Segment, pattern) -> float:
     """Bytes per token that one copy of a pattern keeps.
 
-    What scan stacks is of each copy; the rest (masks, rotary angles) is shared by all.
-    Batch sizes 1 and 2 tell activations from weights.
+    Only arrays that scan stacks are counted: all copies share the others (masks, rotary
+    angles). Batch sizes 1 and 2 tell activations from weights.
     """
     model: Model = cfg.model
     segment = dataclasses.replace(segment, pattern=tuple(pattern), repeat=1)
@@ -80,7 +80,7 @@ def _pattern_bytes(cfg, segment: Segment, pattern) -> float:
 
 
 def _copies(tree):
-    """The abstract parameters of a segment of one copy as those of `COPIES`."""
+    """The abstract parameters of a segment with `COPIES` copies, from those of one."""
     return jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((COPIES, *a.shape[1:]), a.dtype), tree
     )
@@ -92,7 +92,7 @@ def model_activation_bytes(cfg, spec: ModelSpec, sequences: int = 1) -> float:
     Args:
       cfg: run config.
       spec: of its model.
-      sequences: the two batches that are compared have so many, and twice as many.
+      sequences: rows of one batch; it is compared with a batch of twice as many.
     """
 
     def kept(batch_size):
@@ -121,8 +121,8 @@ def model_activation_bytes(cfg, spec: ModelSpec, sequences: int = 1) -> float:
 def traced_options(cfg) -> dict:
     """Options of a `Context` to trace training with, for devices that are not there.
 
-    JAX traces cuDNN's attention only where cuDNN is; that in blocks keeps the same: no
-    scores.
+    JAX traces cuDNN's attention only where cuDNN is. Attention in blocks is traced in
+    its place: it keeps the same arrays, no scores.
     """
     options = static_options(cfg, train=True)
     if platform() == "gpu" and jax.default_backend() == "cpu":

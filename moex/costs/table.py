@@ -1,4 +1,4 @@
-"""What `moex params` says: cost and memory of a model, layer by layer.
+"""The table of `moex params`: cost and memory of a model, layer by layer.
 
 Everything is abstract: no array is made. Parameters and FLOPs are those of
 `model/accounting.py`, bytes kept for the backward pass those of `residual_bytes.py`;
@@ -211,7 +211,7 @@ def matched(cfg, like, by: str) -> dict:
 
 
 def match_lines(result: dict) -> str:
-    """What `matched` found, as flags to copy and one line on how close it is."""
+    """The result of `matched` as flags to copy, and one line on how close it is."""
     flags = [f"--{path}={width}" for path, width in result["overrides"].items()]
     what = {
         "params": "parameters",

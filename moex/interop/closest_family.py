@@ -65,7 +65,7 @@ def closest(model: LM) -> dict:
 
 
 def inference(model: LM) -> LM:
-    """A copy of a model; models that compute the same at inference have equal copies."""
+    """A copy of a model, equal for models that compute the same at inference."""
     blocks = [
         (_attention(site.attention, model), _feed_forward(site.ffn))
         for site, _ in layers(model)

@@ -1,4 +1,4 @@
-"""What to change where a job does not fit: each change planned, not guessed."""
+"""Changes that make a job fit; each one is planned, not guessed."""
 
 import copy
 import math
@@ -82,11 +82,11 @@ def _shown(value) -> str:
 
 
 def least_devices(found: Plan) -> str:
-    """How many devices the state and gradients alone would take, evenly split."""
+    """A line that says how many devices the state and gradients alone would take."""
     limit, memory = found.topology.chip.memory, found.memory
     assert limit is not None
     fixed = memory.state + memory.gradients
-    # Of all parameters, which are float32, over those of one device: copies count once.
+    # Scale by all parameters (float32) over those of one device: copies count once.
     whole = fixed * 4 * found.num_params / memory.params
     return (
         f"no change here makes it fit; state and gradients alone take "

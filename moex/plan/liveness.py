@@ -8,7 +8,7 @@ that of the jaxpr; XLA may find a better one.
 
 Values are split over devices in ways that only XLA decides; so sizes come from outside,
 as a function of a value's bytes in the same program at one and at two sequences per
-device. What grows between them is of tokens, and is split as tokens are.
+device. Values that grow between them hold tokens, and are split as tokens are.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.extend import core
 
-# Of no memory of their own: XLA fuses them into what reads them.
+# Primitives that XLA fuses into their readers: they need no memory of their own.
 FUSED = {
     *("abs", "add", "add_any", "and", "ceil", "clamp", "convert_element_type", "copy"),
     *("copy_p", "cos", "div", "eq", "erf", "exp", "exp2", "expm1", "floor", "ge", "gt"),
@@ -40,18 +40,18 @@ FUSED = {
 # A scatter of one value into each row, as in the gradient of the targets' logits: the
 # compiler for TPUs makes a comparison and a selection of it, and fuses these.
 SCATTER_ONE = "scatter-one"
-# Calls that are no unit of computation: their bodies belong to the caller.
+# Calls whose bodies are put in place of the call.
 INLINED = {
     *("pjit", "jit", "closed_call", "core_call", "checkpoint", "remat2", "remat"),
     *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"),
     *("shard_map",),
 }
-# They read a fused operand as they go; everything else wants it in memory.
+# Primitives that read a fused operand as they go; others need it in memory.
 READERS = {
     *("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"),
     *("argmin", "cumsum", "reduce_prod", "concatenate", "dynamic_update_slice"),
 }
-# They write their results over operands that nothing reads later.
+# Primitives that write their results over operands that nothing reads later.
 IN_PLACE = FUSED | {
     *("scatter-add", "scatter", "scatter_add", "dynamic_update_slice", "scan", "while"),
     *("sort", SCATTER_ONE),
@@ -60,7 +60,7 @@ IN_PLACE = FUSED | {
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One operation of a `Graph`; values are numbers."""
+    """One operation of a `Graph`; values are named by number."""
 
     name: str
     reads: tuple[int, ...]
@@ -90,7 +90,7 @@ def graph(function, *args) -> Graph:
 
 
 class _Builder:
-    """Numbers values in the order in which they are met."""
+    """Builds a `Graph`: numbers values in the order in which it meets them."""
 
     def __init__(self):
         self.count = 0
@@ -117,7 +117,7 @@ class _Builder:
             name = eqn.primitive.name
             inner = list(_sub_jaxprs(eqn)) if name != "pallas_call" else []
             if name in INLINED and len(inner) == 1:
-                # Inside a shard_map shapes are of one device.
+                # Inside a shard_map shapes are those of one device.
                 more = math.prod(_manual_sizes(eqn)) if name == "shard_map" else 1
                 self._inline(eqn, inner[0], env, operations, sizes, copies * more)
                 continue
@@ -181,7 +181,7 @@ def _bytes(aval) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """What is alive while one operation of a graph runs.
+    """The values that are alive while one operation of a graph runs.
 
     Attributes:
       name: of the operation.
@@ -195,7 +195,7 @@ class Moment:
 def moments(
     graph: Graph, size: Callable[[Graph, int], float], fused_into_dots: bool
 ) -> list[Moment]:
-    """What is alive beside the inputs at each operation, in order.
+    """The values alive besides the inputs at each operation, in order.
 
     Args:
       graph: of the program.
@@ -224,7 +224,7 @@ def moments(
 
 
 def peak(graph: Graph, size, fused_into_dots: bool) -> float:
-    """The most bytes alive at once beside the inputs."""
+    """The most bytes alive at once besides the inputs."""
     found = moments(graph, size, fused_into_dots)
     return max((m.bytes for m in found), default=0.0)
 

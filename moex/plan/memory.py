@@ -1,4 +1,4 @@
-"""What one device holds while a job trains.
+"""The memory of one device while a job trains.
 
 Weights, optimizer state and gradients are exact: shapes and shardings of the abstract
 train state. Values of the forward and backward pass are those of a walk along the
@@ -38,8 +38,8 @@ class Memory:
         gradients; of the embedding and logits if these are larger. Without
         recomputation the weights of all layers, as far as they are copies.
       kept: what the forward pass keeps for the backward pass, logits included.
-      working: what is alive beside that at the worst moment of the two passes.
-      update: what the optimizer needs beside gradients and state at its worst moment.
+      working: values alive besides those at the worst moment of the two passes.
+      update: what the optimizer needs besides gradients and state at its worst moment.
     """
 
     params: int
@@ -70,7 +70,7 @@ class Memory:
 
 
 def memory(program: Training, topology: Topology) -> Memory:
-    """What one device holds of a program. Call it under no other mesh."""
+    """The memory of one device for a program. Call it under no other mesh."""
     state = program.abstract_state()
     params = local_bytes(state["params"])
     batch = batch_arguments(program)
@@ -116,7 +116,7 @@ def batch_arguments(program: Training) -> dict:
 
 
 def gathered_bytes(program: Training) -> int:
-    """Weights as matmuls read them, and their gradients, of the layer that needs most.
+    """Bytes of gathered weights and their gradients, in the layer that needs most.
 
     A weight that is in the compute dtype and whole on the device is read where it is.
     Without recomputation JAX keeps the copies of all layers in the compute dtype, but
@@ -148,14 +148,14 @@ def gathered_bytes(program: Training) -> int:
 def pass_bytes(program: Training, topology: Topology) -> tuple[float, float]:
     """(kept for the backward pass, most alive at once) of one microbatch, no weights.
 
-    Traced at 2 and 4 sequences a device; what grows is of tokens. At 1 sequence JAX
-    would leave out operations.
+    The loss is traced at 2 and 4 sequences per device: values that grow hold tokens.
+    At 1 sequence JAX would leave out operations.
     """
     cfg, mesh = program.cfg, program.mesh
     shards, parts = sharding.batch_shards(mesh), mesh.shape["seq"]
     sequences = cfg.batch_size // cfg.grad_accum / shards / parts
     local = dataclasses.replace(program.spec, params=tensor_local(program))
-    # Weights are those of one device already.
+    # Weights already have the shapes of one device.
     sizes = [1 if name == "tensor" else n for name, n in mesh.shape.items()]
     with jax.sharding.use_abstract_mesh(abstract_mesh(topology, sizes)):
         graphs = [_gradient_graph(cfg, local, n * shards) for n in (2, 4)]
@@ -166,7 +166,7 @@ def pass_bytes(program: Training, topology: Topology) -> tuple[float, float]:
 
 
 def tensor_local(program: Training) -> dict:
-    """Parameters in the shapes that one device holds of the `tensor` axis alone."""
+    """Parameters in the shapes of one device if only the `tensor` axis is split."""
     spec, tensor = program.spec, program.mesh.shape["tensor"]
 
     def local(path, leaf):
@@ -206,7 +206,7 @@ def _gradient_graph(cfg, spec, batch_size) -> liveness.Graph:
 
 
 def update_bytes(program: Training) -> float:
-    """What the optimizer makes of local gradients and state, at its worst moment.
+    """Bytes that the optimizer needs besides gradients and state, at its worst moment.
 
     New state is written over the old, so the results take nothing.
     """

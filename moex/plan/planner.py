@@ -25,25 +25,25 @@ class Carried:
     seconds: float | None
 
     def to_dict(self) -> dict:
-        """As plain data."""
+        """The traffic as plain data."""
         row = dataclasses.asdict(self.traffic)
         return row | {"received": int(self.traffic.received), "seconds": self.seconds}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one run needs of a topology.
+    """The needs of one run on a topology.
 
     Attributes:
-      topology: where.
+      topology: the devices.
       mesh: sizes of the axes.
-      num_params, active_params: of the model; active: that one token uses.
-      tokens: per optimizer step.
+      num_params, active_params: all parameters, and those that one token uses.
+      tokens: tokens per optimizer step.
       flops_per_token: forward and backward, without recomputation.
-      recompute_flops: per token, of what is computed again.
+      recompute_flops: those per token that recomputation adds.
       setting: how it is computed: dtype, remat, kernels.
-      memory: of one device.
-      carried: by the axes, per optimizer step.
+      memory: the memory of one device.
+      carried: the traffic of the axes, per optimizer step.
     """
 
     topology: Topology
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def compute_seconds(self) -> float | None:
-        """Of the matmuls of one step at the peak rate, recomputation included."""
+        """Seconds of one step's matmuls at the peak rate, recomputation included."""
         peak = self.topology.peak_flops
         if peak is None:
             return None
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def update_seconds(self) -> float | None:
-        """Of the optimizer: state read and written once, gradients read."""
+        """Seconds of the optimizer: state read and written once, gradients read."""
         rate = self.topology.chip.memory_rate
         if rate is None:
             return None
@@ -146,7 +146,7 @@ def check(cfg, topology: Topology):
     """
     check_run(cfg)
     cfg.task.fill(cfg)
-    mesh: Any = topology.mesh(cfg.mesh)  # an abstract one does for a program
+    mesh: Any = topology.mesh(cfg.mesh)  # an abstract mesh is enough for a program
     check_devices(cfg, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
         check_kernels(cfg)
@@ -154,10 +154,10 @@ def check(cfg, topology: Topology):
 
 
 def plan(cfg, topology: Topology) -> Plan:
-    """What a run needs and moves; fills in the vocabulary.
+    """Plan what a run needs and moves; fills in the vocabulary.
 
     Raises:
-      ConfigError: as `check`.
+      ConfigError: for the same reasons as `check`.
     """
     program = check(cfg, topology)
     sizes = dict(program.mesh.shape)

@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of the real train step, for devices that are not there.
 
-What the compiler says of a job: whether it fits, its peak memory on one device and the
-collectives it put in. Nothing is run. TPUs need libtpu, which the extra `aot` installs;
+The compiler says whether a job fits, its peak memory on one device and the collectives
+it put in. Nothing is run. TPUs need libtpu, which the extra `aot` installs;
 CPU devices are those of this process.
 """
 
@@ -30,7 +30,7 @@ TPU_ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process ends
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # without it a second process ends
 }
 
 COLLECTIVES = (
@@ -40,12 +40,12 @@ COLLECTIVES = (
 
 
 class DoesNotFit(RuntimeError):
-    """The compiler found no place for the job in the memory of a device."""
+    """The compiler found that the job does not fit into the memory of a device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one train step.
+    """The compiler's figures of one train step.
 
     Attributes:
       seconds: of lowering and of compiling, on this machine.
@@ -156,7 +156,7 @@ def compile_step(cfg, topology: Topology) -> Compiled:
             raise _refusal(error, topology) from None
         end = time.perf_counter()
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    # A CPU's compiler gives no peak, only what it allocates beside the arguments.
+    # A CPU's compiler gives no peak, only what it allocates besides the arguments.
     peak = memory.peak_memory_in_bytes
     if topology.platform == "cpu":
         new = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -173,7 +173,7 @@ def compile_step(cfg, topology: Topology) -> Compiled:
     )
 
 
-# Of a compiled program's text: the shapes of its arguments on one device.
+# The shapes of a compiled program's arguments on one device, in its text.
 ENTRY = re.compile(r"entry_computation_layout=\{\((.*?)\)->")
 SHAPE = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
 
@@ -198,7 +198,7 @@ def _host_bytes() -> int:
 
 
 def count_collectives(text: str) -> dict[str, int]:
-    """Collectives in the text of a compiled program, by kind; those there are."""
+    """Number of collectives in a compiled program's text, by kind; no zeros."""
     counts = {
         kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in COLLECTIVES
     }
@@ -206,7 +206,7 @@ def count_collectives(text: str) -> dict[str, int]:
 
 
 def _refusal(error, topology: Topology) -> Exception:
-    """The compiler's error in words, if it is one of memory; else the error."""
+    """`DoesNotFit` for a compiler's error about memory, else the error itself."""
     text = str(error)
     if "Ran out of memory" not in text:
         return error

@@ -92,7 +92,7 @@ def fit_text(plan: Plan, advice: list[str]) -> str:
 
 
 def compiled_text(compiled: Compiled, plan: Plan) -> str:
-    """What the compiler said beside what was planned."""
+    """The compiler's figures next to the planned ones."""
     gap = compiled.peak_bytes / plan.memory.peak - 1
     same = "equal to" if compiled.state_bytes == plan.memory.state else "NOT"
     rows = [

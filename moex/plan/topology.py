@@ -31,7 +31,7 @@ class Chip:
       link: TPU: of one link of the torus; GPU: of one device into NVLink.
       network: of one device into the network between slices or nodes.
       dims: of the torus of a TPU slice; 0: there is none.
-      ring: a whole dimension of a multiple of so many chips is closed to a ring.
+      ring: a whole dimension is closed to a ring if its chips are a multiple of this.
     """
 
     platform: str
@@ -221,7 +221,7 @@ class Topology:
             return None
         if self.platform == "gpu":
             return received / link
-        # Part of a dimension: a line.
+        # A part of a dimension is a line.
         dims = torus_dims(self, sizes)[axis] or ((sizes[axis], False),)
         if not exchange:
             return received / (link * sum(2 if ring else 1 for _, ring in dims))
@@ -235,9 +235,9 @@ class Topology:
 def hops(length: int, ring: bool) -> float:
     """Load of the busiest link of a dimension when all chips exchange evenly.
 
-    In units of what one chip sends. A ring: a chip's bytes go length / 4 hops on
-    average, over two links. A line: half of the chips send half of theirs over its
-    middle.
+    The unit is what one chip sends. In a ring a chip's bytes go length / 4 hops on
+    average, over two links. In a line half of the chips send half of their bytes over
+    its middle.
     """
     return length / 8 if ring and length > 2 else length / 4
 
@@ -274,7 +274,7 @@ def torus_dims(
 
 
 def _take(left: list[int], size: int) -> list[int]:
-    """Dimensions that are left once an axis of `size` chips has its part of them."""
+    """The dimensions that are left after an axis of `size` chips took its part."""
     rest = []
     for d in left:
         part = math.gcd(d, size)
@@ -326,7 +326,7 @@ def parse(text: str, path: str = "--topology") -> Topology:
 
 
 def _form(kind: str, shape: tuple[int, ...]) -> str:
-    """What to write instead of a shape with the wrong number of dimensions."""
+    """A hint: how to write a shape with the right number of dimensions."""
     chip = CHIPS[kind]
     if chip.platform == "cpu":
         return "cpu:N, N devices, such as cpu:8"

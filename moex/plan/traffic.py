@@ -1,4 +1,4 @@
-"""What the axes of a mesh carry in one optimizer step.
+"""Bytes that the axes of a mesh carry in one optimizer step.
 
 Bytes are those that one device receives. Which collectives there are follows from the
 shardings: a parameter split over `fsdp` is gathered where it is used; a gradient is
@@ -23,13 +23,13 @@ from moex.runs.program import compute_dtype
 from moex.sharding import TOKEN_AXES, batch_shards
 from moex.train.job import Training
 
-# Float32 ids and gates of one slot, which travel with a row.
+# The id and gate of one slot, 4 bytes each, which travel with a row.
 SLOT_BYTES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one axis carries of one kind, in one optimizer step.
+    """The bytes of one kind that one axis carries in one optimizer step.
 
     Attributes:
       axis: of the mesh.
@@ -45,7 +45,7 @@ class Traffic:
 
 
 def traffic(program: Training) -> list[Traffic]:
-    """Everything that travels, without what is nothing; under the topology's mesh."""
+    """All traffic that is not 0 bytes. Call it under the topology's mesh."""
     rows = [*_weights(program), *_gradients(program), *_activations(program)]
     merged: dict[tuple, Traffic] = {}
     for row in [*rows, *_tokens_to_experts(program)]:
@@ -56,7 +56,7 @@ def traffic(program: Training) -> list[Traffic]:
 
 
 def _share(n: int) -> float:
-    """Of what is gathered in an axis of n devices, the part that others send."""
+    """The share that other devices send in a gather over an axis of n devices."""
     return (n - 1) / n
 
 
@@ -86,7 +86,8 @@ def _leaves(program: Training):
 def _weights(program: Training) -> list[Traffic]:
     """All-gathers of parameters in the compute dtype, reduce-scatters of gradients.
 
-    In the forward pass and in the backward pass, whose recomputation shares the gather.
+    Weights are gathered in the forward pass and in the backward pass, whose
+    recomputation shares the gather.
     """
     n, times = program.mesh.shape["fsdp"], program.cfg.grad_accum
     scattered = 0.0
@@ -103,7 +104,7 @@ def _weights(program: Training) -> list[Traffic]:
 def _gradients(program: Training) -> list[Traffic]:
     """All-reduces of gradients over the axes that split tokens and not the parameter.
 
-    Nearest axes first: what is scattered there travels less on the others.
+    The nearest axes come first: what is scattered there travels less on the others.
     """
     shape, rows = program.mesh.shape, []
     for _, leaf, axes in _leaves(program):
@@ -119,11 +120,12 @@ def _gradients(program: Training) -> list[Traffic]:
 
 
 def _activations(program: Training) -> list[Traffic]:
-    """What tensor parallelism sums, and the keys and values that `seq` gathers.
+    """Sums of tensor parallelism, and the keys and values that `seq` gathers.
 
-    Tensor: the outputs of attention and feed-forward, and in the backward pass the
-    gradients of their inputs; recomputation sums that of attention again. The look-up
-    of tokens and the gradient of the logits' input likewise.
+    Tensor parallelism sums the outputs of attention and feed-forward, and in the
+    backward pass the gradients of their inputs; recomputation sums the output of
+    attention again. It also sums the look-up of tokens and the gradient of the logits'
+    input.
     """
     cfg, mesh = program.cfg, program.mesh
     model, itemsize = cfg.model, _itemsize(program)
@@ -175,12 +177,12 @@ def _one_exchange(program: Training, moe, width, passes) -> list[Traffic]:
 
 
 def expected_slots(moe) -> float:
-    """Slots of one token before training."""
+    """The expected slots of one token before training."""
     return moe.router.expected_slots(moe.num_choices())
 
 
 def mean_devices(moe, n: int) -> float:
-    """Devices that hold an expert of a token, if routing is even.
+    """The mean number of devices that hold an expert of a token, if routing is even.
 
     A device has none of a token's K distinct experts with the probability that all K
     are of the others; with group-limited routing these are the experts of the groups
@@ -194,7 +196,7 @@ def mean_devices(moe, n: int) -> float:
         return n * (1 - _none(E, E // n, int(K)))
     num, keep = groups
     size = E // num
-    if n >= num:  # a device's experts are of one group
+    if n >= num:  # all experts of a device are in one group
         missed = _none(keep * size, E // n, int(K))
         return n * keep / num * (1 - missed)
     own = num // n  # groups of a device; j of them are kept

@@ -16,11 +16,11 @@ SCALES = ("gates", "weights")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Upcycle(Conversion):
-    """What becomes of a dense feed-forward of width F.
+    """MoE layers in place of dense feed-forwards of width F.
 
-    `experts` copies of it, of which a token uses `k`; each is cut into `split` slices
-    of width F / split, which are the experts of the new layer: experts * split of them,
-    k * split per token. Its FLOPs are those of k dense feed-forwards.
+    The new layer has `experts` copies of the dense one, of which a token uses `k`. Each
+    copy is cut into `split` slices of width F / split, which are the experts: it has
+    experts * split of them, k * split per token. Its FLOPs are those of k dense ones.
 
     Attributes:
       experts: copies C, >= 1.
@@ -30,7 +30,7 @@ class Upcycle(Conversion):
         that of its matrix; >= 0.
       reinit: share of the hidden columns of every expert that is drawn again, in
         [0, 1].
-      scale: what makes up for gates that are g times too small: a factor on the
+      scale: where to put the factor g that makes up for too small gates: on the
         "gates" (`TopK.scale`; the weights are those of the dense layer), or on the
         output "weights" (no factor in the router).
       layers: "all", "every:N", "last:N", or numbers, "0,3": see `chosen_layers`.
