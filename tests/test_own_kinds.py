@@ -191,7 +191,7 @@ def test_trace_report_convert_and_generate_find_the_kinds(
     more = ("--to=moe", "--experts=2", "--k=1", f"--workdir={tmp_path / 'moe'}")
     moex("convert", run, own, *more)
     moex("eval", tmp_path / "moe", own)
-    assert "nll" in capsys.readouterr().out
+    assert "nats per token" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("verb", ["trace", "report", "generate", "eval", "convert"])
