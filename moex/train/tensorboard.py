@@ -47,8 +47,8 @@ def layout(cfg, num_domains: int) -> dict:
     pages: dict[str, dict[str, list]] = {}
     if any(routers(cfg.model)):
         detailed = cfg.log.detail == "detailed"
-        own = {name for r in routers(cfg.model) for name in r.router.losses()}
-        figures = (*metrics.FIGURES, *metrics.own_figures(own))
+        names = {name for r in routers(cfg.model) for name in r.router.losses()}
+        figures = (*metrics.FIGURES, *metrics.own_figures(names))
         for name, title, unit, of, page, *_ in figures:
             if page is None or (of is None and cfg.mesh.expert == 1):
                 continue
