@@ -1,12 +1,12 @@
-"""Checkpoints: Orbax writes and reads, checksums say whether the bytes are ours.
+"""Checkpoints: Orbax writes and reads them; checksums tell whether bytes changed.
 
 Layout: checkpoints/<step>/{params, opt, state, data, meta}, separate items so that
 warm starts and exports read `params` alone. Step 0 of a run that was imported or
 converted has no `opt`: it is zeros. Orbax commits a step atomically but
 verifies nothing on restore, so `meta` carries a checksum of every array, computed on
 the devices from the global arrays: the same for any mesh and any number of hosts. A
-digest covers those checksums and the rest; the run's own record has it too
-(`record.py`), and so a checkpoint cannot pass as an old one that had no digest.
+digest covers those checksums and the rest. The run's own record has the digest too
+(`record.py`), so that no checkpoint can pass as an old one that had no digest.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from moex.runs.record import (
 )
 
 ARRAY_ITEMS = ("params", "opt", "state")
-HOST_BYTES = 1 << 28  # of arrays that are on the host where few should be
+HOST_BYTES = 1 << 28  # a small `host_bytes`, for jobs that must save host memory
 
 
 class CheckpointError(RuntimeError):
@@ -41,7 +41,7 @@ class CheckpointError(RuntimeError):
 
 
 class _Hold(policies.PreservationPolicy):
-    """Keeps all checkpoints that there are, while `active`."""
+    """Keeps all existing checkpoints while `active`."""
 
     active = False
 
@@ -66,12 +66,12 @@ class Checkpointer:
 
         Args:
           place: run directory.
-          keep, keep_best: checkpoints that are kept: newest, and best.
-          score: the figure that is lowest in the best ones.
+          keep, keep_best: how many of the newest and of the best checkpoints are kept.
+          score: the figure to rank by; the lowest is the best.
           read_only: nothing is written or moved.
-          host_bytes: about as many bytes of arrays are on the host at a time, or one
-            array; `save` then reads them until `wait` returns, so that they may not be
-            donated. None: all of them, in a copy.
+          host_bytes: about how many bytes of arrays are on the host at a time (at least
+            one array). `save` then reads them until `wait` returns: donate none of them
+            earlier. None: all arrays are copied to the host at once.
         """
         self.run = RunDir(RunDir.of(place).path.absolute())
         self.directory = self.run.checkpoints
@@ -104,7 +104,7 @@ class Checkpointer:
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
-            lightweight_initialize=read_only,  # scores are for those who save
+            lightweight_initialize=read_only,  # only a writer needs the scores
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self.write_record
             ),
@@ -134,8 +134,8 @@ class Checkpointer:
     def save(
         self, step, train_state, *, data, meta, metrics=None, skipped_in_row=0
     ) -> None:
-        """Start writing `step`; returns when the arrays are copied off the devices
-        (without `host_bytes`).
+        """Start writing `step`; without `host_bytes`, return once the arrays are copied
+        off the devices.
 
         Args:
           step: optimizer steps done.
@@ -145,13 +145,13 @@ class Checkpointer:
           meta: JSON data; checksums are added.
           metrics: {score: float} of held-out data, for keep-best, or None.
           skipped_in_row: updates that were skipped right before. If there are any, the
-            checkpoint is not ranked and takes no other's place.
+            checkpoint is not ranked and no other checkpoint is deleted for it.
 
         Raises:
           CheckpointError: if this or an earlier save failed.
         """
         items = _items(train_state)
-        self.wait()  # Orbax would; its thread reads what is set below
+        self.wait()  # Orbax waits too late: its thread reads fields that we set below
         meta = meta | {"checksums": {k: checksums(v) for k, v in items.items()}}
         meta |= {"skipped_in_row": skipped_in_row}
         if metrics is not None and not math.isfinite(self._rank(metrics)):
@@ -173,9 +173,9 @@ class Checkpointer:
             raise self._failed(f"saving step {step}", e) from e
 
     def write_record(self) -> None:
-        """Record the checkpoints that there are, and the one that is being written.
+        """Record the existing checkpoints, and the one that is being written.
 
-        Orbax calls this right before it gives that one its name.
+        Orbax calls this right before it gives the new one its final name.
         """
         if jax.process_index() == 0:
             steps = self.run.saved_steps()
@@ -184,7 +184,7 @@ class Checkpointer:
             write_record(self.run, {s: self._digests.get(s) for s in steps})
 
     def _forget_unfinished(self, record: dict) -> None:
-        """Take from the record what a kill kept from getting its name."""
+        """Remove steps from the record that a kill kept from getting a final name."""
         names = [p.name for p in self.directory.glob("*.orbax-checkpoint-tmp*")]
         steps = {int(n) for n in (n.split(".")[0] for n in names) if n.isdecimal()}
         for step in steps - {*self.run.saved_steps()}:
@@ -192,7 +192,9 @@ class Checkpointer:
                 self.write_record()
 
     def _set_unlisted_aside(self) -> dict[int, str]:
-        """`{step: reason}` of what Orbax cannot list: it would open none at all."""
+        """Set aside the steps that Orbax cannot list, as it would then open no step at
+        all. Return `{step: reason}`.
+        """
         steps = self.run.saved_steps()
         found = {s: why_unlisted(self.directory / str(s)) for s in steps}
         bad = {step: reason for step, reason in found.items() if reason}
@@ -243,7 +245,7 @@ class Checkpointer:
     def restore(
         self, abstract, *, items=ARRAY_ITEMS, warn=print, step=None, check=None
     ):
-        """The newest step whose bytes are intact, or the one that is asked for.
+        """Read the newest step whose bytes are intact, or the one that is asked for.
 
         A damaged step is reported, moved to `corrupt/` (never deleted), and the step
         before it is tried.
@@ -293,15 +295,15 @@ class Checkpointer:
         return None
 
     def _look_over(self, steps: list[int], abstract, warn) -> None:
-        """Before a run goes on: is there what the checkpoints rank by?
+        """Check the metadata of all steps before a run goes on; note steps after skips.
 
-        Removes damaged steps from `steps`, but for the newest, which is read next.
+        Removes damaged steps from `steps`, except for the newest, which is read next.
         """
         for step in list(steps):
             try:
                 meta, _ = self._about(step)
                 skipped = meta.get("skipped_in_row")
-                if skipped is None:  # of moex before 0.2; here it is in the guard
+                if skipped is None:  # moex before 0.2 had it in the guard alone
                     skipped = self._guard(step, abstract)["skipped_in_row"]
                 if skipped:
                     self._skipped.add(step)
@@ -344,7 +346,7 @@ class Checkpointer:
 
     def _about(self, step: int) -> tuple[dict, dict]:
         """`meta` and `data` of a step; see `record.read_about`."""
-        # A run of moex before 0.2 has no digests (None); "" is one not recorded yet.
+        # None: the run is from before moex 0.2, without digests. "": not recorded yet.
         known = None if self._record is None else self._record.get(step, "")
         meta, data, self._digests[step] = read_about(self.directory / str(step), known)
         return meta, data
@@ -376,7 +378,7 @@ class Checkpointer:
         return any(self.quarantine.glob(f"{step}*"))
 
     def _set_aside(self, step):
-        """Move a step to `corrupt/`; with several processes all come here at once."""
+        """Move a step to `corrupt/`; all processes of a job must call this together."""
         if self.read_only:
             return
         if jax.process_index() == 0:
@@ -386,10 +388,10 @@ class Checkpointer:
         self.manager.reload()
 
     def _give_up(self, step, reason):
-        """One process of several could not read a step: perhaps it alone.
+        """Raise the error of one process of several that could not read a step.
 
-        The others may wait for it inside Orbax, so the job ends; the next start takes
-        the step before.
+        The others may have read it and wait for this one inside Orbax, so the job ends;
+        the next start takes the step before.
         """
         done = "look at the disk, or move the step away"
         if not self.read_only:

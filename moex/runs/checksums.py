@@ -23,7 +23,7 @@ def _checksum(x) -> jax.Array:
     second mixes value and place, so that changes cannot cancel by design.
     """
     bits = _bits(x)
-    # Not of a flat copy, which each device would get whole.
+    # Each dimension on its own: a flat copy would be whole on every device.
     place = jnp.zeros((), jnp.uint32)
     for dim in range(x.ndim):
         stride = np.uint32(math.prod(x.shape[dim + 1 :]) % 2**32)
@@ -33,7 +33,7 @@ def _checksum(x) -> jax.Array:
     mixed = bits ^ (place * jnp.uint32(0x9E3779B1) + jnp.uint32(0x7F4A7C15))
     mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-    # Both sums in one reduction: XLA then keeps none of the above in memory.
+    # With both sums in one reduction XLA keeps no intermediate array in memory.
     sums = jax.lax.reduce(
         (weighted, mixed ^ (mixed >> 16)),
         (jnp.uint32(0), jnp.uint32(0)),

@@ -1,4 +1,4 @@
-"""The run directory before a run: it can be written, by all processes of one job."""
+"""Claiming a run directory: one job has it, and all its processes can write there."""
 
 import contextlib
 import errno
@@ -20,7 +20,7 @@ SEEN_S = 60.0  # a network file system may show a new file late
 
 @contextlib.contextmanager
 def claimed(run: RunDir, say=print) -> Iterator[RunLock | None]:
-    """The run directory for this job alone, made if there is none.
+    """Hold the run directory for this job alone; make it if there is none.
 
     Args:
       run: run directory.
@@ -50,7 +50,7 @@ def claimed(run: RunDir, say=print) -> Iterator[RunLock | None]:
 
 @contextlib.contextmanager
 def new_run(target: Place, flag: str, say=print) -> Iterator[RunDir]:
-    """A hidden folder beside `target` that becomes it at the end of a good block.
+    """Yield a hidden folder next to `target`; rename it to that if the block succeeds.
 
     An error leaves nothing behind; a second process for one target is refused at once.
 
@@ -60,14 +60,14 @@ def new_run(target: Place, flag: str, say=print) -> Iterator[RunDir]:
       say: called with a line where the folder of a killed process is taken over.
 
     Raises:
-      ConfigError: if another process makes it, or it came into being meanwhile.
+      ConfigError: if another process makes it, or has made it meanwhile.
     """
     path = RunDir.of(target).path
     made = RunDir(path.parent / f".{path.name}.new")
     made.path.mkdir(parents=True, exist_ok=True)
     try:
         with held(made, flag, say):
-            for left in made.path.iterdir():  # of a killed process
+            for left in made.path.iterdir():  # a killed process may have left files
                 if left.is_dir():
                     shutil.rmtree(left)
                 elif left != made.lock:

@@ -1,4 +1,4 @@
-"""How much of the data a run has consumed: counted, never step x present batch."""
+"""How much data a run has consumed: a count, as the batch size may have changed."""
 
 import dataclasses
 
@@ -7,16 +7,16 @@ import dataclasses
 class Consumed:
     """How much of the data a run has trained on; saved with its checkpoints."""
 
-    sequences: int = 0  # of the whole job: the position in the data
-    tokens: int = 0  # of these sequences, padding too
-    targets: int = 0  # of these tokens, those that were learned
+    sequences: int = 0  # sequences of the whole job: the position in the data
+    tokens: int = 0  # tokens of these sequences, with padding
+    targets: int = 0  # how many of these tokens were learned
 
     @classmethod
     def of(cls, data: dict, seq_len: int) -> "Consumed":
         """Read the counts from the data of a checkpoint.
 
-        Checkpoints of moex before 0.2 have sequences alone: they count as full ones of
-        the present length.
+        Checkpoints of moex before 0.2 have sequences alone: we count them as full ones
+        of the present length.
         """
         sequences = data["sequences"]
         full = sequences * seq_len

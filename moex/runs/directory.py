@@ -1,4 +1,4 @@
-"""The run directory: the name of every file in it, its config and its tokenizer.
+"""The run directory: the names of all its files, its config and its tokenizer.
 
 Only this file knows the names. A folder is a run when it has a `config.json`, which is
 written last.
@@ -21,7 +21,7 @@ Place = Union[str, os.PathLike, "RunDir"]  # where a run directory is
 
 
 class RunDir:
-    """A run directory, which need not be there yet. It stands for its path.
+    """A run directory, which need not exist yet. It can be used as its path.
 
     Attributes:
       path: the folder, as it was given.
@@ -30,22 +30,22 @@ class RunDir:
     def __init__(self, path: str | os.PathLike):
         self.path = path = pathlib.Path(path)
         self._config: Any = None
-        # What a run is.
+        # These make the folder a run.
         self.config_file = path / "config.json"
         self.tokenizer_folder = path / "tokenizer"
         self.checkpoints = path / "checkpoints"  # a folder for each step
         self.record = path / "checkpoints.json"  # which checkpoints were saved
         self.corrupt = path / "corrupt"  # damaged checkpoints, which are never deleted
         self.data_file = path / "data.json"  # which files the run has read
-        # What training tells.
+        # Training logs to these.
         self.metrics = path / "metrics.jsonl"
         self.routing = path / "routing.jsonl"  # figures of each MoE layer
         self.environment = path / "environment.json"  # versions and machines
         self.tensorboard = path / "tb"
         self.profile = path / "profile"
         self.lock = path / "run.lock"  # who writes the run now
-        # What other commands add.
-        self.config_script = path / "config.py"  # of an import or conversion
+        # Other commands add these.
+        self.config_script = path / "config.py"  # written by an import or conversion
         self.imported = path / "hf"  # files of the folder that was imported
         self.conversion = path / "convert.json"
         self.report = path / "report.html"
@@ -53,7 +53,7 @@ class RunDir:
 
     @classmethod
     def of(cls, place: Place) -> "RunDir":
-        """A `RunDir` as it is, a path as a new one."""
+        """Return a `RunDir` as it is; make one of a path."""
         return place if isinstance(place, RunDir) else cls(place)
 
     def __fspath__(self) -> str:
@@ -67,13 +67,13 @@ class RunDir:
         return self.config_file.is_file()
 
     def config(self):
-        """A copy of the run config. The file is read once, whoever asks how often.
+        """Return a copy of the run config. The file is read only once.
 
         Its task completes it, as the folder may have been moved.
 
         Raises:
-          ConfigError: if it is not a run directory, or its config.json is none that
-            `check_run` accepts.
+          ConfigError: if it is not a run directory, or `check_run` refuses its
+            config.json.
         """
         if self._config is None:
             self._config = self._read_config()
@@ -96,7 +96,7 @@ class RunDir:
         return configs.to_dict(cfg)
 
     def save_config(self, cfg) -> None:
-        """Write a run config, with which the folder is a run."""
+        """Write the run config: from now on the folder is a run."""
         text = json.dumps(configs.to_dict(cfg), indent=1)
         atomic_write(self.config_file, text + "\n")
 

@@ -1,4 +1,4 @@
-"""What a run was started in: versions, machine, command; for its report."""
+"""The environment of each start of a run: versions, machine, command."""
 
 import datetime
 import importlib.metadata
@@ -22,10 +22,10 @@ PACKAGES = (
 
 
 def environment(step: int) -> dict:
-    """What this process runs in.
+    """Describe the environment of this process as plain data.
 
     Args:
-      step: that the run goes on from.
+      step: the step from which the run goes on.
     """
     device = jax.devices()[0]
     return {
@@ -53,7 +53,7 @@ def read_environment(run: RunDir) -> list[dict]:
     """The starts in a run's environment.json, oldest first; none if there is no file.
 
     Raises:
-      ConfigError: naming the file and the entry, if it is none that moex writes.
+      ConfigError: naming the file and the entry, if moex cannot have written it.
     """
     file = run.environment
     if not file.is_file():
@@ -72,7 +72,7 @@ def read_environment(run: RunDir) -> list[dict]:
 def save_environment(run: RunDir, step: int) -> None:
     """Add this start to the environment.json of a run.
 
-    A damaged file is kept as environment.json.damaged, and begun again.
+    A damaged file is kept as environment.json.damaged, and a new one is begun.
     """
     file = run.environment
     try:

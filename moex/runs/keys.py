@@ -1,8 +1,8 @@
-"""The run: its keys, the sections that are not a subsystem of their own, its checks.
+"""The keys of a run config, its sections that no other package owns, its checks.
 
 A run config is an `ml_collections.ConfigDict` with exactly the keys of `RUN_KEYS`.
-`configs/base.py` gives them their defaults. `tests/test_run.py` holds the list, so
-that adding a key is a decision.
+`configs/base.py` gives them their defaults. `tests/test_run.py` repeats the list, so
+that nobody adds a key by accident.
 """
 
 import dataclasses
@@ -52,11 +52,11 @@ class Eval(Config):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Checkpoint(Config):
-    """When checkpoints are written, which are kept; the last step is always saved."""
+    """When to write checkpoints and which to keep; the last step is always saved."""
 
     every: int = 1000  # optimizer steps between checkpoints; 0: only at the end
     keep: int = 2  # latest checkpoints kept, >= 1
-    keep_best: int = 1  # checkpoints of lowest held-out loss kept besides, >= 0
+    keep_best: int = 1  # further checkpoints kept, of lowest held-out loss, >= 0
 
     def validate(self, path):
         require(self.every >= 0, f"{path}.every", self.every, ">= 0")
@@ -73,7 +73,7 @@ class Log(Config):
     sample_every: int = 0  # steps between text samples; 0: only at the end
     sample_prompts: tuple[str, ...] = ("The ",)  # prompts of the text samples
     sample_tokens: int = 48  # new tokens per sample; 0: no samples
-    tensorboard: bool = True  # write tb/ beside metrics.jsonl
+    tensorboard: bool = True  # write tb/ next to metrics.jsonl
     # "brief": means over MoE layers and the worst one, however many layers there are.
     # "detailed": series and histograms of every layer and chain round too.
     detail: str = "brief"
@@ -94,7 +94,7 @@ BALANCE_SCOPES = ("microbatch", "sequence", "step")
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Loss(Config):
-    """What the losses beside that of the task weigh; applied in `model/task.py`.
+    """The weights of the losses added to that of the task; see `model/task.py`.
 
     Every coefficient is a number or a `Schedule` of the optimizer step.
     """
@@ -105,11 +105,11 @@ class Loss(Config):
     router_z: float | Schedule = 0.001  # router z-loss of MoE layers
     entropy: float | Schedule = 0.0  # entropy of the router probabilities
     importance: float | Schedule = 0.0  # squared CV of the summed probabilities
-    # Whose load counts: of the whole "microbatch" (all devices), of each "sequence",
-    # or of all microbatches of the "step" so far.
+    # The tokens whose load is balanced: the whole "microbatch" (all devices), each
+    # "sequence" by itself, or all microbatches of the "step" so far.
     balance_scope: str = "microbatch"
-    # "share": 1 at uniform routing. "count": times slots per token, as papers with
-    # f = share of tokens have it.
+    # "share": the loss is 1 at uniform routing. "count": it is multiplied by the slots
+    # per token, as in papers where f is a share of the tokens.
     balance_scale: str = "share"
     over_layers: str = "sum"  # or "mean", of MoE layers and chain rounds
 
@@ -149,7 +149,7 @@ RUN_KEYS = {
 }
 
 
-# The task of configs that name none, such as those of runs before version 0.3.
+# The task of configs that name no task, such as those of runs before version 0.3.
 DEFAULT_TASK = "moex.tasks.lm.LanguageModelling"
 
 
@@ -160,8 +160,8 @@ def check_run(cfg: ml_collections.ConfigDict, *, to_train: bool = True) -> None:
 
     Args:
       cfg: keys of `RUN_KEYS`.
-      to_train: whether `check_schedules` too; a run that was trained is opened whatever
-        its schedules were.
+      to_train: whether to call `check_schedules` too. A run that was trained is opened
+        whatever its schedules were.
 
     Raises:
       ConfigError: one line with the field, its value and what is allowed.
@@ -223,7 +223,7 @@ def _check_values(cfg):
 
 
 def check_schedules(cfg) -> None:
-    """Check that all that changes over the run ends within its steps.
+    """Check that every schedule of the run ends within its steps.
 
     Raises:
       ConfigError: if warm-up and decay of the learning rate do not fit.
@@ -235,7 +235,7 @@ def check_schedules(cfg) -> None:
 
 
 def not_causal(model: Model, path: str = "config.model") -> str | None:
-    """Where a model looks at later tokens (and so cannot decode); None: nowhere."""
+    """The field that lets a model see later tokens, so it cannot decode; or None."""
     for where, node in configs.walk(model, path):
         if isinstance(node, PartConfig) and not node.causal:
             return where
@@ -243,7 +243,7 @@ def not_causal(model: Model, path: str = "config.model") -> str | None:
 
 
 def kernel_names(value: str) -> tuple[str, ...]:
-    """What `config.kernels` may name: "auto" alone, or implementations."""
+    """Read `config.kernels`: "auto" alone, or names of implementations."""
     from kernels_pallas import IMPLEMENTATIONS
 
     return tuple(IMPLEMENTATIONS) if "," in value else ("auto", *IMPLEMENTATIONS)

@@ -1,6 +1,6 @@
 """metrics.jsonl and routing.jsonl of a run: one JSON object a line; write, trim, read.
 
-S logged steps of one kind, ascending · E experts · ... what a figure has per step
+S logged steps of one kind, ascending · E experts · ... the dimensions of one figure
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from moex.json_files import (
     read_json_lines,
 )
 
-KINDS = ("train", "eval")  # of lines of numbers, in their order in a step
-# Ends the names of values that are a layer, the one with the worst figure.
+KINDS = ("train", "eval")  # kinds of lines of numbers, in their order in a step
+# The suffix of values that name a layer: the one with the worst figure.
 WHICH = "_worst_layer"
 LABEL = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 LISTS = ("load_frac", "slots_hist")  # figures that are lists; others are numbers
-MOST_LINES = 2000  # of routing.jsonl that are kept, for each kind
-MOST_BYTES = 2**28  # of their figures
+MOST_LINES = 2000  # lines of routing.jsonl that are kept, for each kind
+MOST_BYTES = 2**28  # memory of their figures
 
 
 class Lines:
@@ -43,8 +43,8 @@ class Lines:
             self._out.write(dump_json(line) + "\n")
 
     def close(self) -> None:
-        """Close the file; `write` has already reported a line that it could not write,
-        and which is tried again here.
+        """Close the file. A line that could not be written is tried again, without an
+        error: `write` has already reported it.
         """
         with contextlib.suppress(OSError):
             self._out.close()
@@ -61,7 +61,7 @@ def trim(file: pathlib.Path, step: int) -> int:
     kept, damaged = [], 0
     for line in file.read_bytes().splitlines(keepends=True):
         try:
-            # Logs of before version 0.2 have NaN.
+            # Logs from before version 0.2 have NaN.
             entry = expect_object(parse_json(line, "", nan=True), "")
             if field(entry, "step", int, "") <= step:
                 kept.append(line.rstrip(b"\n") + b"\n")
@@ -92,16 +92,16 @@ def last_step(file: pathlib.Path) -> int:
 def read_metrics(file: pathlib.Path) -> dict[str, dict[int, dict]]:
     """The lines of a metrics.jsonl by kind and by step, ascending.
 
-    Of a step that was done again after a crash, the last line counts. A last line that
-    is being written is left out. All values of `KINDS` are numbers, null and NaN among
-    them, but for names of layers.
+    If a step was done again after a crash, its last line counts. A last line that is
+    still being written is left out. All values of `KINDS` are numbers (null and NaN
+    too), except for names of layers.
 
     Returns:
       {} if there is no such file.
 
     Raises:
-      ConfigError: naming the file and the line, if any other line is not JSON, or none
-        that moex writes.
+      ConfigError: naming the file and the line, if any other line is not JSON, or moex
+        cannot have written it.
     """
     lines: dict[str, dict[int, dict]] = {}
     if not file.is_file():
@@ -127,7 +127,7 @@ def _checked(line: dict, where: str) -> dict:
             ok = value is None or abs(value) < 2**63 or not isinstance(value, int)
             require(ok, f"{where}: {name}", value, "below 2**63")
             found[name] = math.nan if value is None else value
-    if "tokens_seen" in line:  # a count: it has no NaN
+    if "tokens_seen" in line:  # a count: it cannot be NaN
         tokens = field(line, "tokens_seen", int, where)
         require(tokens >= 0, f"{where}: tokens_seen", tokens, ">= 0")
     return found
@@ -147,7 +147,7 @@ class Routing:
       step_S: int64[S].
       layers: by label ("003", or "003.1" for the first round of a chain) and name of
         the figure: float32[S, ...], NaN where a line does not have it.
-      read, there: lines that are here, and in the file.
+      read, there: the number of lines that were read, and that the file has.
     """
 
     step_S: np.ndarray
@@ -159,8 +159,8 @@ class Routing:
 def read_routing(file: pathlib.Path) -> dict[str, Routing]:
     """The figures of a routing.jsonl by kind; none if there is no such file.
 
-    Of a long file evenly spaced lines are kept, the last one among them, so that memory
-    and time have a bound.
+    From a long file it takes evenly spaced lines, the last one among them, so that
+    memory and time are bounded.
 
     Raises:
       ConfigError: if a line other than the last one is damaged.
@@ -172,7 +172,7 @@ def read_routing(file: pathlib.Path) -> dict[str, Routing]:
     with file.open("rb") as opened:
         start, number = 0, 0
         for number, raw in enumerate(opened, 1):
-            if raw.endswith(b"\n"):  # else it is being written
+            if raw.endswith(b"\n"):  # otherwise it is still being written
                 kind, step = _head(f"{file}, line {number}", raw)
                 places.setdefault(kind, {})[step] = (start, number)
                 widest = max(widest, len(raw))
@@ -185,7 +185,7 @@ def read_routing(file: pathlib.Path) -> dict[str, Routing]:
 
 
 def _head(where: str, raw: bytes) -> tuple[str, int]:
-    """Kind and step of a line, without parsing all of it."""
+    """The kind and the step of a line, without parsing all of it."""
     end = raw.find(b'"layers"')
     text = raw[:end].rstrip().rstrip(b",") + b"}" if end > 0 else raw
     return _kind_and_step(expect_object(parse_json(text, where), where), where)
@@ -223,7 +223,7 @@ def _read_kind(file, opened, places: dict, most: int) -> Routing:
 def _figures(data: dict, where: str) -> dict[str, np.ndarray]:
     """The figures of a layer as float32; null is NaN."""
     found = {}
-    with np.errstate(over="ignore"):  # to infinity
+    with np.errstate(over="ignore"):  # too large a number becomes infinity
         for name in data:
             if name in LISTS:
                 value = field(data, name, list[float | None], where)
@@ -242,7 +242,7 @@ def _place(label: str) -> list[int]:
 
 
 def _stack(lines: list[dict]) -> dict[str, np.ndarray]:
-    """Figures of one layer over lines, NaN where a line has none, or another shape."""
+    """Stack the figures of a layer; NaN where a line has none or another shape."""
     shapes = {n: v.shape for line in lines for n, v in line.items()}
     found = {}
     for name, shape in shapes.items():

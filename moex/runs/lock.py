@@ -1,10 +1,10 @@
 """One writer of a run directory at a time, over all hosts that see it.
 
-A writer has two things. A lock of the operating system on the folder goes with the
+A writer has two things. A lock of the operating system on the folder ends with the
 process that has it, so that a killed one never stands in the way; it decides between
 the processes of one machine. Other machines may not see it (few network file systems
-pass it on). For them there is `run.lock` in the folder: who writes, since when, and a
-time of change that moves on as long as the writer lives.
+pass it on). For them there is `run.lock` in the folder: it says who writes and since
+when, and its time of change moves on as long as the writer lives.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ class RunLock:
         self._beating.start()
 
     def check(self) -> None:
-        """Look whether the lock is still ours; call it before anything is written.
+        """Check that the lock is still ours; call this before anything is written.
 
         Raises:
           LockLostError: if another process took it over.
@@ -98,7 +98,7 @@ class RunLock:
         self.check_told()
 
     def check_told(self) -> None:
-        """Look whether the last sign of life found the lock lost; costs nothing."""
+        """Check that the lock was ours at the last sign of life; this costs nothing."""
         if self.lost is not None:
             raise LockLostError(
                 f"{self.flag}: this process was silent for too long, and "
@@ -117,14 +117,14 @@ class RunLock:
         os.close(self._folder)
 
     def _create(self) -> bool:
-        """Make the file with our record; False if there is one."""
+        """Make the file with our record; False if there is a file already."""
         made = self._own_file()
         try:
             os.link(made, self.file)
             return True
         except FileExistsError:
             return False
-        except OSError:  # a file system without links
+        except OSError:  # the file system has no links
             return self._create_exclusively()
         finally:
             made.unlink()
@@ -138,14 +138,14 @@ class RunLock:
             return False
 
     def _own_file(self) -> pathlib.Path:
-        """A file with our record beside the lock."""
+        """Write a file with our record next to the lock file."""
         made = self.file.with_name(f".{self.file.name}.{self.token}")
         with naming(made):
             made.write_text(json.dumps(self.record), encoding="utf-8")
         return made
 
     def _take_over(self, holder: dict) -> bool:
-        """Take the lock of a dead process; False if it went away meanwhile.
+        """Take the lock of a dead process; False if the lock file is gone meanwhile.
 
         Raises:
           ConfigError: if it lives.
@@ -182,7 +182,7 @@ class RunLock:
         return born is not None and born == holder.get("born")
 
     def _beats(self, holder: dict) -> bool:
-        """Whether the file changes, or goes, within `STALE_S`."""
+        """Whether the file changes or disappears within `STALE_S`."""
         first, deadline = _changed(self.file), time.monotonic() + STALE_S
         while time.monotonic() < deadline:
             time.sleep(min(0.5, BEAT_S))
@@ -200,7 +200,7 @@ class RunLock:
     def _beat(self) -> None:
         """Show a sign of life until the end; notice if another took the lock."""
         while not self._ended.wait(BEAT_S):
-            # A disk that does not answer for a while is no loss: others wait longer.
+            # A disk may not answer for a while: other processes wait longer than that.
             with contextlib.suppress(OSError):
                 holder = _read(self.file)
                 if holder is None:
@@ -213,11 +213,11 @@ class RunLock:
 
 
 def _here(folder: int, locked: bool | None) -> dict:
-    """This process for others: `locks` and `pids` say who can tell that it lives."""
+    """Describe this process; `locks` and `pids` say who can see whether it lives."""
     try:
         boot = pathlib.Path(BOOT).read_text(encoding="ascii").strip()
         space = os.readlink("/proc/self/ns/pid")
-    except OSError:  # no Linux
+    except OSError:  # this is not Linux
         boot, space = platform.node(), ""
     return {
         "host": platform.node(),
@@ -229,7 +229,7 @@ def _here(folder: int, locked: bool | None) -> dict:
 
 
 def _born(pid) -> str | None:
-    """When a process of this machine began, in its own units; None: there is none."""
+    """The start time of a process here, in the kernel's units; None if it is gone."""
     try:
         text = pathlib.Path(f"/proc/{int(pid)}/stat").read_bytes()
         return text.rpartition(b")")[2].split()[19].decode()
@@ -242,13 +242,13 @@ def _born(pid) -> str | None:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return None
-    except OSError:  # of another user
+    except OSError:  # it belongs to another user
         pass
     return "unknown"
 
 
 def _flock(folder: int) -> bool | None:
-    """Lock a folder that is open: True, False if another has it, None if none can."""
+    """Lock an open folder: True, False if another has it, None if locks do not work."""
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -259,7 +259,7 @@ def _flock(folder: int) -> bool | None:
 
 
 def _read(file: pathlib.Path) -> dict | None:
-    """The record in a lock file; {} if it is none (yet), None if there is no file."""
+    """Read the record of a lock file: {} if it has none (yet), None without a file."""
     try:
         return expect_object(parse_json(file.read_bytes(), file.name), file.name)
     except FileNotFoundError:

@@ -21,13 +21,13 @@ class LoadedRun(Program):
     """A trained model from a run directory."""
 
     folder: RunDir
-    step: int  # of the checkpoint
+    step: int  # the step of the checkpoint
     params: dict
     state: dict
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of a run of a task with token ids."""
+        """The tokenizer of the run, whose task must have token ids."""
         return self.folder.tokenizer()
 
 
@@ -36,10 +36,10 @@ def load_run(place: Place, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun
 
     Args:
       place: run directory.
-      mesh_cfg: `MeshConfig`; None: that of the run where it fits the devices that there
-        are, else copies of the model on all.
+      mesh_cfg: `MeshConfig`; None: that of the run where it fits the devices of this
+        job, otherwise one that keeps a copy of the model on each device.
       warn: called with one line per damaged checkpoint, and if the mesh does not fit.
-      step: of the checkpoint; None: the newest.
+      step: the step of the checkpoint; None: the newest.
 
     Raises:
       ConfigError: if it is not a run directory or has no (such) checkpoint.
@@ -61,10 +61,10 @@ def load_run(place: Place, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun
 
 
 def saved_spec(run: RunDir) -> ModelSpec:
-    """The abstract model of a run that was started, whose size is known.
+    """Build the abstract model of a run that was started.
 
     Raises:
-      ConfigError: if it is no run directory, or leaves the size of its model open.
+      ConfigError: if it is no run directory, or its config leaves the model size open.
     """
     model = run.config().model
     if model.num_outputs is None:
@@ -79,7 +79,7 @@ def _mesh_here(cfg, spec: ModelSpec, warn) -> Mesh:
     try:
         mesh = cfg.mesh.make()
         check_mesh(spec, mesh)
-    except ConfigError as e:  # trained on another number of devices
+    except ConfigError as e:  # it was trained on another number of devices
         mesh = sharding.MeshConfig().make()
         warn(f"the mesh of the run does not fit here ({e}); every device has a copy")
         check_mesh(spec, mesh)
@@ -87,7 +87,7 @@ def _mesh_here(cfg, spec: ModelSpec, warn) -> Mesh:
 
 
 def restore_params(run: RunDir, program: Program, *, warn=print, step=None, check=None):
-    """`({"params", "state"}, step)` of the newest intact checkpoint, or of `step`.
+    """Read `({"params", "state"}, step)` of the newest intact checkpoint, or of `step`.
 
     Args:
       run: run directory.
@@ -100,8 +100,8 @@ def restore_params(run: RunDir, program: Program, *, warn=print, step=None, chec
     """
     if not run.checkpoints.is_dir():
         raise ConfigError(f"{run}: the run has no checkpoint yet.")
-    abstract = Program.abstract_state(program)  # no optimizer
-    # Orbax refuses an array above its limit, and may read all to get one part.
+    abstract = Program.abstract_state(program)  # without the optimizer state
+    # Orbax refuses an array above its limit, and may read all of it to get one part.
     largest = max(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract))
     limit = max(HOST_BYTES, 2 * largest)
     checkpointer = Checkpointer(run, read_only=True, host_bytes=limit)
@@ -118,9 +118,9 @@ def restore_params(run: RunDir, program: Program, *, warn=print, step=None, chec
 
 
 def saved_with(cfg, identity: dict[str, str]):
-    """`check(step, meta)`: that a checkpoint has a model and an identity of its task.
+    """Make `check(step, meta)`: does a checkpoint have this model and task identity?
 
-    It raises a `ConfigError` that names the first field that differs.
+    If not, it raises a `ConfigError` that names the first field that differs.
     """
     model = configs.to_dict(cfg.model)
 
@@ -137,7 +137,7 @@ def saved_with(cfg, identity: dict[str, str]):
         try:  # fields that were added since get their defaults
             saved = configs.to_dict(configs.from_dict(meta["model"]))
         except ConfigError:
-            return  # a field has another name now; the arrays are compared
+            return  # a field has another name now; only the arrays are compared
         for key, here, there in differences(model, saved, "model"):
             raise ConfigError(
                 f"config.{key} = {here!r}, but {where} was trained with {there!r}; put "
@@ -148,7 +148,7 @@ def saved_with(cfg, identity: dict[str, str]):
 
 
 def differences(new, old, path: str = ""):
-    """Yield `(path, new value, old value)` of what differs in two of `to_dict`.
+    """Yield `(path, new value, old value)` where two results of `to_dict` differ.
 
     A value that one of them lacks is None; paths are sorted.
     """

@@ -27,22 +27,22 @@ from moex.runs.keys import check_run
 class Program:
     """A model on a mesh, and how to compute it."""
 
-    cfg: Any  # the run config, checked, with what the data tells filled in
+    cfg: Any  # the run config, checked; fields that the data decides are filled in
     mesh: Mesh
     spec: ModelSpec
 
     def static(self, *, train: bool) -> dict:
-        """Static fields of `Context`: how to compute, not what."""
+        """The static fields of `Context`, which say how to compute."""
         return static_options(self.cfg, train=train)
 
     @property
     def num_domains(self) -> int:
-        """Domains of the data, as the config has them."""
+        """The number of domains of the data, by the config."""
         return self.cfg.task.num_domains(self.cfg)
 
     @property
     def whole(self) -> NamedSharding:
-        """The sharding of what every device holds in full."""
+        """The sharding of arrays that every device holds in full."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def abstract_state(self) -> dict:
@@ -62,16 +62,16 @@ class Evaluated(Program):
 
     @property
     def num_domains(self) -> int:
-        """Domains of the data."""
+        """The number of domains of the data."""
         return len(self.data.domains)
 
     @property
     def holds_out(self) -> bool:
-        """Whether any data is held out that has something to score."""
+        """Whether there is held-out data with something to score."""
         return self.data.holds_out
 
     def eval_batches(self, limit: int | None):
-        """Held-out batches of this process."""
+        """The held-out batches of this process."""
         batch_size = eval_batch_size(self.cfg)
         return eval_batches(
             self.data,
@@ -82,7 +82,7 @@ class Evaluated(Program):
 
 
 def make_program(cfg, mesh: Mesh) -> Program:
-    """The program of a checked config on a mesh, or abstract mesh.
+    """Build the program of a checked config on a mesh or an abstract mesh.
 
     Raises:
       ConfigError: if the mesh does not divide a parameter.
@@ -93,7 +93,7 @@ def make_program(cfg, mesh: Mesh) -> Program:
 
 
 def mesh_here(cfg) -> Mesh:
-    """The mesh of a config on the devices that there are, every mistake found.
+    """Check a config and make its mesh of the devices of this job.
 
     Raises:
       ConfigError: for a mistake in the config, or where it does not fit the devices.
@@ -113,7 +113,7 @@ def compute_dtype(cfg) -> str:
 
 
 def static_options(cfg, *, train: bool) -> dict:
-    """Static fields of `Context` from a run config."""
+    """Make the static fields of `Context` from a run config."""
     kernels = None if cfg.kernels == "auto" else cfg.kernels
     if not train and not kernels_here(cfg):
         caution(f"config.kernels = {kernels!r} do not run here; 'auto' is used.")
@@ -124,13 +124,13 @@ def static_options(cfg, *, train: bool) -> dict:
         "remat": cfg.remat if train else "none",
         "scan_layers": cfg.scan_layers,
         "exchange": cfg.mesh.exchange,
-        # What is scored must be exact, and keeps nothing for a backward pass.
+        # Scores must be exact, and evaluation has the memory: no backward pass.
         "exchange_buffer": cfg.mesh.exchange_buffer if train else None,
     }
 
 
 def kernels_here(cfg) -> bool:
-    """Whether one at least of the kernels that a run names can compute it here."""
+    """Whether at least one of the kernels that a run names works here."""
     return cfg.kernels == "auto" or any(
         why_not(name, _experts_of(cfg), platform()) is None
         for name in split_names(cfg.kernels)
@@ -138,12 +138,12 @@ def kernels_here(cfg) -> bool:
 
 
 def _experts_of(cfg) -> Request:
-    """What experts ask of kernels, of sizes that no kernel refuses."""
+    """A request for the kernel of experts, with sizes that no kernel refuses."""
     return Request("grouped_glu", compute_dtype(cfg), 1024, 1024, 8, "silu")
 
 
 def eval_batch_size(cfg) -> int:
-    """Sequences per evaluation step over the whole job."""
+    """The number of sequences per evaluation step, over the whole job."""
     return cfg.eval.batch_size or cfg.batch_size // cfg.grad_accum
 
 
@@ -166,7 +166,7 @@ def check_devices(cfg, mesh: Mesh) -> None:
 
 
 def check_eval_devices(cfg, mesh: Mesh) -> None:
-    """What `check_devices` checks of an evaluation."""
+    """Check that an evaluation divides over the devices; see `check_devices`."""
     shards = sharding.batch_shards(mesh)
     parts = mesh.shape["seq"]
     require(
@@ -190,7 +190,7 @@ def check_eval_devices(cfg, mesh: Mesh) -> None:
 
 
 def _platform(mesh) -> str:
-    """Of the devices of a mesh, or of those that an abstract one describes."""
+    """The platform of the devices of a mesh or an abstract mesh."""
     return mesh.abstract_mesh.abstract_device.platform
 
 

@@ -1,8 +1,8 @@
 """`checkpoints.json`: which checkpoints a run has saved, with a digest of each.
 
-It lies beside the checkpoints, so that it tells when they are gone, or are not the ones
-that the run wrote. A digest covers all of a checkpoint that is no array: position in
-the data, step, scores, checksums of the arrays.
+It is kept next to their folder, so that it tells when they are gone, or are not those
+that the run wrote. A digest covers everything in a checkpoint except the arrays: the
+position in the data, the step, the scores and the checksums of the arrays.
 """
 
 import json
@@ -26,21 +26,21 @@ from moex.runs.lines import last_step
 
 
 class ChecksumError(ValueError):
-    """Bytes were read that were not written; all processes find the same ones."""
+    """The bytes on disk are not those written; all processes find the same damage."""
 
 
 def digest_of(step: int, data: Any, metrics: Any, meta: Any) -> str:
-    """The digest of all of a checkpoint that is no array."""
+    """The digest of everything in a checkpoint except the arrays."""
     return digest({"step": step, "data": data, "metrics": metrics, "meta": meta})
 
 
 def read_record(run: RunDir) -> dict[int, str | None] | None:
-    """`{step: digest}` of the checkpoints that were there at the last save, ascending.
+    """Read `{step: digest}` of the checkpoints at the last save, ascending.
 
     A digest is None for a checkpoint of moex before version 0.2, which has none.
 
     Returns:
-      None if there is no record: the run is as old.
+      None if there is no record: moex before version 0.2 wrote none.
 
     Raises:
       ConfigError: if the file is damaged.
@@ -55,7 +55,7 @@ def read_record(run: RunDir) -> dict[int, str | None] | None:
 
 
 def write_record(run: RunDir, steps: dict[int, str | None]) -> None:
-    """Write what `read_record` reads."""
+    """Write the record; see `read_record`."""
     text = json.dumps({"steps": {str(s): steps[s] for s in sorted(steps)}}, indent=1)
     atomic_write(run.record, text + "\n")
 
@@ -63,12 +63,12 @@ def write_record(run: RunDir, steps: dict[int, str | None]) -> None:
 def read_about(
     folder: pathlib.Path, known: str | None
 ) -> tuple[dict, dict, str | None]:
-    """Read all that a checkpoint has beside its arrays; check that the run wrote it.
+    """Read a checkpoint without its arrays, and check that the run wrote it.
 
     Args:
-      folder: of the checkpoint; its name is the step.
-      known: its digest by the record; "" if the record lacks the step, None if it is
-        known to be of moex before 0.2 (or may be), which wrote no digest.
+      folder: the folder of the checkpoint; its name is the step.
+      known: its digest by the record; "" if the record lacks the step; None if the
+        checkpoint is or may be from before moex 0.2, which wrote no digest.
 
     Returns:
       (meta, data, its own digest).
@@ -100,7 +100,7 @@ def read_about(
 def why_unlisted(folder: pathlib.Path) -> str | None:
     """Why Orbax cannot list a checkpoint among others; None if it can."""
     try:
-        # Both are read of every checkpoint when a folder of them is opened.
+        # Orbax reads both files of every checkpoint when it opens their folder.
         names = ocp.path.step.standard_name_format()
         _ = names.find_step(folder.parent, int(folder.name)).commit_timestamp
         scores = folder / "metrics" / "metrics"
@@ -112,7 +112,7 @@ def why_unlisted(folder: pathlib.Path) -> str | None:
 
 
 def _json(file: pathlib.Path) -> dict:
-    """A JSON object among what Orbax wrote.
+    """Read a JSON object that Orbax wrote.
 
     Raises:
       ChecksumError: if it is none.
@@ -128,10 +128,10 @@ def check_may_begin(run: RunDir, every: int) -> None:
 
     Args:
       run: run directory with a config.
-      every: steps between checkpoints, of that config.
+      every: steps between checkpoints, from that config.
 
     Raises:
-      ConfigError: if it had: training from step 0 would drop what it has logged.
+      ConfigError: if it had some: training from step 0 would delete its log.
     """
     recorded, trained = read_record(run), last_step(run.metrics)
     if recorded:
@@ -156,6 +156,6 @@ def _resumed_at(run: RunDir) -> int:
     """The last step that a start of the run went on from."""
     try:
         starts = read_environment(run)
-    except ConfigError:  # it is written anew each start
+    except ConfigError:  # a damaged file is replaced at the next start
         return 0
     return max((start.get("step", 0) for start in starts), default=0)

@@ -1,7 +1,7 @@
 """A check, before anything is compiled, that the devices of a mesh can hold a job.
 
 It counts the train state and the logits of one microbatch: a lower bound. `moex plan`
-says what a job really needs, also of devices that are not here.
+says how much a job really needs, even on devices that are not here.
 """
 
 import math
@@ -15,15 +15,15 @@ from moex.model.accounting import device_bytes
 
 
 def check_room(cfg, mesh: Mesh, state) -> None:
-    """Check that the memory of a device is not less than what it must hold.
+    """Check that each device has enough memory for its part of the job.
 
     Args:
       cfg: run config, with the size of the model filled in.
-      mesh: of real devices.
+      mesh: a mesh of real devices.
       state: the abstract train state, with shardings.
 
     Raises:
-      ConfigError: with both sizes, if it is.
+      ConfigError: with both sizes, if it has not.
     """
     most = device_bytes(mesh.local_devices)
     held = sum(

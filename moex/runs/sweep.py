@@ -1,8 +1,8 @@
 """`moex train --sweep`: a grid of runs over fields of one config, one after another.
 
-A point of the grid is a run directory of its own under --workdir, trained by a process
-of its own: what one run leaves behind in memory or on a device is gone before the next.
-`sweep.json` beside them holds the base config and the grid.
+Each point of the grid has a run directory of its own under --workdir and is trained by
+a process of its own, so that the memory of one run is free again before the next.
+`sweep.json` next to them holds the base config and the grid.
 """
 
 import collections
@@ -40,9 +40,9 @@ class Point:
     """One run of a sweep.
 
     Attributes:
-      name: of its folder.
+      name: the name of its folder.
       overrides: `--config.a.b=value` of the fields that are swept.
-      steps: that it takes.
+      steps: how many steps it trains.
     """
 
     name: str
@@ -56,8 +56,8 @@ class Sweep:
 
     Attributes:
       base: the config without the swept values, as plain data.
-      grid: values as text, by field.
-      points: the last field of the grid changes fastest.
+      grid: the values as text, by field.
+      points: the points in order; the last field of the grid changes fastest.
     """
 
     base: Any
@@ -103,7 +103,7 @@ def make_sweep(texts: Sequence[str], config_args: list[str]) -> Sweep:
 
 
 def parse_axis(text: str) -> tuple[str, tuple[str, ...]]:
-    """`(field, values)` of `FIELD=V1,V2`.
+    """Read `(field, values)` from `FIELD=V1,V2`.
 
     Raises:
       ConfigError: if there is no field or no value, or one is empty or comes twice.
@@ -122,7 +122,7 @@ def parse_axis(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def split_top(text: str) -> list[str]:
-    """`text` split at its commas outside of brackets and quotes.
+    """Split `text` at its commas outside of brackets and quotes.
 
     Raises:
       ConfigError: if a bracket or a quote is not closed.
@@ -146,7 +146,7 @@ def split_top(text: str) -> list[str]:
 
 
 def point_name(chosen: dict[str, str]) -> str:
-    """The folder of a point, such as `optim.lr=0.01,seed=1`; any order of fields."""
+    """The folder name of a point, such as `optim.lr=0.01,seed=1`."""
     parts = (f"{field}={value}" for field, value in sorted(chosen.items()))
     text = re.sub(r"\[(\d+)\]", r".\1", ",".join(parts))
     text = re.sub(r"[\s'\"()\[\]{}]+", "", text)
@@ -157,7 +157,7 @@ def point_name(chosen: dict[str, str]) -> str:
 
 
 def claim(sweep: Sweep, workdir: pathlib.Path) -> None:
-    """Write the grid to `workdir`, or check that it is the one there or holds it.
+    """Write the grid to `workdir`, or check that it agrees with the grid there.
 
     Raises:
       ConfigError: if the sweep there has another config, other fields, or values that
@@ -172,7 +172,7 @@ def claim(sweep: Sweep, workdir: pathlib.Path) -> None:
         raise ConfigError(f"{flag}: cannot be written ({e.strerror}).") from None
     if RunDir(workdir).is_run():
         raise ConfigError(f"{flag}: is a run; a sweep needs a folder of its own.")
-    with locked(workdir / ".sweep.lock"):  # jobs of a Slurm array come at once
+    with locked(workdir / ".sweep.lock"):  # jobs of a Slurm array start together
         if file.is_file():
             theirs = _read(file)
             _check_grows(theirs, mine, flag)
@@ -210,12 +210,12 @@ def _check_grows(theirs: dict, mine: dict, flag: str) -> None:
 
 
 def is_finished(run: pathlib.Path, steps: int) -> bool:
-    """Whether a run has saved its last step; nothing is restored to find out."""
+    """Whether a run has saved its last step; looks at names of folders only."""
     return max(RunDir(run).saved_steps(), default=-1) >= steps
 
 
 def list_lines(sweep: Sweep, workdir: pathlib.Path | None) -> list[str]:
-    """The points for people, one a line, by the index of `--sweep-index`."""
+    """List the points for people, one a line, by the index of `--sweep-index`."""
     lines = []
     for i, point in enumerate(sweep.points):
         done = workdir is not None and is_finished(workdir / point.name, point.steps)
@@ -226,8 +226,8 @@ def list_lines(sweep: Sweep, workdir: pathlib.Path | None) -> list[str]:
 def array_line(sweep: Sweep, train_args: Sequence[str]) -> str:
     """The command that trains all points as one Slurm array job.
 
-    The recipe adds --sweep-index=$SLURM_ARRAY_TASK_ID: here the shell would fill it in
-    before there is a job.
+    The recipe adds --sweep-index=$SLURM_ARRAY_TASK_ID: in this line, the user's shell
+    would replace it before there is a job.
     """
     last = len(sweep.points) - 1
     return shlex.join(["sbatch", f"--array=0-{last}", RECIPE, *train_args])
@@ -241,7 +241,7 @@ def compare_line(sweep: Sweep, workdir: pathlib.Path) -> str:
 
 
 def choose(sweep: Sweep, index: int | None) -> tuple[Point, ...]:
-    """The point of an index, or all.
+    """The point of an index, or all points.
 
     Raises:
       ConfigError: if there is no such point.
@@ -260,8 +260,8 @@ def run(texts, config_args: list[str], workdir, *, index, dry_run, flags, say) -
       texts: FIELD=V1,V2 each.
       config_args: `--config...` arguments that all points share.
       workdir: the folder of the sweep.
-      index: of the one point to train; None: all.
-      dry_run: checks the configs of all points and lists them.
+      index: the index of the one point to train; None: train all.
+      dry_run: only check the configs of all points and list them.
       flags: other arguments of `moex train` that all points share.
       say: prints a line.
 
@@ -269,7 +269,7 @@ def run(texts, config_args: list[str], workdir, *, index, dry_run, flags, say) -
       ConfigError: for a user's mistake.
       KeyboardInterrupt: after Ctrl-C.
     """
-    use_cpu()  # accelerators are for the processes of the points
+    use_cpu()  # the processes of the points need the accelerators
     made = make_sweep(texts, config_args)
     points = choose(made, index)
     if dry_run:
@@ -300,14 +300,14 @@ class Runner:
     def __init__(self, workdir: pathlib.Path, say: Callable[[str], None]):
         self.workdir, self.say = workdir, say
         self.child: Any = None
-        self.asked: int | None = None  # the first signal that came
+        self.asked: int | None = None  # the first signal that was received
 
     def run(self, points: Sequence[Point], train_args: list[str]) -> dict[str, int]:
         """Train points that are not finished, until all are or a signal comes.
 
         Args:
-          points: of the sweep.
-          train_args: arguments of `moex train` that all share.
+          points: the points of the sweep.
+          train_args: arguments of `moex train` that all points share.
 
         Returns:
           `{name: exit code}` of those that failed.
@@ -335,7 +335,7 @@ class Runner:
         self.say(f"{head}{point.name}")
         command = [sys.executable, "-m", "moex.cli", "train", *train_args]
         command += [*point.overrides, f"--workdir={run}"]
-        # In a session of its own: Ctrl-C comes to us alone, and we ask it to save.
+        # It gets a session of its own: only we receive Ctrl-C, and ask it to save.
         self.child = subprocess.Popen(command, start_new_session=True)
         if self.asked is not None:
             self.child.terminate()
@@ -343,13 +343,13 @@ class Runner:
         if self.asked is not None and code in (0, -signal.SIGTERM):
             return 0
         if code == 0 and not is_finished(run, point.steps):
-            code = 1  # somebody else asked it to stop
+            code = 1  # a signal that we did not send stopped it
         if code != 0:
             self.say(f"{head}{point.name} failed with exit code {_shell_code(code)}")
         return _shell_code(code)
 
     def _pass_on(self, number, frame):
-        """The first signal lets the child save; what comes later is passed on as is."""
+        """Ask the child to save at the first signal; pass later ones on unchanged."""
         wanted = signal.SIGTERM if self.asked is None else number
         self.asked = self.asked or number
         if self.child is not None and self.child.poll() is None:
@@ -357,5 +357,5 @@ class Runner:
 
 
 def _shell_code(code: int) -> int:
-    """An exit code as shells give it: 128 + signal for a process that one ended."""
+    """The exit code as shells give it: 128 + signal if a signal ended the process."""
     return code if code >= 0 else 128 - code

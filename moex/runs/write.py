@@ -1,4 +1,4 @@
-"""Writing a run: the checkpoints of a training, or a whole new run of given arrays."""
+"""Writing a run directory: the metadata of a step, and a new run of given arrays."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from moex.runs.consumed import Consumed
 from moex.runs.directory import RunDir
 from moex.runs.program import Program
 
-# So that the new run can be trained on: a config file that is the saved config.
+# A config file that returns the saved config, so that the run can be trained further.
 CONFIG_SCRIPT = '''\
 """The config of this run: moex train --config=THIS_FILE --workdir=ITS_FOLDER."""
 
@@ -35,13 +35,13 @@ def get_config(arg=""):
 def about_step(
     step: int, cfg, identity: dict[str, str], final: dict | None = None
 ) -> dict:
-    """What a checkpoint tells of its run: `meta` of `Checkpointer.save`.
+    """Describe a step and its run: the `meta` of `Checkpointer.save`.
 
     Args:
       step: optimizer steps done.
-      cfg: of the run.
-      identity: of the run, by its task.
-      final: figures of a run that is complete.
+      cfg: the run config.
+      identity: the identity of the run, from its task.
+      final: the figures of a run that is complete.
     """
     return {
         "step": step,
@@ -55,15 +55,15 @@ def about_step(
 def write_run(
     run: RunDir, cfg, program: Program, tx, data: Datasets, arrays: dict
 ) -> None:
-    """Write a run directory at step 0 that training can go on in.
+    """Write a run directory at step 0, in which training can go on.
 
     Args:
-      run: where; made if there is none.
+      run: the run directory; made if there is none.
       cfg: the run config that is saved.
-      program: the same model here, on the mesh that its arrays go to.
+      program: the same model, on the mesh that its arrays go to.
       tx: optax transformation, which starts afresh.
-      data: what it is to be trained on.
-      arrays: {"params", "state"}. Beside them, one at a time is on the host.
+      data: the data to train on.
+      arrays: {"params", "state"}. One further array at a time is on the host.
 
     Raises:
       ConfigError: if there are numbers that are not finite.
@@ -95,11 +95,11 @@ def write_run(
         checkpointer.close()
     cfg.task.save(data, run)
     atomic_write(run.config_script, CONFIG_SCRIPT)
-    run.save_config(cfg)  # last: with it a folder is a run
+    run.save_config(cfg)  # last, as it makes the folder a run
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _starts_at_zero(tx, params):
-    """Whether a fresh optimizer state is zeros, as moments are; it is not kept."""
+    """Whether a fresh optimizer state is all zeros; then it need not be saved."""
     leaves = [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tx.init(params))]
     return ~jnp.any(jnp.array(leaves, bool))

@@ -1,4 +1,4 @@
-"""Language modelling: the loss, its figures, and text of a model that is trained.
+"""Language modelling: the loss, its figures, and text samples from the model.
 
 B batch · L length · V vocabulary
 """
@@ -51,7 +51,7 @@ class LanguageModelling(Task):
         )
 
     def like(self, cfg, run):
-        """Read with the tokenizer of the run: ids mean what its model learned."""
+        """Use the tokenizer of the run: ids then mean what its model learned."""
         saved = SavedTokenizer(path=str(run.tokenizer_folder))
         cfg.data = dataclasses.replace(cfg.data, tokenizer=saved)
 
@@ -86,9 +86,9 @@ class LanguageModelling(Task):
         data.tokenizer.save(run.tokenizer_folder)
 
     def opened(self, cfg, run):
-        """Use the copy of a tokenizer that is no longer where the config says.
+        """Use the run's copy of a tokenizer that is no longer where the config says.
 
-        The folder was moved, or came from another machine.
+        That is so when the folder was moved, or came from another machine.
         """
         copy, tokenizer = run.tokenizer_folder.absolute(), cfg.data.tokenizer
         saved = isinstance(tokenizer, SavedTokenizer)
@@ -141,12 +141,12 @@ class LanguageModelling(Task):
         }
 
     def result(self, figures):
-        """Perplexity too."""
+        """Add perplexity to the figures."""
         perplexity = float(np.exp(figures["nll"]))
         return Task.result(self, figures) | {"perplexity": perplexity}
 
     def score_lines(self, result):
-        """Perplexity too; no bits per byte of tokens that have no text."""
+        """List loss, perplexity and, where tokens have text, bits per byte."""
         lines = [
             ("loss", f"{result['nll']:.4f} nats per token"),
             ("perplexity", f"{result['perplexity']:.3f}"),
@@ -161,13 +161,13 @@ class LanguageModelling(Task):
         return f"bpb {values['bits_per_byte']:.3f}"
 
     def conclusion(self, cfg, data, result, step, log):
-        """Bits per byte where there is text, beside those of compressors if asked."""
+        """Say bits per byte where there is text, with those of compressors if asked."""
         if not result["bytes"]:
             return f"held-out loss, nats per token: {result['nll']:.3f}"
         line = f"held-out bits per byte: {result['bits_per_byte']:.3f}"
         if not (log.active and cfg.log.compressors):
             return line
-        try:  # the text is read again
+        try:  # this reads the text again
             reached = compressor_bits_per_byte(data, where="config.data")
         except (ConfigError, OSError) as e:  # the run itself is complete
             log.line(f"warning: no comparison with compressors: {e}")
@@ -177,9 +177,9 @@ class LanguageModelling(Task):
         return f"{line} beside {figures} on the same {result['bytes']:,} bytes"
 
     def samples(self, program, state, data):
-        """Each of `config.log.sample_prompts`, continued."""
+        """Continue each of `config.log.sample_prompts`."""
         log = program.cfg.log
-        # Text needs the parameters on one host; a sharded model samples with the CLI.
+        # Text needs the parameters on one host; otherwise there is `moex generate`.
         if log.sample_tokens == 0 or jax.process_count() > 1:
             return []
         return continue_texts(
@@ -197,7 +197,7 @@ class LanguageModelling(Task):
 
 
 def make_context(batch, **how) -> Context:
-    """The `Context` of a batch of tokens; `how` are its other fields."""
+    """Make the `Context` of a batch of tokens; `how` gives its other fields."""
     return Context(
         segment_BL=batch["segment"],
         position_BL=batch["position"],
@@ -207,19 +207,19 @@ def make_context(batch, **how) -> Context:
 
 
 def token_losses(logits_BLV, targets_BL):
-    """Cross-entropy and squared log-normaliser of each target, float32[B, L], nats."""
+    """The cross-entropy (nats) and squared log-normaliser of targets, float32[B, L]."""
     lse_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
     target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
     return lse_BL - target_BL, lse_BL**2
 
 
 def continue_texts(program, state, tokenizer, prompts, **sampling) -> list[str]:
-    """Each prompt with its continuation, up to the first of the stop tokens.
+    """Continue each prompt, up to the first stop token; returns prompt and text.
 
     Args:
       program: `Program`, for the model and how to compute.
       state: {"params", "state"}.
-      tokenizer: of the run.
+      tokenizer: the tokenizer of the run.
       prompts: texts.
       **sampling: arguments of `model.decode.generate`.
     """
@@ -259,7 +259,7 @@ def _fill_vocab(cfg) -> None:
 
 
 def _check_samples(cfg, tokenizer: Tokenizer) -> None:
-    """Check now that the text samples can be written, which the last step does."""
+    """Check early that text samples will work: the last step writes them."""
     if cfg.log.sample_tokens == 0:
         return
     try:

@@ -1,6 +1,6 @@
-"""Regression of numeric series: the next token of numbers, from all before it.
+"""Regression of numeric series: predict the next token of numbers from all before it.
 
-B batch · L length · P steps of a token · C columns
+B batch · L length · P time steps per token · C columns
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ NAIVE = "of repeating the last step"
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Regression(Task):
-    """Squared error, in squared deviations of the columns; the model tells changes."""
+    """Squared error in units of each column's variance; the model predicts changes."""
 
     MODEL = SeriesModel
     DATA = Series
@@ -30,7 +30,7 @@ class Regression(Task):
     FIXED = ("data.columns", "data.patch", "data.scale")
 
     def like(self, cfg, run):
-        """Read the columns of the run, in the units that its model learned."""
+        """Read the columns of the run in the units that its model learned."""
         own = run.config().data
         same = {name: getattr(own, name) for name in ("columns", "patch", "scale")}
         cfg.data = dataclasses.replace(cfg.data, **same)
@@ -40,7 +40,7 @@ class Regression(Task):
         return prepare(cfg.data, cfg.seq_len, where="config.data", **options)
 
     def fill(self, cfg, data=None):
-        """Fill in the numbers of a token: of all columns, at each of its steps."""
+        """Fill in the count of numbers in a token: columns times steps."""
         if data is not None or cfg.model.numbers is None:
             numbers = cfg.data.num_columns("config.data") * cfg.data.patch
             given, cfg.model.numbers = cfg.model.numbers, numbers
@@ -56,7 +56,7 @@ class Regression(Task):
         return Task.fields(self, cfg) | {"values": own, "targets": own}
 
     def run(self, model, ctx, batch):
-        """What the model says is added to the last step."""
+        """Add the change that the model predicts to the last step."""
         value_BLPC = batch["values"]
         change_BLN, aux = model(value_BLPC.reshape(*value_BLPC.shape[:2], -1), ctx)
         return value_BLPC[:, :, -1:] + change_BLN.reshape(value_BLPC.shape), aux
@@ -69,7 +69,7 @@ class Regression(Task):
 
         loss_BL, mae_BL = errors(outputs)
         naive_BL = errors(batch["values"][:, :, -1:])
-        mean_BL, _ = errors(0.0)  # of a model that knows the means and nothing else
+        mean_BL, _ = errors(0.0)  # errors of a model that always predicts the mean
         values = (mae_BL, *naive_BL, mean_BL)
         names = ("mae", "naive_mse", "naive_mae", "guess")
         mask_BL = batch["loss_mask"]

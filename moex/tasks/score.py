@@ -1,4 +1,4 @@
-"""Scoring held-out data, while a model is trained and of a run directory."""
+"""Scoring on held-out data, during training and for a run directory."""
 
 import dataclasses
 import sys
@@ -21,7 +21,7 @@ from moex.terminal import printable
 
 
 def eval_step(program: Program):
-    """The jitted evaluation step of a program."""
+    """Make the jitted evaluation step of a program."""
     step = make_eval_step(
         program.cfg.task,
         program.spec,
@@ -32,7 +32,7 @@ def eval_step(program: Program):
 
 
 def make_eval_step(task, spec, *, num_domains, static):
-    """`(params, state, batch) -> sums`; sums of all batches go to `task.figures`."""
+    """Make `(params, state, batch) -> sums`; `task.figures` takes their total."""
 
     def step(params, state, batch):
         ctx = task.context(batch, mode="eval", **static)
@@ -43,15 +43,15 @@ def make_eval_step(task, spec, *, num_domains, static):
 
 
 def evaluate(program: Evaluated, state: dict, step, limit: int | None) -> dict:
-    """Held-out figures: `Task.result`, the loss by domain, and routing.
+    """Compute the held-out figures: `Task.result`, the loss by domain, and routing.
 
     They are made of the sums of all batches, so the batch size does not change them. A
     mean over nothing is NaN.
 
     Args:
-      program: with the held-out data that is scored.
+      program: has the held-out data to score.
       state: {"params", "state"}.
-      step: from `eval_step`.
+      step: the result of `eval_step`.
       limit: sequences to score; None: all.
 
     Raises:
@@ -60,8 +60,8 @@ def evaluate(program: Evaluated, state: dict, step, limit: int | None) -> dict:
     total, running = None, None
     for batch in program.eval_batches(limit):
         batch = shard_batch(batch, program.mesh)
-        # One step at a time, while the next batch is read. Nothing orders two of them
-        # (the next does not read what this one makes), and processes that start their
+        # One step runs at a time, while the next batch is read. Two steps could run in
+        # any order (neither reads results of the other), and processes that start their
         # collectives in different orders wait for each other for ever.
         total = _add(total, running)
         running = step(state["params"], state["state"], batch)
@@ -77,7 +77,7 @@ def evaluate(program: Evaluated, state: dict, step, limit: int | None) -> dict:
 
 
 def _add(total, sums):
-    """`total` with the sums of one more batch (None: of none), which is waited for.
+    """Wait for the sums of a batch (None: no batch) and add them to `total`.
 
     They are added in 64 bits: float32 loses counts above 2**24.
     """
@@ -94,12 +94,12 @@ def domain_losses(domains, metrics) -> dict[str, float]:
 
 
 def score_run(place: Place, cfg, *, sequences=None) -> dict:
-    """What a run scores on the held-out data of `cfg`, by its task.
+    """Score a run on the held-out data of `cfg`, as its task does.
 
     Args:
       place: run directory.
       cfg: as `run_with_data` takes it.
-      sequences: at most so many held-out sequences; None: all.
+      sequences: score at most this many held-out sequences; None: all.
 
     Raises:
       ConfigError: for a bad run directory or bad data.
@@ -116,7 +116,7 @@ def score_run(place: Place, cfg, *, sequences=None) -> dict:
 
 
 def score_text(task, result: dict) -> list[str]:
-    """What `score_run` found, a line for each figure and domain."""
+    """Format a result of `score_run`: a line for each figure and domain."""
     rows = task.score_lines(result)
     width = max(13, *(len(title) for title, _ in rows))
     return [
@@ -126,7 +126,7 @@ def score_text(task, result: dict) -> list[str]:
 
 
 def run_with_data(place: Place, cfg, *, step=None) -> tuple[LoadedRun, Evaluated]:
-    """A trained model, and its program with the held-out data of `cfg`.
+    """Load a trained model, and its program with the held-out data of `cfg`.
 
     The data is read as the run reads it (its tokenizer, its units), whatever `cfg.data`
     says, so that it means what the model learned.
@@ -135,20 +135,20 @@ def run_with_data(place: Place, cfg, *, step=None) -> tuple[LoadedRun, Evaluated
       place: run directory.
       cfg: run config whose data, seq_len, eval, precision and mesh are used; its model,
         task and eval.batch_size are filled in.
-      step: of the checkpoint; None: the newest.
+      step: the step of the checkpoint; None: the newest.
 
     Raises:
       ConfigError: for a bad run directory or bad data.
       CheckpointError: if no checkpoint is intact.
     """
-    # On the run's own mesh if it fits the devices that there are, or on the one given.
+    # Take the run's own mesh if it fits the devices here, or else the given one.
     folder = RunDir.of(place)
     given = None if cfg.mesh == folder.config().mesh else cfg.mesh
     run = load_run(folder, given, warn=_warn, step=step)
     cfg.model, cfg.task = run.cfg.model, run.cfg.task
     check_run(cfg, to_train=False)
     shards = batch_shards(run.mesh)
-    rows = -(-eval_batch_size(cfg) // shards) * shards  # the last batch is filled up
+    rows = -(-eval_batch_size(cfg) // shards) * shards  # round up; padding fills it
     cfg.eval = dataclasses.replace(cfg.eval, batch_size=rows)
     check_eval_devices(cfg, run.mesh)
     cfg.task.like(cfg, folder)

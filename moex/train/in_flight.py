@@ -1,4 +1,4 @@
-"""Steps in flight: dispatched to the device, their metrics not looked at yet."""
+"""Steps in flight: the device has them, but nobody looked at their metrics yet."""
 
 import collections
 from collections.abc import Callable
@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-# Most steps that the host is ahead of the device. Enough to hide what the host does
-# between two steps; each holds a batch and its metrics on the device.
+# The host is at most this many steps ahead of the device. That hides the host's work
+# between two steps; each of them holds a batch and its metrics on the device.
 AHEAD = 4
 
 
@@ -17,12 +17,12 @@ class Flight:
     A step that is due (to be logged) has its metrics copied to the host from the moment
     it is dispatched; they are looked at after the next dispatch. Other steps are only
     looked at (for the guard) when they are `AHEAD` steps old, or with a step that is
-    due. So the host stops for no step that the device has just been given, and what is
-    looked at when depends on step numbers alone: the same in all processes of a job.
+    due. So the host never waits for a step that it has just dispatched. The order of
+    looks depends on step numbers alone, so it is the same in all processes of a job.
 
     Args:
       look: called as `look(step, metrics, due)`, in the order of the steps; may block.
-      due: whether a step is to be logged.
+      due: called as `due(step)`; says whether a step is to be logged.
     """
 
     def __init__(self, look: Callable[[int, Any, bool], None], due):
@@ -30,7 +30,7 @@ class Flight:
         self._steps: collections.deque[tuple[int, Any]] = collections.deque()
 
     def add(self, step: int, metrics) -> None:
-        """Step number `step` was dispatched; look at what is behind it."""
+        """Add a step that was just dispatched; look at earlier steps if it is time."""
         if self._due(step):
             for leaf in jax.tree.leaves(metrics):
                 leaf.copy_to_host_async()
@@ -41,7 +41,7 @@ class Flight:
         self._steps.append((step, metrics))
 
     def land(self) -> None:
-        """Look at all steps, waiting for the device where need be."""
+        """Look at all steps; wait for the device if necessary."""
         while self._steps:
             self._look_at_next()
 

@@ -21,14 +21,14 @@ from moex.runs.program import (
 from moex.runs.room import check_room
 from moex.train import step as steps
 
-# By default libtpu's exchange of ragged rows is one operation that nothing runs beside.
-# With this it is a start and an end, and the shared expert is computed in between
-# (`tests/test_plan.py`, -m aot; both versions of JAX know it).
+# By default libtpu's exchange of ragged rows is one operation, and nothing overlaps it.
+# With this option it has a start and an end; the shared expert is computed in between
+# (`tests/test_plan.py`, -m aot; both supported versions of JAX have the option).
 ASYNC_EXCHANGE = {"xla_tpu_enable_async_ragged_all_to_all": True}
 
 
 def compiler_options(mesh: Mesh) -> dict | None:
-    """The options of XLA that are not its defaults for training on this mesh."""
+    """The options of XLA for training on this mesh that differ from its defaults."""
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     return ASYNC_EXCHANGE if on_tpu and mesh.shape["expert"] > 1 else None
 
@@ -41,7 +41,7 @@ class Training(Program):
     learning_rate: Any  # learning rate as a function of the optimizer step
 
     def train_step(self):
-        """The jitted training step; donates the train state."""
+        """Make the jitted training step; it donates the train state."""
         step = steps.make_train_step(
             self.cfg.task,
             self.spec,
@@ -54,9 +54,10 @@ class Training(Program):
         )
 
         def with_rate(train_state, number, key, batch):
-            """The learning rate too: outside, asking would wait for the device.
+            """Do a step and return its learning rate too, so that nobody waits for it.
 
-            A batch with `stop_N`, of `told_by_each`, has all know whether one asked.
+            If the batch has `stop_N` (from `told_by_each`), "stop" tells all processes
+            whether any of them was asked to stop.
             """
             rows = {name: a for name, a in batch.items() if name != "stop_N"}
             new, metrics = step(train_state, number, key, rows)
@@ -65,7 +66,7 @@ class Training(Program):
                 metrics["stop"] = jnp.max(batch["stop_N"])
             return new, metrics
 
-        # Pinned, so that no step can move the state or leave figures on one device.
+        # Fixed shardings: no step can move the state or leave figures on one device.
         state = jax.tree.map(lambda a: a.sharding, self.abstract_state())
         return jax.jit(
             with_rate,
@@ -75,7 +76,7 @@ class Training(Program):
         )
 
     def init_state(self):
-        """A fresh train state on the mesh."""
+        """Make a fresh train state on the mesh."""
         key = jax.random.key(self.cfg.seed)
         return init_train_state(self.cfg.model, self.spec, self.tx, self.mesh, key)
 
@@ -87,10 +88,10 @@ class Training(Program):
 
 @dataclasses.dataclass(kw_only=True)
 class Job(Training, Evaluated):
-    """All that a training needs but its arrays."""
+    """All that a training needs, except for its arrays."""
 
     def batches(self, start: int):
-        """Training batches of this process, from sequence `start` of the job on."""
+        """The training batches of this process, from sequence `start` of the job on."""
         return batches.train_iterator(
             self.data,
             batch_size=self.cfg.batch_size,
@@ -101,11 +102,11 @@ class Job(Training, Evaluated):
 
 
 def make_training(cfg, mesh) -> Training:
-    """The abstract model and optimizer of a checked config on a mesh, or abstract mesh.
+    """Build the abstract model and optimizer of a checked config on a mesh.
 
     Raises:
-      ConfigError: if the mesh does not divide a parameter, or for a mistake of
-        `config.optim` that shows only beside the parameters.
+      ConfigError: if the mesh does not divide a parameter, or if `config.optim` does
+        not fit the parameters.
     """
     spec = make_program(cfg, mesh).spec
     kernels = None if cfg.kernels == "auto" else cfg.kernels
@@ -123,7 +124,7 @@ def make_job(cfg, *, log=print) -> Job:
     Raises:
       ConfigError: for any mistake of the user, before anything is compiled.
     """
-    mesh = mesh_here(cfg)  # `train` checks the schedules
+    mesh = mesh_here(cfg)  # this does not check the schedules; `train` does
     data = cfg.task.prepare(cfg, log=log)
     cfg.task.fill(cfg, data)
     made = make_training(cfg, mesh)
@@ -132,5 +133,5 @@ def make_job(cfg, *, log=print) -> Job:
 
 
 def load_config(folder: pathlib.Path):
-    """The config of a run; config.py of older imports and conversions calls it."""
+    """Read the config of a run; config.py of older imports and conversions calls it."""
     return RunDir(folder).config()

@@ -1,7 +1,7 @@
-"""What a run says: metrics.jsonl and routing.jsonl, TensorBoard, the terminal.
+"""The log of a run: metrics.jsonl, routing.jsonl, TensorBoard and the terminal.
 
-Only process 0 writes. The terminal gets a progress bar where there is one, and one
-plain line per logging step everywhere.
+Only process 0 writes. A terminal shows a progress bar; one plain line per logged step
+is printed everywhere.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from moex.train.tensorboard import Board, check_events, event_folder, layout
 
 
 def memory_bytes() -> int:
-    """Peak bytes in use: of the first device where it tells, else of this process."""
+    """The peak memory of the first device, or of this process if no device tells it."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
@@ -34,7 +34,7 @@ def memory_bytes() -> int:
 
 
 class RunLog:
-    """Writes one run's figures; a no-op on processes other than 0."""
+    """Writes the figures of one run; on processes other than 0 it does nothing."""
 
     def __init__(self, place: Place, cfg, *, step, total_steps, num_domains=1):
         """Continue the logs of a run after `step`; later lines are dropped."""
@@ -56,8 +56,8 @@ class RunLog:
                 )
         self.jsonl = Lines(run.metrics)
         if cfg.log.tensorboard:
-            # TensorBoard forgets what a killed session wrote from this step on.
-            # A long queue: the loop never waits for the disk.
+            # TensorBoard drops events that a killed session wrote from this step on.
+            # The queue is long, so that the loop never waits for the disk.
             self.tb = SummaryWriter(
                 event_folder(run.tensorboard),
                 purge_step=step + 1,
@@ -72,10 +72,10 @@ class RunLog:
             )
 
     def line(self, text: str) -> None:
-        """One line for people."""
+        """Print one line for people."""
         if not self.active:
             return
-        text = printable(text)  # of a sample, say
+        text = printable(text)  # a sample, for example, may hold control characters
         if self.bar is not None:
             self.bar.write(text)
         else:
@@ -89,7 +89,7 @@ class RunLog:
             self.bar.update()
 
     def record(self, kind: str, step: int, values: dict) -> None:
-        """One line of metrics.jsonl and one scalar per value in TensorBoard."""
+        """Write a line of metrics.jsonl, and a scalar per value to TensorBoard."""
         if not self.active:
             return
         self.jsonl.write({"kind": kind, "step": step} | values)
@@ -98,12 +98,12 @@ class RunLog:
             self.board.values(kind, step, values)
 
     def layers(self, kind: str, step: int, rows: dict, *, image: bool = False) -> None:
-        """One line of routing.jsonl; of a training step TensorBoard's series too.
+        """Write a line of routing.jsonl; for a training step TensorBoard series too.
 
         Args:
           kind: "train" or "eval".
           step: optimizer step.
-          rows: from `layers.by_layer`.
+          rows: the result of `layers.by_layer`.
           image: whether to draw the heat map.
         """
         if not self.active or not rows:
@@ -116,13 +116,13 @@ class RunLog:
             self.board.layers(step, rows, image=image)
 
     def text(self, tag: str, step: int, text: str) -> None:
-        """Text for TensorBoard; shown verbatim."""
+        """Write text to TensorBoard, which shows it verbatim."""
         if self.tb is not None:
             body = "\n".join("    " + line for line in text.splitlines())
             self.tb.add_text(tag, body, step)
 
     def hparams(self, values: dict, metrics: dict) -> None:
-        """One row of TensorBoard's HPARAMS table, in this run's own folder."""
+        """Write a row of TensorBoard's HPARAMS table, in this run's own folder."""
         if self.tb is None:
             return
         for summary in hparams(values, metrics):
@@ -140,7 +140,7 @@ class RunLog:
 
 
 def clock(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
+    """Format seconds as `1:02:03` or `2:03`."""
     if not math.isfinite(seconds):
         return "?"
     minutes, seconds = divmod(round(seconds), 60)
@@ -153,7 +153,7 @@ def clock(seconds: float) -> str:
 def step_line(
     step: int, total: int, values: dict, brief: str, step_seconds: float
 ) -> str:
-    """One line that says everything about a step; `brief` is of its task."""
+    """Format everything about a step as one line; `brief` comes from the task."""
     parts = [
         f"step {step}/{total}",
         f"loss {values['loss']:.4f}",
@@ -178,7 +178,7 @@ def step_line(
 
 
 def load_lines(model, layers: dict) -> str:
-    """Expert load of each MoE layer as text: share of its slots per expert."""
+    """The expert load of each MoE layer as text: each expert's share of the slots."""
     lines = ["expert load on held-out data (share of slots, per MoE layer):"]
     for label, frac in layer_rows(model, layers, "load_frac_E"):
         shares = " ".join(f"{100 * f:4.1f}" for f in frac[:16])
@@ -188,7 +188,7 @@ def load_lines(model, layers: dict) -> str:
 
 
 class Stopwatch:
-    """Wall time of the training steps alone: stop it around evaluation and saving."""
+    """Measures the training steps alone: stop it around evaluation and saving."""
 
     PARTS = ("data", "dispatch", "wait")
 
@@ -205,12 +205,12 @@ class Stopwatch:
         self.mark = time.perf_counter()
 
     def read(self) -> float:
-        """Seconds counted so far, the current stretch included."""
+        """The seconds counted so far, those since `start` included."""
         return self.total + time.perf_counter() - self.mark
 
     @contextlib.contextmanager
     def part(self, name: str):
-        """Count what is done inside as one of `PARTS`; for while the watch runs."""
+        """Count the time of the block as one of `PARTS`; the watch must be running."""
         began = time.perf_counter()
         try:
             yield
@@ -218,7 +218,7 @@ class Stopwatch:
             self.parts[name] += time.perf_counter() - began
 
     def lap(self) -> dict[str, float]:
-        """Seconds since the last lap: "step", its parts, and "other", the rest."""
+        """The seconds since the last lap: "step", its parts, and "other", the rest."""
         now = self.read()
         parts, self.parts = self.parts, dict.fromkeys(self.PARTS, 0.0)
         step, self.last = now - self.last, now

@@ -1,6 +1,6 @@
-"""The training loop: the same for a laptop and for a pod.
+"""The training loop, which is the same for a laptop and for a pod.
 
-Each iteration dispatches a step and then looks at the metrics of steps before, so that
+Each iteration dispatches a step and then looks at the metrics of earlier steps, so that
 logging never makes the device wait; see `train/in_flight.py`.
 """
 
@@ -56,7 +56,7 @@ class TrainingStopped(RuntimeError):
 
 
 def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
-    """Train `cfg` in `workdir`, or continue what is there.
+    """Train `cfg` in `workdir`, or continue the run there.
 
     Args:
       cfg: run config (keys of `run.RUN_KEYS`).
@@ -95,7 +95,7 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
         run.lock = lock
         run.profiler = Profiler(profiled, folder.profile, run.log.line)
         if jax.process_index() == 0:
-            # The config comes last: with it a folder is a run that can be used.
+            # The config comes last, as it makes the folder a run that can be used.
             cfg.task.save(job.data, folder)
             save_data(folder.data_file, job.data.manifest)
             save_environment(folder, run.step)
@@ -108,7 +108,7 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
 
 
 def _prepare(cfg, folder: RunDir | None, source: RunDir, say):
-    """Prepare the data, build the abstract model, compare with the run that is there.
+    """Prepare the data, build the abstract model, compare with an existing run.
 
     Returns:
       (`Job`, `accounting.Cost`).
@@ -140,11 +140,11 @@ def _prepare(cfg, folder: RunDir | None, source: RunDir, say):
 
 
 def _close(run: "Run") -> None:
-    """Close what a run has open, also after an error, which goes on from here."""
+    """Close everything that a run has open, also while an error is raised."""
     run.profiler.end(run.step)
     run.log.close()
-    # After an error of one process of several the others do not come here, and Orbax
-    # would wait for them.
+    # If one process of several has an error, the others do not get here, and Orbax
+    # would wait for them for ever.
     if jax.process_count() == 1 or sys.exception() is None:
         with contextlib.suppress(CheckpointError):
             run.checkpointer.wait()
@@ -167,12 +167,12 @@ def _start(job: Job, folder: RunDir, source: RunDir, checkpointer, cost, say) ->
         if folder.is_run():
             check_may_begin(folder, folder.config().checkpoint.every)
             say(f"{folder} has no checkpoint yet: it begins again at step 0")
-        checkpointer.write_record()  # from here on it tells what was saved
+        checkpointer.write_record()  # from now on the record lists the saved steps
         step, consumed, state = 0, Consumed(), job.init_state()
         if job.cfg.init_from:
             check = saved_with(source.config(), identity)
             arrays, at = restore_params(source, job, warn=say, check=check)
-            # What follows this run's own schedule or target starts as configured.
+            # State that depends on this run's own schedule or target starts afresh.
             fresh, info = state["state"], job.spec.info
             carried = jax.tree_util.tree_map_with_path(
                 lambda path, old, new: old if keeps_value(info, path) else new,
@@ -194,7 +194,7 @@ def _start(job: Job, folder: RunDir, source: RunDir, checkpointer, cost, say) ->
 
 
 def _lost(rows: int) -> str:
-    """What a person should know of rows that found no room, if there are any."""
+    """The part of a message about rows that found no room, if there are any."""
     if rows == 0:
         return ""
     return (
@@ -204,7 +204,7 @@ def _lost(rows: int) -> str:
 
 
 def keeps_value(info, path) -> bool:
-    """Whether a router state means the same in another run: biases do."""
+    """Whether a router state keeps its meaning in another run, as biases do."""
     return info[path_name(path)].rule.keeps_value
 
 
@@ -221,13 +221,13 @@ class Run:
     step: int  # optimizer steps done
     consumed: Consumed
     final: dict | None = None  # figures of a complete run that was restored
-    stop_asked: bool = False  # of this process
+    stop_asked: bool = False  # this process was asked to stop
     interrupted: bool = False  # by Ctrl-C
-    lock: RunLock | None = None  # of the run directory, in process 0
-    stop_agreed: bool = False  # all processes know that one was asked
-    in_row: int = 0  # skipped updates, up to the step that was looked at last
+    lock: RunLock | None = None  # the lock of the run directory, in process 0
+    stop_agreed: bool = False  # all processes know that one was asked to stop
+    in_row: int = 0  # updates skipped in a row, up to the last step looked at
     idle: bool = False  # the gradient was 0 at the step that was logged last
-    suspect: int | None = None  # step before the first skipped, if its loss is wrong
+    suspect: int | None = None  # the step before the first loss that was not finite
     owed: set[str] = dataclasses.field(default_factory=set)  # see `_due`
     last_eval: Any = None  # (step, figures) of the newest evaluation
     last: Any = dataclasses.field(default_factory=dict)
@@ -272,7 +272,7 @@ class Run:
             self.owed |= self._due()
             if self.owed and self.step < cfg.steps:  # at the end `_finish` does it all
                 flight.land()
-                # After a skipped update the state may be dead: it all waits.
+                # After a skipped update the state may be spoiled: all tasks wait.
                 if not self.in_row:
                     self._pause()
         flight.land()
@@ -289,8 +289,8 @@ class Run:
         return self._finish()
 
     def _should_stop(self) -> bool:
-        # Several processes must leave at one step. They learn of it from the metrics of
-        # a step, which all of them look at after the same number of steps.
+        # Several processes must leave at the same step. The metrics of a step tell them
+        # to, and all of them look at these after the same number of steps.
         return self.stop_asked if jax.process_count() == 1 else self.stop_agreed
 
     def _due(self) -> set[str]:
@@ -307,7 +307,7 @@ class Run:
         return step % self.job.cfg.log.every == 0 or step in (1, self.job.cfg.steps)
 
     def _compile(self, batch, key):
-        """Compile the train step; its time is reported apart and not counted."""
+        """Compile the train step; the time is reported and not counted as training."""
         began = time.perf_counter()
         args = (self.state, np.int32(self.step), key, batch)
         compiled = self.job.train_step().lower(*args).compile()
@@ -318,7 +318,7 @@ class Run:
         return compiled
 
     def _look(self, step: int, metrics, due: bool) -> None:
-        """Look at the metrics of a step: guard, and log line and scalars if due."""
+        """Look at the metrics of a step: stop if too many were skipped; log if due."""
         cfg = self.job.cfg
         with self.watch.part("wait"), TraceAnnotation("wait"):
             in_row = self.in_row = int(metrics["skipped_in_row"])
@@ -363,7 +363,7 @@ class Run:
         )
 
     def _log_step(self, step, metrics, seconds: dict[str, float], targets) -> None:
-        """Log a step; time and targets are means of the steps since the last logged."""
+        """Log a step; seconds and targets are means since the step logged before."""
         cfg = self.job.cfg
         rows = self._rows(metrics["layers"])
         values = self._step_values(metrics)
@@ -385,12 +385,12 @@ class Run:
         self.idle = idle
 
     def _rows(self, layers: dict) -> dict:
-        """Figures of the MoE layers by label."""
+        """The figures of the MoE layers by label."""
         devices = self.job.mesh.shape["expert"]
         return by_layer(self.job.cfg.model, layers, expert_devices=devices)
 
     def _step_values(self, metrics) -> dict:
-        """The values of a line of metrics.jsonl, but for routing and speed."""
+        """The values of a line of metrics.jsonl, except for routing and speed."""
         cfg, domains = self.job.cfg, self.job.data.domains
         values = {
             "loss": float(metrics["loss"]),
@@ -416,7 +416,7 @@ class Run:
         return {f"{self.job.cfg.task.score}/{k}": loss for k, loss in losses.items()}
 
     def _speed(self, metrics, step_seconds: float, targets: float) -> dict:
-        """Tokens, of which targets are learned, and FLOPs of a second of training."""
+        """The speed of training: tokens and learned targets per second, and FLOPs."""
         tokens = self.job.cfg.batch_size * self.job.cfg.seq_len
         flops = self.cost.train_flops_at(metrics["layers"])
         values = {
@@ -434,7 +434,7 @@ class Run:
         return values
 
     def _pause(self) -> None:
-        """Do what is owed, with the training clock stopped."""
+        """Do the tasks that are owed, with the training clock stopped."""
         owed, self.owed = self.owed, set()
         if "eval" in owed:
             self._aside(lambda: self._evaluate(self.job.cfg.eval.sequences))
@@ -475,7 +475,7 @@ class Run:
         return result
 
     def _save(self, final: dict | None = None) -> bool:
-        """Save this step; False, and a warning, if its parameters are not finite."""
+        """Save this step; if parameters are not finite, warn and return False."""
         if self.lock is not None:
             self.lock.check()
         if not all_finite((self.state["params"], self.state["state"])):
@@ -539,7 +539,7 @@ class Run:
         return self.last | {"step": self.step} | figures
 
     def _report(self, scored: dict) -> None:
-        """Say what the held-out data tells."""
+        """Log the results on held-out data."""
         cfg, log = self.job.cfg, self.log
         if scored["layers"]:
             log.line(load_lines(cfg.model, scored["layers"]))

@@ -1,6 +1,6 @@
 """`moex train --profile=START:STOP`: a trace of some steps by JAX's profiler.
 
-How to read one: docs/profiling.md.
+docs/profiling.md says how to read one.
 """
 
 import pathlib
@@ -10,15 +10,15 @@ import jax
 
 from moex.config.base import ConfigError
 
-# The named scopes that the time of a device is split by.
+# The named scopes by which the time of a device is split.
 SCOPES = ("router", "dispatch", "experts", "combine", "attention", "optimizer")
 
 
 def profile_steps(text: str | None, num_steps: int) -> range:
-    """The steps of `--profile=START:STOP`, the first of a run being 0.
+    """Read the steps of `--profile=START:STOP`; the first step of a run is 0.
 
     Args:
-      text: what was given; None: no steps.
+      text: START:STOP as given; None: no steps.
       num_steps: `config.steps`.
 
     Raises:
@@ -50,11 +50,11 @@ class Profiler:
             self.say(f"--profile: the run is at step {step}; {rest} is traced")
 
     def begin(self, step: int) -> None:
-        """Before the dispatch of a step: start if it is to be traced."""
+        """Start the trace if `step` is to be traced; call this before its dispatch."""
         if self.active or step not in self.steps:
             return
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # calls of Python drown what is looked for
+        options.python_tracer_level = 0  # Python calls would hide everything else
         jax.profiler.start_trace(str(self.folder), profiler_options=options)
         self.active, self.first = True, step
 
@@ -63,7 +63,7 @@ class Profiler:
         return self.active and step == self.steps.stop
 
     def end(self, step: int, state=None) -> None:
-        """Wait for the device and write the trace, of the steps up to here."""
+        """Wait for the device and write the trace of the steps up to here."""
         if not self.active:
             return
         jax.block_until_ready(state)

@@ -1,4 +1,4 @@
-"""Whether a run may go on in a directory, or start from the parameters of another."""
+"""Checks that a run may go on in a directory, or start from another's parameters."""
 
 from moex.config import base as configs
 from moex.config.base import ConfigError
@@ -52,7 +52,7 @@ def check_init_from(job: Job, source: RunDir) -> None:
         own, task = type(source.config().task), job.cfg.task
         if own is not type(task):
             raise ConfigError(f"learned {own.__name__}, not {type(task).__name__}.")
-        task.saved_identity(source)  # it can be read
+        task.saved_identity(source)  # only to check that it can be read
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from None
     task.check_same(job.data, source, where, resume=False)

@@ -1,7 +1,7 @@
-"""One optimizer step and one evaluation step: pure functions to be jitted once.
+"""One optimizer step: pure functions to be jitted once.
 
-The batch of a step is all of it; gradient accumulation splits it into microbatches
-inside the program.
+A step gets its whole batch; gradient accumulation splits it into microbatches inside
+the program.
 
 B batch · L length · E experts
 """
@@ -21,20 +21,20 @@ from moex.optim import path_factors
 # Updates that must be accepted before a spike can be told from a start.
 SPIKE_WARMUP = 50
 GRAD_NORM_DECAY = 0.99
-# Skips in a row from which on high norms are a new level, and no spikes.
+# After this many skips in a row, high norms are a new level and no longer spikes.
 SPIKES_IN_ROW = 3
 
 
 def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, static):
-    """`(train_state, step, key, batch) -> (train_state, metrics)`; jit with donation.
+    """Make `(train_state, step, key, batch) -> (train_state, metrics)` to be jitted.
 
     Args:
-      task: `Task`: what is learned.
+      task: the `Task` to learn.
       spec: `ModelSpec`.
       tx: optax transformation.
       coefs: `run.Loss`.
       grad_accum: microbatches per step.
-      num_domains: sources of the data.
+      num_domains: the number of sources of the data.
       optim: `Optim`; its `spike_factor` guards the update.
       static: static fields of `Context` (dtype, kernels, remat).
     """
@@ -63,7 +63,7 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, st
         key = jax.random.fold_in(key, step)
 
         def micro(args, before):
-            """Loss, sums, gradients; `before` holds those of earlier microbatches."""
+            """Add the loss, sums and gradients of a microbatch to `before`."""
             i, microbatch = args
             key_i = jax.random.fold_in(key, i)
             load_before = None
@@ -75,7 +75,7 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, st
             return grad_fn(params, state, microbatch, key_i, counts, step, load_before)
 
         (loss, sums), grads = _accumulate(micro, batch, grad_accum)
-        # Frozen parameters have no part in the norm; XLA drops gradients of constants.
+        # Frozen parameters do not count in the norm; XLA drops gradients of constants.
         grads = jax.tree_util.tree_map_with_path(
             lambda path, g: _unless_frozen(g, factors[path_name(path)], step), grads
         )
@@ -113,7 +113,7 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, st
 
 
 def _unless_frozen(gradient, factor, step):
-    """0 where the learning-rate factor is 0, for good or at this step."""
+    """The gradient, or 0 where the learning-rate factor is 0 always or at this step."""
     if is_always_zero(factor):
         return jnp.zeros_like(gradient)
     if points_of(factor) is None:
@@ -122,9 +122,9 @@ def _unless_frozen(gradient, factor, step):
 
 
 def gradient_norms(grads) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The norm of all gradients, and of each of `accounting.GROUPS` that is there.
+    """The norm of all gradients, and of each of `accounting.GROUPS` in the model.
 
-    Both are made of the same squares, one sum per parameter; clipping takes them too.
+    Both come from the same squares, one sum per parameter; clipping uses them too.
     """
     squares = {path: jnp.sum(g**2) for path, g in flat_paths(grads).items()}
     groups: dict[str, Any] = {}
@@ -136,17 +136,17 @@ def gradient_norms(grads) -> tuple[jax.Array, dict[str, jax.Array]]:
 
 
 def _accumulate(micro, batch, num):
-    """Sum of `micro((i, microbatch), sum before)` over `num` microbatches of `batch`.
+    """Sum `micro((i, microbatch), sum before)` over `num` microbatches of `batch`.
 
-    Rows are dealt out in turn, not in runs, so that a batch split over devices stays
-    where it is.
+    Microbatch i takes every `num`-th row from row i on, so that a batch split over
+    devices stays where it is.
     """
     if num == 1:
         return micro((0, batch), None)
     parts = jax.tree.map(
         lambda a: jnp.swapaxes(a.reshape(-1, num, *a.shape[1:]), 0, 1), batch
     )
-    # Zeros, not the first microbatch: the model is then compiled once, not twice.
+    # Start from zeros, not from the first microbatch, to compile the model only once.
     first = (0, jax.tree.map(lambda a: a[0], parts))
     abstract = jax.eval_shape(lambda: micro(first, None))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
@@ -168,10 +168,10 @@ def update_state(spec, state, layers, step):
 
 
 def router_sums(layers, name) -> dict:
-    """Sums of the router that the state variable `name` belongs to.
+    """The sums of the router that the state variable `name` belongs to.
 
-    `<layer>/router/x` is the only router of its layer: in a chain it takes part in
-    every round, so rounds are added. `<layer>/routers/t/x` is that of round t.
+    `<layer>/router/x` belongs to the only router of its layer: in a chain it routes
+    every round, so rounds are added. `<layer>/routers/t/x` belongs to that of round t.
     """
     layer, _, rest = name.rpartition("/router")
     stats = layers[layer]["stats"]
@@ -184,34 +184,34 @@ def router_sums(layers, name) -> dict:
 
 
 def lost_rows(layers):
-    """float32: rows of all layers that found no room on their way to the experts."""
+    """The number of rows of all layers that found no room on their way to experts."""
     return sum(
         (jnp.sum(v["stats"]["num_lost"]) for v in layers.values()), jnp.zeros(())
     )
 
 
 def guard_update(guard, loss, grad_norm, spike_factor, lost=0.0, hopeless=False):
-    """Decide whether an update is taken, and count.
+    """Decide whether an update is taken; count taken and skipped updates.
 
     It is skipped if the loss or the gradient norm is not finite, if rows were lost on
     their way to the experts, or if the gradient norm exceeds `spike_factor` times its
     running mean (once `SPIKE_WARMUP` updates were accepted).
 
     Norms that stay high are a new level: a schedule trains more parameters or changes a
-    coefficient, or the run was resumed with another batch. The mean follows it. From
-    the skip number `SPIKES_IN_ROW` in a row on it moves up to where the norm would just
+    coefficient, or the run was resumed with another batch. The mean follows it: from
+    skip number `SPIKES_IN_ROW` in a row on, it moves up to where the norm would just
     have been accepted, and then on as it does after an accepted update. So the first
-    norm that is no higher than the one before is accepted, and norms that grow faster
-    than a running mean can follow are not, however long they do. Parameters rest while
-    updates are skipped: norms that have no limit then are a divergence.
+    norm that is no higher than the one before is accepted. Norms that grow faster than
+    a running mean can follow are never accepted: parameters do not change while updates
+    are skipped, so norms that still grow without a limit are a divergence.
 
     Args:
-      guard: as `state.init_guard` makes it.
+      guard: a guard as `state.init_guard` makes it.
       loss, grad_norm: float32 scalars of this step.
       spike_factor: `Optim.spike_factor`.
       lost: rows that found no room on their way to the experts.
       hopeless: whether the loss is twice that of a model that knows nothing. High norms
-        are no new level then: the parameters are spoiled.
+        are then no new level, as the parameters are spoiled.
 
     Returns:
       (ok bool scalar, new guard).
@@ -219,11 +219,11 @@ def guard_update(guard, loss, grad_norm, spike_factor, lost=0.0, hopeless=False)
     sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (lost == 0)
     ok, mean = sound, guard["grad_norm_mean"]
     base, moves = mean, sound
-    # A plain mean at first, then an exponential one.
+    # The mean is a plain one at first, then an exponential one.
     count = guard["accepted"].astype(jnp.float32) + 1
     rate = jnp.where(mean > 0, jnp.maximum(1 - GRAD_NORM_DECAY, 1 / count), 1.0)
     if spike_factor is not None:
-        # There is nothing to compare with while nothing was trained.
+        # A norm cannot be judged before enough updates were accepted.
         started = (guard["accepted"] >= SPIKE_WARMUP) & (mean > 0)
         ok &= ~started | (grad_norm <= spike_factor * mean)
         again = guard["skipped_in_row"] + 1 >= SPIKES_IN_ROW
@@ -232,7 +232,7 @@ def guard_update(guard, loss, grad_norm, spike_factor, lost=0.0, hopeless=False)
         moves = ok | level
     skip = (~ok).astype(jnp.int32)
     return ok, {
-        # A norm of 0 says that all parameters are frozen, and nothing of their norms.
+        # A norm of 0 means that all parameters are frozen: do not count it.
         "accepted": guard["accepted"] + (ok & (grad_norm > 0)).astype(jnp.int32),
         "grad_norm_mean": jnp.where(
             moves & (grad_norm > 0), base + rate * (grad_norm - base), mean

@@ -1,4 +1,4 @@
-"""How training is asked to stop, and what a person is told of where it stands."""
+"""Stopping a training on a signal, and the message that says where it stands."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from moex.runs.directory import RunDir
 
 @contextlib.contextmanager
 def said_where_it_stands(run: RunDir):
-    """Have Ctrl-C before the first step say where the run is, which is as it was."""
+    """Add to the message of Ctrl-C from which step the same command goes on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -18,7 +18,7 @@ def said_where_it_stands(run: RunDir):
 
 
 def stands(run: RunDir) -> str:
-    """One line for people: the step from which the same command goes on."""
+    """Say in one line from which step the same command goes on."""
     steps = run.saved_steps()
     if not steps:
         return "no checkpoint was saved yet: the same command begins at step 0"
@@ -27,10 +27,11 @@ def stands(run: RunDir) -> str:
 
 @contextlib.contextmanager
 def stop_on_signals(loop):
-    """SIGTERM or Ctrl-C asks a `loop.Run` to save and leave; again: leave at once.
+    """Let SIGTERM or Ctrl-C ask a `loop.Run` to save and leave.
 
-    The old handlers come back after. JAX's own notice to several processes may find one
-    of them past the step that it chose, and the others wait for it there.
+    A second Ctrl-C leaves at once. The old handlers are restored at the end. JAX has a
+    notice of its own for several processes, but one of them may already be past the
+    step that it chose, and the others would wait for it there.
     """
 
     def ask(number, frame):
@@ -38,14 +39,14 @@ def stop_on_signals(loop):
             if loop.stop_asked:
                 distributed.leave_now(f"left at once; {stands(loop.dir)}", 130)
             loop.interrupted = True
-            # Not `print`, which may be what this came in the middle of.
+            # `print` is not safe here: the signal may have interrupted a `print`.
             os.write(2, b"interrupt: saving, then leaving (again: leave at once)\n")
         loop.stop_asked = True
 
     before = {}
-    with contextlib.suppress(ValueError):  # not the main thread: nobody to ask
+    with contextlib.suppress(ValueError):  # only the main thread can have handlers
         for number in (signal.SIGTERM, signal.SIGINT):
-            # A shell's `&` has Ctrl-C ignored.
+            # A shell's `&` makes the process ignore Ctrl-C: leave that so.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, ask)
     try:

@@ -1,7 +1,8 @@
-"""What TensorBoard shows of a run: charts in their order, series, histograms, heat map.
+"""The TensorBoard pages of a run: ordered charts, series, histograms, a heat map.
 
-Brief: means over the MoE layers and the worst layer, so the number of series depends on
-neither experts nor layers. Detailed: every figure of every layer and chain round too.
+"brief" shows means over the MoE layers and the worst layer, so the number of series
+depends on neither experts nor layers. "detailed" adds every figure of every layer and
+chain round.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from moex.model.figures import scalar_names, slot_shares
 from moex.model.layers import routers, shown
 from moex.moe import metrics
 
-PREFIX = "moex:"  # of the paths that `_EventFiles` opens
+PREFIX = "moex:"  # begins the paths that `_EventFiles` opens
 
 CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "training": {
@@ -38,11 +39,11 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def layout(cfg, num_domains: int) -> dict:
-    """The custom layout of a run: the charts that it has figures for, MoE first.
+    """Make the custom layout of a run: all charts that have figures, MoE first.
 
     Args:
       cfg: run config.
-      num_domains: sources of the data.
+      num_domains: the number of sources of the data.
     """
     pages: dict[str, dict[str, list]] = {}
     if any(routers(cfg.model)):
@@ -65,7 +66,7 @@ def layout(cfg, num_domains: int) -> dict:
 
 
 def _task_charts(task, num_domains: int) -> dict[str, list]:
-    """The figures of a task, of training and held-out data in one chart."""
+    """The charts of a task's figures, each with training and held-out data."""
     tags = {f.axis: f"{f.name}$" for f in task.FIGURES}
     if num_domains > 1:
         tags[f"loss by domain, {task.FIGURES[0].unit}"] = f"{task.score}/.*"
@@ -73,18 +74,18 @@ def _task_charts(task, num_domains: int) -> dict[str, list]:
 
 
 def _chart(*tags: str) -> list:
-    """TensorBoard takes the series whose tag a pattern matches from its beginning."""
+    """A chart of all series whose tag one of the patterns matches from its start."""
     return ["Multiline", list(tags)]
 
 
 class _EventFile:
-    """A file of events that remembers why it cannot be written, and then is silent.
+    """A file of events that remembers the first error and raises none.
 
     tensorboardX writes in a thread of its own. An error would end that with a
     traceback, and the run would wait for it once the queue is full.
     """
 
-    errors: ClassVar[dict[pathlib.Path, OSError]] = {}  # by folder
+    errors: ClassVar[dict[pathlib.Path, OSError]] = {}  # the first error of each folder
 
     def __init__(self, path: str):
         self.path = pathlib.Path(path)
@@ -104,7 +105,7 @@ class _EventFile:
         self._try(lambda: self._file.write(data))
 
     def flush(self) -> None:
-        """Have all bytes on the disk."""
+        """Write all bytes to the disk."""
         self._try(self._file.flush)
         self._try(lambda: os.fsync(self._file.fileno()))
 
@@ -115,7 +116,7 @@ class _EventFile:
 
 
 class _EventFiles:
-    """How tensorboardX makes files whose path begins with `PREFIX`."""
+    """The class by which tensorboardX opens paths that begin with `PREFIX`."""
 
     def open(self, path: str) -> _EventFile:
         return _EventFile(path.removeprefix(PREFIX))
@@ -134,7 +135,7 @@ def event_folder(folder: pathlib.Path) -> str:
 
 
 def check_events(folder: pathlib.Path) -> None:
-    """Raise the error, if there was one, of writing events to a folder; once.
+    """Raise the error of writing events to a folder, if there was one; only once.
 
     Raises:
       OSError: naming the file.
@@ -151,19 +152,19 @@ class Board:
         self.detailed = detail == "detailed"
 
     def values(self, kind: str, step: int, values: dict) -> None:
-        """One scalar per number of a line of metrics.jsonl."""
+        """Write a scalar for each number of a line of metrics.jsonl."""
         for name, value in values.items():
             if name.endswith("_worst_layer"):
-                value = int(value.split(".")[0])  # the number, whatever the round
+                value = int(value.split(".")[0])  # the layer's number without the round
             if isinstance(value, (int, float)):
                 self.writer.add_scalar(_tag(kind, name), value, step)
 
     def layers(self, step: int, rows: dict[str, dict[str, Any]], *, image) -> None:
-        """Series and histograms of MoE layers, and the heat map if `image`.
+        """Write series and histograms of MoE layers, and the heat map if `image`.
 
         Args:
           step: optimizer step.
-          rows: from `layers.by_layer`; not empty.
+          rows: the result of `layers.by_layer`, which must not be empty.
           image: whether to draw the heat map too.
         """
         for name, share in slot_shares(rows).items():
@@ -181,13 +182,13 @@ class Board:
             self.writer.add_figure("moe/expert_load", load_figure(loads, step), step)
 
     def _histogram(self, tag: str, load_E, step: int) -> None:
-        """A histogram of load / mean; the first bucket holds dead experts alone."""
+        """Write a histogram of load / mean; the first bucket has dead experts alone."""
         where = np.searchsorted(LOAD_LIMITS, load_E, side="left")
         counts = np.bincount(where, minlength=len(LOAD_LIMITS))
         self._raw(tag, load_E, counts, LOAD_LIMITS, step)
 
     def _slots(self, tag: str, share_S, step: int) -> None:
-        """Shares of the tokens, in percent, by number of experts."""
+        """Write the percentage of tokens by their number of experts."""
         percent = 100 * np.asarray(share_S, np.float64)
         slots = np.arange(len(percent))
         self._raw(tag, slots, percent, slots + 0.5, step, weights=percent)
@@ -208,14 +209,14 @@ class Board:
         )
 
 
-# Of load / mean: 0 alone, then steps of 0.1 up to 2, then wider ones.
+# Limits of load / mean: 0 alone, then steps of 0.1 up to 2, then wider ones.
 LOAD_LIMITS = np.array(
     [*(i / 10 for i in range(21)), 2.5, 3, 4, 6, 8, 12, 16, 32, 64, 128, 1e9]
 )
 
 
 def relative_load(load_frac_E):
-    """float64[E]: load over its mean; 1 is balanced."""
+    """The load of each expert over their mean, float64[E]; 1 is balanced."""
     return np.asarray(load_frac_E, np.float64) * len(load_frac_E)
 
 
@@ -226,7 +227,7 @@ def _tag(kind: str, name: str) -> str:
 
 
 def load_figure(loads: dict[str, np.ndarray], step: int):
-    """Heat map layers x experts of load over its mean; 1 is balanced.
+    """Draw a heat map, layers x experts, of load over its mean; 1 is balanced.
 
     Layers with fewer experts are padded with blanks.
 
