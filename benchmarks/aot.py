@@ -1,4 +1,4 @@
-"""What a compiler says of the kernels, without the device that they are for.
+"""Compile the kernels without the device that they are for, and report the figures.
 
   python -m benchmarks.aot [--platform=tpu] [--topologies=v5e:1x1,v5p:1x1x1,v6e:1x1]
       [--shapes=H1,H2] [--dtypes=bfloat16] [--implementations=tpu] [--json=FILE]
@@ -40,7 +40,7 @@ TPU_ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process ends
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # without it a second process ends
 }
 
 
@@ -105,7 +105,7 @@ def programs(implementation: str, shape, dtype):
 
 
 def compile_for(device, function, arguments) -> dict:
-    """Bytes on one device and seconds of compilation; or the compiler's refusal."""
+    """Bytes on one device and seconds of compilation, or the compiler's error."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     placed = [
         jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arguments
@@ -127,13 +127,13 @@ def compile_for(device, function, arguments) -> dict:
 
 
 def identity(record: dict) -> tuple:
-    """What a record is of."""
+    """The key of a record: records with the same key replace each other."""
     names = ("topology", "jax", "implementation", "program", "shape", "dtype")
     return tuple(record[name] for name in names)
 
 
 def save(path: pathlib.Path, records: list[dict]) -> None:
-    """Adds records to a file, instead of older ones of the same."""
+    """Adds records to a file; they replace older ones of the same key."""
     kept = (
         {identity(r): r for r in json.loads(path.read_text(encoding="utf-8"))}
         if path.exists()

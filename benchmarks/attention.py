@@ -1,4 +1,4 @@
-"""Time of attention on this platform: blocks of queries beside the plain einsum.
+"""Time of attention on this platform: blocks of queries against the plain einsum.
 
   python -m benchmarks.attention [--shape=8,256,4,4,64] [--dtype=float32] [--repeats=9]
       [--implementations=einsum,blocks] [--json=FILE]

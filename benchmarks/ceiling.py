@@ -1,4 +1,4 @@
-"""What a device can do at most: a dense matmul, and a copy of its memory.
+"""The most that a device can do: a dense matmul, and a copy of its memory.
 
   python -m benchmarks.ceiling [--size=8192] [--gigabytes=4] [--repeats=7] [--json=FILE]
 
@@ -17,7 +17,7 @@ from benchmarks import common, peers
 
 
 def jobs_of(size: int, gigabytes: float, dtype: str) -> dict:
-    """`{name: job}`; each runs once here, and what fails is not among them."""
+    """`{name: job}`; each runs once here, and those that fail are left out."""
     keys = jax.random.split(jax.random.key(0), 2)
     a, b = (jax.random.normal(key, (size, size)).astype(dtype) for key in keys)
     x = jax.random.normal(keys[0], (int(gigabytes * 2**30 / 4),))

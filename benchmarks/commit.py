@@ -1,11 +1,11 @@
-"""The commit that figures are of."""
+"""The commit that figures were measured at."""
 
 import os
 import subprocess
 
 
 def commit() -> str:
-    """MOEX_COMMIT, for a machine without the repository's history; else git's word."""
+    """MOEX_COMMIT, for a machine without the repository's history; else git describe."""
     if named := os.environ.get("MOEX_COMMIT"):
         return named
     command = ["git", "describe", "--always", "--dirty"]

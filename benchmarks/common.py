@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, loads, shapes, environment.
+"""Code that the benchmarks share: interleaved timing, loads, shapes, environment.
 
 T tokens · K slots per token · E experts
 """
@@ -134,7 +134,7 @@ def measure(
             result = jax.block_until_ready(job())
             wall = (time.perf_counter() - wall) / calls[name]
             cpu = (time.process_time() - cpu) / calls[name]
-            del result  # its pages are taken again by the next
+            del result  # the next result takes its pages again
             if i == 1:
                 calls[name] = max(1, min(50, round(sample_s / wall)))
             if i >= 2:
@@ -166,7 +166,7 @@ def summary(seconds: dict, limit: str | None = None) -> dict:
 
 
 def environment() -> dict:
-    """Device, versions and commit: what a figure is worth nothing without."""
+    """The device, versions and commit that figures were measured with."""
     return {
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
@@ -189,7 +189,7 @@ def allocator_text() -> str:
 
 
 def write_json(path: pathlib.Path | None, figures: dict) -> None:
-    """Figures with their environment, if a file is named."""
+    """Write figures with their environment, if a file is named."""
     if path is not None:
         figures = {**figures, "environment": environment()}
         path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Prefill and decode tokens/s of moex beside Hugging Face transformers, one model each.
+"""Prefill and decode tokens/s of moex and of Hugging Face transformers, one model each.
 
   python -m benchmarks.decode [--models=mixtral,deepseek_v3,experts] [--batches=1,8]
       [--repeats=7] [--experts=grouped_mm] [--threads=N] [--alone] [--dtype=float32]
@@ -7,8 +7,8 @@
 A checkpoint of random float32 weights is made by transformers and read by moex; both
 continue the same prompts greedily, in one process, runs interleaved. Prefill is the
 time of one new token, decode that of the others; x says how many times as many tokens/s
-moex makes, min x the same of the quickest runs. Leave the machine to it: a process
-beside it makes torch's threads wait for each other, many times as long. "same" counts
+moex makes, min x the same of the quickest runs. Run nothing else: another process
+makes torch's threads wait for each other, many times as long. "same" counts
 the rows whose tokens are all equal. "experts" is moex alone: few and many experts of
 the same number of multiplications per token; a step should cost in proportion to the
 experts used, not to those there are.
@@ -76,8 +76,8 @@ MODELS = {
         "topk_group": 1,
     },
 }
-# By name only, with --alone. "olmoe" is the shape of OLMoE 1B-7B, 28 GB in float32: for
-# an accelerator.
+# Models that run by name only, with --alone. "olmoe" has the shape of OLMoE 1B-7B,
+# 28 GB in float32: it is for an accelerator.
 MORE = {
     "tiny": MIXTRAL | {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1},
     "olmoe": {
@@ -98,7 +98,7 @@ PAUSE_S = 0.5  # torch's threads spin for a while after each run, on moex's core
 
 
 def prompts_of(B: int, L: int, V: int) -> list[list[int]]:
-    """Random tokens."""
+    """Prompts of random tokens."""
     return np.random.default_rng(0).integers(2, V, size=(B, L)).tolist()
 
 
@@ -145,7 +145,7 @@ def torch_model(config: dict, experts: str):
 
 
 def torch_run(model, experts: str, prompts, num_new: int):
-    """The same of a torch model, with one implementation of its experts."""
+    """The same function for a torch model, with one implementation of its experts."""
     torch, _ = peers()
     prompt = torch.tensor(prompts)
     options = {"max_new_tokens": num_new, "min_new_tokens": num_new, "do_sample": False}
@@ -252,7 +252,7 @@ def experts_cost(args) -> list[dict]:
         for E, K, F in SIZES:
             row: dict = {"E": E, "K": K, "F": F, "batch": B}
             row |= split(seconds, (E, K, F), args.new)
-            # By a router that draws evenly; each is read once in every layer.
+            # The mean if routers draw evenly; a layer reads each such expert once.
             row["experts_used"] = used = E * (1 - (1 - K / E) ** B)
             width = 3 * COMMON["hidden_size"] * F * COMMON["num_hidden_layers"]
             row["used_bytes"], row["all_bytes"] = 4 * used * width, 4 * E * width

@@ -9,7 +9,7 @@ limit is jnp.dot of the same rows with one matrix, in the same run. "of limit" i
 the GPU's users ask for, the dense time over the grouped time. What cannot run is left
 out, with its error.
 
-Beside moex's implementations: `ragged_dot` is JAX's own, with its own gradients;
+Besides moex's implementations: `ragged_dot` is JAX's own, with its own gradients;
 `tokamax` and `grouped_mm` (torch) where installed.
 
 N sorted rows (T K) · D, F widths · E experts
@@ -83,7 +83,7 @@ def jobs_of(args, shape, second: bool) -> dict:
 
 
 def run(args, shape, second: bool) -> tuple[dict, dict]:
-    """`({name: {load: {part: row}}}, failed)`, ratios over that part's dense matmul."""
+    """`({name: {load: {part: row}}}, failed)`; ratios are over the dense matmul."""
     jobs, failed = common.warmed(jobs_of(args, shape, second))
     seconds = common.measure(jobs, args.repeats, sample_s=common.sample_seconds())
     rows: dict = {}

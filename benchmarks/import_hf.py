@@ -26,7 +26,7 @@ DEVICES = (1, 8)
 
 
 def write_folder(folder: pathlib.Path, gigabytes: float) -> None:
-    """A folder of about so many GB, shards of 256 MiB."""
+    """Write a folder of about `gigabytes` GB, in shards of 256 MiB."""
     from moex.data.tokenizer import DOC_TOKEN, train_bpe
     from moex.interop.families import FAMILIES, read_model
     from moex.interop.names import pieces
@@ -65,7 +65,7 @@ def write_folder(folder: pathlib.Path, gigabytes: float) -> None:
 
 
 def peak(reset: bool = False) -> int:
-    """Most memory that this process had since the last reset, in bytes; of Linux."""
+    """The most memory of this process since the last reset, in bytes (Linux only)."""
     if reset:
         pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     lines = pathlib.Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -74,7 +74,7 @@ def peak(reset: bool = False) -> int:
 
 
 def measure(action: str, source: pathlib.Path, out: pathlib.Path) -> dict:
-    """One import or export in this process: bytes of parameters, of the peak beyond."""
+    """Run one import or export here: bytes of the parameters and of the peak beyond."""
     import jax
 
     from moex import process
@@ -116,7 +116,7 @@ def measure(action: str, source: pathlib.Path, out: pathlib.Path) -> dict:
 
 
 def start(*args, devices: int) -> dict:
-    """`measure` in a process with so many devices."""
+    """Run `measure` in a process with this many devices."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.import_hf", "--measure", *map(str, args)],

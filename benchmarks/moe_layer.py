@@ -10,7 +10,7 @@ without anything between them. Ratios are of minima over interleaved repeats in 
 process, by the wall clock and by the process's CPU time. TFLOP/s count 6 T K D F
 forward and 12 T K D F backward.
 
-Beside moex's implementations, each under every load: `ragged_dot` is the layer as one
+Besides moex's implementations, each under every load: `ragged_dot` is the layer as one
 writes it in plain JAX, `all experts` computes every expert on every token, `dense` is
 one expert of width F on T * K rows, `grouped_mm` is torch's, where torch is installed,
 and `tokamax` its ragged dot. "router out" is the same with the choice given.
@@ -121,7 +121,7 @@ def whole_layer(experts, K):
 
 
 def router_out(experts, arrays, K, dy_TD):
-    """The same for a layer whose choice, the argument, and gates are given."""
+    """The programs of `whole_layer` with experts and gates given, without a router."""
     gate_TK = jnp.full((dy_TD.shape[0], K), 1 / K, jnp.float32)
     forward = jax.jit(experts)
 

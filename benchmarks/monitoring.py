@@ -1,4 +1,4 @@
-"""What watching a run costs: the training step with its statistics and without.
+"""The cost of watching a run: the training step with its statistics and without.
 
   python -m benchmarks.monitoring --config=configs/quickstart.py [--config.a.b=value]
       [--repeats=30] [--json=FILE]
@@ -7,8 +7,8 @@
 state and the loss alone: XLA then removes whatever only the other figures need. The
 load that router biases follow, the guard and the losses stay in both. The two run in
 turn in one process, in changing order; the figure is the median of the ratios of
-neighbours, with a 95 % bootstrap interval. Beside it: what the compiled programs say of
-their operations, bytes and instructions, which does not depend on the machine's mood.
+neighbours, with a 95 % bootstrap interval. Next to it are the operations, bytes and
+instructions of the compiled programs, which do not depend on the machine's load.
 
 Then what the host does at a logged step: fetching the metrics, metrics.jsonl,
 routing.jsonl and TensorBoard, over `log.every` steps. The device works meanwhile, so on
@@ -37,7 +37,7 @@ from moex.train.job import make_job
 from moex.train.log import RunLog
 from moex.train.loop import Run
 
-LIMIT = 0.02  # of the step time, for everything together
+LIMIT = 0.02  # share of the step time, for everything together
 
 
 def programs(job, args) -> dict:

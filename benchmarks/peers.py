@@ -52,7 +52,7 @@ def tokamax_ragged_dot():
 
 @dataclasses.dataclass
 class TorchResult:
-    """What torch has started; `jax.block_until_ready` waits for it as for an array."""
+    """Work that torch started; `jax.block_until_ready` waits for it like an array."""
 
     value: Any
 

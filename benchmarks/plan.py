@@ -1,4 +1,4 @@
-"""What `moex plan` says beside what libtpu's compiler says, for pods not there.
+"""Compare `moex plan` with libtpu's compiler, for pods that are not there.
 
   python -m benchmarks.plan [--cases=quickstart_v5e,..] [--json=benchmarks/results/plan]
 

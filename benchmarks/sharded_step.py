@@ -4,7 +4,7 @@
       [--json=FILE]
 
 All devices share this machine's cores, so the best that a mesh can reach is about 1:
-what is above is the price of splitting and of what travels. All meshes and the one
+the rest is the price of splitting and of communication. All meshes and the one
 device take turns, so that every row is over the same baseline, under the same load; all
 programs and their arrays are held at once. The bytes that each kind
 of collective brings to one device per step are read off the compiled program (layers

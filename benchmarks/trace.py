@@ -52,7 +52,7 @@ def get_config(arg=""):
 
 
 def write_corpus(path: pathlib.Path, tokens: int) -> None:
-    """Documents of words of a Zipf distribution, about two tokens a word or more."""
+    """Write documents of words with a Zipf distribution, two tokens a word or more."""
     rng = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(5000)]
@@ -63,7 +63,7 @@ def write_corpus(path: pathlib.Path, tokens: int) -> None:
 
 
 def measured(*args) -> dict:
-    """Seconds and most bytes of memory of `moex ARGS`."""
+    """The seconds and the most bytes of memory of `moex ARGS`."""
     command = [sys.executable, "-m", "moex.cli", *map(str, args)]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -94,7 +94,7 @@ def main() -> None:
         )
         run, trace, early = folder / "run", folder / "t.parquet", folder / "e.parquet"
         measured("train", f"--config={folder / 'config.py'}", f"--workdir={run}")
-        # The end of training scores what is held out, so that is little there.
+        # Training ends with a score of all held-out data, so little is held out there.
         all_of_it = "--config.data.sources[0].holdout=1"
         tokens = f"--tokens={args.tokens}", all_of_it
         tenth = f"--tokens={args.tokens // 10}", all_of_it
@@ -108,7 +108,7 @@ def main() -> None:
             "report a tenth": measured("report", run, f"--trace={early}", page),
             "report": measured("report", run, f"--trace={trace}", page),
         }
-        # Without JAX or a model: what is written can be read anywhere.
+        # Reading a trace needs no JAX and no model.
         from moex.analysis.trace import Trace
 
         with Trace.open(trace) as opened:

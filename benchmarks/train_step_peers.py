@@ -1,4 +1,4 @@
-"""A training step of moex beside that of Hugging Face transformers, sizes alike.
+"""A training step of moex and one of Hugging Face transformers, with equal sizes.
 
   python -m benchmarks.train_step_peers [--experts=8|64] [--repeats=7] [--threads=N]
       [--attention=sdpa,eager] [--optimizer=fused,foreach] [--json=FILE]
@@ -125,7 +125,7 @@ def torch_model(E: int, attention: str, experts: str, device: str = DEVICE):
 
 
 def torch_step(model, optimizer: str, compiled: bool, losses: list):
-    """The same of a torch model; `optimizer` is "fused" or "foreach"."""
+    """The same function for a torch model; `optimizer` is "fused" or "foreach"."""
     batch = {
         k: torch.tensor(v, device=DEVICE) for k, v in random_batch(B, L, V).items()
     }
@@ -143,7 +143,7 @@ def torch_step(model, optimizer: str, compiled: bool, losses: list):
         loss.backward()
         adamw.step()
         adamw.zero_grad()
-        losses.append(loss.item())  # waits for all of it
+        losses.append(loss.item())  # waits for the whole step
 
     return run
 
@@ -151,7 +151,7 @@ def torch_step(model, optimizer: str, compiled: bool, losses: list):
 def check_memory(E: int, experts: str) -> None:
     """Raises MemoryError where a copy of the weights per slot would not fit."""
     K, F = SETTINGS[E]
-    # Kept for the backward pass in every layer; in one, its gradients too.
+    # Every layer keeps the copy for the backward pass; one layer has its gradients too.
     need = (LAYERS + 1) * B * L * K * 3 * D * F * 4
     host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = torch.cuda.mem_get_info()[0] if GPU else host
@@ -173,7 +173,7 @@ def torch_jobs(E: int, args, losses: dict) -> tuple[dict, dict]:
             model = torch_model(E, attention, experts)
             job = torch_step(model, optimizer, mode == "compiled", noted)
             job()  # compiles
-        except Exception as e:  # whatever a library raises is what the row says
+        except Exception as e:  # the row says what a library raises
             reasons[name] = (str(e).strip().splitlines() or [type(e).__name__])[0]
         else:
             jobs[name], losses[name] = job, noted

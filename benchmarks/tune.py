@@ -7,7 +7,7 @@
 
 Every candidate of every operation of the layer (`candidates` of each backend) is
 compiled and timed, interleaved; the fastest by its median becomes the entry, with its
-time and that of the default beside it, so that the table says what it gains. Candidates
+time and that of the default, so that the table says what it gains. Candidates
 that do not compile are listed and skipped. Entries of the same operation and sizes are
 replaced, all others kept; nothing of this happens when moex is imported.
 
@@ -53,7 +53,7 @@ SMALL = LayerShape(96, 2, 64, 64, 4)
 
 
 def arrays(shape, dtype, load):
-    """What the kernels of a layer of this shape are called with."""
+    """The arguments of the kernels of a layer of this shape."""
     T, K, D, F, E = shape
     expert = jnp.asarray(common.experts_of(load, T, K, E))
     plan = make_plan(expert, jnp.ones((T, K), bool), E)
@@ -116,7 +116,7 @@ def with_pre(kernels, operation, a, **options) -> dict:
 def compiled(candidates, function, a, until) -> dict:
     """`{tiling: program of a}`; prints what does not compile, stops at `until`.
 
-    Compilers work beside each other, in threads: a GPU's machine has cores for it.
+    Compilers work in parallel, in threads: a GPU's machine has cores for it.
     """
     jobs: dict = {}
     width = min(8, os.cpu_count() or 1)
@@ -135,7 +135,7 @@ def compiled(candidates, function, a, until) -> dict:
                 try:
                     job = functools.partial(program.result(), a)
                     jax.block_until_ready(job())
-                except Exception as e:  # whatever a compiler refuses a candidate with
+                except Exception as e:  # a compiler may raise anything
                     reason = (str(e).splitlines() or [repr(e)])[0][:100]
                     print(f"    {tiling}: {reason}", file=sys.stderr)
                 else:
@@ -198,7 +198,7 @@ def tune(name, shape, operation, args, until=math.inf) -> dict | None:
 
 
 def us(seconds: float | None) -> float | None:
-    """Microseconds; None of what could not be measured."""
+    """Seconds as microseconds; None for a time that could not be measured."""
     return None if seconds is None else round(1e6 * seconds, 1)
 
 
@@ -210,7 +210,7 @@ def fields(tiling) -> dict:
 
 
 def key_of(entry: dict) -> tuple:
-    """What an entry is of: the operation and its sizes."""
+    """The key of an entry: the operation and its sizes."""
     return tuple(entry[k] for k in KEY)
 
 
@@ -303,7 +303,7 @@ def main() -> None:
             )
             replace(table, device, name, entry)
             figures["entries"].append({"shape": shape_name, "backend": name} | entry)
-            if file:  # as it goes: a lease may end at any time
+            if file:  # after every entry: the machine may be taken away at any time
                 write(file, table)
         common.write_json(args.json, figures)
     if work and not figures["entries"]:

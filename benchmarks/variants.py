@@ -30,7 +30,7 @@ def layers(args, shape):
         token_BL=index,
         kernels=args.implementations,
     )
-    # Logits of a deviation of about 1.6, and p for K experts: 1 to 4 K of them.
+    # Logits deviate by about 1.6, and p is set for K experts: tokens have 1 to 4 K.
     glu, std = Glu(hidden=F), 1.6 * D**-0.5
     top_k = MoE(num_experts=E, router=TopK(k=K, init_std=std), experts=glu)
     k_max = min(4 * K, E)

@@ -4,8 +4,8 @@
       [--dry-run] RUN ...
 
 Each run leaves two lines in `FOLDER/partial/STEP.jsonl`, when it starts and when it has
-ended, and its figures in a file beside it: what is there when the process is killed is
-read by `runner`. One that fails does not keep the next from its turn.
+ended, and its figures in a file next to it: `runner` reads what is there when the
+process is killed. A run that fails does not keep the next from its turn.
 """
 
 import argparse

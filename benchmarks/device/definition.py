@@ -1,4 +1,4 @@
-"""Experts of one implementation beside their definition, values and gradients.
+"""Compare one implementation of experts with the definition, values and gradients.
 
 T tokens · K slots · D model width · F expert width · E experts
 """
@@ -14,7 +14,7 @@ NAMES = ("dx", "dw_in", "dw_out", "dgate")
 
 
 def error_of(implementation: str, dtype: str, shape) -> str | None:
-    """What is wrong with the gradients of a layer of this shape; None: nothing.
+    """The error in the gradients of a layer of this shape; None: there is none.
 
     Rows of the slots of the last tokens are not kept. They are NaN and must not reach
     anything.
@@ -26,7 +26,7 @@ def error_of(implementation: str, dtype: str, shape) -> str | None:
     """
     T, K, D, F, E = shape
     lost = min(7, T // 2)
-    rng = np.random.default_rng(1)  # JAX would compile a program for every shape
+    rng = np.random.default_rng(1)  # JAX would compile for every shape
 
     def normal(*size, scale=1.0):
         return jnp.asarray(scale * rng.normal(size=size), dtype)

@@ -31,7 +31,7 @@ DRY = "MOEX_GPU_TEST_INTERPRETED"  # kernels by Pallas' interpreter, without a G
 
 
 def pytest_runtest_logstart(nodeid):
-    """Notes a test that begins: one that takes the process with it has no end."""
+    """Notes that a test begins: if it ends the process, nothing reports its end."""
     _note({"test": nodeid, "outcome": "started"})
 
 
@@ -105,7 +105,7 @@ def shrink(shape: LayerShape, fails, note=lambda shape: None) -> LayerShape:
 
 
 def kind_of(error: str | None) -> str | None:
-    """What an error begins with: the same fault in another size begins alike."""
+    """The beginning of an error: the same fault in another size begins alike."""
     return None if error is None else error.partition(":")[0]
 
 
@@ -148,7 +148,7 @@ class Worker:
 
 
 def work(implementation: str, dtype: str) -> None:
-    """What a `Worker` runs: shapes in, answers out."""
+    """Run the process of a `Worker`: read shapes, write answers."""
     import jax
 
     from benchmarks.device.definition import error_of

@@ -183,7 +183,7 @@ SAY = {
 
 
 def row(step: Step, data: dict | None) -> str:
-    """One line of the table; `data` is of the step's file, or None without one."""
+    """One line of the table; `data` is the content of the step's file, or None."""
     runs = data["runs"] if data else {}
     measured = {n: run["figures"] for n, run in runs.items() if "figures" in run}
     said = SAY[step.name](measured) if measured else []

@@ -108,7 +108,7 @@ def isolated(
             outcome = "ended" if code == 0 else "failed"
         except subprocess.TimeoutExpired:
             outcome = "timed out"
-        finally:  # of a Stopped, too
+        finally:  # also after a Stopped
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(began.pid, signal.SIGKILL)
             began.wait()
@@ -117,7 +117,7 @@ def isolated(
 
 
 def here(out, step, process, runs, *, limit, dry_run) -> tuple[str, str]:
-    """As `isolated`, in this process, and without a limit: for a debugger."""
+    """Does the same as `isolated` in this process, without a limit: for a debugger."""
     del limit, dry_run
     for run in process.runs:
         if run.name in runs:
@@ -126,7 +126,7 @@ def here(out, step, process, runs, *, limit, dry_run) -> tuple[str, str]:
 
 
 class Results:
-    """What a folder holds of one step."""
+    """The results of one step in a folder."""
 
     def __init__(self, out: pathlib.Path, step: Step, about: dict, dry_run: bool):
         self.out, self.step, self.about, self.dry_run = out, step, about, dry_run
@@ -141,11 +141,11 @@ class Results:
         self.output: dict = data.get("output", {})
 
     def collect(self, outcome: str, runs: list[str] = ()) -> None:
-        """Takes in what runs left in `partial`.
+        """Takes in the files that runs left in `partial`.
 
         Args:
-          outcome: what has become of a run that has no end.
-          runs: those that were meant; one that never began is "skipped" where the time
+          outcome: the outcome of a run that has no end.
+          runs: the runs asked for; one that never began is "skipped" where the time
             was over, and else has `outcome`.
         """
         events = child.events_file(self.out, self.step.name)
@@ -176,7 +176,7 @@ class Results:
                 self.runs[name] = {"status": outcome, "when": now()} | self.about
         if last or runs:
             self.write()
-        for file in (*files, events):  # after `write`: a kill between loses nothing
+        for file in (*files, events):  # after `write`: a kill loses nothing
             file.unlink(missing_ok=True)
 
     def status(self) -> str:
@@ -201,7 +201,7 @@ class Results:
         write_json(self.file, data)
 
     def left(self, process: Process, retry: bool) -> list[str]:
-        """Runs of a process that were never tried; or, to retry, those that failed."""
+        """The runs of a process that were never tried; to retry, those that failed."""
         states = {r.name: self.runs.get(r.name, {}).get("status") for r in process.runs}
         if retry:
             return [name for name, status in states.items() if status in BAD]
@@ -248,7 +248,7 @@ def run_all(
     results = {step.name: Results(out, step, about, dry_run) for step in wanted}
     for found in results.values():
         found.collect("cut")
-    # What had failed before this start comes last; what fails now is not tried again.
+    # Runs that failed before this start come last; those that fail now are not retried.
     plan = [
         (step, process, runs)
         for retry in (False, True)

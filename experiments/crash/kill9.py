@@ -4,7 +4,7 @@
 
 Trains experiments/crash/config.py twice: undisturbed, and with `kill -9` at random
 moments, each followed by the same command. Compares every logged loss. Writes
-results.json beside this file; exit code 0 if all are equal.
+results.json next to this file; exit code 0 if all are equal.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def logged(workdir) -> dict:
 
 
 def environment(out) -> dict:
-    """On one CPU, with compiled programs kept, so that restarts are cheap."""
+    """Environment variables: one CPU, programs kept, so that restarts are cheap."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return os.environ | {
         "JAX_COMPILATION_CACHE_DIR": f"{out}/programs",

@@ -5,7 +5,7 @@
 Trains experiments/crash/config.py on four devices: undisturbed by four processes; then
 with `kill -9` of one of the four, and from there on with four, two and one process,
 also on other meshes; then with one process stopped (silent, as a host without power).
-Writes results.json beside this file; exit code 0 if all is as the README says.
+Writes results.json next to this file; exit code 0 if all is as the README says.
 """
 
 import argparse
@@ -36,7 +36,7 @@ RESTARTS = ((4, 1), (2, 2), (1, 4), (1, 1))
 
 
 def start(workdir, env, processes: int, devices: int, *train) -> subprocess.Popen:
-    """The local launcher with `moex train`; all output through one pipe."""
+    """Start the local launcher with `moex train`; all output comes through one pipe."""
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "launch.local", f"--processes={processes}"),
@@ -54,7 +54,7 @@ def start(workdir, env, processes: int, devices: int, *train) -> subprocess.Pope
 
 
 def finish(workdir, env, processes, devices, *train) -> list[str]:
-    """Run to the end; the lines that were shown."""
+    """Run to the end; returns the lines that were shown."""
     process = start(workdir, env, processes, devices, *train)
     lines = process.communicate()[0].splitlines()
     if process.returncode != 0:
@@ -85,7 +85,7 @@ def child(launcher: subprocess.Popen, index: int) -> int:
 
 
 def disturb(workdir, env, at: int, number: int, *train) -> dict:
-    """Four processes; from step `at` on one gets a signal. What came of it."""
+    """Run four processes and signal one from step `at` on; returns the outcome."""
     launcher = start(workdir, env, 4, 1, *train)
     lines, sent, step = [], None, 0
     for line in launcher.stdout:
@@ -112,7 +112,7 @@ def disturb(workdir, env, at: int, number: int, *train) -> dict:
 
 
 def resumed(out, env, processes, devices, steps, expected) -> dict:
-    """Go on with a copy of the killed run; how its end compares."""
+    """Go on with a copy of the killed run; returns how its end compares."""
     workdir = out / f"restart_{processes}x{devices}"
     shutil.copytree(out / "killed", workdir)
     lines = finish(workdir, env, processes, devices, f"--config.steps={steps}")

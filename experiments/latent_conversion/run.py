@@ -1,10 +1,10 @@
-"""What does a trained MoE lose as latent experts, and what does tuning them give back?
+"""How much does a trained MoE lose as latent experts, and does tuning give it back?
 
   python -m experiments.latent_conversion.run [--out=DIR]
 
 Trains a small MoE on the quickstart's data, converts it with groups of 2, 4 and 8
 experts, by the weights and whitened, and tunes the factors alone. Runs that are already
-in --out are not repeated. Writes results.json beside this file.
+in --out are not repeated. Writes results.json next to this file.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from moex.train.loop import train
 HERE = pathlib.Path(__file__).parent
 GROUPS = (2, 4, 8)
 STEPS, TUNE_STEPS = 500, 100
-SEQUENCES = 256  # held out, for every loss
-# The factors; of the plain experts that are tuned for comparison, gate and up too.
+SEQUENCES = 256  # held-out sequences that every loss is over
+# The parameters that are tuned: the factors; for comparison, plain gate and up.
 TUNED = {"latent": ("*/experts/a_*", "*/experts/b_*"), "plain": ("*/experts/w_in*",)}
 
 
@@ -109,7 +109,7 @@ def main() -> None:
         "seed": 0,
         "original": score(base),
         "original_tuned": tune(base, out / "base-tuned", "plain"),
-        # One direction for all experts: how much is there to lose?
+        # One direction for all experts: this is the most that can be lost.
         "latent1": converted(base, out / "latent1", group=8, latent=1)["loss"]["after"],
         "rows": [],
     }

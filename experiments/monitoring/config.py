@@ -26,7 +26,7 @@ ROUTERS = {
     # The rate is so small that biases stay where they start.
     "healthy": TopK(k=2, bias_rate=1e-9),
     "dead": TopK(k=2, bias_rate=1e-9),
-    # Nothing balances, and the router runs ahead of the experts.
+    # No rule balances the load, and the router learns faster than the experts.
     "collapse": TopK(k=1, normalize="none", init_std=0.5),
     # The controller's target is all experts: p climbs until every token has them.
     "saturation": TopP(p=0.3, k_max=EXPERTS, control=Controller(target=8.0)),

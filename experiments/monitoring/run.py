@@ -4,7 +4,7 @@
 
 Trains a healthy model and three unhealthy ones (config.py) on the embedded data, and
 checks that the figures of the last step tell them apart and that `moex report` warns of
-what is wrong and of nothing else. Writes results.json beside this file; exit code 1 if
+what is wrong and of nothing else. Writes results.json next to this file; exit code 1 if
 a failure does not show. Look: tensorboard --logdir DIR, DIR/CASE/report.html
 """
 
@@ -26,7 +26,7 @@ from moex.train import loop
 from moex.train.job import Job
 
 HERE = pathlib.Path(__file__).absolute().parent
-LAYER, EXPERT = 2, 5  # the one that is dead
+LAYER, EXPERT = 2, 5  # the expert that is dead
 NAMES = ("max_violation_worst", "dead_frac_worst", "effective_frac_worst", "confidence")
 NAMES += ("entropy", "experts_per_token", "dead_frac_worst_layer")
 
@@ -48,7 +48,7 @@ INIT_STATE = Job.init_state
 
 
 def train(case: str, workdir: pathlib.Path, steps: int | None) -> dict:
-    """Train one case; the figures of its last logged step."""
+    """Train one case; returns the figures of its last logged step."""
     cfg = get_config(case)
     cfg.steps = cfg.steps if steps is None else steps
     forced = without_one_expert if case == "dead" else INIT_STATE
@@ -57,7 +57,7 @@ def train(case: str, workdir: pathlib.Path, steps: int | None) -> dict:
     return {name: result[f"moe/{name}"] for name in NAMES} | {"nll": result["eval_nll"]}
 
 
-# What the report has to warn of, and what else follows from it.
+# The warnings that a report must have, and others that may follow from them.
 KINDS: dict[str, tuple[set, set]] = {
     "healthy": (set(), set()),
     "dead": ({"dead experts"}, set()),
@@ -67,7 +67,7 @@ KINDS: dict[str, tuple[set, set]] = {
 
 
 def warnings(workdir: pathlib.Path) -> dict[str, list[str]]:
-    """What the report of a run warns of; writes the report."""
+    """Write the report of a run; returns its warnings."""
     write_report(workdir)
     return examine(read(workdir)).groups
 

@@ -4,7 +4,7 @@
 
 Same data, order, steps, optimizer and attention; the dense feed-forward is as wide as
 the experts that one token uses. Runs that are already in --out are not repeated.
-Writes results.json and plot.png beside this file.
+Writes results.json and plot.png next to this file.
 """
 
 import argparse

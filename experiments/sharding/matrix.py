@@ -119,14 +119,14 @@ LAYERS = {
     "top-k, balance of sequences": moe(TopK(k=2, init_std=0.7, bias_rate=0.1)),
     "top-k, balance of steps": moe(TopK(k=2, init_std=0.7, bias_rate=0.1)),
 }
-# Fields of `Loss`, and microbatches, of layers that are trained in a way of their own.
+# Layers with other fields of `Loss` or another number of microbatches.
 LOSSES = {
     "top-k, balance of sequences": {"balance_scope": "sequence"},
     "top-k, balance of steps": {"balance_scope": "step"},
 }
 GRAD_ACCUM = {"top-k, balance of steps": 2}
 
-# On eight devices, by their mesh and how tokens reach the experts.
+# Meshes of eight devices, by name.
 MESHES = {
     "data 8": MeshConfig(data=8),
     "fsdp 8": MeshConfig(data=1, fsdp=8),
@@ -195,7 +195,7 @@ TX = optax.chain(remember(), optax.clip_by_global_norm(CLIP), optax.sgd(RATE))
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What steps on one mesh gave: numpy arrays by path."""
+    """The results of steps on one mesh: numpy arrays by path."""
 
     gradients: dict[str, Any]  # of the first step, as they were before clipping
     params: dict[str, Any]  # after the last step
@@ -231,7 +231,7 @@ def _prepared(
 ):
     """(mesh, jitted step, its arguments) of SGD steps on a mesh.
 
-    `losses`: fields of `Loss` beside `LOSS`. A microbatch is of `B` rows.
+    `losses`: fields of `Loss` besides those in `LOSS`. A microbatch has `B` rows.
     """
     mesh = mesh_cfg.make(devices)
     states.check_mesh(spec, mesh)

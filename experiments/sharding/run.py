@@ -3,7 +3,7 @@
   python -m experiments.sharding.run [--layers=NAME ...] [--meshes=NAME ...] [--out=DIR]
 
 All pairs of `matrix.LAYERS` and `matrix.MESHES`: three clipped steps of SGD in float32
-on eight forced CPU devices beside the same on one. Writes results.json beside this
+on eight forced CPU devices against the same on one. Writes results.json next to this
 file after every layer, so that a run that is cut off goes on (`--resume`); exit code 1
 if any pair is further than `LIMIT` or two replicas differ.
 """

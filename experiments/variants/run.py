@@ -3,7 +3,7 @@
   python -m experiments.variants.run [--steps=30] [--only=ARG ...] [--out=DIR]
 
 Each variant of configs/quickstart.py: trains, then trains its second half again from
-the checkpoint in the middle, and continues a prompt. Writes results.json beside this
+the checkpoint in the middle, and continues a prompt. Writes results.json next to this
 file; exit code 1 if a loss did not fall, a resumed run differs or nothing was written.
 """
 
@@ -63,7 +63,7 @@ def records(workdir) -> list[dict]:
 
 
 def train(cfg, workdir):
-    """Train without talking."""
+    """Train without printing."""
     with contextlib.redirect_stdout(sys.stderr):
         return loop.train(cfg, workdir, say=lambda line: None)
 
@@ -103,7 +103,7 @@ def variant(arg: str, steps: int, out: pathlib.Path) -> dict:
 
 
 def continued(workdir) -> str:
-    """What the model writes, or why it refuses."""
+    """The text that the model writes, or the reason why it refuses."""
     try:
         return write_text(workdir, ["def "], max_new_tokens=12, seed=0)[0]
     except ConfigError as e:
