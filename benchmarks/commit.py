@@ -5,7 +5,7 @@ import subprocess
 
 
 def commit() -> str:
-    """MOEX_COMMIT, for a machine without the repository's history; else git describe."""
+    """The value of MOEX_COMMIT (for a machine without the history), or git describe."""
     if named := os.environ.get("MOEX_COMMIT"):
         return named
     command = ["git", "describe", "--always", "--dirty"]
