@@ -1,8 +1,8 @@
 """The way of tokens to the devices of their experts, and back: all-to-all.
 
-What travels is one row for each pair (token, device) that holds a kept slot. The rows
-of a device are put in order of where they go; `Travel.there` sends them, `Travel.back`
-brings as many back into the same places.
+One row travels for each pair (token, device) that has a kept slot. The rows of a device
+are sorted by the device that they go to; `Travel.there` sends them, and `Travel.back`
+brings one row back for each of them, into the same places.
 
 In one device of an expert axis of n: t tokens · K slots per token · N rows that leave ·
 R rows that arrive · C rows of one pair of devices at most, padded ones included
@@ -24,7 +24,7 @@ from kernels_pallas.plan import Layout
 from moex.numbers import exact
 
 # all_to_all is chosen if it moves less than this share of the rows that a gather moves:
-# a gather needs no sort, no packing and no ids beside the rows. A judgement, not timed.
+# a gather needs no sort, no packing and no ids sent with the rows. We did not time it.
 MOVES_LESS = 0.75
 
 
@@ -77,31 +77,31 @@ def device_pairs(device_tK, keep_tK):
     return keep_tK & ~jnp.any(same_tKK & before_KK & keep_tK[:, None, :], axis=2)
 
 
-# Where `lax.ragged_all_to_all` is compiled: elsewhere rows are padded to equal parts.
+# Platforms that compile `lax.ragged_all_to_all`; others pad the rows to equal parts.
 RAGGED = ("gpu", "tpu")
 
 
 def mean_frac(n: int, K: int) -> Fraction:
-    """Share of tokens with any of K slots on one of n devices, if routing is even."""
+    """The share of tokens with a slot on one of n devices, if routing is even."""
     return 1 - Fraction(n - 1, n) ** K
 
 
 def rows_per_pair(n: int, t: int, K: int, buffer: float | None) -> int:
-    """Rows that a device has room for from one other; t, all of them, is the most."""
+    """The rows that a device has room for from each other device; at most t."""
     if buffer is None:
         return t
     return min(t, math.ceil(exact(buffer) * t * mean_frac(n, K)))
 
 
 def moves_all_to_all(n: int, t: int, K: int, buffer: float | None) -> bool:
-    """What "auto" chooses for n devices of the expert axis with t tokens each."""
+    """Whether "auto" chooses all-to-all for n devices with t tokens each."""
     if platform() in RAGGED:
         return mean_frac(n, K) < MOVES_LESS
     return rows_per_pair(n, t, K, buffer) < MOVES_LESS * t
 
 
 def _padded(plan, device_tK, n, C) -> Travel:
-    """C rows to every device, used or not."""
+    """Plan to send C rows to every device, whether they are used or not."""
     row_N = jnp.arange(n * C, dtype=jnp.int32)
     device_N, place_N = row_N // C, row_N % C
     real_N = place_N < take(plan.group_sizes_E, device_N)
@@ -124,14 +124,14 @@ def _padded(plan, device_tK, n, C) -> Travel:
 
 
 def _ragged(plan, device_tK, n, C) -> Travel:
-    """As many rows as there are, into one buffer of n C rows at each device."""
+    """Plan to send only existing rows, into a buffer of n C rows at each device."""
     me = lax.axis_index("expert")
     N, R = min(plan.order_N.shape[0], n * plan.row_TK.shape[0]), n * C
     size_nn = lax.all_gather(plan.group_sizes_E, "expert")  # [from, to]
     arrive_nn = jnp.minimum(jnp.cumsum(size_nn, axis=0) - size_nn, R)
     leave_nn = jnp.cumsum(size_nn, axis=1) - size_nn
     sent_nn = jnp.minimum(size_nn, R - arrive_nn)
-    # Of the rows of one pair: where they begin here and there, how many they are.
+    # For the rows of each pair of devices: where they begin here and there, how many.
     to = (leave_nn[me], arrive_nn[me], sent_nn[me])
     come = (arrive_nn[:, me], leave_nn[:, me], sent_nn[:, me])
     there, back = _transposed_pair(
@@ -160,7 +160,7 @@ def _ragged(plan, device_tK, n, C) -> Travel:
 
 
 def _ragged_swap(rows, num_out, mine, theirs):
-    """Send `sizes` rows from `begin` here to `begin` there; what none fills is 0."""
+    """Send `sizes` rows from `begin` here to `begin_there`; unfilled rows are 0."""
     begin, begin_there, sizes = mine
     return lax.ragged_all_to_all(
         rows,

@@ -32,8 +32,8 @@ class SignBias:
 class QuantileBias:
     """Loss-free balancing by quantiles of the whole step: see `moe/quantile.py`.
 
-    The published rule has no rate: that is rate 1. A rate below is a running mean, the
-    new bias weighing so much.
+    The published rule has no rate: it is ours with rate 1. A rate below 1 makes a
+    running mean, in which the new bias has this weight.
     """
 
     rate: float | tuple
@@ -70,10 +70,10 @@ class Controller(Config):
     """Steers the p of a top-p router to a mean number of experts per token.
 
     A PI controller in velocity form, so that it cannot wind up at its limits:
-    p += kp * (e - e before) + ki * e, with e = (target - mean slots) / experts. Divided
-    by the experts, because with even probabilities p moves the mean by that much; a
-    router that is sure answers more slowly, so with many experts raise `ki`. Slots at
-    zero-computation experts count.
+    p += kp * (e - e before) + ki * e, with e = (target - mean slots) / experts. We
+    divide by the experts, because p times their number is the mean where probabilities
+    are even; a router that is sure answers more slowly, so with many experts raise
+    `ki`. Slots at zero-computation experts count.
 
     Source: the idea is that of DTop-p (arXiv:2512.13996), known to us from its
     abstract only; the form and the gains are ours.
@@ -90,8 +90,8 @@ class Controller(Config):
         require(self.ki > 0, f"{path}.ki", self.ki, "above 0")
 
 
-# The limits of a controller. At 1 top-p turns to all experts at once: a router that is
-# sure would be thrown from one expert to all and back.
+# The limits of a controller. At p = 1 top-p takes all experts at once: a router that is
+# sure would jump from one expert to all of them and back.
 P_MIN, P_MAX = 1e-3, 1 - 1e-6
 
 
@@ -117,7 +117,7 @@ class ControlP:
 
 
 def bias_rule(name, rate, k, score):
-    """The rule called `name` of a router.
+    """The rule called `name`, for the bias of a router.
 
     Args:
       name: of `BIAS_RULES`.

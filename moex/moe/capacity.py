@@ -1,6 +1,6 @@
 """Expert capacity: which slots are dropped. Without it the layer is dropless.
 
-The sort by expert, and rows there and back, are `kernels_pallas`.
+`kernels_pallas` sorts the rows by expert, and moves them there and back.
 
 T tokens · K slots per token · E experts
 """

@@ -70,10 +70,10 @@ class Chain(FeedForwardConfig):
         return list(self.routers)
 
     def param_use(self, name, experts_per_token=None) -> tuple[float, float]:
-        """As `MoE.param_use`; `experts_per_token` has a value per round.
+        """The same as `MoE.param_use`; `experts_per_token` has a value per round.
 
-        The rounds share the experts: the share of them is taken as if no round chose
-        what another chose, and is at most 1.
+        The rounds share the experts: the share in use is counted as if no two rounds
+        chose the same expert, and is at most 1.
         """
         if name.startswith("experts/"):
             if experts_per_token is None:
@@ -98,8 +98,8 @@ class ChainLayer(SparseLayer):
 
     M_t is the whole MoE with the router of round t; with C = 1 this is the plain layer,
     bit for bit. Without the inner residual z_t = M_t(z_{t-1}), and z_C is returned.
-    There is no norm between rounds. How the result meets the residual stream is the
-    block's (`Segment.residual`). Losses, load and stats have a leading dim [C].
+    There is no norm between rounds. The block decides how the result is added to the
+    residual stream (`Segment.residual`). Losses, load and stats have a leading dim [C].
 
     Parameters: experts, zero and shared as in `MoE`, held once; `routers/t`, or one
     `router` if they are shared.
@@ -133,13 +133,13 @@ class ChainLayer(SparseLayer):
             if self.shared is not None and (t == 0 or not self.shared_once):
                 y_BLD = y_BLD + self.shared_output(z_BLD, ctx)
             rounds.append(aux)
-            # The sum of rounds is kept, not z_C - z_0, which would round differently.
+            # We keep the sum of the rounds: z_C - z_0 would be rounded differently.
             sum_BLD = y_BLD if sum_BLD is None else sum_BLD + y_BLD
             z_BLD = x_BLD + sum_BLD if self.inner_residual else y_BLD
         return (sum_BLD if self.inner_residual else z_BLD), stack_rounds(rounds)
 
     def _context(self, ctx, t):
-        """The context of round t: its own noise, its part of a replay."""
+        """The context of round t, with its own noise key and its part of a replay."""
         # The first round keeps the key: a chain of one round is the plain layer.
         key = ctx.key if t == 0 else fold_key(ctx.key, t)
         forced = None if ctx.forced is None else ctx.forced[str(t)]

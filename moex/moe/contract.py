@@ -34,10 +34,10 @@ class RouterConfig(PartConfig):
 
     @abc.abstractmethod
     def expected_slots(self, num_experts: int) -> float:
-        """Slots that a token uses, the mean before anything is trained."""
+        """The mean number of slots that a token uses before anything is trained."""
 
     def slots(self, num_experts: int) -> int:
-        """K, the most slots of a token; where experts choose, all may take it."""
+        """K, the most slots of a token; where experts choose, all may take a token."""
         return num_experts
 
     def losses(self) -> dict[str, float | Schedule]:
@@ -45,16 +45,16 @@ class RouterConfig(PartConfig):
         return {}
 
     def validate_experts(self, num_experts: int, path: str) -> None:
-        """Raise `ConfigError` for what needs the number of experts to be seen."""
+        """Raise `ConfigError` for errors that only the number of experts shows."""
 
     def validate_repeat(self, repeat: int, path: str) -> None:
-        """Raise `ConfigError` for what needs the number of copies of the segment."""
+        """Raise `ConfigError` for errors that only the segment's repeat shows."""
 
     def keep_copies(self, copies: slice) -> None:
-        """Keep of what is said for each copy of the segment that of some copies."""
+        """Keep only `copies` in the fields with a value per copy of the segment."""
 
     def groups_kept(self) -> tuple[int, int] | None:
-        """(groups of experts, groups that a token may use); None: no such limit."""
+        """The pair (groups of experts, groups that a token may use); None: no limit."""
         return None
 
     def split(self, parts: int) -> Self:
@@ -117,10 +117,10 @@ class ExpertsConfig(PartConfig):
         """The module that holds `num_experts` for tokens of width `dim`."""
 
     def validate_sizes(self, num_experts: int, dim: int, path: str) -> None:
-        """Raise `ConfigError` for what needs the sizes of the layer to be seen."""
+        """Raise `ConfigError` for errors that only the sizes of the layer show."""
 
     def expert_frac(self, num_experts: int, slots: float, name: str) -> float:
-        """Share of the parameter `name` that a token with `slots` experts uses."""
+        """The share of the parameter `name` that a token with `slots` experts uses."""
         return slots / num_experts
 
     def takes_buffer_rows(self) -> bool:
@@ -130,11 +130,11 @@ class ExpertsConfig(PartConfig):
     def travel_widths(
         self, num_experts: int, dim: int, num_slots: int, num_devices: int
     ) -> tuple[int, int]:
-        """Numbers of a row of `Experts.travel_form` on its way there and back."""
+        """The widths of a row of `Experts.travel_form` on its way there and back."""
         return dim, dim
 
     def split(self, parts: int) -> Self:
-        """An expert kind of which `parts` experts are as large as one of these.
+        """The expert kind of which `parts` experts are as large as one of these.
 
         Raises:
           ValueError: if there is none.
@@ -146,17 +146,17 @@ class Experts(nnx.Module):
     """The module of an expert kind: the parameters of E experts, on one device."""
 
     def __call__(self, x_ND, group_sizes_E, ctx):
-        """The definition: [N, D], each row through its expert.
+        """Compute each row by its expert, [N, D]: this defines the kind.
 
         Args:
           x_ND: rows sorted by expert.
           group_sizes_E: int32, rows of each expert; what is past their sum is not used.
-          ctx: `Context`; of the batch it holds nothing.
+          ctx: `Context`; it holds nothing that belongs to the batch.
         """
         raise NotImplementedError
 
     def sums(self, x_TD, gate_TK, plan, ctx, buffer_rows=None):
-        """[T, D]: for each token the sum over its kept slots of gate * expert(x).
+        """Sum gate * expert(x) over the kept slots of each token, [T, D].
 
         Override it where dispatch and combine can be part of the computation.
 
@@ -165,8 +165,8 @@ class Experts(nnx.Module):
           gate_TK: float32 weights.
           plan: `kernels_pallas.Plan` of the kept slots.
           ctx: `Context`.
-          buffer_rows: rows that buffers are made for, more are computed too; only given
-            if `ExpertsConfig.takes_buffer_rows`.
+          buffer_rows: rows that buffers are made for; if there are more, they are
+            computed too. It is only given if `ExpertsConfig.takes_buffer_rows`.
         """
         y_ND = self(dispatch(x_TD, plan), plan.group_sizes_E, ctx)
         return combine(y_ND, gate_TK, plan)
@@ -187,7 +187,7 @@ class TravelForm:
     experts: Experts
 
     def leave(self, x_TD, layout, expert_N):
-        """[N, C]: the rows that leave.
+        """The rows that leave, [N, C].
 
         Args:
           x_TD: tokens of this device.
@@ -201,5 +201,5 @@ class TravelForm:
         return self.experts.sums(x_RC, gate_RK, plan, ctx, buffer_rows)
 
     def arrive(self, y_NC, layout, expert_N):
-        """[T, D]: the sums of the rows that came back; arguments as for `leave`."""
+        """The sums of the rows that came back, [T, D]; arguments as for `leave`."""
         return combine(y_NC, jnp.ones(layout.kept_TK.shape), layout)

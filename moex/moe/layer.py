@@ -88,11 +88,11 @@ class MoE(FeedForwardConfig):
         self.router.validate_repeat(repeat, f"{path}.router")
 
     def num_choices(self) -> int:
-        """What a router chooses among: experts and zero-computation experts."""
+        """The number of choices of a router: experts and zero-computation experts."""
         return self.num_experts + (self.zero.count() if self.zero else 0)
 
     def expected_experts(self) -> float:
-        """Experts that compute for a token, before anything is trained.
+        """The number of experts that compute for a token before anything is trained.
 
         All choices are alike then, so zero-computation experts get their share.
         """
@@ -109,7 +109,7 @@ class MoE(FeedForwardConfig):
         return self.expert_use(name, [float(experts_per_token)])
 
     def expert_use(self, name, rounds: list[float]) -> tuple[float, float]:
-        """`param_use` of the experts when tokens come in `rounds` of so many slots."""
+        """The `param_use` of the experts when each of `rounds` uses this many slots."""
         E, last = self.num_experts, name.split("/")[-1]
 
         def frac(slots):
@@ -138,7 +138,7 @@ def check_router(router: RouterConfig, num_choices: int, path: str) -> None:
 
 
 def loss_weights(router: RouterConfig) -> tuple:
-    """((name, coefficient), ...) of the router's own losses, for its layer to keep."""
+    """The pairs (name, coefficient) of a router's own losses, for its layer to keep."""
     return tuple((k, static_value(v)) for k, v in sorted(router.losses().items()))
 
 
@@ -157,7 +157,7 @@ def check_losses(router, routing, weights) -> None:
 
 
 def check_capacity(moe: MoE, router: RouterConfig, path: str) -> None:
-    """A capacity is for routers in which tokens choose."""
+    """Check that a capacity is only set for a router in which tokens choose."""
     require(
         moe.capacity_factor is None or not router.experts_choose,
         path,
@@ -167,12 +167,12 @@ def check_capacity(moe: MoE, router: RouterConfig, path: str) -> None:
 
 
 def split_experts(moe: MoE, parts: int) -> MoE:
-    """Fine-grained splitting: `parts` times the experts and k, of 1/`parts` the width.
+    """Make `parts` times the experts and k, of 1/`parts` the width each.
 
-    The same parameters and FLOPs, and many more combinations.
+    Parameters and FLOPs stay the same; there are many more combinations of experts.
 
     Raises:
-      ValueError: if the width is not a multiple, or the router or experts cannot.
+      ValueError: if `parts` does not divide the width, or the router or experts cannot.
 
     Source: DeepSeekMoE, arXiv:2401.06066, section 3.1.
     """
@@ -185,7 +185,7 @@ def split_experts(moe: MoE, parts: int) -> MoE:
 
 
 class SparseLayer(FeedForward):
-    """Everything of an MoE layer but its router: what a chain goes round with."""
+    """Everything in an MoE layer but its router; a chain runs it several times."""
 
     def __init__(self, cfg, dim, rngs):
         self.num_experts = cfg.num_experts
@@ -201,12 +201,12 @@ class SparseLayer(FeedForward):
         )
 
     def mix(self, x_BLD, router, loss_weights, ctx):
-        """The routed experts alone.
+        """Compute the routed experts alone, without the shared expert.
 
         Args:
           x_BLD: input of the layer.
           router: `Router`.
-          loss_weights: of its own losses, from `loss_weights`.
+          loss_weights: coefficients of the router's own losses, from `loss_weights`.
           ctx: `Context`.
 
         Returns:
@@ -218,7 +218,7 @@ class SparseLayer(FeedForward):
         valid_T = ctx.valid_BL.reshape(-1)
         with jax.named_scope("router"):
             routing = router(x_TD, ctx)
-            if not isinstance(routing, ExpertRouting):  # which takes no padding
+            if not isinstance(routing, ExpertRouting):  # that never takes padding
                 routing = routing.keep_only(valid_T[:, None])
             check_losses(router, routing, loss_weights)
             load_BE, real_T = metrics.loads(routing, (B, L), self.num_experts)
@@ -248,9 +248,9 @@ class SparseLayer(FeedForward):
         return y_TD.reshape(B, L, D), aux
 
     def _sums(self, x_TD, routing, ctx, per_expert=None):
-        """(gated sums over the slots of each row of x, rows computed, rows lost)."""
+        """The triple (gated sums for each row of x, rows computed, rows lost)."""
         E = self.num_experts
-        # Decoding drops nothing, or a row would depend on the rest of its batch.
+        # Decoding drops nothing: else a row would depend on the rest of its batch.
         if self.capacity_factor is not None and ctx.mode != "decode":
             num_slots = routing.expert_TK.size
             choices = routing.probs_TE.shape[-1]
@@ -265,9 +265,9 @@ class SparseLayer(FeedForward):
         return y_TD, jnp.sum(computed_TK, dtype=jnp.float32) - num_lost, num_lost
 
     def _sums_of_experts(self, x_TD, routing, ctx):
-        """`_sums` where experts choose."""
+        """The same as `_sums`, for a router in which experts choose."""
         if on_a_mesh():
-            # Tokens stay where they are: every one says which experts chose it.
+            # Tokens stay on their devices: their slots say which experts chose them.
             per_expert = routing.token_EC.shape[1]
             return self._sums(x_TD, routing.by_token(), ctx, per_expert)
         token_N, rows = routing.by_row()
@@ -276,7 +276,7 @@ class SparseLayer(FeedForward):
         return y32_TD.astype(x_TD.dtype), num_kept, num_lost
 
     def shared_output(self, x_BLD, ctx):
-        """What the shared expert adds; call only if there is one."""
+        """The output of the shared expert; call this only if there is one."""
         assert self.shared is not None
         with jax.named_scope("shared"):
             y_BLD = self.shared(x_BLD, ctx)[0]

@@ -2,7 +2,7 @@
 
 Coefficients are applied in `model/task.py`. Arguments are sums over all tokens of a
 microbatch (over all devices, since the arrays are global), so the same functions serve
-any scope. All are 0 where there is no token: nothing can be learned there.
+any scope. All losses are 0 where there is no token: nothing can be learned there.
 
 E experts · ... any leading dims (layers, chain steps, sequences)
 """
@@ -11,16 +11,16 @@ import jax.numpy as jnp
 
 from moex.config.schedule import value_at
 
-# Prefixes of the sums that a layer has of its router's own losses.
+# Prefixes for the sums of a router's own losses among the stats of its layer.
 OWN, WEIGHTED = "own_loss:", "own_loss_weighted:"
-# Names that a router's own losses cannot have: of the losses that every layer has.
+# Names that a router's own losses cannot have: every layer has losses of these names.
 TAKEN = (
     *("z", "load_balance", "sequence_balance", "router_z", "entropy", "importance"),
 )
 
 
 def load_balance_loss(load_E, prob_sum_E, num_tokens):
-    """E * sum_e f_e P_e; 1 at uniform routing for any k.
+    """The loss E * sum_e f_e P_e; it is 1 at uniform routing for any k.
 
     Args:
       load_E: float32[..., E] kept slots per expert; carries no gradient.
@@ -69,7 +69,7 @@ def own_sums(loss_T, weights, valid_T, step) -> dict:
       loss_T: `Routing.losses`.
       weights: ((name, coefficient), ...) of all of them.
       valid_T: bool, False at padding.
-      step: optimizer step; None, outside of training: there are no weighted sums.
+      step: optimizer step; None outside of training, where no sums are weighted.
     """
     sums = {}
     for name, weight in weights:
@@ -81,7 +81,7 @@ def own_sums(loss_T, weights, valid_T, step) -> dict:
 
 
 def own_losses(layers, num_tokens, over_layers) -> dict:
-    """The part of a microbatch in the weighted losses that routers have of their own.
+    """The part that a microbatch adds to the weighted own losses of the routers.
 
     Args:
       layers: `{path: aux of a layer}`.
@@ -104,7 +104,7 @@ def own_losses(layers, num_tokens, over_layers) -> dict:
 
 
 def sequence_balance_sums(load_BE, prob_sum_BE, num_tokens_B):
-    """(sum of the load-balance losses of sequences with any token, number of them).
+    """The sum of the load-balance losses of sequences with any token, and their number.
 
     Source: DeepSeek-V3, arXiv:2412.19437, equations 17 to 20; a sequence here is a row
     of the batch, which may hold several packed documents.
@@ -115,12 +115,12 @@ def sequence_balance_sums(load_BE, prob_sum_BE, num_tokens_B):
 
 
 def mean_loss(total, count):
-    """A mean over tokens or sequences; 0 over none.
+    """The mean over tokens or sequences; 0 if there are none.
 
-    Of logsumexp(logits)^2 it is the router z-loss (Zoph et al. 2022, arXiv:2202.08906,
-    equation 5). Of the entropy of the whole routing distribution, in nats, it is L_d of
-    Huang et al. 2024, arXiv:2403.07652, which keeps top-p routing from buying experts
-    by being unsure.
+    The mean of logsumexp(logits)^2 is the router z-loss (Zoph et al. 2022,
+    arXiv:2202.08906, equation 5). The mean entropy of the routing distribution, in
+    nats, is L_d of Huang et al. 2024, arXiv:2403.07652, which keeps a top-p router from
+    getting more experts by being unsure.
     """
     return total / jnp.maximum(count, 1.0)
 
@@ -137,7 +137,7 @@ def importance_loss(prob_sum_E):
 
 
 def update_bias(bias_E, load_E, rate):
-    """Loss-free balancing: raise the bias of underloaded experts by `rate`.
+    """Raise the bias of underloaded experts by `rate`: balancing without a loss.
 
     b_e += rate * sign(mean(load) - load_e), once per optimizer step with the load of
     all its microbatches.

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from moex.moe.losses import layer_losses, sequence_balance_sums
 from moex.moe.routing import ExpertRouting
 
-MOST_SLOTS = 32  # the last bin of a histogram of slots: so many or more
+MOST_SLOTS = 32  # the last bin of a histogram of slots: this many or more
 
 
 def loads(routing, shape_BL, num_experts) -> tuple[jax.Array, jax.Array]:
-    """`(load_BE, real_T)`: slots per sequence and expert, and per token.
+    """The pair `(load_BE, real_T)`: slots per sequence and expert, and per token.
 
     Args:
       routing: after padding was taken out, before capacity.
@@ -40,7 +40,7 @@ def loads(routing, shape_BL, num_experts) -> tuple[jax.Array, jax.Array]:
         load_BE = jnp.zeros((B, E)).at[row_EC, expert_E1].add(keep_EC)
         real_EC = jnp.where(expert_E1 < num_experts, keep_EC, 0.0)
         return load_BE, jnp.zeros(B * L).at[routing.token_EC].add(real_EC)
-    # Compare and sum: fuses, needs no scatter, and stays where its sequences are.
+    # Compare and sum: that fuses, needs no scatter, and stays on its sequence's device.
     expert_BSE = routing.expert_TK.reshape(B, -1, 1) == jnp.arange(E)[None, None]
     kept_BSE = expert_BSE & routing.keep_TK.reshape(B, -1, 1)
     load_BE = jnp.sum(kept_BSE, axis=1, dtype=jnp.float32)
@@ -51,9 +51,9 @@ def loads(routing, shape_BL, num_experts) -> tuple[jax.Array, jax.Array]:
 def routing_stats(
     routing, valid_BL, load_BE, real_T, num_kept, num_lost, num_experts, y_TD
 ) -> dict:
-    """Float32 sums over the valid tokens of one layer call.
+    """The float32 sums over the valid tokens of one layer call.
 
-    Those that losses are made of are differentiable; the others keep nothing for the
+    Sums that losses are made of are differentiable; the others keep nothing for the
     backward pass.
 
     Args:
@@ -99,7 +99,7 @@ def routing_stats(
 
 
 def _square_sum(x_TX, valid_T):
-    """Sum of the squares of all numbers of the valid tokens."""
+    """The sum of the squares of all numbers of the valid tokens."""
     square_T = jnp.sum(jnp.square(x_TX.astype(jnp.float32)), axis=-1)
     return jnp.sum(jnp.where(valid_T, square_T, 0))  # no mask of the size of x
 
@@ -112,14 +112,14 @@ def _most_slots(routing, num_experts) -> int:
 
 
 def _slots_histogram(real_T, valid_T, most):
-    """float32[S]: tokens with 0, 1, ... slots; the last bin of `MOST_SLOTS` is open."""
+    """Count the tokens with 0, 1, ... slots, float32[S]; bin `MOST_SLOTS` is open."""
     bins_S = jnp.arange(min(most, MOST_SLOTS) + 1, dtype=jnp.float32)
     slots_T1 = jnp.minimum(real_T, MOST_SLOTS)[:, None]
     return jnp.sum((slots_T1 == bins_S[None]) & valid_T[:, None], 0, dtype=jnp.float32)
 
 
 def mean(total, count):
-    """A mean for people: NaN, which is no figure, over nothing."""
+    """The mean as a figure for people: NaN where there is nothing to count."""
     return total / jnp.where(count > 0, count, jnp.nan)
 
 
@@ -127,14 +127,14 @@ class Figure(NamedTuple):
     """A figure of an MoE layer: how it is made, and how it is shown.
 
     Attributes:
-      name: as in logs; one with a value per expert ends in "_E", per bin in "_S".
+      name: as in logs; it ends in "_E" with a value per expert, in "_S" per bin.
       title: for people.
       unit: what is measured, for the axis of a chart.
       of: makes it, float32[...] or float32[..., E], from the sums of `routing_stats`;
-        None: made where the devices are known, in `model/figures.py`.
+        None: `model/figures.py` makes it, where the devices are known.
       chart: page of charts that it is on; None: on none.
       worst: `max` or `min`, where the worst layer is; None: none is worse.
-      rare: 0 in most runs, so that a report leaves it out where it is 0.
+      rare: the figure is 0 in most runs, and a report leaves it out where it is 0.
     """
 
     name: str
@@ -214,7 +214,7 @@ def _loss(name):
 
 BALANCE, ROUTERS, EXPERTS = "balance", "routers", "experts per token"
 UNSCALED = "before its coefficient"  # the unit of losses
-# In the order in which charts and reports show them. Means over tokens are NaN where
+# Charts and reports show the figures in this order. Means over tokens are NaN where
 # there is no token; shares of slots are 0 where there is no slot.
 # fmt: off
 FIGURES: tuple[Figure, ...] = (
@@ -261,7 +261,7 @@ FIGURES: tuple[Figure, ...] = (
 
 
 def own_figures(names) -> tuple[Figure, ...]:
-    """The figures of losses that routers report of their own, by name of the loss."""
+    """The figures of the losses that routers define themselves, by name of the loss."""
     return tuple(
         Figure(
             f"{n}_loss", f"Router's own loss {n}", UNSCALED, _loss(f"{n}_loss"), ROUTERS
@@ -273,7 +273,7 @@ def own_figures(names) -> tuple[Figure, ...]:
 def layer_metrics(stats: dict) -> dict:
     """The figures of one layer (or of stacked layers) from its sums, by name.
 
-    They are those of `FIGURES`, and the losses that the router reports of its own as
+    They are those of `FIGURES`, and the losses that the router itself defines, named
     "NAME_loss".
     """
     losses = {name: _loss(name)(stats) for name in layer_losses(stats)}

@@ -1,4 +1,4 @@
-"""Experts on a mesh: the one `shard_map` of moex. Dropless, with exact results.
+"""Experts on a mesh: the one `shard_map` of moex. It is dropless and exact.
 
 Inside it every device holds its tokens (split over `TOKEN_AXES`) and its experts (split
 over `expert`, their hidden width over `tensor`). Parameters split over `fsdp` are
@@ -41,8 +41,8 @@ class Rows:
     """What is known of the rows that the experts of a layer compute.
 
     Attributes:
-      buffer_slots: kept slots per token that buffers are made for; more are computed
-        too, in a way that takes more memory for a while. None: all there are.
+      buffer_slots: kept slots per token that buffers are made for; if there are more,
+        they are computed too, but take more memory for a while. None: all slots.
       per_expert: most slots that any expert was given. None: as many as tokens.
     """
 
@@ -50,7 +50,7 @@ class Rows:
     per_expert: int | None = None
 
     def limits(self, num_tokens, num_seen, num_experts) -> dict:
-        """Arguments of `local_sums`, of a device that sees more tokens than its own."""
+        """The arguments of `local_sums` that say how many rows a device must hold."""
         limits: dict[str, int] = {}
         if self.buffer_slots is not None:
             limits["buffer_rows"] = math.ceil(exact(self.buffer_slots) * num_tokens)
@@ -60,7 +60,7 @@ class Rows:
 
 
 def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
-    """Gated sums over the kept slots of each token, on the mesh in use.
+    """Compute gated sums over the kept slots of each token, on the mesh in use.
 
     Args:
       experts: module of an expert kind.
@@ -71,7 +71,7 @@ def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
       rows: what is known of the rows to compute.
 
     Returns:
-      ([T, D] as x, float32 scalar: rows that found no room in a buffer).
+      (sums [T, D] in x's dtype, float32 scalar: rows that found no room in a buffer).
     """
     slots = (routing.expert_TK, routing.gate_TK, routing.keep_TK)
     if not on_a_mesh():
@@ -91,7 +91,7 @@ def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
                 f"the tokens of a batch must divide over the {parts} devices of the "
                 f"axes {', '.join(TOKEN_AXES)}; got {x_TD.shape[0]} tokens."
             )
-        tokens = P()  # a few tokens that are decoded: every device has them all
+        tokens = P()  # the few tokens of a decoding step: every device has them all
     graphdef, params, rest = split_params(experts)
     axes = {path: v.get_metadata()["axes"] for path, v in nnx.to_flat_state(params)}
     specs = {path: partition_spec(own) for path, own in axes.items()}
@@ -116,32 +116,32 @@ def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
         body,
         in_specs=(specs, P(), tokens, *(tokens for _ in slots)),
         out_specs=(tokens, P()),
-        # Kernels and their loops cannot say what varies over which axis. Without that
-        # check a wrong sum would pass here: `tests/test_sharded.py` is what holds it.
+        # Kernels and their loops cannot say what varies over which axis. Without this
+        # check a wrong sum would pass here: `tests/test_sharded.py` guards against it.
         check_vma=False,
     )
     return run(weights, nnx.to_pure_dict(rest), x_TD, *slots)
 
 
 def _in_stack(slots, num_experts, layer):
-    """Slots with the ids that the experts have among those of all copies."""
+    """Give slots the ids that the experts have among those of all copies."""
     expert_TK, gate_TK, keep_TK = slots
     keep_TK &= expert_TK < num_experts  # zero-computation experts come after these
     return expert_TK + layer * num_experts, gate_TK, keep_TK
 
 
 def local_sums(sums, x_TD, slots, num_experts, ctx, *, buffer_rows=None, max_rows=None):
-    """Gated sums of experts that are all on this device, [T, D].
+    """Compute gated sums by experts that are all on this device, [T, D].
 
     Args:
       sums: `Experts.sums`, or that of a `TravelForm`.
-      x_TD: tokens, or what of them reaches the experts.
+      x_TD: tokens, or the form of them that reaches the experts.
       slots: (expert_TK, gate_TK, keep_TK) as in `Routing`; ids outside of
         [0, num_experts) count nothing.
       num_experts: experts of this device.
       ctx: `Context`.
-      buffer_rows: rows that buffers are made for; more are computed too.
-      max_rows: rows that are computed at most.
+      buffer_rows: rows that buffers are made for; if there are more, they are computed.
+      max_rows: the most rows that are computed.
     """
     expert_TK, gate_TK, keep_TK = slots
     with jax.named_scope("dispatch"):
@@ -156,7 +156,7 @@ def local_sums(sums, x_TD, slots, num_experts, ctx, *, buffer_rows=None, max_row
 
 
 def _for_experts(ctx, share):
-    """The context inside: nothing of the batch, only how to compute."""
+    """The context for the shard_map: how to compute, without any data of the batch."""
     names = (
         *("segment_BL", "position_BL", "token_BL", "step", "key", "forced"),
         *("layer", "depth"),
@@ -165,7 +165,7 @@ def _for_experts(ctx, share):
 
 
 def _nested(leaves: dict) -> dict:
-    """{path: leaf} as nested dicts."""
+    """Turn {path: leaf} into nested dicts."""
     tree: dict = {}
     for path, leaf in leaves.items():
         node = tree
@@ -176,7 +176,7 @@ def _nested(leaves: dict) -> dict:
 
 
 def _whole(weight, spec, dtype):
-    """A parameter in the compute dtype, gathered over `fsdp`."""
+    """Gather a parameter over `fsdp`, in the compute dtype."""
     weight = weight.astype(dtype)
     for dim, axis in enumerate(spec):
         if axis == "fsdp" and lax.axis_size("fsdp") > 1:
@@ -185,24 +185,24 @@ def _whole(weight, spec, dtype):
 
 
 def _all_but_gathered(primitive, *_, **params) -> bool:
-    """Checkpoint policy: weights are gathered again in the backward pass.
+    """Checkpoint policy that gathers weights again in the backward pass.
 
-    Kept, they would be those of all layers: what `fsdp` is there to avoid.
+    If they were kept, a device would hold those of all layers, which `fsdp` avoids.
     """
     gathers = primitive.name == "all_gather" and "fsdp" in params["axis_name"]
     return not (gathers or primitive.name in RESHAPES)
 
 
-# What is done with a gathered weight before a kernel takes it; cheap to do again.
+# Operations on a gathered weight before a kernel takes it; they are cheap to repeat.
 RESHAPES = ("reshape", "convert_element_type", "mul")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _sum_over(x, axis):
-    """The sum over a mesh axis, of which every device has the whole.
+    """The sum over a mesh axis; every device gets all of it.
 
     Each device gets an equal share of the result's gradient; the gradient of each part
-    is all of it. The transpose of psum would add the shares up, through the network.
+    is all of it. The transpose of psum would add the shares up over the network.
     """
     return lax.psum(x, axis)
 
@@ -215,7 +215,7 @@ _sum_over.defvjp(
 
 @dataclasses.dataclass(frozen=True)
 class _ExpertAxis:
-    """The expert axis as one device of it sees it, inside of the shard_map."""
+    """The expert axis as one of its devices sees it, inside of the shard_map."""
 
     num_devices: int
     num_experts: int
@@ -227,7 +227,7 @@ class _ExpertAxis:
         return self.num_experts // self.num_devices
 
     def sums(self, experts, x_tD, slots, ctx):
-        """(gated sums of the tokens of this device, rows that found no room)."""
+        """The pair (gated sums of this device's tokens, rows that found no room)."""
         t, K = slots[0].shape
         if self.num_devices == 1:
             limits = self.rows.limits(t, t, self.num_experts)
@@ -250,11 +250,11 @@ class _ExpertAxis:
         return y_tD, lost
 
     def _own_part(self, sums, x_RD, packed, shape_tK, ctx):
-        """(sums of the experts of this device for all of R tokens, slots lost)."""
+        """The pair (sums by this device's experts for all of R tokens, slots lost)."""
         (t, K), e = shape_tK, self.num_local
         slots = _unpacked(packed, ctx.first_expert, e)
         if self.rows.per_expert is not None and self.num_experts == K:
-            # Slot i of a token is expert i's: the other columns are of other devices.
+            # Slot i belongs to expert i: the other columns are for other devices.
             own = functools.partial(lax.dynamic_slice_in_dim, axis=1, slice_size=e)
             slots = tuple(own(a, ctx.first_expert) for a in slots)
         limits = self.rows.limits(t, x_RD.shape[0], e)
@@ -266,7 +266,7 @@ class _ExpertAxis:
         return local_sums(sums, x_RD, slots, e, ctx, **limits), lost
 
     def _travels_all_to_all(self, ctx, t, K) -> bool:
-        if ctx.mode == "decode":  # few tokens: what counts is the number of messages
+        if ctx.mode == "decode":  # few tokens: the number of messages matters
             return False
         if ctx.exchange != "auto":
             return ctx.exchange == "all_to_all"
@@ -295,17 +295,17 @@ class _ExpertAxis:
 
 
 def _packed(expert_tK, gate_tK, keep_tK):
-    """float32[t, 2K]: ids from 1, 0 where not kept, and gates.
+    """Pack ids, counted from 1 with 0 where not kept, and gates: float32[t, 2K].
 
-    A row of zeros, which a buffer holds where none arrived, has no expert so. Ids are
-    exact below 2**24.
+    So the zeros in a buffer where no row arrived belong to no expert. Ids are exact
+    below 2**24.
     """
     id_tK = jnp.where(keep_tK, expert_tK + 1, 0).astype(jnp.float32)
     return jnp.concatenate([id_tK, gate_tK], axis=1)
 
 
 def _unpacked(packed, first_expert, num_local):
-    """(ids counted from the first local expert, gates, whether the expert is local)."""
+    """Unpack (ids from the first local expert on, gates, whether they are local)."""
     id_RK, gate_RK = jnp.split(packed, 2, axis=1)
     own_RK = id_RK.astype(jnp.int32) - 1 - first_expert
     return own_RK, gate_RK, (own_RK >= 0) & (own_RK < num_local)

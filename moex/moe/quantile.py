@@ -1,9 +1,9 @@
 """Quantile balancing: the bias of each expert from a histogram of all tokens of a step.
 
 A token's margin for an expert, r = cutoff - score, is the bias from which on the token
-would choose it: the cutoff is the (k+1)-th best biased score of the token. The bias
-with which k / E of the tokens choose an expert is so the k / E quantile of its margins.
-Quantiles of parts of a batch do not average to that of the whole, and counts add up:
+would choose it: the cutoff is the (k+1)-th best biased score of the token. So the bias
+with which k / E of the tokens choose an expert is the k / E quantile of its margins.
+Quantiles of parts of a batch do not average to that of the whole, but counts add up:
 every margin is counted in one of `BINS` bins, as an integer, so that neither the mesh
 nor the number of microbatches can change the result.
 
@@ -17,21 +17,21 @@ import jax.numpy as jnp
 
 from moex.sharding import sum_over_rows
 
-# 16 KiB of counters an expert and layer. The report has 1000 bins, and others 10,000.
+# 16 KiB of counters per expert and layer. The report has 1000 bins, others 10,000.
 BINS = 4096
 BLOCK = 64  # bins that are looked through at once
 
 # How far a margin can be from the bias that made its cutoff: scores lie in [0, SPAN].
-# Roots of softplus have no bound: 4 is that of a logit of 16. What lies outside of the
-# bins counts in the last of them, and the bins of the next step begin further out.
+# Roots of softplus have no bound: 4 is the score of a logit of 16. Margins outside of
+# the bins count in the outermost one, and the bins of the next step begin further out.
 SPAN = {"softmax": 1.0, "sigmoid": 1.0, "sqrt_softplus": 4.0}
 
 
 def bins_of(bias_E, span) -> tuple[jax.Array, jax.Array]:
-    """Where the bins of a step lie: over [min b - span, max b + span], float32[..., 1].
+    """The place of a step's bins, over [min b - span, max b + span], float32[..., 1].
 
     The width is a power of two, at most 2 (max b - min b + 2 span) / (B - 2), and bins
-    begin at multiples of it: what is computed with them is exact in float32.
+    begin at multiples of it: calculations with them are exact in float32.
 
     Returns:
       (number of the first bin, counted from 0 in widths; width of a bin).
@@ -44,7 +44,7 @@ def bins_of(bias_E, span) -> tuple[jax.Array, jax.Array]:
 
 
 def margin_counts(cutoff_T, score_TE, valid_T, bias_E, span) -> jax.Array:
-    """int32[E, B]: the margins of the valid tokens, of all devices, in bins.
+    """Count the margins of the valid tokens of all devices in bins, int32[E, B].
 
     Args:
       cutoff_T: the (k+1)-th best biased score of each token.
@@ -62,9 +62,9 @@ def margin_counts(cutoff_T, score_TE, valid_T, bias_E, span) -> jax.Array:
         bin_TE = jnp.clip(bin_TE, 0, BINS - 1).astype(jnp.int32)
         at_TE = bin_TE + BINS * jnp.arange(E)[None]
         one_TE = jnp.broadcast_to(valid_T[:, None].astype(jnp.int32), at_TE.shape)
-        # A scatter into one flat array: on a CPU a fifth of the time of the router
-        # (4096 tokens of width 512, 64 experts; a sort of every column takes 20 times
-        # as long).
+        # A scatter into one flat array takes a fifth of the router's time on a CPU
+        # (4096 tokens of width 512, 64 experts); a sort of every column takes 20 times
+        # as long.
         counts = jnp.zeros(E * BINS, jnp.int32)
         counts = counts.at[at_TE.reshape(-1)].add(one_TE.reshape(-1))
         return counts.reshape(E, BINS)
@@ -76,8 +76,8 @@ def margin_counts(cutoff_T, score_TE, valid_T, bias_E, span) -> jax.Array:
 def quantiles(count_EB, k) -> tuple[jax.Array, int]:
     """The k / E quantile of each expert's margins, counted from the first bin.
 
-    It is that of the smallest margin which k / E of all margins do not exceed, and the
-    margins of a bin are taken as evenly spread over it: off by a width at most.
+    It is the smallest margin which k / E of all margins do not exceed. The margins of a
+    bin are taken as evenly spread over it: the error is at most one width.
 
     Args:
       count_EB: int32[..., E, B]; up to 2**31 - 1 tokens.
@@ -90,7 +90,7 @@ def quantiles(count_EB, k) -> tuple[jax.Array, int]:
     tokens_E = jnp.sum(count_EB, axis=-1)
     # The rank, ceil(k tokens / E), in parts: the product may not fit in an int32.
     rank_E = k * (tokens_E // E) + (k * (tokens_E % E) + E - 1) // E
-    # First the block of bins, then the bin: one sum over all bins, not a running one.
+    # Find the block of bins, then the bin: one sum over all bins, not a running one.
     count_EXY = count_EB.reshape(*count_EB.shape[:-1], -1, BLOCK)
     block_E, rank_E = reached(jnp.sum(count_EXY, axis=-1), rank_E)
     count_EY = jnp.take_along_axis(count_EXY, block_E[..., None, None], axis=-2)[
@@ -98,7 +98,7 @@ def quantiles(count_EB, k) -> tuple[jax.Array, int]:
     ]
     bin_E, rank_E = reached(count_EY, rank_E)
     here_E = jnp.take_along_axis(count_EY, bin_E[..., None], axis=-1)[..., 0]
-    # So many parts that the sum over all experts still fits in an int32.
+    # The most parts for which the sum over all experts still fits in an int32.
     parts = 2 ** max(0, min(12, 32 - BINS.bit_length() - E.bit_length()))
     within_E = (rank_E.astype(jnp.float32) - 0.5) / here_E.astype(jnp.float32)
     part_E = jnp.clip(jnp.floor(within_E * parts), 0, parts - 1).astype(jnp.int32)
@@ -106,7 +106,7 @@ def quantiles(count_EB, k) -> tuple[jax.Array, int]:
 
 
 def reached(count_EX, rank_E) -> tuple[jax.Array, jax.Array]:
-    """(where the running sum of counts reaches a rank, what of the rank is left there).
+    """The place where the running sum of counts reaches a rank, and the rank in it.
 
     Args:
       count_EX: int32[..., E, X].
@@ -121,7 +121,7 @@ def reached(count_EX, rank_E) -> tuple[jax.Array, jax.Array]:
 
 
 def balancing_bias(count_EB, bias_E, k, span) -> jax.Array:
-    """float32[..., E], mean 0: the bias of the next step; without tokens, `bias_E`.
+    """The bias of the next step, float32[..., E], mean 0; without tokens `bias_E`.
 
     Args:
       count_EB: sums of `margin_counts` over the microbatches of the step.
@@ -132,7 +132,7 @@ def balancing_bias(count_EB, bias_E, k, span) -> jax.Array:
     E = bias_E.shape[-1]
     place_E, parts = quantiles(count_EB, k)
     _, width = bins_of(bias_E, span)
-    # Integers have one sum, whatever the order.
+    # The sum of integers is the same in any order.
     centred_E = E * place_E - jnp.sum(place_E, axis=-1, keepdims=True)
     moved_E = centred_E.astype(jnp.float32) / E * (width / parts)
     return jnp.where(

@@ -10,7 +10,7 @@ def recorded(aux) -> dict:
     """The assignments in an aux tree, as `Context.forced` wants them.
 
     Args:
-      aux: of a model that ran with `Context(collect=True)`.
+      aux: the aux of a model that ran with `Context(collect=True)`.
 
     Raises:
       ValueError: if nothing was collected.

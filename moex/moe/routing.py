@@ -24,12 +24,12 @@ class Routing:
     Attributes:
       expert_TK: int32 in [0, E); the kept slots of a token name different experts.
       gate_TK: float32 weight of each slot; 0 where not kept.
-      keep_TK: bool, the slot is really used. K is static, so a router that chooses
+      keep_TK: bool, whether the slot is used. K is static, so a router that chooses
         fewer experts for some tokens clears `keep`.
       logits_TE: float32 router logits, before normalisation and without noise.
       probs_TE: float32 normalised scores; each row sums to 1. The load-balance loss
         averages these.
-      sums: what the router's own state update needs beside the load; float32 or int32
+      sums: what the router's own state update needs besides the load; float32 or int32
         arrays that may be added over microbatches.
       losses: float32[T] by name, the router's own losses, differentiable: their means
         over the tokens of a step, times `RouterConfig.losses`, are part of the total
@@ -51,7 +51,7 @@ class Routing:
         return dataclasses.replace(self, keep_TK=keep_TK, gate_TK=gate_TK)
 
     def trace(self) -> dict:
-        """What a replay of this routing needs, and the gates."""
+        """The arrays that a replay of this routing needs, and the gates."""
         return {"expert": self.expert_TK, "gate": self.gate_TK, "keep": self.keep_TK}
 
 
@@ -74,7 +74,7 @@ class ExpertRouting:
     losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def by_row(self) -> tuple[jax.Array, Routing]:
-        """`(token_N, routing)`: every slot as a token of its own with one expert."""
+        """Return `(token_N, routing)`: every slot as its own token with one expert."""
         E, C = self.token_EC.shape
         expert_EC = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[:, None], (E, C))
         rows = Routing(
@@ -87,7 +87,7 @@ class ExpertRouting:
         return self.token_EC.reshape(-1), rows
 
     def by_token(self) -> Routing:
-        """The same choices as slots of tokens: slot e of a token is expert e's."""
+        """The same choices as slots of tokens: slot e of a token is for expert e."""
         T, E = self.logits_TE.shape
         at = (self.token_EC, jnp.arange(E)[:, None])
         gate_EC = jnp.where(self.keep_EC, self.gate_EC, 0.0)
@@ -100,14 +100,14 @@ class ExpertRouting:
         )
 
     def trace(self) -> dict:
-        """What a replay of this routing needs, and the gates."""
+        """The arrays that a replay of this routing needs, and the gates."""
         return {"token": self.token_EC, "gate": self.gate_EC, "keep": self.keep_EC}
 
 
 def router_logits(x_TD, w_DE) -> jax.Array:
-    """float32[T, E] whatever the dtype of x: routing decisions are discontinuous.
+    """The logits, always float32[T, E]: routing decisions are discontinuous.
 
-    Highest precision, because a TPU otherwise multiplies float32 in bfloat16.
+    The precision is the highest: a TPU otherwise multiplies float32 in bfloat16.
     """
     return jnp.dot(
         x_TD.astype(jnp.float32),
@@ -117,7 +117,7 @@ def router_logits(x_TD, w_DE) -> jax.Array:
 
 
 def top_k(value_TE, k) -> tuple[jax.Array, jax.Array]:
-    """The k largest values of every row and int32 places, ties to the first."""
+    """The k largest values of every row and their int32 places; ties to the first."""
     return by_rows(lambda rows: tuple(jax.lax.top_k(rows, k)), value_TE)
 
 
@@ -136,7 +136,7 @@ class Scores(NamedTuple):
 
 
 def router_scores(logits_TE, score) -> Scores:
-    """`Scores` of one of `SCORES`.
+    """The `Scores` of one kind of `SCORES`.
 
     Normalised in log space: a quotient of scores needs a floor, and a router can push
     all of its sigmoids below any floor, where the balance loss vanishes
@@ -155,7 +155,7 @@ def router_scores(logits_TE, score) -> Scores:
 
 
 def slot_gates(scores: Scores, expert_TK, keep_TK, normalize) -> jax.Array:
-    """float32[T, K] gates of the chosen experts; 0 where not kept.
+    """The gates of the chosen experts, float32[T, K]; 0 where not kept.
 
     Args:
       normalize: "after" selection (the gates of a token sum to 1), "before" it (the
@@ -173,18 +173,18 @@ def slot_gates(scores: Scores, expert_TK, keep_TK, normalize) -> jax.Array:
 
 
 def kept_softmax(log_TK, keep_TK) -> jax.Array:
-    """Softmax over the kept slots of each token; 0 elsewhere, and if none is kept."""
+    """The softmax over the kept slots of each token; 0 elsewhere, or if none is kept."""
     kept_TK = jnp.where(keep_TK, log_TK, -jnp.inf)
     top_T1 = jax.lax.stop_gradient(jnp.max(kept_TK, axis=-1, keepdims=True))
     top_T1 = jnp.where(jnp.isfinite(top_T1), top_T1, 0.0)
-    # Masked before the exponential too: what overflows there has no finite gradient.
+    # Mask before the exponential too: where it overflows, no gradient is finite.
     exp_TK = jnp.exp(jnp.where(keep_TK, log_TK - top_T1, 0.0))
     exp_TK = jnp.where(keep_TK, exp_TK, 0.0)
     return exp_TK / jnp.maximum(jnp.sum(exp_TK, axis=-1, keepdims=True), 1e-20)
 
 
 def replayed(ctx, name, ids, keep):
-    """The recorded `(ids, keep)` of `ctx.forced` instead, if there is one.
+    """Replace `(ids, keep)` by the recorded ones of `ctx.forced`, if there are any.
 
     Gates are then made from live scores, so gradients reach the router.
 

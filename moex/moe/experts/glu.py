@@ -48,7 +48,7 @@ class GluExperts(Experts, StackReader):
     """E experts W_out act(W_gate x + b_gate, W_up x + b_up) + b_out.
 
     Parameters: w_in_ED2F [E, D, 2, F] (gate, up), w_out_EFD [E, F, D]; with biases
-    bias_in_E2F [E, 2, F] and bias_out_ED [E, D]. Where `ctx.whole_stack`, with a
+    bias_in_E2F [E, 2, F] and bias_out_ED [E, D]. With `ctx.whole_stack` they have a
     leading dim [repeat]: then experts are counted through all copies of the layer.
     """
 
@@ -107,7 +107,7 @@ class GluExperts(Experts, StackReader):
 
 
 class FusedGluExperts(GluExperts):
-    """Without biases, dispatch and combine can be part of the kernel."""
+    """Gated experts without biases: dispatch and combine are part of the kernel."""
 
     def sums(self, x_TD, gate_TK, plan, ctx, buffer_rows=None):
         w_in, w_out = self._weights(x_TD.dtype, ctx)
@@ -124,9 +124,9 @@ class FusedGluExperts(GluExperts):
 
 
 def per_row(bias_EC, like_NC, group_sizes_E):
-    """Each row's expert's bias, in the dtype of `like_NC`; 0 past the last group."""
+    """The bias of each row's expert, in the dtype of `like_NC`; 0 past the groups."""
     N = like_NC.shape[0]
     end_E = jnp.cumsum(group_sizes_E)
     expert_N = jnp.searchsorted(end_E, jnp.arange(N), side="right")
-    # Index E, of rows past the last group, reads as 0 and has no gradient.
+    # Rows past the last group have index E, which reads as 0 and has no gradient.
     return bias_EC.astype(like_NC.dtype).at[expert_N].get(mode="fill", fill_value=0)

@@ -81,7 +81,7 @@ class Latent(ExpertsConfig):
 
 
 def latent_ratio(num_experts, dim, cfg: Latent) -> float:
-    """Parameters of latent experts over those of plain ones of the same width."""
+    """The ratio of the parameters of latent experts to those of plain ones."""
     E, F, Z = num_experts, cfg.hidden, cfg.latent
     factored = E * F * Z + -(-E // cfg.group) * Z * dim
     plain = E * F * dim
@@ -194,7 +194,7 @@ class LatentExperts(Experts):
         return expert // self.group
 
     def sums_of_latents(self, z_TC, gate_TK, plan, ctx):
-        """[T, Z] gated sums of the experts' own parts; [T, D] where down is whole.
+        """The gated sums of the experts' own parts, [T, Z]; [T, D] where down is whole.
 
         Args:
           z_TC: [T, 2Z] latents of gate and up.
@@ -206,7 +206,7 @@ class LatentExperts(Experts):
         return combine(out_N, gate_TK, plan)
 
     def _matmuls(self, group_sizes_E, ctx):
-        """Grouped matmuls with a parameter of experts, and with one of groups."""
+        """The grouped matmuls with a parameter of experts, and with one of groups."""
         group_E = self.group_of(self._ids(group_sizes_E, ctx))
         group_sizes_G = jnp.zeros(self.num_groups, group_sizes_E.dtype)
         group_sizes_G = group_sizes_G.at[group_E].add(group_sizes_E)
@@ -222,12 +222,12 @@ class LatentExperts(Experts):
         return matmul(group_sizes_E), matmul(group_sizes_G)
 
     def _ids(self, group_sizes_E, ctx):
-        """int32: the ids of the experts that these sizes are of."""
+        """The int32 ids of the experts whose group sizes these are."""
         first = 0 if ctx.first_expert is None else ctx.first_expert
         return first + jnp.arange(group_sizes_E.shape[0], dtype=jnp.int32)
 
     def _group_of_rows(self, plan, ctx):
-        """int32[N]: the group of each sorted row; any group past the last row."""
+        """The group of each sorted row, int32[N]; any group past the last row."""
         ids_E = self._ids(plan.group_sizes_E, ctx)
         end_E = jnp.cumsum(plan.group_sizes_E)
         rows_N = jnp.arange(plan.order_N.shape[0])
@@ -235,7 +235,7 @@ class LatentExperts(Experts):
         return self.group_of(ids_E.at[place_N].get(mode="clip"))
 
     def _to_out(self, x_N, latents, by_expert):
-        """Rows through gate, up and the expert's own part of down."""
+        """Pass rows through gate, up and the expert's own part of down."""
         halves = [
             by_expert(latents[op], f"a_{op}_EZF")
             if op in latents
@@ -269,7 +269,7 @@ class LatentForm(TravelForm):
     def arrive(self, y_NC, layout, expert_N):
         if "down" not in self.experts.ops:
             return TravelForm.arrive(self, y_NC, layout, expert_N)
-        # Linear: rows are summed in the space of their group, then projected once.
+        # The projection is linear: sum rows in the space of their group, project once.
         y_NGC = y_NC[:, None] * self._own_group(expert_N, y_NC.dtype)
         flat_NC = y_NGC.reshape(y_NGC.shape[0], -1)
         y_TC = TravelForm.arrive(self, flat_NC, layout, expert_N)
@@ -277,7 +277,7 @@ class LatentForm(TravelForm):
         return y_TC @ b_GZD.reshape(-1, b_GZD.shape[2])
 
     def _own_group(self, expert_N, dtype):
-        """[N, G, 1]: 1 at the group of each row's device, 0 elsewhere."""
+        """The mask [N, G, 1]: 1 at the group of each row's device, 0 elsewhere."""
         group_N1 = self.experts.group_of(expert_N)[:, None]
         own_NG = group_N1 == jnp.arange(self.experts.num_groups)[None]
         return own_NG.astype(dtype)[:, :, None]

@@ -45,7 +45,7 @@ class LowRankExperts(Experts):
 
     Parameters: a_EDR [E, D, R], b_ERD [E, R, D].
 
-    Source: the experts of LoRAMoE, arXiv:2312.09979; of rank 1, of MoRAM,
+    Source: the experts of LoRAMoE, arXiv:2312.09979; with rank 1, those of MoRAM,
     arXiv:2506.21035.
     """
 

@@ -1,4 +1,4 @@
-"""Zero-computation experts: choices beside the real experts that cost next to nothing.
+"""Zero-computation experts: choices besides the real experts that cost almost nothing.
 
 T tokens · D model width · E real experts · Z zero-computation ones · J constant ones ·
 K slots per token
@@ -29,7 +29,7 @@ class Zero(Config):
         require(self.count() >= 1, path, self.count(), "at least one expert of a kind")
 
     def count(self) -> int:
-        """Z."""
+        """Z, the number of zero-computation experts."""
         return self.null + self.copy + self.constant
 
     def make(self, dim, rngs):
@@ -56,7 +56,7 @@ class ZeroExperts(nnx.Module):
         )
 
     def __call__(self, x_TD, expert_TK, gate_TK, first_id):
-        """Sum over the slots with ids from `first_id` on of gate * output, as x is.
+        """Sum gate * output over the slots with ids from `first_id` on, in x's dtype.
 
         Args:
           x_TD: tokens.

@@ -60,7 +60,7 @@ class ExpertChoice(RouterConfig):
 class ExpertChoiceRouter(Router):
     """probs = softmax(x W) over experts; expert e takes its C most probable tokens.
 
-    C = ceil(k T / E), at most T, with T the tokens that are no padding. Gates are the
+    C = ceil(k T / E), at most T, where T counts tokens without padding. Gates are the
     probabilities, not normalised. Ties go to the first token.
 
     Parameters: w_DE [D, E].
@@ -88,7 +88,7 @@ class ExpertChoiceRouter(Router):
         wanted_TE = jnp.where(valid_T[:, None], jax.lax.stop_gradient(probs_TE), -1.0)
         _, token_EC = jax.lax.top_k(wanted_TE.T, C)
         token_EC = token_EC.astype(jnp.int32)
-        # Padding takes no share: of C slots, as many are kept as real tokens give.
+        # Padding takes no share: an expert keeps ceil(k n / E) of its C slots.
         # Slot c is below k n / E if n, the number of real tokens, is above c E / k.
         most_C = [c * E * k.denominator // k.numerator for c in range(C)]
         in_share_C = jnp.sum(valid_T) > jnp.array(most_C, jnp.int32)

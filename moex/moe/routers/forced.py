@@ -1,8 +1,8 @@
-"""Forced routing: a load of one's choice, for benchmarks, with live gates.
+"""Forced routing: a load that you choose, for benchmarks, with live gates.
 
 T tokens · D model width · E experts · K slots per token
 
-Replay of a recorded assignment is no router of its own: every router replays what
+There is no router for the replay of a recorded assignment: every router replays what
 `Context.forced` holds.
 """
 
@@ -28,7 +28,7 @@ LOADS = ("balanced", "random", "skewed", "adversarial")
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Forced(FixedK):
-    """Experts are assigned, whatever the tokens say; gates are those of top-k."""
+    """Experts are assigned without looking at the tokens; gates are those of top-k."""
 
     load: str = "balanced"  # "balanced", "random", "skewed" or "adversarial"
     skew: float = 1.0  # "skewed": expert e is drawn with weight (e + 1)^-skew, >= 0
@@ -51,9 +51,9 @@ class ForcedRouter(Router):
 
     "balanced": slot j of token t goes to expert (t k + j) mod E. "random": k different
     experts, all equally likely; "skewed": drawn in turn with falling weights.
-    "adversarial": all tokens to experts 0 to k - 1, the worst that a device can get.
+    "adversarial": all tokens go to experts 0 to k - 1, the worst case for a device.
     Gates are normalised softmax scores of x W at these experts (raw ones for k = 1), so
-    the cost of a real router is there, and its gradients. Layers and rounds of a chain
+    the cost and the gradients of a real router are there. Layers and rounds of a chain
     draw differently.
 
     Parameters: w_DE [D, E].
@@ -73,7 +73,7 @@ class ForcedRouter(Router):
         if ctx.depth is not None:
             key = jax.random.fold_in(key, ctx.depth)
         expert_TK = forced_experts(T, E, self.k, self.load, self.skew, key)
-        # One gate that is made to be 1 would have no gradient.
+        # A single gate normalised to 1 would have no gradient.
         normalize = "after" if self.k > 1 else "none"
         expert_TK, keep_TK = replayed(
             ctx, "expert", expert_TK, jnp.ones((T, self.k), bool)
@@ -88,7 +88,7 @@ class ForcedRouter(Router):
 
 
 def forced_experts(num_tokens, num_experts, k, load, skew=1.0, key=None) -> jax.Array:
-    """int32[T, k], one of `LOADS`; "random" and "skewed" need a random key."""
+    """Assign experts, int32[T, k], by one of `LOADS`; random ones need a random key."""
     T, E = num_tokens, num_experts
     slot_TK = jnp.arange(T * k, dtype=jnp.int32).reshape(T, k)
     if load == "balanced":

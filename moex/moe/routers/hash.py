@@ -22,7 +22,7 @@ class Hash(FixedK):
 
     seed: int = 0  # of the hash
     by_layer: bool = dataclasses.field(default=True, metadata={ABSENT: False})
-    # False: layers of one seed hash alike, as in runs from before the field was there
+    # False: layers of one seed hash alike, as in runs from before this field existed
 
     def validate(self, path):
         FixedK.validate(self, path)
@@ -38,7 +38,7 @@ class HashRouter(Router):
     Every block of the model and every round of a chain hashes with a seed of its own,
     which follows from `seed`, the number of the block and that of the round. No
     parameters. Logits are 0, and probs are 1/k at the chosen experts, so that load and
-    entropy mean what they mean for other routers; the router z-loss is a constant.
+    entropy mean the same as for other routers; the router z-loss is a constant.
 
     Source: Roller et al. 2021, arXiv:2106.04426 (random hash; theirs has k = 1).
     """
@@ -69,24 +69,24 @@ class HashRouter(Router):
 
 
 def hashed_experts(token_T, num_experts, k, seed=0) -> jax.Array:
-    """int32[T, k] different experts per token id, uniform over experts."""
+    """Hash each token id to k different experts, int32[T, k], uniformly."""
     expert_1E = jnp.arange(num_experts, dtype=jnp.uint32)[None]
     salt = mixed(jnp.uint32(seed))
     token_T1 = mixed(token_T.astype(jnp.uint32)[:, None] ^ salt)
-    # 24 bits are exact in float32, which top_k likes on every platform.
+    # 24 bits are exact in float32, which top_k handles well on every platform.
     value_TE = mixed(token_T1 + expert_1E * jnp.uint32(0x9E3779B9)) >> 8
     return top_k(value_TE.astype(jnp.float32), k)[1].astype(jnp.int32)
 
 
 def own_seed(seed, depth, chain_round) -> jax.Array:
-    """uint32 seed of one round of one block."""
+    """The uint32 seed of one round of one block."""
     own = mixed(jnp.uint32(seed) ^ jnp.uint32(0x9E3779B9))
     own = mixed(own + jnp.asarray(depth).astype(jnp.uint32))
     return mixed(own + jnp.uint32(chain_round))
 
 
 def mixed(h):
-    """A bijection of uint32 in which every input bit moves every output bit.
+    """Map uint32 one to one, so that every input bit moves every output bit.
 
     Source: the finalizer of MurmurHash3 (Appleby, public domain).
     """

@@ -54,7 +54,7 @@ class Groups(Config):
         require_choice(f"{path}.score", self.score, GROUP_SCORES)
 
     def validate_experts(self, num_experts, k, path):
-        """Checks that need the number of experts and of slots."""
+        """Check what depends on the number of experts and of slots."""
         require(
             num_experts % self.num == 0,
             f"{path}.num",
@@ -137,8 +137,8 @@ class TopKRouter(Router):
 
     The bias, if there is one, only selects: gates are the scores without it, and no
     gradient reaches it. Ties go to the lowest expert. Noise moves selection and gates
-    of training steps; the reported logits are without it. Quantile balancing knows no
-    groups (nor does the published rule): it balances less well with them.
+    of training steps; the reported logits are without it. Quantile balancing takes no
+    account of groups (nor does the published rule): it balances less well with them.
 
     Parameters: w_DE [D, E]; with `logit_bias` bias_logits_E [E]; bias_E float32 [E],
     state that the train step moves.
@@ -163,7 +163,7 @@ class TopKRouter(Router):
         self.bias_logits_E: nnx.Param | None = (
             param(rngs, (num_experts,), (None,), value=0.0) if cfg.logit_bias else None
         )
-        # One assignment: nnx fixes at the first whether an attribute holds arrays.
+        # Assign once: nnx fixes at the first time whether an attribute holds arrays.
         self.bias_E: RouterState | None = (
             None
             if is_always_zero(cfg.bias_rate)
@@ -208,7 +208,7 @@ class TopKRouter(Router):
         return logits_TE
 
     def _noisy(self, x_TD, logits_TE, ctx):
-        """Logits with jitter and noise, or None where there is neither."""
+        """The logits with jitter and noise, or None where there is neither."""
         if ctx.key is None or (self.jitter == 0 and self.noise == 0):
             return None
         for_jitter, for_noise = jax.random.split(ctx.key)
@@ -236,7 +236,7 @@ class TopKRouter(Router):
 
 
 def limit_to_groups(choice_TE, num_groups, keep, score):
-    """`choice_TE` with -inf outside of each token's `keep` best groups."""
+    """Set `choice_TE` to -inf outside of each token's `keep` best groups."""
     T, E = choice_TE.shape
     by_group_TGE = choice_TE.reshape(T, num_groups, E // num_groups)
     best, _ = top_k(by_group_TGE, 2 if score == "top2" else 1)

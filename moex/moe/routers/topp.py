@@ -97,7 +97,7 @@ class TopP(RouterConfig):
         return num_experts if self.k_max is None else self.k_max
 
     def expected_slots(self, num_experts) -> float:
-        """Experts per token of uniform routing, floor(p E) + 1, or the target."""
+        """The experts per token of uniform routing, floor(p E) + 1, or the target."""
         if self.control is not None:
             return self.control.target
         ps = tuple(self.p) if isinstance(self.p, (tuple, list)) else (self.p,)
@@ -111,7 +111,7 @@ class TopP(RouterConfig):
 
 
 class TopPRouter(Router):
-    """Experts in falling order of probability, until those before hold more than p.
+    """Keeps experts in falling order of probability until they hold more than p.
 
     Expert j of the order is kept if the sum of the j - 1 before it is not above p, so
     at least one is kept. The sums are inclusive ones, shifted, as in the authors' code,
@@ -186,7 +186,7 @@ class TopPRouter(Router):
 
 
 def keep_until(choice_TK, p, k_min=1):
-    """bool[T, K]: slots until the probability of those before exceeds p (strictly).
+    """Keep slots until the probability of those before exceeds p (strictly).
 
     Args:
       choice_TK: float32, probabilities in falling order.
@@ -200,8 +200,8 @@ def keep_until(choice_TK, p, k_min=1):
 
 
 def standardize(logits_TE):
-    """Each row with mean 0 and deviation 1; a constant row gives 0, exactly."""
-    # Less the largest at first: the mean of equal numbers is not always that number.
+    """Scale each row to mean 0 and deviation 1; a constant row gives exactly 0."""
+    # Subtract the largest first: the mean of equal numbers is not always that number.
     top_T1 = jnp.max(logits_TE, axis=-1, keepdims=True)
     logits_TE = logits_TE - jax.lax.stop_gradient(top_T1)
     centred_TE = logits_TE - jnp.mean(logits_TE, axis=-1, keepdims=True)
