@@ -1,8 +1,8 @@
 """What a model costs: parameters (total, active), FLOPs per token, device peaks.
 
-Counts are read off the abstract model, never from a formula of the config. How a token
-uses them (which share of a parameter it meets, and how often) is what the
-feed-forward's config says: its `param_use`.
+Counts are read off the abstract model, never from a formula of the config. The
+feed-forward's config says how a token uses them (`param_use`): which share of a
+parameter it uses, and how often.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from moex.model.paths import flat_paths
 from moex.nn.model import Model
 
 # Dense bfloat16 peak with float32 sums, 10^12 FLOP/s per device as JAX counts devices
-# (half a chip of TPU v2, v3 and TPU7x), by the whole of `device_kind`: names that begin
-# alike are of other devices. NVIDIA's data sheets, halved where they count sparsity,
-# and for GeForce the white papers of Ampere, Ada and Blackwell; Google's page of each
-# TPU (docs.cloud.google.com/tpu/docs). A device that is not here, or has no bfloat16
-# (V100, T4), has no MFU.
+# (half a chip of TPU v2, v3 and TPU7x). The key is all of `device_kind`: other devices
+# have names that begin alike. The sources are NVIDIA's data sheets, halved where they
+# count sparsity, for GeForce the white papers of Ampere, Ada and Blackwell, and
+# Google's page of each TPU (docs.cloud.google.com/tpu/docs). A device that is not here,
+# or has no bfloat16 (V100, T4), has no MFU.
 PEAK_TFLOPS = {
     "NVIDIA A10": 125.0,
     "NVIDIA A10G": 70.0,
@@ -63,13 +63,13 @@ PEAK_TFLOPS = {
 
 # Zero-computation experts are in "experts", projections and shared experts in "dense".
 GROUPS = ("embedding", "attention", "router", "experts", "dense", "norms", "logits")
-# A name of a parameter that is added, scaled with or looked up, not multiplied.
+# The names of parameters without a matmul (added, scaled with or looked up) begin so.
 NO_MATMUL = ("bias", "scale", "logit_scale", "w_embed", "sink")
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockCost:
-    """What one layer costs, of `repeat` equal ones at one place of a pattern.
+    """The cost of one layer; `repeat` equal ones are at its place of a pattern.
 
     Attributes:
       path: where the block is in the model, such as "segments/0/blocks/1".
@@ -86,19 +86,19 @@ class BlockCost:
     score_flops: float
 
     def total(self) -> dict[str, int]:
-        """Parameters of one layer, by group."""
+        """The parameters of one layer, by group."""
         return _by_group(self.sizes)
 
     def active(self) -> dict[str, float]:
-        """Parameters of one layer that a token uses, each counted once, by group."""
+        """The parameters of one layer that a token uses, counted once, by group."""
         return _by_group({n: v * self._use(n)[0] for n, v in self.sizes.items()})
 
     def forward_flops(self, experts_per_token=None) -> float:
-        """Forward FLOPs per token of one layer.
+        """The forward FLOPs per token of one layer.
 
         Args:
           experts_per_token: measured in this layer, one value or one per chain round;
-            None: as expected before training.
+            None: the number expected before training.
         """
         times = {n: self._use(n, experts_per_token)[1] for n in self.sizes}
         met = sum(v * times[n] for n, v in self.sizes.items() if _is_multiplied(n))
@@ -114,9 +114,9 @@ class BlockCost:
 class Cost:
     """Size of a model and its work per token.
 
-    FLOPs are 2 per number of a matrix and evaluation of it, plus attention scores and
-    values over the causal half of the sequence; elementwise work and embedding look-ups
-    count 0. A backward pass is twice a forward one; recomputation counts 0.
+    A matrix counts 2 FLOPs per number each time it is applied. Attention scores and
+    values count over the causal half of the sequence; elementwise work and embedding
+    look-ups count 0. A backward pass is twice a forward one; recomputation counts 0.
 
     Attributes:
       blocks: in order of depth, one per segment and place in its pattern.
@@ -130,12 +130,12 @@ class Cost:
 
     @property
     def total(self) -> dict[str, int]:
-        """Parameters by group of `GROUPS`."""
+        """The parameters by group of `GROUPS`."""
         return self._sum(BlockCost.total)
 
     @property
     def active(self) -> dict[str, float]:
-        """Parameters that one token's forward pass uses, by group."""
+        """The parameters that one token's forward pass uses, by group."""
         return self._sum(BlockCost.active)
 
     @property
@@ -148,18 +148,18 @@ class Cost:
 
     @property
     def train_flops(self) -> float:
-        """FLOPs per trained token, forward and backward, as expected before training.
+        """The FLOPs per trained token, forward and backward, expected before training.
 
-        At the sequence length that `model_cost` was asked for.
+        The sequence length is the one that `model_cost` was asked for.
         """
         return self.train_flops_at({})
 
     def train_flops_at(self, layers: dict) -> float:
-        """`train_flops` with the experts that were really used.
+        """The same as `train_flops`, with the experts that were really used.
 
         Args:
           layers: metrics by module path; "experts_per_token" is [repeat], or
-            [repeat, C] for a chain. Layers without any are charged as expected.
+            [repeat, C] for a chain. Layers without any count as expected.
         """
         forward = self.outer_flops
         for block in self.blocks:
@@ -183,13 +183,13 @@ class Cost:
 
 
 def device_peak_flops(device=None) -> float | None:
-    """Dense bfloat16 FLOP/s of a device, or None where it is not known."""
+    """The peak dense bfloat16 FLOP/s of a device, or None where it is not known."""
     tera = PEAK_TFLOPS.get((device or jax.devices()[0]).device_kind)
     return None if tera is None else tera * 1e12
 
 
 def device_bytes(devices: Sequence[jax.Device]) -> float:
-    """Memory of one device; that of the host is shared by the CPU devices given."""
+    """The memory of one device; CPU devices share the memory of the host."""
     device = devices[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
@@ -208,7 +208,7 @@ def _by_group(sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def param_group(path: str) -> str:
-    """Which of `GROUPS` a parameter is counted in, by its path."""
+    """The group of `GROUPS` that a parameter counts in, by its path."""
     *parts, name = path.split("/")
     if name == "w_embed_VD":
         return "embedding"
@@ -226,17 +226,17 @@ def _is_multiplied(path: str) -> bool:
 
 
 def model_cost(cfg: Model, spec, seq_len: int) -> Cost:
-    """Parameters and FLOPs of a model at a sequence length.
+    """The parameters and FLOPs of a model at a sequence length.
 
     Args:
-      cfg: with what the data tells (the vocabulary) filled in.
+      cfg: model config, complete with the fields that the data gives (the vocabulary).
       spec: `ModelSpec` of it.
       seq_len: tokens per sequence, for attention.
     """
     sizes = {n: math.prod(leaf.shape) for n, leaf in flat_paths(spec.params).items()}
     blocks = []
     for site in sites(cfg):
-        # Scores and values: a multiplication and an addition per number and key.
+        # Scores and values take one multiplication and one addition per number and key.
         keys = site.attention.visible_keys(seq_len)
         score_flops = 2 * site.attention.score_width(cfg.dim) * keys
         own = {
@@ -252,13 +252,13 @@ def model_cost(cfg: Model, spec, seq_len: int) -> Cost:
 
 
 def num_bytes(tree) -> int:
-    """Bytes of all leaves of a tree of arrays or `ShapeDtypeStruct`s."""
+    """The bytes of all leaves of a tree of arrays or `ShapeDtypeStruct`s."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves)
 
 
 def train_state_bytes(spec, tx) -> int:
-    """Bytes of weights, gradients and optimizer state."""
+    """The bytes of weights, gradients and optimizer state."""
     return 2 * num_bytes(spec.params) + num_bytes(jax.eval_shape(tx.init, spec.params))
 
 

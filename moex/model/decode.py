@@ -27,7 +27,7 @@ from moex.nn.lm import LM
 # of many prompts compiles few programs.
 SHORTEST_PROMPT = 16
 MOST_NEW = 2**17  # new tokens of one call
-COLDEST, HOTTEST = 2.0**-126, 2.0**127  # temperatures that float32 can divide by
+COLDEST, HOTTEST = 2.0**-126, 2.0**127  # the range that float32 can divide by
 
 
 def generate(
@@ -48,8 +48,8 @@ def generate(
 ) -> list[list[int]]:
     """The continuation of each prompt.
 
-    A row does not see the other rows, except through the random numbers; a row that
-    has stopped is treated as padding. The result is a function of the arguments.
+    A row does not see the other rows, but shares the random numbers with them; a row
+    that has stopped is treated as padding. The result depends on the arguments only.
 
     Args:
       spec: `ModelSpec` of `model_cfg`.
@@ -98,11 +98,11 @@ def generate(
 
 
 def sample(logits_BV, key, temperature, top_k=0, top_p=1.0) -> jax.Array:
-    """One token per row, int32[B].
+    """Sample one token per row, int32[B].
 
-    First top-k, then top-p on what is left of the distribution: the fewest tokens
-    whose probability reaches `top_p`, at least one. Ties go to the lowest token. A
-    temperature that is too small for float32 is 0, one too large makes all alike.
+    Top-k is applied first, then top-p to the rest of the distribution: it keeps the
+    fewest tokens whose probability reaches `top_p`, at least one. Ties go to the lowest
+    token. A temperature too small for float32 is 0; one too large makes all alike.
 
     Args:
       logits_BV: float32[B, V].
@@ -120,7 +120,7 @@ def sample(logits_BV, key, temperature, top_k=0, top_p=1.0) -> jax.Array:
         return jax.random.categorical(key, logits_BV).astype(jnp.int32)
     # From here on the second axis is in falling order of probability.
     logits_BK, token_BK = jax.lax.top_k(logits_BV, num_sorted)
-    if top_p < 1.0:  # at 1 the float32 sum of the tokens before could reach it
+    if top_p < 1.0:  # at 1 a float32 sum could reach it before the last token
         probs_BK = jax.nn.softmax(logits_BK, axis=-1)
         before_BK = jnp.cumsum(probs_BK, axis=-1) - probs_BK
         keep_BK = (before_BK < top_p).at[:, 0].set(True)  # a tiny top_p is 0 here
@@ -154,7 +154,7 @@ def _generate(
     stop_tokens,
     context,
 ):
-    """Returns (new_BN, num_new_B, cache); the cache only to be donated in place."""
+    """Returns (new_BN, num_new_B, cache); the cache only so that it can be donated."""
     B, P = prompt_BP.shape
     N = max_new_tokens
     slots = P + N - 1
@@ -163,7 +163,7 @@ def _generate(
     graphdef, arrays = nnx.split(model, graph=False)
 
     def run(token_BL, first_slot, stopped_B, cache):
-        """Next-token logits after `token_BL`, written from slot `first_slot` on."""
+        """Run `token_BL` into slots from `first_slot` on; return next-token logits."""
         ctx = _context(
             token_BL, first_slot, slots, num_padding_B, stopped_B, dict(context)
         )
@@ -199,7 +199,7 @@ def _generate(
 
 
 def cast_experts(model, dtype) -> None:
-    """Experts in the compute dtype: once, not all of them again for every token."""
+    """Cast experts to the compute dtype once, instead of again for every token."""
     for _, module in nnx.iter_modules(model, graph=False):
         if isinstance(module, StackReader):
             for weight in jax.tree.leaves(module, is_leaf=_is_param):
@@ -214,8 +214,8 @@ def _context(token_BL, first_slot, slots, num_padding_B, stopped_B, static) -> C
     """The `Context` of tokens that go to the slots from `first_slot` on.
 
     Key segments are 1 for tokens, 0 for padding and -1 for slots not yet filled, which
-    therefore match no query. A stopped row asks as padding. A prompt needs no keys but
-    its own.
+    therefore match no query. The queries of a stopped row count as padding. A prompt
+    needs no keys but its own.
     """
     L = token_BL.shape[1]
     slot_1S = jnp.arange(slots, dtype=jnp.int32)[None]
@@ -248,10 +248,10 @@ def padded_prompt(prompts: list[list[int]]) -> int:
 def check_request(
     model_cfg: LM, prompts: list[list[int]], max_new_tokens: int, dtype: str
 ) -> None:
-    """Refuse before anything is computed what `generate` would refuse.
+    """Refuse arguments that `generate` would refuse, before anything is computed.
 
     Raises:
-      ValueError: as `generate` does.
+      ValueError: if `generate` would raise it.
     """
     _check(prompts, model_cfg.vocab, max_new_tokens, 1.0, 0, 1.0)
     P = padded_prompt(prompts)
@@ -294,9 +294,9 @@ def _check(prompts, vocab, max_new_tokens, temperature, top_k, top_p):
 
 
 def _check_memory(model_cfg: LM, batch: int, prompt: int, new: int, dtype: str) -> None:
-    """Refuse what cannot fit: the cache, and the prefill's scores of one layer.
+    """Refuse a request whose cache and prefill scores of one layer cannot fit.
 
-    On a GPU the scores are never there as a whole, but the mask is, a byte a pair.
+    A GPU never holds all the scores at once, but all of the mask, one byte per pair.
     """
     slots = prompt + new - 1
     cache = jax.eval_shape(lambda: model_cfg.init_cache(batch, slots, jnp.dtype(dtype)))

@@ -1,4 +1,4 @@
-"""Figures of MoE layers by the numbers that people give layers: what logs are made of.
+"""Figures of MoE layers by the numbers that people give layers, as logs have them.
 
 E experts · S bins of a histogram
 """
@@ -14,7 +14,7 @@ from moex.moe import metrics
 
 
 def by_layer(model, layers: dict, *, expert_devices=1) -> dict[str, dict[str, Any]]:
-    """`{label: {name: value}}` of every MoE layer, in order.
+    """The figures of every MoE layer in order, as `{label: {name: value}}`.
 
     The label is the absolute layer number, such as "003"; the rounds of a chain are
     layers of their own, "003.1", "003.2" and so on.
@@ -35,7 +35,7 @@ def by_layer(model, layers: dict, *, expert_devices=1) -> dict[str, dict[str, An
             own = {name: value[r] for name, value in arrays.items()}
             rounds = _rounds(number, own, site.sparse)
             if expert_devices > 1:
-                # Experts that cost nothing are on every device.
+                # Every device has the zero-computation experts: they do not count.
                 num_experts = site.sparse.moe.num_experts
                 for row in rounds.values():
                     row["device_violation"] = device_violation(
@@ -57,7 +57,7 @@ def _rounds(number, figures, sparse) -> dict:
 
 
 def device_violation(load_frac_E, num_devices: int) -> float:
-    """Largest load of a device over the mean load - 1; 0 if there is no load.
+    """The largest load of a device over the mean load - 1; 0 if there is no load.
 
     Args:
       load_frac_E: float[E] load of the computing experts, a multiple of the devices;
@@ -68,12 +68,12 @@ def device_violation(load_frac_E, num_devices: int) -> float:
 
 
 def layer_rows(model, layers: dict, name: str) -> list[tuple[str, Any]]:
-    """`(label, value)` of one figure of every MoE layer, in order; see `by_layer`."""
+    """The pairs (label, value) of one figure, for every MoE layer; see `by_layer`."""
     return [(label, own[name]) for label, own in by_layer(model, layers).items()]
 
 
 def moe_summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """All MoE layers as one dict: the mean of each figure, the worst, and where.
+    """Sum up all MoE layers: the mean of each figure, the worst, and its layer.
 
     Args:
       rows: from `by_layer`.
@@ -86,7 +86,7 @@ def moe_summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     worst = {figure.name: figure.worst for figure in metrics.FIGURES}
     for name in scalar_names(rows):
         values = {label: float(own[name]) for label, own in rows.items()}
-        # A layer that nothing came to has no figure.
+        # A layer that no token came to has no figure.
         values = {label: v for label, v in values.items() if not math.isnan(v)}
         if not values:
             continue
@@ -99,15 +99,15 @@ def moe_summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def scalar_names(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """The figures that are one number a layer."""
+    """The names of the figures that are one number per layer."""
     first = next(iter(rows.values()), {})
     return [name for name, value in first.items() if np.ndim(value) == 0]
 
 
 def slot_shares(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Shares of the tokens by their number of computing experts, a mean over layers.
+    """The shares of tokens by number of computing experts, as a mean over layers.
 
-    Few keys whatever the number: "0", "1", "2", "3-4", "5-8", "9-16", "17+".
+    There are few keys for any number: "0", "1", "2", "3-4", "5-8", "9-16", "17+".
 
     Args:
       rows: from `by_layer`; not empty.
@@ -130,7 +130,7 @@ SLOT_RANGES = (
 
 
 def routing_record(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What routing.jsonl has of each layer: plain numbers of 6 significant digits.
+    """The record of each layer in routing.jsonl: numbers of 6 significant digits.
 
     Names lose their shapes: "load_frac_E" becomes "load_frac", a list.
     """

@@ -18,10 +18,10 @@ class Sparse:
     """The MoE of a feed-forward, which may stand inside `Chain` and `Narrow`.
 
     Attributes:
-      path: of its module in the parameters, such as "segments/0/blocks/1/ffn/inner".
-      where: of its config, for messages.
+      path: its module in the parameters, such as "segments/0/blocks/1/ffn/inner".
+      where: the path of its config, for messages.
       moe: its config; part of the model config, not a copy.
-      width: of the tokens that it sees.
+      width: the width of the tokens that it sees.
       routers: config of the router of each round; one, where there is no chain.
       chained: whether rounds have figures of their own.
     """
@@ -42,9 +42,9 @@ class Site:
 
     Attributes:
       segment: number of the segment in the model.
-      place: number in its pattern.
-      number: of the first of its layers in the model.
-      stride: layers from one to the next of them.
+      place: number of the block in the pattern of the segment.
+      number: number in the model of the first of these layers.
+      stride: layers from one of them to the next.
       repeat: how many there are.
       attention: their attention config.
       ffn: their feed-forward config.
@@ -62,12 +62,12 @@ class Site:
 
     @property
     def path(self) -> str:
-        """Where the block is in the model and its parameters, each [repeat, ...]."""
+        """The path of the block in the model; its parameters are [repeat, ...]."""
         return f"segments/{self.segment}/blocks/{self.place}"
 
     @property
     def where(self) -> str:
-        """Where the feed-forward is in the run config, for messages."""
+        """The path of the feed-forward in the run config, for messages."""
         return f"config.model.layers[{self.segment}].pattern[{self.place}]"
 
     @property
@@ -81,8 +81,8 @@ class Routed(NamedTuple):
     """A router of a model.
 
     Attributes:
-      layer: number from 0, dense layers counted.
-      round: of a chain, from 1; 0 where there is no chain.
+      layer: number of the layer from 0; dense layers count too.
+      round: round of a chain, from 1; 0 where there is no chain.
       router: its config.
       moe: config of the layer whose experts it chooses.
     """
@@ -133,7 +133,7 @@ def _sparse(ffn: FeedForwardConfig, path: str, where: str, width: int) -> Sparse
 
 
 def layers(model) -> list[tuple[Site, int]]:
-    """Every layer of a model config in order: its site, and which copy there it is."""
+    """Every layer of a model config in order: its site, and the number of its copy."""
     copies = ((n, site, r) for site in sites(model) for r, n in enumerate(site.numbers))
     return [(site, r) for _, site, r in sorted(copies, key=lambda copy: copy[0])]
 
@@ -163,13 +163,13 @@ def label(number: int, chain_round: int = 0) -> str:
     """The name of a layer in logs and traces: "003", or "003.1" in a chain's round 1.
 
     Args:
-      number: of the layer, from 0.
+      number: number of the layer, from 0.
       chain_round: from 1; 0 where there is no chain.
     """
     return f"{number:03d}" + (f".{chain_round}" if chain_round else "")
 
 
 def shown(label: str) -> str:
-    """A label for people: "3", or "3.1" for the first round of a chain."""
+    """The label for people: "3", or "3.1" for the first round of a chain."""
     number, dot, chain_round = label.partition(".")
     return f"{number.lstrip('0') or number[-1:]}{dot}{chain_round}"

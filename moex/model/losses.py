@@ -1,4 +1,4 @@
-"""The losses of MoE layers, before coefficients, and what losses are means over.
+"""The losses of MoE layers, before coefficients, and the counts that make means.
 
 B batch · L length
 """
@@ -13,7 +13,7 @@ from moex.moe.losses import load_balance_loss
 def moe_layers(aux, path=()):
     """Yield `(path, aux)` of every MoE layer in an aux tree; arrays are [repeat, ...].
 
-    Order is the order of the modules; "10" comes after "9".
+    Layers come in the order of the modules; "10" comes after "9".
     """
     if "load" in aux:
         yield path, aux
@@ -26,7 +26,7 @@ def moe_layers(aux, path=()):
 def step_counts(batch) -> dict:
     """The counts that losses are means over, in the whole batch of an optimizer step.
 
-    float32, at least 1: a batch without one scored target has loss 0, not 0 / 0.
+    They are float32, at least 1: a batch without scored targets has loss 0, not 0 / 0.
     """
     valid_BL = batch["segment"] > 0
     counts = {
@@ -40,7 +40,7 @@ def step_counts(batch) -> dict:
 def routing_losses(
     layers, coefs, counts, num_microbatches=1, *, load_before=None
 ) -> dict:
-    """The unscaled part of a microbatch in the routing losses of its step.
+    """The part that a microbatch adds to the routing losses of its step, unscaled.
 
     Args:
       layers: `{path: aux of a layer}`; every array has leading dims [repeat] or

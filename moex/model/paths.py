@@ -6,11 +6,11 @@ import jax
 
 
 def flat_paths(tree) -> dict[str, Any]:
-    """`{"a/b/c": leaf}` of nested dicts."""
+    """Flatten nested dicts to `{"a/b/c": leaf}`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {path_name(path): leaf for path, leaf in leaves}
 
 
 def path_name(path) -> str:
-    """A key path of nested dicts as `a/b/c`."""
+    """Write a key path of nested dicts as `a/b/c`."""
     return "/".join(str(k.key) for k in path)

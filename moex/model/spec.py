@@ -1,4 +1,4 @@
-"""The training state: plain nested dicts of arrays, and how they come to be.
+"""The training state: plain nested dicts of arrays, and how they are made.
 
 Modules exist only inside a trace: `nnx.split` at construction gives a graph definition
 and dicts, `nnx.merge` inside the step gives the module back. Optimizer, checkpoints and
@@ -18,14 +18,14 @@ from moex.model.paths import flat_paths, path_name
 from moex.nn.model import Model
 from moex.nn.param import split_params
 
-# For a program that runs once: LLVM optimised the quickstart's first state for 7 of the
-# 10 s that it took, and the arrays are the same to the bit (2 cores, JAX 0.10.2).
+# Options for a program that runs once: of the 10 s for the quickstart's first state,
+# LLVM took 7 to optimise; the arrays are the same to the bit (2 cores, JAX 0.10.2).
 ONCE_ON_CPU = {"xla_backend_optimization_level": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamInfo:
-    """What is known of one parameter or state variable beside its shape.
+    """What is known of one parameter or state variable besides its shape.
 
     Attributes:
       axes: logical axis names of its own dims (stacked layers come before).
@@ -75,7 +75,7 @@ def model_spec(cfg: Model) -> ModelSpec:
 
 
 def _pure(state) -> dict:
-    """Nested dicts with string keys (list positions too), as checkpoints store them."""
+    """Make nested dicts with string keys (list positions too), as in checkpoints."""
     return _string_keys(nnx.to_pure_dict(state))
 
 
@@ -86,13 +86,13 @@ def _string_keys(tree):
 
 
 def init_params(cfg: Model, key) -> tuple[dict, dict]:
-    """Fresh (params, state) of a config; jit it with `out_shardings`."""
+    """Make fresh (params, state) of a config; jit it with `out_shardings`."""
     _, params, state = split_params(cfg.make(nnx.Rngs(params=key)))
     return _pure(params), _pure(state)
 
 
 def shardings(spec: ModelSpec, mesh: Mesh) -> tuple[dict, dict]:
-    """`NamedSharding` of every leaf of (params, state), by logical axes."""
+    """The `NamedSharding` of every leaf of (params, state), by logical axes."""
 
     def place(path, leaf):
         axes = spec.info[path_name(path)].axes
@@ -114,7 +114,7 @@ def check_mesh(spec: ModelSpec, mesh: Mesh) -> None:
 
 
 def opt_shardings(tx, spec: ModelSpec, param_shardings, mesh: Mesh):
-    """Shardings of `tx.init(params)`: moments like their parameter, the rest whole.
+    """The shardings of `tx.init(params)`: moments like their parameter, others whole.
 
     A leaf of the optimizer state belongs to the parameter whose path ends its own path
     and whose shape it has.
@@ -142,7 +142,7 @@ def opt_shardings(tx, spec: ModelSpec, param_shardings, mesh: Mesh):
 
 
 def init_guard() -> dict:
-    """State of the update guard: see `step.guard_update`."""
+    """Make the state of the update guard: see `step.guard_update`."""
     return {
         "accepted": jnp.zeros((), jnp.int32),
         "grad_norm_mean": jnp.zeros((), jnp.float32),
@@ -179,7 +179,7 @@ def _placed(tree, shards):
 
 
 def init_train_state(cfg: Model, spec: ModelSpec, tx, mesh: Mesh, key) -> dict:
-    """A fresh train state, every array made in its place: no host holds the model.
+    """Make a fresh train state, each array on its devices: no host holds the model.
 
     Returns:
       {"params", "state", "opt", "guard"}.

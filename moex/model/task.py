@@ -1,8 +1,8 @@
 """A task: what a model learns and how it is scored. Training asks it for all of that.
 
-`Task` says what a kind of task defines; those of moex are in `moex/tasks`. All data
+`Task` says what a kind of task defines; the tasks of moex are in `moex/tasks`. All data
 has the fields that `data/batches.py` names, so losses are means over the positions
-that `loss_mask` marks, and MoE layers see tokens whatever these stand for.
+that `loss_mask` marks, and MoE layers see tokens, whatever these stand for.
 
 B batch · L length · X domains
 """
@@ -31,8 +31,8 @@ class Figure(NamedTuple):
     Attributes:
       name: in figures and in the lines of metrics.jsonl, such as "nll".
       title: for people, such as "loss".
-      unit: such as "nats per token"; that of a figure that says all is its title.
-      short: for the head of a column; "" is the name.
+      unit: such as "nats per token"; the title again, where the title says it all.
+      short: for the head of a column; "" stands for the name.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Figure(NamedTuple):
 
     @property
     def axis(self) -> str:
-        """Title and unit."""
+        """The title and the unit, for the axis of a chart."""
         return self.title if self.unit == self.title else f"{self.title}, {self.unit}"
 
     @property
@@ -65,7 +65,7 @@ class Task(Config):
         lowest.
       COUNTS: numbers among the sums that are logged with evaluations.
       LOSSES: names of coefficients of `config.loss` whose losses `losses` sums up,
-        beside those of the MoE layers.
+        besides those of the MoE layers.
       TOKEN_IDS: whether the tokens are ids of a tokenizer: then there is text.
       FIXED: paths in the config that may not change when a run is resumed.
     """
@@ -99,7 +99,7 @@ class Task(Config):
             require(is_always_zero(cfg.loss.z), "config.loss.z", cfg.loss.z, none)
 
     def like(self, cfg, run) -> None:
-        """Have `cfg.data` read in the units or the vocabulary of a run.
+        """Make `cfg.data` be read in the units or the vocabulary of a run.
 
         Args:
           cfg: run config; its data is changed.
@@ -120,7 +120,7 @@ class Task(Config):
         raise NotImplementedError
 
     def num_domains(self, cfg) -> int:
-        """How many domains the data has, as far as it is known before it is read."""
+        """The number of domains, as far as it is known before the data is read."""
         return 1
 
     def fill(self, cfg, data: Datasets | None = None) -> None:
@@ -139,7 +139,7 @@ class Task(Config):
         name = type(self).__name__
         raise ConfigError(f"--data: {name} takes its data from --config.data.")
 
-    # What a run directory (`RunDir`) holds of the task beside its config.
+    # What a run directory (`RunDir`) holds for the task, besides its config.
 
     def save(self, data: Datasets, run) -> None:
         """Write what a model needs to be used, such as a tokenizer."""
@@ -152,7 +152,7 @@ class Task(Config):
         return {}
 
     def saved_identity(self, run) -> dict[str, str]:
-        """The same of what was written."""
+        """The same hashes for the files that were written."""
         return {}
 
     def check_same(self, data: Datasets, run, where: str, *, resume: bool) -> None:
@@ -162,16 +162,16 @@ class Task(Config):
           data: from `prepare`.
           run: its `RunDir`.
           where: names the run in errors.
-          resume: the run goes on; else another starts from its parameters.
+          resume: the run goes on; False: another run starts from its parameters.
 
         Raises:
-          ConfigError: if it was not.
+          ConfigError: if it was trained with other data.
         """
 
     # Inside a step: pure functions that are compiled.
 
     def fields(self, cfg) -> dict[str, tuple[tuple[int, ...], str]]:
-        """`{name: (shape, dtype)}` of one sequence of the data."""
+        """The fields of one sequence of the data, as `{name: (shape, dtype)}`."""
         own = ((cfg.seq_len,), "int32")
         return {
             "segment": own,
@@ -195,7 +195,7 @@ class Task(Config):
         )
 
     def run(self, model, ctx: Context, batch) -> tuple[Any, dict]:
-        """(outputs, aux) of the model for a batch."""
+        """Run the model on a batch: returns (outputs, aux)."""
         return model(ctx)
 
     def losses(self, outputs, batch) -> tuple[jax.Array, dict]:
@@ -203,12 +203,12 @@ class Task(Config):
 
         Args:
           outputs: from `run`.
-          batch: of the data.
+          batch: batch of the data.
 
         Returns:
           (loss_BL float32, sums): sums have "guess", the loss of a model that knows
-          nothing, those of `LOSSES` and the other ones of `FIGURES`. All are sums over
-          tokens weighted with `loss_mask`.
+          nothing, the losses of `LOSSES` and the other figures of `FIGURES`. All are
+          sums over tokens weighted with `loss_mask`.
         """
         raise NotImplementedError
 
@@ -218,12 +218,12 @@ class Task(Config):
         return self.FIGURES[0].name
 
     def sums(self, model, ctx, batch, *, num_domains: int) -> dict:
-        """The sums that losses and figures are made of, of one (micro)batch.
+        """The sums of one (micro)batch that losses and figures are made of.
 
         Args:
           model: the module.
           ctx: from `context`.
-          batch: of the data.
+          batch: batch of the data.
           num_domains: X.
         """
         outputs, aux = self.run(model, ctx, batch)
@@ -265,7 +265,7 @@ class Task(Config):
         microbatches with unequal counts add up to the full batch: the loss of the
         tokens, those of `LOSSES`, router z-loss, entropy, and the balance loss by
         sequence. The balance loss of a microbatch and the importance loss are no such
-        means; microbatches count the same.
+        means; there all microbatches have the same weight.
 
         Args:
           model: the module.
@@ -275,7 +275,7 @@ class Task(Config):
           step: optimizer step, for coefficients that follow a schedule.
           counts: `step_counts` of the whole optimizer step; None: the batch is all.
           num_microbatches: int, over which per-microbatch losses are averaged.
-          num_domains: X, of the data.
+          num_domains: X.
           load_before: `{layer path: load_E}` of earlier microbatches of the step, for
             `balance_scope="step"`; None: there are none.
 
@@ -295,7 +295,7 @@ class Task(Config):
         return loss, sums | {"weighted": weighted}
 
     def figures(self, sums) -> dict:
-        """The logged figures, from sums: those of `FIGURES`, counts, routing per layer.
+        """The logged figures from sums: those of `FIGURES`, counts, routing per layer.
 
         A mean over nothing is NaN. Counts stay as they are.
         """
@@ -315,39 +315,39 @@ class Task(Config):
             }
         )
 
-    # What people are told.
+    # The texts and numbers that people read.
 
     def result(self, figures: dict) -> dict[str, Any]:
-        """What `moex eval` tells of held-out data, as plain numbers."""
+        """The figures of held-out data that `moex eval` prints, as plain numbers."""
         means = {name: float(figures[name]) for name, *_ in self.FIGURES}
         return means | {name: int(figures[name]) for name in self.COUNTS}
 
     def score_lines(self, result: dict) -> list[tuple[str, str]]:
-        """(title, value) of each line of `moex eval`."""
+        """The pairs (title, value) for the lines of `moex eval`."""
         return [
             (title, f"{result[name]:.4f} {unit if unit != title else ''}".rstrip())
             for name, title, unit, _ in self.FIGURES
         ]
 
     def brief(self, values: dict) -> str:
-        """The part of a training line that tells the figures of a step."""
+        """The part of a training line that shows the figures of a step."""
         value = values[self.score]
         return "no target" if math.isnan(value) else f"{self.score} {value:.4f}"
 
     def conclusion(self, cfg, data: Datasets, result: dict, step: int, log) -> str:
-        """The line at the end that tells what the held-out data says.
+        """The line at the end of training with the result on held-out data.
 
         Args:
           cfg: run config.
-          data: what was scored.
+          data: the data that was scored.
           result: from `evaluate`.
-          step: the last one.
+          step: the last step.
           log: `RunLog`, for lines of other figures.
         """
         return f"held-out {self.FIGURES[0].axis}: {result[self.score]:.4f}"
 
     def samples(self, program, state, data: Datasets) -> list[str]:
-        """What the model makes, as text, while it is trained; nothing by default."""
+        """Samples of the model as text, while it is trained; none by default."""
         return []
 
     def use_lines(self, run) -> list[str]:
@@ -356,7 +356,7 @@ class Task(Config):
 
 
 def require_token_ids(cfg, verb: str) -> None:
-    """Check that a run is of a task whose tokens are ids, for verbs that need text.
+    """Check that the tokens of a run are ids, for verbs that need text.
 
     Raises:
       ConfigError: if it is not.

@@ -173,7 +173,7 @@ def slot_gates(scores: Scores, expert_TK, keep_TK, normalize) -> jax.Array:
 
 
 def kept_softmax(log_TK, keep_TK) -> jax.Array:
-    """The softmax over the kept slots of each token; 0 elsewhere, or if none is kept."""
+    """The softmax over the kept slots of each token; 0 for slots that are not kept."""
     kept_TK = jnp.where(keep_TK, log_TK, -jnp.inf)
     top_T1 = jax.lax.stop_gradient(jnp.max(kept_TK, axis=-1, keepdims=True))
     top_T1 = jnp.where(jnp.isfinite(top_T1), top_T1, 0.0)

@@ -101,14 +101,14 @@ class Attention(AttentionConfig):
         return self.heads
 
     def width(self, dim) -> int:
-        """Width of one head for a model of width `dim`."""
+        """The width of one head for a model of width `dim`."""
         return dim // self.heads if self.head_dim is None else self.head_dim
 
     def make(self, dim, rngs):
         return AttentionLayer(self, dim, rngs)
 
     def init_cache(self, dim, batch, length, dtype):
-        """Zero keys and values for decoding, each [batch, length, G, A]."""
+        """Make zero keys and values for decoding, each [batch, length, G, A]."""
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         shape = (batch, length, kv_heads, self.width(dim))
         return {"k_BSGA": jnp.zeros(shape, dtype), "v_BSGA": jnp.zeros(shape, dtype)}
@@ -121,7 +121,7 @@ class AttentionLayer(AttentionModule):
     with biases bias_q_GRA, bias_kv_2GA and bias_out_D; with sinks sink_GR.
 
     Source: Ainslie et al. 2023, arXiv:2305.13245; sinks: Xiao et al. 2023,
-    arXiv:2309.17453, as logits of their own in GPT-OSS, arXiv:2508.10925.
+    arXiv:2309.17453, as learned logits in GPT-OSS, arXiv:2508.10925.
     """
 
     def __init__(self, cfg, dim, rngs):
@@ -153,7 +153,7 @@ class AttentionLayer(AttentionModule):
         )
         self.whole_norm = cfg.qk_norm == "whole"
         widths = (G * R * A, G * A) if self.whole_norm else (A, A)
-        # One assignment each: nnx fixes at the first whether an attribute holds arrays.
+        # Assign each once: nnx fixes at the first time whether it holds arrays.
         self.norm_q, self.norm_k = (
             RMSNorm(width, rngs, eps=cfg.norm_eps) if cfg.qk_norm else None
             for width in widths
@@ -164,7 +164,7 @@ class AttentionLayer(AttentionModule):
         self.sink_GR = _zeros(rngs, (G, R), ("heads", None), cfg.sinks)
 
     def _project(self, x_BLD, ctx):
-        """Queries [B, L, H, A], keys and values [B, L, G, A], not rotated."""
+        """Compute queries [B, L, H, A], keys and values [B, L, G, A], not rotated."""
         dtype = x_BLD.dtype
         B, L, _ = x_BLD.shape
         _, G, R, A = self.w_q_DGRA[...].shape
@@ -186,11 +186,11 @@ class AttentionLayer(AttentionModule):
         return q_BLHA, k, v
 
     def _keys_and_values(self, x_BLD, ctx):
-        """Keys and values [B, L, G, A], without biases."""
+        """Compute keys and values [B, L, G, A], without biases."""
         w_D2GA = self.w_kv_D2GA[...].astype(x_BLD.dtype)
         # The gradient of a split is one concatenation; that of slices is padding twice.
-        # In C the weights are split, which are smaller than the product; but a scan
-        # over layers would save both halves of each for the backward pass.
+        # In C we split the weights, which are smaller than the product; but not in a
+        # scan over layers, which would save both halves for the backward pass.
         kernels = ctx.kernels
         if computes_in_c(x_BLD.dtype, kernels) and not ctx.scan_layers:
             w_k, w_v = (jnp.squeeze(w, 1) for w in jnp.split(w_D2GA, 2, axis=1))
@@ -206,7 +206,7 @@ class AttentionLayer(AttentionModule):
         q_BLHA, k, v = self._project(x_BLD, ctx)
         q_BLHA = rotary(q_BLHA, ctx.position_BL, *self.rope)
         k = rotary(k, ctx.position_BL, *self.rope)
-        # Where sequences are split every device needs all keys of its rows.
+        # Where sequences are split, every device needs all keys of its rows.
         k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
         if cache is not None:
             cache = extend(cache, {"k_BSGA": k, "v_BSGA": v}, ctx.cache_index)
@@ -248,14 +248,14 @@ def _zeros(rngs, shape, axes, wanted) -> nnx.Param | None:
 
 
 def mean_visible(seq_len, window=None) -> float:
-    """Keys that a query may see, its own included, mean over a sequence; halves."""
+    """The mean number of keys that a query may see; seq_len / 2 without a window."""
     if window is None or window >= seq_len:
         return seq_len / 2
     return (window**2 / 2 + (seq_len - window) * window) / seq_len
 
 
 def extend(cache: dict, new: dict, index) -> dict:
-    """A cache with `new` written at `index` of each array's second axis."""
+    """Write `new` into a cache at `index` of each array's second axis."""
     return {
         name: jax.lax.dynamic_update_slice_in_dim(
             old, new[name].astype(old.dtype), start_index=index, axis=1
@@ -265,7 +265,7 @@ def extend(cache: dict, new: dict, index) -> dict:
 
 
 def key_places(ctx):
-    """(segments, positions), each int32 (queries [B, L], keys [B, S])."""
+    """Return (segments, positions), each int32 (queries [B, L], keys [B, S])."""
     if ctx.key_segment_BS is None:
         pairs = (ctx.segment_BL, ctx.segment_BL), (ctx.position_BL, ctx.position_BL)
     else:
@@ -282,12 +282,12 @@ def choose(name, q_BLHA, *, cached, plain=True, kernels=None) -> str:
     Args:
       name: one of `IMPLEMENTATIONS`, or None.
       q_BLHA: queries.
-      cached: whether keys are those of a cache.
+      cached: whether the keys are those of a cache.
       plain: no window, no sinks, values as wide as keys; else only "einsum" serves.
-      kernels: name of the matmul implementation, or None: whether C is wanted.
+      kernels: name of the matmul implementation, or None: says whether C is wanted.
 
     Raises:
-      ConfigError: for a name that is none, or that cannot do this.
+      ConfigError: for a name that does not exist, or that cannot do this.
     """
     if name is not None:
         require_choice("attention", name, IMPLEMENTATIONS if plain else ("einsum",))
@@ -320,7 +320,7 @@ def attend(
         "native" and "splash" take queries and keys of the same rows, with positions
         that rise along the row inside a segment.
       implementation: one of `IMPLEMENTATIONS`; "native" is C for one CPU, float32.
-      scale: factor on the scores; None: A^-0.5. This and the rest: "einsum" only.
+      scale: factor on the scores; None: A^-0.5. Only "einsum" takes this and the rest.
       window: keys that a query sees, its own included; None: all before it.
       sink_H: logit of each head that takes weight and gives no value; None: none.
 
@@ -364,7 +364,7 @@ def _einsum(q_BLHA, k_BSGA, v_BSGA, mask_BLS, scale=None, sink_H=None):
 
 
 def _splash(q_BLHA, k_BSGA, v_BSGA, segments):
-    """The Pallas flash kernel that ships with JAX for TPU; causal within segments.
+    """Run the Pallas flash kernel that ships with JAX for TPU; causal in segments.
 
     Positions rise along the row inside a segment, so "causal in the row and same
     segment" is the mask of `attend`. XLA cannot split a Pallas kernel: on a mesh each

@@ -4,8 +4,8 @@ A block of queries meets only the keys up to its own end, so that about half of 
 masked products are never computed, and nothing of size L x L outlives its block: the
 backward pass computes the weights again from the log-normalisers (Dao et al. 2022,
 arXiv:2205.14135, without tiling over keys). Matmuls are written so that no operand of
-the size of the scores is transposed, which XLA:CPU does by a copy. Less than half the
-time of a plain einsum, forward and backward (`benchmarks/attention.py`).
+the size of the scores is transposed, which XLA:CPU does by a copy. It takes less than
+half the time of a plain einsum, forward and backward (`benchmarks/attention.py`).
 
 B batch · L length · H query heads · G key/value heads · R = H / G · A head width
 · N queries of one block · S keys up to its end
@@ -14,14 +14,14 @@ B batch · L length · H query heads · G key/value heads · R = H / G · A head
 import jax
 import jax.numpy as jnp
 
-MAX_BLOCKS = 8  # each is traced by itself; more save less than they cost to compile
+MAX_BLOCKS = 8  # each is traced by itself: more would save less than their compilation
 MIN_ROWS = 64  # smaller blocks make smaller and slower matmuls
 FLOOR = -1e30  # a row with no visible key stays free of NaN
 
 
 @jax.custom_vjp
 def attend_in_blocks(q_BLHA, k_BLGA, v_BLGA, segment_BL, position_BL):
-    """Softmax attention within segments, not to later positions.
+    """Compute softmax attention within segments, not to later positions.
 
     Args:
       q_BLHA, k_BLGA, v_BLGA: queries, keys and values, G divides H.
@@ -65,7 +65,7 @@ def _backward(saved, dy_BLHA):
     dy, y = _grouped(dy_BLHA, G), _grouped(y_BLHA, G)
     dq = []
     dk = dv = jnp.zeros(jnp.swapaxes(k, 2, 3).shape, jnp.float32)  # as `_sum_rows`
-    # sum over keys of weight * dweight, and the sum over A of dy * y, are one
+    # The sum over keys of weight * dweight equals the sum over A of dy * y.
     mean = jnp.sum(_float(dy) * _float(y), axis=-1, keepdims=True)
     for rows, norm in zip(_blocks(q_BLHA.shape[1]), norms, strict=True):
         seen, behind = rows.stop, q_BLHA.shape[1] - rows.stop
@@ -77,11 +77,11 @@ def _backward(saved, dy_BLHA):
         pad = ((0, 0), (0, 0), (0, 0), (0, behind))
         dk += jnp.pad(_sum_rows(q[:, :, :, rows], dscore), pad)
         dv += jnp.pad(_sum_rows(dy_N, weight.astype(v.dtype)), pad)
-    scale = q_BLHA.shape[-1] ** -0.5  # q in here is scaled: dk needs no more of it
+    scale = q_BLHA.shape[-1] ** -0.5  # q here is scaled already, so dk is too
     dk_BLGA = jnp.transpose(dk, (0, 3, 1, 2)).astype(k.dtype)
     dv_BLGA = jnp.transpose(dv, (0, 3, 1, 2)).astype(v.dtype)
     gradients = (_heads_last(dq) * scale, dk_BLGA, dv_BLGA)
-    # Or XLA joins the transposes and whatever comes next to one slow loop.
+    # Else XLA joins the transposes and whatever comes next into one slow loop.
     return *jax.lax.optimization_barrier(gradients), None, None
 
 
@@ -89,9 +89,9 @@ attend_in_blocks.defvjp(_forward, _backward)
 
 
 def visible(segments, positions):
-    """bool[B, N, S]: whether a key is in the query's segment and not later.
+    """Whether each key is in the query's segment and not later, bool[B, N, S].
 
-    Both are int32 pairs (queries [B, N], keys [B, S]).
+    Both arguments are int32 pairs (queries [B, N], keys [B, S]).
     """
     return (segments[0][:, :, None] == segments[1][:, None, :]) & (
         positions[0][:, :, None] >= positions[1][:, None, :]
@@ -99,33 +99,33 @@ def visible(segments, positions):
 
 
 def _blocks(length):
-    """Slices of the rows, in order."""
+    """Cut the rows into slices, in order."""
     rows = max(MIN_ROWS, -(-length // MAX_BLOCKS))
     return [slice(i, min(i + rows, length)) for i in range(0, length, rows)]
 
 
 def _heads_first(q_BLHA, k_BLGA, v_BLGA):
-    """(scaled q [B, G, R, L, A], k [B, G, L, A], v [B, G, L, A])."""
+    """Return (scaled q [B, G, R, L, A], k [B, G, L, A], v [B, G, L, A])."""
     scale = q_BLHA.shape[-1] ** -0.5
     q = _grouped(q_BLHA * scale, k_BLGA.shape[2])
     return q, jnp.swapaxes(k_BLGA, 1, 2), jnp.swapaxes(v_BLGA, 1, 2)
 
 
 def _grouped(x_BLHA, G):
-    """[B, G, R, L, A]."""
+    """Group the heads and move them to the front: [B, G, R, L, A]."""
     B, L, H, A = x_BLHA.shape
     return jnp.transpose(x_BLHA.reshape(B, L, G, H // G, A), (0, 2, 3, 1, 4))
 
 
 def _heads_last(parts):
-    """[B, L, H, A] of the blocks' [B, G, R, N, A]."""
+    """Join the blocks' [B, G, R, N, A] to [B, L, H, A]."""
     x = jnp.concatenate(parts, axis=3)
     B, G, R, L, A = x.shape
     return jnp.transpose(x, (0, 3, 1, 2, 4)).reshape(B, L, G * R, A)
 
 
 def _scores(q, k, rows, masks):
-    """float32[B, G, R, N, S], masked."""
+    """Compute the masked scores, float32[B, G, R, N, S]."""
     keys = slice(0, rows.stop)
     mask_BNS = visible(*((of_BL[:, rows], of_BL[:, keys]) for of_BL in masks))
     score = _matmul(q[:, :, :, rows], k[:, :, keys], transpose=True)
@@ -133,7 +133,7 @@ def _scores(q, k, rows, masks):
 
 
 def _matmul(x_BGRNC, w_BGSA, *, transpose=False):
-    """x @ w, or x @ w.T, for every group; float32 sums and result."""
+    """Multiply x @ w, or x @ w.T, for every group; float32 sums and result."""
     B, G, R, N, C = x_BGRNC.shape
     w = jnp.swapaxes(w_BGSA, 2, 3) if transpose else w_BGSA
     x = x_BGRNC.reshape(B, G, R * N, C)
@@ -142,7 +142,7 @@ def _matmul(x_BGRNC, w_BGSA, *, transpose=False):
 
 
 def _sum_rows(x_BGRNA, y_BGRNS):
-    """x.T @ y over all rows of a group, float32[B, G, A, S]."""
+    """Multiply x.T @ y over all rows of a group, float32[B, G, A, S]."""
     B, G, R, N, A = x_BGRNA.shape
     S = y_BGRNS.shape[-1]
     x = jnp.swapaxes(x_BGRNA.reshape(B, G, R * N, A), 2, 3)

@@ -10,8 +10,8 @@ from flax import nnx
 
 from moex.nn.norm import RMSNorm
 
-# What a feed-forward's output y is added to: h, the residual stream before the norm,
-# z = norm(h), both, or nothing.
+# A feed-forward's output y is added to h, the residual stream before the norm, to
+# z = norm(h), to both, or to nothing.
 RESIDUALS = ("prenorm", "released", "both", "none")
 
 
@@ -20,12 +20,12 @@ class Block(nnx.Module):
 
     `residual="released"` is z + ffn(z) with z = norm(h): the block of the released
     Chain-of-Experts code, whose residual stream is replaced by its normalised version.
-    "both" is h + z + ffn(z) (theirs with the outer residual); "none" is ffn(z).
+    "both" is h + z + ffn(z) (that code with the outer residual); "none" is ffn(z).
 
-    The feed-forward is whatever the pattern names, the attention whatever the segment
-    or the model does: see `nn/contract.py`.
+    The pattern names the feed-forward; the segment or the model names the attention:
+    see `nn/contract.py`.
 
-    Returns `(x_BLD, aux, cache)`; `aux` sits under "ffn", where the module sits.
+    Returns `(x_BLD, aux, cache)`; `aux` is under "ffn", the name of the module.
     """
 
     def __init__(self, ffn, attention, dim, rngs, *, norm_eps, residual="prenorm"):

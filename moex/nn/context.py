@@ -27,13 +27,13 @@ class Context:
       key: random key for router noise, or None for no noise; every layer gets its own.
       forced: a recorded assignment to replay (`moe/replay.py`), or None.
       layer: int32 scalar, which copy of its segment a layer is; None outside a stack.
-      depth: int32 scalar, the number of the block in the model, from 0; for a segment
+      depth: int32 scalar, the number of the block in the model, from 0; a segment gets
         that of its first block. None outside a model.
       whole_stack: experts that can (`StackReader`) hold the weights of all copies of
-        their layer, [repeat, E, ...], of which those of copy `layer` are meant.
+        their layer, [repeat, E, ...], and use those of copy `layer`.
       chain_round: which round of a chain this is, from 0.
-      first_expert: int32 scalar, the id of the first expert of this device, inside of
-        the experts; None: 0, all experts are here.
+      first_expert: int32 scalar, the id of the first expert of this device; set for
+        the experts only. None: 0, all experts are here.
       mode: "train", "eval" or "decode".
       collect: return routing traces.
       dtype: compute dtype of the matmuls.
@@ -75,7 +75,7 @@ class Context:
 
     @property
     def valid_BL(self) -> jax.Array:
-        """bool[B, L]: False at padding."""
+        """The mask of real tokens, bool[B, L]: False at padding."""
         return self.segment_BL > 0
 
     @property
@@ -84,5 +84,5 @@ class Context:
 
 
 def fold_key(key, number):
-    """A random key of its own for a part of the model; None, no noise, stays None."""
+    """Make a separate random key for a part of the model; None (no noise) stays."""
     return None if key is None else jax.random.fold_in(key, number)

@@ -19,7 +19,7 @@ from moex.config.base import Config
 class PartConfig(Config, abc.ABC):
     """Base of the configs that make a part of a layer."""
 
-    causal: ClassVar[bool] = True  # False: what it does for a token reads later tokens
+    causal: ClassVar[bool] = True  # False: its output for a token depends on later ones
     needs_token_ids: ClassVar[bool] = False  # True: only for tasks that have them
 
 
@@ -37,22 +37,22 @@ class FeedForwardConfig(PartConfig):
         """Raise `ConfigError` for what needs the model width D to be seen."""
 
     def validate_repeat(self, repeat: int, path: str) -> None:
-        """Raise `ConfigError` for what needs the number of copies of the segment."""
+        """Raise `ConfigError` for errors that only the segment's repeat shows."""
 
     def param_use(self, name: str, experts_per_token=None) -> tuple[float, float]:
-        """How a token uses a parameter: the share it meets, the times it meets it.
+        """The share of a parameter that a token uses, and the times it is used.
 
         Args:
           name: path of the parameter in the layer, such as "experts/w_out_EFD".
-          experts_per_token: measured, one number or one per chain round; None: as
-            expected before training.
+          experts_per_token: measured, one number or one per chain round; None: the
+            number expected before training.
         """
         return 1.0, 1.0
 
     def wraps(self, dim: int) -> tuple[str, "FeedForwardConfig", int] | None:
-        """A feed-forward inside: (its field, its config, the width of its tokens).
+        """The feed-forward inside, if any: (field, config, width of its tokens).
 
-        The module has it in an attribute of that name, and gives its `aux` by it.
+        The module has it in an attribute with the field's name, and `aux` under it.
         """
         return None
 
@@ -65,7 +65,7 @@ class FeedForward(nnx.Module):
     """The module of a feed-forward."""
 
     def __call__(self, x_BLD, ctx) -> tuple[Any, dict]:
-        """`(y_BLD, aux)`: what is added to the residual stream, and what it tells.
+        """Return `(y_BLD, aux)`: y is added to the residual stream, aux is reported.
 
         `aux` is {} or mirrors the modules inside; that of an MoE layer is what
         `SparseLayer.mix` returns.
@@ -89,21 +89,21 @@ class AttentionConfig(PartConfig):
 
     @abc.abstractmethod
     def score_width(self, dim: int) -> int:
-        """Multiplications per query and visible key, for scores and values."""
+        """The multiplications per query and visible key, for scores and values."""
 
     @abc.abstractmethod
     def visible_keys(self, seq_len: int) -> float:
-        """Keys that a query sees, the mean over a sequence without documents."""
+        """The keys that a query sees, the mean over a sequence of one document."""
 
     @abc.abstractmethod
     def key_width(self, dim: int) -> int:
-        """Numbers per token of keys and values."""
+        """The number of values per token in its keys and values together."""
 
     def validate_dim(self, dim: int, path: str) -> None:
         """Raise `ConfigError` for what needs the model width D to be seen."""
 
     def score_heads(self) -> int:
-        """Heads that have scores of their own."""
+        """The number of heads that have their own scores."""
         return 1
 
 
@@ -111,12 +111,12 @@ class AttentionModule(nnx.Module):
     """The module of an attention."""
 
     def __call__(self, x_BLD, ctx, cache) -> tuple[Any, Any]:
-        """`(y_BLD, cache)`: what is added to the residual stream, and the new cache.
+        """Return `(y_BLD, cache)`: y is added to the residual stream.
 
         Args:
           x_BLD: normalised residual stream.
           ctx: `Context`.
-          cache: of `AttentionConfig.init_cache`, [B, S, ...]; None outside decoding.
+          cache: from `AttentionConfig.init_cache`, [B, S, ...]; None outside decoding.
         """
         raise NotImplementedError
 
@@ -124,10 +124,10 @@ class AttentionModule(nnx.Module):
 class StackReader:
     """A module that can be given the parameters of all copies of its layer at once.
 
-    Where `ctx.whole_stack`, its parameters have a leading dim [repeat], and the copy
-    that is meant is `ctx.layer`: a scan would copy the parameters of each copy instead.
+    With `ctx.whole_stack` its parameters have a leading dim [repeat], and it uses copy
+    `ctx.layer` of them: a scan would copy the parameters of each layer instead.
     """
 
     def num_copies(self) -> int:
-        """The copies of the layer, where `ctx.whole_stack`."""
+        """The number of copies of the layer, if `ctx.whole_stack`."""
         raise NotImplementedError

@@ -43,7 +43,7 @@ class LM(Model):
         return ("w_embed_VD",) if self.tied_embeddings else ()
 
     def init_cache(self, batch, length, dtype):
-        """Decoding cache for `LanguageModel.decode`, one entry per segment."""
+        """Make the cache for `LanguageModel.decode`, one entry per segment."""
         return [
             s.init_cache(self.attention, self.dim, batch, length, dtype)
             for s in self.layers
@@ -65,7 +65,7 @@ class LanguageModel(Layers):
         )
 
     def __call__(self, ctx):
-        """Logits for training and scoring.
+        """Compute logits for training and scoring.
 
         Args:
           ctx: `Context`; its tokens are the input.
@@ -77,7 +77,7 @@ class LanguageModel(Layers):
         return self._logits(x_BLD, ctx), aux
 
     def decode(self, ctx, cache):
-        """Logits of the last tokens alone, and what later calls need of all.
+        """Compute logits of the last tokens only, and the cache for later calls.
 
         Returns:
           (logits_BV float32, cache with this call's keys and values written).
@@ -93,7 +93,7 @@ class LanguageModel(Layers):
         return self.run(x_BLD, ctx, caches)
 
     def _logits(self, x_BLD, ctx):
-        """Of what the layers give, normalised by `run`."""
+        """Compute logits from the output of the layers, which `run` has normalised."""
         if self.w_logits_DV is None:
             w_DV = self.w_embed_VD[...].T
         else:

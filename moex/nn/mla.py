@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values grow out of one small latent per token.
+"""Multi-head latent attention: keys and values are made from a small latent per token.
 
 A decoding cache holds the latent and one rotated key that all heads share. A step of
 one token never makes keys and values of the cache: their matrices are applied to the
@@ -36,7 +36,7 @@ class LatentAttention(AttentionConfig):
     rope_theta: float = 10_000.0  # base of the rotary frequencies, > 1
     rope_scaling: Scaling | None = None  # for longer contexts, such as Yarn(...)
     rope_interleaved: bool = True  # pairs (2i, 2i + 1) are rotated, not halves
-    score_scale: float = 1.0  # factor on the scores beside 1 / sqrt(N + P), > 0
+    score_scale: float = 1.0  # factor on the scores besides 1 / sqrt(N + P), > 0
 
     def validate(self, path):
         for name in ("heads", "kv_latent", "nope_dim", "v_dim"):
@@ -69,7 +69,7 @@ class LatentAttention(AttentionConfig):
         return LatentAttentionLayer(self, dim, rngs)
 
     def init_cache(self, dim, batch, length, dtype):
-        """Zero latents [batch, length, Z] and rotated keys [batch, length, P]."""
+        """Make zero latents [batch, length, Z] and rotated keys [batch, length, P]."""
         return {
             "latent_BSZ": jnp.zeros((batch, length, self.kv_latent), dtype),
             "k_rope_BSP": jnp.zeros((batch, length, self.rope_dim), dtype),
@@ -101,7 +101,7 @@ class LatentAttentionLayer(AttentionModule):
             return param(rngs, shape, axes, fan_in=fan_in, matrix=(inputs, outputs))
 
         heads = ("heads", "head_dim")
-        # One assignment each: nnx fixes at the first whether an attribute holds arrays.
+        # Assign each once: nnx fixes at the first time whether it holds arrays.
         self.w_q_DHC = (
             matrix((dim, H, N + P), ("embed", *heads), (0,)) if Q is None else None
         )
@@ -124,7 +124,7 @@ class LatentAttentionLayer(AttentionModule):
         )
         latent = self.norm_kv(c_BLC[..., :Z])
         k_rope = rotary(c_BLC[:, :, None, Z:], ctx.position_BL, *self.rope)[:, :, 0]
-        # Where sequences are split every device needs all keys of its rows.
+        # Where sequences are split, every device needs all keys of its rows.
         latent, k_rope = (constrain(a, "batch", None, None) for a in (latent, k_rope))
         if cache is not None:
             new = {"latent_BSZ": latent, "k_rope_BSP": k_rope}
@@ -154,7 +154,7 @@ class LatentAttentionLayer(AttentionModule):
         )
 
     def _grown(self, q_nope, q_rope, latent_BSZ, k_rope_BSP, places, ctx):
-        """Keys and values of every head, then attention as any other."""
+        """Make keys and values of every head, then attend as usual."""
         N = self.nope_dim
         w_kvb = self.w_kvb_ZHC[...].astype(latent_BSZ.dtype)
         kv_BSHC = matmul(latent_BSZ, w_kvb, implementation=ctx.kernels)
@@ -170,7 +170,7 @@ class LatentAttentionLayer(AttentionModule):
         )
 
     def _absorbed(self, q_nope, q_rope, latent_BSZ, k_rope_BSP, places, ctx):
-        """One shared key of width Z + P; what comes back are mixed latents."""
+        """Attend to one shared key of width Z + P, and mix latents, not values."""
         N = self.nope_dim
         w_kvb = self.w_kvb_ZHC[...].astype(latent_BSZ.dtype)
         q_latent = jnp.einsum("blhn,zhn->blhz", q_nope, w_kvb[..., :N])

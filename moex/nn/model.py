@@ -1,6 +1,6 @@
 """The depth of every model: segments of blocks and the last norm.
 
-A model of a kind adds what stands before (an embedding) and after (a head): `lm.py`,
+Each kind of model adds an embedding before and a head after them: `lm.py`,
 `series.py`.
 
 B batch · L length · D model width
@@ -24,8 +24,8 @@ class Model(Config):
     """The base of all models: width, attention, and the layers in their order.
 
     Attributes:
-      SIZE: the field with the size of what comes out for a token, which the data tells
-        where it is None.
+      SIZE: the name of the field with the number of outputs per token; where the field
+        is None, the data fills it in.
     """
 
     SIZE: ClassVar[str]
@@ -46,7 +46,7 @@ class Model(Config):
             segment.validate_dim(self.dim, f"{path}.layers[{i}]")
 
     def make(self, rngs) -> "Layers":
-        """The module, with fresh parameters."""
+        """Make the module, with fresh parameters."""
         raise NotImplementedError
 
     def num_layers(self) -> int:
@@ -54,11 +54,11 @@ class Model(Config):
 
     @property
     def num_outputs(self) -> int:
-        """Numbers that come out for each token."""
+        """The number of outputs for each token."""
         return getattr(self, self.SIZE)
 
     def about(self) -> str:
-        """Words about what goes in and comes out, such as "vocabulary 256"."""
+        """A few words about input and output, such as "vocabulary 256"."""
         raise NotImplementedError
 
     def used_again(self) -> tuple[str, ...]:
@@ -79,12 +79,12 @@ class Layers(nnx.Module):
         self.norm = RMSNorm(D, rngs, axis="embed", eps=cfg.norm_eps)
 
     def run(self, x_BLD, ctx, caches=None):
-        """All segments and the last norm.
+        """Run all segments and the last norm.
 
         Args:
-          x_BLD: what the tokens are embedded as.
+          x_BLD: embedded tokens.
           ctx: `Context`.
-          caches: of `LM.init_cache`, one per segment; None: there are none.
+          caches: from `LM.init_cache`, one per segment; None: there are none.
 
         Returns:
           (x_BLD, aux, caches), aux mirroring the module path:
@@ -101,7 +101,7 @@ class Layers(nnx.Module):
 
 
 def _inside(ctx, i):
-    """The context of segment `i`: its own random key, its part of a replay."""
+    """The context of segment `i`, with its own random key and part of a replay."""
     key = fold_key(ctx.key, i)
     forced = None if ctx.forced is None else ctx.forced["segments"].get(str(i))
     return dataclasses.replace(ctx, key=key, forced=forced)

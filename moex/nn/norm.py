@@ -10,7 +10,7 @@ from moex.nn.param import param
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis.
 
-    Computed in float32 whatever the dtype of x, returned in the dtype of x.
+    It is computed in float32 for any dtype of x, and returned in the dtype of x.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
     """

@@ -24,9 +24,9 @@ class RouterState(nnx.Variable):
 
 
 def split_params(module) -> tuple[Any, Any, Any]:
-    """(graph definition, parameters, other state) for `nnx.merge`.
+    """Split into (graph definition, parameters, other state) for `nnx.merge`.
 
-    moex says `graph=False` wherever nnx asks, and so does not depend on the mode that
+    moex says `graph=False` wherever nnx asks, so it does not depend on the mode that
     nnx is in: a module that is reachable by two paths is an error.
     """
     return nnx.split(module, nnx.Param, ..., graph=False)  # type: ignore
@@ -35,7 +35,7 @@ def split_params(module) -> tuple[Any, Any, Any]:
 def param(
     rngs, shape, axes, *, std=None, fan_in=None, value=None, matrix=None
 ) -> nnx.Param:
-    """A float32 parameter.
+    """Make a float32 parameter.
 
     Args:
       rngs: `nnx.Rngs` with a `params` stream.
@@ -44,7 +44,7 @@ def param(
       std: standard deviation of a normal initial value.
       fan_in: int; instead of `std`, use a normal cut at two deviations with
         variance 1 / fan_in (LeCun).
-      value: constant initial value, instead of either.
+      value: constant initial value, instead of `std` and `fan_in`.
       matrix: (input dims, output dims) if the parameter is a matrix, or a stack of
         matrices over its other dims: Muon orthogonalises each. Embeddings, routers
         and scales have none.

@@ -23,7 +23,7 @@ class Linear(Config):
         require(self.factor >= 1, f"{path}.factor", self.factor, ">= 1")
 
     def scale(self, frequency, theta):
-        """Frequencies for the longer context, and the factor on queries and keys."""
+        """The frequencies for the longer context, and a factor on queries and keys."""
         return frequency / self.factor, 1.0
 
 
@@ -33,8 +33,8 @@ class Llama3(Config):
 
     factor: float  # of the context, >= 1
     original: int  # length of the context before, tokens
-    low: float = 1.0  # turns within `original` up to which a pair is stretched
-    high: float = 4.0  # and from which it stays; between them both are mixed
+    low: float = 1.0  # a pair with fewer turns within `original` is stretched
+    high: float = 4.0  # a pair with more turns is not; in between both are mixed
 
     def validate(self, path):
         require(self.factor >= 1, f"{path}.factor", self.factor, ">= 1")
@@ -42,7 +42,7 @@ class Llama3(Config):
         require(self.low < self.high, f"{path}.low", self.low, "below high")
 
     def scale(self, frequency, theta):
-        """As `Linear.scale`."""
+        """The same as `Linear.scale`."""
         turns = self.original * frequency / (2 * math.pi)
         kept = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
         return frequency * (kept + (1 - kept) / self.factor), 1.0
@@ -57,8 +57,8 @@ class Yarn(Config):
 
     factor: float  # of the context, >= 1
     original: int  # length of the context before, tokens
-    fast: float = 32.0  # turns within `original` from which a pair stays
-    slow: float = 1.0  # and up to which it is stretched
+    fast: float = 32.0  # a pair with more turns within `original` is not stretched
+    slow: float = 1.0  # a pair with fewer turns is
     magnitude: float | None = None  # on queries and keys; None: 0.1 ln(factor) + 1
     truncate: bool = True  # whole pairs at the ends of the ramp
 
@@ -69,16 +69,16 @@ class Yarn(Config):
         require(slow, f"{path}.slow", self.slow, "above 0 and below fast")
 
     def scale(self, frequency, theta):
-        """As `Linear.scale`."""
+        """The same as `Linear.scale`."""
         half = len(frequency)
-        # The pair that turns so often within the original context.
+        # The number of the pair with this many turns within the original context.
         low, high = (
             half * math.log(self.original / (turns * 2 * math.pi)) / math.log(theta)
             for turns in (self.fast, self.slow)
         )
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
-        # 2 * half - 1, not half - 1: so in the released code, and in all that follow.
+        # The released code, and all that follows it, has 2 * half - 1, not half - 1.
         low, high = max(low, 0), min(high, 2 * half - 1)
         width = high - low if high != low else 0.001
         stretched = np.clip((np.arange(half) - low) / width, 0, 1)
@@ -91,10 +91,10 @@ Scaling = Linear | Llama3 | Yarn
 
 
 def frequencies(width: int, theta: float, scaling: Scaling | None = None):
-    """(width / 2 radians per position, factor on queries and keys).
+    """The width / 2 frequencies in radians per position, and the factor on q and k.
 
-    Plain numbers, of float32: a module that holds them can be hashed, and does not
-    change with its config.
+    They are plain numbers of float32: a module that holds them can be hashed, and does
+    not change with its config.
     """
     frequency = theta ** (-np.arange(width // 2, dtype=np.float64) / (width // 2))
     magnitude = 1.0
@@ -110,8 +110,8 @@ def rotary(x_BLHA, position_BL, frequency, magnitude=1.0, interleaved=False):
       x_BLHA: queries or keys; pair i is (i, i + A/2).
       position_BL: int32.
       frequency, magnitude: from `frequencies`.
-      interleaved: pair i is (2i, 2i + 1) of the input; that of the output stays (i,
-        i + A/2), which no product of queries and keys sees.
+      interleaved: pair i of the input is (2i, 2i + 1); pair i of the output is still
+        (i, i + A/2), which changes no product of queries and keys.
 
     Source: Su et al. 2021, arXiv:2104.09864; halves as in Llama.
     """
@@ -129,11 +129,11 @@ def rotary(x_BLHA, position_BL, frequency, magnitude=1.0, interleaved=False):
 
 @jax.custom_vjp
 def _turn(x, cos, sin):
-    """Halves of rows turned; `sin` is negative in the first half.
+    """Turn rows by whole-row factors; `sin` is negative in the first half.
 
-    Factors of whole rows, and halves that change places: to compute the halves apart
-    and to join them costs three times as much on a CPU. The gradient turns back in the
-    same way; left to itself it would join products.
+    The halves change places and whole rows are multiplied: to compute the halves apart
+    and join them costs three times as much on a CPU. The gradient turns back in the
+    same way; without this rule it would join products.
     """
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([second, first], axis=-1) * sin

@@ -15,11 +15,11 @@ from moex.sharding import constrain
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class SeriesModel(Model):
-    """Tokens are vectors of numbers, in and out; depth is in `layers`."""
+    """A model whose tokens are vectors of numbers, in and out; depth is in `layers`."""
 
     SIZE = "numbers"
 
-    numbers: int | None = None  # N of a token, >= 1; None: those of the data
+    numbers: int | None = None  # N of a token, >= 1; None: as many as the data has
 
     def validate(self, path):
         Model.validate(self, path)
@@ -44,7 +44,7 @@ class SeriesLayers(Layers):
         self.w_out_DN = param(rngs, (D, N), ("embed", None), fan_in=D)
 
     def __call__(self, value_BLN, ctx):
-        """Numbers for each token.
+        """Compute the output numbers of each token.
 
         Args:
           value_BLN: float32 input.

@@ -1,9 +1,9 @@
 """Depth: `Segment(pattern, repeat)`. The only file that knows scan and remat.
 
 A pattern is a tuple of feed-forward configs; `repeat` copies of it are built by vmap
-over keys and run by one `lax.scan`, so that the program does not grow with depth; or
-one after the other where the context says so. Write `repeat=1` segments where nothing
-repeats.
+over keys and run by one `lax.scan`, so that the program does not grow with depth. With
+`scan_layers=False` they run one after the other. Write `repeat=1` segments where
+nothing repeats.
 """
 
 import dataclasses
@@ -54,14 +54,14 @@ class Segment(Config):
         return self.attention or (default,) * len(self.pattern)
 
     def validate_dim(self, dim, path):
-        """Checks that need the model width."""
+        """Check what depends on the model width."""
         for i, attention in enumerate(self.attention or ()):
             attention.validate_dim(dim, f"{path}.attention[{i}]")
         for i, ffn in enumerate(self.pattern):
             ffn.validate_dim(dim, f"{path}.pattern[{i}]")
 
     def make(self, attention, dim, rngs, *, norm_eps):
-        """A `SegmentStack`; every parameter gets a leading `repeat` dim."""
+        """Make a `SegmentStack`; every parameter gets a leading `repeat` dim."""
 
         def make_one(key):
             return SegmentStack(self, attention, dim, key, norm_eps=norm_eps)
@@ -69,7 +69,7 @@ class Segment(Config):
         return jax.vmap(make_one)(jax.random.split(rngs.params(), self.repeat))
 
     def init_cache(self, attention, dim, batch, length, dtype):
-        """A decoding cache: per pattern position, leading dim `repeat`."""
+        """Make a decoding cache per place of the pattern, with leading dim `repeat`."""
         own = self.attentions(attention)
         one = [a.init_cache(dim, batch, length, dtype) for a in own]
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.repeat, *a.shape)), one)
@@ -88,8 +88,8 @@ class SegmentStack(nnx.Module):
 
     def __call__(self, x_BLD, ctx, cache):
         """Returns `(x_BLD, aux, cache)`; aux and cache stacked over [repeat]."""
-        # A scan copies a layer's slice of every weight. To decode a token with few of
-        # many experts that would be most of the work: theirs are read where they are. A
+        # A scan copies a layer's slice of every weight. Decoding a token with few of many
+        # experts, that would be most of the work: expert weights are read in place. A
         # prompt uses most experts, but in C those of other layers cost nothing.
         few = x_BLD.shape[1] == 1 or computes_in_c(x_BLD.dtype, ctx.kernels)
         in_place = ctx.mode == "decode" and few and not on_a_mesh()
@@ -126,7 +126,7 @@ class SegmentStack(nnx.Module):
         if ctx.scan_layers:
             x_BLD, (aux, cache) = jax.lax.scan(body, x_BLD, layers)
             return x_BLD, aux, cache
-        # Not the scan's own `unroll`, which still stacks what the backward pass needs.
+        # The scan's own `unroll` would still stack what the backward pass needs.
         outs = []
         for layer in _unstacked(layers, repeat):
             x_BLD, out = body(x_BLD, layer)
@@ -136,9 +136,9 @@ class SegmentStack(nnx.Module):
 
 
 def _unstacked(layers, repeat) -> list:
-    """The layers' own arrays; by splits, whose gradients are one concatenation.
+    """Split stacked arrays into those of each layer; the gradient concatenates once.
 
-    That of an index is padding of the whole size, once for each layer.
+    The gradient of an index is padding of the whole size, once for each layer.
     """
     leaves, treedef = jax.tree.flatten(layers)
     parts = [
@@ -149,7 +149,7 @@ def _unstacked(layers, repeat) -> list:
 
 
 def stack_readers(blocks) -> set[tuple]:
-    """Paths of the experts that can read their weights out of the whole stack."""
+    """The paths of the experts that can read their weights out of the whole stack."""
     modules = nnx.iter_modules(blocks, graph=False)
     return {path for path, module in modules if isinstance(module, StackReader)}
 
@@ -158,7 +158,7 @@ REMAT = ("none", "dots", "full")
 
 
 def checkpointed(body, ctx):
-    """`body` under `jax.checkpoint` as `ctx.remat` says: one of `REMAT`.
+    """Put `body` under `jax.checkpoint` as `ctx.remat` says: one of `REMAT`.
 
     Outside of a scan, barriers must keep XLA from sharing what is computed again.
     """
