@@ -1,4 +1,4 @@
-"""What all run configs share: every run key with its default.
+"""The base of all run configs: every run key with its default.
 
 A config sets `model`, `steps`, `batch_size`, `seq_len` and whatever else differs.
 """
@@ -13,7 +13,7 @@ from moex.tasks.lm import LanguageModelling
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """Run defaults without a model; not a run by itself."""
+    """The defaults of a run, without a model; not a run by itself."""
     del arg
     # A key may take another kind of config; `check_run` checks all types.
     cfg = ml_collections.ConfigDict(type_safe=False, convert_dict=False)
@@ -24,8 +24,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     cfg.grad_accum = 1  # microbatches per optimizer step
     cfg.precision = "auto"  # compute: bfloat16 on accelerators, float32 on CPU
     cfg.remat = "none"  # recompute in the backward pass: "none", "dots" or "full"
-    cfg.scan_layers = True  # False compiles each layer: longer, for quicker steps
-    cfg.kernels = "auto"  # or kernel implementations, the first that can: "triton,xla"
+    cfg.scan_layers = True  # False: each layer is compiled; that is slow, steps are not
+    cfg.kernels = "auto"  # or implementations such as "triton,xla": the first that can
     cfg.nan_limit = 10  # skipped updates in a row before the run stops
     cfg.init_from = ""  # run directory whose parameters start this run
     cfg.task = LanguageModelling()  # what is learned: docs/tasks.md

@@ -5,11 +5,11 @@
 
 Widths, experts, routing and balance are those of the paper (arXiv:2412.19437, section
 4.2). Attention is grouped-query in place of multi-head latent attention: 96 query and 8
-key/value heads of 128 have 190.8 M parameters a layer where latent attention has
-187.1 M, 671.3 B in all. There is no multi-token prediction.
+key/value heads of 128 have 190.8 M parameters per layer, where latent attention has
+187.1 M; the model has 671.3 B in all. There is no multi-token prediction.
 
-Hardware: 256 chips of 95 GB (v5p:4x8x8), see docs/plan.md; with float32 weights and
-moments. Expected time and loss: not measured.
+Hardware: 256 chips of 95 GB (v5p:4x8x8), see docs/plan.md; weights and moments are
+float32. Expected time and loss: not measured.
 """
 
 from configs import base, lm_data
@@ -26,7 +26,7 @@ from moex.sharding import MeshConfig
 
 
 def get_config(arg=""):
-    """`arg`: `data=stdlib` trains on the embedded data, for a first look."""
+    """The run config; `arg` `data=stdlib` trains on the embedded data, for a look."""
     cfg = base.get_config()
     moe = MoE(
         num_experts=256,

@@ -1,4 +1,4 @@
-"""Where the larger configs read text: your own files, or the embedded data."""
+"""The data of the larger configs: your own text files, or the embedded data."""
 
 from configs.parse import parse_arg
 from moex.data.pipeline import Data
@@ -7,7 +7,7 @@ from moex.data.tokenizer import Bpe
 
 
 def get_data(arg: str = "") -> Data:
-    """`Data` for the config argument `arg`: "", "data=text" or "data=stdlib".
+    """The `Data` for the config argument `arg`: "", "data=text" or "data=stdlib".
 
     The paths of `data=text` are set on the command line:
     `--config.data.sources[0].paths='("/data/*.txt",)'`.

@@ -20,7 +20,7 @@ from moex.runs.keys import Checkpoint, Eval, Log
 
 
 def get_config(arg=""):
-    """`arg`: `data=stdlib` trains on the embedded data, for a first look."""
+    """The run config; `arg` `data=stdlib` trains on the embedded data, for a look."""
     cfg = base.get_config()
     moe = MoE(
         num_experts=32,

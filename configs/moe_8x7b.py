@@ -19,7 +19,7 @@ from moex.sharding import MeshConfig
 
 
 def get_config(arg=""):
-    """`arg`: `data=stdlib` trains on the embedded data, for a first look."""
+    """The run config; `arg` `data=stdlib` trains on the embedded data, for a look."""
     cfg = base.get_config()
     moe = MoE(num_experts=8, router=TopK(k=2), experts=Glu(hidden=14_336))
     cfg.model = LM(

@@ -8,7 +8,7 @@ def parse_arg(arg: str, **choices) -> dict:
 
     Args:
       arg: such as "router=topp,chain=2"; may be empty.
-      **choices: per key the allowed words, or a range of allowed ints.
+      **choices: for each key the allowed words, or a range of allowed ints.
 
     Raises:
       ConfigError: for an unknown key, a bad value or a key given twice.

@@ -3,9 +3,9 @@
   moex train --config=configs/quickstart.py --workdir=runs/quickstart
 
 Hardware: 2 CPU cores. Expected: 4 to 5 minutes, 1.47 bits per byte on held-out files.
-How the sizes were found: experiments/quickstart.
+experiments/quickstart tells how the sizes were found.
 
-Every layer of moex by argument, alone or together (experiments/variants trains each):
+Arguments give every layer of moex, alone or together; experiments/variants trains each:
 
   quickstart.py:ffn=dense                the dense model of equal active parameters
   quickstart.py:router=topp              topk topp steered expert_choice hash
@@ -67,7 +67,7 @@ EXPERTS = {
 
 
 def feed_forward(options):
-    """The layer that the argument asks for."""
+    """The feed-forward layer that the argument asks for."""
     if options["ffn"] == "dense":
         return Dense(hidden=256)
     zero = options["zero"]
@@ -89,7 +89,7 @@ def feed_forward(options):
 
 
 def model(options):
-    """The language model around it."""
+    """The language model with that layer."""
     segment = Segment(
         pattern=(feed_forward(options),), repeat=4, residual=options["residual"]
     )
@@ -111,7 +111,7 @@ CHOICES = {
 
 
 def get_config(arg=""):
-    """`arg`: KEY=VALUE,... with the keys above; default: the top-k MoE."""
+    """The run config; `arg` is KEY=VALUE,... with the keys above, or "": top-k MoE."""
     options = parse_arg(arg, **CHOICES)
     cfg = base.get_config()
     cfg.model = model(options)

@@ -1,10 +1,10 @@
-"""A small MoE that tells a day of a numeric series from the week before: CPU minutes.
+"""A small MoE that predicts a day of a numeric series from the week before, on a CPU.
 
   moex train --config=configs/regression.py --workdir=runs/regression \\
       --config.data.paths='("series.csv",)'
 
 The CSV file has a line of names, a column `date` that is not read, and columns of
-numbers, a line an hour; `--config.data.time=None` where there is no `date`. See
+numbers, one line per hour; give `--config.data.time=None` if there is no `date`. See
 docs/tasks.md.
 """
 
@@ -23,7 +23,7 @@ from moex.tasks.regression import Regression
 
 
 def get_config(arg=""):
-    """Takes no argument."""
+    """The run config; it takes no argument."""
     del arg
     cfg = base.get_config()
     cfg.task = Regression()

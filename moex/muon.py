@@ -1,6 +1,6 @@
-"""Muon, as optax has it; one CPU computes its orthogonalisation in C.
+"""Muon, as optax has it; on one CPU its orthogonalisation is computed in C.
 
-The optimizer state is that of `optax.contrib.muon`, whichever computes.
+The optimizer state is that of `optax.contrib.muon` in both cases.
 """
 
 import math
@@ -14,18 +14,18 @@ from kernels_pallas.dense import computes_in_c
 from kernels_pallas.orthogonalise import orthogonalise
 
 EPS = 1e-8  # added to the norm of a matrix, as in optax
-LARGEST = 2**21  # floats of a matrix; a thread of C computes a whole one by itself
+LARGEST = 2**21  # floats of a matrix in C, where one thread computes all of it
 
 
 def muon(lr, adam_lr, cfg, weight_decay, dims, kernels=None):
-    """Orthogonalised momentum for matrices, Adam for everything else.
+    """Make an optimizer: orthogonalised momentum for matrices, Adam for the rest.
 
     Args:
       lr, adam_lr: schedules of the two parts.
       cfg: `optim.Muon`.
-      weight_decay: of the matrices.
+      weight_decay: weight decay of the matrices.
       dims: function of a parameter tree: `MuonDimensionNumbers` of each matrix, counted
-        from the right; None for what uses Adam.
+        from the right; None for parameters that use Adam.
       kernels: name of the matmul implementation, or None to choose.
 
     Returns:
@@ -58,7 +58,7 @@ def muon(lr, adam_lr, cfg, weight_decay, dims, kernels=None):
 
 
 def _orthogonal_momentum(cfg, dims, kernels):
-    """`optax.contrib.scale_by_muon`, in C where that is computed."""
+    """The same as `optax.contrib.scale_by_muon`, computed in C where that can be."""
     plain = scale_by_muon(
         beta=cfg.momentum, ns_steps=cfg.ns_steps, eps=EPS, weight_dimension_numbers=dims
     )
@@ -69,7 +69,7 @@ def _orthogonal_momentum(cfg, dims, kernels):
             return plain.update(grads, state, params)
         beta, count = cfg.momentum, optax.safe_increment(state.count)
         mu = optax.tree.update_moment(grads, state.mu, beta, 1)
-        # Nesterov: the momentum of the next step, if its gradient were this one again.
+        # Nesterov: take the momentum of the next step as if it had the same gradient.
         next_mu = optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
         fair = optax.tree.bias_correction(grads, beta, count)
         ahead = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, next_mu, fair)
@@ -94,8 +94,8 @@ def _fit(grads, dims) -> bool:
 
 
 def _orthogonalised(x, dims: MuonDimensionNumbers, coefficients, steps):
-    """Every matrix of `x` orthogonalised; one whose rows lie before its columns, and
-    whose columns come last, is read and written where it is."""
+    """Orthogonalise every matrix of `x`; it is read and written in place if its rows
+    lie before its columns and its columns come last."""
     rows, columns = (_from_left(d, x.ndim) for d in dims)
     batch = [d for d in range(x.ndim) if d not in (*rows, *columns)]
     outer = [d for d in batch if d < min(rows)]
@@ -114,7 +114,7 @@ def _scaled(update, dims: MuonDimensionNumbers):
 
 
 def _sizes(x, dims: MuonDimensionNumbers) -> tuple[int, int]:
-    """(rows, columns) of each matrix."""
+    """The pair (rows, columns) of each matrix."""
     rows, columns = (_from_left(d, x.ndim) for d in dims)
     return tuple(math.prod(x.shape[d] for d in ds) for ds in (rows, columns))
 

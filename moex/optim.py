@@ -82,7 +82,7 @@ class Optim(Config):
     weight_decay: float = 0.0  # times the learning rate; matrices only, >= 0
     clip: float | None = 1.0  # largest global gradient norm, > 0; None: no clipping
     spike_factor: float | None = 10.0  # skip updates of norm > factor * mean; None: no
-    # (path pattern, factor of the learning rate); 0 freezes, a Schedule for a while.
+    # (path pattern, factor of the learning rate); 0 freezes; a Schedule may change.
     lr_factors: tuple[tuple[str, float | Schedule], ...] = ()
 
     def validate(self, path):
@@ -119,11 +119,11 @@ class Optim(Config):
             require_values(lambda v: v >= 0, where, factor, ">= 0")
 
     def decay_steps(self, steps: int) -> int:
-        """How many of all steps decay in wsd; the last of them is the last step."""
+        """The number of steps that decay in wsd; the last of them is the last step."""
         return max(1, round(exact(self.decay_frac) * steps))
 
     def validate_steps(self, steps: int, path: str) -> None:
-        """Check that warm-up and decay fit into a run of so many steps."""
+        """Check that warm-up and decay fit into a run of this many steps."""
         room, why = steps, f"steps = {steps}"
         if self.schedule == "cosine":
             room, why = steps - 1, f"steps - 1 = {steps - 1}, or nothing decays"
@@ -143,7 +143,7 @@ class Optim(Config):
 
 
 def schedule_frac(cfg: Optim, steps: int):
-    """Learning rate over its peak, as an optax schedule of the optimizer step from 0.
+    """The learning rate over its peak, as an optax schedule of the step from 0.
 
     The last step of the warm-up is at the peak, and the last step of the run at
     `final_lr_frac`. Without warm-up step 0 is at the peak.
@@ -165,7 +165,7 @@ def schedule_frac(cfg: Optim, steps: int):
 
 
 def straight(first: float, last: float, steps: int):
-    """A schedule on a straight line from `first` at step 0 to `last` at step `steps`.
+    """The schedule on a straight line from `first` at step 0 to `last` at `steps`.
 
     It ends at `last` exactly. `optax.linear_schedule` misses it in a compiled program,
     where XLA multiplies by the rounded inverse of the steps.
@@ -205,7 +205,7 @@ def path_factors(cfg: Optim, params, path: str = "config.optim") -> dict[str, An
 
 
 def _muon_dims(params, info):
-    """`MuonDimensionNumbers` per matrix (dims counted from the right), else None."""
+    """The `MuonDimensionNumbers` of each matrix (from the right); None for others."""
 
     def dims(path, leaf):
         entry = info[path_name(path)]
@@ -219,7 +219,7 @@ def _muon_dims(params, info):
 
 
 def decays(name: str, info) -> bool:
-    """Whether weight decay is for this parameter: for matrices, not stacked vectors."""
+    """Whether this parameter has weight decay: matrices do, stacked vectors do not."""
     is_vector = name.split("/")[-1].startswith(("bias", "v_", "sink"))
     return len(info[name].axes) >= 2 and not is_vector
 
@@ -240,7 +240,7 @@ def _scale(factor, factors):
 
 
 def make_optimizer(cfg: Optim, steps: int, params, info, kernels=None):
-    """One optax transformation for `params`.
+    """Make one optax transformation for `params`.
 
     Args:
       cfg: `Optim`.
@@ -250,7 +250,7 @@ def make_optimizer(cfg: Optim, steps: int, params, info, kernels=None):
       kernels: name of the matmul implementation, or None to choose; for Muon.
 
     Returns:
-      (optax.GradientTransformation, schedule giving the learning rate at a step).
+      (optax.GradientTransformation, schedule of the learning rate by step).
 
     Raises:
       ConfigError: if a pattern of `lr_factors` matches nothing.

@@ -2,8 +2,8 @@
 
 The mesh has five axes, all Auto (XLA propagates): `data` (copies of the model), `fsdp`
 (parameters split, gathered where used), `expert`, `seq` (the length of sequences) and
-`tensor`. A batch is split over the first three. Every figure of sharding comes from
-`AxisRules`; what travels between experts is `moe/parallel.py`.
+`tensor`. A batch is split over the first three. `AxisRules` says how every array is
+split; `moe/parallel.py` moves rows between the devices of experts.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ EXCHANGES = ("auto", "all_to_all", "gather")
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class MeshConfig(Config):
-    """Sizes of the mesh axes; one may be -1: whatever devices are left.
+    """Sizes of the mesh axes; one may be -1: it takes the devices that are left.
 
-    TPU slices are told apart by the devices themselves: the `data` axis goes over the
-    data-centre network between them, all others stay inside a slice.
+    The devices themselves say which TPU slice they are in: the `data` axis goes over
+    the data-centre network between slices, all others stay inside a slice.
     """
 
     data: int = -1  # copies of the model, the batch split between them
@@ -74,7 +74,7 @@ class MeshConfig(Config):
         return tuple(sizes)
 
     def make(self, devices=None) -> Mesh:
-        """A mesh over `devices` (default: all).
+        """Make a mesh over `devices` (default: all).
 
         Raises:
           ConfigError: if the sizes do not fit the devices or their slices.
@@ -104,9 +104,9 @@ class MeshConfig(Config):
 
 
 def _device_array(sizes, devices) -> np.ndarray:
-    """Devices in the shape of a mesh; on a torus axes lie along whole dimensions.
+    """Put devices in the shape of a mesh; on a torus axes lie along whole dimensions.
 
-    Where none do, such as 8 of a 4x4x4 torus, an axis takes a part of a dimension.
+    Where that cannot be, such as 8 of a 4x4x4 torus, an axis takes part of a dimension.
     """
     try:
         return mesh_utils.create_device_mesh(sizes, devices)
@@ -117,7 +117,7 @@ def _device_array(sizes, devices) -> np.ndarray:
 
 
 def num_slices(devices) -> int:
-    """TPU slices among `devices`; 1 on any other platform.
+    """The number of TPU slices among `devices`; 1 on any other platform.
 
     GPUs have such a number too, one per node or NVLink domain; there any axis may go
     over the network, and the order of devices keeps the last axes inside a node.
@@ -147,7 +147,7 @@ RULES = AxisRules()
 
 
 def partition_spec(axes, rules: AxisRules = RULES) -> PartitionSpec:
-    """Logical axis names (or None) of one array -> `PartitionSpec`.
+    """The `PartitionSpec` for the logical axis names (or None) of one array.
 
     Raises:
       ValueError: if two logical axes land on one mesh axis.
@@ -168,7 +168,7 @@ def partition_spec(axes, rules: AxisRules = RULES) -> PartitionSpec:
 
 
 def param_sharding(shape, axes, mesh: Mesh, rules: AxisRules = RULES) -> NamedSharding:
-    """Sharding of one parameter; leading dims beyond `axes` are stacked layers."""
+    """The sharding of one parameter; leading dims beyond `axes` are stacked layers."""
     full = (None,) * (len(shape) - len(axes)) + tuple(axes)
     return NamedSharding(mesh, partition_spec(full, rules))
 
@@ -178,8 +178,8 @@ def check_divides(leaves, sizes: dict[str, int], path: str = "config.mesh") -> N
 
     Args:
       leaves: (name, shape, logical axes) of each parameter; the last dims have axes.
-      sizes: of the mesh axes by name.
-      path: of the mesh in the config.
+      sizes: sizes of the mesh axes by name.
+      path: path of the mesh in the config.
 
     Raises:
       ConfigError: with the mesh axis, the parameter, its dim and both sizes.
@@ -217,12 +217,12 @@ def _extent(mesh, axis) -> int:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """The number of parts that a batch is split into."""
     return _extent(mesh, BATCH_AXES)
 
 
 def constrain(x: jax.Array, *axes):
-    """Ask XLA to lay `x` out by logical `axes`, inside `jax.set_mesh`; else nothing.
+    """Ask XLA to lay `x` out by logical `axes`; without a mesh in use, do nothing.
 
     Dims that the mesh does not divide are left to XLA.
     """
@@ -238,7 +238,7 @@ def constrain(x: jax.Array, *axes):
 
 
 def by_rows(function, x_TC):
-    """`function` of the rows of an array, computed where the rows are.
+    """Compute `function` of the rows of an array where the rows are.
 
     XLA does not split every operation by rows that it could: it brings all rows to all
     devices for a top_k.
@@ -257,11 +257,11 @@ def by_rows(function, x_TC):
 
 
 def sum_over_rows(function, *arrays):
-    """`function` of the rows of arrays, computed where the rows are, and added up.
+    """Compute `function` of the rows of arrays where they are, and add the results up.
 
     Args:
       function: arrays whose first dim is t -> one array.
-      *arrays: their first dim is of tokens, as in `by_rows`.
+      *arrays: arrays whose first dim is that of the tokens, as in `by_rows`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     parts = math.prod(mesh.shape.get(axis, 1) for axis in TOKEN_AXES)
@@ -277,7 +277,7 @@ def sum_over_rows(function, *arrays):
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """Of one array of a batch: [B], or [B, L]."""
+    """The sharding of one array of a batch: [B], or [B, L]."""
     return NamedSharding(mesh, partition_spec(("batch", "length")[:ndim]))
 
 
@@ -293,10 +293,10 @@ def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
 
 def told_by_each(value: int, mesh: Mesh) -> jax.Array:
-    """int32[devices of the mesh], `value` on the devices of this process.
+    """Share one int per process: int32[devices], `value` on this process's devices.
 
-    What every process may say otherwise, unlike a batch, whose parts may have copies in
-    several processes.
+    Each process may have another value, and the step can reduce them. A batch cannot
+    carry it: its parts may have copies in several processes.
     """
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     one = np.full((1,), value, np.int32)
@@ -304,14 +304,14 @@ def told_by_each(value: int, mesh: Mesh) -> jax.Array:
 
 
 def shard_batch(batch: dict, mesh: Mesh) -> dict:
-    """Host arrays of this process -> global arrays split over batch and length.
+    """Make global arrays, split over batch and length, from the host's own arrays.
 
     Args:
-      batch: [b, L] and [b] arrays with the rows `process_rows`, all of their length.
-      mesh: of the job.
+      batch: [b, L] and [b] arrays with the rows `process_rows`, each of full length.
+      mesh: mesh of the job.
     """
     parts = batch_shards(mesh)
-    held = len(process_rows(mesh, parts))  # of the parts of a batch, by this process
+    held = len(process_rows(mesh, parts))  # the parts of a batch that this process has
 
     def place(local):
         local = np.asarray(local)

@@ -88,9 +88,9 @@ class SegmentStack(nnx.Module):
 
     def __call__(self, x_BLD, ctx, cache):
         """Returns `(x_BLD, aux, cache)`; aux and cache stacked over [repeat]."""
-        # A scan copies a layer's slice of every weight: for one token, which uses few of
-        # many experts, most of the work. So decoding reads expert weights in place. A
-        # prompt uses most experts, but in C those of other layers cost nothing.
+        # A scan copies a layer's slice of every weight. That would be most of the work
+        # for one token and few of many experts: decoding reads their weights in place.
+        # A prompt uses most experts, but in C those of other layers cost nothing.
         few = x_BLD.shape[1] == 1 or computes_in_c(x_BLD.dtype, ctx.kernels)
         in_place = ctx.mode == "decode" and few and not on_a_mesh()
         paths = stack_readers(self.blocks) if in_place else set()
