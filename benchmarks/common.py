@@ -114,7 +114,7 @@ def measure(
 
     Args:
       jobs: {name: function without arguments}; called twice before they count.
-      repeats: of each.
+      repeats: how often each job runs.
       pause_s: seconds of sleep before every run, for the threads of one library to stop
         waiting busily where another one's are timed next.
       sample_s: a job that is shorter is started as often as fills this, up to 50 times,
@@ -147,7 +147,7 @@ def summary(seconds: dict, limit: str | None = None) -> dict:
     """Minimum, median and spread of each job, and ratios of minima to a limit.
 
     Args:
-      seconds: of `measure`.
+      seconds: the result of `measure`.
       limit: name of the job that ratios are over.
     """
     out = {}

@@ -21,7 +21,7 @@ def error_of(implementation: str, dtype: str, shape) -> str | None:
 
     Args:
       implementation: a key of IMPLEMENTATIONS.
-      dtype: of tokens and weights.
+      dtype: dtype of tokens and weights.
       shape: T, K, D, F, E.
     """
     T, K, D, F, E = shape

@@ -273,8 +273,8 @@ def outcome(name: str, mesh_cfg: MeshConfig, devices, **options) -> Outcome:
     """Train the layer `name` for `STEPS` clipped steps of SGD on a mesh.
 
     Args:
-      name: of `LAYERS`.
-      mesh_cfg: over `devices`.
+      name: a key of `LAYERS`.
+      mesh_cfg: the mesh over `devices`.
       devices: all, or one.
       **options: grad_accum, and static fields of `Context` such as remat.
     """

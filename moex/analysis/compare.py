@@ -38,10 +38,10 @@ class Group:
     """Runs that differ in their seed alone.
 
     Attributes:
-      label: what distinguishes it from the other groups.
+      label: the fields that distinguish it from the other groups.
       runs: one per seed.
-      params, active: of the model: all, and those that a token uses.
-      curves: of each run, by kind.
+      params, active: the model's parameters: all, and those that a token uses.
+      curves: the curves of each run, by kind.
     """
 
     label: str

@@ -37,7 +37,7 @@ def assert_equal(paths: Sequence[pathlib.Path], tolerance: Tolerance) -> str:
 
     Args:
       paths: two run directories.
-      tolerance: of numbers; all else must be the same, and NaN is equal to NaN.
+      tolerance: for numbers; all else must be the same, and NaN is equal to NaN.
 
     Raises:
       ConfigError: for another number of runs, or what `read_runs` refuses.

@@ -20,13 +20,13 @@ class LayerInfo:
 
     Attributes:
       layer: absolute number of the layer, from 0; dense layers count.
-      round: of the chain, from 1; 0 where there is no chain.
+      round: round of the chain, from 1; 0 where there is no chain.
       num_experts: experts that compute. Ids from here on are zero-computation experts.
       num_choices: E, all that the router chooses among.
       slots: K, the most experts of a token.
       router: name of its config, such as "TopK".
       causal: False where the choice for a token reads later tokens (`ExpertChoice`).
-      capacity_factor: of the layer; None: nothing is dropped.
+      capacity_factor: the layer's factor; None: no slot is dropped.
     """
 
     layer: int
@@ -50,10 +50,10 @@ class Header:
 
     Attributes:
       run: the run directory, as it was given.
-      step: of the checkpoint.
+      step: step of the checkpoint.
       layers: every router, in the order of the model.
       tokenizer: {"fingerprint", "doc_id"}; doc_id is the token between documents.
-      vocabulary: what each token id stands for, as text; "" for unused ids.
+      vocabulary: the text of each token id; "" for unused ids.
       domains: names of the data sources.
       data: what was read; plain data, for people.
       logits: whether the logits of all experts are there too.

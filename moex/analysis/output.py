@@ -25,13 +25,13 @@ def figures(analysis: Analysis) -> dict[str, dict[str, float]]:
     """Plain floats of every router, by label.
 
     Returns:
-      experts_per_token, experts_per_token_std: that compute.
-      max_violation, dead_frac, effective_frac: of `statistics.load_figures`.
-      uniform_share: what the specialisations would be if routing were uniform.
+      experts_per_token, experts_per_token_std: number of experts that compute.
+      max_violation, dead_frac, effective_frac: from `statistics.load_figures`.
+      uniform_share: the value of the specialisations if routing were uniform.
       domain_specialisation: mean over slots of P(expert | domain of the token).
       domain_information: nats that an expert tells of the domain.
       vocabulary_specialisation: mean over slots of P(expert | token id).
-      next_given, next_blind: of `statistics.predictability`, for the router that
+      next_given, next_blind: from `statistics.predictability`, for the router that
         follows, if there is one.
       repeats: in a chain, share of slots whose expert the next round takes too.
     """

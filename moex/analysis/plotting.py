@@ -45,13 +45,13 @@ class Line(NamedTuple):
     """One line of each panel.
 
     Attributes:
-      label: of the group.
+      label: the group's label.
       kind: "train" or "eval".
-      colour: of the group.
+      colour: the group's colour.
       curve: mean over seeds, of what was spent too.
       half_S: half width of the interval of the loss; None for one seed.
       has_flops: its FLOPs are of the experts that were used, not expected ones.
-      axis: what the loss is, and its unit.
+      axis: the title of the loss axis, with its unit.
     """
 
     label: str

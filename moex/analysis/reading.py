@@ -26,7 +26,7 @@ class Run:
     Attributes:
       path: as it was given.
       cfg: the resolved run config.
-      lines: by kind of `KINDS` and by step, ascending.
+      lines: lines of metrics.jsonl by kind (`KINDS`) and by step, ascending.
     """
 
     path: pathlib.Path

@@ -37,7 +37,7 @@ def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -
         whatever `cfg.eval.overlap` says.
       out: the file; must not exist.
       tokens: the most tokens to trace, from sequences of all sources; None: all.
-      step: of the checkpoint; None: the newest.
+      step: step of the checkpoint; None: the newest.
       logits: record the logits of all experts, not of the chosen ones only.
 
     Returns:

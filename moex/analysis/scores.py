@@ -86,7 +86,7 @@ def score_sums(
     Args:
       expert_NP, logit_NP, valid_NP: from `pool`.
       group_N: the task of each token, in [0, num_groups).
-      threshold_G: of each task; None: no threshold.
+      threshold_G: threshold of each task; None: no threshold.
       positive: scores are max(s, sigmoid(s)) of the logit s, so that a chosen expert
         never scores below one that was not.
 

@@ -246,7 +246,7 @@ def repeats(pair_EE, load_E) -> float:
 
     Args:
       pair_EE: from `pair_counts` of two rounds.
-      load_E: of the first one.
+      load_E: the load of the first round.
     """
     return float(np.trace(pair_EE) / max(np.sum(load_E), 1))
 

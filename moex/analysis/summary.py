@@ -36,7 +36,7 @@ class LayerAnalysis:
         `statistics.vocabulary_figures`; ids are token ids, of the `Analysis.num_ids`
         that were counted.
       count_E: slots of tokens with these ids.
-      tcess_DE, peu_DE, threshold_D: of `scores.score_sums` per token, with domains as
+      tcess_DE, peu_DE, threshold_D: from `scores.score_sums` per token, with domains as
         tasks, and the adaptive threshold of PEU.
       hits_ME: tokens that are a marker and have the expert.
       npmi_ME: float64, of `scores.npmi`.
@@ -84,7 +84,7 @@ class Analysis:
     """The result of `analyse`.
 
     Attributes:
-      run, step: of the trace.
+      run, step: the run and the step that were traced.
       num_tokens: N.
       domains: names of the D domains.
       tokens_D, tokens_P, tokens_V: int64, tokens of each domain, bucket of positions,
@@ -92,7 +92,7 @@ class Analysis:
       positions: the P buckets for people, such as "4-7".
       markers: the markers as they were given; marker_ids: their token ids.
       num_ids: how many token ids were counted one by one.
-      vocabulary: what each token id stands for.
+      vocabulary: the text of each token id.
       layers: by label, in the order of the model.
       steps: between routers that follow each other.
     """

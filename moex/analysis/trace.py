@@ -90,7 +90,7 @@ class Trace:
     """A trace to read; open it with `Trace.open`, in a `with` statement or not.
 
     Attributes:
-      path: of the file.
+      path: path of the file.
       header: `Header`.
       num_tokens: tokens of the trace, each counted once.
     """

@@ -50,7 +50,7 @@ def second_moments(aux, valid_BL) -> dict:
     Every token counts once for all experts of its layer, and once per round of a chain.
 
     Args:
-      aux: of a model that ran with `Context(collect=True)`.
+      aux: from a model that ran with `Context(collect=True)`.
       valid_BL: bool[B, L].
     """
     valid_T = valid_BL.reshape(-1).astype(jnp.float32)

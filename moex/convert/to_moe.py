@@ -32,7 +32,7 @@ class Piece:
       period: copies that are one pattern of the new segment.
       repeat: copies of the new segment.
       upcycled: for each of its blocks whether it becomes an MoE layer.
-      number: of its first layer in the model.
+      number: number of its first layer in the model.
     """
 
     segment: int

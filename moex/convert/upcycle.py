@@ -103,8 +103,8 @@ def layer_of_dense(weights: dict, options: Upcycle, number: int) -> dict:
     Args:
       weights: {"w_in_D2F", "w_out_FD"}.
       options: `Upcycle`.
-      number: of the layer in the model: every layer has its own random numbers, which
-        do not depend on what other layers become.
+      number: number of the layer in the model: every layer has its own random numbers,
+        which do not depend on what other layers become.
 
     Returns:
       {"router": {"w_DE"}, "experts": {"w_in_ED2F", "w_out_EFD"}}, float32.

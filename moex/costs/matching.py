@@ -29,7 +29,7 @@ class Match:
     Attributes:
       model: the config with other hidden widths.
       hidden: the new width by path, such as "model.layers[0].pattern[0].hidden".
-      cost, target: of `model` and of the other one, in units of the measure.
+      cost, target: cost of `model` and of the other one, in units of the measure.
     """
 
     model: Model

@@ -91,7 +91,7 @@ def model_activation_bytes(cfg, spec: ModelSpec, sequences: int = 1) -> float:
 
     Args:
       cfg: run config.
-      spec: of its model.
+      spec: `ModelSpec` of its model.
       sequences: rows of one batch; it is compared with a batch of twice as many.
     """
 

@@ -36,10 +36,11 @@ class Row:
     """One kind of layer, or one part of the model that is no layer.
 
     Attributes:
-      name: of the part; empty for layers.
-      kind: what the feed-forward is.
+      name: name of the part; empty for layers.
+      kind: a description of the feed-forward.
       layers: absolute numbers of the layers that this row describes.
-      figures: of ONE such layer, by name of `FIGURES`; FLOPs and activations per token.
+      figures: those of ONE such layer, by name of `FIGURES`; FLOPs and activations per
+        token.
     """
 
     name: str

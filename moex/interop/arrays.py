@@ -63,7 +63,7 @@ def _window(piece: Piece, ranges: Ranges):
     """(index into the shard, ranges of the piece as ours has it), or None if outside.
 
     Args:
-      piece: of the array.
+      piece: a piece of the array.
       ranges: (start, stop) of the shard in each dim of the array.
     """
     here: list[int | slice] = []
@@ -84,7 +84,7 @@ def read_part(piece: Piece, ranges: Ranges, folder) -> np.ndarray:
     """A part of a tensor in our order of dims.
 
     Args:
-      piece: of the tensor.
+      piece: the tensor as a `Piece`.
       ranges: (start, stop) in each dim of the piece as ours has it.
       folder: `Folder` or `Dequantised`.
     """
@@ -130,9 +130,9 @@ def tensor_of(piece: Piece, array: jax.Array, dtype) -> np.ndarray:
     """A tensor of a folder from the shards that it lies in.
 
     Args:
-      piece: of the tensor.
+      piece: the tensor as a `Piece`.
       array: ours, all of it on devices of this process.
-      dtype: of the tensor.
+      dtype: type of the tensor.
     """
     sizes = [piece.split[i] for i in piece.order]
     out = np.empty(sizes, array.dtype)

@@ -76,8 +76,8 @@ def export_hf(place: Place, out, *, dtype: str | None = None, say=print) -> dict
     Args:
       place: run directory.
       out: the folder; must not exist or be empty.
-      dtype: of all tensors but the state of routers; None: as imported, float32 for
-        others.
+      dtype: type of all tensors but the state of routers; None: as imported, float32
+        for others.
       say: called with each line of news.
 
     Returns:

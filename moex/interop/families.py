@@ -159,7 +159,7 @@ class Family:
       architecture: its class in transformers.
       layers: from the fields of `config.json` to (attention, feed-forward) per layer.
       experts: the field with the number of experts; empty: all layers are dense.
-      names: of its tensors.
+      names: the names of its tensors.
       unused: patterns of tensors that a checkpoint may carry and moex has no use for.
     """
 
@@ -281,8 +281,8 @@ def is_unused(family: Family, name: str, num_layers: int, extra: int) -> bool:
     """Whether a tensor is on the family's list of those that moex has no use for.
 
     Args:
-      name: of a tensor.
-      num_layers: of the model.
+      name: the tensor's name.
+      num_layers: layers of the model.
       extra: layers after the last, for predictions of further tokens.
     """
     after = "|".join(str(num_layers + i) for i in range(extra)) or "none"

@@ -94,10 +94,10 @@ class Fields:
         """The value of a field, or what transformers takes where it is missing.
 
         Args:
-          name: of the field.
+          name: the field's name.
           kind: one of `KINDS`; a whole number is a number too.
           least: smallest number that is allowed.
-          null: what null stands for; without it null is an error.
+          null: the value that null stands for; without it null is an error.
         """
         self.read.add(name)
         if name not in self.values and name not in self.defaults:

@@ -246,9 +246,9 @@ def _check_length(file: Path, start: int, header: dict[str, Any]) -> None:
     """Raise `ConfigError` naming the first tensor that a file is too short for.
 
     Args:
-      file: of the format.
+      file: a safetensors file.
       start: first byte of the data.
-      header: of the file; may be anything that JSON can be.
+      header: the file's header; it may be anything that JSON can be.
     """
     there = file.stat().st_size
     ends = {}

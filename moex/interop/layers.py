@@ -93,8 +93,8 @@ def by_layer_types(
     Args:
       of: the fields.
       full: the attention without a window.
-      keys: that a query sees through a window; None: no layer has one.
-      missing: what stands for a `layer_types` that is missing.
+      keys: how many keys a query sees through a window; None: no layer has one.
+      missing: the value to take where `layer_types` is missing.
     """
     kinds = of("layer_types", list[str], null=missing)
     if len(kinds) != len(missing):

@@ -32,8 +32,8 @@ class Piece:
     ours[index] == theirs.reshape(split).transpose(order) * factor
 
     Attributes:
-      name, shape: of the tensor in the folder.
-      path: of our parameter, or router state, as `flat_paths` has it.
+      name, shape: the name and the shape of the tensor in the folder.
+      path: path of our parameter, or router state, as `flat_paths` has it.
       index: into our array; the first entry is the copy of a stacked layer.
       split: a shape of as many elements in the same order.
       order: axes of `split` as ours has them.
@@ -54,8 +54,8 @@ class Names:
     """Names of a family inside of a layer, where they differ.
 
     Attributes:
-      sparse: of the feed-forward of sparse layers.
-      router: of the router in it.
+      sparse: the name of the feed-forward in sparse layers.
+      router: the name of the router in it.
       experts: gate, up and down of one expert; None: all experts in three tensors
         with gate and up mixed (GPT-OSS).
     """

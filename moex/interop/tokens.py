@@ -99,7 +99,7 @@ def set_ends(
     """Let texts begin and end as in transformers and in the harness with it.
 
     Args:
-      tokenizer: of the run; is changed.
+      tokenizer: the run's tokenizer; it is changed.
       folder: with `tokenizer_config.json`.
       file: the `tokenizer.json` that the tokenizer was made of.
       ends: tokens that end a text, from `end_ids`.
@@ -130,7 +130,7 @@ def written(own: Tokenizer, folder: pathlib.Path) -> dict[str, str]:
 
     Args:
       own: tokenizer of the run.
-      folder: that it was read from.
+      folder: the folder that it was read from.
 
     Returns:
       {file name: text}.

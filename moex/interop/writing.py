@@ -73,7 +73,7 @@ def write(
       max_shard_bytes: largest shard; a tensor above that has a shard of its own.
       files: what else goes into the folder, by file name: a text, or a file to copy.
       metadata: further entries of the header of each shard.
-      index: of another folder, whose files this one gets if it has the same tensors.
+      index: another folder's index; its files are used if the tensors are the same.
 
     Raises:
       ConfigError: see `check_target`.

@@ -184,8 +184,8 @@ class Moment:
     """The values that are alive while one operation of a graph runs.
 
     Attributes:
-      name: of the operation.
-      bytes: of values, working memory of the operation's body included.
+      name: name of the operation.
+      bytes: bytes of these values and of the working memory of the operation's body.
     """
 
     name: str
@@ -198,7 +198,7 @@ def moments(
     """The values alive besides the inputs at each operation, in order.
 
     Args:
-      graph: of the program.
+      graph: the program's graph.
       size: (graph, value) -> bytes on one device.
       fused_into_dots: whether matrix products read fused operands, as on a TPU.
     """

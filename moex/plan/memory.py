@@ -30,16 +30,16 @@ class Memory:
     """Bytes on one device.
 
     Attributes:
-      params, optimizer: of the train state.
+      params, optimizer: these parts of the train state.
       other_state: router state, and the counters of the update guard.
       batch: the token arrays of one step.
-      gradients: of the parameters; twice with microbatches, whose sum is kept too.
+      gradients: those of the parameters; twice with microbatches: their sum is kept.
       gathered: one layer's weights in the compute dtype, whole along `fsdp`, and their
         gradients; of the embedding and logits if these are larger. Without
         recomputation the weights of all layers, as far as they are copies.
-      kept: what the forward pass keeps for the backward pass, logits included.
+      kept: values that the forward pass keeps for the backward pass, with the logits.
       working: values alive besides those at the worst moment of the two passes.
-      update: what the optimizer needs besides gradients and state at its worst moment.
+      update: values that the optimizer needs besides gradients and state, at its worst.
     """
 
     params: int

@@ -48,13 +48,13 @@ class Compiled:
     """The compiler's figures of one train step.
 
     Attributes:
-      seconds: of lowering and of compiling, on this machine.
+      lower_seconds, compile_seconds: of lowering and compiling, on this machine.
       host_bytes: most memory that this process used.
-      state_bytes: of the train state on one device, by the shapes in the program.
+      state_bytes: bytes of the train state on one device, by the shapes in the program.
       argument_bytes: train state and batch on one device as they lie in memory: a TPU
         keeps arrays in tiles, so that a scalar takes 512 bytes.
       peak_bytes: most memory at any time on one device.
-      temp_bytes: of buffers that are neither arguments nor results.
+      temp_bytes: bytes of buffers that are neither arguments nor results.
       collectives: number by kind in the program's text, which has the body of a scan
         once however often it runs.
     """

@@ -25,12 +25,12 @@ class Chip:
     """One kind of device; bytes, and bytes per second one way.
 
     Attributes:
-      device_kind: as JAX names it.
-      memory: what a program may use; None: not known.
-      memory_rate: of the device's memory; None: not known.
-      link: TPU: of one link of the torus; GPU: of one device into NVLink.
-      network: of one device into the network between slices or nodes.
-      dims: of the torus of a TPU slice; 0: there is none.
+      device_kind: JAX's name for it.
+      memory: bytes that a program may use; None: not known.
+      memory_rate: rate of the device's memory; None: not known.
+      link: rate of one link of the torus (TPU), or of one device into NVLink (GPU).
+      network: rate of one device into the network between slices or nodes.
+      dims: dimensions of the torus of a TPU slice; 0: there is none.
       ring: a whole dimension is closed to a ring if its chips are a multiple of this.
     """
 
@@ -130,8 +130,8 @@ class Topology:
     Attributes:
       name: as the user wrote it.
       kind: a key of `CHIPS`.
-      shape: of one slice; GPUs: (devices of a node, nodes).
-      slices: of TPUs, connected by the data-centre network.
+      shape: shape of one slice; GPUs: (devices of a node, nodes).
+      slices: number of TPU slices; the data-centre network connects them.
     """
 
     name: str
@@ -190,8 +190,8 @@ class Topology:
         """Seconds that a mesh axis takes to bring bytes to every device.
 
         Args:
-          axis: of the mesh.
-          sizes: of all mesh axes.
+          axis: axis of the mesh.
+          sizes: sizes of all mesh axes.
           received: bytes that each device receives.
           exchange: each device's bytes are its own (all-to-all); else all receive the
             same (all-gather, reduce-scatter), and a slice or node fetches them once.

@@ -32,8 +32,8 @@ class Traffic:
     """The bytes of one kind that one axis carries in one optimizer step.
 
     Attributes:
-      axis: of the mesh.
-      what: for people.
+      axis: axis of the mesh.
+      what: a description for people.
       received: bytes that one device receives.
       exchange: each device's bytes are its own (all-to-all).
     """

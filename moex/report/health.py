@@ -33,8 +33,8 @@ class Health:
 
     Attributes:
       findings: all of them.
-      checked: what could be looked at.
-      unchecked: what could not, and why.
+      checked: the checks that were made.
+      unchecked: the checks that could not be made, and why.
     """
 
     findings: tuple[Finding, ...]
@@ -61,7 +61,7 @@ def examine(material: Material, traced: Routing | None = None) -> Health:
     """Run all checks that a run has figures for.
 
     Args:
-      material: of the run.
+      material: the run's material.
       traced: figures of a trace, for a run that logged none of its own.
     """
     checked: list[str] = []

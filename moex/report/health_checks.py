@@ -47,7 +47,7 @@ def dead_experts(where: str, step_S, load_SE) -> Finding | None:
 
     Args:
       where: the layer, such as "layer 3".
-      step_S: of the lines.
+      step_S: steps of the lines.
       load_SE: share of the slots of each expert; rows sum to 1.
     """
     ratio_SE = np.asarray(load_SE) * np.shape(load_SE)[1]
@@ -121,7 +121,7 @@ def saturated(where: str, experts_S, most: int) -> Finding | None:
     Args:
       where: the layer.
       experts_S: mean experts per token.
-      most: that a token can have.
+      most: the most experts that a token can have.
     """
     if most < 2:
         return None
@@ -145,7 +145,7 @@ def entropy_collapse(where: str, entropy_S, num_experts: int) -> Finding | None:
     Args:
       where: the layer.
       entropy_S: mean entropy of the router's probabilities, nats.
-      num_experts: that it chooses among.
+      num_experts: experts that it chooses among.
     """
     if num_experts < 2:
         return None
@@ -248,7 +248,7 @@ def skipped_updates(step_S, skipped_S) -> Finding | None:
     """Updates that were not made.
 
     Args:
-      step_S: of the lines.
+      step_S: steps of the lines.
       skipped_S: updates skipped so far.
     """
     skipped_S = np.asarray(skipped_S)
@@ -266,8 +266,8 @@ def not_finite(name: str, step_S, value_S) -> Finding | None:
     """NaN or infinity in what should be a number.
 
     Args:
-      name: of the figure.
-      step_S: of the lines.
+      name: name of the figure.
+      step_S: steps of the lines.
       value_S: float[S].
     """
     bad = np.flatnonzero(~np.isfinite(np.asarray(value_S, dtype=float)))
@@ -284,7 +284,7 @@ def spikes(step_S, loss_S) -> Finding | None:
     """Training losses far above those before.
 
     Args:
-      step_S: of the lines.
+      step_S: steps of the lines.
       loss_S: the loss of the task.
     """
     loss_S = np.asarray(loss_S, dtype=float)
@@ -311,7 +311,7 @@ def divergence(step_S, loss_S) -> Finding | None:
     """The training loss ends above where it was.
 
     Args:
-      step_S: of the lines.
+      step_S: steps of the lines.
       loss_S: the loss of the task.
     """
     loss_S = np.asarray(loss_S, dtype=float)
@@ -337,7 +337,7 @@ def overfitting(step_S, loss_S, tokens_S) -> Finding | None:
     """Held-out loss that is worse than at an earlier evaluation of the same tokens.
 
     Args:
-      step_S: of the evaluations.
+      step_S: steps of the evaluations.
       loss_S: the loss of the task.
       tokens_S: how many were scored: the last evaluation may score more than others.
     """

@@ -66,11 +66,11 @@ class Map:
     """One position of the slider.
 
     Attributes:
-      name: of the position.
+      name: name of the position.
       z_RC: float, NaN for blanks.
       rows: labels; None: numbers from 0.
       columns: labels or numbers; None: numbers from 0.
-      about_RC: what is told of a cell in place of its colour's number.
+      about_RC: values to show for a cell in place of its colour's number.
     """
 
     name: str
@@ -97,9 +97,9 @@ def sliding(
     Args:
       maps: one or more.
       colours: fields of plotly's heat map, such as `LOAD`.
-      title: of the figure.
+      title: title of the figure.
       axes: titles of rows and columns.
-      slider: what its positions are, such as "layer ".
+      slider: word before the name of a position, such as "layer ".
       told: how a cell is told; {row}, {column} and {value} stand for its own.
       active: the map that is shown first.
       gap: pixels between cells.

@@ -25,8 +25,8 @@ class Material:
       path: as it was given.
       cfg: the resolved run config.
       cost: parameters and FLOPs; None if the config leaves the vocabulary open.
-      lines: of metrics.jsonl, by kind and by step, ascending; resumed steps once.
-      routing: by kind, "train" and "eval", those that were logged.
+      lines: lines of metrics.jsonl by kind and by step, ascending; resumed steps once.
+      routing: figures by kind, "train" and "eval", of the kinds that were logged.
       environment: one entry per start of the run.
     """
 

@@ -48,7 +48,7 @@ class Table:
       rows: cells; a number is a str already.
       caption: what the table shows.
       words: indices of the columns that hold words, not numbers.
-      title: of a table that is closed until somebody opens it.
+      title: title of a table that is closed until somebody opens it.
     """
 
     head: Sequence[str]
@@ -82,7 +82,7 @@ class Section:
 
     Attributes:
       title: also of its entry in the table of contents.
-      parts: what it shows, in order.
+      parts: the parts that it shows, in order.
       about: what it is and how to read it.
     """
 
@@ -166,7 +166,7 @@ def render(title: str, about: Sequence[str], findings, sections) -> str:
     """The page.
 
     Args:
-      title: of the page.
+      title: title of the page.
       about: lines of summary.
       findings: a `Health` (see `health.py`).
       sections: in order.

@@ -20,8 +20,8 @@ def sections(found: Analysis | None, overlap: dict | None, about: str) -> list[S
     """The sections of a trace.
 
     Args:
-      found: what `analyse` found; None: there is no trace.
-      overlap: of `summary.compare` with another trace; None: there is none.
+      found: the result of `analyse`; None: there is no trace.
+      overlap: result of `summary.compare` with another trace; None: there is none.
       about: whose trace it is, and of which data.
     """
     if found is None:

@@ -22,12 +22,12 @@ class Panel:
     """One plot: figures of training lines, and of evaluations, over steps.
 
     Attributes:
-      title: of the plot.
-      unit: of its vertical axis.
-      names: of figures; one that ends with "*" is a prefix.
-      kinds: of lines.
+      title: title of the plot.
+      unit: unit of its vertical axis.
+      names: names of figures; one that ends with "*" is a prefix.
+      kinds: kinds of lines.
       log: whether the vertical axis is logarithmic.
-      scale: what values are multiplied with.
+      scale: factor on the values.
       missing: why there may be no data.
     """
 

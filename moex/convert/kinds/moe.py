@@ -34,7 +34,7 @@ class Upcycle(Conversion):
         "gates" (`TopK.scale`; the weights are those of the dense layer), or on the
         output "weights" (no factor in the router).
       layers: "all", "every:N", "last:N", or numbers, "0,3": see `chosen_layers`.
-      seed: of routers, noise and columns, >= 0.
+      seed: seed of routers, noise and columns, >= 0.
     """
 
     kind = "moe"
