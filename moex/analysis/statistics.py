@@ -9,7 +9,7 @@ N tokens · K slots per token · E experts (zero-computation ones included) · G
 
 import numpy as np
 
-# Counts.
+# Counts of parts of a trace, which may be added.
 
 
 def multi_hot(expert_NK, keep_NK, num_experts) -> np.ndarray:
@@ -118,7 +118,7 @@ def overlap_sums(hot_NE, other_NE, group_N, num_groups) -> np.ndarray:
     return np.stack(sums, axis=1)
 
 
-# Figures.
+# Figures, made from counts.
 
 
 def share(count, axis=None) -> np.ndarray:

@@ -243,7 +243,7 @@ class Trace:
 
     def _tokens(self, group: int) -> Tokens:
         columns = self._read(group, SHARED)
-        # A row group has a dictionary of its own.
+        # Every row group has its own dictionary of domains.
         domain = columns.pop("domain")
         place = {name: i for i, name in enumerate(self.domains)}
         names = domain.dictionary.to_pylist()
@@ -259,7 +259,7 @@ class Trace:
         return Tokens(domain_N=domain_N, **{f"{n}_N": a for n, a in arrays.items()})
 
     def _slots(self, group: int, info: LayerInfo, names: Sequence[str]) -> Slots:
-        # Gates are read for the lengths of their lists, which must be those of experts.
+        # Gates are read to check that their lists are as long as those of experts.
         own = dict.fromkeys(("layer", "round", "gate", *names))
         columns = self._read(group, list(own))
         for name in ("layer", "round"):

@@ -1,8 +1,8 @@
 """`moex convert`: a trained run with other feed-forwards, as a new run.
 
 The new run starts at step 0 with a fresh optimizer and the same data from the start,
-so it can be scored, sampled and trained on like any other. What changes in a model is
-said by a `Conversion` (`base.py`).
+so it can be scored, sampled and trained on like any other. A `Conversion`
+(`base.py`) says what changes in the model.
 """
 
 import dataclasses
@@ -118,7 +118,7 @@ def _size(spec, part="") -> int:
 
 
 def _losses(run: RunDir, new: RunDir, job: Job, sequences: int) -> dict | None:
-    """The held-out loss before and after; None if nothing is or shall be held."""
+    """The held-out loss before and after; None without held-out data or sequences."""
     if not sequences or not job.holds_out:
         return None
     before, after = (

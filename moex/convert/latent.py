@@ -15,8 +15,8 @@ GAUGES = ("balanced", "experts")
 # Added to the second moment of the inputs, over its mean eigenvalue: directions that
 # the calibration did not see still count a little, and the factor has an inverse.
 RIDGE = 1e-4
-# Smallest share that balancing takes a direction to have: one of no weight would get
-# two zero factors, and zero gradients ever after.
+# The least share of a direction in balancing: a direction of weight 0 would get two
+# zero factors, and zero gradients ever after.
 GAUGE_FLOOR = 1e-3
 
 

@@ -91,7 +91,7 @@ def _longest(rows) -> tuple[int, int]:
         repeat = 1
         while rows[repeat * period :][:period] == rows[:period]:
             repeat += 1
-        # A longer pattern is worth its compile time only if it does repeat.
+        # A longer pattern is worth its compile time only if it repeats.
         if (period == 1 or repeat > 1) and period * repeat > best[0] * best[1]:
             best = (period, repeat)
     return best

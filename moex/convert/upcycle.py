@@ -120,7 +120,7 @@ def layer_of_dense(weights: dict, options: Upcycle, number: int) -> dict:
     w_in_gD2F = np.moveaxis(w_in_D2F.reshape(D, 2, g, F // g), 2, 0)
     w_in_ED2F = np.tile(w_in_gD2F, (C, 1, 1, 1))
     w_out_EFD = np.tile(w_out_FD.reshape(g, F // g, D), (C, 1, 1))
-    std_21 = w_in_D2F.std(axis=(0, 2))[:, None]  # of gate and up, each its own
+    std_21 = w_in_D2F.std(axis=(0, 2))[:, None]  # gate and up have one each
     std = w_out_FD.std()
     if options.noise:
         rng = np.random.default_rng((options.seed, number, 0))

@@ -29,7 +29,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MOST_HEADER = 100_000_000  # bytes, as in the safetensors library
 PICKLES = (".bin", ".pt", ".pth")
-LONGEST_NAME = 255  # bytes, of file systems
+LONGEST_NAME = 255  # bytes, the limit of file systems
 
 # Files that travel with a model, besides its weights.
 EXTRA_FILES = (

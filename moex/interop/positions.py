@@ -16,7 +16,7 @@ from moex.nn.rope import Linear, Llama3, Yarn
 OBJECTS = ("rope_scaling", "rope_parameters")  # the first that is not empty is read
 ORIGINAL = "original_max_position_embeddings"
 KINDS = ("default", "linear", "llama3", "yarn")
-# Everything that an object may have, for some kind; a kind reads its own.
+# All fields that an object of any kind may have; a kind reads its own fields.
 KNOWN = (
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
     *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),

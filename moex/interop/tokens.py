@@ -107,7 +107,7 @@ def set_ends(
     model = read_model(file, str(file))
     own = _named(folder, "bos_token")
     named = model.token_to_id(own) if own else None
-    # The template comes first, as in transformers 5. Version 4 made one of these two
+    # The template comes first, as in transformers 5. Version 4 wrote one of these two
     # fields for the classes of Llama, whose files still have them.
     begin = template_begin(model)
     settings = _fields(folder, SETTINGS)

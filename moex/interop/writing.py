@@ -165,7 +165,7 @@ def _write_shard(file: Path, shard: list[Tensor], metadata: dict[str, str]) -> N
 
     The library itself wants all tensors of a file in memory.
     """
-    # Wide types first: every tensor then starts at a multiple of its items.
+    # Wide types come first: every tensor then starts at a multiple of its item size.
     shard = sorted(shard, key=lambda t: (-np.dtype(t.dtype).itemsize, t.name))
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0

@@ -47,8 +47,8 @@ class Chip:
 # TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: HBM bandwidth; "bidirectional
 # ICI bandwidth per chip" halved and divided by the links of a chip, 4 in a 2D torus and
 # 6 in a 3D one; v5p: "DCN bandwidth per chip"; v5e: that of a pod over its chips; v6e:
-# 4 x 200 Gbit/s of a host over its 8 chips. Memory of v5e, v5p and v6e is what libtpu
-# 0.0.42.1 says that it has where a program does not fit.
+# 4 x 200 Gbit/s of a host over its 8 chips. Memory of v5e, v5p and v6e is what an error
+# of libtpu 0.0.42.1 names as the limit where a program does not fit.
 # Checked there: v6e 32 GB, 800 GB/s a chip over 4 ports, and its network; v5p 1200 GB/s
 # a chip, 2765 GB/s of HBM, 50 Gbit/s; v4 32 GiB and 1200 GB/s of HBM. Not checked, to
 # be looked up before they are relied on: links of v4, and all figures of GPUs (data

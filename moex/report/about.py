@@ -46,7 +46,7 @@ def summary(material: Material) -> list[str]:
 
 
 def samples(material: Material) -> Section:
-    """Texts that the run wrote, newest first."""
+    """The section of texts that the run wrote, newest first."""
     lines = list(material.lines.get("sample", {}).items())[::-1]
     parts: list[Any] = []
     for i, (step, line) in enumerate(lines):
@@ -62,7 +62,7 @@ def samples(material: Material) -> Section:
 
 
 def config(material: Material) -> Section:
-    """Fields that differ from the defaults of the config classes, then all fields."""
+    """The section of fields that differ from their defaults, then of all fields."""
     rows = [
         (path, _show(value), _show(default))
         for path, value, default in changes(material.cfg)
@@ -130,7 +130,7 @@ def _default(node: Config, name: str) -> Any:
 
 
 def environment(material: Material) -> Section:
-    """Every start of the run: versions, devices, command."""
+    """The section on every start of the run: versions, devices, command."""
     starts = material.environment
     if not starts:
         text = "No data: the run has no environment.json, which training writes."

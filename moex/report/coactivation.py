@@ -23,7 +23,7 @@ from moex.report.page import Note, Plot, Section, layer_name, style
 
 
 def coactivation(found: Analysis) -> Section:
-    """Experts of the same token."""
+    """The section on experts of the same token."""
     title = "Co-activation"
     if all(layer.info.slots < 2 for layer in found.layers.values()):
         return Section(title, [Note("No data: no token has two experts.")])
@@ -78,7 +78,7 @@ def _transitions(steps: list[Step], title: str, count: Callable[[Step], Any]):
 
 
 def affinity(found: Analysis) -> Section:
-    """From layer to layer: the ExFlow statistic."""
+    """The section on experts in the next layer: the ExFlow statistic."""
     title = "Affinity"
     steps = _steps(found, "layer")
     if not steps:
@@ -119,7 +119,7 @@ def _over(where: list[str], series: dict[str, list[float]], title, unit):
 
 
 def chain(found: Analysis) -> Section:
-    """From round to round of a chain."""
+    """The section on experts in the next round of a chain."""
     title = "Chain"
     steps = _steps(found, "round")
     if not steps:
@@ -149,7 +149,7 @@ def chain(found: Analysis) -> Section:
 
 
 def saturation(found: Analysis, overlap: dict | None) -> Section:
-    """How far another checkpoint routes alike."""
+    """The section on how far another checkpoint routes alike."""
     title = "Saturation"
     if overlap is None:
         text = "No data: give --compare-trace=FILE, of the same tokens by another step."

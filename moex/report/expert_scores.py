@@ -12,7 +12,7 @@ from moex.report.page import Note, Plot, Section, token
 
 
 def scores(found: Analysis) -> Section:
-    """TCESS and PEU with domains as tasks."""
+    """The section on TCESS and PEU, with domains as tasks."""
     names = unique(found.domains)
     figures = []
     for title, make, colours in (
@@ -42,7 +42,7 @@ def scores(found: Analysis) -> Section:
 
 
 def markers(found: Analysis) -> Section:
-    """nPMI of experts and given tokens."""
+    """The section on nPMI of experts and given tokens."""
     title = "Markers"
     if not found.markers:
         text = "No data: give --token=TOKEN for the experts that go with a token."

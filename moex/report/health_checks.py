@@ -12,17 +12,17 @@ from typing import NamedTuple
 import numpy as np
 
 TAIL = 3  # logged steps that the end of a run has at least
-DEAD = 0.01  # of balanced load
-EFFECTIVE = 0.5  # of all experts
-ENTROPY = 0.1  # of the entropy of equal probabilities
-NEAR_ALL, NEAR_ONE = 0.9, 1.1  # experts per token: share of the most; number
-GROWTH, LOGITS = 3.0, 10.0  # of the norm of logits: since early on; per expert
-DROPPED, UNROUTED = 0.05, 0.1  # of slots; of tokens
+DEAD = 0.01  # share of balanced load
+EFFECTIVE = 0.5  # share of all experts
+ENTROPY = 0.1  # share of the entropy of equal probabilities
+NEAR_ALL, NEAR_ONE = 0.9, 1.1  # experts per token: share of the most; a number
+GROWTH, LOGITS = 3.0, 10.0  # logits: growth of their norm; norm per root of E
+DROPPED, UNROUTED = 0.05, 0.1  # share of slots; share of tokens
 DEVICES = 0.5  # load of the fullest device over the mean, less 1
 BEFORE = 20  # lines that a spike is compared with
 SPIKE_DEVIATIONS, SPIKE_SHARE = 8.0, 0.1
-DIVERGED = 0.1  # over the lowest mean
-WORSE = 0.01  # of held-out loss over its best
+DIVERGED = 0.1  # rise over the lowest mean, as a share of it
+WORSE = 0.01  # rise of held-out loss over its best, as a share of it
 
 
 class Finding(NamedTuple):
@@ -43,7 +43,7 @@ def tail(count: int) -> slice:
 
 
 def dead_experts(where: str, step_S, load_SE) -> Finding | None:
-    """Experts that receive next to nothing at the end of the run, and since when.
+    """Find experts that get next to no tokens at the end of the run, and since when.
 
     Args:
       where: the layer, such as "layer 3".
@@ -90,7 +90,7 @@ def _percent(share: float) -> str:
 
 
 def collapse(where: str, load_SE) -> Finding | None:
-    """Few experts take most of the load at the end of the run.
+    """Find a layer where few experts take most of the load at the end of the run.
 
     Args:
       where: the layer.
@@ -116,7 +116,7 @@ def collapse(where: str, load_SE) -> Finding | None:
 
 
 def saturated(where: str, experts_S, most: int) -> Finding | None:
-    """A dynamic router that gives every token all experts, or one.
+    """Find a dynamic router that gives every token all experts, or one.
 
     Args:
       where: the layer.
@@ -140,7 +140,7 @@ def saturated(where: str, experts_S, most: int) -> Finding | None:
 
 
 def entropy_collapse(where: str, entropy_S, num_experts: int) -> Finding | None:
-    """The router has no doubt left: its probabilities are one-hot.
+    """Find a router whose probabilities are nearly one-hot.
 
     Args:
       where: the layer.
@@ -161,7 +161,7 @@ def entropy_collapse(where: str, entropy_S, num_experts: int) -> Finding | None:
 
 
 def growing_logits(where: str, norm_S, num_experts: int) -> Finding | None:
-    """Router logits that are large and grow: softmax saturates, bfloat16 rounds.
+    """Find router logits that are large and grow: softmax saturates, bfloat16 rounds.
 
     Args:
       where: the layer.
@@ -185,7 +185,7 @@ def growing_logits(where: str, norm_S, num_experts: int) -> Finding | None:
 
 
 def lost_slots(where: str, dropped_S, lost_S=None) -> Finding | None:
-    """Slots over capacity at the end of the run, or lost between devices at any time.
+    """Find slots over capacity at the end, or lost between devices at any time.
 
     Args:
       where: the layer.
@@ -211,10 +211,10 @@ def lost_slots(where: str, dropped_S, lost_S=None) -> Finding | None:
 
 
 def unrouted(where: str, unrouted_S) -> Finding | None:
-    """Tokens that no expert computes at the end of the run.
+    """Find tokens that no expert computes at the end of the run.
 
     Args:
-      where: the layer; one without zero-computation experts, where this is meant.
+      where: a layer without zero-computation experts: with them this is intended.
       unrouted_S: share of the tokens.
     """
     mean = float(np.mean(np.asarray(unrouted_S)[tail(len(unrouted_S))]))
@@ -228,7 +228,7 @@ def unrouted(where: str, unrouted_S) -> Finding | None:
 
 
 def uneven_devices(where: str, imbalance_S) -> Finding | None:
-    """Devices that wait for the fullest one.
+    """Find devices that wait for the fullest one.
 
     Args:
       where: the layer.
@@ -245,7 +245,7 @@ def uneven_devices(where: str, imbalance_S) -> Finding | None:
 
 
 def skipped_updates(step_S, skipped_S) -> Finding | None:
-    """Updates that were not made.
+    """Find updates that were skipped.
 
     Args:
       step_S: steps of the lines.
@@ -263,7 +263,7 @@ def skipped_updates(step_S, skipped_S) -> Finding | None:
 
 
 def not_finite(name: str, step_S, value_S) -> Finding | None:
-    """NaN or infinity in what should be a number.
+    """Find NaN or infinity in a figure.
 
     Args:
       name: name of the figure.
@@ -281,7 +281,7 @@ def not_finite(name: str, step_S, value_S) -> Finding | None:
 
 
 def spikes(step_S, loss_S) -> Finding | None:
-    """Training losses far above those before.
+    """Find training losses far above those before.
 
     Args:
       step_S: steps of the lines.
@@ -308,7 +308,7 @@ def spikes(step_S, loss_S) -> Finding | None:
 
 
 def divergence(step_S, loss_S) -> Finding | None:
-    """The training loss ends above where it was.
+    """Find a training loss that ends above its lowest mean.
 
     Args:
       step_S: steps of the lines.
@@ -334,7 +334,7 @@ def divergence(step_S, loss_S) -> Finding | None:
 
 
 def overfitting(step_S, loss_S, tokens_S) -> Finding | None:
-    """Held-out loss that is worse than at an earlier evaluation of the same tokens.
+    """Find a held-out loss above that of an earlier evaluation of the same tokens.
 
     Args:
       step_S: steps of the evaluations.

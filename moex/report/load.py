@@ -18,7 +18,7 @@ INFORMATION = (
 
 
 def load(found: Analysis, about: str) -> Section:
-    """Load of all traced tokens."""
+    """The section on the load of all traced tokens."""
     layers = list(found.layers.values())
     width = max(len(layer.load_E) for layer in layers)
     z_RE = np.full((len(layers), width), np.nan)
@@ -41,7 +41,7 @@ def load(found: Analysis, about: str) -> Section:
 
 
 def domains(found: Analysis) -> Section:
-    """Which experts which domains use."""
+    """The section on the experts that each domain uses."""
     title = "Domains"
     present = found.tokens_D > 0
     if np.sum(present) < 2:
@@ -85,7 +85,7 @@ def domains(found: Analysis) -> Section:
 
 
 def positions(found: Analysis) -> Section:
-    """Which experts which positions in a document use."""
+    """The section on the experts that each position in a document uses."""
 
     def lift(layer: LayerAnalysis):
         special_PE = stats.specialisation(layer.position_PE, found.tokens_P)
@@ -109,7 +109,7 @@ def positions(found: Analysis) -> Section:
 
 
 def sizes(found: Analysis) -> Section:
-    """How many experts tokens have, by layer."""
+    """The section on the number of experts of a token, by layer."""
     title = "Experts per token"
     counts = {name: la.size_DK.sum(axis=0) for name, la in found.layers.items()}
     if all(np.sum(count_K > 0) <= 1 for count_K in counts.values()):

@@ -35,8 +35,8 @@ LOAD = {
 TOP = 0.995  # quantile of all cells where a scale without a fixed end stops
 NARROW = 40  # columns; where there are more, cells have no gaps
 BAR = 160  # pixels of a colour bar, and of the lowest map
-DOUBLINGS = 3  # of a ratio, up and down, that have colours of their own
-# log2 of a ratio: black is never, white as often as anywhere, red 8 times or more.
+DOUBLINGS = 3  # doublings of a ratio, up and down, that have colours of their own
+# log2 of a ratio: black is a ratio of 0, white is 1, red is 8 or more.
 RATIO = {
     "zmin": -DOUBLINGS,
     "zmax": DOUBLINGS,
@@ -215,7 +215,7 @@ def affordable(items: Sequence[Any], numbers: int, budget: int) -> list[Any]:
 def log_ratio(part_RC, whole_C) -> tuple[np.ndarray, np.ndarray]:
     """`(log2 of the ratio, the ratio)` of rows to one row; NaN where that is 0.
 
-    What never happens has the lowest colour.
+    A ratio of 0 has the lowest colour.
 
     Args:
       part_RC, whole_C: float.
@@ -223,5 +223,5 @@ def log_ratio(part_RC, whole_C) -> tuple[np.ndarray, np.ndarray]:
     blank_RC = np.full(np.shape(part_RC), np.nan)
     ratio_RC = np.divide(part_RC, whole_C, out=blank_RC, where=np.asarray(whole_C) > 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        log_RC = np.maximum(np.log2(ratio_RC), -DOUBLINGS + 0.04)  # not black
+        log_RC = np.maximum(np.log2(ratio_RC), -DOUBLINGS + 0.04)  # only 0 is black
     return np.where(ratio_RC == 0, -DOUBLINGS, log_RC), ratio_RC

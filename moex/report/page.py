@@ -17,9 +17,9 @@ from moex.analysis.plotting import PLOT, policy, scripts_of
 from moex.model.layers import shown
 from moex.terminal import printable
 
-POLICY = "<!-- policy -->"  # its place in the template, before all other texts
+POLICY = "<!-- policy -->"  # stands in the template before all other texts
 MARGIN = {"l": 70, "r": 30, "t": 60, "b": 50}
-WHITE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}  # as they are shown in tokens
+WHITE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}  # how tokens show them
 
 
 @dataclasses.dataclass(frozen=True)

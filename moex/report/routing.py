@@ -17,12 +17,12 @@ from moex.report.page import Grid, Note, Plot, Section, Table, layer_name, style
 FRAME_NUMBERS, MOST_FRAMES = 400_000, 40
 HISTORY_NUMBERS, MOST_STEPS = 400_000, 200
 CURVE_NUMBERS, MOST_POINTS = 150_000, 300
-LEGEND = 12  # layers; more are told by a colour bar
-LIGHTEST = 0.9  # of the colour scale of layers: the rest is too faint
+LEGEND = 12  # layers with a legend; for more there is a colour bar
+LIGHTEST = 0.9  # part of the colour scale used for layers: the rest is too faint
 
 
 def sections(material: Material) -> list[Section]:
-    """Load of the experts, and figures of the layers."""
+    """The sections on the load of the experts and the figures of the layers."""
     found = judged(material)
     title = "Expert load"
     if found is None:
@@ -92,7 +92,7 @@ def _labels(routing: Routing, name: str) -> list[str]:
 
 
 def load_maps(routing: Routing):
-    """Layers x experts at some steps."""
+    """The plot of layers x experts at some steps."""
     load, labels = ratios(routing), _labels(routing, "load_frac")
     width = max(each.shape[1] for each in load)
     frames = FRAME_NUMBERS // (len(load) * width)
@@ -115,7 +115,7 @@ def load_maps(routing: Routing):
 
 
 def load_histories(routing: Routing):
-    """Experts x steps of each layer; at first the one with the fullest expert."""
+    """The plot of experts x steps of each layer; it opens at the fullest expert."""
     load, labels = ratios(routing), _labels(routing, "load_frac")
     most = HISTORY_NUMBERS // sum(each.shape[1] for each in load)
     chosen = downsample.spaced(len(routing.step_S), max(10, min(MOST_STEPS, most)))
@@ -152,7 +152,7 @@ def _moves(routing: Routing, name: str) -> bool:
 
 
 def curves(routing: Routing, what: metrics.Figure) -> Plot | None:
-    """A figure of all layers over steps; None if it was not logged, or is always 0."""
+    """The plot of a figure of all layers; None if it was not logged, or is always 0."""
     from plotly.colors import sample_colorscale
     from plotly.graph_objects import Figure
 
@@ -214,7 +214,7 @@ def _depth_bar(figure, labels: list[str]) -> None:
 
 
 def slots(routing: Routing) -> Plot | None:
-    """Distribution of experts per token at the last step; None if all have as many."""
+    """The plot of experts per token at the last step; None if no layer varies it."""
     have = {r: f["slots_hist"] for r, f in routing.layers.items() if "slots_hist" in f}
     if not have:
         return None

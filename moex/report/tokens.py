@@ -11,7 +11,7 @@ from moex.report.page import Note, Section, Table, token
 
 MOST_ROWS = 2048  # experts in all tables together
 NO_BREAK = "\u00a0"
-MOST_TOKENS = 8  # of an expert
+MOST_TOKENS = 8  # tokens of an expert that are shown
 HEAD = ("expert", "load", "specialisation", "tokens: share of their occurrences")
 
 

@@ -122,7 +122,7 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
         (kind, name) for kind in panel.kinds for name in _names(panel, kind, material)
     ]
     colours: dict[str, str] = {}
-    lowest, highest = [], []  # of positive values
+    lowest, highest = [], []  # among positive values
     title = panel.title
     if len(found) > MOST_CURVES:
         title += f" ({MOST_CURVES} of {len(found):,} curves)"
