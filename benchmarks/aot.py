@@ -33,8 +33,8 @@ from kernels_pallas.grouped_matmul.vjp import differentiable
 
 BACKENDS = {"tpu": (matmul_tpu, glu_tpu), "xla": (matmul_xla, glu_xla)}
 
-# libtpu asks these on its way to a topology, and waits for a metadata server if they
-# are not there. The values do not limit what may be described.
+# libtpu reads these before it describes a topology. Without them it waits for a
+# metadata server. The values do not limit the topologies.
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",

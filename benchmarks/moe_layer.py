@@ -83,7 +83,7 @@ def moex_experts(implementation):
 
 
 def all_experts(x_TD, w_in, w_out, expert_TK, gate_TK):
-    """Every expert on every token, then the weighted sum."""
+    """Compute every expert on every token, then the weighted sum."""
     h_TE2F = jnp.einsum("td,edgf->tegf", x_TD, w_in)
     h_TEF = jax.nn.silu(h_TE2F[:, :, 0]) * h_TE2F[:, :, 1]
     y_TED = jnp.einsum("tef,efd->ted", h_TEF, w_out)

@@ -126,7 +126,7 @@ def line(name: str, row: dict) -> str:
 
 
 def rows_of(seconds: dict, compiled: dict[str, dict]) -> dict[str, dict]:
-    """The figures of every mesh, each over the one baseline."""
+    """The figures of every mesh, each divided by the one baseline."""
     times = summary(seconds)
     one = times[ONE]["median_s"]
     return {

@@ -61,7 +61,7 @@ def moex_job(E: int):
     cfg = base.get_config()
     cfg.model = LM(dim=D, vocab=V, attention=Attention(heads=HEADS), layers=layers)
     cfg.batch_size, cfg.seq_len, cfg.precision = B, L, "float32"
-    cfg.scan_layers = False  # torch unrolls, too
+    cfg.scan_layers = False  # torch unrolls the layers too
     rule = AdamW(b1=BETAS[0], b2=BETAS[1], eps=EPS)
     options = {"schedule": "constant", "weight_decay": DECAY, "clip": None}
     cfg.optim = Optim(rule=rule, lr=LR, **options)

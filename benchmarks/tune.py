@@ -48,7 +48,7 @@ from moex.data.files import atomic_write
 from moex.json_files import read_object
 
 OPERATIONS = ("up", "product", "down_vjp", "product_t", "weight")
-KEY = ("operation", "M", "K", "N", "G", "dtype")  # of an entry
+KEY = ("operation", "M", "K", "N", "G", "dtype")  # fields that identify an entry
 SMALL = LayerShape(96, 2, 64, 64, 4)
 
 
@@ -153,7 +153,7 @@ def timed(jobs, repeats) -> list:
 def check(actual, expected, tolerance) -> None:
     """Fails unless the results of a candidate are those of the reference."""
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        if a.shape != b.shape:  # residuals have layouts of their own
+        if a.shape != b.shape:  # residuals have other layouts
             continue
         a, b = (np.asarray(value, np.float32) for value in (a, b))
         np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max(), rtol=0)
@@ -223,7 +223,7 @@ def replace(table, device, name, entry) -> None:
 
 
 def merge(file: pathlib.Path) -> int:
-    """Moves the entries of a table of `--out` to tilings.json; how many they are."""
+    """Moves the entries of a table of `--out` to tilings.json; returns their number."""
     table, new = read_object(tuned.PATH), read_object(file)
     found = [
         (device, name, entry)

@@ -9,7 +9,7 @@ import numpy as np
 
 from kernels_pallas import grouped_swiglu, make_plan
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}  # of the largest value of an array
+TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}  # share of the largest value in it
 NAMES = ("dx", "dw_in", "dw_out", "dgate")
 
 

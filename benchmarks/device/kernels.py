@@ -79,7 +79,7 @@ def case_of(test: str) -> tuple[str, str, LayerShape] | None:
 
 
 def smaller(shape: LayerShape):
-    """Layers with one size halved, or less by one where that is all there is to do."""
+    """Layers with one size halved, or less by one if it is small."""
     for i, size in enumerate(shape):
         for less in dict.fromkeys((size // 2, size - 1)):
             if less >= LEAST[i] and (less == size // 2 or size < 16):
@@ -92,7 +92,7 @@ def shrink(shape: LayerShape, fails, note=lambda shape: None) -> LayerShape:
     Args:
       shape: one that fails.
       fails: whether another one fails in the same way.
-      note: told of every smaller one that fails.
+      note: called with every smaller layer that fails.
     """
     while True:
         for candidate in smaller(shape):
@@ -110,7 +110,7 @@ def kind_of(error: str | None) -> str | None:
 
 
 class Worker:
-    """A process that says for one shape after another what is wrong with it."""
+    """A process that takes one shape after another and answers with its error."""
 
     def __init__(self, implementation: str, dtype: str):
         self.command = [sys.executable, "-m", "benchmarks.device.kernels", "--worker"]

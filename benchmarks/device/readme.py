@@ -209,7 +209,7 @@ def row(step: Step, data: dict | None) -> str:
 
 
 def table(folder: pathlib.Path) -> str:
-    """The rows, of whatever files the folder has."""
+    """The rows of all files that the folder has."""
     lines = ["| figure | result | device | command |", "|---|---|---|---|"]
     for step in STEPS:
         file = folder / f"{step.name}.json"

@@ -27,12 +27,12 @@ PACKAGES = (
     *("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "numpy"),
     *("torch", "triton", "transformers", "tokamax"),
 )
-SPARE_S = 5.0  # before the deadline: to write, and to pack
+SPARE_S = 5.0  # left before the deadline to write and to pack
 BAD = ("failed", "timed out", "cut")
 
 
 class Stopped(Exception):
-    """Somebody wants this script to end."""
+    """A signal asks this script to end."""
 
 
 class OtherKind(ValueError):
@@ -73,7 +73,7 @@ def write_json(file: pathlib.Path, data) -> None:
 
 
 def with_parent() -> None:
-    """Has Linux end this process with the one that started it, however that ends."""
+    """Asks Linux to end this process when the one that started it ends in any way."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -214,7 +214,7 @@ def now() -> str:
 
 
 def pack(out: pathlib.Path, archive: pathlib.Path | None) -> None:
-    """All JSON files of a folder in one archive."""
+    """Writes all JSON files of a folder to one archive."""
     if archive is None:
         return
     temporary = archive.with_name(archive.name + ".tmp")
@@ -228,12 +228,12 @@ def run_all(
     out: pathlib.Path, steps: list[str], *, seconds: float, dry_run: bool = False,
     launch=isolated, archive: pathlib.Path | None = None,
 ) -> dict[str, str]:  # fmt: skip
-    """Runs what the folder does not have yet, and then what had failed.
+    """Runs the steps that the folder does not have yet, then those that had failed.
 
     Args:
       out: the folder of results.
       steps: names.
-      seconds: in which all must be over.
+      seconds: time in which all must end.
       dry_run: whether the tiny runs are meant; steps without one are passed over.
       launch: `isolated` or `here`.
       archive: written after every process; see `pack`.

@@ -24,7 +24,7 @@ ROOT = HERE.parents[1]
 
 
 def train_command(config, workdir, *overrides) -> list[str]:
-    """`moex train` in this interpreter."""
+    """The command `moex train` in this interpreter."""
     return [
         *(sys.executable, "-m", "moex.cli", "train"),
         *(f"--config={config}", f"--workdir={workdir}"),
@@ -33,7 +33,7 @@ def train_command(config, workdir, *overrides) -> list[str]:
 
 
 def start(command, env) -> subprocess.Popen:
-    """The process; its lines of progress come through a pipe."""
+    """Start the command; its lines of progress come through a pipe."""
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -31,7 +31,7 @@ from experiments.crash.kill9 import environment, logged, step_of  # noqa: E402
 
 VICTIM = 2
 HEARTBEAT_S = 10
-# Processes and devices of each: three times the same mesh of four devices, then one.
+# (processes, devices of each): three times the same mesh of four devices, then one.
 RESTARTS = ((4, 1), (2, 2), (1, 4), (1, 1))
 
 

@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/latent"))
     out = parser.parse_args().out.absolute()
-    # The two conversions of a group are the same programs.
+    # The two conversions of a group share their compiled programs.
     jax.config.update("jax_compilation_cache_dir", str(out / "programs"))
     base = out / "base"
     train(base_config(), base)

@@ -34,7 +34,7 @@ ROUTERS = {
 
 
 def get_config(arg="healthy"):
-    """`arg`: one of `ROUTERS`."""
+    """The config of a case; `arg` is one of `ROUTERS`."""
     case = arg or "healthy"
     require_choice("experiments/monitoring/config.py", case, tuple(ROUTERS))
     cfg = base.get_config()

@@ -43,10 +43,10 @@ from moex.train.step import make_train_step
 B, L, VOCAB = 8, 8, 48
 STEPS = 3
 KEY = 7
-# Every loss that a router can be trained with, so that none is wrong on a mesh unseen.
+# All losses of routers are on, so that an error of any of them on a mesh is seen.
 LOSS = {"z": 1e-3, "load_balance": 0.1, "router_z": 0.01, "entropy": 0.01}
 LOSS |= {"importance": 0.01}
-# Small enough that every step is clipped.
+# The largest gradient norm: so small that every step is clipped.
 CLIP, RATE = 0.3, 0.5
 P_0 = 0.4  # where a controlled p starts
 
@@ -151,7 +151,7 @@ MESHES = {
 
 
 def model(layer) -> LM:
-    """Two of the layers in question."""
+    """A model with two copies of `layer`."""
     return LM(
         dim=16,
         attention=Attention(heads=4, kv_heads=2, qk_norm=True),
@@ -197,10 +197,10 @@ TX = optax.chain(remember(), optax.clip_by_global_norm(CLIP), optax.sgd(RATE))
 class Outcome:
     """The results of steps on one mesh: numpy arrays by path."""
 
-    gradients: dict[str, Any]  # of the first step, as they were before clipping
+    gradients: dict[str, Any]  # those of the first step, before clipping
     params: dict[str, Any]  # after the last step
-    state: dict[str, Any]  # routers' biases and the like, after the last step
-    metrics: dict[str, Any]  # of the first step
+    state: dict[str, Any]  # router biases and other state after the last step
+    metrics: dict[str, Any]  # those of the first step
     replicas_differ: tuple[str, ...]  # arrays of which two devices hold unequal copies
 
 
@@ -239,7 +239,7 @@ def _prepared(
     train_state = {
         "params": params,
         "state": state,
-        "opt": TX.init(params),  # zeros where the parameters are
+        "opt": TX.init(params),  # zeros on the devices of the parameters
         "guard": states.init_guard(),
     }
     static["exchange"] = mesh_cfg.exchange

@@ -15,8 +15,8 @@ import os
 import pathlib
 import sys
 
-# Before JAX is imported: compiling is nearly all of the time. Later versions do not
-# have the second flag.
+# These are set before JAX is imported, for quick compilation: it takes nearly all of
+# the time. Later versions do not have the second flag.
 FLAGS = ["--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
@@ -50,7 +50,7 @@ def _text(distance: dict) -> str:
 
 
 def is_good(distance: dict) -> bool:
-    """Whether a sharded run is the unsharded one."""
+    """Whether a sharded run is equal to the unsharded one within `LIMIT`."""
     return distance["replicas_differ"] == 0 and max(distance.values()) <= LIMIT
 
 

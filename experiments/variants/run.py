@@ -51,7 +51,7 @@ def config(arg: str, steps: int):
 
 
 def records(workdir) -> list[dict]:
-    """Training lines of metrics.jsonl without what is measured."""
+    """The training lines of metrics.jsonl without measured figures."""
     lines = map(
         json.loads, (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     )
@@ -111,7 +111,7 @@ def continued(workdir) -> str:
 
 
 def table(results: list[dict]) -> str:
-    """Markdown for the README."""
+    """The table of the README in Markdown."""
     lines = [
         "| variant | parameters | active | first 5 | last 5 | held out | experts/token "
         "| resumed steps that differ |",

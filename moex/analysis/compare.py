@@ -22,7 +22,7 @@ from moex.model.task import Task
 from moex.numbers import scaled
 from moex.train.log import clock
 
-MANY = 4  # fields in a label; where more differ, folders say it shorter
+MANY = 4  # most fields in a label; where more differ, folders are shorter
 CONFIDENCE = 0.95
 
 
@@ -166,7 +166,7 @@ def make_groups(runs: Sequence[Run]) -> list[Group]:
 
 
 def grouped(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs whose configs differ in the seed alone, together.
+    """Group runs whose configs differ in the seed alone.
 
     A seed that comes again begins another group: it is no further evidence.
     """

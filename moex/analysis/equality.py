@@ -29,11 +29,11 @@ class Tolerance(NamedTuple):
 
 
 class RunsDiffer(RuntimeError):
-    """Two runs that were to be equal are not; the message says where first."""
+    """Two runs differ that were to be equal; the message names the first difference."""
 
 
 def assert_equal(paths: Sequence[pathlib.Path], tolerance: Tolerance) -> str:
-    """One line that says how much is equal in two runs.
+    """Check that two runs are equal; returns a line that says how much was compared.
 
     Args:
       paths: two run directories.

@@ -62,7 +62,7 @@ class Curve:
 
 
 def read_runs(paths: Sequence[pathlib.Path]) -> list[Run]:
-    """The runs of two or more directories.
+    """Read the runs of two or more directories.
 
     Raises:
       ConfigError: for fewer, for one that is given twice or cannot be compared.
@@ -79,7 +79,7 @@ def read_runs(paths: Sequence[pathlib.Path]) -> list[Run]:
 
 
 def read_run(path: pathlib.Path) -> Run:
-    """One run directory.
+    """Read one run directory.
 
     Raises:
       ConfigError: if it is none, or no step of it was logged.

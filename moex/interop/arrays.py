@@ -81,7 +81,7 @@ def _window(piece: Piece, ranges: Ranges):
 
 
 def read_part(piece: Piece, ranges: Ranges, folder) -> np.ndarray:
-    """A part of a tensor in our order of dims.
+    """Read a part of a tensor, with its dims in our order.
 
     Args:
       piece: the tensor as a `Piece`.
@@ -108,7 +108,7 @@ def read_part(piece: Piece, ranges: Ranges, folder) -> np.ndarray:
 
 
 def joined(piece: Piece) -> list[list[int]]:
-    """Which dims of `split` make up each dim of the tensor, in order."""
+    """The dims of `split` that make up each dim of the tensor, in order."""
     groups: list[list[int]] = []
     i = 0
     for number, size in enumerate(piece.shape):
@@ -127,7 +127,7 @@ def joined(piece: Piece) -> list[list[int]]:
 
 
 def tensor_of(piece: Piece, array: jax.Array, dtype) -> np.ndarray:
-    """A tensor of a folder from the shards that it lies in.
+    """Make a tensor of a folder from the shards that hold it.
 
     Args:
       piece: the tensor as a `Piece`.

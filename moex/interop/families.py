@@ -33,14 +33,14 @@ from moex.nn.mlp import Dense
 
 
 def mixtral(of: Fields) -> list[Layer]:
-    """Mixtral 8x7B, 8x22B."""
+    """The layers of Mixtral 8x7B and 8x22B."""
     of.only("attention_bias", False)  # transformers ignores the field
     own = attention(of, window=of("sliding_window", int, least=1, null=None))
     return [(own, sparse(of, "intermediate_size"))] * num_layers(of)
 
 
 def olmoe(of: Fields) -> list[Layer]:
-    """OLMoE."""
+    """The layers of OLMoE."""
     of.only("head_dim", of.count("hidden_size") // of.count("num_attention_heads"))
     own = attention(of, qk_norm="whole", clip=of("clip_qkv", float, null=None))
     moe = sparse(of, "intermediate_size", normalize=normalize(of))
@@ -48,7 +48,7 @@ def olmoe(of: Fields) -> list[Layer]:
 
 
 def qwen3_moe(of: Fields) -> list[Layer]:
-    """Qwen3-30B-A3B, Qwen3-235B-A22B and their kin."""
+    """The layers of Qwen3-30B-A3B, Qwen3-235B-A22B and models like them."""
     own = attention(of, qk_norm=True, window=window(of))
     moe = sparse(of, "moe_intermediate_size", normalize=normalize(of))
     dense = Dense(hidden=of.count("intermediate_size"))
@@ -93,7 +93,7 @@ def _deepseek(of: Fields, interleaved: bool, **router) -> list[Layer]:
 
 
 def deepseek_v2(of: Fields) -> list[Layer]:
-    """DeepSeek-V2, V2-Lite."""
+    """The layers of DeepSeek-V2 and V2-Lite."""
     of.only("norm_topk_prob", False)
     of.only("scoring_func", "softmax")
     of.only("rope_interleave", True)
@@ -105,7 +105,7 @@ def deepseek_v2(of: Fields) -> list[Layer]:
 
 
 def deepseek_v3(of: Fields) -> list[Layer]:
-    """DeepSeek-V3, R1 and other models of the same type."""
+    """The layers of DeepSeek-V3, R1 and other models of the same type."""
     of.only("scoring_func", "sigmoid")
     of.only("topk_method", "noaux_tc")
     return _deepseek(
@@ -119,7 +119,7 @@ def deepseek_v3(of: Fields) -> list[Layer]:
 
 
 def gpt_oss(of: Fields) -> list[Layer]:
-    """gpt-oss-20b and 120b."""
+    """The layers of gpt-oss-20b and 120b."""
     of.only("swiglu_limit", 7.0)
     of.only("swiglu_alpha", 1.702)
     full = attention(of, sinks=True)
@@ -133,14 +133,14 @@ def gpt_oss(of: Fields) -> list[Layer]:
 
 
 def llama(of: Fields) -> list[Layer]:
-    """Llama 2 and 3, dense."""
+    """The layers of Llama 2 and 3, dense."""
     of.only("mlp_bias", False)
     ffn = Dense(hidden=of.count("intermediate_size"))
     return [(attention(of), ffn)] * num_layers(of)
 
 
 def qwen3(of: Fields) -> list[Layer]:
-    """Qwen3, dense."""
+    """The layers of Qwen3, dense."""
     full, keys = attention(of, qk_norm=True), window(of)
     ffn = Dense(hidden=of.count("intermediate_size"))
     first = of.count("max_window_layers", least=0)

@@ -123,11 +123,11 @@ class Fields:
         return float(value) if kind is float else value
 
     def refuse(self, name: str, value: Any, allowed: str) -> ConfigError:
-        """The error for a value that is wrong, or that moex has no counterpart of."""
+        """The error for a value that is wrong, or that moex has no counterpart for."""
         return ConfigError(f"{self.where}: {name} = {short(value)}: must be {allowed}.")
 
     def count(self, name: str, least: int = 1) -> int:
-        """A field that must be a whole number of at least `least`."""
+        """The value of a field that must be a whole number of at least `least`."""
         return self(name, int, least=least)
 
     def only(self, name: str, *allowed: Any) -> None:

@@ -225,7 +225,7 @@ def load_model(spec, mesh, wanted: list[Piece], source) -> dict:
 
 
 def _run_config(model, where, config, config_args):
-    """A config to go on training with; small steps, as for a trained model."""
+    """A config to go on training with; its learning rate is for a trained model."""
     cfg = ml_collections.ConfigDict(convert_dict=False)
     of = Fields(where, config, {"max_position_embeddings": 2048})
     longest = of("max_position_embeddings", int, least=2, null=2048)
@@ -246,7 +246,7 @@ def _run_config(model, where, config, config_args):
 
 
 def _prepare(cfg, say) -> tuple[Program, Any, Any]:
-    """The program, the optimizer and the data of a config, every mistake found."""
+    """Check a config, and make its program, optimizer and data."""
     mesh = mesh_here(cfg)
     data = cfg.task.prepare(cfg, log=say)
     program = make_program(cfg, mesh)

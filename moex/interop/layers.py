@@ -50,7 +50,7 @@ def sparse(of: Fields, hidden: str, **router) -> MoE:
 
 
 def normalize(of: Fields, **options) -> str:
-    """When the gates are made to sum to one."""
+    """The value of `normalize`: when the gates are made to sum to one."""
     return "after" if of("norm_topk_prob", bool, **options) else "none"
 
 
@@ -110,7 +110,7 @@ def by_layer_types(
 
 
 def fold(layers: list[Layer], longest: int = 4) -> tuple[Segment, ...]:
-    """Layers in order as few segments: what repeats is folded, first come first.
+    """Make few segments of layers in order: patterns that repeat are folded.
 
     Args:
       layers: (attention, feed-forward) of each.

@@ -96,7 +96,7 @@ def end_ids(folder: pathlib.Path, config) -> list[int]:
 def set_ends(
     tokenizer: Tokenizer, folder: pathlib.Path, file: pathlib.Path, ends: list[int]
 ) -> None:
-    """Let texts begin and end as in transformers and in the harness with it.
+    """Make texts begin and end as in transformers, and in the harness that uses it.
 
     Args:
       tokenizer: the run's tokenizer; it is changed.
@@ -126,7 +126,7 @@ def first_token(own: Tokenizer) -> int | None:
 
 
 def written(own: Tokenizer, folder: pathlib.Path) -> dict[str, str]:
-    """The tokenizer files of an exported run, with which texts begin as they do here.
+    """The tokenizer files of an exported run: texts begin with them as they do here.
 
     Args:
       own: tokenizer of the run.

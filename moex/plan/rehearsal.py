@@ -23,8 +23,8 @@ from moex.plan.memory import batch_arguments
 from moex.plan.topology import Topology
 from moex.train.job import Training, make_training
 
-# libtpu asks these on its way to a topology, and waits for a metadata server if they
-# are not there. The values do not limit what may be described.
+# libtpu reads these before it describes a topology. Without them it waits for a
+# metadata server. The values do not limit the topologies.
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
