@@ -1,8 +1,8 @@
-"""The C library's allocator of a process that computes on a CPU: freed memory is kept.
+"""Settings of the C library's allocator for CPU runs: the process keeps freed memory.
 
 Every step of a CPU run frees its working memory and takes it again. By default glibc
 gives large blocks back to the kernel, which fills each page with zeros when it is next
-touched; that was 10 to 40 % of a training step (`benchmarks/README.md`).
+touched; that took 10 to 40 % of a training step (`benchmarks/README.md`).
 """
 
 import ctypes
@@ -11,7 +11,7 @@ import os
 import pkgutil
 
 VARIABLE = "MOEX_KEEP_MEMORY"
-# mallopt(3): the numbers of malloc.h and the values that we set.
+# Options of mallopt(3): their numbers from malloc.h, and the values that we set.
 SETTINGS = {
     "M_ARENA_MAX": (-8, 1),  # all threads share the memory that one of them freed
     "M_MMAP_MAX": (-4, 0),  # large blocks come from the heap too
@@ -41,10 +41,10 @@ def keep_memory() -> bool:
 
 
 def why_not() -> str | None:
-    """Why `keep_memory` does nothing in this process; None: it sets the allocator."""
+    """The reason why `keep_memory` does nothing here; None: it sets the allocator."""
     wanted = os.environ.get(VARIABLE, "1")
     if wanted not in ("0", "1"):
-        from moex.config.base import ConfigError  # `import moex` needs nothing else
+        from moex.config.base import ConfigError  # late: `import moex` stays quick
 
         raise ConfigError(f"{VARIABLE}={wanted}: must be 0 or 1.")
     if wanted == "0":
@@ -66,7 +66,7 @@ def _is_glibc() -> bool:
 
 
 def _may_have_accelerator() -> bool:
-    """Whether JAX could choose a device that is no CPU, without asking JAX."""
+    """Whether JAX could choose a device other than a CPU; found without JAX."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms.split(",")[0] != "cpu"

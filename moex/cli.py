@@ -1,8 +1,8 @@
-"""`moex <command>`: from the command line to one verb of `moex/commands/`.
+"""`moex <command>`: reads the command line and runs one verb of `moex/commands/`.
 
 argparse reads the command and its own flags; everything that starts with `--config`
-goes to ml_collections. A user's mistake is one line on stderr and exit code 2; a run
-that cannot go on is one line and exit code 1.
+goes to ml_collections. A user's mistake gives one line on stderr and exit code 2; a run
+that cannot go on gives one line and exit code 1.
 """
 
 import argparse
@@ -24,10 +24,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(argv: list[str]) -> argparse.ArgumentParser:
-    """The parser of a command line; it knows all verbs, or the one that comes first.
+    """Make the parser of a command line, for all verbs or for the one it names.
 
     Raises:
-      ConfigError: if the first argument is meant as a verb and is none.
+      ConfigError: if the first argument is meant as a verb but there is none such.
     """
     names = commands.names()
     if argv and not argv[0].startswith("-"):
@@ -61,7 +61,7 @@ def make_parser(argv: list[str]) -> argparse.ArgumentParser:
 
 
 def split_config_args(argv: list[str]) -> tuple[list[str], list[str]]:
-    """`argv` -> (arguments for argparse, arguments for ml_collections).
+    """Split `argv` into (arguments for argparse, arguments for ml_collections).
 
     `--config.a b` becomes `--config.a=b`.
     """
@@ -82,7 +82,7 @@ def split_config_args(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of the `moex` command."""
+    """Run the `moex` command."""
     alone, argv = argv is None, sys.argv[1:] if argv is None else argv
     if alone:
         process.note_interrupts()
@@ -102,13 +102,13 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt as e:
         process.leave(str(e) or "interrupted", alone)
     except ImportError:
-        if not process.INTERRUPTS:  # else Ctrl-C came while an extension was imported
+        if not process.INTERRUPTS:  # if any, Ctrl-C broke the import of an extension
             raise
         process.leave("interrupted", alone)
-    except BrokenPipeError:  # whoever read our output, such as `head`, has enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
-    except OSError as e:  # such as a full disk
+    except OSError as e:  # for example, the disk is full
         process.fail(f"{e.filename}: {e.strerror or e}" if e.filename else e, 1)
     except (MemoryError, RuntimeError) as e:
         if _is_out_of_memory(e):

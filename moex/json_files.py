@@ -1,11 +1,11 @@
-"""The one reader of JSON that a person or another program may have changed.
+"""Reading JSON that a person or another program may have changed.
 
-Everything that is wrong is a `ConfigError` of one line that names the file, the line
-of it and the field. Python's own parser accepts `NaN`, repeated keys and numbers that
-overflow to infinity; it fails with a traceback on deep nesting, very long numbers and
-text that is not UTF-8.
+Every mistake is a `ConfigError` of one line that names the file, its line and the
+field. Python's own parser accepts `NaN`, repeated keys and numbers that overflow to
+infinity; it fails with a traceback on deep nesting, very long numbers and text that is
+not UTF-8.
 
-Not here: JSON of which moex wrote every byte a moment ago, in the same process.
+Not here: JSON that moex itself wrote a moment ago, in the same process.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from typing import Any
 
 from moex.config.base import ConfigError, fits, nearest, short, type_name
 
-MOST_BYTES = 1 << 30  # of one file or line; more is no JSON of moex
+MOST_BYTES = 1 << 30  # the largest file or line; no JSON of moex is larger
 
 
 def parse_json(text: str | bytes, where: str, *, nan: bool = False) -> Any:
-    """JSON text as Python data.
+    """Read JSON text as Python data.
 
     Args:
       text: JSON; bytes are UTF-8, with or without a byte-order mark.
@@ -32,7 +32,7 @@ def parse_json(text: str | bytes, where: str, *, nan: bool = False) -> Any:
 
     Raises:
       ConfigError: if it is not JSON, repeats a key in an object, or has a number that
-        no float holds; with the line and column if there is one.
+        no float can hold; with line and column where they are known.
     """
     options: dict[str, Any] = {"object_pairs_hook": _object}
     if not nan:
@@ -47,13 +47,13 @@ def parse_json(text: str | bytes, where: str, *, nan: bool = False) -> Any:
         reason = f"{e.msg}, line {e.lineno}, column {e.colno}"
     except RecursionError:
         reason = "it is nested too deep"
-    except ValueError as e:  # of the hooks below, and of numbers of 4,300 digits
+    except ValueError as e:  # from the hooks below, and for numbers of 4,300 digits
         reason = str(e).split(";")[0]
     raise ConfigError(f"{where}: is not JSON: {reason}.")
 
 
 def read_json(file: str | os.PathLike, *, nan: bool = False) -> Any:
-    """The JSON in a file as Python data; see `parse_json`.
+    """Read the JSON in a file as Python data; see `parse_json`.
 
     Raises:
       ConfigError: if the file cannot be read, is larger than `MOST_BYTES` or is not
@@ -71,7 +71,7 @@ def read_json(file: str | os.PathLike, *, nan: bool = False) -> Any:
 
 
 def read_object(file: str | os.PathLike, *, nan: bool = False) -> dict[str, Any]:
-    """The JSON object in a file; `read_json` takes any JSON."""
+    """Read the JSON object in a file; `read_json` takes any JSON."""
     return expect_object(read_json(file, nan=nan), str(file))
 
 
@@ -80,8 +80,8 @@ def read_json_lines(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield `(line number from 1, object)` of a file with one JSON object a line.
 
-    A last line without its end is being written and is left out. Empty lines are
-    skipped.
+    A last line without a newline is still being written and is left out. Empty lines
+    are skipped.
 
     Raises:
       ConfigError: naming the file and the line, if one is not a JSON object.
@@ -100,7 +100,7 @@ def read_json_lines(
 
 
 def expect_object(data: Any, where: str) -> dict[str, Any]:
-    """`data`, if it is a JSON object.
+    """Return `data` if it is a JSON object.
 
     Raises:
       ConfigError: if it is anything else.
@@ -116,16 +116,16 @@ _MISSING = object()
 def field(
     data: dict[str, Any], name: str, kind: Any, where: str, default: Any = _MISSING
 ) -> Any:
-    """A field of a JSON object, if it is of the right type.
+    """Return a field of a JSON object if it has the right type.
 
     Args:
       data: the object.
-      name: of the field.
-      kind: a type as configs are annotated with them: `int`, `float | None`,
+      name: the name of the field.
+      kind: a type as in the annotations of configs: `int`, `float | None`,
         `list[str]`, `dict[str, int]`, `tuple[int, ...]` for a list. An `int` fits
-        `float`; a `bool` is no number.
+        `float`; a `bool` is not a number.
       where: begins the error message, such as "runs/a/config.json".
-      default: what a missing field gives; without it a missing field is an error.
+      default: the value of a missing field; without it a missing field is an error.
 
     Raises:
       ConfigError: if the field is missing or of another type.
@@ -144,7 +144,7 @@ def field(
 
 
 def dump_json(data: Any, **options: Any) -> str:
-    """JSON text of plain data, in which a float that is not finite is null.
+    """Write plain data as JSON text; a float that is not finite becomes null.
 
     JSON has no NaN; other programs refuse a file that has one.
     """
@@ -152,8 +152,8 @@ def dump_json(data: Any, **options: Any) -> str:
 
 
 def digest(data: Any) -> str:
-    """The sha256 of JSON data, the same before it is written and after it is read."""
-    plain = json.loads(json.dumps(data))  # tuples are lists then, keys are strings
+    """The sha256 of JSON data; it is the same before writing and after reading."""
+    plain = json.loads(json.dumps(data))  # tuples become lists, keys strings
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,7 +1,7 @@
-"""How the process of a command behaves: what libraries print, and how it ends.
+"""The behaviour of the process of a command: what libraries print, how it ends.
 
-A user's mistake is one line on stderr and exit code 2; a run that cannot go on is one
-line and exit code 1; Ctrl-C is exit code 130.
+A user's mistake gives one line on stderr and exit code 2; a run that cannot go on gives
+one line and exit code 1; Ctrl-C gives exit code 130.
 """
 
 import _thread
@@ -17,18 +17,18 @@ from moex.cluster.connections import say
 from moex.config.base import ConfigWarning
 from moex.terminal import Terminal
 
-LONGEST = 2000  # characters of an error
-INTERRUPTS: list[int] = []  # signals of Ctrl-C that came
+LONGEST = 2000  # the most characters of an error that are printed
+INTERRUPTS: list[int] = []  # the signals of Ctrl-C that were received
 
 
 def note_interrupts() -> None:
-    """Let no Ctrl-C be lost, wherever in a library it lands.
+    """Handle Ctrl-C so that none is lost inside a callback of a library.
 
-    Python only prints a `KeyboardInterrupt` of a callback, such as JAX's of the garbage
-    collector; it is then raised again.
+    Python only prints a `KeyboardInterrupt` that is raised in a callback, such as the
+    one that JAX has in the garbage collector; this raises it again.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return  # a shell has Ctrl-C ignored for what runs in the background
+        return  # a shell makes background processes ignore Ctrl-C
 
     def interrupt(signum, frame):
         INTERRUPTS.append(signum)
@@ -39,7 +39,7 @@ def note_interrupts() -> None:
 
     def unraisable(args):
         if args.exc_type is KeyboardInterrupt:
-            # A moment later: now it would be lost in the same callback.
+            # Raise it a moment later: now it would be lost in the same callback.
             threading.Timer(0.05, _thread.interrupt_main).start()
         else:
             report(args)
@@ -50,8 +50,8 @@ def note_interrupts() -> None:
 def leave(text: str, alone: bool) -> None:
     """End after Ctrl-C, with exit code 130.
 
-    If this process is ours alone it ends at once: threads that read data or write files
-    crash when the interpreter is taken apart under them.
+    If `alone`, the process ends at once: threads that read data or write files could
+    crash while the interpreter shuts down.
     """
     (distributed.leave_now if alone else fail)(text, 130)
 
@@ -59,17 +59,17 @@ def leave(text: str, alone: bool) -> None:
 def fail(error, code: int) -> None:
     """End with one line on stderr, cut if it is long, and an exit code."""
     text = str(error)
-    if len(text) > LONGEST:  # it quotes what somebody gave
+    if len(text) > LONGEST:  # it may quote a long text from outside
         text = f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
-    distributed.fail(text, code)  # in a job of several processes said once
+    distributed.fail(text, code)  # several processes print it only once
     say(text)
     raise SystemExit(code)
 
 
 def quiet() -> None:
-    """Let libraries raise errors and print nothing: a person reads the run's own lines.
+    """Stop libraries from printing, so that people see the run's own lines alone.
 
-    Those lines never fail, in a terminal of any encoding, and control no terminal.
+    Those lines can be printed in any encoding, and have no control characters.
     """
     from absl import logging as absl_logging
 
@@ -93,7 +93,7 @@ def quiet() -> None:
     report = sys.unraisablehook
 
     def unraisable(args):
-        # After a failed save Tensorstore calls back into a loop that Orbax closed.
+        # After a failed save, TensorStore calls an event loop that Orbax has closed.
         if str(args.exc_value) != "Event loop is closed":
             report(args)
 

@@ -1,9 +1,9 @@
 """The project folder: the one place outside of moex whose classes a config may name.
 
-A run directory names the classes of its config. A class that is not of moex is looked
-for in the project folder alone: the folder that `--project` gives, else that of the
-config file, else the current one. No other module is imported because a run names it,
-and a file inside a run directory is never taken as code.
+A run directory names the classes of its config. A class that is not part of moex is
+looked for in the project folder alone: the folder of `--project`, or else that of the
+config file, or else the current one. No other module is imported because a run names
+it, and a file inside a run directory is never run as code.
 """
 
 import importlib.machinery
@@ -12,18 +12,18 @@ import pathlib
 import sys
 import types
 
-TYPE_KEY = "__config__"  # of the name of a class in config.json
+TYPE_KEY = "__config__"  # the key of the class name in config.json
 
 
 class ProjectError(ValueError):
-    """Why a class of the project folder cannot be had, in one line."""
+    """A class of the project folder cannot be loaded; the message is one line."""
 
 
 _given: dict[str, pathlib.Path] = {}
 
 
 def use(folder: pathlib.Path | None) -> None:
-    """Begin a command: its project folder is `folder`, if it is given."""
+    """Set the project folder of a command, if one is given; forget the last one."""
     _given.clear()
     if folder is not None:
         _given["flag"] = folder.absolute()
@@ -42,13 +42,13 @@ def folder() -> pathlib.Path:
 
 
 def _extend_path(folder: pathlib.Path) -> None:
-    """Let modules of the folder import each other; an installed module goes first."""
+    """Let modules of the folder import each other; installed modules come first."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
 
 def find_class(module: str, name: str) -> type | None:
-    """The class `name` of a module of the project folder; None if it has no such class.
+    """Find the class `name` in a module of the project folder; None if there is none.
 
     Raises:
       ProjectError: if the module lies in a run directory, has the name of a module that
@@ -76,7 +76,7 @@ def _source(root: pathlib.Path, parts: list[str]) -> pathlib.Path | None:
 
 
 def _module(root: pathlib.Path, parts: list[str]) -> types.ModuleType:
-    """A module of the folder, imported from the file that it has there."""
+    """Import a module of the folder from its file there."""
     name, file = ".".join(parts), _source(root, parts)
     place = root.joinpath(*parts) if file is None else file
     if name in sys.modules:
@@ -88,7 +88,7 @@ def _module(root: pathlib.Path, parts: list[str]) -> types.ModuleType:
             )
         return old
     _refuse_run_directory(place)
-    if file is None:  # a folder without __init__.py
+    if file is None:  # it is a folder without __init__.py
         spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
         spec.submodule_search_locations = [str(place)]
     else:

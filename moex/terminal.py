@@ -1,13 +1,13 @@
-"""Control characters in texts of others are shown on a terminal, not obeyed.
+"""Printing texts of unknown origin: their control characters are shown as escapes.
 
-A corpus, a file name, a tokenizer or another host may hold sequences that move the
-cursor, hide lines or set the title of the window.
+A corpus, a file name, a tokenizer or another host may have sequences that move the
+cursor of a terminal, hide lines or set the title of its window.
 """
 
 import re
 
-# All control characters but tab and newline; those that change the direction of
-# writing or break lines; halves of surrogate pairs, which no encoding can write.
+# All control characters except tab and newline, all that change the direction of
+# writing or break lines, and halves of surrogate pairs, which no encoding can write.
 CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
     "\ud800-\udfff]"
@@ -15,18 +15,18 @@ CONTROL = re.compile(
 
 
 def printable(text: str) -> str:
-    """Text with its control characters as escapes: ESC is written as ``\\x1b``."""
+    """Write control characters of a text as escapes: ESC is written as ``\\x1b``."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class Terminal:
-    """A stream to a terminal that writes `printable` text."""
+    """A stream to a terminal that makes all text `printable`."""
 
     def __init__(self, stream):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write all of it; returns its length, as streams do."""
+        """Write all of the text; returns its length, as streams do."""
         self._stream.write(printable(text))
         return len(text)
 

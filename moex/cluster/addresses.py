@@ -1,4 +1,4 @@
-"""Where process 0 listens: at the address that the others were told, if it can be."""
+"""Where process 0 listens: if possible, only at the address that the others use."""
 
 import contextlib
 import ipaddress
@@ -9,16 +9,16 @@ from moex.config.base import ConfigError
 
 
 def split(address: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT, or of [HOST]:PORT."""
+    """Split HOST:PORT or [HOST]:PORT into host and port."""
     host, port = address.rsplit(":", 1)
     return host.strip("[]"), int(port)
 
 
 def bind_addresses(host: str) -> list[str]:
-    """The IP addresses of this machine where others look for `host`; []: any of them.
+    """The IP addresses of this machine where others look for `host`; []: unknown.
 
-    A name that leads to this machine's loopback here, as on Debian, leads to another
-    address elsewhere.
+    They are unknown if a name leads to the loopback here, as on Debian: elsewhere it
+    leads to another address.
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
@@ -41,7 +41,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _is_here(address: str) -> bool:
-    """Whether it is an address of this machine, and not that of all at once."""
+    """Whether `address` is one of this machine, and not the wildcard for all."""
     if address in ("::", "0.0.0.0"):
         return False
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -54,7 +54,7 @@ def _is_here(address: str) -> bool:
 
 @contextlib.contextmanager
 def listen(addresses: list[str], port: int):
-    """Sockets that listen at these addresses, or at all of this machine."""
+    """Yield sockets that listen at these addresses, or at all of this machine."""
     with contextlib.ExitStack() as stack:
         servers = []
         for address in addresses or [""]:

@@ -1,8 +1,8 @@
-"""Open connections between the processes of a job (`rendezvous.py`): they tell ends.
+"""Open connections between the processes of a job: if one fails, all of them end.
 
-The connections of the meeting stay open, so that an error of one process, or its death,
-ends all of them at once. A host that falls silent (power, network) is not seen here:
-its connection stays open, and JAX's heartbeat ends the others.
+The connections made in `rendezvous.py` stay open, so that an error or the death of one
+process ends all of them at once. A host that falls silent (power, network) is not
+noticed here: its connection stays open, and JAX's heartbeat ends the others.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from moex.json_files import expect_object, parse_json
 from moex.terminal import printable
 
 MOST_SHOWN = 1800  # characters of a line for people
-LINGER_S = 3.0  # for which a process that fails waits for the others to hear of it
+LINGER_S = 3.0  # seconds that a failing process waits for the others to hear of it
 LIMIT = 1 << 24  # bytes of one message
 AGAIN = "the same command on all hosts goes on from the last checkpoint"
 
 
 def disagreement(ours, theirs, index: int) -> str | None:
-    """The first fact in which process `index` differs from process 0, in words."""
-    ours = json.loads(json.dumps(ours))  # as theirs came: tuples are lists
+    """Describe the first fact in which process `index` differs from process 0."""
+    ours = json.loads(json.dumps(ours))  # tuples become lists, as in `theirs`
     found = _first_difference(ours, theirs, "")
     if found is None:
         return None
@@ -53,7 +53,7 @@ def _first_difference(a, b, path):
     if not (isinstance(a, dict) and isinstance(b, dict)):
         return None if a == b else (path, a, b)
     for key in [*a, *(k for k in b if k not in a)]:
-        name = key if key in a else _short(key).strip('"')  # they chose it
+        name = key if key in a else _short(key).strip('"')  # the other side chose it
         inner = f"{path}.{name}" if path else name
         found = _first_difference(a.get(key), b.get(key), inner)
         if found is not None:
@@ -62,13 +62,13 @@ def _first_difference(a, b, path):
 
 
 def send(connection: socket.socket, message: dict) -> None:
-    """One message; nothing happens if nobody is there to hear it."""
-    with contextlib.suppress(OSError):  # whoever is gone is missed elsewhere
+    """Send one message; it is no error if nobody is there to receive it."""
+    with contextlib.suppress(OSError):  # a lost process is noticed elsewhere
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def parse(line: bytes) -> dict | None:
-    """A message, or None for bytes that are none."""
+    """Read a message from bytes; None if they are not one."""
     try:
         return expect_object(parse_json(line, "message", nan=True), "message")
     except ConfigError:
@@ -76,25 +76,25 @@ def parse(line: bytes) -> dict | None:
 
 
 class Line:
-    """The open connections of this process: to all others from process 0, else to it.
+    """The open connections of this process; process 0 has all, the others one to it.
 
-    A thread listens. When a process fails or is lost, process 0 says so once and all
-    processes end; none is left waiting for it inside a collective.
+    A thread listens. When a process fails or is lost, process 0 prints that once and
+    all processes end; none is left waiting for it inside a collective.
     """
 
     def __init__(self, index: int, count: int, links: dict[int, socket.socket]):
         self.index, self.count, self.links = index, count, links
         self.facts: queue.SimpleQueue = queue.SimpleQueue()
-        self.done: set[int] = set()  # processes that said that they are through
-        self.unsaid: str | None = None  # our error, which process 0 is to say
-        self.ending = threading.Lock()  # taken once and never given back
+        self.done: set[int] = set()  # processes that said that they have finished
+        self.unsaid: str | None = None  # our error, which process 0 should print
+        self.ending = threading.Lock()  # taken once and never released
         for link in links.values():
             link.settimeout(None)
             _keep_alive(link)
         threading.Thread(target=self._listen, daemon=True, name="moex-peers").start()
 
     def agree(self, facts: dict) -> None:
-        """Wait for all processes to come here and compare `facts`.
+        """Wait for all processes to call this, and compare `facts`.
 
         Raises:
           ConfigError: on process 0 if they differ; the others end with it.
@@ -112,12 +112,12 @@ class Line:
             send(link, {"ok": True})
 
     def leave(self) -> None:
-        """Say that this process is through: the end of its connection is no loss."""
+        """Tell the others that this process has finished: its end is then no error."""
         for link in self.links.values():
             send(link, {"done": True})
 
     def fail(self, text: str, code: int) -> None:
-        """End all processes of the job; process 0 says why. Does not return."""
+        """End all processes of the job; process 0 prints why. Does not return."""
         if self.index == 0:
             self._end_all(text, code)
         self.unsaid = text
@@ -126,7 +126,7 @@ class Line:
         self._end(text, code)
 
     def _end_all(self, text: str, code: int) -> None:
-        """Process 0: say why, tell the others, wait a moment for them, end."""
+        """On process 0, print why, tell the others, wait a moment for them, and end."""
         self.ending.acquire()
         say(text)
         for link in self.links.values():
@@ -196,22 +196,22 @@ class Line:
 
 
 def _keep_alive(link: socket.socket) -> None:
-    """Send something now and then: firewalls forget connections that are silent."""
+    """Turn on keep-alive packets, as firewalls drop connections that are silent."""
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if hasattr(socket, "TCP_KEEPIDLE"):
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
 
 
 def say(text: str, kind: str = "error") -> None:
-    """One line of error, or of warning."""
+    """Print one line of error or warning."""
     line = printable(" ".join(text.split()))
-    if len(line) > MOST_SHOWN:  # such as of a value that was given
+    if len(line) > MOST_SHOWN:  # for example, it may quote a long value
         line = f"{line[: MOST_SHOWN - 400]} ... {line[-300:]}"
     print(f"moex: {kind}: {line}", file=sys.stderr, flush=True)
 
 
 def end_now(code: int) -> NoReturn:
-    """End at once: the orderly end of JAX would wait for the others."""
+    """End at once, as the orderly end of JAX would wait for the others."""
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()

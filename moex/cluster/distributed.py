@@ -1,7 +1,7 @@
-"""Several hosts: find out that this process is one of several, and join the others.
+"""Jobs of several hosts: find out whether this process is in one, and join it.
 
-`join` is called before JAX sees any device. The flags say where the others are, or the
-environment does (Open MPI, Slurm, TPU pods of GKE, indexed jobs of Kubernetes);
+`join` is called before JAX looks for devices. The flags say where the others are, or
+else the environment (Open MPI, Slurm, TPU pods of GKE, indexed jobs of Kubernetes);
 `--distributed` asks JAX, which can also ask the TPU's metadata server. The other
 functions do nothing in a job of one process.
 """
@@ -21,25 +21,25 @@ from moex.cluster import addresses, connections, rendezvous
 from moex.config.base import ConfigError, own_files, require, to_dict
 
 LINE: connections.Line | None = None
-SHORTEST_TOKEN = 16  # characters of a secret
+SHORTEST_TOKEN = 16  # characters that a secret must have
 
 
 class Place(NamedTuple):
-    """Where this process stands in its job."""
+    """The place of this process in its job."""
 
-    by: str  # who said so
-    count: Any  # int, of processes; None where only JAX can find out
-    index: Any  # int, of this process, or None
+    by: str  # where this was read, such as "Slurm"
+    count: Any  # int, number of processes; None where only JAX can find out
+    index: Any  # int, index of this process, or None
     coordinator: Any = None  # HOST:PORT of process 0, or None
     devices: Any = None  # list of local devices to use; None: all
 
 
-# Variables that hold the number of processes and the index of this one. Open MPI comes
-# first: under `mpirun` in a Slurm job Slurm's variables are those of mpirun's own step.
+# Variables with the number of processes and the index of this one. Open MPI is first:
+# under `mpirun` in a Slurm job, Slurm's variables describe the step of mpirun itself.
 SCHEDULERS = (
     ("environment", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
     ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    # Of the step, not of the job: a shell in an allocation is one process.
+    # These describe the step and not the job: a shell in an allocation is one process.
     ("Slurm", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
 
@@ -48,7 +48,7 @@ def detect(environ: Mapping[str, str]) -> Place | None:
     """The place of this process by its environment; None if it is alone.
 
     Raises:
-      ConfigError: if a variable is no number, or only one of a pair is set.
+      ConfigError: if a variable is not a number, or only one of a pair is set.
     """
 
     def number(name: str) -> int:
@@ -72,8 +72,8 @@ def detect(environ: Mapping[str, str]) -> Place | None:
         if slices > 1:
             index += hosts * number("MEGASCALE_SLICE_ID")
         return Place("TPU pod", hosts * slices, index, coordinator)
-    # JOB_COMPLETION_INDEX is that of an indexed job; other pods are not counted. A pod
-    # with TPUs was told of its others above.
+    # Indexed jobs set JOB_COMPLETION_INDEX; other pods have no index. A pod with TPUs
+    # has `names`, and was handled above.
     job = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environ.keys()
     if job and not names:
         return Place("Kubernetes", None, number("JOB_COMPLETION_INDEX"), coordinator)
@@ -81,7 +81,7 @@ def detect(environ: Mapping[str, str]) -> Place | None:
 
 
 def _complete(place: Place, timeout: int) -> Place:
-    """Ask JAX for what the environment does not say plainly.
+    """Ask JAX for the parts of a place that the environment does not name.
 
     Raises:
       ConfigError: if it does not know either.
@@ -95,15 +95,15 @@ def _complete(place: Place, timeout: int) -> Place:
             "process of its own."
         )
     if place.by != "environment":
-        # The function behind `jax.distributed.initialize()`, which does not tell what
-        # it found; we meet at that address before JAX does.
+        # `jax.distributed.initialize()` calls this too, but does not return what it
+        # found; we need the address to meet there before JAX does.
         from jax._src.clusters import ClusterEnv
 
         try:
             found = ClusterEnv.auto_detect_unset_distributed_params(
                 place.coordinator, place.count, place.index, None, None, timeout
             )
-        except Exception as e:  # clients of clusters have errors of many kinds
+        except Exception as e:  # cluster clients raise errors of many kinds
             raise ConfigError(
                 f"joining by {place.by} failed: {' '.join(str(e).split())} "
                 f"({type(e).__name__}); give --coordinator, --num-processes and "
@@ -121,7 +121,7 @@ def _complete(place: Place, timeout: int) -> Place:
 
 
 def _place(flags, environ: Mapping[str, str]) -> Place | None:
-    """From the flags if they say it, else from the environment."""
+    """The place of this process by the flags, or else by the environment."""
     explicit = (flags.num_processes, flags.process_id, flags.coordinator)
     if explicit != (None, None, None):
         if None in explicit:
@@ -157,10 +157,10 @@ def _check(place: Place) -> None:
 def _token(place: Place, environ: Mapping[str, str]) -> str:
     """The secret that the processes of a job share; "" if there is none.
 
-    The number of a Slurm step is no secret from its other users, but tells jobs apart.
+    Other users can see the number of a Slurm step, but it distinguishes jobs.
 
     Raises:
-      ConfigError: for one that can be guessed.
+      ConfigError: for a secret that can be guessed.
     """
     token = environ.get("MOEX_JOB_TOKEN")
     if token is not None and len(token.strip()) < SHORTEST_TOKEN:
@@ -178,9 +178,9 @@ def _token(place: Place, environ: Mapping[str, str]) -> str:
 
 
 def _bind_address(coordinator: str) -> str | None:
-    """Where JAX's service listens; None: at every address, or as the environment says.
+    """The address where JAX's service should listen; None: leave it to JAX.
 
-    It takes one address: the one where the processes met.
+    The service takes one address: the one where the processes met.
     """
     host, port = addresses.split(coordinator)
     ours = addresses.bind_addresses(host)
@@ -196,13 +196,13 @@ def join(flags, facts: dict) -> None:
     """Join the other processes of the job, if there are any.
 
     Args:
-      flags: `moex train`'s: coordinator, num_processes, process_id, distributed,
-        join_timeout and heartbeat_timeout, both in seconds.
+      flags: those of `moex train`: coordinator, num_processes, process_id,
+        distributed, and in seconds join_timeout and heartbeat_timeout.
       facts: JSON data that must be the same on all processes.
 
     Raises:
-      ConfigError: for flags that are wrong or incomplete, a coordinator that is not
-        reached, processes that do not come or were told other facts.
+      ConfigError: for flags that are wrong or incomplete, a coordinator that cannot be
+        reached, and processes that do not come or have other facts.
     """
     global LINE
     place = _place(flags, os.environ)
@@ -221,8 +221,8 @@ def join(flags, facts: dict) -> None:
     sys.excepthook = _unexpected
     import jax
 
-    # The loop has a way of its own with SIGTERM; before it a process may just end.
-    # JAX's would take the signal, and nobody asks it.
+    # The training loop handles SIGTERM itself; before it starts, a process may just
+    # end. JAX's service would catch the signal, and we never ask that service.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -247,10 +247,10 @@ def join(flags, facts: dict) -> None:
 
 
 def _check_alone() -> None:
-    """On a TPU pod each process sees all devices even if it joined nobody.
+    """Check that this process is not one of a TPU pod without having joined.
 
     Raises:
-      ConfigError: if so.
+      ConfigError: if it is; JAX then sees the devices of the whole pod.
     """
     import jax
 
@@ -262,10 +262,10 @@ def _check_alone() -> None:
 
 
 def print_once(flags) -> Callable[[str], None]:
-    """`print` for process 0 of a job, or a process alone; silence for the others.
+    """Make `print` for process 0 or a process alone, and silence for the others.
 
     Args:
-      flags: the command line, of which `process_id` is read.
+      flags: the command line; only `process_id` is read.
     """
     place = detect(os.environ)
     if flags.process_id or (place.index if place else 0):
@@ -274,7 +274,7 @@ def print_once(flags) -> Callable[[str], None]:
 
 
 def told(cfg, args) -> dict:
-    """The facts that all processes of a job must be told alike.
+    """The facts that must be the same on all processes of a job.
 
     Args:
       cfg: run config.
@@ -295,7 +295,7 @@ def told(cfg, args) -> dict:
 def code_hash(own: Iterable[pathlib.Path] = ()) -> str:
     """A hash of the source text of moex, its kernels and `own` files of the user.
 
-    Processes of a job compare it: other code computes other things.
+    The processes of a job compare it, as all must run the same code.
     """
     root, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
     for package in ("moex", "kernels_pallas"):
@@ -308,7 +308,7 @@ def code_hash(own: Iterable[pathlib.Path] = ()) -> str:
 
 
 def agree(facts: dict) -> None:
-    """Wait for all processes to come here, and check that their facts are the same.
+    """Wait for all processes to call this; check that their facts are the same.
 
     Raises:
       ConfigError: if they are not.
@@ -318,21 +318,21 @@ def agree(facts: dict) -> None:
 
 
 def leave() -> None:
-    """This process is through; call it at the end of a good run."""
+    """Tell the other processes that this one has finished without an error."""
     if LINE is not None:
         LINE.leave()
 
 
 def fail(text: str, code: int) -> None:
-    """End all processes with this error, which is said once; alone: returns."""
+    """End all processes and print this error once; return if this one is alone."""
     if LINE is not None:
         LINE.fail(text, code)
 
 
 def leave_now(text: str, code: int) -> NoReturn:
-    """End all processes with this line, without the orderly end of the libraries.
+    """End all processes with this line, without the libraries' orderly end.
 
-    Threads of JAX, Grain and Orbax may be in the middle of something.
+    Threads of JAX, Grain and Orbax may still be at work, and could block or crash it.
     """
     fail(text, code)
     connections.say(text)
@@ -340,9 +340,9 @@ def leave_now(text: str, code: int) -> NoReturn:
 
 
 def _unexpected(kind, error, trace) -> None:
-    """Show the traceback of an unexpected exception here, and one line on all."""
-    # A collective breaks in many ways when a process is lost. The line tells which one
-    # it was and ends this process, before it shows a traceback.
+    """Print the traceback of an unexpected exception, and end the job with one line."""
+    # A collective breaks in many ways when a process is lost. If that is the cause, the
+    # listening thread ends this process during the sleep, without a traceback.
     time.sleep(1.0)
     traceback.print_exception(kind, error, trace)
     fail(f"{kind.__name__}: {str(error)[:300]}", 1)

@@ -1,14 +1,13 @@
-"""The processes of a job meet before JAX starts; whoever else comes is left outside.
+"""The meeting of a job's processes before JAX starts; strangers are refused.
 
-JAX's own service answers a process that does not come by ending all others with a C++
-stack trace, after its time-outs. So process 0 listens first, at the coordinator's
-address: processes that cannot be reached, did not come or were told something else are
-named in one line.
+If a process does not come, JAX's own service ends all others with a C++ stack trace,
+after its time-outs. So process 0 listens first, at the coordinator's address, and names
+processes that cannot be reached, did not come or have other facts in one line.
 
-Anybody who reaches the port may connect. With a token, a secret of the job that never
-travels itself, each side proves that it knows it: a process with other facts is then
-one of the job, and all end. Without one it may be anybody: it alone is refused, and
-process 0 goes on waiting.
+Anybody who reaches the port may connect. A token is a secret of the job: it is never
+sent, but each side proves that it knows it. A process with other facts is then surely
+one of the job, and all end. Without a token it may be anybody: it alone is refused,
+and process 0 goes on waiting.
 """
 
 import contextlib
@@ -21,29 +20,29 @@ import time
 from moex.cluster import addresses, connections, signed_lines
 from moex.config.base import ConfigError
 
-BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # where JAX's own service listens, if it is set
-HELLO_S = 5.0  # seconds in which somebody who connected must say who it is
-HELLO_BYTES = 1 << 22  # the most that it may say
-MOST_UNKNOWN = 64  # strangers that are heard at once; the oldest goes
-MOST_REPORTED = 8  # addresses of strangers that are named, each in a line
+BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # if set, JAX's own service listens there
+HELLO_S = 5.0  # seconds in which a new connection must say who it is
+HELLO_BYTES = 1 << 22  # the longest first message that we read
+MOST_UNKNOWN = 64  # unknown connections at a time; a further one closes the oldest
+MOST_REPORTED = 8  # addresses of strangers that we name, each in a line
 
 
 def meet(
     address: str, index: int, count: int, facts: dict, timeout: float, token: str = ""
 ) -> connections.Line:
-    """Wait for all processes of the job and compare what they were told.
+    """Wait for all processes of the job and compare their facts.
 
     Args:
       address: HOST:PORT where process 0 listens.
-      index: of this process, 0 <= index < count.
-      count: of processes.
+      index: index of this process, 0 <= index < count.
+      count: number of processes.
       facts: JSON data that must be the same on all.
       timeout: seconds to wait for the others.
-      token: a secret that the processes share; "": they have none.
+      token: a secret that the processes share; "": there is none.
 
     Raises:
-      ConfigError: on all processes, if one does not come or, with a token, was told
-        something else; without one, on the process that was.
+      ConfigError: on all processes, if one does not come or, with a token, has other
+        facts; without a token, only on the process with other facts.
     """
     if index == 0:
         host, port = addresses.split(os.environ.get(BIND) or address)
@@ -75,7 +74,7 @@ def meet(
 
 
 def _introduce(connection, hello: dict, token: str, timeout: float) -> dict | None:
-    """Say who we are to process 0; its answer, or None if that is not process 0.
+    """Tell process 0 who we are; return its answer, None if it is not process 0.
 
     Raises:
       ConfigError: if one of the two has no token, or another one.
@@ -84,7 +83,7 @@ def _introduce(connection, hello: dict, token: str, timeout: float) -> dict | No
     number = None if first is None else first.get("moex")
     if type(number) is not str or not number.isascii():
         return None
-    message = hello | {"number": secrets.token_hex(16)}  # every hello is another one
+    message = hello | {"number": secrets.token_hex(16)}  # no two hellos are equal
     line = signed_lines.seal(token, number, message)
     if len(line) > HELLO_BYTES:
         raise ConfigError(f"the config has {len(line):,} bytes of JSON; too many.")
@@ -112,7 +111,7 @@ class _Guest:
 
     def answer(self, token: str, message: dict) -> None:
         """Answer its hello with a sealed message."""
-        with contextlib.suppress(OSError):  # whoever is gone is missed elsewhere
+        with contextlib.suppress(OSError):  # a lost process is noticed elsewhere
             self.connection.settimeout(HELLO_S)
             self.connection.sendall(
                 signed_lines.seal(token, signed_lines.name_of(self.data), message)
@@ -120,15 +119,15 @@ class _Guest:
 
 
 class _Meeting:
-    """Process 0 while it waits for the others."""
+    """The state of process 0 while it waits for the others."""
 
     def __init__(self, count: int, facts: dict, token: str, servers):
         self.count, self.facts, self.token = count, facts, token
         self.guests: dict[int, _Guest] = {}  # by file descriptor; the oldest is first
-        self.arrived: dict[int, _Guest] = {}  # by process
-        self.came = 0  # processes of the job, those that were refused included
-        self.refusal: str | None = None  # of all
-        self.refused: str | None = None  # the last one that may have been a stranger
+        self.arrived: dict[int, _Guest] = {}  # by index of the process
+        self.came = 0  # processes of the job that came, with those that were refused
+        self.refusal: str | None = None  # why all processes are refused
+        self.refused: str | None = None  # why the last possible stranger was refused
         self.reported: set[str] = set()
         self.selector = selectors.DefaultSelector()
         for server in servers:
@@ -170,7 +169,7 @@ class _Meeting:
     def _accept(self, server: socket.socket) -> None:
         try:
             connection, address = server.accept()
-        except OSError:  # it is gone already, or we have no descriptor left
+        except OSError:  # it has closed already, or we have no descriptor left
             time.sleep(0.01)
             return
         if len(self.guests) >= MOST_UNKNOWN + self.count:
@@ -200,7 +199,7 @@ class _Meeting:
             self._turn_away(guest, None)
 
     def _turn_away(self, guest: _Guest, why: str | None) -> None:
-        """Close the connection of a stranger, and say once that it was there."""
+        """Close the connection of a stranger, and report its address once."""
         self._forget(guest)
         guest.connection.close()
         self._report(guest, f"it {why or 'sent what no process of moex sends'}")
@@ -254,7 +253,7 @@ class _Meeting:
             guest.answer(self.token, {"stop": refusal})
 
     def _left(self, connection: socket.socket) -> None:
-        """A process that had come says nothing more: it ended, and may come again."""
+        """Forget an arrived process whose connection closed; it may come again."""
         self.selector.unregister(connection)
         if self.refusal:
             return
@@ -284,7 +283,7 @@ class _Meeting:
 
 
 def _is_hello(message: dict) -> bool:
-    """Whether a process of a job sent this: its keys are there, its numbers numbers."""
+    """Whether a message has the keys and types of a hello from a process of a job."""
     if {*message} != {"process", "processes", "facts", "number"}:
         return False
     index, count = message["process"], message["processes"]

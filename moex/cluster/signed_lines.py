@@ -1,7 +1,7 @@
-"""Lines between processes that share a secret: nobody else can write one.
+"""Signed lines between processes that share a secret: nobody else can write one.
 
-A line is the proof that its writer knows the secret, and what it says, as JSON. It can
-be read by all who see it, and answers one line, so that it cannot be sent again.
+A line has a proof that its writer knows the secret, and a message as JSON. Everyone who
+sees it can read it. It answers one other line, so that it cannot be sent again.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ LINE = re.compile(rb"[0-9a-f]{64} \{")
 
 
 def seal(token: str, about: str, message: dict) -> bytes:
-    """A line that nobody can write who does not know the token.
+    """Make a line that nobody can write without the token.
 
     Args:
-      token: of the job.
-      about: what it answers, so that no line serves twice.
-      message: what it says.
+      token: the token of the job.
+      about: the name of the line that it answers, so that no line can be used twice.
+      message: the message.
     """
     body = json.dumps(message).encode()
     return f"{_proof(token, about, body)} ".encode() + body + b"\n"
@@ -35,7 +35,7 @@ def _proof(token: str, about: str, body: bytes) -> str:
 
 
 def unseal(token: str, about: str, line: bytes) -> dict | None:
-    """The message of such a line; None if it was made with another token."""
+    """The message of a sealed line; None if it was made with another token."""
     proof, _, body = line.rstrip(b"\n").partition(b" ")
     if not hmac.compare_digest(proof, _proof(token, about, body).encode()):
         return None
@@ -43,12 +43,12 @@ def unseal(token: str, about: str, line: bytes) -> dict | None:
 
 
 def name_of(line: bytes) -> str:
-    """The name of a sealed line, which the answer to it is `about`."""
+    """The name of a sealed line; the answer to it gives this as `about`."""
     return line[:64].decode()
 
 
 def receive(connection: socket.socket, timeout: float, most: int) -> bytes:
-    """One line, or as much of it as came in that time and is no longer than `most`."""
+    """Read a line, or what came of it within the time and the length `most`."""
     data, deadline = b"", time.monotonic() + timeout
     with contextlib.suppress(OSError):
         while not data.endswith(b"\n") and len(data) < most:
@@ -56,6 +56,6 @@ def receive(connection: socket.socket, timeout: float, most: int) -> bytes:
             piece = connection.recv(65536, socket.MSG_PEEK)
             if not piece:
                 break
-            # No byte more than this message: the next one may be there already.
+            # Read no byte after this message: the next one may have come already.
             data += connection.recv(piece.find(b"\n") + 1 or len(piece))
     return data

@@ -1,7 +1,7 @@
-"""The verbs of the command line: each file of this folder but `arguments.py` is one.
+"""The verbs of the command line, one in each file except for `arguments.py`.
 
-`moex import-hf` is `import_hf.py`. The file defines a class `Command`, a `Verb`;
-nothing else names it. Shared arguments are in `arguments.py`.
+`moex import-hf` is `import_hf.py`. The file defines a class `Command`, a `Verb`; it
+is listed nowhere else. Shared arguments are in `arguments.py`.
 """
 
 import abc
@@ -19,7 +19,7 @@ Configuration:
                           `moex config --config=FILE` lists all fields
 """
 
-# How `moex --help` lists the verbs; those that are not named here come last.
+# The order of the verbs in `moex --help`; verbs that are not named here come last.
 FIRST = (
     *("train", "config", "params", "plan", "compare", "report", "eval", "generate"),
     *("trace", "analyse", "convert", "import-hf", "export-hf", "data"),
@@ -34,10 +34,10 @@ class Verb(abc.ABC):
     help is quick.
 
     Attributes:
-      examples: the end of the help: commands, each to be copied as it is.
+      examples: the end of the help: commands that users can copy as they are.
       usage: the arguments in the first line of the help; "": argparse writes it.
-      refuses_config: completes "--config: VERB ..." if no `--config` is for this verb,
-        such as "takes the config of the run"; "": it reads `config_args`.
+      refuses_config: if the verb takes no `--config`, the end of the error message
+        "--config: VERB ...", such as "takes the config of the run"; otherwise "".
     """
 
     examples = ""
@@ -50,18 +50,18 @@ class Verb(abc.ABC):
 
     @abc.abstractmethod
     def run(self, args: argparse.Namespace, config_args: list[str]) -> None:
-        """Do it, and print what came of it.
+        """Run the verb and print its result.
 
         Args:
-          args: what `add` asked for.
-          config_args: `--config...` as `flags.load_config` takes it.
+          args: values of the arguments that `add` declared.
+          config_args: `--config...` arguments, for `flags.load_config`.
 
         Raises:
           ConfigError: for a mistake of the user: one line, exit code 2.
         """
 
     def description(self) -> str:
-        """The docstring as one line."""
+        """The docstring of the class as one line."""
         return " ".join((inspect.getdoc(self) or "").split())
 
     def epilog(self) -> str:
@@ -79,5 +79,5 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Verb:
-    """The verb of a name from `names`."""
+    """Load the verb of a name from `names`."""
     return importlib.import_module(f"{__name__}.{name.replace('-', '_')}").Command()

@@ -7,10 +7,10 @@ from moex.json_files import dump_json
 
 
 class Command(Verb):
-    """Say what a trace tells of every router.
+    """Analyse a trace: how every router uses its experts.
 
-    Balance, how far experts follow domains and tokens, how far an expert tells the next
-    one (docs/traces.md); no model is needed.
+    It prints the balance, how much experts depend on domain and token, and how well the
+    experts of one layer predict those of the next (docs/traces.md); it needs no model.
     """
 
     refuses_config = "takes a trace and no config"

@@ -12,8 +12,8 @@ def add_run(parser) -> None:
 
 
 def run_dir(text: str):
-    """The type of a run directory, which need not exist."""
-    from moex.runs.directory import RunDir  # imports JAX, which --help can do without
+    """The argument type of a run directory, which need not exist."""
+    from moex.runs.directory import RunDir  # imports JAX, which --help does not need
 
     return RunDir(path(text))
 
@@ -47,7 +47,7 @@ def add_data(parser) -> None:
 
 
 def scored_config(args, config_args: list[str]):
-    """The config of `args.run`, or another one, with the data of `--data` if given.
+    """The config of `args.run` with changes by `config_args`, or with `--data`.
 
     Raises:
       ConfigError: if both `--data` and a config of data are given, or either is wrong.
@@ -68,7 +68,7 @@ def scored_config(args, config_args: list[str]):
     return cfg
 
 
-# Arguments of a process of several that take a value, and their defaults.
+# The arguments of `add_processes` that take a value, and their defaults.
 PLACE = {
     **dict.fromkeys(("coordinator", "num_processes", "process_id")),
     **{"join_timeout": 300, "heartbeat_timeout": 100},
@@ -76,7 +76,7 @@ PLACE = {
 
 
 def process_flags(args) -> list[str]:
-    """`--project` and the arguments of `add_processes` as text, for a child process."""
+    """Write `--project` and the `add_processes` arguments for a child process."""
     values = {name: getattr(args, name) for name in PLACE}
     flags = [
         f"--{name.replace('_', '-')}={value}"
@@ -91,7 +91,7 @@ def process_flags(args) -> list[str]:
 
 
 def add_processes(parser) -> None:
-    """Add the arguments of a process that is one of several."""
+    """Add the arguments of a process in a job of several."""
     many = parser.add_argument_group(
         "several processes (one per host, or one per GPU)",
         "Open MPI, Slurm's srun and TPU pods on GKE are found in the environment.",

@@ -11,9 +11,9 @@ ENDINGS = (".html", ".png", ".csv", ".json")
 
 
 class Command(Verb):
-    """Put runs side by side: size, work, time and losses.
+    """Compare runs in a table: size, work, time and losses.
 
-    Runs whose configs differ in the seed alone are one row, with 95 % intervals.
+    Runs whose configs differ only in the seed are one row, with 95 % intervals.
     """
 
     examples = """

@@ -54,7 +54,7 @@ class Command(Verb):
 
 
 def _held_out(args, config_args):
-    """(figures, words about what was scored, lines of text)."""
+    """Score held-out data; return (figures, what was scored in words, lines)."""
     for name in ("include_path", "limit", "num_fewshot"):
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')}: is for --tasks.")

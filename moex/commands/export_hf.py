@@ -9,8 +9,8 @@ from moex.config.arguments import path
 class Command(Verb):
     """Write a run as a folder that transformers loads.
 
-    An imported run leaves as its family, any other as the closest one, or is refused
-    with the difference.
+    An imported run is exported as its family, any other run as the closest family. If
+    there is none, the error names the difference.
     """
 
     examples = EXAMPLES

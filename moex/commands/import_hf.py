@@ -12,7 +12,7 @@ Examples:
 
 
 class Command(Verb):
-    """Make a run of a Hugging Face checkpoint folder.
+    """Make a run from a Hugging Face checkpoint folder.
 
     The folder holds a config and safetensors. The run starts at step 0 and can be
     scored, sampled and trained on. --config.a.b=value changes its run config, such as
@@ -22,7 +22,7 @@ class Command(Verb):
     usage = "FOLDER --out RUN [options]"
 
     def epilog(self):
-        return EXAMPLES  # only some fields can be changed: no word on config files
+        return EXAMPLES  # without the help on config files: only some fields can change
 
     def add(self, parser):
         parser.add_argument("folder", type=path, help="the checkpoint folder")

@@ -17,8 +17,8 @@ Examples:
 class Command(Verb):
     """Print what a model costs, layer by layer.
 
-    Parameters, FLOPs, and bytes of weights, gradients, optimizer state and of what the
-    backward pass needs; no data is read and no array is made.
+    It lists parameters, FLOPs, and bytes of weights, gradients, optimizer state and of
+    what the backward pass needs. No data is read and no array is made.
     """
 
     examples = EXAMPLES

@@ -9,11 +9,11 @@ from moex.process import use_cpu
 
 
 class Command(Verb):
-    """Say what a job needs of devices that need not be there.
+    """Say what a job needs from devices that need not be there.
 
-    Memory of a device, bytes that each mesh axis carries and the time that takes, time
-    of a step, and what to change if it does not fit; no data is read and no array is
-    made.
+    It prints the memory of a device, the bytes and the time of communication over each
+    mesh axis, the time of a step, and what to change if it does not fit. No data is
+    read and no array is made.
     """
 
     examples = """
@@ -59,7 +59,7 @@ class Command(Verb):
         if args.compile:
             try:
                 compiled = compile_step(cfg, where)
-            except DoesNotFit as error:  # the plan is shown all the same
+            except DoesNotFit as error:  # show the plan first, then the error
                 changes = changes or advice(cfg, found)
                 refusal = DoesNotFit(f"{error} To change: {'; '.join(changes)}.")
         if args.json:

@@ -9,8 +9,8 @@ from moex.process import use_cpu
 class Command(Verb):
     """Write a page about a run: warnings, curves, routing, config.
 
-    One HTML file that needs no network; with a trace also what the experts specialise
-    in.
+    The page is one HTML file that needs no network; with a trace it also shows what the
+    experts specialise in.
     """
 
     examples = """

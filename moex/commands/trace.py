@@ -6,11 +6,11 @@ from moex.config.arguments import integer, path, positive
 
 
 class Command(Verb):
-    """Write where a run sends the tokens of held-out data.
+    """Write to which experts a run sends the tokens of held-out data.
 
-    One row per token and MoE layer in a Parquet file (docs/traces.md): experts, gates,
-    logits. Without --config the run's own data is used; --config.data... changes it,
-    --data takes its place.
+    The Parquet file has one row per token and MoE layer (docs/traces.md): experts,
+    gates, logits. Without --config the run's own data is used; --config.data... changes
+    it, --data replaces it.
     """
 
     examples = """

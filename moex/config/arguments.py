@@ -1,4 +1,4 @@
-"""Types of command line arguments; their errors say what was given."""
+"""Types of command line arguments; their errors quote the given text."""
 
 import argparse
 import math
@@ -28,7 +28,7 @@ def integer(text: str) -> int:
     """The type of a whole number."""
     try:
         value = int(text)
-    except ValueError:  # also of 4,300 digits and more
+    except ValueError:  # Python also refuses 4,300 digits and more
         value = None
     if value is None or abs(value) > LARGEST:
         raise argparse.ArgumentTypeError(

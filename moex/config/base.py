@@ -1,4 +1,4 @@
-"""The base of every moex config, and everything that is done to a config as a whole.
+"""The base class of all moex configs, and the functions on whole config trees.
 
 A config is a plain dataclass whose *type* is the choice: `TopK(k=2)` is a top-k
 router. It is unfrozen, because ml_collections applies `--config.a.b=value` by
@@ -29,7 +29,7 @@ import ml_collections
 from moex import project
 from moex.project import TYPE_KEY, ProjectError
 
-# Config classes that moved: the names that old runs have for them, and those of today.
+# Config classes that moved: their names in old runs, and their names today.
 MOVED = {
     "moex.run.Checkpoint": "moex.runs.keys.Checkpoint",
     "moex.run.Eval": "moex.runs.keys.Eval",
@@ -37,7 +37,7 @@ MOVED = {
     "moex.run.Loss": "moex.runs.keys.Loss",
     "moex.schedule.Schedule": "moex.config.schedule.Schedule",
 }
-# Metadata of a field: its value in saved configs from before the field was there.
+# Metadata of a field: its value in configs that were saved before the field existed.
 ABSENT = "absent"
 
 
@@ -51,7 +51,7 @@ class ConfigWarning(UserWarning):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Config:
-    """Base of all configs; nested configs are copied, `check` calls `validate`."""
+    """The base of all configs. It copies nested configs; `check` calls `validate`."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -61,7 +61,7 @@ class Config:
             elif isinstance(value, (tuple, list)) and any(
                 isinstance(v, Config) for v in value
             ):
-                # One by one: a deep copy of the whole keeps `(moe, moe)` one config.
+                # A deep copy of the whole tuple would keep `(moe, moe)` one config.
                 copies = type(value)(copy.deepcopy(v) for v in value)
                 setattr(self, field.name, copies)
 
@@ -76,20 +76,20 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 def closest(name: str, allowed: Iterable[str]) -> str | None:
-    """The name that `name` may be a slip of, or None: better none than a wrong one.
+    """The allowed name that was probably meant by `name`; None if that is unclear.
 
-    Names with other digits are other things (`qwen2` and `qwen3`, layers 0 and 1).
+    Names with other digits mean other things (`qwen2` and `qwen3`, layers 0 and 1).
     """
-    cutoff = 0.75 if len(name) > 3 else 0.6  # one slip in a short name, or a quarter
+    cutoff = 0.75 if len(name) > 3 else 0.6  # allows one slip in a short name
     by_lower = {a.lower(): a for a in allowed if _digits(a) == _digits(name)}
     match = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
-    # A short name is close to nothing: `k` to `k_max` neither.
+    # difflib finds no match for a short name such as `k`, which may mean `k_max`.
     match = match or [a for a in by_lower if name and a.startswith(f"{name.lower()}_")]
     return by_lower[match[0]] if match else None
 
 
 def _digits(name: str) -> list[list[str]]:
-    """The digits of each number in a name, in whatever order they were typed."""
+    """The digits of each number in a name, sorted, so that swapped digits are equal."""
     return [sorted(number) for number in re.findall(r"[0-9]+", name)]
 
 
@@ -106,7 +106,7 @@ def short(value: Any, most: int = 200) -> str:
             value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
         )
         text = " ".join(repr(data).split())
-    except (RecursionError, ValueError):  # nested too deep, or 4,300 digits and more
+    except (RecursionError, ValueError):  # it is nested too deep, or has 4,300 digits
         text = f"<{type(value).__name__}>"
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
@@ -121,12 +121,12 @@ def require_path(path: str, value: Any) -> None:
 
 
 def caution(text: str) -> None:
-    """Warn of what works but is probably not meant; `text` begins with the field."""
+    """Warn of a setting that is probably not meant; `text` begins with the field."""
     warnings.warn(text, ConfigWarning, stacklevel=3)
 
 
 def require_choice(path: str, value: Any, allowed: Iterable[str]) -> None:
-    """As `require`, for a string that must be one of `allowed`."""
+    """Raise a `ConfigError` unless the value is one of `allowed`; see `require`."""
     allowed = tuple(allowed)
     if value not in allowed:
         names = ", ".join(map(repr, allowed))
@@ -135,14 +135,14 @@ def require_choice(path: str, value: Any, allowed: Iterable[str]) -> None:
         )
 
 
-DEEPEST = 50  # levels of nesting; no config of moex has 20
+DEEPEST = 50  # the most levels of nesting; no config of moex has 20
 
 
 def walk(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Yield `(path, node)` for `value` and everything nested in it, parents first.
 
     Raises:
-      ConfigError: if it is nested deeper than `DEEPEST`.
+      ConfigError: if `value` is nested deeper than `DEEPEST`.
     """
     check_depth(depth, path)
     yield path, value
@@ -156,7 +156,7 @@ def join(path: str, name: str) -> str:
 
 
 def check_depth(depth: int, path: str) -> None:
-    """Refuse what is nested deeper than `DEEPEST`, before Python's stack ends."""
+    """Refuse data nested deeper than `DEEPEST`, before Python's stack overflows."""
     if depth > DEEPEST:
         raise ConfigError(f"{path[:100]}...: nested deeper than {DEEPEST} levels.")
 
@@ -184,17 +184,17 @@ def check(config: Any, path: str = "config") -> None:
     found = [(p, node) for p, node in nodes if isinstance(node, Config)]
     for node_path, node in found:
         check_types(node, node_path)
-    # Children first: a parent may count with the fields of its children.
+    # Check children first, so that a parent can rely on the fields of its children.
     for node_path, node in reversed(found):
         node.validate(node_path)
 
 
-LARGEST = 2**31 - 1  # any integer: sizes, steps and ids are int32 on devices
-# Every float but 0 lies between these. Float32 ends at 1e-45 and 3e38; results of
-# computations need room.
+LARGEST = 2**31 - 1  # the limit of all integers: devices have int32 sizes, steps, ids
+# Every float except 0 must lie between these. Float32 ends at 1e-45 and 3e38; results
+# of computations need some room.
 TINIEST, HUGEST = 1e-30, 1e30
-# Lower limits, by name of the field, for integers that say how many things are made,
-# started or kept one by one, and for widths that tables are made for.
+# Limits below `LARGEST`, by name of the field: for counts of things that are made,
+# started or kept one by one, and for widths for which tables are made.
 MOST = {
     "copy": 2**20,
     "constant": 2**20,
@@ -212,7 +212,7 @@ MOST = {
 
 
 def check_plain(value: Any, path: str) -> None:
-    """Check that a number or a text is one that can be computed with, or written."""
+    """Check that a number can be computed with, and that a text can be written."""
     if isinstance(value, int) and not isinstance(value, bool):
         most = MOST.get(path.rpartition(".")[2], LARGEST)
         require(value <= most, path, value, f"at most {most:,}")
@@ -250,7 +250,7 @@ def check_types(config: Config, path: str) -> None:
 
 
 def _misfit(path: str, value: Any, annotation: Any) -> tuple[str, Any, Any]:
-    """(path, value, type) of an entry of a tuple that does not fit, or of all of it."""
+    """The (path, value, type) to report: a tuple's entry that does not fit, or all."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     kinds = args if origin in (types.UnionType, typing.Union) else (annotation,)
     for kind in kinds:
@@ -293,7 +293,7 @@ def fits(value: Any, annotation: Any) -> bool:
 
 
 def type_name(annotation: Any) -> str:
-    """An annotation as a person would say it: `int`, `int or None`, `tuple of str`."""
+    """Write an annotation for people: `int`, `int or None`, `tuple of str`."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(type_name(a) for a in args)
@@ -306,13 +306,13 @@ def type_name(annotation: Any) -> str:
         return f"mapping of {type_name(args[0])} to {type_name(args[1])}"
     if annotation in (None, type(None)):
         return "None"
-    if isinstance(annotation, type):  # a contract says its role in a sentence
+    if isinstance(annotation, type):  # contracts have a `role` to be named by
         return vars(annotation).get("role", annotation.__name__)
     return str(annotation)
 
 
 def to_dict(value: Any) -> Any:
-    """A config tree as JSON-ready data; every config carries its class as a tag."""
+    """Turn a config tree into JSON-ready data; each config has its class as a tag."""
     if isinstance(value, Config):
         fields = {k: to_dict(v) for k, v in children(value)}
         return {TYPE_KEY: tag_of(type(value))} | fields
@@ -324,10 +324,10 @@ def to_dict(value: Any) -> Any:
 
 
 def flat(data: Any, path: str = "") -> dict[str, Any]:
-    """`{path: value}` of what `to_dict` made, with paths as overrides write them.
+    """Flatten a result of `to_dict` to `{path: value}`, with paths as in overrides.
 
-    A config stands at its own path as the name of its class, a tuple of configs as how
-    many there are; any other tuple is one value.
+    The path of a config gives the name of its class, that of a tuple of configs their
+    number; any other tuple is one value.
     """
     found: dict[str, Any] = {}
     if isinstance(data, dict):
@@ -346,10 +346,10 @@ def flat(data: Any, path: str = "") -> dict[str, Any]:
 
 
 def from_dict(data: Any, path: str = "config", depth: int = 0) -> Any:
-    """The inverse of `to_dict`; tuples come back as tuples, mappings as `ConfigDict`.
+    """Invert `to_dict`: tuples come back as tuples, mappings as `ConfigDict`.
 
     Only subclasses of `Config` in moex and in the project folder (`project.py`) are
-    built, so a config file from elsewhere cannot choose what is run. Types and ranges
+    built, so that a foreign config file cannot choose which code runs. Types and ranges
     are left to `check`.
 
     Raises:
@@ -375,7 +375,7 @@ def from_dict(data: Any, path: str = "config", depth: int = 0) -> Any:
             AttributeError,
             KeyError,
             ValueError,
-        ) as e:  # a name it keeps for itself
+        ) as e:  # ConfigDict reserves that name
             raise ConfigError(f"{path}: {short(str(e))}.") from None
     cls = config_class(data[TYPE_KEY], path)
     fields = dataclasses.fields(cls)
@@ -437,7 +437,7 @@ def config_class(tag: Any, path: str) -> type[Config]:
 
 
 def own_files(value: Any) -> list[pathlib.Path]:
-    """The files of the classes of a config tree that are not of moex, in order."""
+    """The files of the config classes in a tree that are not part of moex, in order."""
     nodes = [node for _, node in walk(value, "config") if isinstance(node, Config)]
     names = {type(node).__module__ for node in nodes} - {__name__}
     files = [sys.modules[n].__file__ for n in names if not n.startswith("moex.")]
@@ -445,7 +445,7 @@ def own_files(value: Any) -> list[pathlib.Path]:
 
 
 def describe(value: Any, name: str = "config", indent: int = 0) -> str:
-    """A config as indented text, one field a line, for people and for `--dry-run`."""
+    """Write a config as indented text, one field a line, for people."""
     pad = "  " * indent
     kids = children(value)
     if not kids:

@@ -1,6 +1,6 @@
 """Config files and overrides, read by ml_collections' config flags.
 
-ml_collections does the work; this file turns its many kinds of failure into one line
+ml_collections does the work; this file turns its many kinds of errors into one line
 that names the field, the value, what is allowed and the nearest valid name.
 """
 
@@ -37,7 +37,7 @@ NONE_WORDS = ("None", "none", "null")
 
 
 def load_config(args: list[str], base=None):
-    """The run config that `--config...` arguments describe.
+    """Make the run config that `--config...` arguments describe.
 
     Args:
       args: `--config=FILE[:arg]` and `--config.a.b=value`, as strings.
@@ -57,7 +57,7 @@ def load_config(args: list[str], base=None):
         )
     cfg = _load_file(files[0]) if files else base
     for path, text in overrides:
-        if path == "init_from":  # empty, it would mean a start from random parameters
+        if path == "init_from":  # if empty, the run would start from random parameters
             require_path("--config.init_from", text)
         _apply(cfg, path, text)
     return cfg
@@ -73,12 +73,12 @@ def _load_file(arg: str):
     file = pathlib.Path(name.split(":", 1)[0])
     try:
         found = file.is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # no file can have this name
         found = False
     if not found:
         near = nearest(file.name, [p.name for p in file.parent.glob("*.py")])
         raise ConfigError(f"--config={name}: there is no file {file}.{near}")
-    # `from configs import base` works from any folder.
+    # This lets `from configs import base` work from any folder.
     root = str(file.absolute().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)
@@ -89,7 +89,7 @@ def _load_file(arg: str):
     try:
         values(argv)
         cfg: Any = values["config"].value
-        getattr(cfg, "keys", None)  # what stands for an unreadable file raises here
+        getattr(cfg, "keys", None)  # raises if the file could not be read
     except Exception as e:
         raise ConfigError(f"--config={name}: {_reason(e)}") from e
     if not isinstance(cfg, ml_collections.ConfigDict):
@@ -107,7 +107,7 @@ def _check_classes(cfg) -> None:
         cls = type(node)
         if not isinstance(node, Config) or cls.__module__.startswith("moex."):
             continue
-        if cls.__module__ == "config_config":  # the name that a config file is run by
+        if cls.__module__ == "config_config":  # the module name of a config file
             raise ConfigError(
                 f"{where}: {cls.__name__} is defined in the config file; put it into a "
                 "file of its own beside it, so that the run can be opened again."
@@ -120,7 +120,7 @@ def _check_classes(cfg) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """What a config file raised, without the wrapping of absl and ml_collections."""
+    """The error of a config file, without the wrapping of absl and ml_collections."""
     wrapped: BaseException | None = error
     while wrapped is not None and (
         isinstance(wrapped, flags.Error) or "whilst parsing config file" in str(wrapped)
@@ -182,25 +182,25 @@ def _apply(cfg, path: str, text: str) -> None:
         raise ConfigError(
             f"config.{path} = {text!r}: must be {type_name(annotation)}."
         ) from e
-    # The flag works on a copy; only the parsed value is wanted.
+    # The flag works on a copy; we only want the parsed value.
     value = config_path.get_value(path, values["config"].value)
     config_path.set_value(path, cfg, value)
 
 
 def _is_choice(annotation) -> bool:
-    """Whether a field takes several types, None apart; ml_collections takes one."""
+    """Whether a field takes several types besides None; ml_collections takes one."""
     if not isinstance(annotation, types.UnionType):
         return False
     return len([a for a in typing.get_args(annotation) if a is not type(None)]) > 1
 
 
 def _literal(path: str, text: str, annotation):
-    """The Python literal that `text` is, or `text` itself, whichever fits."""
+    """Read `text` as a Python literal, or take it as it is, whichever fits."""
     with contextlib.suppress(ValueError, SyntaxError):
         value = ast.literal_eval(text)
         value = tuple(value) if isinstance(value, list) else value
         if fits(value, annotation):
-            # As everywhere else, an int for a float field becomes a float.
+            # An int for a float field becomes a float, as everywhere else.
             is_int = type(value) is int and int not in typing.get_args(annotation)
             return float(value) if is_int else value  # type: ignore
     if fits(text, annotation):
@@ -215,7 +215,7 @@ def _is_branch(value) -> bool:
 
 
 def _find(cfg, path: str):
-    """The object that holds the last part of `path`, and that part.
+    """Find the object that holds the last part of `path`; return it and that part.
 
     Raises:
       ConfigError: if a part does not exist; names what does.
@@ -223,7 +223,7 @@ def _find(cfg, path: str):
     try:
         parts = config_path.split(path)
         if not all(isinstance(part, (int, str)) for part in parts):
-            raise ValueError  # such as of "layers[x]"
+            raise ValueError  # for example "layers[x]"
     except ValueError:
         raise ConfigError(
             f"config.{path}: not a field path; write a.b or a.b[0].c."
@@ -251,10 +251,10 @@ def _find(cfg, path: str):
 
 
 def _meant(cfg, node, seen, name) -> str:
-    """` Did you mean ...?` for a field that `node`, at the path `seen`, has not.
+    """` Did you mean ...?` for a field that `node`, at the path `seen`, does not have.
 
-    The name may stand further below or elsewhere, or be mistyped, in this order: then
-    the whole paths of all fields of that name are given, the first three of them.
+    The name may be mistyped, belong further below, or elsewhere, in this order. The
+    whole paths of the first three fields of that name are given.
     """
     below, everywhere = _paths(node, seen), _paths(cfg, "config")
     if name not in below and (near := nearest(name, [n for n, _ in children(node)])):
@@ -269,7 +269,7 @@ def _meant(cfg, node, seen, name) -> str:
 
 
 def _paths(node, path) -> dict[str, list[str]]:
-    """`{name: paths}` of all fields below a node."""
+    """Collect `{name: paths}` of all fields below a node."""
     found: dict[str, list[str]] = {}
     for where, _ in walk(node, path):
         if where != path and not where.endswith("]"):

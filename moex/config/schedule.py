@@ -1,4 +1,4 @@
-"""Numbers that may change while training: a float, or a `Schedule` of the step."""
+"""Numbers that may change during training: a float, or a `Schedule` of the step."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ class Schedule(Config):
         )
 
     def check_reached(self, steps, path):
-        """Warn of a last point that a run of so many steps does not come to."""
+        """Warn of a last point that a run of this many steps does not reach."""
         at, values = zip(*self.points, strict=True)
         reached = float(np.interp(steps - 1, at, values))
         late = [value for step, value in self.points if step > steps - 1]
@@ -65,7 +65,7 @@ def value_at(value, step):
 
 
 def static_value(value) -> Any:
-    """A float, or the points of a schedule as nested tuples: both can be hashed."""
+    """The value in a form that can be hashed: a float, or a schedule's points."""
     return value if points_of(value) is None else points_of(value)
 
 
@@ -84,11 +84,11 @@ def values_of(value) -> list[float]:
 
 
 def is_always_zero(value) -> bool:
-    """Whether it is 0 at every step."""
+    """Whether the value is 0 at every step."""
     return all(v == 0 for v in values_of(value))
 
 
 def require_values(ok, path, value, allowed) -> None:
-    """`require` for each value that a number or a schedule takes."""
+    """Call `require` for each value that a number or a schedule takes."""
     for v in values_of(value):
         require(ok(v), path, v, allowed)

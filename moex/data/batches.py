@@ -24,9 +24,9 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Reading(Config):
-    """The base of what a run reads: how batches are built beside the training."""
+    """The base of data configs: how batches are built while the model trains."""
 
-    threads: int = 1  # threads that build batches ahead; 0 builds them when asked
+    threads: int = 1  # threads that build batches ahead; 0: build each when needed
     prefetch: int = 2  # batches built ahead, >= 1
 
     def validate(self, path: str) -> None:
@@ -36,11 +36,11 @@ class Reading(Config):
 
 
 class Dataset(Protocol):
-    """Sequences by index; all examples of a run have the same fields."""
+    """A list of sequences by index; all examples of a run have the same fields."""
 
     @property
     def has_targets(self) -> bool:
-        """Whether anything is learned or scored."""
+        """Whether there is any target to learn or score."""
 
     def __len__(self) -> int: ...
 
@@ -49,19 +49,19 @@ class Dataset(Protocol):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Datasets:
-    """Data ready to be read: one dataset per domain and split.
+    """Data that is ready to be read: one dataset per domain and split.
 
     Every example has "segment", "position" (int32[L]), "loss_mask" (float32[L]),
     "domain" and "example_id" (int32), and the fields that its task adds.
 
     Attributes:
-      config: what it was made from.
+      config: the config that it was made from.
       train: per domain, sequences to train on.
       eval: per domain, sequences that score each held-out target once.
       weights: per domain, its share of the training mixture; 0: it is only scored.
-      domains: names; `domain` in a batch indexes them.
-      manifest: per domain, {"sha256", "files": [name, bytes, sha256], ...} of what
-        was read; plain data.
+      domains: the names of domains; `domain` in a batch is an index into them.
+      manifest: per domain, {"sha256", "files": [name, bytes, sha256], ...} of the
+        files that were read; plain data.
     """
 
     config: Reading
@@ -73,7 +73,7 @@ class Datasets:
 
     @property
     def holds_out(self) -> bool:
-        """Whether any data is held out that has something to score."""
+        """Whether there is held-out data with something to score."""
         return any(examples.has_targets for examples in self.eval)
 
 
@@ -85,22 +85,22 @@ def train_iterator(
     start: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Endless training batches, from the global sequence index `start` on.
+    """Make endless training batches, from the global sequence index `start` on.
 
-    Sequence g of the whole job depends on `seed` and g alone. Global batch b is the
-    sequences `start + b * batch_size ...`; each process gets the rows that its devices
+    Sequence g of the whole job depends on `seed` and g alone. Global batch b begins
+    with sequence `start + b * batch_size`; each process gets the rows that its devices
     hold. Each source is reshuffled every epoch; sources are mixed by their weights.
 
     Args:
-      data: what is read.
+      data: the data to read.
       batch_size: sequences per batch over all processes.
-      seed: of the order, >= 0.
+      seed: the seed of the order, >= 0.
       start: sequences that the whole job consumed before.
-      rows: which rows of each batch to read, rising; None: all.
+      rows: which rows of each batch to read, ascending; None: all.
 
     Returns:
-      Iterator of dicts: [b, L] arrays, and [b] for domain and example_id, of the b rows
-      read. An error in the reading thread is raised by `next`.
+      Iterator of dicts of b rows: arrays [b, L], and [b] for domain and example_id. An
+      error in the reading thread is raised by `next`.
     """
     rows = _checked_rows(rows, batch_size)
     require(start >= 0, "start", start, ">= 0")
@@ -123,13 +123,13 @@ def train_iterator(
 
 
 def stack(examples: list[Example]) -> Batch:
-    """Examples as one batch."""
+    """Stack examples to one batch."""
     return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Only these rows of every run of `batch_size` examples, as a Grain source."""
+    """A Grain source of the given rows of every `batch_size` successive examples."""
 
     examples: Any
     batch_size: int
@@ -161,16 +161,16 @@ def eval_batches(
     limit: int | None = None,
     rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Batches of every held-out sequence exactly once, in a fixed order.
+    """Yield batches of every held-out sequence exactly once, in a fixed order.
 
-    The last batch is filled up with rows of segment 0, loss_mask 0 and example_id -1.
+    The last batch is padded with rows of segment 0, loss_mask 0 and example_id -1.
     All processes get the same number of batches; each gets the rows of its devices.
 
     Args:
-      data: what is read.
+      data: the data to read.
       batch_size: sequences per batch over all processes.
-      limit: at most so many sequences, spread evenly over all sources; None: all.
-      rows: which rows of each batch to read, rising; None: all.
+      limit: at most this many sequences, spread evenly over all sources; None: all.
+      rows: which rows of each batch to read, ascending; None: all.
     """
     rows = _checked_rows(rows, batch_size)
     chosen = [
@@ -188,13 +188,13 @@ def eval_batches(
 
 
 def blank_like(example: Example) -> Example:
-    """A sequence of padding only, with the fields of `example`."""
+    """Make a sequence of padding only, with the fields of `example`."""
     blank = {name: np.zeros_like(array) for name, array in example.items()}
     return blank | {"example_id": np.int32(-1)}
 
 
 def _quotas(datasets: Sequence[Dataset], limit: int | None) -> list[int]:
-    """How many sequences of each dataset to take: in proportion, but at least one."""
+    """The number of sequences of each dataset: in proportion, but at least one."""
     sizes = np.array([len(d) for d in datasets])
     total = int(sizes.sum())
     if limit is None or limit >= total:

@@ -1,10 +1,10 @@
-"""The cache of prepared data: named by content, written atomically.
+"""The cache of prepared data: folders named by their content, written atomically.
 
 A prepared source is a directory `<name>-<key>` with `train/`, `eval/` and
 `manifest.json`. The key covers the content of all files, the source's settings and the
 tokenizer, so nothing stale is ever read. A directory appears complete or not at all.
 
-Not here: what the files in a split mean (`stream.py`).
+Not here: the meaning of the files in a split (`stream.py`).
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from moex.data.stream import SPLITS, write_source
 from moex.json_files import digest, read_object
 
 STALE_S = 24 * 3600
-FORMAT = 2  # raise when the meaning of cached files changes
+FORMAT = 2  # increase this when the meaning of cached files changes
 
 
 class Made(NamedTuple):
@@ -36,14 +36,14 @@ class Made(NamedTuple):
 
 
 def cache_root(directory: str | None) -> Path:
-    """The cache directory: as given, or $MOEX_CACHE, or ~/.cache/moex."""
+    """The cache directory: the given one, or $MOEX_CACHE, or ~/.cache/moex."""
     return Path(
         directory or os.environ.get("MOEX_CACHE") or Path.home() / ".cache" / "moex"
     ).expanduser()
 
 
 def scan(source, where: str, say=None) -> dict[str, Any]:
-    """Names, sizes and hashes of the files of a source, and one hash of it all.
+    """Read the names, sizes and hashes of a source's files, and one hash of it all.
 
     Args:
       source: config of the source.
@@ -73,13 +73,13 @@ def scan(source, where: str, say=None) -> dict[str, Any]:
 def prepared(
     source, scan, tokenizer, seq_len: int, root: Path, where: str, log
 ) -> Made:
-    """The prepared form of a source: from the cache, or made now."""
+    """Take the prepared form of a source from the cache, or make it now."""
     key = [FORMAT, scan["kind"], scan["sha256"], tokenizer.fingerprint]
     if source.content() == "pairs":
         key.append(seq_len)  # rows are packed on disk; windows are cut when read
     name = "".join(c if c.isalnum() else "_" for c in source.label())[:40]
     final = root / f"{name}-{digest(key)[:32]}"
-    # Reading all bytes needs no lock: the processes of a host would read in turn.
+    # Checking all bytes needs no lock; with one, processes would wait for each other.
     if manifest := _read(final):
         return Made(final, manifest)
     with locked(root / f"{final.name}.lock"):
@@ -94,7 +94,7 @@ def prepared(
 
 
 def _read(directory: Path) -> dict[str, Any] | None:
-    """The manifest of a complete directory with every byte as written, else None."""
+    """The manifest of a directory whose files are all as written, or else None."""
     try:
         manifest = read_object(directory / "manifest.json")
         seal = manifest.pop("sha256_of_manifest", None)
@@ -107,7 +107,7 @@ def _read(directory: Path) -> dict[str, Any] | None:
 
 
 def _hashes(directory: Path) -> dict[str, list]:
-    """{name: [size, sha256]} of the files of the splits."""
+    """Compute {name: [size, sha256]} of the files of the splits."""
     found = {}
     for name in _content(directory):
         with open(directory / name, "rb") as f:
@@ -117,7 +117,7 @@ def _hashes(directory: Path) -> dict[str, list]:
 
 
 def _content(directory: Path) -> list[str]:
-    """Relative names of all files of the splits."""
+    """List the relative names of all files of the splits."""
     files = [p for s in SPLITS for p in sorted((directory / s).glob("*"))]
     return [p.relative_to(directory).as_posix() for p in files]
 
@@ -144,8 +144,8 @@ def _make(source, scan, tokenizer, seq_len, out, where, log) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _temporary(root: Path, final: Path) -> Iterator[Path]:
-    """A new directory that becomes `final` if the body succeeds."""
-    for old in root.glob("tmp-*"):  # left by processes that were killed
+    """Yield a new directory; rename it to `final` if the block succeeds."""
+    for old in root.glob("tmp-*"):  # killed processes left these
         if time.time() - old.stat().st_mtime > STALE_S:
             shutil.rmtree(old, ignore_errors=True)
     out = Path(tempfile.mkdtemp(prefix="tmp-", dir=root))
@@ -153,7 +153,7 @@ def _temporary(root: Path, final: Path) -> Iterator[Path]:
         yield out
         try:
             os.replace(out, final)
-        except OSError:  # made by another process, where locks do not work
+        except OSError:  # where locks do not work, another process may have made it
             if _read(final) is None:
                 raise
     finally:

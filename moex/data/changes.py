@@ -1,9 +1,9 @@
-"""`data.json` in a run: the files that it reads, so that a change is said on resume.
+"""`data.json` in a run: the files that it reads, to report changes on resume.
 
-The position in the data is one number in a fixed order of all sequences. Where files
-have changed the order is another, so some sequences come twice and some not at all.
+The position in the data is one number in a fixed order of all sequences. If files have
+changed, the order is another one: some sequences come twice and some not at all.
 
-Not here: changed settings, which are those of the config (`train/resume.py`).
+Not here: changed settings, which are part of the config (`train/resume.py`).
 """
 
 import collections
@@ -15,26 +15,26 @@ from moex.config.base import ConfigError
 from moex.data.files import atomic_write
 from moex.json_files import read_object
 
-MOST_NAMES = 3  # of changed files in a line
+MOST_NAMES = 3  # names of changed files in a line
 
 
 def save_data(file: Path, manifest: dict[str, Any]) -> None:
     """Write which files a run reads, with size and hash.
 
     Args:
-      file: where.
-      manifest: of `Prepared`.
+      file: the file to write.
+      manifest: the manifest of `Prepared`.
     """
     files = {name: source["files"] for name, source in manifest.items()}
     atomic_write(file, json.dumps(files) + "\n")
 
 
 def changed_data(file: Path, manifest: dict[str, Any]) -> list[str]:
-    """One line per source of which files have changed since the run was last started.
+    """Describe, in a line per source, which files changed since the last start.
 
     Args:
-      file: of `save_data`; a run of before version 0.2 has none.
-      manifest: of `Prepared`, now.
+      file: the file that `save_data` wrote; a run from before version 0.2 has none.
+      manifest: the manifest of `Prepared` now.
     """
     if not file.exists():
         return []
@@ -57,7 +57,7 @@ def changed_data(file: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def _by_name(files: list) -> dict[str, list]:
-    """{name: sizes and hashes}; files of several folders may have one name."""
+    """Group to {name: sizes and hashes}; several folders may have the same name."""
     found = collections.defaultdict(list)
     for name, size, sha in files:
         found[str(name)].append((int(size), str(sha)))

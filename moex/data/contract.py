@@ -1,7 +1,7 @@
-"""The contracts of text data: what a source of documents and a tokenizer must define.
+"""The contracts of text data: base classes of document sources and tokenizers.
 
-Subclass a config here, define what is abstract, and override the other hooks where
-their answer differs.
+Subclass a config here, define the abstract methods, and override the other methods
+where their result differs.
 """
 
 import abc
@@ -18,14 +18,14 @@ from moex.data.encoding import Tokenizer
 from moex.data.files import File, find_files, unit_hash
 
 Say = Callable[[str], None]  # takes one line for people
-# Texts of the training split up to about so many bytes in all, and their digest.
+# A function that gives training texts of about this many bytes in all, and a digest.
 Corpus = tuple[Callable[[int], list[str]], str]
 
 
 class Document(NamedTuple):
-    """One document: a stable key, and its text, token ids or (prompt, response).
+    """A document: a stable key, and its text, token ids or (prompt, response).
 
-    A value of None is a document that could not be read and is only counted.
+    The value None means that the document could not be read; it is only counted.
     """
 
     key: str
@@ -40,7 +40,7 @@ class Source(Config, abc.ABC):
 
     weight: float = 1.0  # share in the training mixture, in [1e-6, 1e6]
     name: str = ""  # name of the domain; "" takes the class or the file's stem
-    # Fraction of documents kept for evaluation, in [0, 1]; 1: none is trained on.
+    # Fraction of documents kept for evaluation, in [0, 1]; 1: all are only scored.
     holdout: float = 0.05
 
     def validate(self, path: str) -> None:
@@ -51,11 +51,11 @@ class Source(Config, abc.ABC):
 
     @abc.abstractmethod
     def files(self, where: str, say: Say | None = None) -> list[File]:
-        """All input files in a fixed order; `where` names this source in errors.
+        """List all input files in a fixed order.
 
         Args:
-          where: the path of this config.
-          say: called with one line of what was left out, if anything was.
+          where: the path of this config, for errors.
+          say: called with one line for each kind of file that was left out.
 
         Raises:
           ConfigError: for a path that matches no file, and if all files are empty.
@@ -70,14 +70,14 @@ class Source(Config, abc.ABC):
         return self.name or type(self).__name__.lower()
 
     def content(self) -> str:
-        """The kind of what documents hold: `text`, `tokens` or `pairs`."""
+        """The kind of content of the documents: `text`, `tokens` or `pairs`."""
         return "text"
 
     def check_file(self, file: File, where: str) -> None:
-        """Raise `ConfigError` for what can be seen without reading all of a file."""
+        """Raise `ConfigError` for mistakes that show without reading all of a file."""
 
     def cut(self, file: File) -> str:
-        """A text that is equal for sources that give a file's documents equal keys."""
+        """A text for comparing sources: if equal, they give documents equal keys."""
         return ""
 
     def split(self, key: str) -> str:
@@ -91,18 +91,18 @@ class Source(Config, abc.ABC):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class FileSource(Source):
-    """Base of the sources that are given paths."""
+    """The base of sources that read paths."""
 
     paths: tuple[str, ...]  # files, directories (recursive) or globs
 
     def label(self) -> str:
-        """The name, or that of the only file."""
+        """The name of the domain: `name`, or the stem of the only file."""
         if not self.name and len(self.paths) == 1 and not glob.has_magic(self.paths[0]):
             return Path(self.paths[0]).stem
         return Source.label(self)
 
     def files(self, where: str, say: Say | None = None) -> list[File]:
-        """The files that the paths name."""
+        """List the files that the paths name."""
         return find_files(self.paths, f"{where}.paths", say)
 
 
@@ -114,18 +114,18 @@ class TokenizerConfig(Config, abc.ABC):
 
     @abc.abstractmethod
     def make(self, where: str, corpus: Corpus, cache: Path, log=print) -> Tokenizer:
-        """The tokenizer.
+        """Make the tokenizer.
 
         Args:
           where: the path of this config, for errors.
           corpus: training text, for a tokenizer that is trained.
-          cache: folder in which what was trained can be kept.
+          cache: folder in which a trained tokenizer can be kept.
           log: called with one line for people.
 
         Raises:
-          ConfigError: if there is nothing to make it of.
+          ConfigError: if the tokenizer cannot be made.
         """
 
     def known_size(self) -> int | None:
-        """The size of the vocabulary, where the config alone says it."""
+        """The size of the vocabulary if the config alone decides it, or else None."""
         return None

@@ -1,8 +1,8 @@
 """The runtime tokenizer: text to token ids and back, and the bytes of each token.
 
 It knows how many bytes of UTF-8 each token stands for, so that losses can be given in
-bits per byte. Not here: the configs that make it (`tokenizer.py`), what is known of
-single tokens (`token_text.py`).
+bits per byte. Not here: the configs that make it (`tokenizer.py`), the texts and bytes
+of single tokens (`token_text.py`).
 """
 
 import hashlib
@@ -24,9 +24,9 @@ from moex.json_files import digest, field, read_object
 
 DOC_TOKEN = "<|doc|>"
 PIECE_CHARS = 1_000_000
-FEW_CORES = 4  # with more, the library itself is faster than `fast_bpe.py`
+FEW_CORES = 4  # with more cores, the library itself is faster than `fast_bpe.py`
 META, MODEL = "moex_tokenizer.json", "tokenizer.json"
-MOST_TOKENS = 2**24  # of a vocabulary; the largest that are published have 2**18
+MOST_TOKENS = 2**24  # limit of a vocabulary; the largest published ones have 2**18
 
 
 def sha256(text: str) -> str:
@@ -35,7 +35,7 @@ def sha256(text: str) -> str:
 
 
 def read_model(file: Path, name: str) -> tokenizers.Tokenizer:
-    """The tokenizer in a file that others may have written; `name` begins errors."""
+    """Read the tokenizer in a file from any program; `name` begins errors."""
     text = decode_utf8(file.read_bytes(), file, name)
     with one_line_errors(f"{name}: not a tokenizers JSON file"):
         model = tokenizers.Tokenizer.from_str(text)
@@ -55,15 +55,15 @@ def read_model(file: Path, name: str) -> tokenizers.Tokenizer:
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Turns text into token ids and back.
 
     Attributes:
       vocab_size: number of ids, V; ids the model never produces may be among them.
       doc_id: the token before and after every document.
-      begin_id: the token before a prompt, None: no token; doc_id unless `begin` was
-        called, because that is what moex trains with.
-      prefix_id: the token before a text that is scored whole, or is empty.
-      stop_ids: the tokens that end a text; doc_id, and those of an imported model.
+      begin_id: the token before a prompt, None: no token. It is doc_id, with which
+        moex trains, unless `begin` was called.
+      prefix_id: the token before a text that is scored whole, or that is empty.
+      stop_ids: the tokens that end a text: doc_id, and those of an imported model.
       token_bytes: int32[V] bytes of UTF-8 that each token stands for; special ones 0.
       exact: whether `token_bytes` sums to the size of any encoded text.
       fingerprint: sha256 of the model, `doc_id` and `vocab_size`.
@@ -76,7 +76,7 @@ class Tokenizer:
         vocab_size: int = 0,
         name: str = "the tokenizer",
     ):
-        """A tokenizer of bytes, or one of the library; `name` begins its errors."""
+        """Wrap a tokenizer of the library; None: of bytes. `name` begins errors."""
         self._model: Any = model
         self._name = name
         self.doc_id = self.prefix_id = doc_id
@@ -106,7 +106,7 @@ class Tokenizer:
         self.fingerprint = sha256(identity)
 
     def begin(self, begin_id: int | None, prefix_id: int) -> "Tokenizer":
-        """Let texts begin as those that an imported model was trained with."""
+        """Let texts begin as in the training of an imported model."""
         self.begin_id, self.prefix_id = begin_id, prefix_id
         return self
 
@@ -116,26 +116,26 @@ class Tokenizer:
         return self
 
     def prompt(self, text: str) -> list[int]:
-        """The ids of a text to be continued, at least one."""
+        """Encode a text that will be continued: at least one id."""
         first = [] if self.begin_id is None else [self.begin_id]
         return [*first, *self.encode(text)] or [self.prefix_id]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; no document token is added."""
+        """Encode a text; no document token is added."""
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(
         self, texts: Sequence[str], *, inside: bool = False
     ) -> list[np.ndarray]:
-        """The ids of several texts, each int32[n]; uses all cores.
+        """Encode several texts to int32[n] ids each; this uses all cores.
 
         A long text is encoded in pieces (split after a newline where there is one), so
-        that one large file neither runs on one core nor needs memory in proportion.
+        that a large file uses all cores and bounded memory.
 
         Args:
-          texts: of valid Unicode.
-          inside: whether each goes on with another text, so that nothing is put before
-            its first word.
+          texts: texts of valid Unicode.
+          inside: whether each text continues another one, so that no space is put
+            before its first word.
 
         Raises:
           ConfigError: if the tokenizer cannot encode one of them.
@@ -154,7 +154,7 @@ class Tokenizer:
         return [g[0] if len(g) == 1 else np.concatenate(g) for g in joined]
 
     def _ids_by_words(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The same ids as `_model_ids`, in less time on few cores."""
+        """Encode to the same ids as `_model_ids`, in less time on few cores."""
         plain = [t.isascii() for t in texts]
         fast = [t for t, p in zip(texts, plain, strict=True) if p]
         slow = [t for t, p in zip(texts, plain, strict=True) if not p]
@@ -175,16 +175,16 @@ class Tokenizer:
     def encode_with_bytes(
         self, texts: Sequence[str], *, inside: bool = False
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Ids and the bytes each stands for, both int32[n], exact in sum per text.
+        """Encode to ids and the bytes of each, int32[n]; the sum is exact per text.
 
-        The table is used where it sums to the text's size. Elsewhere (a tokenizer that
-        drops or normalises characters) a token gets the bytes from the end of the one
-        before it to its own end, and the last one what is left. A text of which no
-        token is left has no bytes.
+        The table `token_bytes` is used if it sums to the text's size. Otherwise (if the
+        tokenizer drops or normalises characters) a token gets the bytes from the end of
+        the token before to its own end, and the last token gets the rest. A text with
+        no token left has no bytes.
 
         Args:
-          texts: of valid Unicode.
-          inside: as `encode_batch` has it.
+          texts: texts of valid Unicode.
+          inside: as for `encode_batch`.
         """
         if self.exact:
             coded = self.encode_batch(texts, inside=inside)
@@ -202,17 +202,17 @@ class Tokenizer:
         return pairs
 
     def bytes_of(self, ids: np.ndarray) -> np.ndarray:
-        """int32[n] bytes of each id of a whole document, in sum those of its text."""
+        """The bytes of each id of a document, int32[n]; the sum is its text's size."""
         sizes = self.token_bytes[ids]
         if self.exact or len(ids) == 0:
             return sizes
         return token_text.bytes_with_sum(sizes, len(self.decode(ids).encode()))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; document tokens are left out.
+        """Decode token ids to text; document tokens are left out.
 
-        Texts of ids that were decoded apart are not to be joined: many tokenizers drop
-        the space before the first word. `continuation` tells what ids add to others.
+        Do not join texts that were decoded separately: many tokenizers drop the space
+        before the first word. Use `continuation` for ids that follow others.
         """
         ids = [int(i) for i in ids]
         if self._model is None:
@@ -235,7 +235,7 @@ class Tokenizer:
     def continued(self, prompt: str, new: Sequence[int]) -> str:
         """The text of a prompt with new ids after those of `self.prompt(prompt)`.
 
-        A prompt stands there as it was given, also where the tokenizer changes it.
+        The prompt is kept as it was given, even if the tokenizer changes it.
         """
         before = self.prompt(prompt)
         whole = self.decode([*before, *new])
@@ -243,14 +243,14 @@ class Tokenizer:
             return whole
         added = self.continuation(before, new)
         if prompt[-1:] == " " != self.decode(before)[-1:]:
-            # The space was dropped there, and comes back before the next word.
+            # Decoding dropped the prompt's last space; it is now before the next word.
             added = added.removeprefix(" ")
         return prompt + added
 
     def pieces(self) -> list[str]:
         """The text of each id, for people; "" for ids that are not used.
 
-        Bytes that are no whole character are written as \\xNN.
+        Bytes that are not a whole character are written as \\xNN.
         """
         if self._model is None:
             spell = token_text.spelled
@@ -259,7 +259,7 @@ class Tokenizer:
         return token_text.pieces(json.loads(self._spec), vocab, self.vocab_size)
 
     def save(self, directory: str | Path) -> None:
-        """Write the tokenizer into a directory, for `load`; survives a kill."""
+        """Write the tokenizer into a directory, for `load`; a kill breaks no file."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if self._model is not None:
@@ -277,10 +277,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """Read what `save` wrote.
+        """Read a tokenizer that `save` wrote.
 
         Raises:
-          ConfigError: if there is none, or if a file was changed since.
+          ConfigError: if there is none, or if a file was changed afterwards.
         """
         file = Path(directory) / META
         if not file.is_file():
@@ -298,7 +298,7 @@ class Tokenizer:
             raise ConfigError(f"{directory}: holds no tokenizer ({MODEL} is missing).")
         model = None if kind == "bytes" else read_model(model_file, str(model_file))
         made = cls(model, doc_id, size, str(model_file))
-        seal = meta.pop("sha256", None)  # not in files of before version 0.2
+        seal = meta.pop("sha256", None)  # files from before version 0.2 have none
         sealed = seal in (None, digest(meta))
         if made.fingerprint != fingerprint or not sealed:
             raise ConfigError(
@@ -311,14 +311,14 @@ class Tokenizer:
             begin = _token_id(meta, "begin_id", int | None, made.vocab_size, where)
             prefix = _token_id(meta, "prefix_id", int, made.vocab_size, where)
             return made.begin(begin, prefix)
-        # Files of before version 0.2 have no `begin_id`: texts began with the token of
-        # the template, in runs that were not imported too.
+        # Files from before version 0.2 have no `begin_id`: in all runs, imported or
+        # not, texts then began with the first token of the tokenizer's template.
         first = None if model is None else template_begin(model)
         return made if first is None else made.begin(first, first)
 
 
 def _token_id(meta: dict, name: str, kind: Any, vocab_size: int, where: str) -> Any:
-    """A field that is a token id."""
+    """Read a field that is a token id."""
     return _in_vocabulary(field(meta, name, kind, where), name, vocab_size, where)
 
 
@@ -329,7 +329,7 @@ def _in_vocabulary(value: int | None, name: str, vocab_size: int, where: str) ->
 
 
 def _inside(model: tokenizers.Tokenizer, spec: dict) -> tokenizers.Tokenizer:
-    """The tokenizer for text that goes on with another; often it is `model` itself."""
+    """The tokenizer for text that continues another; often it is `model` itself."""
     changed = token_text.inside_a_text(spec)
     if changed == spec:
         return model

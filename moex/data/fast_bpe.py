@@ -1,10 +1,10 @@
 """A fast way to encode ASCII text with a byte-level BPE.
 
-A BPE encodes each word by itself, and a text has far fewer different words than words:
-the standard library has 2.6 million words, 50 thousand different ones. So each is
-encoded once and the ids are gathered: a third of the processor time of encoding all.
+A BPE encodes each word by itself, and a text repeats most of its words: of the 2.6
+million words of the standard library 50 thousand differ. So each word is encoded once
+and the ids are gathered: this takes a third of the processor time of encoding all.
 
-Not here: the tokenizer (`tokenizer.py`), which also encodes what is not ASCII.
+Not here: the tokenizer (`encoding.py`), which also encodes text that is not ASCII.
 """
 
 import re
@@ -20,7 +20,7 @@ WORDS = re.compile(
 
 
 class _Index(dict):
-    """Numbers words in the order in which they are first asked for."""
+    """Numbers words in the order of their first look-up."""
 
     def __missing__(self, word: str) -> int:
         self[word] = number = len(self)
@@ -30,11 +30,11 @@ class _Index(dict):
 def encode_ascii(
     texts: Sequence[str], encode_words: Callable[[list[str]], list[np.ndarray]]
 ) -> list[np.ndarray]:
-    """The ids of ASCII texts, each int32[n], by encoding every different word once.
+    """Encode ASCII texts to int32[n] ids each; every different word is encoded once.
 
     Args:
-      texts: ASCII only.
-      encode_words: int32[n] ids of each of a list of words.
+      texts: texts of ASCII characters only.
+      encode_words: encodes each word of a list to int32[n] ids.
     """
     index = _Index()
     numbers = [
@@ -49,7 +49,7 @@ def encode_ascii(
 
 
 def _gather(table: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """The pieces `table[start : start + size]`, one after the other."""
+    """Join the pieces `table[start : start + size]`."""
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
     return table[np.arange(total) + np.repeat(starts - (ends - sizes), sizes)]

@@ -1,7 +1,7 @@
 """Input files: finding them, reading text from them, and hashes that are the same
 on every machine.
 
-Not here: what a file's documents are (`sources.py`).
+Not here: the documents of a file (`sources.py`).
 """
 
 import collections
@@ -16,18 +16,18 @@ from typing import NamedTuple
 
 from moex.config.base import ConfigError, require, require_path
 
-BOM = b"\xef\xbb\xbf"  # some editors begin UTF-8 files so; it is no text
+BOM = b"\xef\xbb\xbf"  # some editors put this before UTF-8 text; it is not text
 
 
 class File(NamedTuple):
-    """One input file: the name that keys are made of, and where it lies."""
+    """One input file: the name for the keys of its documents, and its path."""
 
     name: str
     path: Path
 
 
 class Candidate(NamedTuple):
-    """A file that a path leads to, where it really lies, and whether by a link."""
+    """A file that a path leads to, its real path, and whether links were followed."""
 
     file: File
     real: str
@@ -43,17 +43,17 @@ def unit_hash(key: str, salt: str) -> float:
 def find_files(
     paths: tuple[str, ...], where: str, say: Callable[[str], None] | None = None
 ) -> list[File]:
-    """The files named by `paths`: files, directories (recursive) or globs, sorted.
+    """Find the files of `paths`, sorted: files, directories (recursive) or globs.
 
-    A file's name is relative to the directory that was given, so that keys do not
-    depend on where the data lies. Hidden files and folders are left out unless a path
-    names them, and so are empty files. Links to folders are followed. A file that
-    several paths or links lead to is taken once.
+    A file's name is relative to the given directory, so that keys do not depend on
+    where the data is stored. Hidden files and folders are left out unless a path names
+    them, and so are empty files. Links to folders are followed. A file that several
+    paths or links lead to is taken once.
 
     Args:
-      paths: as the config has them.
+      paths: the paths of the config.
       where: the field, for error messages.
-      say: called with one line of what was left out, if anything was.
+      say: called with one line for each kind of file that was left out.
 
     Raises:
       ConfigError: for a path that leads to no file, and if all files are empty.
@@ -71,7 +71,7 @@ def find_files(
             )
         found += matches
     chosen: dict[str, Candidate] = {}
-    for candidate in found:  # the place itself before links to it
+    for candidate in found:  # prefer the file itself to links to it
         known = chosen.setdefault(candidate.real, candidate)
         if known.linked and not candidate.linked:
             chosen[candidate.real] = candidate
@@ -103,7 +103,7 @@ def _told(reason: str, names: list[str]) -> str:
 
 
 def _matches(path: str, nowhere: list[str]) -> list[Candidate]:
-    """The files that one path leads to; names of broken links go to `nowhere`."""
+    """Find the files that one path leads to; add broken links to `nowhere`."""
     if os.path.isdir(path):
         inside = _files_in(Path(path), nowhere)
         return sorted(inside, key=lambda candidate: candidate.file.path)
@@ -117,7 +117,7 @@ def _candidate(path: Path, name: str) -> Candidate:
 
 
 def _files_in(root: Path, nowhere: list[str]) -> Iterator[Candidate]:
-    """All files under a folder, in no order."""
+    """Yield all files under a folder, in no fixed order."""
     for folder, real, entries, linked in _folders(root):
         for entry in entries:
             path, by_link = folder / entry.name, entry.is_symlink()
@@ -130,10 +130,10 @@ def _files_in(root: Path, nowhere: list[str]) -> Iterator[Candidate]:
 
 
 def _folders(root: Path) -> Iterator[tuple[Path, str, list[os.DirEntry], bool]]:
-    """`(folder, where it really lies, what is in it, whether by a link)`, each once.
+    """Yield `(folder, real path, entries, whether by a link)`, each folder once.
 
-    Folders come before links to folders, so that a link hides none. Links back to what
-    was visited, or to a folder that `root` lies in, are not followed: they end.
+    Real folders come before links to folders, so that a link hides none. So that this
+    ends, links to a visited folder or to a parent folder of `root` are not followed.
     """
     seen = set(map(str, Path(os.path.realpath(root)).parents))
     links = collections.deque([(root, False)])
@@ -158,14 +158,14 @@ def _folders(root: Path) -> Iterator[tuple[Path, str, list[os.DirEntry], bool]]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
-    """The entries of a folder that are not hidden, sorted by name."""
+    """List the entries of a folder that are not hidden, sorted by name."""
     with os.scandir(folder) as found:
         shown = [entry for entry in found if not entry.name.startswith(".")]
     return sorted(shown, key=lambda entry: entry.name)
 
 
 def _glob(pattern: Path) -> Iterator[str]:
-    """Names that match; `**` is any depth of folders, as `_folders` visits them."""
+    """Yield names that match; `**` stands for all folders that `_folders` visits."""
     if "**" not in pattern.parts:
         yield from glob.glob(str(pattern))
         return
@@ -178,7 +178,7 @@ def _glob(pattern: Path) -> Iterator[str]:
 
 
 def read_text(file: File, where: str) -> str:
-    """The text of a file, without a byte-order mark.
+    """Read the text of a file, without a byte-order mark.
 
     Raises:
       ConfigError: if it is not UTF-8.
@@ -189,7 +189,7 @@ def read_text(file: File, where: str) -> str:
 
 
 def decode_utf8(data: bytes, file: Path | str, where: str, offset: int = 0) -> str:
-    """The text of `data`, which starts at byte `offset` of `file`."""
+    """Decode `data`, which starts at byte `offset` of `file`."""
     try:
         return data.decode()
     except UnicodeDecodeError as e:
@@ -205,13 +205,13 @@ def one_line(error: BaseException) -> str:
 
 
 def content_key(*parts: bytes) -> str:
-    """A key made of the content, so that equal documents share a split."""
+    """Make a key from the content, so that equal documents are in the same split."""
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
 
 @contextlib.contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Have an error of the system name the file: that of a full disk names none."""
+    """Add the file name to an `OSError` that has none, such as for a full disk."""
     try:
         yield
     except OSError as e:
@@ -221,7 +221,7 @@ def naming(file: Path) -> Iterator[None]:
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write a small file so that a kill leaves the old one or the new one."""
+    """Write a small file; after a kill there is either the old or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with naming(path):
         temporary.write_text(text, encoding="utf-8")
@@ -230,9 +230,9 @@ def atomic_write(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Wait for other processes that make the same thing; a killed one lets go."""
+    """Hold a lock on a file, for one maker at a time; a killed process loses it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w", encoding="utf-8") as f:
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # some file systems have no locks
             fcntl.flock(f, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""The sources of files that a command line names: `moex trace RUN --data=FILE`.
+"""Sources made from file names on a command line: `moex trace RUN --data=FILE`.
 
 Not here: reading the files (`sources.py`).
 """
@@ -17,7 +17,7 @@ TEXT = (
     *(".cpp", ".cu", ".rs", ".go", ".java", ".js", ".ts"),
 )
 
-# The suffix of a file says what reads it, with its default fields.
+# The source for each suffix of a file; it is used with its default fields.
 KINDS: dict[str, type[Source]] = {
     **dict.fromkeys(TEXT, Text),
     ".jsonl": PromptResponse,
@@ -30,7 +30,7 @@ OTHERWISE = "Other data is given by --config.data or --config=FILE (docs/data.md
 
 
 def given_sources(paths: Sequence[str]) -> tuple[Source, ...]:
-    """One source for each of `paths` (files, folders or globs), all of it held out.
+    """Make a source for each of `paths` (files, folders or globs), all held out.
 
     Sources are named by the stem of their file or, where that is not enough, as given.
 

@@ -1,7 +1,7 @@
-"""The tokenizers library: its errors as one line each.
+"""Errors of the tokenizers library, each as one line.
 
-It raises plain `Exception` and, where a regular expression gives up, it panics: that is
-no `Exception`, and every thread writes its stack to standard error.
+The library raises plain `Exception`, and it panics if a regular expression fails: a
+panic is not an `Exception`, and every thread writes its stack to standard error.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ ALONE = threading.Lock()
 
 @contextlib.contextmanager
 def one_line_errors(begins: str, *, may_panic: bool = False) -> Iterator[None]:
-    """Make an error of the library inside a `ConfigError` that begins with `begins`.
+    """Turn an error of the library into a `ConfigError` that begins with `begins`.
 
     Args:
-      begins: what failed, and of which tokenizer.
-      may_panic: hold back what is written to standard error meanwhile, and drop it if
-        the library panics.
+      begins: says what failed, and for which tokenizer.
+      may_panic: hold back output to standard error meanwhile, and drop it if the
+        library panics.
     """
     hold: Any = _standard_error_held if may_panic else contextlib.nullcontext
     with hold() as held:
@@ -41,10 +41,10 @@ def one_line_errors(begins: str, *, may_panic: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _standard_error_held() -> Iterator[list]:
-    """Write what comes to file descriptor 2 only at the end, if it is still wanted.
+    """Hold back output to file descriptor 2 until the end; then write or drop it.
 
     Yields:
-      A list; once it is empty nothing is written.
+      A list; if the caller empties it, the output is dropped.
     """
     wanted = [True]
     with ALONE, tempfile.TemporaryFile() as held:

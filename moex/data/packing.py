@@ -4,7 +4,7 @@ Sequences are built from the memory-mapped stream when they are asked for: `Wind
 cuts it into overlapping or adjoining pieces, `Rows` packs whole examples. Both are
 indexable, so the order of the data is a function of one integer.
 
-Not here: the streams (`stream.py`), the order of training (`pipeline.py`).
+Not here: the streams (`stream.py`), the order of training (`batches.py`).
 
 Shapes: L length of a sequence.
 """
@@ -18,11 +18,11 @@ import numpy as np
 from moex.config.base import ConfigError
 from moex.data.stream import Stream
 
-OPEN_ROWS = 256  # rows that first-fit packing looks back over
+OPEN_ROWS = 256  # the last rows in which first-fit packing looks for room
 
 
 def blank_example(length: int, domain: int, example_id: int) -> dict[str, np.ndarray]:
-    """A sequence of padding only: segment 0 and loss_mask 0 everywhere."""
+    """Make a sequence of padding only: segment 0 and loss_mask 0 everywhere."""
     names = ("tokens", "targets", "segment", "position", "num_bytes")
     example: dict[str, Any] = {name: np.zeros(length, np.int32) for name in names}
     example["loss_mask"] = np.zeros(length, np.float32)
@@ -34,17 +34,17 @@ def blank_example(length: int, domain: int, example_id: int) -> dict[str, np.nda
 class Windows:
     """A stream cut into sequences of `seq_len`, each target scored exactly once.
 
-    Sequence i starts `i * (seq_len - overlap)` tokens into the stream; of its targets
-    only those that no earlier one scored have loss_mask 1, so with an overlap they see
-    at least that much context. Documents longer than a sequence continue in the next
-    one as a new segment: attention does not look back past a sequence's start.
+    Sequence i starts at token `i * (seq_len - overlap)` of the stream. Only targets
+    that no earlier sequence scored have loss_mask 1, so with an overlap they see at
+    least that much context. Documents longer than a sequence continue in the next one
+    as a new segment: attention does not look back past a sequence's start.
 
     Args:
       stream: the tokens.
       seq_len: L, number of inputs of a sequence.
       overlap: inputs that a sequence repeats from the one before, in [0, seq_len).
       domain: index of the source, copied into every example.
-      partial: keep a padded last sequence; else it is dropped.
+      partial: pad a last sequence that is not full, instead of dropping it.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class Windows:
 
     @property
     def has_targets(self) -> bool:
-        """Whether any token is learned or scored."""
+        """Whether there is any token to learn or score."""
         return self._len > 0
 
     def __repr__(self) -> str:
         return f"Windows({self.stream.directory.parent.name}, {self.seq_len})"
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """One sequence: int32[L] arrays, float32[L] loss_mask and two int32 scalars."""
+        """A sequence: int32[L] arrays, float32[L] loss_mask and two int32 scalars."""
         if not 0 <= index < self._len:
             raise IndexError(index)
         stream, example = self.stream, blank_example(self.seq_len, self.domain, index)
@@ -100,13 +100,13 @@ class Windows:
 
 
 class Rows:
-    """Whole examples packed into sequences of `seq_len`; none is ever cut in two.
+    """Whole examples packed into sequences of `seq_len`; none is cut in two.
 
     An example is `[doc, prompt, response]` with targets `[prompt, response, doc]`;
     loss_mask is 1 where the target belongs to the response or ends it.
 
     Args:
-      stream: the tokens, with `prompts`.
+      stream: the tokens, a stream that has `prompts`.
       seq_len: L, number of inputs of a sequence.
       domain: index of the source, copied into every example.
     """
@@ -123,12 +123,12 @@ class Rows:
 
     @property
     def has_targets(self) -> bool:
-        """Whether any token is learned or scored."""
+        """Whether there is any token to learn or score."""
         return self.num_cut < len(self.stream.starts)
 
     @property
     def num_cut(self) -> int:
-        """Examples whose prompt fills a sequence, so that no target is left of them."""
+        """The number of examples whose prompt fills a sequence and leaves no target."""
         if self.stream.prompts is None:
             return 0
         return int(np.sum(self.stream.prompts >= self.seq_len))
@@ -137,7 +137,7 @@ class Rows:
         return f"Rows({self.stream.directory.parent.name}, {self.seq_len})"
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """One sequence, as `Windows` gives them; segment counts its examples."""
+        """A sequence as in `Windows`; segment is the number of the example in it."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         stream, row = self.stream, blank_example(self.seq_len, self.domain, index)
@@ -159,7 +159,7 @@ class Rows:
 
 
 def pack_rows(directory: Path, seq_len: int, truncate: bool, where: str) -> None:
-    """Assign the examples of a stream to rows, first fit, and write the assignment.
+    """Assign the examples of a stream to rows by first fit; write the assignment.
 
     Raises:
       ConfigError: for examples longer than `seq_len`, unless they may be truncated.

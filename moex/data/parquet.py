@@ -1,6 +1,6 @@
 """Columns of Parquet files, through the package pyarrow.
 
-Not here: what documents are made of them (`sources.py`).
+Not here: making documents of the values (`sources.py`).
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def holds(found: Any, kind: str) -> bool:
 
 
 def rows(file: File, column: str, where: str) -> Iterator[Any]:
-    """The values of a column, as scalars of Arrow."""
+    """Yield the values of a column as Arrow scalars."""
     import pyarrow
 
     batches = open_file(file, where).iter_batches(columns=[column])
@@ -44,7 +44,7 @@ def rows(file: File, column: str, where: str) -> Iterator[Any]:
 
 
 def open_file(file: File, where: str) -> Any:
-    """The file as `pyarrow.parquet.ParquetFile`."""
+    """Open a file as `pyarrow.parquet.ParquetFile`."""
     try:
         import pyarrow
         import pyarrow.parquet

@@ -1,4 +1,4 @@
-"""From a config to datasets of text: `prepare` encodes and packs every source, once.
+"""Datasets of text from a config: `prepare` encodes and packs every source once.
 
 Not here: reading files (`sources.py`), the cache (`cache.py`), batches (`batches.py`).
 
@@ -23,14 +23,14 @@ from moex.json_files import digest
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Data(Reading):
-    """What a run reads: a mixture of sources, and how text becomes tokens."""
+    """The text of a run: a mixture of sources, and a tokenizer."""
 
     sources: tuple[Source, ...] = (PythonStdlib(),)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=Bpe)
-    cache_dir: str | None = None  # None: $MOEX_CACHE, else ~/.cache/moex
+    cache_dir: str | None = None  # None: $MOEX_CACHE, or else ~/.cache/moex
 
     def validate(self, path: str) -> None:
-        """Check the names of the sources too."""
+        """Check the fields and the names of the sources."""
         Reading.validate(self, path)
         require(len(self.sources) > 0, f"{path}.sources", self.sources, "not empty")
         names = [source.label() for source in self.sources]
@@ -44,7 +44,7 @@ class Data(Reading):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Prepared(Datasets):
-    """Text ready to be read: one packed dataset per source and split.
+    """Text that is ready to be read: one packed dataset per source and split.
 
     Attributes:
       seq_len: L, inputs per sequence.
@@ -155,7 +155,7 @@ def _check_sizes(train, held_out, source: Source, where: str, log, scoring) -> N
 
 
 def _check_targets(train, held_out, source: Source, where: str, log, scoring) -> None:
-    """Say how many prompts leave no room for a response; refuse to learn nothing."""
+    """Warn of prompts that leave no room for a response; raise if all do."""
     for split, data in zip(SPLITS, (train, held_out), strict=True):
         if not isinstance(data, Rows) or data.num_cut == 0:
             continue
@@ -174,10 +174,10 @@ def _check_targets(train, held_out, source: Source, where: str, log, scoring) ->
 
 
 def _sample(named, total: int, limit: int) -> list[str]:
-    """Training texts of about `limit` bytes in all, chosen by the hash of their key.
+    """Draw training texts of about `limit` bytes in all by the hash of their key.
 
-    Of a large document the beginning is taken. The share is raised where files hold
-    less text than their size says.
+    A large document gives its beginning. The share is raised if files have less text
+    than their size suggests.
     """
     share = min(1.0, limit / total)
     while True:

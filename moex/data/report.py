@@ -1,5 +1,5 @@
-"""What a person asks about prepared data: how much there is, what it looks like, and
-how well general-purpose compressors do on its held-out text.
+"""A report on prepared data: how much there is, what it looks like, and how well
+general-purpose compressors do on its held-out text.
 
 Not here: making the data (`pipeline.py`).
 """
@@ -23,15 +23,15 @@ COMPRESSORS = {
 def compressor_bits_per_byte(
     prepared: Prepared, *, max_bytes: int = 32_000_000, where: str = "data"
 ) -> dict[str, float]:
-    """Bits per byte that `gzip`, `bz2` and `lzma` reach on the held-out documents.
+    """Measure bits per byte of `gzip`, `bz2` and `lzma` on the held-out documents.
 
     The documents of all text sources are concatenated in reading order and compressed
-    as one, at each program's best level: the number to beat with a model's bits per
-    byte on the same documents. Token ids and prompts have no text and are left out.
+    as one, at each program's best level: a model should have fewer bits per byte on the
+    same documents. Sources of token ids and of pairs are left out.
 
     Args:
-      prepared: from `prepare`.
-      max_bytes: use only the first so many bytes of a larger held-out part.
+      prepared: the result of `prepare`.
+      max_bytes: use only the first bytes of the held-out text, at most this many.
       where: the path of the data config, for error messages.
 
     Raises:
@@ -55,13 +55,13 @@ def compressor_bits_per_byte(
 
 
 def inspect(prepared: Prepared, *, example: int = 0, tokens: int = 64) -> str:
-    """Text for `moex data inspect`: a table of all sources and one example.
+    """Write the text of `moex data inspect`: a table of all sources and an example.
 
     Args:
-      prepared: from `prepare`.
-      example: index of the training sequence of each source to show; a source with
-        fewer begins again.
-      tokens: how many of its tokens to show.
+      prepared: the result of `prepare`.
+      example: index of the training sequence of each source to show, modulo their
+        number.
+      tokens: how many tokens of that sequence to show.
     """
     most = max(map(len, prepared.train))
     ok = 0 <= example < max(most, 1)
@@ -81,19 +81,19 @@ def inspect(prepared: Prepared, *, example: int = 0, tokens: int = 64) -> str:
     lines += ["", f"tokenizer: {prepared.tokenizer.vocab_size} tokens, "]
     lines[-1] += f"fingerprint {prepared.tokenizer.fingerprint[:12]}"
     for name, data in zip(prepared.domains, prepared.train, strict=True):
-        if len(data) > 0:  # else it is only scored
+        if len(data) > 0:  # a source may be only scored
             lines += ["", *_example(prepared, name, data, example % len(data), tokens)]
     return "\n".join(lines)
 
 
 def _cells(row: tuple[str, ...], widths: list[int]) -> list[str]:
-    """Names to the left, numbers to the right."""
+    """Align the cells of a row: names to the left, numbers to the right."""
     pad = [str.ljust, str.ljust] + [str.rjust] * (len(row) - 2)
     return [f(cell, width) for f, cell, width in zip(pad, row, widths, strict=True)]
 
 
 def _example(prepared: Prepared, name: str, data, index: int, tokens: int) -> list[str]:
-    """One sequence as a table, a token a line."""
+    """Show one sequence as a table, one token a line."""
     shown, tokenizer = data[index], prepared.tokenizer
     pieces = tokenizer.pieces()
     learned = int(shown["loss_mask"].sum())

@@ -1,11 +1,11 @@
-"""Series of numbers from CSV files, cut into windows of tokens.
+"""Numeric time series from CSV files, cut into windows of tokens.
 
-A token is `patch` steps of all columns; a model learns to tell the next token. Each
-file is a series of its own: windows do not reach from one into another.
+A token is `patch` steps of all columns; a model learns to predict the next token. Each
+file is a series of its own: no window has values of two files.
 
 Not here: batches (`batches.py`).
 
-Shapes: T steps of a series · C columns · L tokens of a window · P steps of a token.
+Shapes: T steps of a series · C columns · L tokens of a window · P steps per token.
 """
 
 import csv
@@ -28,15 +28,15 @@ class Series(Reading):
     """CSV files with a line of names at the top, then one line per step in time."""
 
     paths: tuple[str, ...] = ()  # files, directories or globs, at least one
-    # Columns to read, all of numbers; None: all but the one of `time`, of the first
-    # file. Training fills them in.
+    # Columns to read, which must have numbers; None: all columns of the first file
+    # except for `time`; training fills them in.
     columns: tuple[str, ...] | None = None
     time: str | None = "date"  # a column that is not read; None: there is none
-    patch: int = 1  # P, steps of a token, >= 1
-    stride: int = 1  # steps between the starts of two windows of training, >= 1
-    holdout: float = 0.2  # share of each series, its end, that is held out, in [0, 1]
-    # Mean and standard deviation of each column: numbers are read as deviations from
-    # the mean. None: those of what is trained on, which training fills in.
+    patch: int = 1  # P, steps per token, >= 1
+    stride: int = 1  # steps between the starts of two training windows, >= 1
+    holdout: float = 0.2  # share at the end of each series that is held out, in [0, 1]
+    # Mean and standard deviation of each column: a value is read as its deviation from
+    # the mean, in standard deviations. None: those of the training steps, filled in.
     scale: tuple[tuple[float, float], ...] | None = None
 
     def validate(self, path: str) -> None:
@@ -52,7 +52,7 @@ class Series(Reading):
             require(ok, f"{path}.scale", (mean, deviation), "finite, deviations > 0")
 
     def num_columns(self, where: str) -> int:
-        """C, by the config alone or the first line of the first file."""
+        """The number of columns, by the config or the first line of the first file."""
         if self.columns is not None:
             return len(self.columns)
         return len(_columns(self, find_files(self.paths, f"{where}.paths")[0], where))
@@ -67,7 +67,7 @@ def prepare(
     log=print,
     where: str = "data",
 ) -> Datasets:
-    """Read all files; the first steps of each are trained on, the last are held out.
+    """Read all files; the first steps of each are for training, the last held out.
 
     Fills in `config.columns` and `config.scale`.
 
@@ -77,12 +77,12 @@ def prepare(
       overlap: tokens that a held-out window repeats from the one before as context, in
         [0, seq_len).
       scoring: only held-out data will be read, so training data may be missing.
-      log: called with one line of what was read.
+      log: called with one line that says what was read.
       where: the path of `config`, for error messages.
 
     Raises:
-      ConfigError: naming file, line and column of what is no number; if the files have
-        other columns, or too few steps.
+      ConfigError: naming file, line and column, for a value that is not a number; if
+        the files have other columns, or too few steps.
     """
     check(config, where)
     files = find_files(config.paths, f"{where}.paths", log)
@@ -130,14 +130,14 @@ def prepare(
 
 
 def _told(file: File) -> dict:
-    """What the manifest has of a file."""
+    """Describe a file for the manifest."""
     data = file.path.read_bytes()
     sha = hashlib.sha256(data).hexdigest()
     return {"sha256": sha, "files": [[file.name, len(data), sha]]}
 
 
 def _columns(config: Series, file: File, where: str) -> tuple[str, ...]:
-    """The names of the columns to read of a file, in their order."""
+    """The names of the columns to read from a file, in their order."""
     with file.path.open("rb") as opened:
         line = opened.readline()
     try:
@@ -164,12 +164,12 @@ def _columns(config: Series, file: File, where: str) -> tuple[str, ...]:
 
 
 def read_series(config: Series, file: File, names, where: str) -> np.ndarray:
-    """The columns `names` of a file, float64[T, C].
+    """Read the columns `names` of a file as float64[T, C].
 
     Raises:
-      ConfigError: naming file, line and column of what is no finite number.
+      ConfigError: naming file, line and column, for a value that is not finite.
     """
-    _columns(config, file, where)  # they are there
+    _columns(config, file, where)  # check that the file has them
     text = read_text(file, f"{where}.paths")
     reader = csv.reader(io.StringIO(text, newline=""))
     here = f"{where}.paths: {file.path}, line"
@@ -177,7 +177,7 @@ def read_series(config: Series, file: File, names, where: str) -> np.ndarray:
         head = next(reader)
         places = [head.index(name) for name in names]
         rows = []
-        for row in filter(None, reader):  # an empty line is none
+        for row in filter(None, reader):  # empty lines are skipped
             if len(row) != len(head):
                 raise ConfigError(
                     f"{here} {reader.line_num}: has {len(row)} columns, not the "
@@ -203,7 +203,7 @@ def _number(text: str) -> float:
 
 
 def _scale(value_TC: np.ndarray, names, where: str) -> tuple[tuple[float, float], ...]:
-    """(mean, deviation) of each column; 1 for a column that does not change."""
+    """Compute (mean, deviation) of each column; a constant one has deviation 1."""
     if not len(value_TC):
         raise ConfigError(
             f"{where}.scale = None: nothing is trained on, so that means and "
@@ -221,13 +221,13 @@ class SeriesWindows:
     """A series cut into windows of `seq_len` tokens, each with the token after it.
 
     Args:
-      value_TC: float32, in units of the columns' deviations.
+      value_TC: float32 values, in standard deviations of the columns.
       seq_len: L, tokens of a window.
-      patch: P, steps of a token.
+      patch: P, steps per token.
       stride: steps between the starts of two windows.
       domain: index of the series, copied into every example.
-      overlap: tokens at the start of a window (but of the first) that are not scored.
-      partial: keep a last window that is padded; else it is dropped.
+      overlap: tokens at the start of each window but the first that are not scored.
+      partial: pad a last window that is not full, instead of dropping it.
     """
 
     def __init__(
@@ -243,10 +243,10 @@ class SeriesWindows:
     ):
         self.value_TC, self.seq_len, self.patch = value_TC, seq_len, patch
         self.stride, self.domain, self.overlap = stride, domain, overlap
-        self.steps = (seq_len + 1) * patch  # of a full window
+        self.steps = (seq_len + 1) * patch  # steps that a full window needs
         extra = len(value_TC) - self.steps
         full = 0 if extra < 0 else 1 + extra // stride
-        scored = (len(value_TC) // patch - 1) * patch  # steps that are told
+        scored = (len(value_TC) // patch - 1) * patch  # steps that can be predicted
         covered = 0 if full == 0 else (full - 1) * stride + seq_len * patch
         self._len = full + int(partial and covered < scored)
 
@@ -255,14 +255,14 @@ class SeriesWindows:
 
     @property
     def has_targets(self) -> bool:
-        """Whether any token is learned or scored."""
+        """Whether there is any token to learn or score."""
         return self._len > 0
 
     def __repr__(self) -> str:
         return f"SeriesWindows({self.value_TC.shape}, {self.seq_len}, {self.patch})"
 
     def __getitem__(self, index: int) -> Example:
-        """One window: float32[L, P, C] values and targets, and what all data has."""
+        """A window: float32[L, P, C] values and targets, and the common fields."""
         if not 0 <= index < self._len:
             raise IndexError(index)
         start = int(index) * self.stride

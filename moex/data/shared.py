@@ -1,4 +1,4 @@
-"""Files that two sources of a mixture read: is anything trained on and held out?"""
+"""A check of files that two sources read: none may both train on and hold out text."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from moex.config.base import ConfigError, to_dict
 from moex.data.contract import Source
 from moex.data.files import File
 
-# Fields that do not say which text of a file is read.
+# These fields do not decide which text of a file is read.
 ASIDE = ("weight", "name", "paths", "holdout", "delimiter", "truncate")
 
 
@@ -17,16 +17,16 @@ def check_shared(
     """Refuse text that one source holds out and another trains on.
 
     Args:
-      named: (path of the config, source) of each.
-      say: called with one line for two sources that share files, which is allowed
-        where both hold out the same of them.
+      named: (path of the config, source) for each source.
+      say: called with one line for two sources that share files; that is allowed if
+        both hold out the same documents.
 
     Raises:
       ConfigError: naming the file and both sources.
     """
     if len(named) == 1:
-        return  # and a folder of a million files is not listed again
-    known: dict[str, tuple[str, str]] = {}  # file and settings: source and split
+        return  # so that a folder of a million files is not listed again
+    known: dict[str, tuple[str, str]] = {}  # {file and settings: (source, split)}
     shared: dict[tuple[str, str], list[str]] = {}
     for where, source in named:
         settings = {k: v for k, v in to_dict(source).items() if k not in ASIDE}
@@ -48,7 +48,7 @@ def check_shared(
 
 
 def _split(source: Source, file: File) -> str:
-    """A text that is equal for sources that hold out the same documents of a file."""
+    """A text for comparing sources: if equal, they hold out the same documents."""
     if source.holdout in (0, 1):
         return f"{source.holdout:g}"
     return f"{source.holdout!r} {source.cut(file)!r}"

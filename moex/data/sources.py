@@ -1,10 +1,10 @@
-"""Where documents come from: one small config per kind of file.
+"""Sources of documents: one small config per kind of file.
 
 A source is a config that lists its files, checks them, and yields `Document`s in a
 fixed order. Whether a document is held out for evaluation depends on a hash of its own
 key only, so adding a document never moves another one between the splits.
 
-Not here: tokenizing (`tokenizer.py`), packing into sequences (`packing.py`).
+Not here: tokenizing (`encoding.py`), packing into sequences (`packing.py`).
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class PythonStdlib(Source):
-    """The standard library's own source text: data that every machine has.
+    """The source text of Python's standard library: data that every machine has.
 
-    Tests and third-party packages are left out. A document is a file; files that are
+    Each file is a document. Tests and third-party packages are left out; files that are
     not UTF-8 are skipped and counted.
     """
 
@@ -45,7 +45,7 @@ class PythonStdlib(Source):
         return self.name or "python_stdlib"
 
     def files(self, where: str, say: Say | None = None) -> list[File]:
-        """All `.py` files of the standard library, sorted by relative path."""
+        """List all `.py` files of the standard library, sorted by relative path."""
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
         skip |= {"__pycache__", "lib-dynload"}
@@ -72,12 +72,12 @@ class PythonStdlib(Source):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Text(FileSource):
-    """UTF-8 text files: one document a file, or several with a `delimiter`."""
+    """UTF-8 text files: one document per file, or several with a `delimiter`."""
 
-    delimiter: str = ""  # text between two documents of a file; "": one a file
+    delimiter: str = ""  # text between two documents; "": each file is one document
 
     def cut(self, file: File) -> str:
-        """The delimiter; a whole file has its name as its key."""
+        """The delimiter: without one, the key of a document is the file's name."""
         return self.delimiter or f"whole {file.name}"
 
     def read(self, where: str) -> Iterator[Document]:
@@ -94,7 +94,7 @@ class Text(FileSource):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Parquet(FileSource):
-    """A column of Parquet files: one document a row. Needs the package pyarrow."""
+    """A column of Parquet files: one document per row. It needs the package pyarrow."""
 
     column: str = "text"  # the column that holds the documents
     kind: str = "text"  # "text", or "tokens" for lists of token ids
@@ -105,7 +105,7 @@ class Parquet(FileSource):
         require_choice(f"{path}.kind", self.kind, ("text", "tokens"))
 
     def content(self) -> str:
-        """The kind."""
+        """The kind of content of the documents: `kind`."""
         return self.kind
 
     def check_file(self, file: File, where: str) -> None:
@@ -157,7 +157,7 @@ def _token_document(ids: np.ndarray) -> Document:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ArrayRecord(FileSource):
-    """ArrayRecord files: one document a record."""
+    """ArrayRecord files: one document per record."""
 
     kind: str = "text"  # "text" for UTF-8, "tokens" for little-endian token ids
     token_dtype: str = "uint16"  # with kind="tokens": the type of an id
@@ -169,7 +169,7 @@ class ArrayRecord(FileSource):
         require_choice(f"{path}.token_dtype", self.token_dtype, TOKEN_DTYPES)
 
     def content(self) -> str:
-        """The kind."""
+        """The kind of content of the documents: `kind`."""
         return self.kind
 
     def check_file(self, file: File, where: str) -> None:
@@ -220,7 +220,7 @@ def _records(file: File, where: str) -> Iterator[bytes]:
 
 
 def _surrogate(character: str) -> bool:
-    """Half of a pair, which JSON can spell and UTF-8 cannot."""
+    """Whether it is half of a surrogate pair; JSON can spell one, UTF-8 cannot."""
     return "\ud800" <= character <= "\udfff"
 
 
@@ -229,9 +229,8 @@ class PromptResponse(FileSource):
     """JSON lines with a prompt and a response; only the response is learned.
 
     Prompt and response are joined as they are: put separators into the texts. The
-    prompt is encoded as it is when it is given to be continued, and the response as
-    what goes on after it. Examples are packed whole; the token that ends a response is
-    learned too.
+    prompt is encoded as in generation, and the response as a text that continues it.
+    Examples are packed whole; the token that ends a response is learned too.
     """
 
     prompt: str = "prompt"  # name of the field that is only read
@@ -239,7 +238,7 @@ class PromptResponse(FileSource):
     truncate: bool = False  # cut examples that are longer than a sequence
 
     def content(self) -> str:
-        """Documents are (prompt, response)."""
+        """The kind of content of the documents: `pairs` (prompt, response)."""
         return "pairs"
 
     def check_file(self, file: File, where: str) -> None:
@@ -263,7 +262,7 @@ class PromptResponse(FileSource):
                     yield self._document(text, f"{file.path}:{number}", where)
 
     def _document(self, line: str, at: str, where: str) -> Document:
-        # Other fields are not read, and may have numbers that JSON does not know.
+        # Other fields are not used, so they may have NaN, which JSON does not know.
         record = parse_json(line, f"{where}.paths: {at}", nan=True)
         if not isinstance(record, dict):
             raise ConfigError(f"{where}.paths: {at}: must be an object {{...}}.")

@@ -1,7 +1,7 @@
-"""Token streams on disk: one per split of a source.
+"""Token streams on disk, one per split of a source.
 
-A stream is `[doc, t1 .. tn, doc, u1 .. um, doc]` with the offsets of the document
-tokens beside it, written once and memory-mapped afterwards.
+A stream is `[doc, t1 .. tn, doc, u1 .. um, doc]`, with the offsets of the document
+tokens in another file. It is written once and memory-mapped afterwards.
 
 Not here: cutting streams into sequences (`packing.py`), the cache (`cache.py`).
 """
@@ -23,13 +23,13 @@ BATCH_CHARS = 8_000_000
 
 
 class StreamWriter:
-    """Writes one stream into a directory, a document at a time.
+    """Writes one stream into a directory, one document at a time.
 
     Args:
       directory: an existing directory that nothing else writes to.
-      vocab_size: ids are kept as uint16 if they fit, else as uint32.
+      vocab_size: ids are stored as uint16 if that is enough, or else as uint32.
       doc_id: the token put before each document and after the last.
-      with_bytes: also store the bytes of each token, where no table gives them.
+      with_bytes: also store the number of bytes of each token, as no table gives it.
     """
 
     def __init__(self, directory: Path, vocab_size: int, doc_id: int, with_bytes: bool):
@@ -52,12 +52,12 @@ class StreamWriter:
     def add(
         self, ids: np.ndarray, sizes: np.ndarray, text_bytes: int, prompt: int = 0
     ) -> None:
-        """Append a document; one without tokens is only counted.
+        """Append a document; a document without tokens is only counted.
 
         Args:
           ids: int[n] token ids.
-          sizes: int[n] bytes of each token.
-          text_bytes: bytes of the document.
+          sizes: int[n] number of bytes of each token.
+          text_bytes: the number of bytes of the document.
           prompt: how many of the first tokens are not learned.
         """
         if len(ids) == 0:
@@ -101,12 +101,12 @@ class StreamWriter:
 
 
 class Stream:
-    """A stream that `StreamWriter` wrote, memory-mapped.
+    """A memory-mapped stream that `StreamWriter` wrote.
 
     Attributes:
       tokens: uint16 or uint32[T], documents with a document token around each.
       starts: int64[documents] offsets of the document tokens before each document.
-      prompts: int32[documents] leading tokens not learned, or None.
+      prompts: int32[documents] numbers of leading tokens not learned, or None.
     """
 
     def __init__(self, directory: Path, token_bytes: np.ndarray):
@@ -124,7 +124,7 @@ class Stream:
         self._table = token_bytes
 
     def num_bytes(self, start: int, stop: int) -> np.ndarray:
-        """int32[stop - start] bytes of the tokens in a range of the stream."""
+        """The bytes of each token in a range of the stream, int32[stop - start]."""
         if self._sizes is not None:
             return self._sizes[start:stop]
         return self._table[self.tokens[start:stop]]
@@ -171,7 +171,7 @@ def write_source(source, tokenizer, out: Path, where: str) -> dict[str, Any]:
 
 
 def _batches(documents) -> Iterator[list]:
-    """Documents in lists of about `BATCH_CHARS` characters, enough for all cores."""
+    """Yield lists of documents of about `BATCH_CHARS` characters, for all cores."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
@@ -188,16 +188,16 @@ def _size(value) -> int:
 
 
 def _texts(texts: list[str], tokenizer, where: str) -> Iterator[tuple]:
-    """Arguments of `StreamWriter.add` per text."""
+    """Yield the arguments of `StreamWriter.add` for each text."""
     coded = tokenizer.encode_with_bytes(texts)
     for text, (ids, sizes) in zip(texts, coded, strict=True):
         yield ids, sizes, len(text.encode())
 
 
 def _pairs(pairs: list, tokenizer, where: str) -> Iterator[tuple]:
-    """Arguments of `StreamWriter.add` per (prompt, response)."""
+    """Yield the arguments of `StreamWriter.add` for each (prompt, response)."""
     prompts = tokenizer.encode_with_bytes([prompt for prompt, _ in pairs])
-    # A response goes on with its prompt; an empty prompt leaves it to begin the text.
+    # A response continues its prompt; if the prompt is empty, it begins the text.
     answers = tokenizer.encode_with_bytes([text for _, text in pairs], inside=True)
     alone = tokenizer.encode_with_bytes([text for prompt, text in pairs if not prompt])
     begins = iter(alone)
@@ -208,7 +208,7 @@ def _pairs(pairs: list, tokenizer, where: str) -> Iterator[tuple]:
 
 
 def _tokens(documents: list, tokenizer, where: str) -> Iterator[tuple]:
-    """Arguments of `StreamWriter.add` per list of ids."""
+    """Yield the arguments of `StreamWriter.add` for each list of ids."""
     for ids in documents:
         if len(ids) and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
             bad = int(ids.min() if ids.min() < 0 else ids.max())
@@ -222,6 +222,6 @@ def _tokens(documents: list, tokenizer, where: str) -> Iterator[tuple]:
 
 
 def _strip(ids: np.ndarray, doc_id: int) -> np.ndarray:
-    """Without document tokens at either end: the writer puts its own."""
+    """Remove document tokens at both ends: the writer adds its own."""
     text = np.flatnonzero(ids != doc_id)
     return ids[text[0] : text[-1] + 1] if len(text) else ids[:0]

@@ -1,10 +1,10 @@
-"""Texts and bytes of single tokens, from the JSON of a Hugging Face tokenizer.
+"""The texts and bytes of single tokens, from the JSON of a Hugging Face tokenizer.
 
-A text is not the sum of the texts of its tokens: SentencePiece's tokenizers drop the
+A text is not just the texts of its tokens in a row: SentencePiece's tokenizers drop the
 space before the first word, WordPiece writes spaces between words that no token has,
-and a character may be several tokens of a byte each.
+and a character may be several tokens of one byte each.
 
-Not here: encoding and decoding (`tokenizer.py`).
+Not here: encoding and decoding (`encoding.py`).
 """
 
 import itertools
@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from tokenizers import pre_tokenizers
 
-SPACE = "\u2581"  # SentencePiece writes a space so
+SPACE = "\u2581"  # how SentencePiece writes a space
 
 
 def _bytes_of_characters() -> dict[str, int]:
     """The byte that each character of the byte-level alphabet stands for.
 
-    Printable characters of Latin-1 stand for themselves, the other bytes, in order, for
-    those from U+0100 on.
+    Printable characters of Latin-1 stand for themselves; the characters from U+0100 on
+    stand for the other bytes, in order.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
@@ -58,14 +58,14 @@ def is_byte_level(spec: dict) -> bool:
 
 
 def has_gpt2_words(spec: dict) -> bool:
-    """Whether words are those of `fast_bpe.py`."""
+    """Whether the tokenizer splits text into the words of `fast_bpe.py`."""
     how = spec["pre_tokenizer"]
     special = all(t["special"] for t in spec["added_tokens"])
     return special and how["type"] == "ByteLevel" and how.get("use_regex", True)
 
 
 def inside_a_text(spec: dict) -> dict:
-    """The same tokenizer without the space that it puts before the first word."""
+    """Change a tokenizer so that it puts no space before the first word."""
     parts = {part: _no_prefix(spec[part]) for part in ("normalizer", "pre_tokenizer")}
     return spec | parts
 
@@ -91,17 +91,17 @@ def special_ids(spec: dict) -> set[int]:
 
 
 def fallback_bytes(spec: dict, vocab: dict[str, int]) -> dict[int, int]:
-    """{token id: its byte} of the tokens that the decoder joins to characters."""
+    """Map {token id: byte} for the tokens that the decoder joins to characters."""
     if "ByteFallback" not in kinds(spec["decoder"]):
         return {}
     return {i: FALLBACK[token] for token, i in vocab.items() if token in FALLBACK}
 
 
 def broken_runs(ids: list[int], byte_of: dict[int, int]) -> list[int | str]:
-    """Ids in which runs of byte tokens that are no characters are texts instead.
+    """Replace runs of byte tokens that are not valid UTF-8 by texts.
 
-    The library makes a whole run of bytes unreadable where one of them is: then text
-    that was written already would change when the next token comes.
+    If one byte of a run is invalid, the library makes the whole run unreadable: text
+    that was printed already would change when the next token comes.
     """
     found: list[int | str] = []
     for is_byte, run in itertools.groupby(ids, byte_of.__contains__):
@@ -113,11 +113,11 @@ def broken_runs(ids: list[int], byte_of: dict[int, int]) -> list[int | str]:
 
 
 def token_bytes(model: Any, spec: dict, vocab_size: int, doc_id: int) -> np.ndarray:
-    """int32[V] bytes of UTF-8 that each token adds to a text; special ones add 0."""
+    """The UTF-8 bytes that each token adds to a text, int32[V]; special ones add 0."""
     table = np.zeros(vocab_size, np.int32)
     vocab = model.get_vocab(with_added_tokens=True)
     if "ByteLevel" in kinds([spec["pre_tokenizer"], spec["decoder"]]):
-        # One character of its alphabet is one byte.
+        # One character of the byte-level alphabet stands for one byte.
         added = {t["id"]: len(t["content"].encode()) for t in spec["added_tokens"]}
         for token, i in vocab.items():
             table[i] = added.get(i, len(token))
@@ -130,7 +130,7 @@ def token_bytes(model: Any, spec: dict, vocab_size: int, doc_id: int) -> np.ndar
 
 
 def _added_bytes(model, ids: list[int]) -> np.ndarray:
-    """How much longer a text becomes with each of the ids after a word of one token."""
+    """Measure how much longer a text of one word becomes with each id after it."""
     alone = [len(text.encode()) for text in model.decode_batch([[i] for i in ids])]
     word = ids[int(np.argmax(alone))]
     both = model.decode_batch([[word, i] for i in ids])
@@ -139,9 +139,9 @@ def _added_bytes(model, ids: list[int]) -> np.ndarray:
 
 
 def bytes_from_offsets(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
-    """int32[n]: each token has the bytes from the end of the one before to its own.
+    """The bytes from the end of each token's predecessor to its own end, int32[n].
 
-    The last one has what is left, so that they sum to the size of the text.
+    The last token gets the rest, so that they sum to the size of the text.
     """
     code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     size = 1 + (code >= 0x80) + (code >= 0x800).astype(int) + (code >= 0x10000)
@@ -152,7 +152,7 @@ def bytes_from_offsets(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
 
 
 def bytes_with_sum(sizes: np.ndarray, total: int) -> np.ndarray:
-    """`sizes`, int32[n >= 1], changed at its beginning so that it sums to `total`."""
+    """Change the first of `sizes`, int32[n >= 1], so that they sum to `total`."""
     sizes = sizes.copy()
     missing = total - int(sizes.sum())
     if missing >= 0:
@@ -166,7 +166,7 @@ def pieces(spec: dict, vocab: dict[str, int], vocab_size: int) -> list[str]:
     """The text of each id, for people; "" for ids that are not used.
 
     Args:
-      spec: JSON of the tokenizer.
+      spec: the JSON of the tokenizer.
       vocab: {token: id} without added tokens.
       vocab_size: V.
     """
@@ -185,5 +185,5 @@ def pieces(spec: dict, vocab: dict[str, int], vocab_size: int) -> list[str]:
 
 
 def spelled(piece: bytes) -> str:
-    r"""Bytes as text; those that are no whole character as \xNN."""
+    r"""Decode bytes to text; write those that are not a whole character as \xNN."""
     return piece.decode("utf-8", errors="backslashreplace")

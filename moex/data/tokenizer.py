@@ -1,7 +1,7 @@
-"""Tokenizers: raw bytes, a byte-level BPE trained on the run's own text, or a file.
+"""Tokenizer configs: raw bytes, a BPE trained on the run's own text, or a file.
 
-All configs make a `Tokenizer`. Not here: what that does (`encoding.py`), writing token
-streams (`stream.py`).
+All of them make a `Tokenizer`. Not here: `Tokenizer` itself (`encoding.py`), writing
+token streams (`stream.py`).
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ BPE_SAMPLE_BYTES = 4_000_000
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Bytes(TokenizerConfig):
-    """The 256 bytes, and one more token between documents: a vocabulary of 257."""
+    """The 256 bytes and one token between documents: a vocabulary of 257."""
 
     def make(self, where: str, corpus: Corpus, cache: Path, log=print) -> Tokenizer:
-        """The byte tokenizer; nothing is learned and nothing is cached."""
+        """Make the byte tokenizer; it needs neither training nor the cache."""
         return Tokenizer(None, doc_id=256, vocab_size=257)
 
 
@@ -47,11 +47,11 @@ class Bpe(TokenizerConfig):
         require(256 < self.vocab <= MOST_TOKENS, f"{path}.vocab", self.vocab, allowed)
 
     def known_size(self) -> int:
-        """The number of tokens that it is trained to."""
+        """The size of the vocabulary: `vocab`."""
         return self.vocab
 
     def make(self, where: str, corpus: Corpus, cache: Path, log=print) -> Tokenizer:
-        """Train, or read what was trained before on the same text.
+        """Train it, or read one that was trained before on the same text.
 
         About 4 MB of text are enough: on the standard library at 4096 tokens, training
         on all 10 MB gives 3.58 bytes per token on held-out files, on 3 MB 3.57.
@@ -84,7 +84,7 @@ class Bpe(TokenizerConfig):
 
 
 def _kept(file: Path) -> str | None:
-    """The tokenizer in a file of the cache; None if it is damaged or not there."""
+    """Read a tokenizer in the cache; None if it is damaged or not there."""
     try:
         kept = read_object(file)
     except ConfigError:
@@ -128,7 +128,7 @@ class TokenizerFile(TokenizerConfig):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class SavedTokenizer(TokenizerConfig):
-    """The tokenizer that a run saved; what `Tokenizer.save` wrote."""
+    """The tokenizer of a run, which `Tokenizer.save` wrote."""
 
     path: str  # the directory, usually RUN/tokenizer
 
@@ -137,16 +137,16 @@ class SavedTokenizer(TokenizerConfig):
         require_path(f"{path}.path", self.path)
 
     def make(self, where: str, corpus: Corpus, cache: Path, log=print) -> Tokenizer:
-        """Read it.
+        """Read the tokenizer.
 
         Raises:
-          ConfigError: if there is none, or if it was changed since.
+          ConfigError: if there is none, or if it was changed after it was saved.
         """
         return Tokenizer.load(self.path)
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE; the document token has id 0."""
+    """Train a byte-level BPE; the document token has id 0."""
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()

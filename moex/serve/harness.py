@@ -1,4 +1,4 @@
-"""Tasks of the `lm_eval` harness on a run: choices, perplexity, short answers.
+"""Tasks of the `lm_eval` harness on a run: multiple choice, perplexity, generation.
 
 Scoring itself is in `likelihood.py` and knows nothing of the harness.
 """
@@ -26,12 +26,12 @@ from moex.terminal import printable
 
 try:
     from lm_eval.api.model import TemplateLM
-except ImportError:  # `_need_harness` says so to who asks for it
+except ImportError:  # `_need_harness` reports it when a user asks for a task
     TemplateLM = object
 
-MAX_NEW_TOKENS = 256  # where a task says nothing, as the harness's own models have it
-BOOTSTRAP = 1000  # draws for the standard errors of figures that are no mean
-# What a task may say in `generation_kwargs`.
+MAX_NEW_TOKENS = 256  # the default if a task names no limit, as in the harness itself
+BOOTSTRAP = 1000  # draws for the standard errors of figures that are not means
+# The keys that a task may have in `generation_kwargs`.
 GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 
 
@@ -39,11 +39,11 @@ class HarnessLM(TemplateLM):
     """A run as a model of the harness.
 
     Every text starts with the begin token of the run's tokenizer, if it has one: the
-    document token, as texts do in training, or that of the model that was imported. A
-    context that is too long is cut from the left, and loses it.
+    document token, as in training, or the begin token of an imported model. A context
+    that is too long is cut from the left, and then loses this token.
 
     Args:
-      run: from `load_run`.
+      run: the result of `load_run`.
 
     Raises:
       ConfigError: without the package `lm_eval`, or if the model looks at later tokens.
@@ -78,20 +78,20 @@ class HarnessLM(TemplateLM):
 
     def _encode_pair(self, context, continuation):
         before, after = super()._encode_pair(context, continuation)
-        if not after:  # a token over the border of both
+        if not after:  # the last token of the context covers the continuation too
             (ids,) = self.run.tokenizer.encode_batch([continuation], inside=True)
             after = ids.tolist()
-        return before or [self.prefix_token_id], after  # of a context that is spaces
+        return before or [self.prefix_token_id], after  # empty if the context is spaces
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
-        """Per (texts, context, continuation), `continuation_scores` of any length."""
+        """Score (texts, context, continuation) of any length; `continuation_scores`."""
         pieces = [self._windows(before, after) for _, before, after in requests]
         scores = iter(continuation_scores(self.run, [*chain.from_iterable(pieces)]))
         own = [[next(scores) for _ in some] for some in pieces]
         return [(sum(s for s, _ in some), all(g for _, g in some)) for some in own]
 
     def _windows(self, context, continuation):
-        """What scores a continuation; several pairs if it is longer than seq_len."""
+        """Pairs that score a continuation: several if it is longer than seq_len."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         if len(continuation) <= self.max_length:
@@ -107,9 +107,9 @@ class HarnessLM(TemplateLM):
         return [total for total, _ in self._loglikelihood_tokens(whole)]
 
     def generate_until(self, requests, disable_tqdm=False) -> list[str]:
-        """Greedy unless a task has a temperature; then one prompt at a time.
+        """Generate greedily, or if a task has a temperature, one prompt at a time.
 
-        Random numbers follow from the context and how often it was asked before.
+        The random seed depends on the context and on how often it was asked before.
         """
         run = self.run
         asked: collections.Counter = collections.Counter()
@@ -127,7 +127,7 @@ class HarnessLM(TemplateLM):
         static = run.static(train=False)
         texts = [""] * len(requests)
         for (_, chosen), members in groups.items():
-            # What is sampled depends on its row of the batch: it gets a batch alone.
+            # A sample depends on its row of the batch, so it gets a batch of its own.
             rows = 1 if "seed" in dict(chosen) else eval_batch_size(run.cfg)
             for some in chunks(members, rows):
                 prompts = [prompt for _, prompt, _ in some]
@@ -147,7 +147,7 @@ class HarnessLM(TemplateLM):
         return texts
 
     def _generation(self, options) -> tuple[list[str], dict]:
-        """(stop strings, arguments of `generate`) from a task's `generation_kwargs`."""
+        """Read `generation_kwargs` as stop strings and arguments of `generate`."""
         from lm_eval.models.utils import normalize_gen_kwargs
 
         default = min(MAX_NEW_TOKENS, max(self.max_length // 2, 1))
@@ -177,7 +177,7 @@ def score_tasks(
       tasks: YAML files, or names of tasks that the harness or `include_path` has.
       include_path: folder of more tasks, by name.
       limit: documents per task, or below 1 a share of them; None: all.
-      num_fewshot: examples before each question; None: as the task says.
+      num_fewshot: examples before each question; None: the number of the task.
 
     Returns:
       {"step", "lm_eval": its version, "limit", "num_fewshot": {task: examples},
@@ -207,7 +207,7 @@ def score_tasks(
             raise ConfigError(f"--tasks = {task!r}: no such task or file.{hint}")
     require_token_ids(RunDir.of(place).config(), "moex eval --tasks")
     run = load_run(place, warn=lambda line: print(printable(line), file=sys.stderr))
-    # The harness would fork this process for its bootstrap, under the threads of JAX.
+    # The harness would fork this process for its bootstrap while JAX has threads.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout is for results
         found = lm_eval.simple_evaluate(

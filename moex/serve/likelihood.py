@@ -1,7 +1,7 @@
-"""How likely given continuations are: token lists in, log-probabilities out.
+"""Scores given continuations: token lists in, log-probabilities out.
 
-Rows have a few lengths, powers of two, and each length its own number of rows: few
-programs are compiled, and which one scores a pair follows from the pair alone.
+Rows have a few lengths, powers of two, and each length has its own number of rows, so
+few programs are compiled. The length of a pair alone decides which one scores it.
 
 B batch · L length of a row
 """
@@ -24,10 +24,10 @@ from moex.tasks.lm import make_context, token_losses
 def continuation_scores(
     run: LoadedRun, pairs: list[tuple[list[int], list[int]]]
 ) -> list[tuple[float, bool]]:
-    """How likely each continuation is after its context.
+    """Score how likely each continuation is after its context.
 
-    Context and continuation together lose their first tokens where they are longer than
-    seq_len + 1. Expert capacity drops nothing here, as in generation.
+    If context and continuation together are longer than seq_len + 1, the first tokens
+    are cut. Expert capacity drops nothing here, as in generation.
 
     Args:
       run: the model; rows are at most `run.cfg.seq_len` long.
@@ -50,7 +50,7 @@ def continuation_scores(
             )
         length = min(len(context) + len(continuation) - 1, seq_len)
         groups[padded_length(length, seq_len, run.mesh.shape["seq"])].append(i)
-    # Not "eval": a capacity would make a row depend on the rest of its batch.
+    # In mode "eval" a capacity would make a row depend on the rest of its batch.
     static = run.static(train=False) | {"mode": "decode"}
     scores = [(0.0, True)] * len(pairs)
     with jax.set_mesh(run.mesh):
@@ -70,7 +70,7 @@ def continuation_scores(
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"))
 def _scores(params, state, batch, *, graphdef, static):
-    """(float32[B] sums over what is scored, bool[B] whether all of it is likeliest)."""
+    """Sum log-probabilities, float32[B]; whether all tokens are likeliest, bool[B]."""
     model = nnx.merge(graphdef, params, state)
     logits_BLV, _ = model(make_context(batch, **dict(static)))
     nll_BL, _ = token_losses(logits_BLV, batch["targets"])
@@ -83,25 +83,25 @@ def _scores(params, state, batch, *, graphdef, static):
 
 
 def padded_length(length: int, seq_len: int, parts: int = 1) -> int:
-    """A power of two, from SHORTEST_PROMPT to seq_len, that `parts` divide."""
+    """Round up to a power of two, from SHORTEST_PROMPT to seq_len, for `parts`."""
     padded = max(SHORTEST_PROMPT, 1 << max(length - 1, 0).bit_length())
     return min(-(-padded // parts) * parts, seq_len)
 
 
 def _num_rows(run: LoadedRun, length: int) -> int:
-    """Rows of this length with the tokens of an evaluation step."""
+    """The number of rows of this length that have the tokens of an evaluation step."""
     shards = batch_shards(run.mesh)
     rows = eval_batch_size(run.cfg) * run.cfg.seq_len // length
     return -(-rows // shards) * shards
 
 
 def chunks(members: list, size: int):
-    """Lists of at most `size`, in order."""
+    """Split a list into lists of at most `size`, in order."""
     return (members[i : i + size] for i in range(0, len(members), size))
 
 
 def _batch(pairs, B: int, L: int) -> dict:
-    """Arrays [B, L] of at most B pairs; what is left of a row, and rows, is padding."""
+    """Make arrays [B, L] of at most B pairs; the rest of rows and batch is padding."""
     token_BL, target_BL, segment_BL = np.zeros((3, B, L), np.int32)
     scored_BL = np.zeros((B, L), bool)
     for b, (context, continuation) in enumerate(pairs):

@@ -1,4 +1,4 @@
-"""Text of a trained model: `moex generate`."""
+"""Generating text with a trained model: `moex generate`."""
 
 import jax
 
