@@ -2,13 +2,13 @@
 
 This package knows nothing of moex. Its public names:
 
-  Plan, make_plan    which slot goes to which row, sorted by expert
-  dispatch, combine  rows into that order and back, by gathers alone
+  Plan, make_plan    say which slot goes to which row, sorted by expert
+  dispatch, combine  move rows into that order and back, by gathers alone
   grouped_matmul     one matmul per group of rows
   matmul             one matmul of all rows
   grouped_glu        gather, gated expert and weighted combine as one operation
   grouped_swiglu     the same with silu
-  ACTIVATIONS        of grouped_glu
+  ACTIVATIONS        the activations of grouped_glu
   IMPLEMENTATIONS    the backends
 """
 

@@ -1,6 +1,6 @@
 """Gated activations and their gradients, elementwise and in float32.
 
-Plain jnp on equal shapes, so that kernels call them on tiles as they are.
+They are plain jnp on equal shapes, so that kernels can call them on tiles.
 """
 
 from collections.abc import Callable
@@ -11,36 +11,36 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# As in GPT-OSS: the sigmoid's slope, and the limit of both halves.
+# The sigmoid's slope, and the limit of both halves, as in GPT-OSS.
 CLAMP_SLOPE, CLAMP_LIMIT = 1.702, 7.0
 
 
 class Activation(NamedTuple):
-    """`value(gate, up) -> h`; `vjp(gate, up, dh) -> (h, dgate, dup)`."""
+    """A pair: `value(gate, up) -> h`; `vjp(gate, up, dh) -> (h, dgate, dup)`."""
 
     value: Callable
     vjp: Callable
 
 
 def silu_glu(gate, up):
-    """silu(gate) * up (SwiGLU; Shazeer 2020, arXiv:2002.05202, equation 6)."""
+    """Compute silu(gate) * up (SwiGLU; Shazeer 2020, arXiv:2002.05202, equation 6)."""
     return gate * jax.nn.sigmoid(gate) * up
 
 
 def silu_glu_vjp(gate, up, dh):
-    """`(silu_glu(gate, up), dgate, dup)`."""
+    """Return `(silu_glu(gate, up), dgate, dup)`."""
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     return silu * up, dh * up * (sigmoid + silu * (1 - sigmoid)), dh * silu
 
 
 def gelu_glu(gate, up):
-    """gelu(gate) * up, with the exact gelu (GEGLU; the same, equation 6)."""
+    """Compute gelu(gate) * up, with the exact gelu (GEGLU; same paper, equation 6)."""
     return gate * _normal_cdf(gate) * up
 
 
 def gelu_glu_vjp(gate, up, dh):
-    """`(gelu_glu(gate, up), dgate, dup)`."""
+    """Return `(gelu_glu(gate, up), dgate, dup)`."""
     cdf = _normal_cdf(gate)
     density = np.float32((2 * np.pi) ** -0.5) * jnp.exp(-0.5 * gate * gate)
     gelu = gate * cdf
@@ -48,14 +48,14 @@ def gelu_glu_vjp(gate, up, dh):
 
 
 def clamped_glu(gate, up):
-    """g sigmoid(1.702 g) (u + 1) with g <= 7 and |u| <= 7 (GPT-OSS, model code)."""
+    """Compute g sigmoid(1.702 g) (u + 1), g <= 7 and |u| <= 7 (GPT-OSS, model code)."""
     gate = jnp.minimum(gate, CLAMP_LIMIT)
     up = jnp.clip(up, -CLAMP_LIMIT, CLAMP_LIMIT)
     return gate * jax.nn.sigmoid(CLAMP_SLOPE * gate) * (up + 1)
 
 
 def clamped_glu_vjp(gate, up, dh):
-    """`(clamped_glu(gate, up), dgate, dup)`; no gradient past the limits."""
+    """Return `(clamped_glu(gate, up), dgate, dup)`; no gradient past the limits."""
     g = jnp.minimum(gate, CLAMP_LIMIT)
     u = jnp.clip(up, -CLAMP_LIMIT, CLAMP_LIMIT)
     sigmoid = jax.nn.sigmoid(CLAMP_SLOPE * g)

@@ -1,4 +1,4 @@
-"""Which attention is the quickest here, and the one in C: native/attention.c.
+"""The choice of the quickest attention, and the one in C: native/attention.c.
 
 B batch · L length · H query heads · G key/value heads · A head width
 """
@@ -15,10 +15,10 @@ def default_attention(dtype, L: int, A: int, cached: bool, implementation) -> st
     """The quickest exact attention: "cudnn", "splash", "native", "blocks" or "einsum".
 
     Args:
-      dtype: of queries, keys and values.
+      dtype: dtype of queries, keys and values.
       L, A: queries in a row, and the width of a head.
-      cached: whether keys are those of a cache.
-      implementation: of matmuls; it says whether C is wanted.
+      cached: whether the keys are those of a cache.
+      implementation: implementation of matmuls; it says whether C is wanted.
     """
     backend = platform()
     half_precision = dtype in (jnp.bfloat16, jnp.float16)
@@ -29,7 +29,7 @@ def default_attention(dtype, L: int, A: int, cached: bool, implementation) -> st
     parts = jax.sharding.get_abstract_mesh().shape.get("seq", 1)
     if backend == "tpu" and not cached and L % (128 * parts) == 0 and A % 128 == 0:
         return "splash"
-    # Blocks of queries would lie across devices where these split the sequence.
+    # If devices split the sequence, blocks of queries would lie across devices.
     if backend != "cpu" or cached or parts > 1:
         return "einsum"
     return "native" if computes_in_c(dtype, implementation) else "blocks"
@@ -37,7 +37,7 @@ def default_attention(dtype, L: int, A: int, cached: bool, implementation) -> st
 
 @jax.custom_vjp
 def attend_in_c(q_BLHA, k_BLGA, v_BLGA, segment_BL, position_BL):
-    """Softmax attention within segments, not to later positions, on one CPU.
+    """Compute softmax attention within segments, not to later positions, on one CPU.
 
     Nothing of the size L x L is kept for the backward pass.
 
@@ -69,7 +69,7 @@ def _forward(q, k, v, segment, position):
 
 def _backward(saved, dy):
     *arrays, y, norm_BHL = saved
-    mean_BLH = jnp.sum(y * dy, axis=-1)  # of the weights' gradients under the weights
+    mean_BLH = jnp.sum(y * dy, axis=-1)  # weighted mean of the weights' gradients
     shapes = [a.shape for a in arrays[:3]]
     inputs = (*arrays, norm_BHL, dy, mean_BLH)
     return *library.call("moex_attention_backward", shapes, inputs), None, None

@@ -1,11 +1,11 @@
-"""Loops over tiles of rows that belong to one group: what the CPU backends share.
+"""Loops over tiles of rows that belong to one group; the CPU backends share them.
 
 A group's rows are cut into full tiles of the largest size and one remainder tile
 of the smallest size that holds the rest. There is one loop with a dynamic trip
 count per tile size, and no branch inside a loop: XLA:CPU may copy the whole loop
 carry at every conditional (11 times slower on JAX 0.10.2, 2 cores, 64 experts).
 
-A remainder tile is wider than what it holds. Where rows lie one group after another
+A remainder tile is larger than the rest it holds. Where groups follow one another
 (`grouped_matmul`), it overhangs its group, and `Tile.valid_R` says which rows count.
 Where groups start at multiples of the smallest size (`grouped_glu`), nothing overhangs
 and no mask is needed.
@@ -31,10 +31,10 @@ class Tile(NamedTuple):
 
 
 def tile_sizes(num_rows, num_groups):
-    """Rising tile sizes for `num_rows` rows in `num_groups` groups, steps of the first.
+    """Rising tile sizes, multiples of the first, for `num_rows` rows in `num_groups`.
 
     More sizes waste fewer rows and compile longer (about 0.3 s each, forward and
-    backward). Measured on 2 CPU cores; the rows per group that count are the mean.
+    backward). They were measured on 2 CPU cores, and follow the mean rows per group.
     """
     mean_rows = num_rows / num_groups
     if num_rows <= 16:  # decoding: bound by reading weights, one loop compiles fast
@@ -55,13 +55,13 @@ def for_each_tile(begin_G, size_G, sizes, body, carry, num_rows=None):
       sizes: rising tile sizes.
       body: traced once per tile size.
       carry: pytree.
-      num_rows: if groups may lie anywhere in so many rows; None if each has room for
-        its remainder tile.
+      num_rows: number of rows, if groups may lie anywhere in them; None if each group
+        has room for its remainder tile.
     """
     largest = sizes[-1]
     full_G, rest_G = size_G // largest, size_G % largest
 
-    # Groups in order of the size of their remainder tile: class c is sizes[c - 1],
+    # Sort groups by the size of their remainder tile: class c has sizes[c - 1],
     # class 0 has no remainder.
     class_G = _searchsorted(jnp.array((0, *sizes), jnp.int32), rest_G)
     by_class_G = jnp.argsort(class_G).astype(jnp.int32)
@@ -94,17 +94,17 @@ def for_each_tile(begin_G, size_G, sizes, body, carry, num_rows=None):
 
 
 def read(array, tile):
-    """The tile's rows of an array with rows in front."""
+    """Read the tile's rows of an array whose first axis is rows."""
     return lax.dynamic_slice_in_dim(array, tile.start, tile.size)
 
 
 def read_group(array, tile):
-    """The entry of the tile's group in an array with groups in front."""
+    """Read the entry of the tile's group in an array whose first axis is groups."""
     return lax.dynamic_index_in_dim(array, tile.group, keepdims=False)
 
 
 def mask(value, tile, other=0):
-    """`value` with the rows of other groups replaced."""
+    """Replace the rows of other groups in `value` by `other`."""
     if tile.valid_R is None:
         return value
     shape = (tile.size,) + (1,) * (value.ndim - 1)
@@ -113,7 +113,7 @@ def mask(value, tile, other=0):
 
 
 def write(array, tile, value):
-    """`array` with the tile's valid rows set to `value`."""
+    """Set the tile's valid rows in `array` to `value`."""
     value = value.astype(array.dtype)
     if tile.valid_R is not None:
         value = mask(value, tile, read(array, tile))
@@ -121,14 +121,14 @@ def write(array, tile, value):
 
 
 def add(array, tile, value):
-    """`array`, zero at first, with `value` added to the entry of the tile's group."""
+    """Add `value` to the entry of the tile's group in `array`, which is 0 at first."""
     if not tile.first:
         value = value + read_group(array, tile)
     return lax.dynamic_update_index_in_dim(array, value, tile.group, 0)
 
 
 def dot(a, b):
-    """Matrix product with float32 accumulation and float32 result."""
+    """Compute a matrix product with float32 accumulation and float32 result."""
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 

@@ -20,23 +20,23 @@ from kernels_pallas.implementations import (
 )
 from kernels_pallas.names import GROUPED_MATMUL
 
-FEW_ROWS = 32  # of so few a product costs less than laying the weights out for it in C
-WIDE = 8  # outer over inner width, from which the weight gradient is written for a CPU
+FEW_ROWS = 32  # with fewer, laying out the weights in C costs more than the product
+WIDE = 8  # N / K from which the weight gradient is written for a CPU
 
 
 def matmul(x, w, *, contract=1, implementation=None, out_dtype=None):
-    """`x` times `w` over the last `contract` axes of `x` and the first of `w`.
+    """Multiply `x` by `w` over the last `contract` axes of `x` and the first of `w`.
 
-    On one CPU it is a grouped matmul of one group in C: XLA:CPU copies each operand of
-    a weight gradient that lies the other way round, which costs more than half as much
-    as the products (8 x 256 tokens, width 256).
+    On one CPU it is a grouped matmul of one group in C: XLA:CPU copies each transposed
+    operand of a weight gradient, which costs more than half as much as the products
+    (8 x 256 tokens, width 256).
 
     Args:
       x: float [..., *inner].
       w: [*inner, *outer] of the same dtype.
       implementation: names of `IMPLEMENTATIONS`, or None: as for `grouped_matmul`. It
         only says whether C is wanted; anything else is XLA.
-      out_dtype: of the result, in which products are summed; None: that of `x`.
+      out_dtype: dtype of the result and of its sums; None: that of `x`.
 
     Returns:
       [..., *outer].
@@ -56,7 +56,7 @@ def computes_in_c(dtype, implementation) -> bool:
     """Whether matmuls are computed in C here: on one CPU, with a compiler.
 
     Args:
-      dtype: of both operands.
+      dtype: dtype of both operands.
       implementation: names of `IMPLEMENTATIONS`, or None: those of the platform.
     """
     if platform() != "cpu" or on_a_mesh():
@@ -77,7 +77,7 @@ def _in_c(x, w, contract):
 
 
 def _in_c_forward(x, w, contract):
-    # Weights as they came: a scan over layers would keep a reshaped copy of each.
+    # Save weights as they came: a scan over layers would keep a reshaped copy of each.
     return checkpoint_name(_in_c(x, w, contract), GROUPED_MATMUL), (x, w)
 
 
@@ -95,10 +95,10 @@ _in_c.defvjp(_in_c_forward, _in_c_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _wide_on_cpu(x, w, contract):
-    """XLA's product, whose weight gradient transposes the smaller operand first.
+    """Multiply by XLA; the weight gradient transposes the smaller operand first.
 
-    XLA:CPU makes one dot of two transposed operands of that gradient, at a third of the
-    speed (2 cores, JAX 0.10.2: [2048, 256] and [2048, 8192], 23 and 73 GFLOP/s).
+    For that gradient XLA:CPU alone makes one dot of two transposed operands, at a third
+    of the speed (2 cores, JAX 0.10.2: [2048, 256] and [2048, 8192], 23 and 73 GFLOP/s).
     """
     return jax.lax.dot_general(x, w, _inner_axes(x, contract))
 
@@ -120,7 +120,7 @@ _wide_on_cpu.defvjp(_wide_forward, _wide_backward)
 
 
 def _inner_axes(x, contract):
-    """What `dot_general` sums over."""
+    """The axes that `dot_general` sums over."""
     last = tuple(range(x.ndim - contract, x.ndim))
     return (last, tuple(range(contract))), ((), ())
 

@@ -6,11 +6,11 @@ import jax
 
 
 def platform() -> str:
-    """One of "cpu", "gpu", "tpu": of the mesh in use, else of this process.
+    """The platform, "cpu", "gpu" or "tpu", of the mesh in use, else of this process.
 
-    A mesh of devices that are described and not there (ahead-of-time compilation)
-    counts too. JAX's trace caches know of the mesh, so a cached trace is never of
-    another platform.
+    A mesh of devices that are only described (ahead-of-time compilation) counts too.
+    JAX's trace caches know of the mesh, so a cached trace is never one for another
+    platform.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = device.platform if device is not None else jax.default_backend()
@@ -18,7 +18,7 @@ def platform() -> str:
 
 
 def on_a_mesh() -> bool:
-    """Whether there is a mesh of several devices in use."""
+    """Whether a mesh of several devices is in use."""
     return math.prod(jax.sharding.get_abstract_mesh().shape.values()) > 1
 
 

@@ -38,13 +38,13 @@ INTERPRETED = "_interpret"  # ends the names of kernels run by Pallas' interpret
 
 
 class ImplementationFallback(UserWarning):
-    """The first choice cannot do what is asked for, and another one does it."""
+    """Warns that another implementation than the first choice does the work."""
 
 
 class Request(NamedTuple):
     """What decides whether an implementation can do something.
 
-    K and N are those of the forward matmul; of grouped_glu, of its first one.
+    K and N are those of the forward matmul; for grouped_glu, those of its first matmul.
     """
 
     operation: str  # "grouped_matmul" or "grouped_glu"
@@ -68,9 +68,9 @@ class Implementation:
     Attributes:
       grouped_matmul: (lhs, rhs, bounds, transpose_rhs, out_dtype) -> out.
       grouped_glu: (x, w_in, w_out, gate, plan, activation, buffer_rows) -> y.
-      platforms: where it runs.
+      platforms: the platforms that it runs on.
       purpose: one line for people.
-      unsupported: (Request) -> why it cannot do that, or None.
+      unsupported: (Request) -> the reason why it cannot do that, or None.
     """
 
     grouped_matmul: Callable
@@ -81,7 +81,7 @@ class Implementation:
 
 
 def _made_of(matmul, glu, **options) -> Implementation:
-    """An Implementation of two modules that hold forward and backward passes."""
+    """Make an Implementation of two modules that hold forward and backward passes."""
     return Implementation(
         matmul_vjp.differentiable(matmul.product, matmul.weight_product),
         glu_vjp.differentiable(glu.forward, glu.backward),
@@ -96,8 +96,8 @@ class Pallas(NamedTuple):
     glu: ModuleType
     platform: str
     purpose: str
-    interpreter: Callable = lambda: True  # what `interpret` is without the device
-    interpretable: bool = True  # by the version of JAX that there is
+    interpreter: Callable = lambda: True  # the value of `interpret` without the device
+    interpretable: bool = True  # whether the installed JAX can interpret it
 
 
 PALLAS = {
@@ -120,7 +120,7 @@ PALLAS = {
 
 
 def _interpreted(backend: Pallas) -> Implementation:
-    """A backend's kernels run by Pallas' interpreter: slow, and on any platform."""
+    """Make a backend run by Pallas' interpreter: slow, and on any platform."""
 
     def here(function):
         return lambda *args: function(*args, interpret=backend.interpreter())
@@ -182,8 +182,8 @@ for _name, _backend in PALLAS.items():
 for _name, _backend in PALLAS.items():
     IMPLEMENTATIONS[_name + INTERPRETED] = _interpreted(_backend)
 
-# What None means on each platform: the first that can do what is asked for. Of the two
-# for GPUs the one that runs on more of them, until both were timed.
+# What None means on each platform: the first of these that can do what is asked. Until
+# both are timed, GPUs get the one of their two backends that runs on more of them.
 DEFAULTS = {
     "cpu": ("native", "cpu"),
     "gpu": ("triton", "xla"),
@@ -192,7 +192,7 @@ DEFAULTS = {
 
 
 def default_names(request: Request, where: str) -> tuple[str, ...]:
-    """What None means; "native" has nothing to say to dtypes that are not its own."""
+    """The names that None stands for; "native" only for the dtypes that it takes."""
     names = DEFAULTS.get(where, ("xla",))
     if matmul_native.takes(request):
         return names
@@ -203,9 +203,9 @@ def choose(name: str | None, request: Request) -> Implementation:
     """The Implementation to use.
 
     Args:
-      name: a key of IMPLEMENTATIONS; or several, separated by commas, of which the
-        first that can do it is taken, with a warning if it is not the first of all;
-        or None, which means DEFAULTS of the platform.
+      name: a key of IMPLEMENTATIONS; or several, separated by commas: the first that
+        can do it is taken, with a warning if it is not the first in the list; or None,
+        which means DEFAULTS of the platform.
       request: what it has to do.
 
     Raises:
@@ -247,7 +247,7 @@ def split_names(names: str) -> tuple[str, ...]:
 
 
 def why_not(name: str, request: Request, where: str) -> str | None:
-    """Why an implementation cannot do something on a platform; None if it can."""
+    """The reason why an implementation cannot do something here; None if it can."""
     entry = IMPLEMENTATIONS[name]
     if where not in entry.platforms:
         return f"it runs on {' and '.join(entry.platforms)}, not on {where}"
@@ -255,5 +255,5 @@ def why_not(name: str, request: Request, where: str) -> str | None:
 
 
 def able(request: Request, where: str) -> list[str]:
-    """Names of all that can do something on a platform."""
+    """The names of all implementations that can do something on a platform."""
     return [name for name in IMPLEMENTATIONS if why_not(name, request, where) is None]

@@ -1,4 +1,4 @@
-"""What the Hopper (Mosaic GPU) kernels share: tiles of one group's rows, the pipeline.
+"""The parts that Hopper (Mosaic GPU) kernels share: tiles of a group's rows, pipeline.
 
 One persistent kernel: a block per SM walks over tiles of rows and columns. One of its
 three warpgroups loads (TMA) and runs ahead, also into the next tile; the other two
@@ -7,7 +7,7 @@ multiply (WGMMA), each half of the tile's rows, and run the caller's epilogue.
 A tile starts where its group starts or the tile before it ends, so that the rows of one
 tile meet one matrix. The last tile of a group reaches into the rows of the next one, or
 past the array; those rows are computed as well and not stored. Rows of a product are
-independent, so what they hold does not matter, and products need no masks.
+independent, so their contents do not matter, and products need no masks.
 
 Legend: M rows, K contraction, N columns, G groups, V visits (tiles of one group's
 rows), R rows of one WGMMA, C columns of one store.
@@ -26,7 +26,7 @@ LINE = 128  # bytes of a row in swizzled shared memory
 COMPUTE_WGS = 2
 # 128 threads * (40 + 2 * 232) registers = 64512 of the 65536 of an SM.
 LOAD_REGISTERS, COMPUTE_REGISTERS = 40, 232
-# Of an SM, for one block, less alignment and barriers (1104 bytes in "down_vjp").
+# Memory of an SM for one block, less alignment and barriers (1104 bytes in "down_vjp").
 SHARED_BYTES = 227 * 1024 - 1536
 HOPPER = ("H100", "H200", "H800", "H20")
 
@@ -37,11 +37,11 @@ class Visits(NamedTuple):
     group_V: jax.Array
     start_V: jax.Array
     stop_V: jax.Array  # where the group ends; the tile may end before
-    total: jax.Array  # int32[1], how many of V there are
+    total: jax.Array  # int32[1], how many of the V visits are real
 
 
 class Tile(NamedTuple):
-    """What a compute warpgroup works on."""
+    """The tile that a compute warpgroup works on."""
 
     wg: jax.Array
     visit: jax.Array
@@ -52,7 +52,7 @@ class Tile(NamedTuple):
 
 
 def plan_visits(bounds, num_rows, tile_rows, every_row):
-    """Visits of all groups; with `every_row` also of the rows before and after them."""
+    """Plan visits of all groups; with `every_row` also of rows before and after."""
     group = jnp.arange(bounds.shape[0] - 1, dtype=jnp.int32)
     start, stop = bounds[:-1], bounds[1:]
     if every_row:
@@ -63,7 +63,7 @@ def plan_visits(bounds, num_rows, tile_rows, every_row):
     tiles = (stop - start + tile_rows - 1) // tile_rows
     upto = jnp.cumsum(tiles, dtype=jnp.int32)
     visit_V = jnp.arange(max_visits(num_rows, group.size, tile_rows), dtype=jnp.int32)
-    # Visits from the total on are never made; they only have to be in bounds.
+    # Visits from `total` on are never made; they only have to be in bounds.
     at_V = jnp.minimum(
         jnp.searchsorted(upto, visit_V, side="right", method="compare_all"),
         group.size - 1,
@@ -73,12 +73,12 @@ def plan_visits(bounds, num_rows, tile_rows, every_row):
 
 
 def max_visits(num_rows, num_groups, tile_rows):
-    """No more than this many tiles, one of each group not full."""
+    """The most tiles that there can be, one of each group not full."""
     return num_rows // tile_rows + min(num_groups, num_rows)
 
 
 def place_of_rows(bounds, num_rows, tile_rows):
-    """Where each row lies if visits (not of every row) follow each other, [M]."""
+    """The place of each row if visits (not of every row) follow each other, [M]."""
     row_M = jnp.arange(num_rows, dtype=jnp.int32)
     tiles = (bounds[1:] - bounds[:-1] + tile_rows - 1) // tile_rows
     before = jnp.cumsum(tiles, dtype=jnp.int32) - tiles
@@ -90,10 +90,10 @@ def place_of_rows(bounds, num_rows, tile_rows):
 
 
 def swizzled(shape, dtype, tile_rows=8):
-    """Shared memory in the layout that TMA and WGMMA share.
+    """The type of shared memory in the layout that TMA and WGMMA share.
 
-    With `tile_rows` of 1 any range of rows can be copied out. Where the last dim is one
-    line the bytes lie the same.
+    With `tile_rows` of 1 any range of rows can be copied out. If the last dim is one
+    line, the bytes lie the same for any `tile_rows`.
     """
     line = LINE // jnp.dtype(dtype).itemsize
     transforms = (
@@ -104,18 +104,18 @@ def swizzled(shape, dtype, tile_rows=8):
 
 
 def store_columns(dtype):
-    """Columns of one store: a line of shared memory."""
+    """The columns of one store: a line of shared memory."""
     return LINE // jnp.dtype(dtype).itemsize
 
 
 def staging(dtype):
-    """Shared memory of `store_blocks`: two blocks for each compute warpgroup."""
+    """The shared memory of `store_blocks`: two blocks for each compute warpgroup."""
     shape = (COMPUTE_WGS, 2, ROWS, store_columns(dtype))
     return swizzled(shape, dtype, tile_rows=1)
 
 
 def on_hopper():
-    """False if what is traced for is a GPU of another kind; None if it is no GPU."""
+    """Whether the device traced for is a Hopper GPU; None if it is no GPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         if device.platform not in ("gpu", "cuda"):
@@ -128,11 +128,11 @@ def on_hopper():
 
 
 def interpreter():
-    """What `interpret` is in tests: copies may read out of bounds.
+    """The value of `interpret` in tests: copies may read out of bounds.
 
-    That gives zeros, as on the hardware; in JAX 0.10 NaN. The interpreter of JAX 0.10
-    has neither layouts nor transposed operands of WGMMA: it runs only `up` and products
-    without transposed weights.
+    They then read zeros, as on the hardware; NaN in JAX 0.10. The interpreter of JAX
+    0.10 has neither layouts nor transposed operands of WGMMA: it runs only `up` and
+    products without transposed weights.
     """
     if hasattr(plgpu, "InterpretGPUParams"):
         params = plgpu.InterpretGPUParams
@@ -144,7 +144,7 @@ def interpreter():
 
 
 def num_cores(interpret):
-    """Blocks to start: one per SM; in interpret mode, where they take turns, one."""
+    """The number of blocks: one per SM; one if interpreted, where they take turns."""
     if interpret:
         return 1
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -154,8 +154,8 @@ def num_cores(interpret):
 def store_rows(value_RC, staging_RC, out, row, count, column):
     """Starts storing the first `count` rows of a value, through shared memory.
 
-    TMA copies have static sizes, so rows go in powers of two: seven descriptors, of
-    which a full block uses one.
+    TMA copies have static sizes, so rows go in powers of two: there are seven
+    descriptors, and a full block uses one of them.
 
     Args:
       value_RC: [64, C] in registers, C one line.
@@ -177,12 +177,12 @@ def store_rows(value_RC, staging_RC, out, row, count, column):
             )
 
         done += count & size
-    # Once per store, also of no rows, so that waiting can count stores.
+    # Commit once per store, even one of no rows, so that waiting can count stores.
     plgpu.commit_smem_to_gmem_group()
 
 
 def blocks_of(tiling, dtype):
-    """The (block of 64 rows, first column) of each store of a warpgroup's tile."""
+    """Yield (block of 64 rows, first column) of each store of a warpgroup's tile."""
     for block in range(tiling.m // (COMPUTE_WGS * ROWS)):
         for first in range(0, tiling.n, store_columns(dtype)):
             yield block, first
@@ -201,7 +201,7 @@ def store_blocks(tile, staging, num_columns, blocks):
     """
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for i, (value_RC, out, block, first, offset) in enumerate(blocks):
-        if i > 1:  # the store before the last one, which read this staging
+        if i > 1:  # wait for the store before the last one, which read this staging
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         row, column = tile.row + block * ROWS, tile.column + first
         store_rows(
@@ -215,7 +215,7 @@ def store_blocks(tile, staging, num_columns, blocks):
 
 
 def rows_to_store(row, stop, column, num_columns):
-    """Rows of a block of 64 before `stop`; none past the last column."""
+    """The rows of a block of 64 before `stop`; none past the last column."""
     return jnp.where(column < num_columns, jnp.clip(stop - row, 0, ROWS), 0)
 
 
@@ -236,10 +236,10 @@ def persistent_matmul(
     scratch=None,
     interpret=False,
 ):
-    """The arrays that `epilogue` stores, called with every tile of the product.
+    """Call `epilogue` with every tile of the product; return the arrays it stores.
 
     Args:
-      name: of the kernel.
+      name: name of the kernel.
       lhs_MK: bfloat16, K a multiple of `tiling.k`.
       rhs_GKN: bfloat16, or [G, N, K] with `transpose_rhs`.
       visits: Visits of `tiling.m` rows.
@@ -308,7 +308,7 @@ def persistent_matmul(
                     if transpose_rhs:
                         matrix = matrix.transpose((1, 0))
                     plgpu.wgmma(accumulator, rows, matrix)
-                # All but what was just started: the step before has been read.
+                # Wait for all but the product just started: the step before is read.
                 plgpu.wgmma_wait(halves)
 
                 @pl.when(k > 0)
@@ -345,7 +345,7 @@ def persistent_matmul(
         def _load():
             plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
             steps = lax.fori_loop(0, my_tiles, load_tile, jnp.int32(0))
-            # Every phase of a barrier ends.
+            # Wait for the last use of each slot: every phase of a barrier must end.
             for slot in range(tiling.stages):
 
                 @pl.when(steps > slot)
@@ -376,9 +376,9 @@ def persistent_matmul(
         thread_name="wg",
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(
-            # Of exp, two units in the last place of float32.
+            # This costs exp two units in the last place of float32.
             approx_math=True,
-            # Sums of rows are within a warp.
+            # Sums of rows stay within a warp.
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),

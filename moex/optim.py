@@ -82,7 +82,7 @@ class Optim(Config):
     weight_decay: float = 0.0  # times the learning rate; matrices only, >= 0
     clip: float | None = 1.0  # largest global gradient norm, > 0; None: no clipping
     spike_factor: float | None = 10.0  # skip updates of norm > factor * mean; None: no
-    # (path pattern, factor of the learning rate); 0 freezes; a Schedule may change.
+    # (path pattern, learning-rate factor); 0 freezes, a Schedule may do so for a while.
     lr_factors: tuple[tuple[str, float | Schedule], ...] = ()
 
     def validate(self, path):

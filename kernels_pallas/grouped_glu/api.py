@@ -1,4 +1,4 @@
-"""grouped_glu: signature, contract and validation; the backends are beside it.
+"""grouped_glu: signature, contract and validation; the backends are in this folder.
 
 Legend: T tokens, K slots per token, N sorted rows (T*K), D model width, F expert
 hidden width, E experts; 2 is the pair of input projections (gate, up).
@@ -20,14 +20,14 @@ def grouped_glu(
     buffer_rows=None,
     implementation=None,
 ):
-    """Tokens through their experts: gather, gated unit and weighted sum in one.
+    """Pass tokens through their experts: gather, gated unit and weighted sum in one.
 
     y_t = sum over kept slots j of token t, with expert e, of
           gate_tj * act(x_t @ w_in[e, :, 0], x_t @ w_in[e, :, 1]) @ w_out[e]
 
     Sums are float32. A slot that the plan does not keep contributes nothing and
     has a zero gate gradient, whatever its gate holds; a kept slot with a gate of
-    exactly 0 has the true one. A NaN stays with the tokens and experts it meets.
+    exactly 0 has the true gradient. A NaN stays with the tokens and experts it meets.
     The backward pass keeps the pre-activations and the inputs, nothing else.
 
     Args:
@@ -40,7 +40,7 @@ def grouped_glu(
       activation: act, a key of ACTIVATIONS; "silu" is SwiGLU.
       buffer_rows: sorted rows that buffers are made for, >= 1; None: all N. With more
         kept slots than that the result is the same, and the pre-activations are
-        computed again in the backward pass. For routers that keep few of their slots.
+        computed again in the backward pass. It helps if few slots are kept.
       implementation: see `implementations.choose`.
 
     Returns:
@@ -69,7 +69,7 @@ def grouped_glu(
 
 
 def grouped_swiglu(x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan, **options):
-    """`grouped_glu` with silu(gate) * up."""
+    """Call `grouped_glu` with silu(gate) * up."""
     return grouped_glu(
         x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan, activation="silu", **options
     )

@@ -1,4 +1,4 @@
-"""grouped_glu out of a backend's six kernels: what accelerator backends share.
+"""grouped_glu made of a backend's six kernels; accelerator backends share this.
 
 Forward: up projections with the activation, down projection, weighted combine.
 Backward: the cotangent through the down projection with the activation's gradient,
@@ -47,7 +47,7 @@ class Kernels(NamedTuple):
 
 
 def compose(kernels: Kernels):
-    """`(forward, backward)` as `vjp.differentiable` wants them."""
+    """Make `(forward, backward)` as `vjp.differentiable` wants them."""
 
     def forward(x_TD, w_in_EDC, w_out_EFD, weight_TK, plan, activation, save):
         a, h_NF = kernels.up(

@@ -21,10 +21,10 @@ from kernels_pallas.permute import slot_values, sum_rows, take
 
 
 class _Padded(NamedTuple):
-    """Rows with every expert's group begun at a multiple of the smallest tile.
+    """Rows where every expert's group begins at a multiple of the smallest tile.
 
     A padding row repeats its expert's last row with a weight of 0. So tiles need no
-    masks, and what is not finite stays with the experts that met it anyway.
+    masks, and numbers that are not finite stay with the experts that have them anyway.
     """
 
     begin_E: jax.Array  # int32, where each group begins
@@ -40,7 +40,7 @@ def _pad(plan, step):
     size_E = plan.group_sizes_E
     end_E = jnp.cumsum((size_E + step - 1) // step * step, dtype=jnp.int32)
     begin_E = jnp.concatenate([jnp.zeros(1, jnp.int32), end_E[:-1]])
-    # Every group wastes at most step - 1 rows, and no more groups have any than rows.
+    # A group with rows wastes at most step - 1; at most num_rows groups have any.
     spare = (step - 1) * min(num_experts, num_rows)
     row_P = jnp.arange(-(-(num_rows + spare) // step) * step, dtype=jnp.int32)
     expert_P = _group_of(end_E, row_P)
@@ -66,7 +66,7 @@ def _group_of(end_E, row):
 
 
 def forward(x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, save):
-    """`(y_TD, pre-activations or None)`."""
+    """Run the forward pass: returns `(y_TD, pre-activations or None)`."""
     dtype, act = x_TD.dtype, ACTIVATIONS[activation]
     sizes = tiles.tile_sizes(plan.order_N.shape[0], w_in_EDC.shape[0])
     rows = _pad(plan, sizes[0])
@@ -92,7 +92,7 @@ def forward(x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, save):
 
 
 def backward(a_PC, x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, dy_TD):
-    """`(dx_TD, dw_in_EDC, dw_out_EFD, dgate_TK)`."""
+    """Run the backward pass: returns `(dx_TD, dw_in_EDC, dw_out_EFD, dgate_TK)`."""
     dtype, act = x_TD.dtype, ACTIVATIONS[activation]
     sizes = tiles.tile_sizes(plan.order_N.shape[0], w_in_EDC.shape[0])
     rows = _pad(plan, sizes[0])
@@ -141,7 +141,7 @@ def backward(a_PC, x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, dy_TD):
 
 
 def _rows_dot(a_RK, b_RN):
-    """a.T @ b, by way of a transposed copy where both are large.
+    """Multiply a.T @ b, by way of a transposed copy where both are large.
 
     XLA:CPU's own dot of a transposed operand misses its quick path: 39 and 75 GFLOP/s
     for 256 rows, K = 256 and N = 1024 (one core, JAX 0.10.2). With N = 128, or tiles of

@@ -1,8 +1,8 @@
 """grouped_glu for NVIDIA Hopper, by Pallas Mosaic GPU.
 
-The activation is computed where the up projections are summed, and its gradient, the
-weighting and the gradient of the gates where dh is summed. `a` and `da` are [N, C]: the
-gate half, then the up half.
+The kernel that sums the up projections computes the activation too; the kernel that
+sums dh also computes its gradient, the weighting and the gradient of the gates. `a` and
+`da` are [N, C]: the gate half, then the up half.
 
 Token rows are gathered by XLA before `up` and `down_vjp`. On Hopper TMA cannot gather;
 one copy per row and step would move only 128 bytes (a line of swizzled shared memory),
@@ -37,7 +37,7 @@ from kernels_pallas.permute import take
 def up(
     x_TD, w_in_EDC, token_N, bounds, activation, save, *, tiling=None, interpret=False
 ):
-    """(a or None, h_NF); see `compose.Kernels`.
+    """Return (a or None, h_NF); see `compose.Kernels`.
 
     h is computed from float32 sums, before `a` is rounded to the dtype of x.
     """
@@ -86,7 +86,7 @@ def up(
 
 
 def down(h_NF, w_out_EFD, bounds, *, interpret=False):
-    """y_ND; see `compose.Kernels`."""
+    """Return y_ND; see `compose.Kernels`."""
     return product(
         h_NF, w_out_EFD, bounds, False, h_NF.dtype, interpret=interpret, every_row=False
     )
@@ -104,7 +104,7 @@ def down_vjp(
     tiling=None,
     interpret=False,
 ):
-    """(da_NC, weighted_NF, dweight_N); see `compose.Kernels`.
+    """Return (da_NC, weighted_NF, dweight_N); see `compose.Kernels`.
 
     Weights go in and their gradients come out by visit, P = V * tiling.m rows, so that
     copies of them are aligned and need no masks.
@@ -154,7 +154,7 @@ def down_vjp(
                 yield dup_RB, da, block, first, F
                 yield weight_RB * h_RB, weighted, block, first, 0
                 sum_R = jnp.sum(dh_RB * h_RB, axis=1)
-                # Past the last column TMA reads zeros; where interpreted, maybe NaN.
+                # Past the last column TMA reads zeros; an interpreter may read NaN.
                 sum_R = jnp.where(tile.column + first < F, sum_R, 0)
                 sums[block] = sums[block] + sum_R if block in sums else sum_R
 
@@ -206,19 +206,19 @@ def down_vjp(
 
 
 def dx(da_NC, w_in_EDC, bounds, *, interpret=False):
-    """dx_ND; see `compose.Kernels`."""
+    """Return dx_ND; see `compose.Kernels`."""
     return product(
         da_NC, w_in_EDC, bounds, True, da_NC.dtype, interpret=interpret, every_row=False
     )
 
 
 def dw_in(x_TD, da_NC, token_N, bounds, dtype, *, interpret=False):
-    """dw_in_EDC; see `compose.Kernels`."""
+    """Return dw_in_EDC; see `compose.Kernels`."""
     return triton.dw_in(x_TD, da_NC, token_N, bounds, dtype, interpret=bool(interpret))
 
 
 def dw_out(weighted_NF, dy_TD, token_N, bounds, dtype, *, interpret=False):
-    """dw_out_EFD; see `compose.Kernels`."""
+    """Return dw_out_EFD; see `compose.Kernels`."""
     return triton.dw_out(
         weighted_NF, dy_TD, token_N, bounds, dtype, interpret=bool(interpret)
     )

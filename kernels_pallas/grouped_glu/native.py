@@ -9,7 +9,7 @@ from kernels_pallas.native.library import call, weight_pieces
 
 
 def forward(x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, save):
-    """`(y_TD, pre-activations [N, C] or None)`."""
+    """Run the forward pass: returns `(y_TD, pre-activations [N, C] or None)`."""
     num_rows, dim = plan.order_N.shape[0], x_TD.shape[1]
     shapes = [x_TD.shape, (num_rows, dim)]
     if save:
@@ -20,7 +20,7 @@ def forward(x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, save):
 
 
 def backward(a_NC, x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, dy_TD):
-    """`(dx_TD, dw_in_EDC, dw_out_EFD, dgate_TK)`."""
+    """Run the backward pass: returns `(dx_TD, dw_in_EDC, dw_out_EFD, dgate_TK)`."""
     _, F, D = w_out_EFD.shape
     pieces = weight_pieces(3 * D * F)
     shapes = [x_TD.shape, w_in_EDC.shape, w_out_EFD.shape, gate_TK.shape]
@@ -36,5 +36,5 @@ def _of(plan):
 
 
 def _number(activation) -> int:
-    """What experts.c calls it."""
+    """The number that experts.c has for an activation."""
     return list(ACTIVATIONS).index(activation)

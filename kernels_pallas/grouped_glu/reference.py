@@ -1,6 +1,6 @@
 """The definition of grouped_glu: every expert on every token, then select.
 
-Costs E times the work of one expert. Its gradient is JAX's own, in float32.
+It costs E times the work of one expert. Its gradient is JAX's own, in float32.
 
 Legend: T tokens, K slots per token, D model width, F expert hidden width, E experts;
 2 is the pair of input projections (gate, up).
@@ -12,7 +12,7 @@ from kernels_pallas.activations import ACTIVATIONS
 
 
 def grouped_glu(x_TD, w_in_ED2F, w_out_EFD, gate_TK, plan, activation, buffer_rows):
-    """See `api.grouped_glu`; `buffer_rows` does not matter here."""
+    """Compute what `api.grouped_glu` defines; `buffer_rows` does not matter here."""
     del buffer_rows
     y_TD = jnp.zeros(x_TD.shape, jnp.float32)
     for e in range(w_in_ED2F.shape[0]):

@@ -12,8 +12,8 @@ block of gathered rows would be hundreds of small copies. The price is an array 
 that is written and read once, forward and backward.
 
 `a` and `da` are [2, N, F], gate half first, so that one block holds a tile of both. N
-is rounded up to a multiple of 128; the rows added belong to no expert. Where F is no
-multiple of 128 the halves of the input projections are copied apart.
+is rounded up to a multiple of 128; the added rows belong to no expert. Where F is not a
+multiple of 128, the halves of the input projections are copied to separate arrays.
 
 Legend: T tokens, N sorted rows, D model width, F expert hidden width, C pre-activation
 columns (2F: gate half, then up half), E experts; m and n are the rows and columns of a
@@ -96,8 +96,8 @@ def down_vjp(
 ):
     """`Kernels.down_vjp`: the cotangent through down projection and activation.
 
-    A column tile has its own sums of rows, which XLA adds up: one tile after another
-    writes them, so the order of the sum is fixed.
+    Each column tile writes its own sums of rows, and XLA adds them up, so the order of
+    the sum is fixed.
     """
     dy_ND = _gather(dy_TD, token_N)
     (N, D), (E, F, _) = dy_ND.shape, w_out_EFD.shape
@@ -110,8 +110,8 @@ def down_vjp(
         a_ref, weight_ref = extra_refs
         da_ref, weighted_ref, dweight_ref = output_refs
         mine_m1 = tpu_rows.rows_of(visits, v, m)
-        # A row of numbers becomes a column by turning a block that repeats it: Mosaic
-        # turns whole tiles only.
+        # To make a column of a row of numbers, transpose a block that repeats the row:
+        # Mosaic transposes whole tiles only.
         weight_m1 = jnp.broadcast_to(weight_ref[...], (LANES, m)).T[:, :1]
         dh_mn = sums[0]
         h_mn, dgate_mn, dup_mn = ACTIVATIONS[activation].vjp(
@@ -133,7 +133,7 @@ def down_vjp(
     a = jax.ShapeDtypeStruct(a_2NF.shape, a_2NF.dtype)
     weighted = jax.ShapeDtypeStruct((N, F), a_2NF.dtype)
     dweight = jax.ShapeDtypeStruct((num_tiles, 1, N), jnp.float32)
-    # Numbers of one row lie along lanes: an array [N, 1] would take 128 times its size.
+    # One number per row lies along lanes: an array [N, 1] takes 128 times the memory.
     weight_1N = jnp.pad(weight_N, (0, N - weight_N.shape[0]))[None]
     da_2NF, weighted_NF, dweight_C1N = tpu_rows.multiply_rows(
         dy_ND,
@@ -160,11 +160,11 @@ def down_vjp(
 
 
 def dx(da_2NF, w_in_EDC, bounds, *, tiling=None, interpret=False):
-    """`Kernels.dx`: both halves back through the input projections, in one sum."""
+    """`Kernels.dx`: the gradient through both halves of the input projections."""
     (_, N, F), (E, D, _) = da_2NF.shape, w_in_EDC.shape
     if tiling is None:
         tiling = default_tiling("product_t", N, 2 * F, D, E, da_2NF.dtype)
-        # A step takes as much of each half.
+        # A step takes this much of each half.
         tiling = tiling._replace(k=divisor(F, tiling.k // 2))
     tiling = _within(tiling, N, F, D)
     options = {"transpose": True, "name": "grouped_glu_dx", "interpret": interpret}
@@ -179,7 +179,7 @@ def dw_in(x_TD, da_2NF, token_N, bounds, dtype, *, tiling=None, interpret=False)
         tiling = default_tiling("weight", N, D, 2 * F, E, x_TD.dtype)
         if F % LANES == 0:
             tiling = tiling._replace(n=divisor(F, tiling.n))
-    if F % tiling.n or tiling.n % LANES:  # no whole number of tiles in a half
+    if F % tiling.n or tiling.n % LANES:  # a half is not a whole number of tiles
         da_2NF = jnp.concatenate([da_2NF[0], da_2NF[1]], axis=1)
     return weight_product(
         x_ND, da_2NF, bounds, dtype, tiling=tiling, interpret=interpret
@@ -195,7 +195,7 @@ def dw_out(weighted_NF, dy_TD, token_N, bounds, dtype, *, tiling=None, interpret
 
 
 def _plain(lhs, weights, bounds, num_columns, tiling, options):
-    """Rows times matrices; rows of no group stay unwritten."""
+    """Multiply rows by matrices; rows of no group stay unwritten."""
 
     def write(visits, v, column_tile, sums, extra_refs, output_refs):
         del column_tile, extra_refs
@@ -215,7 +215,7 @@ def _plain(lhs, weights, bounds, num_columns, tiling, options):
 
 
 def _gather(x_TD, token_N):
-    """The rows of tokens, and rows of token 0 up to a multiple of 128."""
+    """Gather the rows of tokens, then rows of token 0 up to a multiple of 128."""
     return take(x_TD, jnp.pad(token_N, (0, -token_N.shape[0] % LANES)))
 
 

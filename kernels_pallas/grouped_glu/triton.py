@@ -1,12 +1,12 @@
 """grouped_glu for NVIDIA GPUs, from Ampere on, by Pallas through Triton.
 
 Token rows are read through `token_N` inside the kernels: no gathered copy of them is
-written. The activation is computed where the up projections are summed, and its
-gradient, the weighting and the gradient of the gates where dh is summed. `a` and `da`
-are [N, C], C = 2F: gate half, then up half, in the dtype of the tokens.
+written. The kernel that sums the up projections computes the activation too; the kernel
+that sums dh also computes its gradient, the weighting and the gate gradient. `a` and
+`da` are [N, C], C = 2F: gate half, then up half, in the dtype of the tokens.
 
-The float32 sums of one row for the gate gradient are made by one program for each tile
-of F and added by XLA: no atomics, the same bits in every run.
+For the gate gradient one program per tile of F makes float32 sums of each row, and XLA
+adds them: there are no atomics, so every run gives the same bits.
 
 Legend: T tokens, N sorted rows, D model width, F expert hidden width, C pre-activation
 columns (2F), E experts, J tiles of F; in lowercase m rows, k contraction, f columns of
@@ -34,22 +34,22 @@ from kernels_pallas.grouped_matmul.triton import (
 
 
 def _gelu_glu(gate, up):
-    """As `activations.gelu_glu`."""
+    """The same as `activations.gelu_glu`."""
     return gate * _normal(gate)[0] * up
 
 
 def _gelu_glu_vjp(gate, up, dh):
-    """As `activations.gelu_glu_vjp`."""
+    """The same as `activations.gelu_glu_vjp`."""
     cdf, density = _normal(gate)
     gelu = gate * cdf
     return gelu * up, dh * up * (cdf + gate * density), dh * gelu
 
 
 def _normal(x):
-    """(distribution function, density) of the normal distribution, from one exp.
+    """Compute the distribution function and density of the normal, from one exp.
 
-    The rational approximation of Abramowitz and Stegun (1964), 7.1.26, for the
-    complement of erf: absolute error of the distribution function below 1e-7.
+    It uses the rational approximation of Abramowitz and Stegun (1964), 7.1.26, for the
+    complement of erf; the distribution function has an absolute error below 1e-7.
     """
     bell = jnp.exp(-0.5 * x * x)
     t = 1 / (1 + np.float32(0.3275911 * 0.5**0.5) * jnp.abs(x))
@@ -67,7 +67,7 @@ IN_KERNELS = {**ACTIVATIONS, "gelu": Activation(_gelu_glu, _gelu_glu_vjp)}
 def up(
     x_TD, w_in_EDC, token_N, bounds, activation, save, *, tiling=None, interpret=False
 ):
-    """(a or None, h_NF); see `compose.Kernels`.
+    """Return (a or None, h_NF); see `compose.Kernels`.
 
     h is computed from float32 sums, before `a` is rounded to the dtype of x.
     """
@@ -99,7 +99,7 @@ def up(
 def _up_kernel(
     group_B, start_B, stop_B, token_N, x, w_in, h, *a, size, tiling, activation
 ):
-    """One tile of h, from two tiles of sums side by side."""
+    """Compute one tile of h, from two tiles of sums side by side."""
     num_blocks, D, F = size
     block, across = tiles.place(
         pl.program_id(0), num_blocks, pl.cdiv(F, tiling.columns), tiling.band
@@ -130,7 +130,7 @@ def _up_kernel(
 
 
 def down(h_NF, w_out_EFD, bounds, *, interpret=False):
-    """y_ND; see `compose.Kernels`."""
+    """Return y_ND; see `compose.Kernels`."""
     return product(
         h_NF, w_out_EFD, bounds, False, h_NF.dtype, interpret=interpret, cover=False
     )
@@ -148,7 +148,7 @@ def down_vjp(
     tiling=None,
     interpret=False,
 ):
-    """(da_NC, weighted_NF, dweight_N); see `compose.Kernels`."""
+    """Return (da_NC, weighted_NF, dweight_N); see `compose.Kernels`."""
     (E, F, D), N, dtype = w_out_EFD.shape, token_N.shape[0], a_NC.dtype
     tiling = tiling or tiling_for("down_vjp", N, D, F, E, dtype)
     blocks = tiles.row_blocks(bounds, N, tiling.rows, cover=False)
@@ -175,7 +175,7 @@ def down_vjp(
 
 
 def _down_vjp_kernel(*refs, size, tiling, activation):
-    """One tile of dh, and all that is made of it."""
+    """Compute one tile of dh, and all that is made from it."""
     group_B, start_B, stop_B, token_N, dy, w_out, a, weight_N, *outputs = refs
     da, weighted, dweight_JN = outputs
     num_blocks, D, F = size
@@ -200,8 +200,8 @@ def _down_vjp_kernel(*refs, size, tiling, activation):
     zero_mf = jnp.zeros((tiling.rows, tiling.columns), jnp.float32)
     dh_mf = lax.fori_loop(0, steps, step, zero_mf)
 
-    # In two halves, or the epilogue's tiles would not fit the registers: 128 x 128 took
-    # 1056 bytes a thread of local memory in one (ptxas 12.9 for sm_90a).
+    # Work in two halves, or the epilogue's tiles would not fit the registers: 128 x 128
+    # at once took 1056 bytes of local memory per thread (ptxas 12.9 for sm_90a).
     # Columns past F hold zeros of `a` and of dh, whose products add nothing to dweight.
     weight_m1 = plt.load(weight_N.at[row_m], mask=row_ok, other=0)[:, None]
     half = tiling.columns // 2
@@ -221,21 +221,21 @@ def _down_vjp_kernel(*refs, size, tiling, activation):
 
 
 def dx(da_NC, w_in_EDC, bounds, *, interpret=False):
-    """dx_ND; see `compose.Kernels`."""
+    """Return dx_ND; see `compose.Kernels`."""
     return product(
         da_NC, w_in_EDC, bounds, True, da_NC.dtype, interpret=interpret, cover=False
     )
 
 
 def dw_in(x_TD, da_NC, token_N, bounds, dtype, *, interpret=False):
-    """dw_in_EDC; see `compose.Kernels`."""
+    """Return dw_in_EDC; see `compose.Kernels`."""
     return weight_product(
         x_TD, da_NC, bounds, dtype, interpret=interpret, lhs_row_M=token_N
     )
 
 
 def dw_out(weighted_NF, dy_TD, token_N, bounds, dtype, *, interpret=False):
-    """dw_out_EFD; see `compose.Kernels`."""
+    """Return dw_out_EFD; see `compose.Kernels`."""
     return weight_product(
         weighted_NF, dy_TD, bounds, dtype, interpret=interpret, rhs_row_M=token_N
     )

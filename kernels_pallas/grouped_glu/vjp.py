@@ -15,7 +15,7 @@ from kernels_pallas.names import PRE_ACTIVATIONS
 
 
 def differentiable(forward, backward):
-    """A differentiable grouped_glu out of a forward and a backward pass.
+    """Make a differentiable grouped_glu out of a forward and a backward pass.
 
     Args:
       forward: (x_TD, w_in_EDC, w_out_EFD, gate_TK, plan, activation, save) -> (y_TD,
@@ -36,7 +36,7 @@ def differentiable(forward, backward):
         def small(plan):
             return forward(*inputs, plan, activation, save)
 
-        def large(plan):  # keeps nothing, so that the two agree on what is kept
+        def large(plan):  # saves zeros in place of `a`: both branches return one shape
             y_TD, _ = forward(*inputs, plan, activation, False)
             _, kept = jax.eval_shape(small, plan.first_rows(buffer_rows))
             return y_TD, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kept)
@@ -51,7 +51,7 @@ def differentiable(forward, backward):
     def run_and_save(*args):
         y_TD, a = run_forward(True, *args)
         a = jax.tree.map(lambda leaf: checkpoint_name(leaf, PRE_ACTIVATIONS), a)
-        # Weights as they came: a scan over layers would keep a reshaped copy of each.
+        # Save weights as they came: a scan over layers would keep a reshaped copy.
         return y_TD, (a, *args[:5])
 
     def run_backward(activation, buffer_rows, saved, dy_TD):
@@ -73,16 +73,16 @@ def differentiable(forward, backward):
 
 
 def _merge(w_in_ED2F):
-    """[E, D, C]: the gate half of the columns, then the up half."""
+    """Merge the halves into [E, D, C]: gate columns, then up columns."""
     num_experts, dim = w_in_ED2F.shape[:2]
     return w_in_ED2F.reshape(num_experts, dim, -1)
 
 
 def _within(plan, buffer_rows, small, large):
-    """`small` of the plan's first rows if they hold every kept slot, else `large`.
+    """Call `small` on the plan's first rows if they hold every kept slot, else `large`.
 
     The branch is taken here, inside the custom VJP: outside of it differentiation
-    would keep what either branch needs.
+    would keep the arrays that both branches need.
     """
     if buffer_rows is None or buffer_rows >= plan.order_N.shape[0]:
         return small(plan)

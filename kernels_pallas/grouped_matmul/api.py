@@ -1,4 +1,4 @@
-"""grouped_matmul: signature, contract and validation; the backends are beside it.
+"""grouped_matmul: signature, contract and validation; the backends are in this folder.
 
 Legend: M rows, K contraction, N columns, G groups (of this shard), A groups of all
 shards.
@@ -27,7 +27,7 @@ def grouped_matmul(
     out_dtype=None,
     implementation=None,
 ):
-    """Rows of `lhs_MK` times the matrix of the group they belong to.
+    """Multiply each row of `lhs_MK` by the matrix of the group that it belongs to.
 
     Group g owns the `group_sizes_G[g]` rows after those of group g - 1. Sums are
     float32. Rows of no group are exactly zero in the output and in the
@@ -38,9 +38,9 @@ def grouped_matmul(
     Args:
       lhs_MK: float32 or bfloat16 [M, K], rows sorted by group.
       rhs_GKN: [G, K, N] of the same dtype, or [G, N, K] with `transpose_rhs`. With
-        `rhs_scale_GN`, of a dtype in WEIGHT_DTYPES, and constant: no gradient.
-      group_sizes_G: int32[G], not negative, with a sum of at most M. Checked where
-        the values are known; elsewhere under `checkify.checkify(..., user_checks)`.
+        `rhs_scale_GN` its dtype is in WEIGHT_DTYPES, and it is constant: no gradient.
+      group_sizes_G: int32[G], not negative, with a sum of at most M. Known values are
+        checked; unknown ones only under `checkify.checkify(..., user_checks)`.
       transpose_rhs: whether `rhs_GKN` has its last two axes swapped.
       group_offset: int32 scalar, for a shard of the experts: `group_sizes_G` is then
         int32[A] with A >= G, and `rhs_GKN` holds the groups from this one on. Rows of
@@ -140,7 +140,7 @@ def _validate_dtypes(lhs_MK, rhs_GKN, group_sizes_G, rhs_scale_GN):
 
 
 def _check_group_sizes(lhs_MK, rhs_GKN, group_sizes_G, group_offset):
-    """Values: now if they are known, else by a check that only checkify turns on."""
+    """Check values: now if they are known, else if checkify turns the check on."""
     M, G, A = lhs_MK.shape[0], rhs_GKN.shape[0], group_sizes_G.shape[0]
     if isinstance(group_sizes_G, jax.core.Tracer):
         checkify.debug_check(

@@ -10,7 +10,7 @@ from kernels_pallas import cpu_tiles as tiles
 
 
 def product(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype):
-    """Rows times the matrix of their group; rows of no group are zero."""
+    """Multiply rows by the matrix of their group; rows of no group are zero."""
     num_rows = lhs_MK.shape[0]
     num_columns = rhs_GKN.shape[1 if transpose_rhs else 2]
 
@@ -25,7 +25,7 @@ def product(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype):
 
 
 def weight_product(lhs_MK, rhs_MN, bounds, out_dtype):
-    """For each group the sum over its rows of outer products, [G, K, N]."""
+    """Sum the outer products of the rows of each group, [G, K, N]."""
     num_rows = lhs_MK.shape[0]
 
     def body(out_GKN, tile):

@@ -1,7 +1,7 @@
 """grouped_matmul for NVIDIA Hopper, by Pallas Mosaic GPU: TMA, WGMMA, bfloat16.
 
-The sums over rows, weight gradients, are Triton's: measured by others on an H100, its
-kernels were five times as fast there as those of Mosaic GPU, which mask every tile.
+Triton's kernels compute weight gradients, which are sums over rows: others measured
+them on an H100, five times as fast as those of Mosaic GPU, which mask every tile.
 
 Legend: M rows, K contraction, N columns, G groups. `bounds` is int32[G + 1]: rows
 bounds[g] to bounds[g + 1] are those of group g.
@@ -20,7 +20,7 @@ OPERATIONS = ("product", "product_t", "weight", "up", "down_vjp")
 
 
 class Tiling(NamedTuple):
-    """Sizes of a tile, and how many steps of it are loaded ahead.
+    """Sizes of a tile, and the number of its steps that are loaded ahead.
 
     The two compute warpgroups have m / 2 rows each, so m is a multiple of 128.
     """
@@ -32,7 +32,7 @@ class Tiling(NamedTuple):
 
 
 def unsupported(request):
-    """Why this backend cannot do a `Request`, or None."""
+    """The reason why this backend cannot do a `Request`, or None."""
     if tiles.on_hopper() is False:
         return "it needs an NVIDIA Hopper GPU (compute capability 9.0)"
     if request.dtype != "bfloat16":
@@ -59,7 +59,7 @@ def product(
     interpret=False,
     every_row=True,
 ):
-    """Rows times the matrix of their group; rows of no group are zero.
+    """Multiply rows by the matrix of their group; rows of no group are zero.
 
     Args:
       lhs_MK: bfloat16; K a multiple of 64.
@@ -69,7 +69,7 @@ def product(
       out_dtype: float32 or bfloat16.
       tiling: Tiling; None: `tiling_for`.
       interpret: False, or InterpretGPUParams.
-      every_row: False to leave rows of no group as the memory was.
+      every_row: False leaves rows of no group unwritten.
 
     Returns:
       [M, N] of `out_dtype`.
@@ -111,9 +111,9 @@ def product(
 
 
 def weight_product(lhs_MK, rhs_MN, bounds, out_dtype, *, tiling=None, interpret=False):
-    """For each group the sum over its rows of outer products; Triton's kernel.
+    """Sum the outer products of the rows of each group, by Triton's kernel.
 
-    `tiling` is Triton's.
+    `tiling` is a tiling of that kernel.
     """
     return triton.weight_product(
         lhs_MK, rhs_MN, bounds, out_dtype, tiling=tiling, interpret=bool(interpret)
@@ -121,27 +121,27 @@ def weight_product(lhs_MK, rhs_MN, bounds, out_dtype, *, tiling=None, interpret=
 
 
 def default_tiling(operation, M, K, N, G, dtype):
-    """A Tiling that fits.
+    """Choose a Tiling that fits.
 
     Args:
-      operation: one of OPERATIONS; of grouped_glu "up" and "down_vjp", where K is the
-        model width and N the hidden width. For "weight" the answer is Triton's.
+      operation: one of OPERATIONS; "up" and "down_vjp" belong to grouped_glu: K is the
+        model width and N the hidden width. For "weight" Triton answers.
       M, K, N, G: sizes.
-      dtype: of the operands.
+      dtype: dtype of the operands.
     """
     if operation == "weight":
         return triton.default_tiling(operation, M, K, N, G, dtype)
     # A compute thread has 232 registers. Sums of 64 x 256 take 128 of them; "up" has
     # them as two of 64 x 128, and "down_vjp" has one of 64 x 128 and in its epilogue
     # seven blocks of 64 x 64, 32 registers each if all were alive at once.
-    # 128 rows, so that the last tile of a group wastes few: 256 x 128 would load as
-    # many bytes for each product as 128 x 256.
+    # A tile has 128 rows, so that the last tile of a group wastes few: 256 x 128 would
+    # load as many bytes for each product as 128 x 256.
     widest = 256 if operation in ("product", "product_t") else 128
     return _with_stages(operation, 128, min(widest, N), 64)
 
 
 def candidates(operation, M, K, N, G, dtype):
-    """Tilings worth timing, the default first."""
+    """List the tilings that are worth timing, the default first."""
     default = default_tiling(operation, M, K, N, G, dtype)
     if operation == "weight":
         return triton.candidates(operation, M, K, N, G, dtype)
@@ -180,14 +180,14 @@ def check_tiling(tiling, operation, K, N):
 
 
 def _with_stages(operation, m, n, k):
-    """The Tiling with as many stages as fit; more than six hide no more."""
+    """The Tiling with as many stages as fit; more than six hide no more latency."""
     one, two = (shared_bytes(Tiling(m, n, k, s), operation) for s in (1, 2))
     stages = 1 + (tiles.SHARED_BYTES - one) // (two - one)
     return Tiling(m, n, k, max(0, min(6, stages)))
 
 
 def shared_bytes(tiling, operation):
-    """Shared memory of a kernel: stages, staged stores, and what its epilogue reads."""
+    """The shared memory of a kernel: stages, staged stores, inputs of its epilogue."""
     m, n, k, stages = tiling
     halves = 2 if operation == "up" else 1
     staging = tiles.COMPUTE_WGS * 2 * tiles.ROWS * tiles.LINE

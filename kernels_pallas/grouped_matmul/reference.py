@@ -1,6 +1,6 @@
 """The definition of grouped_matmul: every group's matrix on every row, then select.
 
-Costs G times the needed work.
+It costs G times the needed work.
 
 Legend: M rows, K contraction, N columns, G groups. `bounds` is int32[G + 1]: rows
 bounds[g] to bounds[g + 1] are those of group g.
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def product(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype):
-    """Rows times the matrix of their group; rows of no group are zero."""
+    """Multiply rows by the matrix of their group; rows of no group are zero."""
     if transpose_rhs:
         rhs_GKN = jnp.swapaxes(rhs_GKN, 1, 2)
     out_MN = jnp.zeros((lhs_MK.shape[0], rhs_GKN.shape[2]), jnp.float32)
@@ -22,7 +22,7 @@ def product(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype):
 
 
 def weight_product(lhs_MK, rhs_MN, bounds, out_dtype):
-    """For each group the sum over its rows of outer products, [G, K, N]."""
+    """Sum the outer products of the rows of each group, [G, K, N]."""
     out = []
     for g in range(bounds.shape[0] - 1):
         mine_M1 = _rows_of(g, bounds, lhs_MK.shape[0])

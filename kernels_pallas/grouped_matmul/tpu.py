@@ -1,7 +1,7 @@
 """grouped_matmul on TPUs, in Pallas.
 
-Runs on v5e, v5p, v6e and later, float32 and bfloat16. Every size is served: a tile
-either divides an axis, is all of it, or is masked where it sticks out. float32 follows
+It runs on v5e, v5p, v6e and later, in float32 and bfloat16. Every size is served: a
+tile divides an axis, is all of it, or is masked where it sticks out. float32 follows
 `jax_default_matmul_precision`, which on TPUs is one pass of bfloat16 unless it is set.
 
 Legend: M rows, K contraction, N columns, G groups. Small letters are the sizes of one
@@ -32,7 +32,7 @@ __all__ = [
 def product(
     lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype, *, tiling=None, interpret=False
 ):
-    """Rows times the matrix of their group; rows of no group are zero.
+    """Multiply rows by the matrix of their group; rows of no group are zero.
 
     Args:
       lhs_MK: float32 or bfloat16 [M, K].
@@ -72,7 +72,7 @@ def product(
 
 
 def weight_product(lhs_MK, rhs_MN, bounds, out_dtype, *, tiling=None, interpret=False):
-    """For each group the sum over its rows of outer products, [G, K, N].
+    """Sum the outer products of the rows of each group, [G, K, N].
 
     A group's visits follow one another, so its sum stays in VMEM and is written once;
     a group without rows is visited once, to write zeros.
@@ -112,7 +112,7 @@ def weight_product(lhs_MK, rhs_MN, bounds, out_dtype, *, tiling=None, interpret=
 
             @pl.when(visits.edges[segment] < visits.edges[segment + 1])
             def add():
-                # Both: the rows of others, and what lies past the end, may be NaN.
+                # Mask both: rows of other groups or past the end may be NaN.
                 mine_m1 = tpu_rows.rows_of(visits, v, m)
                 lhs_mk = jnp.where(mine_m1, lhs_ref[...], 0)
                 rhs_mn = jnp.where(mine_m1, rhs_ref[...], 0)
@@ -129,7 +129,7 @@ def weight_product(lhs_MK, rhs_MN, bounds, out_dtype, *, tiling=None, interpret=
         return tile_V[v], j
 
     def half_index(i, j, v, segment_V, tile_V, *_):
-        # lax: the signs that // and % care for do not lower without a device.
+        # We use lax: // and % handle signs, which does not lower without a device.
         tiles = jnp.int32(N // 2 // n)
         return lax.div(j, tiles), tile_V[v], lax.rem(j, tiles)
 
@@ -168,7 +168,7 @@ def weight_product(lhs_MK, rhs_MN, bounds, out_dtype, *, tiling=None, interpret=
 
 
 def unsupported(request) -> str | None:
-    """Why this backend cannot do a Request, or None."""
+    """The reason why this backend cannot do a Request, or None."""
     if request.dtype not in ("float32", "bfloat16"):
         return f"it multiplies float32 or bfloat16, not {request.dtype}"
     if request.weights not in (None, request.dtype):
@@ -180,12 +180,12 @@ def default_tiling(operation, M, K, N, G, dtype):
     """The Tiling of one operation, by the arithmetic of VMEM and of HBM traffic.
 
     Rows: a boundary costs one more visit per group, so the mean group should fill
-    several tiles; 128 rows at least, which is what keeps the matrix unit busy.
+    several tiles. A tile has at least 128 rows, which keep the matrix unit busy.
 
     Columns and contraction of "product", "product_t", "up", "down_vjp": with all of
     the contraction in one tile, weights are read once and rows N / n times, which is
     n FLOPs for each byte of bfloat16. A v5e needs 240 to be busy, a v5p 166, a v6e
-    560. So n = 1024 ("up": 512 of each half) if it fits, and not below a quarter of
+    560. So n is 1024 ("up": 512 of each half) if it fits, and not below a quarter of
     that; then the contraction is split, and weights are read for every visit.
 
     "weight": a tile of the result reads k + n numbers for k * n products, so 1024 by
@@ -194,9 +194,9 @@ def default_tiling(operation, M, K, N, G, dtype):
     Args:
       operation: "product", "product_t" (transposed weights), "weight", "up" or
         "down_vjp". "up" has N columns in each of its halves.
-      M, K, N, G: rows, contraction, columns and groups. Of "weight", the result is
+      M, K, N, G: rows, contraction, columns and groups. For "weight", the result is
         [G, K, N] and M is the contraction.
-      dtype: of rows and weights.
+      dtype: dtype of rows and weights.
     """
     rows = M // G
     m = 512 if rows >= 4096 else 256 if rows >= 512 else LANES
@@ -217,7 +217,7 @@ def default_tiling(operation, M, K, N, G, dtype):
 
 
 def candidates(operation, M, K, N, G, dtype):
-    """Tilings worth a measurement, those that fit in VMEM; the default is first."""
+    """List the tilings that fit in VMEM and are worth timing; the default is first."""
     found = [default_tiling(operation, M, K, N, G, dtype)]
     for m in (128, 256, 512, 1024):
         for k in (512, 1024, 2048, K):
@@ -232,7 +232,7 @@ def candidates(operation, M, K, N, G, dtype):
 
 
 def _vmem_bytes(operation, tiling, dtype):
-    """Blocks twice (one is computed on while the other moves), sums and temporaries."""
+    """The bytes of sums, temporaries and two copies of each block (one is moving)."""
     m, k, n = tiling
     size = jnp.dtype(dtype).itemsize
     if operation == "weight":  # two masked operands, one of them transposed as well
@@ -249,9 +249,9 @@ def _vmem_bytes(operation, tiling, dtype):
 
 
 def _fit_columns(operation, N, limit):
-    """A column tile of at most `limit`.
+    """The column tile, at most `limit`.
 
-    Of "up" and "down_vjp" it divides N where a multiple of 128 does, so that the two
+    In "up" and "down_vjp" it divides N where a multiple of 128 does, so that the two
     halves of one array are whole numbers of tiles.
     """
     if operation in ("up", "down_vjp"):

@@ -28,11 +28,11 @@ from kernels_pallas.triton_tiles import Tiling
 from kernels_pallas.tuned import measured_or
 
 DTYPES = ("float32", "bfloat16")
-PROCESSORS = 132  # of an H100; only guides how far weight gradients are cut
+PROCESSORS = 132  # those of an H100; only guides how far weight gradients are cut
 
 
 def unsupported(request):
-    """Why this backend cannot do a `Request`, or None. It takes any sizes."""
+    """The reason why this backend cannot do a `Request`, or None; any size is taken."""
     if request.dtype not in DTYPES:
         return f"it computes in {' or '.join(DTYPES)}, not in {request.dtype}"
     if request.weights not in (None, request.dtype):
@@ -51,11 +51,11 @@ def product(
     interpret=False,
     cover=True,
 ):
-    """Rows times the matrix of their group, [M, N]; rows of no group are zero.
+    """Multiply rows by the matrix of their group, [M, N]; rows of no group are zero.
 
     Args:
       lhs_MK: float32 or bfloat16.
-      rhs_GKN: of the same dtype; [G, N, K] with `transpose_rhs`.
+      rhs_GKN: array of the same dtype; [G, N, K] with `transpose_rhs`.
       bounds: int32[G + 1].
       transpose_rhs: whether `rhs_GKN` has its last two axes swapped.
       out_dtype: dtype of the result; sums are float32.
@@ -85,7 +85,7 @@ def product(
 
 
 def _product_kernel(group_B, start_B, stop_B, lhs, rhs, out, *, size, tiling, swapped):
-    """One tile of the product; `rhs` has the matrices of all groups as its rows."""
+    """Compute one tile of the product; the rows of `rhs` are all groups' matrices."""
     num_blocks, K, N = size
     block, across = tiles.place(
         pl.program_id(0), num_blocks, pl.cdiv(N, tiling.columns), tiling.band
@@ -123,11 +123,11 @@ def weight_product(
     lhs_row_M=None,
     rhs_row_M=None,
 ):
-    """For each group the sum over its rows of outer products, [G, K, N].
+    """Sum the outer products of the rows of each group, [G, K, N].
 
     Args:
       lhs_MK: float32 or bfloat16.
-      rhs_MN: of the same dtype.
+      rhs_MN: array of the same dtype.
       bounds: int32[G + 1].
       out_dtype: dtype of the result; sums are float32.
       tiling: Tiling; None means that of `tiling_for`.
@@ -141,8 +141,8 @@ def weight_product(
     if tiling is None:
         tiling = tiling_for("weight", M, K, N, G, lhs_MK.dtype)
     if indices:
-        # Triton shares its stages between the loads of indices and those that wait for
-        # them; with these, operands are as many steps ahead as without indices.
+        # Triton shares its stages between the loads of indices and the loads that wait
+        # for them; with these, operands are as many steps ahead as without indices.
         tiling = replace(tiling, num_stages=2 * tiling.num_stages - 1)
     chunks, num_sums = tiles.row_chunks(bounds, M, tiling)
     num_tiles = pl.cdiv(K, tiling.rows) * pl.cdiv(N, tiling.columns)
@@ -152,7 +152,7 @@ def weight_product(
         tiling=tiling,
         gathered=(lhs_row_M is not None, rhs_row_M is not None),
     )
-    # One row at least, for a buffer without any is trouble in Triton.
+    # There is at least one row: a buffer without any is trouble in Triton.
     sums = jax.ShapeDtypeStruct((max(num_sums * K, 1), N), jnp.float32)
     out, sums = tiles.call(
         kernel,
@@ -169,7 +169,7 @@ def weight_product(
 
 
 def _weight_kernel(*refs, size, tiling, gathered):
-    """One tile of one chunk's sum: into the result, or a partial sum if it is cut."""
+    """Write one tile of a chunk's sum: to the result, or a partial sum if it is cut."""
     group_C, start_C, stop_C, _, pieces_C, lhs, rhs, *indices, out, sums = refs
     (K, N), index = size, pl.program_id(0)
     num_down, num_across = pl.cdiv(K, tiling.rows), pl.cdiv(N, tiling.columns)
@@ -186,7 +186,7 @@ def _weight_kernel(*refs, size, tiling, gathered):
 
     def step(i, sum_kn):
         row_m = tiles.span(start + i * tiling.depth, tiling.depth)
-        # Both operands: 0 times the NaN of another group's row is NaN.
+        # Mask both operands: 0 times the NaN of another group's row is NaN.
         row_ok = tiles.row_mask(row_m, stop)
         lhs_row, rhs_row = (
             row_m if ref is None else plt.load(ref.at[row_m], mask=row_ok, other=0)
@@ -201,8 +201,8 @@ def _weight_kernel(*refs, size, tiling, gathered):
     sum_kn = lax.fori_loop(0, steps, step, zero_kn)
 
     def write(ref, first_row):
-        # In two halves: the way to memory goes through shared memory, where all of
-        # 128 x 256 sums would take more than the operands.
+        # Store two halves: stores go through shared memory, where all of 128 x 256
+        # sums would take more than the operands.
         for j, half_kn in enumerate(jnp.split(sum_kn, 2, axis=1)):
             width = half_kn.shape[1]
             at_h = tiles.span(across * tiling.columns + j * width, width)
@@ -216,7 +216,7 @@ def _weight_kernel(*refs, size, tiling, gathered):
 
 
 def _add_pieces(chunks, sums_SX, out, interpret):
-    """`out` with the groups that were cut, each the sum of its pieces in order."""
+    """Write into `out`, for each group that was cut, the sum of its pieces in order."""
     S, X = sums_SX.shape  # X: entries of a matrix
     tiling = Tiling(rows=1, columns=min(2048, pl.next_power_of_2(X)), depth=1)
     G = out.size // X
@@ -252,13 +252,13 @@ def _add_kernel(group_C, nth_C, pieces_C, sums, whole, out, *, tiling):
 
 
 def default_tiling(operation, M, K, N, G, dtype):
-    """A Tiling that fits and is near what was found best for such kernels.
+    """Choose a Tiling that fits and is near what was found best for such kernels.
 
     Args:
-      operation: "product", "product_t" (transposed rhs), "weight", or of grouped_glu
+      operation: "product", "product_t" (transposed rhs), "weight", or for grouped_glu
         "up" (K is the model width, N the hidden width) and "down_vjp" (the same).
-      M, K, N, G: sizes; of "weight", K and N are those of the matrices.
-      dtype: of the operands.
+      M, K, N, G: sizes; for "weight", K and N are those of the matrices.
+      dtype: dtype of the operands.
     """
     # Operands of a step fill 64 bytes of each row of a tile: at 4 stages no choice
     # below takes more than 96 KiB of shared memory (24 KiB a stage), so two programs
@@ -270,32 +270,32 @@ def default_tiling(operation, M, K, N, G, dtype):
             rows=_fit(128, K), columns=_fit(256, N), depth=depth, num_warps=8
         )
         return _with_cut(tiling, M, K, N)
-    # Half of the last tile of every group is wasted on average: narrower tiles for
-    # short groups. Below 64 rows there is no wgmma, but also little to compute.
+    # Half of the last tile of every group is wasted on average, so short groups have
+    # smaller tiles. Below 64 rows there is no wgmma, but also little to compute.
     mean = M // G
     rows = 128 if mean >= 256 else 64 if mean >= 96 else 32 if mean >= 32 else 16
     rows = min(rows, _fit(128, M))
     if operation in ("product", "product_t"):
-        # 128 x 128 sums are 128 registers for each thread of 4 warps, two programs a
-        # processor: one stores while the other computes.
+        # 128 x 128 sums are 128 registers for each thread of 4 warps. A processor has
+        # two programs: one stores while the other computes.
         return Tiling(rows=rows, columns=_fit(128, N), depth=depth)
-    # "up" holds two tiles of sums and "down_vjp" one, and in its epilogue four others:
-    # 8 warps, for 128 and 64 registers of sums a thread.
+    # "up" holds two tiles of sums; "down_vjp" holds one, and four others in its
+    # epilogue. With 8 warps these are 128 and 64 registers of sums per thread.
     warps = 8 if rows == 128 else 4
     return Tiling(rows=rows, columns=_fit(128, N), depth=depth, num_warps=warps)
 
 
 def _fit(tile, size):
-    """`tile`, or the least power of two not below `size`; Triton's dots need 16."""
+    """The lesser of `tile` and a power of two >= `size`; Triton's dots need 16."""
     return min(tile, max(16, pl.next_power_of_2(size)))
 
 
 def _with_cut(tiling, M, K, N):
-    """With all rows in one group there should be about six programs a processor.
+    """Cut so that all rows in one group make about six programs per processor.
 
     A cut as fine as that loses at most a sixth to a last wave that is part full. Its
-    partial sums take some 6 * 132 tiles whatever the shape, 99 MiB, and never twice
-    that. Chunks of fewer than 1024 rows would write and read more than they compute.
+    partial sums take some 6 * 132 tiles for any shape, 99 MiB, and never twice that.
+    Chunks of fewer than 1024 rows would write and read more than they compute.
     """
     num_tiles = pl.cdiv(K, tiling.rows) * pl.cdiv(N, tiling.columns)
     chunks = pl.cdiv(6 * PROCESSORS, num_tiles)
@@ -306,7 +306,7 @@ def _with_cut(tiling, M, K, N):
 
 
 def candidates(operation, M, K, N, G, dtype):
-    """Tilings worth timing, the default first; all fit an H100's shared memory."""
+    """List the tilings worth timing, the default first; all fit an H100's memory."""
     default = default_tiling(operation, M, K, N, G, dtype)
     found = [default]
     itemsize = jnp.dtype(dtype).itemsize
@@ -315,8 +315,8 @@ def candidates(operation, M, K, N, G, dtype):
         *((128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4)),
         *((64, 256, 4), (64, 128, 4), (128, 64, 4)),
     ):
-        # Registers: the sums may take 128 of each thread's 255, in "down_vjp" 64. There
-        # 128 x 256 spilled 1432 bytes a thread; none of the others spilled more than 4
+        # The sums may take 128 of each thread's 255 registers, in "down_vjp" 64. There
+        # 128 x 256 spilled 1432 bytes per thread; no other spilled more than 4
         # (ptxas 12.9 for sm_90a).
         most = 64 if operation == "down_vjp" else 128
         if rows * columns * pairs > most * 32 * num_warps:

@@ -12,7 +12,7 @@ from kernels_pallas.names import GROUPED_MATMUL
 
 
 def differentiable(product, weight_product):
-    """A differentiable grouped matmul out of two that are not.
+    """Make a differentiable grouped matmul out of two that are not.
 
     Args:
       product: (lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype) -> [M, N]; rows of

@@ -1,7 +1,7 @@
 """grouped_matmul by XLA's own ragged dot.
 
-Slow and large where XLA expands it to all groups times all rows: on CPU, on an H100
-(an [G, M, K] temporary), and for weight gradients on TPU with JAX 0.10.
+It is slow and large where XLA expands it to all groups times all rows: on CPU, on an
+H100 (a [G, M, K] temporary), and for weight gradients on TPU with JAX 0.10.
 
 Legend: M rows, K contraction, N columns, G groups. `bounds` is int32[G + 1]: rows
 bounds[g] to bounds[g + 1] are those of group g.
@@ -12,7 +12,7 @@ from jax import lax
 
 
 def product(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype):
-    """Rows times the matrix of their group; rows of no group are zero."""
+    """Multiply rows by the matrix of their group; rows of no group are zero."""
     dims = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (2 if transpose_rhs else 1,)), ((), ())),
         lhs_ragged_dimensions=[0],
@@ -30,7 +30,7 @@ def product(lhs_MK, rhs_GKN, bounds, transpose_rhs, out_dtype):
 
 
 def weight_product(lhs_MK, rhs_MN, bounds, out_dtype):
-    """For each group the sum over its rows of outer products, [G, K, N]."""
+    """Sum the outer products of the rows of each group, [G, K, N]."""
     dims = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())),
         lhs_ragged_dimensions=[0],
@@ -47,9 +47,9 @@ def weight_product(lhs_MK, rhs_MN, bounds, out_dtype):
 
 
 def keep_rows(array_MN, bounds):
-    """`array_MN` with the rows of no group set to zero.
+    """Set the rows of no group in `array_MN` to zero.
 
-    XLA promises nothing about them on every backend, so this is done on both
+    Not every XLA backend promises anything about them, so this is done on both
     sides; on accelerators it fuses with its neighbours.
     """
     row_M1 = jnp.arange(array_MN.shape[0], dtype=jnp.int32)[:, None]
@@ -57,5 +57,5 @@ def keep_rows(array_MN, bounds):
 
 
 def _to_front(array_MN, bounds):
-    """Ragged dots begin with row 0; rows of no group become zeros at the end."""
+    """Roll the groups to row 0, where ragged dots begin; other rows become zeros."""
     return jnp.roll(keep_rows(array_MN, bounds), -bounds[0], axis=0)
