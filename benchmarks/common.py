@@ -81,7 +81,7 @@ def shape_of(text: str) -> LayerShape:
 
 
 def sample_seconds() -> float:
-    """The `sample_s` of `measure`: an accelerator is started long before it ends."""
+    """The `sample_s` of `measure`: on an accelerator a call returns before its end."""
     return 0.0 if jax.default_backend() == "cpu" else 0.02
 
 

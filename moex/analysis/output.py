@@ -97,8 +97,8 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 def marker_lines(analysis: Analysis, most: int = 5) -> dict[str, str]:
     """The experts of highest nPMI of each marker, of all layers, for people.
 
-    Only experts that at least half of the marker's tokens have: one that fired once, by
-    luck, would come first. An expert is written as layer/number.
+    Only experts that at least half of the marker's tokens have are listed: one that
+    fired once, by luck, would come first. An expert is written as layer/number.
     """
     lines = {}
     markers_M = analysis.tokens_V[analysis.marker_ids]

@@ -204,7 +204,7 @@ def slots_by_layer(model, layers: dict, valid_T) -> dict[str, Slots]:
 
 
 class TokenCounter:
-    """Which tokens of a batch are traced, and their numbers through the trace."""
+    """Chooses the tokens of a batch that are traced, and numbers them."""
 
     def __init__(self, limit: int | None = None):
         self._limit, self._tokens = limit, 0

@@ -59,7 +59,7 @@ def pool_probs(logit_NP, valid_NP) -> np.ndarray:
 def threshold_sums(logit_NP, valid_NP, group_N, num_groups) -> np.ndarray:
     """float64[G]: sums of the greatest probability in a token's pool.
 
-    Over the tokens of a task this is its adaptive threshold: `PEU`'s first pass.
+    Divided by the tokens of a task this is its adaptive threshold, for PEU.
     """
     top_N = pool_probs(logit_NP, valid_NP).max(axis=1)
     return np.bincount(group_N, top_N, minlength=num_groups)

@@ -72,7 +72,7 @@ def pair_counts(
 def top_expert(expert_NK, keep_NK, gate_NK) -> np.ndarray:
     """int64[N]: the kept expert with the greatest gate, the first of equals; else -1.
 
-    Not always the first slot: a selection bias reorders them.
+    It is not always in the first slot: a selection bias reorders slots.
     """
     gate_NK = np.where(keep_NK, gate_NK, -np.inf)
     slot_N1 = np.argmax(gate_NK, axis=1)[:, None]
@@ -302,7 +302,7 @@ def vocabulary_figures(count_VE, tokens_V, rows: int) -> dict[str, np.ndarray]:
 def saturation(sums_G2) -> np.ndarray:
     """float64[G]: mean overlap of two choices, from `overlap_sums`; 1: no change.
 
-    About k / E for choices that have nothing to do with each other. NaN without tokens.
+    It is about k / E for unrelated choices, and NaN without tokens.
 
     Source: OLMoE, arXiv:2409.02060, section 5.1.
     """

@@ -63,7 +63,7 @@ class LayerAnalysis:
 
 @dataclasses.dataclass(kw_only=True)
 class Step:
-    """From one router to the next one in the model; int64 counts of tokens.
+    """The step from one router to the next one in the model; int64 counts of tokens.
 
     Attributes:
       source, target: their labels.
@@ -121,7 +121,7 @@ def analyse(
     min_count: int = 10,
     rows: int = 10,
 ) -> Analysis:
-    """Every statistic of a trace, in two passes over it and in bounded memory.
+    """Compute every statistic of a trace, in two passes and in bounded memory.
 
     Args:
       trace: an open trace.
@@ -360,12 +360,12 @@ class _LayerSums:
 def compare(trace: Trace, other: Trace) -> dict[str, np.ndarray]:
     """How far two models route the same data alike: {label: float64[D, 2]}.
 
-    The sums of `statistics.overlap_sums` for each domain, for `statistics.saturation`:
-    of two checkpoints of a run, how far routing has settled. Add the domains for the
-    whole layer.
+    The values are the sums of `statistics.overlap_sums` for each domain, which
+    `statistics.saturation` takes: for two checkpoints of a run, how far routing has
+    settled. Add the domains for the whole layer.
 
     Raises:
-      ConfigError: if the traces have other routers, or are of other data.
+      ConfigError: if the traces differ in their routers or in their data.
     """
     theirs = other.layers
     for label, info in trace.layers.items():

@@ -59,7 +59,7 @@ class Slots:
 
     Kept slots may stand anywhere in a written row, and come first in a read one. Their
     order is that of the router: best first, or by expert number where experts choose.
-    What is not kept is 0.
+    Slots that are not kept are 0.
 
     Attributes:
       expert_NK: int32 in [0, E).

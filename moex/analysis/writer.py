@@ -72,7 +72,7 @@ class TraceWriter:
 
         Args:
           tokens: without padding.
-          layers: per label of `Header.layers`; all arrays of as many rows.
+          layers: slots by label of `Header.layers`, with a row for each token.
         """
         self._waiting.append(Chunk(tokens=tokens, layers=layers))
         if sum(len(chunk.tokens) for chunk in self._waiting) >= BLOCK:

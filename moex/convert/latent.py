@@ -168,7 +168,7 @@ def balance(b_DZ, a_nZF):
 
 
 def convert_experts(weights: dict, ops, how: Factoring, moment_DD=None):
-    """Parameters of `SwigluExperts` as those of `LatentExperts`.
+    """Parameters of `GluExperts` as those of `LatentExperts`.
 
     The moment is for gate and up alone: the inputs of down are another set for every
     expert, so down is always factored by its weights.

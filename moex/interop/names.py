@@ -37,7 +37,7 @@ class Piece:
       index: into our array; the first entry is the copy of a stacked layer.
       split: a shape of as many elements in the same order.
       order: axes of `split` as ours has them.
-      factor: on the numbers of the folder; 1 in all that was imported.
+      factor: factor on the numbers of the folder; 1 for every imported tensor.
     """
 
     name: str

@@ -118,9 +118,9 @@ def batch_arguments(program: Training) -> dict:
 def gathered_bytes(program: Training) -> int:
     """Bytes of gathered weights and their gradients, in the layer that needs most.
 
-    A weight that is in the compute dtype and whole on the device is read where it is.
-    Without recomputation JAX keeps the copies of all layers in the compute dtype, but
-    for those of experts that are gathered: these are gathered again.
+    A weight that is in the compute dtype and whole on the device is read in place.
+    Without recomputation JAX keeps the copies of all layers in the compute dtype,
+    except those of experts that are gathered: these are gathered again.
     """
     itemsize = jnp.dtype(compute_dtype(program.cfg)).itemsize
     fsdp = program.mesh.shape["fsdp"]

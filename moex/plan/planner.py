@@ -139,7 +139,7 @@ class Plan:
 
 
 def check(cfg, topology: Topology):
-    """The abstract program of a config on a topology, every mistake found.
+    """Check a config on a topology; returns its abstract program.
 
     Raises:
       ConfigError: for any mistake in the config, or where it does not fit the devices.

@@ -78,7 +78,7 @@ def _time(plan: Plan) -> str:
 
 
 def fit_text(plan: Plan, advice: list[str]) -> str:
-    """Whether it fits, and what makes it fit."""
+    """Text that says whether the job fits, and what makes it fit."""
     limit = plan.topology.chip.memory
     if limit is None:
         return "Whether it fits is not known: the memory of this device is not."

@@ -148,7 +148,7 @@ def _activations(program: Training) -> list[Traffic]:
 
 
 def _tokens_to_experts(program: Training) -> list[Traffic]:
-    """Tokens to their experts and back, in every pass of every MoE layer."""
+    """Traffic of tokens to their experts and back, in every pass of every MoE layer."""
     rows = []
     for site in sites(program.cfg.model):
         if site.sparse is not None:
@@ -184,9 +184,9 @@ def expected_slots(moe) -> float:
 def mean_devices(moe, n: int) -> float:
     """The mean number of devices that hold an expert of a token, if routing is even.
 
-    A device has none of a token's K distinct experts with the probability that all K
-    are of the others; with group-limited routing these are the experts of the groups
-    kept that are elsewhere.
+    A device holds none of a token's K distinct experts with the probability that all K
+    are on other devices; with group-limited routing only experts of the groups kept
+    count.
     """
     E, K = moe.num_experts, expected_slots(moe)
     groups = moe.router.groups_kept()

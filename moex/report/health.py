@@ -51,7 +51,7 @@ class Health:
 
     @property
     def headline(self) -> str:
-        """One line for all."""
+        """One line on all checks."""
         if not self.findings:
             return "No warnings"
         return f"Warnings: {', '.join(self.groups)}"
@@ -108,7 +108,7 @@ def _found(*results: Finding | None) -> Iterator[Finding]:
 
 
 def judged(material: Material) -> tuple[str, Routing] | None:
-    """`(kind, figures)` that layers are judged by: of training, if there are some."""
+    """`(kind, figures)` that layers are judged by: those of training if possible."""
     train, held = (material.routing.get(kind) for kind in ("train", "eval"))
     if train is not None and (held is None or len(train.step_S) >= LINES):
         return "train", train

@@ -2,7 +2,7 @@
 
 Every check is a pure function of what was logged. It returns None where all is well,
 and its text states its threshold. Checks of a layer look at the end of the run: the
-last tenth of what was logged, at least `TAIL` lines, so that one odd batch is nothing.
+last tenth of the log, at least `TAIL` lines, so that one odd batch does not count.
 
 S logged steps, ascending · E experts · D devices
 """

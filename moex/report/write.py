@@ -32,7 +32,7 @@ def write_report(
       out: the file; None: `RUN/report.html`.
 
     Raises:
-      ConfigError: for what is no run, no trace, or cannot be written.
+      ConfigError: if a path is no run, is no trace, or cannot be written.
     """
     run = RunDir.of(place)
     out = run.report if out is None else out

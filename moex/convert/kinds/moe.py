@@ -26,7 +26,7 @@ class Upcycle(Conversion):
       experts: copies C, >= 1.
       k: copies that a token uses, in [1, experts].
       split: slices g of a copy, a divisor of F.
-      noise: standard deviation of what is added to every weight of the experts, over
+      noise: standard deviation of the noise on every weight of the experts, over
         that of its matrix; >= 0.
       reinit: share of the hidden columns of every expert that is drawn again, in
         [0, 1].
