@@ -1,4 +1,4 @@
 """Names of intermediate arrays, for `jax.checkpoint_policies`."""
 
-PRE_ACTIVATIONS = "expert_pre_activations"  # what grouped_glu keeps
-GROUPED_MATMUL = "grouped_matmul"  # what grouped_matmul returns
+PRE_ACTIVATIONS = "expert_pre_activations"  # the array that grouped_glu keeps
+GROUPED_MATMUL = "grouped_matmul"  # the array that grouped_matmul returns

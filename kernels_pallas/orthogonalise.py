@@ -10,16 +10,16 @@ from kernels_pallas.native import library
 
 
 def orthogonalise(x_SRIC, coefficients, steps: int, eps: float):
-    """Newton-Schulz iterations on every matrix: X <- a X + (b A + c A A) X, A = X X^T.
+    """Iterate Newton-Schulz on every matrix: X <- a X + (b A + c A A) X, A = X X^T.
 
     X begins as the matrix over its Frobenius norm plus `eps`. A and A A are symmetric,
-    and half of each is computed.
+    and only half of each is computed.
 
     Args:
       x_SRIC: float32.
       coefficients: (a, b, c).
       steps: iterations, >= 0.
-      eps: what is added to the norm.
+      eps: number added to the norm.
 
     Returns:
       float32 [S, R, I, C].

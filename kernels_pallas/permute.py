@@ -1,4 +1,4 @@
-"""Rows into expert order and back, by gathers alone, forward and backward.
+"""Moves rows into expert order and back, by gathers alone, forward and backward.
 
 Every slot has one row, so that the transpose of either direction is again a gather: no
 scatter-add, and the same sums in the same order in every run. A `plan` here is a `Plan`
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 @jax.custom_vjp
 def dispatch(x_TD, plan):
-    """Rows of x in plan order: row i is the token of slot `order_N[i]`."""
+    """Put rows of x in plan order: row i is the token of slot `order_N[i]`."""
     with jax.named_scope("dispatch"):
         return take(x_TD, plan.token_N)
 
@@ -40,7 +40,7 @@ def combine(y_ND, gate_TK, plan):
     its gate holds. Sums are float32.
 
     Args:
-      y_ND: float[N, D] rows in plan order; those past the last group are not read.
+      y_ND: float[N, D] rows in plan order; rows past the last group are not read.
       gate_TK: float32[T, K].
       plan: Plan.
     """
@@ -88,10 +88,10 @@ def sum_rows(y_ND, plan, weight_TK=None, place_N=None):
 
 
 def slot_values(value_N, plan):
-    """Each slot's entry of one value per row, [T, K]; 0 for slots that are not kept."""
+    """Give each slot the value of its row, [T, K]; 0 for slots that are not kept."""
     return jnp.where(plan.kept_TK, take(value_N, plan.safe_row_TK), 0)
 
 
 def take(array, index):
-    """Rows of `array`; the indices are known to be in bounds (2.4 times faster)."""
+    """Take rows of `array`; indices are promised to be in bounds (2.4 times faster)."""
     return array.at[index].get(mode="promise_in_bounds")

@@ -1,7 +1,7 @@
 """The routing plan: slots sorted by expert, computed once per layer and step.
 
-Only integer bookkeeping lives here, O(N) in memory; no array of size T x E is
-ever made. Capacity and other choices of what to keep are the caller's.
+Only integer bookkeeping is done here, O(N) in memory; no array of size T x E is
+ever made. The caller decides which slots to keep, by capacity or otherwise.
 
 Legend: T tokens, K slots per token, N slots or sorted rows (T*K), E experts.
 Slot t*K + j is the j-th choice of token t.
@@ -34,35 +34,35 @@ class Plan:
 
     @property
     def group_sizes_E(self):
-        """int32, kept rows per expert; the sum may be less than N."""
+        """The kept rows per expert, int32; the sum may be less than N."""
         return self.bounds[1:] - self.bounds[:-1]
 
     @property
     def token_N(self):
-        """int32, the token that each sorted row reads."""
+        """The token that each sorted row reads, int32."""
         return self.order_N // self.row_TK.shape[1]
 
     @property
     def kept_TK(self):
-        """bool, whether the slot has a row of some expert.
+        """Whether each slot has a row of some expert, bool.
 
-        Read off the row, never off a gate of zero: a kept slot whose gate
+        It is read off the row, never off a gate of zero: a kept slot whose gate
         underflows to 0 still has a gate gradient.
         """
         return self.row_TK < self.bounds[-1]
 
     @property
     def safe_row_TK(self):
-        """`row_TK`, with row 0, which is there and in the cache, for slots not kept."""
+        """The rows, with row 0 for slots not kept: it exists and is in the cache."""
         return jnp.where(self.kept_TK, self.row_TK, 0)
 
     @property
     def real_N(self):
-        """bool, whether the sorted row is of a kept slot."""
+        """Whether each sorted row belongs to a kept slot, bool."""
         return jnp.arange(self.order_N.shape[0], dtype=jnp.int32) < self.bounds[-1]
 
     def first_rows(self, num_rows):
-        """The plan with `num_rows` rows; right where bounds[E] <= num_rows."""
+        """The plan with `num_rows` rows; it is right only if bounds[E] <= num_rows."""
         return replace(self, order_N=self.order_N[:num_rows])
 
     def truncated(self, num_rows):
@@ -76,7 +76,7 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Layout:
-    """Where slots lie in a buffer with gaps: what `dispatch` and `combine` read.
+    """Where slots lie in a buffer with gaps; `dispatch` and `combine` read it.
 
     Attributes:
       order_N: int32, the slot of each buffer row; any slot in a gap.
@@ -92,21 +92,21 @@ class Layout:
 
     @property
     def token_N(self):
-        """int32, the token that each buffer row reads."""
+        """The token that each buffer row reads, int32."""
         return self.order_N // self.row_TK.shape[1]
 
     @property
     def safe_row_TK(self):
-        """`row_TK`, with row 0 for slots not kept."""
+        """The rows of the slots, with row 0 for slots not kept."""
         return jnp.where(self.kept_TK, self.row_TK, 0)
 
 
 def make_plan(expert_TK, keep_TK, num_experts):
-    """Plan that sorts the kept slots stably by expert.
+    """Make a Plan that sorts the kept slots stably by expert.
 
-    One sort of packed integers, expert * N + slot, which is stable by
-    construction and measured 1.6 times faster than a stable argsort (2 CPU
-    cores, N = 8192, E = 64). Where the packed key would pass int32, the argsort.
+    It sorts packed integers once, expert * N + slot, which is stable by
+    construction and was 1.6 times faster than a stable argsort (2 CPU cores,
+    N = 8192, E = 64). Where the packed key would not fit int32, it uses argsort.
 
     Args:
       expert_TK: int[T, K], expert of each slot. A slot with an id outside
@@ -136,7 +136,7 @@ def make_plan(expert_TK, keep_TK, num_experts):
     bounds = jnp.searchsorted(
         sorted_id_N,
         jnp.arange(num_experts + 1, dtype=jnp.int32),
-        # A loop on an accelerator is one launch for each step, and not one in all.
+        # On an accelerator a loop is one launch for each step, instead of one in all.
         method="scan" if platform() == "cpu" else "scan_unrolled",
     ).astype(jnp.int32)
     row_N = (

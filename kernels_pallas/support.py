@@ -1,6 +1,6 @@
 """What each implementation can do, as a table: `python -m kernels_pallas.support`.
 
-Asked of the code itself (`implementations.why_not`), so that the table in the
+The code itself answers (`implementations.why_not`), so that the table in the
 documentation, which a test compares with this one, cannot be wrong for long.
 """
 
@@ -13,15 +13,15 @@ from kernels_pallas.implementations import (
     why_not,
 )
 
-# K, N, G of a layer that all kernels like, and of one with sizes that tiles do not fit.
+# K, N, G of a layer that suits all kernels, and of one whose sizes do not fit tiles.
 EVEN, ODD = (1024, 2048, 8), (1000, 2000, 7)
 
 
 def table() -> str:
-    """Markdown: one row for each implementation and dtype.
+    """The Markdown table: one row for each implementation and dtype.
 
     A cell says for which passes there is a kernel on that platform: F forward, B
-    backward (of constant weights, the gradient of the tokens).
+    backward (with constant weights, only the gradient of the tokens).
     """
     head = ["implementation", "tokens", "weights"]
     head += [f"{op} on {where}" for op in ("matmul", "glu") for where in PLATFORMS]

@@ -1,4 +1,4 @@
-"""Rows times the matrices of their groups on a TPU: what both operations share.
+"""Rows times the matrices of their groups on a TPU; both operations share this.
 
 A visit is one tile of rows and one group that has rows in it. The list of visits is
 made by XLA and prefetched into scalar memory, so that it decides which blocks the
@@ -23,8 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-# What a kernel may use: v5p has 64 MiB of VMEM, v5e and v6e 128, v4 only 16 (and is not
-# served). The tiles are chosen for BUDGET; the rest is for what the compiler spills.
+# The VMEM that a kernel may use: v5p has 64 MiB, v5e and v6e 128, v4 only 16 (and is
+# not served). The tiles are chosen for BUDGET; the compiler spills into the rest.
 LIMIT_BYTES = 48 * 2**20
 BUDGET_BYTES = 24 * 2**20
 LANES = 128
@@ -33,7 +33,7 @@ LANES = 128
 class Tiling(NamedTuple):
     """Rows, contraction and columns of one tile.
 
-    Of "weight", `m` is the contraction, and `k` by `n` the tile of the result.
+    In "weight", `m` is the contraction, and `k` by `n` the tile of the result.
     """
 
     m: int
@@ -47,9 +47,9 @@ class Visits(NamedTuple):
     Attributes:
       segment_V: group + 1; 0 and G + 1 are the rows of no group.
       tile_V: the row tile that is written.
-      source_V: the row tile that is read: for rows of no group one that is there.
+      source_V: the row tile that is read; rows of no group have the nearest of a group.
       edges: [S + 1], where the segments begin and end.
-      total_1: visits there are; those after them repeat the last and do nothing.
+      total_1: number of real visits; those after them repeat the last and do nothing.
     """
 
     segment_V: jax.Array
@@ -93,14 +93,14 @@ def make_visits(bounds, num_rows, tile_m, *, rest=False, empty=False):
     segment_V = jnp.minimum(segment_V, num_groups + 1)
     tile_V = first_S[segment_V] + visit_V - (upto_S - count_S)[segment_V]
     tile_V = jnp.clip(tile_V, 0, num_tiles - 1)
-    # Visits that only write zeros stay on the tile beside them: nothing is read.
+    # Visits that only write zeros stay on the nearest tile read: nothing more is read.
     last = jnp.clip((bounds[-1] - 1) // tile_m, 0, num_tiles - 1)
     source_V = jnp.clip(tile_V, jnp.minimum(first_S[1], last), last)
     return Visits(segment_V, tile_V, source_V, edges, total.reshape(1))
 
 
 def rows_of(visits, v, tile_m, axis=0):
-    """Which rows of the visited tile belong to the visit, bool[m, 1] or bool[1, m]."""
+    """The mask of a visit's rows in the visited tile, bool[m, 1] or bool[1, m]."""
     shape = (tile_m, 1) if axis == 0 else (1, tile_m)
     row = visits.tile_V[v] * tile_m + lax.broadcasted_iota(jnp.int32, shape, axis)
     segment = visits.segment_V[v]
@@ -108,24 +108,24 @@ def rows_of(visits, v, tile_m, axis=0):
 
 
 def inside(size, tile, index, shape, axis):
-    """Which entries along `axis` of a tile lie inside of the array, bool `shape`."""
+    """The mask of a tile's entries inside of the array along `axis`, bool `shape`."""
     return index * tile + lax.broadcasted_iota(jnp.int32, shape, axis) < size
 
 
 def write_rows(ref, mine_m1, value):
-    """Overwrites the rows of a visit; the tile's others were or will be written.
+    """Overwrites the rows of a visit; other visits write the tile's other rows.
 
-    Selects in float32: vectors of 16-bit numbers do not take masks of 32-bit ones.
+    It selects in float32: vectors of 16-bit numbers do not take masks of 32-bit ones.
     """
     old = ref[...].astype(jnp.float32)
     ref[...] = jnp.where(mine_m1, value, old).astype(ref.dtype)
 
 
 def matmul(lhs, rhs, contract):
-    """`lhs` times `rhs` over the axes in `contract`, a float32 sum.
+    """Multiply `lhs` by `rhs` over the axes in `contract`, with a float32 sum.
 
-    bfloat16 products are exact in float32 whatever precision is asked for, and Mosaic
-    refuses a higher one; float32 follows `jax_default_matmul_precision`, as XLA does.
+    bfloat16 products are exact in float32 at any precision, and Mosaic refuses a higher
+    one; float32 follows `jax_default_matmul_precision`, as XLA does.
     """
     precision = lax.Precision.DEFAULT if lhs.dtype == jnp.bfloat16 else None
     return lax.dot_general(
@@ -138,7 +138,7 @@ def matmul(lhs, rhs, contract):
 
 
 class Epilogue(NamedTuple):
-    """What becomes of the sums of one tile.
+    """What is done with the sums of one tile.
 
     Attributes:
       write: (visits, v, column_tile, sums, extra_refs, output_refs) -> None, called
@@ -153,13 +153,13 @@ class Epilogue(NamedTuple):
 
 
 def multiply_rows(lhs, weights, visits, epilogue, tiling, *, transpose, **options):
-    """One pass of rows over the matrices of their groups.
+    """Multiply rows by the matrices of their groups, in one pass.
 
     Args:
-      lhs: [M, K], or [2, M, K] whose halves meet one of the weights each.
+      lhs: [M, K], or [2, M, K]: then each half is multiplied by one of the weights.
       weights: one or two pairs (array [G, K, N], offset); `offset` is added to the
         block index of the last axis, so that two pairs may be halves of one array.
-        With lhs [M, K] each has its own sums, with [2, M, K] there is one in all.
+        With lhs [M, K] each pair has its own sum, with [2, M, K] they share one.
       visits: Visits of `tiling.m`.
       epilogue: Epilogue.
       tiling: Tiling, no larger than the arrays.
@@ -199,7 +199,7 @@ def multiply_rows(lhs, weights, visits, epilogue, tiling, *, transpose, **option
                 for i, ref in enumerate(weight_refs):
                     left_mk = lhs_ref[i] if num_halves == 2 else lhs_ref[...]
                     right = ref[...]
-                    if size_k % k:  # what lies past the end of an array may be NaN
+                    if size_k % k:  # numbers past the end of an array may be NaN
                         left_mk = only_inside(size_k, k, step, left_mk, 1)
                         right = only_inside(size_k, k, step, right, int(transpose))
                     out_mn = matmul(left_mk, right, (1, int(transpose)))
@@ -258,12 +258,12 @@ def multiply_rows(lhs, weights, visits, epilogue, tiling, *, transpose, **option
 
 
 def only_inside(size, tile, index, value, axis):
-    """`value` with zeros where the tile sticks out of an array of `size`."""
+    """Put zeros in `value` where the tile sticks out of an array of `size`."""
     return jnp.where(inside(size, tile, index, value.shape, axis), value, 0)
 
 
 def tile_spec(tiling, halves=None):
-    """The visited rows and columns of an array [M, N], or of [halves, M, N]."""
+    """The BlockSpec of the visited tile of an array [M, N], or [halves, M, N]."""
     block = (tiling.m, tiling.n)
     if halves is None:
         return pl.BlockSpec(block, lambda c, v, k, g, tile_V, *_: (tile_V[v], c))

@@ -1,6 +1,6 @@
 """Tiles for NVIDIA GPUs: who computes which, and masked loads and stores of them.
 
-What both Triton files share. Every array is a matrix here, [G, K, N] as [G * K, N], and
+Both Triton files share it. Every array is a matrix here, [G, K, N] as [G * K, N], and
 every tile is read and written by explicit row and column indices with masks: a tile of
 one group may begin at any row, and no size has to be a multiple of anything.
 
@@ -24,16 +24,16 @@ class Tiling:
     """The tile that one program computes, and how.
 
     Attributes:
-      rows: rows of the tile; of a weight gradient, rows of the matrix.
-      columns: columns of the tile; of the up projections, of each of the two halves.
-      depth: what is contracted in one step.
+      rows: rows of the tile; for a weight gradient, rows of the matrix.
+      columns: columns of the tile; for up projections, columns of each of the halves.
+      depth: contraction of one step.
       num_warps: warps of a program. Hopper's wgmma wants 4 for each 64 rows.
       num_stages: steps whose loads are in flight; each holds its operands in shared
         memory.
       band: row blocks that programs go down before they go to the next columns, so
         that those running together share operands in the L2 cache.
-      cut: only of weight gradients: rows of a piece at least, when a group is summed in
-        pieces; 0 means never.
+      cut: only for weight gradients: the least rows of a piece, where a group is summed
+        in pieces; 0 means never.
     """
 
     rows: int
@@ -46,16 +46,16 @@ class Tiling:
 
     @property
     def compiler_params(self):
-        """What Pallas wants of it."""
+        """The parameters of Pallas' compiler."""
         return plt.CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 class RowBlocks(NamedTuple):
-    """Blocks of rows, each of one group, and rows of a block in a row.
+    """Blocks of neighbouring rows, each of one group.
 
     Attributes:
-      group_B: int32, the group; -1 for rows of no group, and for blocks without rows,
-        of which there are up to G since their number is static.
+      group_B: int32, the group; -1 for rows of no group, and for blocks without rows:
+        there are up to G of these, since the number of blocks is static.
       start_B: int32, the first row.
       stop_B: int32, the row after the last.
     """
@@ -69,7 +69,7 @@ class RowChunks(NamedTuple):
     """Pieces of the groups for sums over rows; those of cut groups come first.
 
     Attributes:
-      group_C: int32, the group; -1 for chunks that there are not.
+      group_C: int32, the group; -1 for chunks that do not exist.
       start_C: int32, the first row.
       stop_C: int32, the row after the last.
       nth_C: int32, which piece of its group it is.
@@ -84,9 +84,9 @@ class RowChunks(NamedTuple):
 
 
 def row_blocks(bounds, num_rows, tile_rows, cover):
-    """RowBlocks of at most `tile_rows` rows.
+    """Make RowBlocks of at most `tile_rows` rows.
 
-    Costs a cumulative sum over G and one fused compare-and-count over [B, G], 1e6
+    It costs a cumulative sum over G and one fused compare-and-count over [B, G], 1e6
     integer compares at 4000 blocks and 256 groups. Calls with the same arguments in
     one program are computed once (XLA's common subexpressions).
 
@@ -96,8 +96,8 @@ def row_blocks(bounds, num_rows, tile_rows, cover):
       tile_rows: rows of a block.
       cover: whether rows of no group get blocks too.
     """
-    # The contract has no bound past the end; if it is broken, wrong rows are read,
-    # but memory of others is not written.
+    # The contract allows no bound past the end; if it is broken, wrong rows are read,
+    # but no memory of others is written.
     edges = jnp.minimum(bounds, num_rows)
     num_groups = bounds.shape[0] - 1
     if cover:
@@ -118,12 +118,12 @@ def row_blocks(bounds, num_rows, tile_rows, cover):
 
 
 def row_chunks(bounds, num_rows, tiling):
-    """(RowChunks, most pieces of cut groups that there can be).
+    """Make RowChunks; returns (RowChunks, most pieces of cut groups there can be).
 
-    A group of at least twice `tiling.cut` rows is cut into equal pieces of that many
-    and more. The longest chunks come first: one that starts last would leave the other
-    processors idle. A group without rows has one chunk, which writes its zeros. Costs
-    about what `row_blocks` costs.
+    A group of at least twice `tiling.cut` rows is cut into equal pieces of at least
+    that many. The longest chunks come first: one that starts last would leave the other
+    processors idle. A group without rows has one chunk, which writes its zeros. It
+    costs about the same as `row_blocks`.
     """
     edges = jnp.minimum(bounds, num_rows)
     start_G, size_G = edges[:-1], edges[1:] - edges[:-1]
@@ -158,7 +158,7 @@ def row_chunks(bounds, num_rows, tiling):
 
 
 def _deal(count_S, total):
-    """Of items 0 to total - 1, dealt out in order: (segment, place in it, if dealt)."""
+    """Deal items 0 to total - 1 out in order: (segment, place in it, whether dealt)."""
     upto_S = jnp.cumsum(count_S, dtype=jnp.int32)
     item = jnp.arange(total, dtype=jnp.int32)
     done = upto_S[None, :] <= item[:, None]
@@ -167,12 +167,12 @@ def _deal(count_S, total):
 
 
 def _ceil(a, b):
-    """a / b rounded up, of int32 arrays that are not negative."""
+    """Compute a / b rounded up, for int32 arrays that are not negative."""
     return (a + (b - 1)) // b
 
 
 def place(index, num_down, num_across, band):
-    """(down, across) of a program: down `band` of them, then one across, and so on."""
+    """The (down, across) of a program: `band` go down, then one across, and so on."""
     strip = band * num_across
     first = lax.div(index, strip) * band
     height = jnp.minimum(num_down - first, band)
@@ -186,20 +186,20 @@ def span(start, size):
 
 
 def steps(group, size, depth):
-    """Steps through a contraction; none for rows of no group: they are not read.
+    """The steps through a contraction; none for rows of no group: they are not read.
 
-    The int32 is spelled out, for Triton would make an int64 of a constant.
+    The int32 is explicit, because Triton would make an int64 of a constant.
     """
     return jnp.where(group < 0, jnp.int32(0), jnp.int32(pl.cdiv(size, depth)))
 
 
 def row_mask(row, stop):
-    """Which rows of a tile are rows of its group."""
+    """The mask of the rows of a tile that belong to its group."""
     return row < stop
 
 
 def edge_mask(index, limit, tile):
-    """Which indices are inside of a matrix; None if tiles fill it."""
+    """The mask of the indices inside of a matrix; None if tiles fill it."""
     return None if limit % tile == 0 else index < limit
 
 
@@ -229,8 +229,8 @@ def _both(row_ok, column_ok, shape):
 def dot(a, b, contract):
     """The product in float32, contracting one dimension of each.
 
-    float32 operands get what XLA's own dots get: TF32 by default on NVIDIA GPUs, full
-    float32 under `jax.default_matmul_precision("highest")`.
+    float32 operands are treated as in XLA's own dots: TF32 by default on NVIDIA GPUs,
+    full float32 under `jax.default_matmul_precision("highest")`.
     """
     return lax.dot_general(
         a,
@@ -241,7 +241,7 @@ def dot(a, b, contract):
 
 
 def call(kernel, name, grid, out_shape, tiling, interpret, arguments, aliases=None):
-    """pallas_call on whole arrays."""
+    """Run pallas_call on whole arrays."""
     whole = pl.no_block_spec
     return pl.pallas_call(
         kernel,

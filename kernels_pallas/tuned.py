@@ -1,7 +1,7 @@
 """Tiles that were measured: the table in `tilings.json`, one entry per shape.
 
 `python -m benchmarks.tune` writes the table, for the kind of device that it runs on.
-What is not in it gets the arithmetic of each backend's `default_tiling`.
+Sizes that are not in it get the `default_tiling` of each backend, which is arithmetic.
 
 Legend: M rows, K contraction, N columns, G groups.
 """
@@ -21,22 +21,22 @@ FACTOR = 2  # an entry serves mean group sizes up to this many times larger or s
 
 @functools.cache
 def table() -> dict:
-    """`{device kind: {backend: [entry]}}`; read when a kernel is first traced."""
+    """The table `{device kind: {backend: [entry]}}`; read at the first trace."""
     return json.loads(PATH.read_text(encoding="utf-8"))
 
 
 def lookup(device, backend, operation, M, K, N, G, dtype) -> dict | None:
-    """Fields of the measured tiling for these sizes, or None.
+    """The fields of the measured tiling for these sizes, or None.
 
-    The matrices must be those measured; rows per group may differ by FACTOR, and the
-    nearest entry is taken.
+    The matrices must have the sizes measured; rows per group may differ by FACTOR, and
+    the nearest entry is taken.
 
     Args:
-      device: kind, as JAX calls it.
+      device: the kind of device, as JAX calls it.
       backend: key of IMPLEMENTATIONS.
-      operation: as the backend's `default_tiling` calls it.
+      operation: name of the operation, as in the backend's `default_tiling`.
       M, K, N, G: sizes.
-      dtype: of the operands.
+      dtype: dtype of the operands.
     """
     best, distance = None, math.log(FACTOR) + 1e-9
     for entry in table().get(device, {}).get(backend, []):
@@ -50,7 +50,7 @@ def lookup(device, backend, operation, M, K, N, G, dtype) -> dict | None:
 
 
 def measured_or(backend, tiling_type, default_tiling):
-    """A backend's `default_tiling`, but for sizes that were measured on this device."""
+    """Make `tiling_for`: `default_tiling`, except for sizes measured on this device."""
 
     def tiling_for(operation, M, K, N, G, dtype):
         sizes = (operation, M, K, N, G, jnp.dtype(dtype))

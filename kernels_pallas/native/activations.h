@@ -13,7 +13,7 @@ INLINE vec normal_cdf(vec x) {
   return x;
 }
 
-typedef enum { SILU, GELU, CLAMPED } Activation;  // as ACTIVATIONS are ordered
+typedef enum { SILU, GELU, CLAMPED } Activation;  // in the order of ACTIVATIONS
 
 typedef struct {
   vec h, d_gate, d_up;  // value, and its derivatives

@@ -1,6 +1,6 @@
 // Exact causal attention within segments and its gradient, as XLA FFI handlers; float32.
 //
-// One job has a head of a row of tokens. It reads and writes where the heads lie, and
+// One job has a head of a row of tokens. It reads and writes the head in place, and
 // keeps the scores of at most MOST_ROWS queries, which stay in its cache. Keys are taken
 // in panels of COLUMNS; queries before a panel never meet it. The backward pass computes
 // the weights again from the log-normalisers (Dao et al. 2022, arXiv:2205.14135).
@@ -19,11 +19,11 @@
 #include "vectors.h"
 #include "xla.h"
 
-enum { MOST_ROWS = 256, MOST_SCORES = 1 << 19 };  // of a block
+enum { MOST_ROWS = 256, MOST_SCORES = 1 << 19 };  // limits of a block
 
 typedef struct {
   int64_t B, L, H, G, A, V;
-  float scale;  // of scores
+  float scale;  // factor on the scores
   const float *q, *k, *v, *dy, *mean;  // mean [B, L, H]: sums over V of y dy
   const int32_t *segment, *position;
   float *y, *lse;  // [B, L, H, V]; log-normalisers [B, H, L]
@@ -31,13 +31,13 @@ typedef struct {
   atomic_int failed;  // out of memory
 } Attention;
 
-// A head's part of an array [B, L, heads, width].
+// The offset of a head's part in an array [B, L, heads, width].
 INLINE int64_t place(const Attention* s, int64_t b, int64_t head, int64_t heads,
                      int64_t width) {
   return (b * s->L * heads + head) * width;
 }
 
-// The queries of a block, whole panels: its scores stay in the cache.
+// The number of queries of a block, in whole panels: its scores stay in the cache.
 INLINE int64_t rows_of(const Attention* s) {
   const int64_t rows = MOST_SCORES / (s->L + 1) / COLUMNS * COLUMNS;
   return rows > MOST_ROWS ? MOST_ROWS : rows < COLUMNS ? COLUMNS : rows;
@@ -48,7 +48,7 @@ INLINE int64_t rows_of(const Attention* s) {
 typedef struct {
   int32_t *segment, *position;
   float *score, *other;
-  int64_t row;  // of scores
+  int64_t row;  // floats from one row of scores to the next
 } Scratch;
 
 static int open_scratch(Attention* s, int64_t b, int blocks, Scratch* to) {
@@ -66,8 +66,8 @@ static int open_scratch(Attention* s, int64_t b, int blocks, Scratch* to) {
   return 1;
 }
 
-// Scores, or their gradient, of queries `first` to `last` - 1 (rows of `a`) and the keys
-// up to each panel's end (rows of `b`).
+// Computes scores, or their gradient, of queries `first` to `last` - 1 (rows of `a`)
+// and the keys up to each panel's end (rows of `b`).
 static void multiply_panels(int64_t first, int64_t last, int64_t width, const float* a,
                             int64_t a_row, const float* b, int64_t b_row, float* to,
                             int64_t to_row) {
@@ -200,7 +200,7 @@ static void backward_head(const Attention* s, int64_t b, int64_t h, Scratch at) 
   }
 }
 
-// All query heads of a key head, one after the other: they add to the same gradients.
+// Runs all query heads of a key head in turn: they add to the same gradients.
 static void backward_group(void* of, int64_t job) {
   Attention* s = of;
   const int64_t b = job / s->G, g = job % s->G, heads = s->H / s->G;
@@ -210,8 +210,8 @@ static void backward_group(void* of, int64_t job) {
   free(at.segment);
 }
 
-// Arguments: q [B, L, H, A], k [B, L, G, A], v [B, L, G, V], segment and position
-// [B, L].
+// Reads the arguments: q [B, L, H, A], k [B, L, G, A], v [B, L, G, V], segment and
+// position [B, L].
 static Attention attention_of(XLA_FFI_CallFrame* frame) {
   const int64_t* q = argument(frame, 0)->dims;
   const int64_t* v = argument(frame, 2)->dims;
@@ -237,7 +237,7 @@ static XLA_FFI_Error* run_heads(XLA_FFI_CallFrame* frame, Attention* s, int64_t 
   return s->failed ? out_of_memory(frame, "attention: no memory for scores") : 0;
 }
 
-// -> y [B, L, H, V], log-normalisers [B, H, L].
+// Results: y [B, L, H, V], log-normalisers [B, H, L].
 XLA_FFI_Error* moex_attention_forward(XLA_FFI_CallFrame* frame) {
   if (is_question(frame)) return 0;
   Attention s = attention_of(frame);
@@ -246,8 +246,8 @@ XLA_FFI_Error* moex_attention_forward(XLA_FFI_CallFrame* frame) {
   return run_heads(frame, &s, s.B * s.H, forward_head);
 }
 
-// After the arguments of the forward pass: log-normalisers, dy, and the sums of y dy
-// [B, L, H] -> dq, dk, dv.
+// Arguments after those of the forward pass: log-normalisers, dy, and the sums of y dy
+// [B, L, H]. Results: dq, dk, dv.
 XLA_FFI_Error* moex_attention_backward(XLA_FFI_CallFrame* frame) {
   if (is_question(frame)) return 0;
   Attention s = attention_of(frame);

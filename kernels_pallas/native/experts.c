@@ -1,9 +1,9 @@
 // Expert matmuls and whole gated experts on a CPU, as XLA FFI handlers; float32.
 //
-// Rows are computed as they lie sorted by expert, in blocks of at most BLOCK: gathered,
-// multiplied, activated and multiplied again while they are in the cache. Nothing is
-// padded, nothing is masked: rows of no expert are never read, and memory for them is
-// never touched.
+// Rows are computed in their order by expert, in blocks of at most BLOCK: they are
+// gathered, multiplied, activated and multiplied again while they are in the cache.
+// There is no padding and no mask: rows of no expert are never read, and memory for
+// them is never touched.
 //
 // Legend: T tokens, K slots per token, N sorted rows, D model width, F expert hidden
 // width, C pre-activation columns (2F: gate, then up), E experts.
@@ -18,21 +18,21 @@
 #include "threads.h"
 #include "xla.h"
 
-enum { BLOCK = 320, FEW = 64 };  // rows of a block; of the smallest piece
+enum { BLOCK = 320, FEW = 64 };  // rows of a block, and of the smallest piece
 
 // ---- Rows of experts, cut into pieces -----------------------------------------------
 //
 // An expert with more than 1 / `most` of the rows is cut, so that a few large experts
-// keep all threads busy too; `most` goes by the cores of the machine. A piece that is
-// not its expert's first sums weight gradients into a `part` of its own, added at the
-// end: these are fewer than `most`, since each stands for more than N / most rows.
+// keep all threads busy too; `most` follows from the cores of the machine. A piece that
+// is not its expert's first sums weight gradients into its own `part`, added at the
+// end: there are fewer than `most`, since each stands for more than N / most rows.
 
 typedef struct {
   int64_t group, begin, end;
   int64_t part;  // -1: the group's own sum
 } Piece;
 
-// What `Experts` and `Products` begin with.
+// The first fields of `Experts` and `Products`.
 typedef struct {
   const int32_t* bounds;  // group g has the rows bounds[g] to bounds[g + 1] - 1
   int64_t groups, rows;
@@ -41,8 +41,8 @@ typedef struct {
   atomic_int failed;  // out of memory
 } Groups;
 
-// Its own bounds, rising and inside of the rows: nothing checks those of a program.
-// Wrong ones give wrong numbers then, but no access outside of the arrays.
+// Makes own bounds that rise and are inside of the rows: nothing checks those given.
+// So wrong bounds give wrong numbers, but no access outside of the arrays.
 static int own_bounds(Groups* s) {
   int32_t *own = malloc((s->groups + 1) * sizeof *own), low = 0;
   for (int64_t g = 0; own && g <= s->groups; g++) {
@@ -72,8 +72,8 @@ static int cut(Groups* s, int64_t most) {
   return s->piece != 0;
 }
 
-// The same for sums over rows: `shares` pieces of a large group, each all of its rows
-// and the share `part` of the columns.
+// Cuts groups for sums over rows: a large group has `shares` pieces, each with all of
+// its rows and the share `part` of the columns.
 static int cut_columns(Groups* s, int64_t most, int64_t shares) {
   const int64_t largest = largest_of(s, most);
   s->piece = malloc((s->groups + most * shares) * sizeof(Piece));
@@ -86,7 +86,7 @@ static int cut_columns(Groups* s, int64_t most, int64_t shares) {
   return s->piece != 0;
 }
 
-// Rows of the block that begins at `begin`: equal blocks, none with only a few.
+// The rows of the block that begins at `begin`: blocks are equal, none has only a few.
 INLINE int64_t block_of(Piece piece, int64_t begin) {
   const int64_t left = piece.end - begin, blocks = (left + BLOCK - 1) / BLOCK;
   return (left + blocks - 1) / blocks;
@@ -119,7 +119,7 @@ static void add_parts(const Groups* s, const float* parts, int64_t part_size,
 
 // ---- Rows of activations -------------------------------------------------------------
 
-// Vectors of a row's last, partial group of lanes go by way of these.
+// These load and store the last, partial vector of a row too.
 INLINE vec load_some(const float* from, int64_t lanes) {
   if (lanes >= LANES) return load(from);
   vec x = {};
@@ -134,7 +134,7 @@ INLINE void store_some(float* to, vec x, int64_t lanes) {
     memcpy(to, &x, lanes * sizeof(float));
 }
 
-// h [F] of one row.
+// Computes h [F] of one row.
 INLINE void activate_as(Activation which, const float* a, int64_t F, float* h) {
   for (int64_t f = 0; f < F; f += LANES)
     store_some(h + f,
@@ -142,7 +142,7 @@ INLINE void activate_as(Activation which, const float* a, int64_t F, float* h) {
                F - f);
 }
 
-// Of one row: dh becomes weight * h, da is written, and dh . h is returned.
+// For one row: dh becomes weight * h, da is written, and dh . h is returned.
 INLINE float pull_as(Activation which, const float* a, float weight, int64_t F,
                      float* dh, float* da) {
   vec sum = {};
@@ -290,12 +290,12 @@ typedef struct {
   Groups of;
   int64_t K, N;
   int transposed;  // rhs is [G, N, K]
-  int64_t shares;  // of the columns of a sum over rows
+  int64_t shares;  // the columns of a sum over rows are cut into these
   const float *lhs, *rhs;
   float* out;
 } Products;
 
-// Copies `width` columns of rows that are `row` long to where they lie apart.
+// Copies `width` columns of rows that are `row` long to rows at a distance `apart`.
 static void spread(const float* from, int64_t row, int64_t width, int64_t rows,
                    float* to) {
   for (int64_t i = 0; i < rows; i++)
@@ -325,7 +325,7 @@ static void product_piece(void* of, int64_t job) {
   free(lhs);
 }
 
-// Zeros in rows of no group.
+// Writes zeros to rows of no group.
 static void product_share(void* of, int64_t job) {
   Products* s = of;
   const int32_t first = s->of.bounds[0], last = s->of.bounds[s->of.groups];
@@ -334,7 +334,7 @@ static void product_share(void* of, int64_t job) {
     if (i < first || i >= last) memset(s->out + i * s->N, 0, s->N * sizeof(float));
 }
 
-// C [m, n] = A [m, k] B [k, n], or C += where `add`; B as `pack_panels` left it.
+// C [m, n] = A [m, k] B [k, n], or C += if `add`; B was written by `pack_panels`.
 static void multiply_packed(int64_t m, int64_t n, int64_t k, Matrix a, const vec* b,
                             float* c, int64_t c_row, int add) {
   const int64_t panels = (m + ROWS - 1) / ROWS, depths = (k + DEPTH - 1) / DEPTH;
@@ -355,7 +355,7 @@ static void multiply_packed(int64_t m, int64_t n, int64_t k, Matrix a, const vec
   }
 }
 
-// Lays rows of B out in panels of COLUMNS, each of them whole; zeros fill the last.
+// Copies rows of B into panels of COLUMNS, one after another; zeros fill the last.
 static void pack_panels(const float* from, int64_t row, int64_t k, int64_t n, vec* to) {
   for (int64_t p = 0; p < k; p++, from += row) {
     int64_t j = 0;
@@ -370,7 +370,7 @@ static void pack_panels(const float* from, int64_t row, int64_t k, int64_t n, ve
   }
 }
 
-// lhs [M, K], rhs [M, N] -> [G, K, N].
+// Sums outer products: lhs [M, K], rhs [M, N] -> [G, K, N].
 static void weight_piece(void* of, int64_t job) {
   Products* s = of;
   const Piece piece = s->of.piece[job];
@@ -400,8 +400,8 @@ static void weight_piece(void* of, int64_t job) {
 
 // ---- XLA ---------------------------------------------------------------------------
 
-// Arguments `first` on: x [T, D], w_in [E, D, C], w_out [E, F, D], gate [T, K],
-// order [N], bounds [E + 1], row [T, K].
+// Reads the arguments from `first` on: x [T, D], w_in [E, D, C], w_out [E, F, D],
+// gate [T, K], order [N], bounds [E + 1], row [T, K].
 static Experts experts_of(XLA_FFI_CallFrame* frame, int first) {
   const int64_t* x = argument(frame, first)->dims;
   const int64_t* w_out = argument(frame, first + 2)->dims;
@@ -424,7 +424,7 @@ static Experts experts_of(XLA_FFI_CallFrame* frame, int first) {
 }
 
 // Runs `piece` over all pieces, cut by rows or into `columns` shares of the columns,
-// and then `share`, if any, over all shares, on what `s` begins.
+// and then `share`, if given, over all shares. `s` is the start of their data.
 static XLA_FFI_Error* run(XLA_FFI_CallFrame* frame, Groups* s, int64_t columns,
                           void (*piece)(void*, int64_t),
                           void (*share)(void*, int64_t)) {
@@ -440,7 +440,7 @@ static XLA_FFI_Error* run(XLA_FFI_CallFrame* frame, Groups* s, int64_t columns,
   return s->failed ? out_of_memory(frame, "grouped experts: no memory for the rows of a block") : 0;
 }
 
-// -> y [T, D], rows of y [N, D] (scratch), and pre-activations [N, C] if wanted.
+// Results: y [T, D], rows of y [N, D] (scratch), and pre-activations [N, C] if wanted.
 XLA_FFI_Error* moex_experts_forward(XLA_FFI_CallFrame* frame) {
   if (is_question(frame)) return 0;
   Experts s = experts_of(frame, 0);
@@ -450,8 +450,8 @@ XLA_FFI_Error* moex_experts_forward(XLA_FFI_CallFrame* frame) {
   return run(frame, &s.of, 0, forward_piece, combine_share);
 }
 
-// Pre-activations before the rest, dy [T, D] after it -> dx [T, D], dw_in, dw_out,
-// dgate [T, K], rows of dx [N, D] and parts [most, 3 D F] (scratch).
+// Arguments: pre-activations, those of the forward pass, dy [T, D]. Results: dx [T, D],
+// dw_in, dw_out, dgate [T, K], rows of dx [N, D] and parts [most, 3 D F] (scratch).
 XLA_FFI_Error* moex_experts_backward(XLA_FFI_CallFrame* frame) {
   if (is_question(frame)) return 0;
   Experts s = experts_of(frame, 1);

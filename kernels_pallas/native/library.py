@@ -4,7 +4,7 @@ The library is kept under $XDG_CACHE_HOME/moex/native; its name holds the sha256
 bytes, and it is loaded only if nobody else can have written it (`private.py`).
 
 The compiler is $CC, cc, gcc or clang; or `zig cc` of the package ziglang (the extra
-`native`), for machines that have Python and no compiler.
+`native`), for machines that have Python but no compiler.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ MOST_FLOATS = (
 
 @functools.cache
 def why_not() -> str | None:
-    """Why the functions are not there; None once they are registered with XLA."""
+    """The reason why the functions are missing; None once XLA knows them."""
     if os.name != "posix":
         return f"it is compiled on Linux and macOS, and this is {platform.system()}"
     compiler = find_compiler()
@@ -67,7 +67,7 @@ def why_not() -> str | None:
 
 
 def find_compiler() -> tuple[str, ...] | None:
-    """The beginning of its command line; None if there is none."""
+    """The beginning of the compiler's command line; None if there is no compiler."""
     if os.environ.get("CC"):
         return tuple(os.environ["CC"].split())
     for name in ("cc", "gcc", "clang"):
@@ -79,7 +79,7 @@ def find_compiler() -> tuple[str, ...] | None:
 
 
 def _load(compiler) -> ctypes.CDLL:
-    """The compiled library; from the cache if it is there, whole and of this user.
+    """The compiled library: from the cache if it is there, undamaged and this user's.
 
     Raises:
       OSError: if it cannot be written or loaded.
@@ -113,8 +113,8 @@ def _load(compiler) -> ctypes.CDLL:
         found = private.open_library(work, made)
         loaded = found.load()
         if parent is not None:
-            # Another process may compile at the same time: a name says what is inside,
-            # so that both files are good.
+            # Another process may compile at the same time: the name has the hash of the
+            # content, so that both files are good.
             name = f"experts-{key}-{found.sha256}.so"
             with contextlib.suppress(OSError):  # a full disk: it is loaded already
                 os.replace(made, name, src_dir_fd=work.fd, dst_dir_fd=folder.fd)
@@ -122,7 +122,7 @@ def _load(compiler) -> ctypes.CDLL:
 
 
 def _cached(folder, start: str):
-    """The library in the cache whose name begins so; one that is damaged is removed."""
+    """The library in the cache whose name begins with `start`; damaged ones go."""
     from kernels_pallas.native import private
 
     for name in sorted(os.listdir(folder.fd)):
@@ -139,15 +139,15 @@ def _cached(folder, start: str):
 
 
 def call(name, shapes, inputs, pieces=None, **attributes):
-    """The results, float32 of `shapes`, of one of FUNCTIONS.
+    """Call one of FUNCTIONS; its results are float32 of `shapes`.
 
     Args:
-      pieces: into how many the rows are cut if they are all of one group; None: four
-        for each core, so that they end together.
+      pieces: number of pieces of the rows if they are all of one group; None: four for
+        each core, so that the cores end together.
       attributes: ints, or numpy scalars.
 
     Raises:
-      ValueError: on inputs of other dtypes, which C would read as these.
+      ValueError: on other dtypes than float32 and int32, which C would misread.
       RuntimeError: if there is no library; see `why_not`.
     """
     if reason := why_not():
@@ -166,15 +166,15 @@ def call(name, shapes, inputs, pieces=None, **attributes):
 
 
 def weight_pieces(num_floats) -> int:
-    """Fewer, where each piece has its own sum of a weight gradient of that size."""
+    """The number of pieces if each has its own weight gradient of `num_floats`."""
     most = min(max(4, 2 * (os.cpu_count() or 1)), 32)
     return max(1, min(most, MOST_FLOATS // num_floats))
 
 
 def _cache_folder():
-    """Where libraries are kept, open; None where nothing can be, and it is said why.
+    """Open the folder of libraries; None, with a warning, if it cannot be used.
 
-    A read-only folder, or a user without a home, is no reason to say anything.
+    There is no warning if the folder is read-only or the user has no home.
     """
     from kernels_pallas.native import private
 
@@ -193,7 +193,7 @@ def _cache_folder():
 
 
 def _processor() -> str:
-    """What -march=native may depend on: a home folder can be shared by machines."""
+    """The facts -march=native may depend on: machines can share a home folder."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,7 +1,7 @@
 // Products of float32 matrices, by one thread.
 //
 // A tile of C, at most ROWS x COLUMNS, stays in registers while it sums over DEPTH. Its
-// part of B is copied to where it is read in order, its part of A is read in place.
+// part of B is copied in the order in which it is read; that of A is read in place.
 #ifndef MOEX_MATMUL
 #define MOEX_MATMUL
 
@@ -79,7 +79,7 @@ static __attribute__((noinline)) void tile_in_columns(int rows, int64_t depth,
   tile_of(rows, 1, depth, a, stride, b, c, c_row, columns, add);
 }
 
-// Transposes LANES vectors of LANES: log2(LANES) times the same perfect shuffle.
+// Transposes LANES vectors of LANES, by log2(LANES) times the same perfect shuffle.
 INLINE void transpose(vec* x) {
   for (int step = 1; step < LANES; step *= 2) {
     vec y[LANES];
@@ -116,8 +116,8 @@ static void pack(Matrix b, int64_t depth, int64_t columns, vec* to) {
       out[p * COLUMNS + j] = j < columns ? b.at[p * b.row + j * b.column] : 0;
 }
 
-// Fetches share `q` of `shares` of the rows that `pack` will copy. Rows lie pages
-// apart, where the processor does not guess ahead.
+// Fetches share `q` of `shares` of the rows that `pack` will copy. They lie pages
+// apart, where the processor does not fetch ahead by itself.
 INLINE void fetch(Matrix b, int64_t depth, int64_t q, int64_t shares) {
   const int along = b.column == 1;
   const int64_t lines = along ? depth : COLUMNS, width = along ? COLUMNS : depth;
@@ -127,7 +127,7 @@ INLINE void fetch(Matrix b, int64_t depth, int64_t q, int64_t shares) {
       __builtin_prefetch(b.at + i * jump + j, 0, 2);
 }
 
-// C [m, n] = A [m, k] B [k, n], or C += where `add`.
+// C [m, n] = A [m, k] B [k, n], or C += if `add`.
 static void multiply(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c,
                      int64_t c_row, int add) {
   static _Thread_local vec panel[WIDE * DEPTH];

@@ -1,10 +1,10 @@
 // Muon's orthogonalisation of a stack of matrices, as an XLA FFI handler; float32.
 //
-// X / (|X| + eps), then `steps` times X <- a X + (b A + c A A) X with A = X X^T. A
+// X is divided by |X| + eps; `steps` times X <- a X + (b A + c A A) X with A = X X^T. A
 // thread computes whole matrices, one after the other, in memory that stays in its
 // cache. A and A A are symmetric: blocks below the diagonal are copied, not computed.
 //
-// Legend: S and I batch, R rows, C columns: matrix (s, i) is x [s, :, i, :]; M the
+// Legend: S and I batch, R rows, C columns: matrix (s, i) is x [s, :, i, :]. M is the
 // smaller of R and C, N the larger: X is [M, N].
 
 #include <math.h>
@@ -37,7 +37,7 @@ static void turn(const float* from, int64_t row, int64_t rows, int64_t columns,
           to[p * to_row + q] = from[q * row + p];
 }
 
-// The symmetric product `a` `b` [m, m] of inner width k.
+// Computes the symmetric product `a` `b` [m, m] of inner width k.
 static void multiply_symmetric(int64_t m, int64_t k, Matrix a, Matrix b, float* c,
                                int64_t c_row) {
   for (int64_t j = 0; j < m; j += COLUMNS) {
@@ -67,7 +67,7 @@ static void orthogonalise(void* of, int64_t job) {
       memcpy(x + i * n, s->x + start + i * row, N * sizeof(float));
   double square = 0;
   for (int64_t i = 0; i < M; i++) {
-    float sum[16] = {0};  // of every sixteenth, so that lanes can add
+    float sum[16] = {0};  // each sums every sixteenth number, so that lanes can add
     int64_t j = 0;
     for (; j + 16 <= N; j += 16)
       for (int q = 0; q < 16; q++) sum[q] += x[i * n + j + q] * x[i * n + j + q];
@@ -97,7 +97,7 @@ static void orthogonalise(void* of, int64_t job) {
   free(x < y ? x : y);
 }
 
-// x [S, R, I, C], coefficients [3] -> the same shape as x.
+// Arguments: x [S, R, I, C], coefficients [3]. The result has the shape of x.
 XLA_FFI_Error* moex_orthogonalise(XLA_FFI_CallFrame* frame) {
   if (is_question(frame)) return 0;
   const int64_t* x = argument(frame, 0)->dims;

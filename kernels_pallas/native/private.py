@@ -1,8 +1,8 @@
 """A folder that only this user can write, and libraries that are loaded from it.
 
-Another user may be able to rename a folder above. So the folder stays open, its owner
-is asked of the open folder, and its files are named through it; a library is checked
-and loaded as one open file.
+Another user may be able to rename a folder above it. So the folder stays open, its
+owner is read from the open folder, and its files are named through it; a library is
+checked and loaded as one open file.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-WORK = "moex-native-"  # begins the name of a folder in which a process compiles
-STALE_S = 3600  # seconds after which such a folder is left over: its process was killed
+WORK = "moex-native-"  # the names of folders in which a process compiles begin so
+STALE_S = 3600  # an older folder is left over from a process that was killed
 
 
 class Refused(PermissionError):
@@ -33,17 +33,17 @@ class Folder(NamedTuple):
     """An open folder.
 
     Attributes:
-      fd: of the folder.
-      path: where it was opened.
+      fd: file descriptor of the folder.
+      path: path where it was opened.
     """
 
     fd: int
     path: pathlib.Path
 
     def name(self, file: str = "") -> str:
-        """A path of one of its files, or of itself, here and in children with its `fd`.
+        """The path of one of its files, or its own, here and in children with its `fd`.
 
-        It leads to the open folder on Linux; elsewhere to the one of that name now.
+        On Linux it leads to the open folder; elsewhere to the one with its name now.
         """
         if os.path.isdir(f"/proc/self/fd/{self.fd}"):
             return f"/proc/self/fd/{self.fd}/{file}"
@@ -51,9 +51,9 @@ class Folder(NamedTuple):
 
 
 def open_folder(path: pathlib.Path) -> Folder:
-    """Hold a folder open; it is made if it is missing, and is private then.
+    """Open a folder and hold it open; a missing one is made, and is private.
 
-    A folder of root is taken as it is; one of this user is made private.
+    A folder of root is taken as it is; a folder of this user is made private.
 
     Raises:
       Refused: if another user owns it or can write there.
@@ -85,7 +85,7 @@ def _check_owner(fd: int, path) -> None:
 
 @contextlib.contextmanager
 def work_folder(parent: str) -> Iterator[Folder]:
-    """A private folder under `parent` that goes with the block.
+    """Make a private folder under `parent`; it is removed at the end of the block.
 
     Folders of processes that were killed are removed when they are `STALE_S` old.
 
@@ -119,9 +119,9 @@ class Library(NamedTuple):
     path: str
 
     def load(self) -> ctypes.CDLL:
-        """Load it into this process, for its lifetime."""
+        """Load it into this process, until the process ends."""
         # The file stays open: the dynamic linker knows a library by its name, and no
-        # other file may get this one.
+        # other file may get this name.
         name = f"/proc/self/fd/{self.fd}"
         return ctypes.CDLL(name if os.path.exists(name) else self.path)
 
@@ -131,7 +131,7 @@ def open_library(folder: Folder, name: str) -> Library:
 
     Raises:
       Refused: if another user owns it or can write it.
-      Damaged: if it is no file.
+      Damaged: if it is not a regular file.
       OSError: if it cannot be read.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK

@@ -1,8 +1,8 @@
 // Work for several threads.
 //
 // Threads of XLA's own pool take jobs by a counter, and so does the calling thread: it
-// waits for jobs that were begun, never for a thread, so calls from inside of the pool
-// cannot lock each other out. Which thread does a job changes no result.
+// waits for jobs that have begun, never for a thread, so calls from inside of the pool
+// cannot block each other. The result does not depend on which thread does a job.
 #ifndef MOEX_THREADS
 #define MOEX_THREADS
 

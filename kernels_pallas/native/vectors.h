@@ -41,9 +41,9 @@ INLINE vec choose(ints mask, vec a, vec b) {
   return (vec)((mask & (ints)a) | (~mask & (ints)b));
 }
 
-// Within 2 units in the last place where neither result nor argument is extreme.
+// exp(x), within 2 units in the last place unless result or argument is extreme.
 INLINE vec exponential(vec x) {
-  x = choose(x > splat(88.0f), splat(88.0f), x);  // what is NaN stays NaN
+  x = choose(x > splat(88.0f), splat(88.0f), x);  // NaN stays NaN
   x = choose(x < splat(-87.0f), splat(-87.0f), x);
   const vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vec n = (x * splat(1.44269504f) + shift) - shift;

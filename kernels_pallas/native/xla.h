@@ -1,4 +1,4 @@
-// What every handler needs of XLA's foreign-function interface.
+// The parts of XLA's foreign-function interface that every handler needs.
 #ifndef MOEX_XLA
 #define MOEX_XLA
 
@@ -9,7 +9,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-// What XLA asks a handler before it is called: the version it was built for.
+// Whether XLA only asks for the version that a handler was built for; answers it.
 static int is_question(XLA_FFI_CallFrame* frame) {
   // The type of `extension_start` has another name in every version of JAX.
   XLA_FFI_Metadata_Extension* question = (void*)frame->extension_start;
@@ -31,7 +31,7 @@ INLINE void* out(XLA_FFI_CallFrame* frame, int i) {
   return ((XLA_FFI_Buffer*)frame->rets.rets[i])->data;
 }
 
-// The value of a scalar attribute; null if there is none of that name.
+// The address of a scalar attribute's value; null if there is none of that name.
 static const void* attribute_at(XLA_FFI_CallFrame* frame, const char* name) {
   for (int64_t i = 0; i < frame->attrs.size; i++) {
     const XLA_FFI_ByteSpan* span = frame->attrs.names[i];
@@ -41,7 +41,7 @@ static const void* attribute_at(XLA_FFI_CallFrame* frame, const char* name) {
   return 0;
 }
 
-// An int32 attribute; 0 if there is none.
+// The value of an int32 attribute; 0 if there is none.
 INLINE int32_t attribute(XLA_FFI_CallFrame* frame, const char* name) {
   const void* value = attribute_at(frame, name);
   return value ? *(const int32_t*)value : 0;
