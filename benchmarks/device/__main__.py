@@ -9,7 +9,7 @@ their own, and writes `FOLDER/STEP.json` after every process. What a folder has 
 done again; what had failed is tried again after all that was not tried yet. Nothing is
 left running when it ends, by itself, by a signal or by a kill.
 
-What the machine's Python lacks of moex's needs is taken from `--wheels`; wheels.txt
+Packages of moex that the machine's Python lacks are taken from `--wheels`; wheels.txt
 says how to collect it. `--readme` writes the GPU's rows of benchmarks/README.md anew.
 """
 

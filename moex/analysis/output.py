@@ -64,7 +64,7 @@ def _layer_figures(layer: LayerAnalysis, tokens_D, step: Step | None) -> dict:
 
 
 def _mean(values, weights) -> float:
-    """The weighted mean of values; NaN if all weights are 0."""
+    """The weighted mean of the values with a weight; NaN if there is none."""
     there = np.asarray(weights) > 0
     if not there.any():
         return float("nan")

@@ -1,6 +1,6 @@
 """Which family of transformers a moex model is, if any.
 
-Nothing is guessed: a `config.json` is written for each family that it could be, read
+The family is not guessed: a `config.json` is written for each that it could be, read
 back, and taken if the model that comes out is the one that went in.
 """
 

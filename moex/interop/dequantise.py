@@ -13,7 +13,7 @@ Values are computed in float32 and rounded to bfloat16, the type that transforme
 dequantises these models to. That loses nothing of mxfp4, whose numbers have two
 significant bits; for fp8 times a float32 scale `dtype` may ask for float32.
 
-Not here: quantising, and weights that were quantised by other methods.
+Nothing is quantised here, and weights that other methods quantised are refused.
 """
 
 from pathlib import Path

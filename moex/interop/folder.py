@@ -8,8 +8,8 @@ The safetensors library checks every file. The bytes are then read through a mem
 map of one tensor, because the library gives NumPy no float8, and refuses slices that
 NumPy allows (empty ones, and ones that reach over the end).
 
-Not here: quantised tensors (`dequantise.py`), writing a folder (`writing.py`), what a
-tensor's name means.
+`dequantise.py` reads quantised tensors, `writing.py` writes folders, and `names.py`
+knows what the name of a tensor means.
 """
 
 import dataclasses

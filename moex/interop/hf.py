@@ -77,7 +77,7 @@ def import_hf(
       say: called with each line of news.
 
     Returns:
-      What is written to `RUN/hf/import.json`.
+      The content of `RUN/hf/import.json`.
 
     Raises:
       ConfigError: for a user's mistake or a broken folder, naming file and tensor.

@@ -1,6 +1,6 @@
 """A folder's tokenizer files: what they say of how texts begin and end, and ours.
 
-Not here: the tokenizer itself (`moex/data/tokenizer.py`).
+The tokenizer itself is in `moex/data/tokenizer.py`.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Writing a Hugging Face checkpoint folder with one tensor in memory at a time.
 
-Not here: reading one (`folder.py`), which names a model's tensors have.
+`folder.py` reads such folders; `names.py` has the names of a model's tensors.
 """
 
 import dataclasses
