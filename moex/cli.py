@@ -27,7 +27,7 @@ def make_parser(argv: list[str]) -> argparse.ArgumentParser:
     """Make the parser of a command line, for all verbs or for the one it names.
 
     Raises:
-      ConfigError: if the first argument is meant as a verb but there is none such.
+      ConfigError: if the first argument is meant as a verb, but there is no such verb.
     """
     names = commands.names()
     if argv and not argv[0].startswith("-"):

@@ -1,4 +1,4 @@
-"""Where process 0 listens: if possible, only at the address that the others use."""
+"""The addresses where process 0 listens: if possible, only those the others use."""
 
 import contextlib
 import ipaddress

@@ -20,9 +20,9 @@ from moex.config.base import ConfigError
 from moex.json_files import expect_object, parse_json
 from moex.terminal import printable
 
-MOST_SHOWN = 1800  # characters of a line for people
+MOST_SHOWN = 1800  # the most characters of a printed line
 LINGER_S = 3.0  # seconds that a failing process waits for the others to hear of it
-LIMIT = 1 << 24  # bytes of one message
+LIMIT = 1 << 24  # the most bytes of one message
 AGAIN = "the same command on all hosts goes on from the last checkpoint"
 
 

@@ -21,7 +21,7 @@ class Command(Verb):
             "--compare",
             type=path,
             metavar="TRACE",
-            help="of another checkpoint on the same data: how far routing is the same",
+            help="compare with the routing of another checkpoint on the same data",
         )
         parser.add_argument(
             "--token",

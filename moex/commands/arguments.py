@@ -118,5 +118,5 @@ def add_processes(parser) -> None:
         type=positive,
         default=PLACE["heartbeat_timeout"],
         metavar="SECONDS",
-        help="a host that is silent for so long ends the job (100)",
+        help="a host that is silent for this long ends the job (100)",
     )

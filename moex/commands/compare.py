@@ -60,7 +60,7 @@ class Command(Verb):
                 )
             print(assert_equal(args.runs, Tolerance(*args.assert_equal)))
             return
-        if out is not None:  # before anything is read
+        if out is not None:  # check this before anything is read
             allowed = f"a name that ends in {', '.join(ENDINGS)}"
             require(out.suffix in ENDINGS, "--out", str(out), allowed)
             require(out.parent.is_dir(), "--out", str(out), "in a folder that exists")

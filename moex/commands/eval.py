@@ -34,7 +34,7 @@ class Command(Verb):
             "--tasks", metavar="A,B", help="YAML files or names, between commas"
         )
         tasks.add_argument(
-            "--include-path", type=path, metavar="FOLDER", help="of more tasks by name"
+            "--include-path", type=path, metavar="FOLDER", help="has more tasks by name"
         )
         tasks.add_argument(
             "--limit", type=positive, help="at most this many documents of a task"

@@ -27,7 +27,7 @@ class Command(Verb):
         )
         add_data(parser)
         parser.add_argument(
-            "--tokens", type=positive, help="at most so many tokens; default: all"
+            "--tokens", type=positive, help="at most this many tokens; default: all"
         )
         parser.add_argument(
             "--step", type=integer, help="of the checkpoint; default: the newest"

@@ -8,7 +8,7 @@ from moex.config.base import LARGEST, short
 
 
 def path(text: str) -> pathlib.Path:
-    """The type of a file or folder."""
+    """The argument type of a file or folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError(
             "must name a file or folder; the one you are in is '.'"
@@ -17,7 +17,7 @@ def path(text: str) -> pathlib.Path:
 
 
 def folder(text: str) -> pathlib.Path:
-    """The type of a folder that exists."""
+    """The argument type of a folder that exists."""
     found = path(text)
     if not found.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {text}")
@@ -25,7 +25,7 @@ def folder(text: str) -> pathlib.Path:
 
 
 def integer(text: str) -> int:
-    """The type of a whole number."""
+    """The argument type of a whole number."""
     try:
         value = int(text)
     except ValueError:  # Python also refuses 4,300 digits and more
@@ -38,7 +38,7 @@ def integer(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """The type of a whole number of at least 1."""
+    """The argument type of a whole number of at least 1."""
     value = integer(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
@@ -46,7 +46,7 @@ def positive(text: str) -> int:
 
 
 def tolerance(text: str) -> tuple[float, float]:
-    """The type of RTOL[,ATOL], as `--assert-equal` takes it."""
+    """The argument type of RTOL[,ATOL], which `--assert-equal` takes."""
     try:
         relative, absolute = map(
             float, (text if "," in text else f"{text},0").split(",")

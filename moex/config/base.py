@@ -46,7 +46,7 @@ class ConfigError(ValueError):
 
 
 class ConfigWarning(UserWarning):
-    """Something in a config that works and is probably not what was meant."""
+    """A setting in a config that works but is probably not what was meant."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -70,7 +70,7 @@ class Config:
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the `closest` of `allowed`, or an empty string."""
+    """Write ` Did you mean 'x'?` for the `closest` of `allowed`; or ""."""
     found = closest(str(name), allowed)
     return "" if found is None else f" Did you mean {found!r}?"
 
@@ -151,7 +151,7 @@ def walk(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
 
 
 def join(path: str, name: str) -> str:
-    """The path of a child: `a.b` or `a[0]`."""
+    """Join a path and the name of a child: `a.b` or `a[0]`."""
     return path + (name if name.startswith("[") else f".{name}")
 
 

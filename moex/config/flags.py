@@ -251,7 +251,7 @@ def _find(cfg, path: str):
 
 
 def _meant(cfg, node, seen, name) -> str:
-    """` Did you mean ...?` for a field that `node`, at the path `seen`, does not have.
+    """Write ` Did you mean ...?` for a field that `node`, at path `seen`, lacks.
 
     The name may be mistyped, belong further below, or elsewhere, in this order. The
     whole paths of the first three fields of that name are given.

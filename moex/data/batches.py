@@ -1,10 +1,10 @@
-"""From datasets to batches, in a fixed global order.
+"""Batches of datasets, in a fixed global order.
 
 `train_iterator` is a deterministic function of one global index, so a run continues
 exactly, with any number of processes. `eval_batches` covers every held-out sequence
 once.
 
-Not here: what a sequence is (`packing.py`, `series.py`).
+Not here: making the sequences (`packing.py`, `series.py`).
 
 Shapes: B batch (of this process) · L length.
 """

@@ -17,7 +17,7 @@ from moex.config.base import Config, require
 from moex.data.encoding import Tokenizer
 from moex.data.files import File, find_files, unit_hash
 
-Say = Callable[[str], None]  # takes one line for people
+Say = Callable[[str], None]  # prints one line for people
 # A function that gives training texts of about this many bytes in all, and a digest.
 Corpus = tuple[Callable[[int], list[str]], str]
 
@@ -39,13 +39,13 @@ class Source(Config, abc.ABC):
     role: ClassVar[str] = "a kind of source, such as Text"
 
     weight: float = 1.0  # share in the training mixture, in [1e-6, 1e6]
-    name: str = ""  # name of the domain; "" takes the class or the file's stem
+    name: str = ""  # name of the domain; "": the class name, or the stem of the file
     # Fraction of documents kept for evaluation, in [0, 1]; 1: all are only scored.
     holdout: float = 0.05
 
     def validate(self, path: str) -> None:
         """Check the fields that all sources share."""
-        ok = 1e-6 <= self.weight <= 1e6  # Grain mixes by whole numbers
+        ok = 1e-6 <= self.weight <= 1e6  # Grain turns weights into whole numbers
         require(ok, f"{path}.weight", self.weight, "> 0, in [1e-6, 1e6]")
         require(0 <= self.holdout <= 1, f"{path}.holdout", self.holdout, "in [0, 1]")
 
@@ -108,7 +108,7 @@ class FileSource(Source):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class TokenizerConfig(Config, abc.ABC):
-    """A choice of tokenizer."""
+    """The base of tokenizer configs."""
 
     role: ClassVar[str] = "a tokenizer config such as Bpe"
 

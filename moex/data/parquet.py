@@ -1,4 +1,4 @@
-"""Columns of Parquet files, through the package pyarrow.
+"""Reading columns of Parquet files with the package pyarrow.
 
 Not here: making documents of the values (`sources.py`).
 """

@@ -128,7 +128,7 @@ class Checkpointer:
         )
 
     def steps(self) -> list[int]:
-        """Committed steps, ascending."""
+        """The committed steps, ascending."""
         return sorted(self.manager.all_steps())
 
     def save(
@@ -345,7 +345,7 @@ class Checkpointer:
         warn(f"warning: checkpoint {step} is damaged and {done}: {reason}")
 
     def _about(self, step: int) -> tuple[dict, dict]:
-        """`meta` and `data` of a step; see `record.read_about`."""
+        """Read `meta` and `data` of a step; see `record.read_about`."""
         # None: the run is from before moex 0.2, without digests. "": not recorded yet.
         known = None if self._record is None else self._record.get(step, "")
         meta, data, self._digests[step] = read_about(self.directory / str(step), known)
@@ -413,7 +413,7 @@ class Checkpointer:
 
 
 def _zeros(abstract):
-    """Arrays of zeros in the shapes and places of a tree of `ShapeDtypeStruct`s."""
+    """Make zeros of the shapes and shardings of a tree of `ShapeDtypeStruct`s."""
 
     def make():
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
@@ -422,7 +422,7 @@ def _zeros(abstract):
 
 
 def _items(train_state) -> dict:
-    """Orbax items of a train state; the guard travels with the model's state."""
+    """The Orbax items of a train state; `state` holds the guard too."""
     items = {k: train_state[k] for k in ("params", "opt") if k in train_state}
     if "state" in train_state:
         items["state"] = {k: train_state[k] for k in ("state", "guard")}

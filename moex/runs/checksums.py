@@ -16,7 +16,7 @@ def _bits(x) -> jax.Array:
 
 
 def _checksum(x) -> jax.Array:
-    """uint32[2] of the bits and places of all elements.
+    """Compute uint32[2] from the bits and places of all elements.
 
     Sums of integers do not depend on order or sharding. The first sum weighs each
     element by an odd number, so that changing any single element always shows; the
@@ -49,7 +49,7 @@ def _checksums(tree):
 
 
 def checksums(tree) -> dict[str, str]:
-    """`{path: 16 hex digits}` of every array of a tree, independent of sharding."""
+    """Compute `{path: 16 hex digits}` of all arrays; the sharding does not matter."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(_checksums(tree)))
     return {
         jax.tree_util.keystr(path): "".join(f"{int(v):08x}" for v in np.asarray(pair))

@@ -1,11 +1,11 @@
-"""How much data a run has consumed: a count, as the batch size may have changed."""
+"""Counts of the data that a run has consumed, as the batch size may change."""
 
 import dataclasses
 
 
 @dataclasses.dataclass
 class Consumed:
-    """How much of the data a run has trained on; saved with its checkpoints."""
+    """The amount of data that a run has trained on; saved with its checkpoints."""
 
     sequences: int = 0  # sequences of the whole job: the position in the data
     tokens: int = 0  # tokens of these sequences, with padding

@@ -105,6 +105,6 @@ class RunDir:
         return Tokenizer.load(self.tokenizer_folder)
 
     def saved_steps(self) -> list[int]:
-        """Steps whose checkpoints are committed, ascending; nothing is restored."""
+        """The steps whose checkpoints are committed, ascending; nothing is restored."""
         names = [p.name for p in self.checkpoints.glob("*") if p.name.isdecimal()]
         return sorted(int(name) for name in names if name == str(int(name)))  # not "08"

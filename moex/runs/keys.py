@@ -38,7 +38,7 @@ class Eval(Config):
     every: int = 500  # optimizer steps between evaluations; 0: only at the end
     sequences: int | None = 256  # sequences per evaluation, >= 1; None: all
     overlap: int = 0  # tokens of context repeated before each window, < seq_len
-    batch_size: int | None = None  # sequences per eval step; None: of a microbatch
+    batch_size: int | None = None  # sequences per eval step; None: as in a microbatch
 
     def validate(self, path):
         require(self.every >= 0, f"{path}.every", self.every, ">= 0")
@@ -66,7 +66,7 @@ class Checkpoint(Config):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Log(Config):
-    """What is written while training."""
+    """The logs of a training: what is written, and how often."""
 
     every: int = 10  # optimizer steps between log lines and scalars, >= 1
     images_every: int = 100  # steps between routing heat maps; 0: never
@@ -111,7 +111,7 @@ class Loss(Config):
     # "share": the loss is 1 at uniform routing. "count": it is multiplied by the slots
     # per token, as in papers where f is a share of the tokens.
     balance_scale: str = "share"
-    over_layers: str = "sum"  # or "mean", of MoE layers and chain rounds
+    over_layers: str = "sum"  # "sum" or "mean" over MoE layers and chain rounds
 
     def validate(self, path):
         for name in COEFFICIENTS:

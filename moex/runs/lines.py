@@ -141,7 +141,7 @@ def _kind_and_step(line: dict, where: str) -> tuple[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Per-layer figures of logged steps of one kind.
+    """The per-layer figures of logged steps of one kind.
 
     Attributes:
       step_S: int64[S].

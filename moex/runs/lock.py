@@ -60,7 +60,7 @@ class RunLock:
     def __init__(self, run: RunDir, flag: str, say=print):
         self.file, self.flag, self.say = run.lock, flag, say
         self.token = uuid.uuid4().hex
-        self.lost: dict | None = None  # the record of whoever took it
+        self.lost: dict | None = None  # the record of the process that took it
         self._folder = os.open(run.path, os.O_RDONLY)
         self._ended = threading.Event()
         self._beating = threading.Thread(
@@ -187,7 +187,7 @@ class RunLock:
         while time.monotonic() < deadline:
             time.sleep(min(0.5, BEAT_S))
             if _changed(self.file) != first or _read(self.file) != holder:
-                return _read(self.file) == holder  # else: look again who has it
+                return _read(self.file) == holder  # if not, look again who has it
         return False
 
     def _refusal(self, holder: dict) -> ConfigError:
@@ -217,7 +217,7 @@ def _here(folder: int, locked: bool | None) -> dict:
     try:
         boot = pathlib.Path(BOOT).read_text(encoding="ascii").strip()
         space = os.readlink("/proc/self/ns/pid")
-    except OSError:  # this is not Linux
+    except OSError:  # this system is not Linux
         boot, space = platform.node(), ""
     return {
         "host": platform.node(),

@@ -98,7 +98,7 @@ def read_about(
 
 
 def why_unlisted(folder: pathlib.Path) -> str | None:
-    """Why Orbax cannot list a checkpoint among others; None if it can."""
+    """The reason why Orbax cannot list a checkpoint; None if it can."""
     try:
         # Orbax reads both files of every checkpoint when it opens their folder.
         names = ocp.path.step.standard_name_format()
@@ -115,7 +115,7 @@ def _json(file: pathlib.Path) -> dict:
     """Read a JSON object that Orbax wrote.
 
     Raises:
-      ChecksumError: if it is none.
+      ChecksumError: if it is not a JSON object.
     """
     try:
         return expect_object(parse_json(file.read_bytes(), file.name, nan=True), "it")

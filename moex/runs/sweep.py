@@ -30,7 +30,7 @@ from moex.runs.keys import check_run
 
 FILE = "sweep.json"
 MOST_POINTS = 10_000
-LONGEST = 200  # bytes of a folder's name; file systems take 255
+LONGEST = 200  # the most bytes of a folder name; file systems allow 255
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 RECIPE = "launch/slurm.sbatch"
 

@@ -222,7 +222,7 @@ class Run:
     consumed: Consumed
     final: dict | None = None  # figures of a complete run that was restored
     stop_asked: bool = False  # this process was asked to stop
-    interrupted: bool = False  # by Ctrl-C
+    interrupted: bool = False  # Ctrl-C asked to stop
     lock: RunLock | None = None  # the lock of the run directory, in process 0
     stop_agreed: bool = False  # all processes know that one was asked to stop
     in_row: int = 0  # updates skipped in a row, up to the last step looked at
@@ -270,7 +270,7 @@ class Run:
             if self.profiler.ends(self.step):
                 self._aside(lambda: self.profiler.end(self.step, self.state))
             self.owed |= self._due()
-            if self.owed and self.step < cfg.steps:  # at the end `_finish` does it all
+            if self.owed and self.step < cfg.steps:  # at the end `_finish` does all
                 flight.land()
                 # After a skipped update the state may be spoiled: all tasks wait.
                 if not self.in_row:

@@ -44,7 +44,7 @@ class Profiler:
         self.active, self.first = False, 0
 
     def check_start(self, step: int) -> None:
-        """Say so if a run that goes on from `step` is past the first step to trace."""
+        """Warn if a run that goes on from `step` is past the first step to trace."""
         if self.steps and step > self.steps.start:
             rest = "nothing" if step >= self.steps.stop else f"{step}:{self.steps.stop}"
             self.say(f"--profile: the run is at step {step}; {rest} is traced")

@@ -18,7 +18,7 @@ from moex.model.losses import step_counts
 from moex.model.paths import flat_paths, path_name
 from moex.optim import path_factors
 
-# Updates that must be accepted before a spike can be told from a start.
+# This many updates must be accepted before a high norm can be called a spike.
 SPIKE_WARMUP = 50
 GRAD_NORM_DECAY = 0.99
 # After this many skips in a row, high norms are a new level and no longer spikes.
