@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     cfg.kernels = "auto"  # or implementations such as "triton,xla": the first that can
     cfg.nan_limit = 10  # skipped updates in a row before the run stops
     cfg.init_from = ""  # run directory whose parameters start this run
-    cfg.task = LanguageModelling()  # what is learned: docs/tasks.md
+    cfg.task = LanguageModelling()  # the task that is learned: docs/tasks.md
     cfg.data = Data()
     cfg.optim = Optim(rule=AdamW(), lr=1e-3, warmup_steps=50, weight_decay=0.1)
     cfg.loss = Loss()

@@ -39,7 +39,7 @@ def default_attention(dtype, L: int, A: int, cached: bool, implementation) -> st
 def attend_in_c(q_BLHA, k_BLGA, v_BLGA, segment_BL, position_BL):
     """Compute softmax attention within segments, not to later positions, on one CPU.
 
-    Nothing of the size L x L is kept for the backward pass.
+    No array of the size L x L is kept for the backward pass.
 
     Args:
       q_BLHA, k_BLGA, v_BLGA: float32 queries, keys and values; G divides H.

@@ -42,13 +42,13 @@ class ImplementationFallback(UserWarning):
 
 
 class Request(NamedTuple):
-    """What decides whether an implementation can do something.
+    """The facts that decide whether an implementation can do something.
 
     K and N are those of the forward matmul; for grouped_glu, those of its first matmul.
     """
 
     operation: str  # "grouped_matmul" or "grouped_glu"
-    dtype: str  # of tokens
+    dtype: str  # dtype of tokens
     K: int
     N: int
     G: int
@@ -182,8 +182,8 @@ for _name, _backend in PALLAS.items():
 for _name, _backend in PALLAS.items():
     IMPLEMENTATIONS[_name + INTERPRETED] = _interpreted(_backend)
 
-# What None means on each platform: the first of these that can do what is asked. Until
-# both are timed, GPUs get the one of their two backends that runs on more of them.
+# The meaning of None on each platform: the first of these that can do what is asked.
+# Until both are timed, GPUs get the one of their backends that runs on more of them.
 DEFAULTS = {
     "cpu": ("native", "cpu"),
     "gpu": ("triton", "xla"),

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-ROWS = 64  # of one WGMMA
+ROWS = 64  # rows of one WGMMA
 LINE = 128  # bytes of a row in swizzled shared memory
 COMPUTE_WGS = 2
 # 128 threads * (40 + 2 * 232) registers = 64512 of the 65536 of an SM.

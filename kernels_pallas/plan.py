@@ -76,7 +76,7 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Layout:
-    """Where slots lie in a buffer with gaps; `dispatch` and `combine` read it.
+    """The places of slots in a buffer with gaps; `dispatch` and `combine` read it.
 
     Attributes:
       order_N: int32, the slot of each buffer row; any slot in a gap.

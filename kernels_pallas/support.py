@@ -1,4 +1,4 @@
-"""What each implementation can do, as a table: `python -m kernels_pallas.support`.
+"""A table of what each implementation can do: `python -m kernels_pallas.support`.
 
 The code itself answers (`implementations.why_not`), so that the table in the
 documentation, which a test compares with this one, cannot be wrong for long.

@@ -138,7 +138,7 @@ def matmul(lhs, rhs, contract):
 
 
 class Epilogue(NamedTuple):
-    """What is done with the sums of one tile.
+    """The code that stores the sums of one tile, with its inputs and outputs.
 
     Attributes:
       write: (visits, v, column_tile, sums, extra_refs, output_refs) -> None, called

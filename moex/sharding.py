@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, the rules from logical to mesh axes, placement.
+"""The placement of arrays: the mesh, and the rules from logical to mesh axes.
 
 The mesh has five axes, all Auto (XLA propagates): `data` (copies of the model), `fsdp`
 (parameters split, gathered where used), `expert`, `seq` (the length of sequences) and

@@ -19,7 +19,7 @@ from kernels_pallas.permute import slot_values, sum_rows, take
 
 
 class Kernels(NamedTuple):
-    """What a backend supplies; row indices `token_N` are in bounds, sums float32.
+    """The functions of a backend; row indices `token_N` are in bounds, sums float32.
 
     Rows past `bounds[-1]` are unspecified in every input and output, and may hold NaN:
     they never reach another row or a weight gradient. `a` and `da` may have any layout

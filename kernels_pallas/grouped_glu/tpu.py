@@ -40,7 +40,7 @@ from kernels_pallas.tpu_rows import LANES, Tiling
 def up(
     x_TD, w_in_EDC, token_N, bounds, activation, save, *, tiling=None, interpret=False
 ):
-    """`Kernels.up`: the two projections of each row and their activation."""
+    """Compute `Kernels.up`: the two projections of each row and their activation."""
     x_ND = _gather(x_TD, token_N)
     (N, D), (E, _, C) = x_ND.shape, w_in_EDC.shape
     F = C // 2
@@ -75,7 +75,7 @@ def up(
 
 
 def down(h_NF, w_out_EFD, bounds, *, tiling=None, interpret=False):
-    """`Kernels.down`: each row times the output projection of its expert."""
+    """Compute `Kernels.down`: each row times the output projection of its expert."""
     (N, F), (E, _, D) = h_NF.shape, w_out_EFD.shape
     tiling = tiling or tiling_for("product", N, F, D, E, h_NF.dtype)
     options = {"transpose": False, "name": "grouped_glu_down", "interpret": interpret}
@@ -94,7 +94,7 @@ def down_vjp(
     tiling=None,
     interpret=False,
 ):
-    """`Kernels.down_vjp`: the cotangent through down projection and activation.
+    """Compute `Kernels.down_vjp`: the cotangent through down projection and activation.
 
     Each column tile writes its own sums of rows, and XLA adds them up, so the order of
     the sum is fixed.
@@ -160,7 +160,7 @@ def down_vjp(
 
 
 def dx(da_2NF, w_in_EDC, bounds, *, tiling=None, interpret=False):
-    """`Kernels.dx`: the gradient through both halves of the input projections."""
+    """Compute `Kernels.dx`: the gradient through both halves of the projections."""
     (_, N, F), (E, D, _) = da_2NF.shape, w_in_EDC.shape
     if tiling is None:
         tiling = default_tiling("product_t", N, 2 * F, D, E, da_2NF.dtype)
@@ -172,7 +172,7 @@ def dx(da_2NF, w_in_EDC, bounds, *, tiling=None, interpret=False):
 
 
 def dw_in(x_TD, da_2NF, token_N, bounds, dtype, *, tiling=None, interpret=False):
-    """`Kernels.dw_in`: the gradient of the input projections, [E, D, C]."""
+    """Compute `Kernels.dw_in`: the gradient of the input projections, [E, D, C]."""
     x_ND, E = _gather(x_TD, token_N), bounds.shape[0] - 1
     (N, D), F = x_ND.shape, da_2NF.shape[2]
     if tiling is None:
@@ -187,7 +187,7 @@ def dw_in(x_TD, da_2NF, token_N, bounds, dtype, *, tiling=None, interpret=False)
 
 
 def dw_out(weighted_NF, dy_TD, token_N, bounds, dtype, *, tiling=None, interpret=False):
-    """`Kernels.dw_out`: the gradient of the output projections, [E, F, D]."""
+    """Compute `Kernels.dw_out`: the gradient of the output projections, [E, F, D]."""
     dy_ND = _gather(dy_TD, token_N)
     return weight_product(
         weighted_NF, dy_ND, bounds, dtype, tiling=tiling, interpret=interpret

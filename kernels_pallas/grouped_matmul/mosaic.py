@@ -26,7 +26,7 @@ class Tiling(NamedTuple):
     """
 
     m: int = 128
-    n: int = 256  # of each accumulator; "up" has two
+    n: int = 256  # columns of each accumulator; "up" has two
     k: int = 64
     stages: int = 4
 

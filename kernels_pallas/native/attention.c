@@ -189,7 +189,7 @@ static void backward_head(const Attention* s, int64_t b, int64_t h, Scratch at) 
       const int64_t keys = last - j < COLUMNS ? last - j : COLUMNS;
       const float* weight = at.score + (begin - first) * at.row + j;
       const float* dscore = at.other + (begin - first) * at.row + j;
-      const int add = h % (H / G) > 0 || begin > j;  // not the first to write there
+      const int add = h % (H / G) > 0 || begin > j;  // another wrote there before
       multiply(keys, V, count, (Matrix){weight, 1, at.row},
                (Matrix){dy + begin * y_row, y_row, 1}, dv + j * v_row, v_row, add);
       multiply(keys, A, count, (Matrix){dscore, 1, at.row},

@@ -1,4 +1,4 @@
-"""What a model costs: parameters (total, active), FLOPs per token, device peaks.
+"""The cost of a model: parameters (total, active), FLOPs per token, device peaks.
 
 Counts are read off the abstract model, never from a formula of the config. The
 feed-forward's config says how a token uses them (`param_use`): which share of a
@@ -72,7 +72,7 @@ class BlockCost:
     """The cost of one layer; `repeat` equal ones are at its place of a pattern.
 
     Attributes:
-      path: where the block is in the model, such as "segments/0/blocks/1".
+      path: path of the block in the model, such as "segments/0/blocks/1".
       ffn: the config of its feed-forward.
       repeat: number of equal layers.
       sizes: numbers of one layer by path inside the block.

@@ -60,7 +60,7 @@ def generate(
       temperature: divides the logits; 0 takes the most likely token.
       top_k: sample among the k most likely tokens; 0: among all.
       top_p: sample among the fewest tokens whose probability reaches this, in (0, 1].
-      seed: of the random numbers.
+      seed: seed of the random numbers.
       stop_tokens: a row ends before any of these.
       dtype: compute dtype of the matmuls, and dtype of the cache.
       kernels: name of the grouped-matmul implementation, or None to choose.
@@ -241,7 +241,7 @@ def _context(token_BL, first_slot, slots, num_padding_B, stopped_B, static) -> C
 
 
 def padded_prompt(prompts: list[list[int]]) -> int:
-    """P, the padded length of prompts."""
+    """The padded length P of prompts."""
     return max(SHORTEST_PROMPT, 1 << (max(map(len, prompts)) - 1).bit_length())
 
 

@@ -1,4 +1,4 @@
-"""The one walk over the layers of a model: where each stands, and its number.
+"""The one walk over the layers of a model: it gives each its place and number.
 
 Layers are counted from 0 over the whole model, those without experts too. A segment
 holds `repeat` copies of its pattern, so one place of a pattern is several layers.

@@ -25,12 +25,12 @@ ONCE_ON_CPU = {"xla_backend_optimization_level": 1}
 
 @dataclasses.dataclass(frozen=True)
 class ParamInfo:
-    """What is known of one parameter or state variable besides its shape.
+    """The facts about one parameter or state variable, besides its shape.
 
     Attributes:
       axes: logical axis names of its own dims (stacked layers come before).
       matrix: (input dims, output dims) among `axes`, or None.
-      rule: what moves a state variable, `(value, stats, step) -> value`, or None.
+      rule: function that moves a state: `(value, stats, step) -> value`, or None.
     """
 
     axes: tuple[str | None, ...]

@@ -53,14 +53,14 @@ class Figure(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Task(Config):
-    """The base of all tasks: what must be defined, and what follows from it.
+    """The base of all tasks: the parts to define, and the parts that follow from them.
 
     A kind of task sets the class attributes and defines `prepare` and `losses`, and
     `run` where the model takes more than the context; the others have defaults.
 
     Attributes:
       MODEL, DATA: the kinds of `config.model` and `config.data`.
-      FIGURES: what is logged, compared and reported. The first is the mean of the
+      FIGURES: figures to log, compare and report. The first is the mean of the
         losses: it is trained on, and `keep_best` keeps the checkpoints where it is
         lowest.
       COUNTS: numbers among the sums that are logged with evaluations.
@@ -139,7 +139,7 @@ class Task(Config):
         name = type(self).__name__
         raise ConfigError(f"--data: {name} takes its data from --config.data.")
 
-    # What a run directory (`RunDir`) holds for the task, besides its config.
+    # The task's files in a run directory (`RunDir`), besides its config.
 
     def save(self, data: Datasets, run) -> None:
         """Write what a model needs to be used, such as a tokenizer."""

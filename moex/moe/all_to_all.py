@@ -70,7 +70,7 @@ def plan_travel(device_tK, keep_tK, n, buffer) -> Travel:
 
 
 def device_pairs(device_tK, keep_tK):
-    """bool[t, K]: the first kept slot of a token on each device, for all of them."""
+    """Mark the first kept slot of each token on each device, bool[t, K]."""
     K = device_tK.shape[1]
     same_tKK = device_tK[:, :, None] == device_tK[:, None, :]
     before_KK = jnp.tril(jnp.ones((K, K), bool), -1)[None]

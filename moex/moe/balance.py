@@ -120,10 +120,10 @@ def bias_rule(name, rate, k, score):
     """The rule called `name`, for the bias of a router.
 
     Args:
-      name: of `BIAS_RULES`.
+      name: one of `BIAS_RULES`.
       rate: a number or a schedule.
       k: slots per token.
-      score: of `routing.SCORES`.
+      score: one of `routing.SCORES`.
     """
     rate = static_value(rate)
     return SignBias(rate) if name == "sign" else QuantileBias(rate, k, SPAN[score])

@@ -37,7 +37,7 @@ class RouterConfig(PartConfig):
         """The mean number of slots that a token uses before anything is trained."""
 
     def slots(self, num_experts: int) -> int:
-        """K, the most slots of a token; where experts choose, all may take a token."""
+        """The most slots K of a token; where experts choose, all may take a token."""
         return num_experts
 
     def losses(self) -> dict[str, float | Schedule]:
@@ -197,7 +197,7 @@ class TravelForm:
         return dispatch(x_TD, layout)
 
     def sums(self, x_RC, gate_RK, plan, ctx, buffer_rows=None):
-        """`Experts.sums` of the rows that arrived."""
+        """Compute `Experts.sums` for the rows that arrived."""
         return self.experts.sums(x_RC, gate_RK, plan, ctx, buffer_rows)
 
     def arrive(self, y_NC, layout, expert_N):

@@ -29,10 +29,10 @@ class MoE(FeedForwardConfig):
 
     num_experts: int  # E, >= 1
     router: RouterConfig  # how tokens choose, such as TopK(k=2)
-    experts: ExpertsConfig  # what an expert is, such as Glu(hidden=512)
+    experts: ExpertsConfig  # the kind of experts, such as Glu(hidden=512)
     shared: FeedForwardConfig | None = None  # for every token, such as Dense(...)
     shared_gate: bool = False  # the shared output times sigmoid(x w), as in Qwen2-MoE
-    zero: Zero | None = None  # choices that cost nothing, beside the experts
+    zero: Zero | None = None  # choices that cost nothing, besides the experts
     capacity_factor: float | None = (
         None  # rows per expert over the mean if all slots are used; None: dropless
     )

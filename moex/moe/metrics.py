@@ -1,4 +1,4 @@
-"""What a layer tells about its routing: sums made on the device, figures from sums.
+"""The figures of a layer's routing: sums made on the device, figures made from sums.
 
 Sums can be added over microbatches and devices; figures cannot. `routing_stats` makes
 the sums inside the layer, `layer_metrics` turns them into what is logged. `FIGURES` is
@@ -124,12 +124,12 @@ def mean(total, count):
 
 
 class Figure(NamedTuple):
-    """A figure of an MoE layer: how it is made, and how it is shown.
+    """A figure of an MoE layer, with the ways to make it and to show it.
 
     Attributes:
       name: as in logs; it ends in "_E" with a value per expert, in "_S" per bin.
       title: for people.
-      unit: what is measured, for the axis of a chart.
+      unit: the unit or quantity, for the axis of a chart.
       of: makes it, float32[...] or float32[..., E], from the sums of `routing_stats`;
         None: `model/figures.py` makes it, where the devices are known.
       chart: page of charts that it is on; None: on none.
@@ -281,7 +281,7 @@ def layer_metrics(stats: dict) -> dict:
 
 
 def documentation() -> str:
-    """`FIGURES` as a table for docs/monitoring.md."""
+    """Write `FIGURES` as a table for docs/monitoring.md."""
     lines = [
         "| figure, in `moe/` | what it is | unit | worst layer |",
         "|---|---|---|---|",

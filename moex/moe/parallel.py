@@ -38,7 +38,7 @@ from moex.sharding import TOKEN_AXES, partition_spec
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What is known of the rows that the experts of a layer compute.
+    """The limits on the rows that the experts of a layer compute.
 
     Attributes:
       buffer_slots: kept slots per token that buffers are made for; if there are more,
@@ -68,7 +68,7 @@ def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
       routing: `Routing`; slots of other ids than the E experts count nothing.
       num_experts: E.
       ctx: `Context`.
-      rows: what is known of the rows to compute.
+      rows: limits on the rows to compute.
 
     Returns:
       (sums [T, D] in x's dtype, float32 scalar: rows that found no room in a buffer).

@@ -51,7 +51,7 @@ def margin_counts(cutoff_T, score_TE, valid_T, bias_E, span) -> jax.Array:
       score_TE: scores without the bias, in [0, span].
       valid_T: bool, False at padding.
       bias_E: the bias of this step.
-      span: of the score, from `SPAN`.
+      span: span of the score, from `SPAN`.
     """
     first, width = bins_of(bias_E, span)
 
@@ -127,7 +127,7 @@ def balancing_bias(count_EB, bias_E, k, span) -> jax.Array:
       count_EB: sums of `margin_counts` over the microbatches of the step.
       bias_E: the bias with which they were made.
       k: slots per token.
-      span: of the score, from `SPAN`.
+      span: span of the score, from `SPAN`.
     """
     E = bias_E.shape[-1]
     place_E, parts = quantiles(count_EB, k)

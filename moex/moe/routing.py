@@ -19,7 +19,7 @@ NORMALIZE = ("after", "before", "none")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Routing:
-    """Which experts each token goes to, and with what weight. Always float32.
+    """The experts that each token goes to, with their weights. Always float32.
 
     Attributes:
       expert_TK: int32 in [0, E); the kept slots of a token name different experts.
@@ -29,8 +29,8 @@ class Routing:
       logits_TE: float32 router logits, before normalisation and without noise.
       probs_TE: float32 normalised scores; each row sums to 1. The load-balance loss
         averages these.
-      sums: what the router's own state update needs besides the load; float32 or int32
-        arrays that may be added over microbatches.
+      sums: arrays that the router's own state update needs besides the load, float32 or
+        int32; they may be added over microbatches.
       losses: float32[T] by name, the router's own losses, differentiable: their means
         over the tokens of a step, times `RouterConfig.losses`, are part of the total
         loss. A loss of the whole batch is the same number for every token.
@@ -58,7 +58,7 @@ class Routing:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertRouting:
-    """Which tokens each expert takes: the layout of routers in which experts choose.
+    """The tokens that each expert takes: the layout of routers in which experts choose.
 
     Attributes:
       token_EC: int32 in [0, T); the kept slots of an expert name different tokens.
@@ -190,8 +190,8 @@ def replayed(ctx, name, ids, keep):
 
     Args:
       ctx: `Context`.
-      name: of the ids in `trace()`, "expert" or "token".
-      ids, keep: what the router would choose.
+      name: name of the ids in `trace()`, "expert" or "token".
+      ids, keep: the choice that the router would make.
 
     Raises:
       ValueError: if it was recorded with another layout or other sizes.

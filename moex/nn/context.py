@@ -1,4 +1,4 @@
-"""What every layer may need to know about a batch, made once per step.
+"""The facts about a batch that every layer may need, made once per step.
 
 B batch · L length of the queries · S length of the keys in a decoding cache
 """

@@ -85,7 +85,7 @@ class AttentionConfig(PartConfig):
 
     @abc.abstractmethod
     def init_cache(self, dim: int, batch: int, length: int, dtype) -> dict:
-        """A decoding cache of zeros: arrays by name, each [batch, length, ...]."""
+        """Make a decoding cache of zeros: arrays by name, each [batch, length, ...]."""
 
     @abc.abstractmethod
     def score_width(self, dim: int) -> int:

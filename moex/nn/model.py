@@ -31,7 +31,7 @@ class Model(Config):
     SIZE: ClassVar[str]
 
     dim: int  # model width D, >= 1
-    attention: AttentionConfig  # of every block whose segment does not name its own
+    attention: AttentionConfig  # for every block whose segment does not name its own
     layers: tuple[Segment, ...]  # at least one segment
     norm_eps: float = 1e-6  # added to mean squares, > 0
 
@@ -58,7 +58,7 @@ class Model(Config):
         return getattr(self, self.SIZE)
 
     def about(self) -> str:
-        """A few words about input and output, such as "vocabulary 256"."""
+        """The words about input and output in a table, such as "vocabulary 256"."""
         raise NotImplementedError
 
     def used_again(self) -> tuple[str, ...]:

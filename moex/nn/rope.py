@@ -15,9 +15,9 @@ from moex.config.base import Config, require
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Linear(Config):
-    """All positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
+    """All positions are divided by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
 
-    factor: float  # of the context, >= 1
+    factor: float  # growth of the context, >= 1
 
     def validate(self, path):
         require(self.factor >= 1, f"{path}.factor", self.factor, ">= 1")
@@ -31,7 +31,7 @@ class Linear(Config):
 class Llama3(Config):
     """Only long wavelengths are stretched: `rope_type = "llama3"` of Llama 3.1."""
 
-    factor: float  # of the context, >= 1
+    factor: float  # growth of the context, >= 1
     original: int  # length of the context before, tokens
     low: float = 1.0  # a pair with fewer turns within `original` is stretched
     high: float = 4.0  # a pair with more turns is not; in between both are mixed
@@ -55,7 +55,7 @@ class Yarn(Config):
     Source: Peng et al. 2023, arXiv:2309.00071, sections 3.2 to 3.4.
     """
 
-    factor: float  # of the context, >= 1
+    factor: float  # growth of the context, >= 1
     original: int  # length of the context before, tokens
     fast: float = 32.0  # a pair with more turns within `original` is not stretched
     slow: float = 1.0  # a pair with fewer turns is

@@ -96,7 +96,7 @@ def latents_travel(sizes, ops, num_slots, num_devices) -> bool:
 
     Args:
       sizes: (experts, model width D, experts per space, width Z of a space).
-      ops: of `Latent`.
+      ops: the ops of `Latent`.
       num_slots: K.
       num_devices: devices that the experts are split over.
     """
@@ -110,7 +110,7 @@ def latents_travel(sizes, ops, num_slots, num_devices) -> bool:
 class LatentExperts(Experts):
     """SwiGLU with W^e = A^e B^g for the ops chosen, g = e // group; no bias.
 
-    gate, up: x -> (x B^g) A^e. down: h -> (h A^e) B^g. Nothing lies between the
+    gate, up: x -> (x B^g) A^e. down: h -> (h A^e) B^g. There is nothing between the
     factors, so that a trained expert can be converted exactly where its rank allows.
     The router sees the whole x. A token's shared projections are computed once per
     group if there are no more groups than slots, else once per routed row.

@@ -16,7 +16,7 @@ from moex.nn.param import param
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Zero(Config):
-    """How many of each kind; their ids follow those of the real experts."""
+    """The number of experts of each kind; their ids follow those of the real ones."""
 
     null: int = 0  # experts whose output is 0
     copy: int = 0  # experts whose output is their input
@@ -29,7 +29,7 @@ class Zero(Config):
         require(self.count() >= 1, path, self.count(), "at least one expert of a kind")
 
     def count(self) -> int:
-        """Z, the number of zero-computation experts."""
+        """The number Z of zero-computation experts."""
         return self.null + self.copy + self.constant
 
     def make(self, dim, rngs):

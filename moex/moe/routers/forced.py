@@ -32,7 +32,7 @@ class Forced(FixedK):
 
     load: str = "balanced"  # "balanced", "random", "skewed" or "adversarial"
     skew: float = 1.0  # "skewed": expert e is drawn with weight (e + 1)^-skew, >= 0
-    seed: int = 0  # of "random" and "skewed"
+    seed: int = 0  # seed of "random" and "skewed"
     init_std: float = 0.02  # standard deviation of the initial router weights
 
     def validate(self, path):

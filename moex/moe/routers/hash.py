@@ -20,7 +20,7 @@ class Hash(FixedK):
 
     needs_token_ids: ClassVar[bool] = True
 
-    seed: int = 0  # of the hash
+    seed: int = 0  # seed of the hash
     by_layer: bool = dataclasses.field(default=True, metadata={ABSENT: False})
     # False: layers of one seed hash alike, as in runs from before this field existed
 

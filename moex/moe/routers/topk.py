@@ -41,7 +41,7 @@ class Groups(Config):
 
     num: int  # groups of equal size, neighbours together; divides the experts
     keep: int  # groups that a token may use, 1 <= keep <= num
-    score: str = "max"  # of a group: "max" of its experts, or sum of its "top2"
+    score: str = "max"  # score of a group: "max" of its experts, or sum of its "top2"
 
     def validate(self, path):
         require(self.num >= 1, f"{path}.num", self.num, "at least 1")
@@ -84,7 +84,7 @@ class TopK(FixedK):
     normalize: str = "after"  # gates sum to 1 "after" or "before" selection, or "none"
     scale: float = 1.0  # factor on the gates, after normalisation, > 0
     groups: Groups | None = None  # choose from each token's best groups only
-    bias_rate: float | Schedule = 0.0  # of the loss-free bias; 0: no bias
+    bias_rate: float | Schedule = 0.0  # rate of the loss-free bias; 0: no bias
     bias_rule: str = "sign"  # "sign": the rate is a step; "quantile": 1 is the rule's
     jitter: float = 0.0  # training: inputs times a uniform of [1 - jitter, 1 + jitter]
     noise: float = 0.0  # training: standard deviation of noise on the logits
