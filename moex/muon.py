@@ -94,8 +94,8 @@ def _fit(grads, dims) -> bool:
 
 
 def _orthogonalised(x, dims: MuonDimensionNumbers, coefficients, steps):
-    """Orthogonalise every matrix of `x`; it is read and written in place if its rows
-    lie before its columns and its columns come last."""
+    """Orthogonalise every matrix of `x`; nothing is moved if the rows of a matrix lie
+    before its columns and the columns come last."""
     rows, columns = (_from_left(d, x.ndim) for d in dims)
     batch = [d for d in range(x.ndim) if d not in (*rows, *columns)]
     outer = [d for d in batch if d < min(rows)]

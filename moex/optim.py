@@ -81,7 +81,7 @@ class Optim(Config):
     final_lr_frac: float = 0.1  # learning rate of the last step over the peak, [0, 1]
     weight_decay: float = 0.0  # times the learning rate; matrices only, >= 0
     clip: float | None = 1.0  # largest global gradient norm, > 0; None: no clipping
-    spike_factor: float | None = 10.0  # skip updates of norm > factor * mean; None: no
+    spike_factor: float | None = 10.0  # skip updates of norm > factor * mean; None: off
     # (path pattern, learning-rate factor); 0 freezes, a Schedule may do so for a while.
     lr_factors: tuple[tuple[str, float | Schedule], ...] = ()
 

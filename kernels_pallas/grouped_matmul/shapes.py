@@ -1,7 +1,7 @@
 """Named layer shapes, used by tests and benchmarks alike.
 
 `REAL` are layers of published models or of published measurements; `AWKWARD` are
-small ones that kernels get wrong.
+small ones that kernels easily get wrong.
 """
 
 from typing import NamedTuple

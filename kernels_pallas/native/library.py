@@ -122,7 +122,7 @@ def _load(compiler) -> ctypes.CDLL:
 
 
 def _cached(folder, start: str):
-    """The library in the cache whose name begins with `start`; damaged ones go."""
+    """The library in the cache whose name begins with `start`; removes damaged ones."""
     from kernels_pallas.native import private
 
     for name in sorted(os.listdir(folder.fd)):
@@ -193,7 +193,7 @@ def _cache_folder():
 
 
 def _processor() -> str:
-    """The facts -march=native may depend on: machines can share a home folder."""
+    """The facts that -march=native may depend on: machines can share a home folder."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -26,7 +26,7 @@ from moex.nn.lm import LM
 # Prompts are padded to a power of two of at least this many tokens, so that a session
 # of many prompts compiles few programs.
 SHORTEST_PROMPT = 16
-MOST_NEW = 2**17  # new tokens of one call
+MOST_NEW = 2**17  # the most new tokens of one call
 COLDEST, HOTTEST = 2.0**-126, 2.0**127  # the range that float32 can divide by
 
 

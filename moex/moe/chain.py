@@ -29,7 +29,7 @@ class Chain(FeedForwardConfig):
         "independent"  # or "shared"; or one per round
     )
     inner_residual: bool = True  # a round adds to its input
-    shared_once: bool = False  # the shared expert: in the first round only
+    shared_once: bool = False  # the shared expert runs in the first round only
 
     def validate(self, path):
         require(

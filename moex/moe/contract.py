@@ -114,7 +114,7 @@ class ExpertsConfig(PartConfig):
 
     @abc.abstractmethod
     def make(self, dim: int, num_experts: int, rngs: nnx.Rngs) -> "Experts":
-        """The module that holds `num_experts` for tokens of width `dim`."""
+        """The module that holds `num_experts` experts for tokens of width `dim`."""
 
     def validate_sizes(self, num_experts: int, dim: int, path: str) -> None:
         """Raise `ConfigError` for errors that only the sizes of the layer show."""
@@ -178,7 +178,7 @@ class Experts(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class TravelForm:
-    """The form in which tokens travel to the devices of their experts: whole.
+    """The form in which tokens travel to the devices of their experts: whole rows.
 
     One row leaves for each device that holds an expert of a token, and one comes back.
     N rows that leave · C numbers of a row

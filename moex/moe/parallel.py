@@ -6,9 +6,9 @@ gathered there in the compute dtype, and their gradients scattered back.
 
 Rows reach the experts in one of two ways (`config.mesh.exchange`):
 
-- "all_to_all" (`moe/all_to_all.py`): each token goes once to every device that holds an
-  expert of it, however many it holds; the gated sum comes back. Routing that is limited
-  to groups of experts, one per device, shortens the travel.
+- "all_to_all" (`moe/all_to_all.py`): each token goes once to every device that holds
+  any of its experts; the gated sum comes back. Routing that is limited to groups of
+  experts, one per device, means fewer rows.
 - "gather": every device of the expert axis sees all tokens of the axis and computes its
   own experts' part; the parts are summed where the tokens live.
 

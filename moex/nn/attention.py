@@ -44,7 +44,7 @@ class Attention(AttentionConfig):
     bias: bool = False  # biases of all four projections
     clip: float | None = None  # limit of queries, keys and values, > 0 (OLMo)
     window: int | None = None  # keys that a query sees, itself included; None: all
-    sinks: bool = False  # a learned logit per head that takes weight and gives none
+    sinks: bool = False  # a learned logit per head takes weight and gives no value
 
     def validate(self, path):
         require(self.heads >= 1, f"{path}.heads", self.heads, "at least 1")

@@ -18,7 +18,7 @@ OPS = ("gate", "up", "down")
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Latent(ExpertsConfig):
-    """SwiGLU experts whose `ops` are small own factors behind shared projections."""
+    """SwiGLU experts whose `ops` are shared projections and small own factors."""
 
     hidden: int  # hidden width F of each expert, >= 1
     latent: int  # width Z of the shared spaces, 1 <= latent <= model width

@@ -17,7 +17,7 @@ class LowRank(ExpertsConfig):
 
     rank: int  # R, 1 <= rank <= model width
     alpha: float | None = None  # outputs are scaled by alpha / rank; None: by 1
-    zero_init: bool = False  # the way out starts at 0, as LoRA does
+    zero_init: bool = False  # the second factor B starts at 0, as in LoRA
 
     def validate(self, path):
         require(self.rank >= 1, f"{path}.rank", self.rank, "at least 1")

@@ -85,7 +85,7 @@ class TopK(FixedK):
     scale: float = 1.0  # factor on the gates, after normalisation, > 0
     groups: Groups | None = None  # choose from each token's best groups only
     bias_rate: float | Schedule = 0.0  # rate of the loss-free bias; 0: no bias
-    bias_rule: str = "sign"  # "sign": the rate is a step; "quantile": 1 is the rule's
+    bias_rule: str = "sign"  # "sign": rate is the step; "quantile": published with 1
     jitter: float = 0.0  # training: inputs times a uniform of [1 - jitter, 1 + jitter]
     noise: float = 0.0  # training: standard deviation of noise on the logits
     init_std: float = 0.02  # standard deviation of the initial router weights

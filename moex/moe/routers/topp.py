@@ -34,7 +34,7 @@ class TopP(RouterConfig):
     k_max: int | None = None  # most experts of a token; None: all of them
     k_min: int = 1  # fewest experts of a token
     normalize: str = "none"  # "none": gates are raw probabilities; or "after" selection
-    control: Controller | None = None  # moves p, from the given one, to a mean count
+    control: Controller | None = None  # steers p, from the given one, to a mean count
     logit_norm: bool = False  # logits to mean 0 and deviation 1, times a learned scale
     init_std: float = 0.02  # standard deviation of the initial router weights
 
