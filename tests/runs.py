@@ -112,7 +112,7 @@ def train(folder, workdir, *overrides, said=None, **options):
 def write(job, arrays, workdir):
     """Write a run at step 0 of {"params", "state"}, as imports and conversions do."""
     run = RunDir(workdir)
-    write_run(run, job.cfg, job, job.tx, job.data.tokenizer, arrays)
+    write_run(run, job.cfg, job, job.tx, job.data, arrays)
 
 
 def watch_batches(patch, poison=()):

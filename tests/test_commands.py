@@ -8,41 +8,17 @@ import sys
 import pytest
 
 from moex import cli, commands
-from tests import runs
+from tests import documented, runs
 
 FOLDER = pathlib.Path(commands.__file__).parent
-
-STEPS = '''\
-"""`moex last-step`."""
-
-from moex.commands import Verb
-from moex.commands.arguments import add_json, add_run
-
-
-class Command(Verb):
-    """Print the newest checkpoint of a run. Nothing is restored."""
-
-    examples = """
-    Examples:
-      moex last-step runs/first
-    """
-    refuses_config = "takes the config of the run"
-
-    def add(self, parser):
-        add_run(parser)
-        add_json(parser)
-
-    def run(self, args, config_args):
-        steps = args.run.saved_steps()
-        print({"steps": steps} if args.json else max(steps))
-'''
 
 
 @pytest.fixture
 def last_step(tmp_path, monkeypatch):
     """A file more in the folder of verbs, and a run with three checkpoints."""
+    file = documented.files()["moex/commands/last_step.py"]
     (tmp_path / "verbs").mkdir()
-    (tmp_path / "verbs" / "last_step.py").write_text(STEPS, encoding="utf-8")
+    (tmp_path / "verbs" / "last_step.py").write_text(file, encoding="utf-8")
     folders = [*commands.__path__, str(tmp_path / "verbs")]
     monkeypatch.setattr(commands, "__path__", folders)
     for step in (2, 10, 9):

@@ -1,9 +1,30 @@
 """The documentation names what there is, and its examples run."""
 
 import ast
+import importlib
+import inspect
 import re
+import sys
 
-from tests import runs
+import jax
+import numpy as np
+import pytest
+
+from moex import project
+from moex.commands import Verb
+from moex.config.base import from_dict, to_dict
+from moex.convert.base import Conversion
+from moex.data.contract import Source, TokenizerConfig
+from moex.data.encoding import Tokenizer
+from moex.model.accounting import model_cost
+from moex.model.paths import flat_paths
+from moex.model.task import Task
+from moex.moe.contract import ExpertsConfig, RouterConfig
+from moex.moe.metrics import Figure
+from moex.nn.contract import AttentionConfig, FeedForwardConfig
+from moex.runs.keys import Loss
+from tests import documented, runs
+from tests.helpers import TASK, random_batch
 from tests.test_architecture import FLOORS
 
 ROOT = runs.ROOT
@@ -57,3 +78,115 @@ def test_the_map_has_the_floors_of_the_test_of_imports():
     table = ARCHITECTURE.split("| floor |")[1].split("\n\n")[0].splitlines()[2:]
     rows = [set(re.findall(r"`(\w+)`", row.split("|")[1])) for row in table]
     assert rows == list(FLOORS)
+
+
+CONTRACTS = {
+    "relu": RouterConfig,
+    "mlp": ExpertsConfig,
+    "scaled": FeedForwardConfig,
+    "gated": AttentionConfig,
+    "robust": Task,
+    "pages": Source,
+    "unigram": TokenizerConfig,
+    "fewer": Conversion,
+    "last_step": Verb,
+    "gini": Figure,
+}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """(modules of the files of docs/extending.md, names of the block that is none)."""
+    folder = tmp_path_factory.mktemp("project")
+    files = {name.split("/")[-1]: code for name, code in documented.files().items()}
+    for name, code in files.items():
+        (folder / name).write_text(code, encoding="utf-8")
+    modules = [name.removesuffix(".py") for name in files]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        project.use(folder)
+        found = {name: importlib.import_module(name) for name in modules}
+        (block,) = (b for b in documented.blocks() if not b.startswith("# "))
+        names: dict = {}
+        exec(block, names)
+        yield found, names
+        for name in modules:
+            sys.modules.pop(name, None)
+    project.use(None)
+
+
+def defined_in(module, contract):
+    """The name of a module that is of a contract and is not imported."""
+    (found,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, contract)
+        or (getattr(value, "__module__", "") == module.__name__)
+        and isinstance(value, type)
+        and issubclass(value, contract)
+    )
+    return found
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_every_contract_has_an_example_that_defines_all_of_it(page, name):
+    assert not inspect.isabstract(defined_in(page[0][name], CONTRACTS[name]))
+
+
+def test_the_page_has_an_example_of_every_contract(page):
+    assert set(page[0]) == set(CONTRACTS)
+
+
+def test_the_kinds_of_the_page_are_found_again_in_a_saved_config(page):
+    model = page[1]["model"]
+    saved = to_dict(model)
+    text = str(saved)
+    for tag in ("relu.Relu", "mlp.Mlp", "scaled.Scaled", "gated.Gated"):
+        assert f"'{tag}'" in text
+    assert to_dict(from_dict(saved)) == saved
+
+
+def test_the_layer_of_the_page_tells_its_load(page):
+    names = page[1]
+    assert names["logits_BLV"].shape == (2, 8, 50)
+    load = np.asarray(names["told"]["load"])
+    assert load.shape == (2, 4) and np.all(load == np.round(load))
+    assert 0 < load.sum() < 2 * 16 * 4
+    assert np.all(np.asarray(names["told"]["losses"]["l1_loss"]) > 0)
+
+
+def test_the_kinds_of_the_page_learn_and_are_counted(page):
+    """Every parameter of them gets a gradient from the loss of the language model."""
+    names = page[1]
+    spec, model = names["spec"], names["model"]
+    batch = random_batch(2, 8, vocab=50, num_domains=1)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        ctx = TASK.context(batch, kernels="xla")
+        built = spec.merge(params, names["state"])
+        return TASK.loss(built, ctx, batch, Loss(), num_domains=1)[0]
+
+    for path, value in flat_paths(gradient(names["params"])).items():
+        assert np.all(np.isfinite(value)) and np.any(value != 0), path
+    cost = model_cost(model, spec, 8)
+    assert cost.train_flops > 0
+
+
+def test_the_source_and_the_tokenizer_of_the_page_read_and_write_text(page, tmp_path):
+    (tmp_path / "book.txt").write_text("one page\n\nanother pagé", encoding="utf-8")
+    source = page[0]["pages"].Pages(paths=(str(tmp_path / "book.txt"),))
+    texts = [document.value for document in source.read("source")]
+    assert texts == ["one page", "another pagé"]
+    corpus = (lambda limit: texts * 20, "")
+    tokenizer = (
+        page[0]["unigram"].Unigram(vocab=300).make("tokenizer", corpus, tmp_path)
+    )
+    for text in ("another page", "日本"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    tokenizer.save(tmp_path / "saved")
+    again = Tokenizer.load(tmp_path / "saved")
+    assert again.fingerprint == tokenizer.fingerprint

@@ -13,6 +13,7 @@ from moex.report import routing as report
 from moex.report.material import Routing
 from moex.runs.keys import Log
 from moex.train.tensorboard import layout
+from tests import documented
 from tests.helpers import tiny_lm, tiny_moe
 from tests.moe.test_metrics import example
 from tests.test_run import run_config
@@ -20,21 +21,12 @@ from tests.test_run import run_config
 PAGE = pathlib.Path(__file__).parents[1] / "docs/monitoring.md"
 
 
-def gini(stats):
-    """Gini coefficient of the load: 0 is balanced."""
-    load_E = jnp.sort(stats["load_E"], axis=-1)
-    E = load_E.shape[-1]
-    rank_E = 2 * jnp.arange(1, E + 1) - E - 1
-    return jnp.einsum("e,...e->...", rank_E, load_E) / (E * jnp.sum(load_E, axis=-1))
-
-
-GINI = metrics.Figure("gini", "Gini of the load", "0 to 1", gini, "balance", max)
-
-
 @pytest.fixture
 def rows(monkeypatch):
     """Two layers of two experts, with one figure more: loads 2, 1 and 3, 0."""
-    monkeypatch.setattr(metrics, "FIGURES", (*metrics.FIGURES, GINI))
+    own: dict = {}
+    exec(documented.files()["gini.py"], own)
+    monkeypatch.setattr(metrics, "FIGURES", (*metrics.FIGURES, own["GINI"]))
     stats = {name: jnp.stack([value, value]) for name, value in example().items()}
     stats["load_E"] = jnp.array([[2.0, 1.0], [3.0, 0.0]])
     figures = metrics.layer_metrics(stats)

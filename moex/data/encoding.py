@@ -87,6 +87,9 @@ class Tokenizer:
             self.token_bytes = np.r_[np.ones(256, np.int32), np.int32(0)]
             self.exact, self._gpt2_words = True, False
         else:
+            if isinstance(model.model, tokenizers.models.Unigram):
+                # Reading rounds scores that were just trained, once: as `load` will.
+                self._model = model = tokenizers.Tokenizer.from_str(model.to_str())
             model.no_truncation()
             model.no_padding()
             model.encode_special_tokens = True  # "<|doc|>" in a text stays text

@@ -30,7 +30,7 @@ from moex.runs.directory import RunDir
 from moex.runs.open import load_run
 from moex.tasks.lm import make_context
 from moex.train.job import make_job
-from tests import runs
+from tests import documented, runs
 from tests.helpers import (
     assert_equal_trees,
     built,
@@ -219,57 +219,10 @@ def test_what_cannot_be_converted():
         latent_model(tiny_lm(Segment(pattern=(Dense(hidden=8),))), ToLatent(group=2))
 
 
-# A kind of one's own: the file that CONTRIBUTING asks for, and no other.
-
-FEWER = """
-import dataclasses
-
-from moex.config.arguments import positive
-from moex.config.base import require
-from moex.convert.base import Conversion
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Fewer(Conversion):
-    kind = "fewer"
-    about = "the first experts of every MoE layer stay"
-    flags = {"keep": {"type": positive, "help": "experts that stay; needed"}}
-    needed = {"keep": "how many experts stay?"}
-
-    keep: int
-
-    def check(self):
-        require(self.keep > 1, "--keep", self.keep, "at least 2")
-
-    def model(self, model):
-        from moex.model.layers import sites
-
-        model = dataclasses.replace(model)
-        for site in sites(model):
-            if site.sparse is not None:
-                site.sparse.moe.num_experts = self.keep
-        return model
-
-    def arrays(self, run, job, say):
-        import jax
-
-        from moex.model.spec import model_spec
-
-        def cut(array, like):
-            return jax.device_get(array)[tuple(map(slice, like.shape))]
-
-        spec = model_spec(self.model(run.cfg.model))
-        params = jax.tree.map(cut, run.params, spec.params)
-        return params, jax.tree.map(cut, run.state, spec.state), {}
-
-    def lines(self, report):
-        return [f"experts that stay: {report['keep']}"]
-"""
-
-
 def test_a_new_kind_is_one_file(moex, folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "kinds").mkdir()
-    (tmp_path / "kinds" / "fewer.py").write_text(FEWER, encoding="utf-8")
+    file = documented.files()["moex/convert/kinds/fewer.py"]
+    (tmp_path / "kinds" / "fewer.py").write_text(file, encoding="utf-8")
     folders = [*kinds.__path__, str(tmp_path / "kinds")]
     monkeypatch.setattr(kinds, "__path__", folders)
     score = lambda *args, **kw: {"nll": 2.0, "tokens": 5}  # noqa: E731

@@ -14,7 +14,7 @@ from moex.config.flags import load_config
 from moex.model.task import Task
 from moex.moe.routers.hash import Hash
 from moex.train import loop
-from tests import runs
+from tests import documented, runs
 
 STEPS = 6
 
@@ -248,10 +248,9 @@ def test_the_score_of_a_task_is_its_first_figure(folder):
 
 
 def test_the_task_of_the_documentation_trains_and_is_scored(folder, tmp_path, moex):
-    """`docs/tasks.md`: a loss of one's own, in a folder of one's own."""
-    text = (runs.ROOT / "docs" / "tasks.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "robust.py").write_text(code)
+    """A loss of one's own, in a folder of one's own."""
+    code = documented.files()["robust.py"]
+    (tmp_path / "robust.py").write_text(code, encoding="utf-8")
     own = "    cfg.task = Robust(delta=0.5)\n    return cfg"
     made = (folder / "waves.py").read_text().replace("    return cfg", own)
     (tmp_path / "own.py").write_text(f"from robust import Robust\n{made}")
