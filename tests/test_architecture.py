@@ -275,6 +275,34 @@ def test_the_pins_of_the_hf_extras_are_exact_and_add_to_the_others():
     assert "--constraint constraints-hf.txt" in (ROOT / "Makefile").read_text()
 
 
+# First words that leave a docstring without a subject. "Same as" may stand for "As".
+NO_SUBJECT = {"As", "Not", "Nothing", "Of", "Or", "That", "Those", "What"}
+
+
+def first_words(text):
+    """Yield (line number, first word) of every docstring in the text of a module."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, kinds) and (told := ast.get_docstring(node)):
+            yield node.body[0].lineno, re.split(r"\W", told)[0]
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_docstrings_begin_with_a_subject_or_a_verb(package):
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: begins with {word!r}"
+        for path in sources(package)
+        for line, word in first_words(path.read_text(encoding="utf-8"))
+        if word in NO_SUBJECT
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_first_words_of_docstrings_are_found():
+    text = '"""Of a module."""\nclass C:\n    def f():\n        """What: f."""\n'
+    assert list(first_words(text)) == [(1, "Of"), (4, "What")]
+
+
 def test_no_file_names_a_package_registry():
     hosts = [".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"))]
     hosts += ["index" + "-url", ".".join(("download", "pytorch", "org"))]
