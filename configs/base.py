@@ -5,11 +5,17 @@ A config sets `model`, `steps`, `batch_size`, `seq_len` and whatever else differ
 
 import ml_collections
 
-from moex.data.pipeline import Data
-from moex.optim import AdamW, Optim
-from moex.runs.keys import Checkpoint, Eval, Log, Loss
-from moex.sharding import MeshConfig
-from moex.tasks.lm import LanguageModelling
+from moex import (
+    AdamW,
+    Checkpoint,
+    Data,
+    Eval,
+    LanguageModelling,
+    Log,
+    Loss,
+    MeshConfig,
+    Optim,
+)
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -13,16 +13,23 @@ float32. Expected time and loss: not measured.
 """
 
 from configs import base, lm_data
-from moex.moe.experts.glu import Glu
-from moex.moe.layer import MoE
-from moex.moe.routers.topk import Groups, TopK
-from moex.nn.attention import Attention
-from moex.nn.lm import LM
-from moex.nn.mlp import Dense
-from moex.nn.stack import Segment
-from moex.optim import AdamW, Optim
-from moex.runs.keys import Checkpoint, Eval, Log, Loss
-from moex.sharding import MeshConfig
+from moex import (
+    LM,
+    AdamW,
+    Attention,
+    Checkpoint,
+    Dense,
+    Eval,
+    Glu,
+    Groups,
+    Log,
+    Loss,
+    MeshConfig,
+    MoE,
+    Optim,
+    Segment,
+    TopK,
+)
 
 
 def get_config(arg=""):

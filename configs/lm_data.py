@@ -1,9 +1,12 @@
 """The data of the larger configs: your own text files, or the embedded data."""
 
 from configs.parse import parse_arg
-from moex.data.pipeline import Data
-from moex.data.sources import PythonStdlib, Text
-from moex.data.tokenizer import Bpe
+from moex import (
+    Bpe,
+    Data,
+    PythonStdlib,
+    Text,
+)
 
 
 def get_data(arg: str = "") -> Data:

@@ -7,15 +7,21 @@ see benchmarks/README.md.
 """
 
 from configs import base, lm_data
-from moex.moe.experts.glu import Glu
-from moex.moe.layer import MoE
-from moex.moe.routers.topk import TopK
-from moex.nn.attention import Attention
-from moex.nn.lm import LM
-from moex.nn.stack import Segment
-from moex.optim import AdamW, Optim
-from moex.runs.keys import Checkpoint, Eval, Log, Loss
-from moex.sharding import MeshConfig
+from moex import (
+    LM,
+    AdamW,
+    Attention,
+    Checkpoint,
+    Eval,
+    Glu,
+    Log,
+    Loss,
+    MeshConfig,
+    MoE,
+    Optim,
+    Segment,
+    TopK,
+)
 
 
 def get_config(arg=""):

@@ -22,30 +22,36 @@ Arguments give every layer of moex, alone or together; experiments/variants trai
 
 from configs import base
 from configs.parse import parse_arg
+from moex import (
+    LM,
+    Attention,
+    Bpe,
+    Chain,
+    Checkpoint,
+    Controller,
+    Data,
+    Dense,
+    Eval,
+    ExpertChoice,
+    Forced,
+    Glu,
+    Hash,
+    Latent,
+    Log,
+    Loss,
+    LowRank,
+    MoE,
+    Muon,
+    Narrow,
+    Optim,
+    Segment,
+    Soft,
+    TopK,
+    TopP,
+    Zero,
+)
 from moex.costs.matching import match
-from moex.data.pipeline import Data
-from moex.data.tokenizer import Bpe
-from moex.moe.balance import Controller
-from moex.moe.chain import Chain
-from moex.moe.experts.glu import Glu
-from moex.moe.experts.latent import Latent
-from moex.moe.experts.lowrank import LowRank
-from moex.moe.experts.zero import Zero
-from moex.moe.layer import MoE
-from moex.moe.narrow import Narrow
-from moex.moe.routers.expert_choice import ExpertChoice
-from moex.moe.routers.forced import Forced
-from moex.moe.routers.hash import Hash
-from moex.moe.routers.soft import Soft
-from moex.moe.routers.topk import TopK
-from moex.moe.routers.topp import TopP
-from moex.nn.attention import Attention
 from moex.nn.block import RESIDUALS
-from moex.nn.lm import LM
-from moex.nn.mlp import Dense
-from moex.nn.stack import Segment
-from moex.optim import Muon, Optim
-from moex.runs.keys import Checkpoint, Eval, Log, Loss
 
 DIM, SEQ_LEN, VOCAB = 128, 128, 4096
 ROUTERS = {

@@ -9,17 +9,21 @@ docs/tasks.md.
 """
 
 from configs import base
-from moex.data.series import Series
-from moex.moe.experts.glu import Glu
-from moex.moe.layer import MoE
-from moex.moe.routers.topk import TopK
-from moex.nn.attention import Attention
-from moex.nn.mlp import Dense
-from moex.nn.series import SeriesModel
-from moex.nn.stack import Segment
-from moex.optim import AdamW, Optim
-from moex.runs.keys import Eval, Log
-from moex.tasks.regression import Regression
+from moex import (
+    AdamW,
+    Attention,
+    Dense,
+    Eval,
+    Glu,
+    Log,
+    MoE,
+    Optim,
+    Regression,
+    Segment,
+    Series,
+    SeriesModel,
+    TopK,
+)
 
 
 def get_config(arg=""):
