@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 import pathlib
 import re
 
@@ -316,3 +317,19 @@ def test_no_file_names_a_package_registry():
         text = path.read_text(errors="ignore")
         for host in hosts:
             assert host not in text, f"{path.relative_to(ROOT)} names {host}"
+
+
+@pytest.mark.parametrize("package", ["experiments", "benchmarks", "configs", "tests"])
+def test_names_that_scripts_import_from_moex_are_there(package):
+    """Scripts that no default test runs break unseen when a name moves."""
+    for path in sources(package):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.level or not node.module:
+                continue
+            if node.module.split(".")[0] not in ("moex", "kernels_pallas"):
+                continue
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                there = hasattr(module, name) or is_module(f"{node.module}.{name}")
+                where = f"{path.relative_to(ROOT)}:{node.lineno}"
+                assert there, f"{where}: {node.module} has no {name}"
