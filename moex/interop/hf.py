@@ -104,11 +104,11 @@ def import_hf(
         require(given == rows, "--config.model.vocab", given, allowed)
         _check_shapes(shapes, _shapes(cfg.model))
         cfg.data.tokenizer = TokenizerFile(path=str(file), doc_token=doc_token)
-        program, tx, own = _prepare(cfg, say)
+        program, tx, data = _prepare(cfg, say)
         with new_run(out, f"--out={out}", say) as temporary:
             kept = temporary.imported
             kept.mkdir(parents=True)
-            set_ends(own, opened.path, file, ends)
+            set_ends(data.tokenizer, opened.path, file, ends)
             for name in unused:
                 say(f"not used: {name}")
             say(f"reading {len(wanted)} tensors of {opened.path}")
@@ -127,7 +127,7 @@ def import_hf(
             atomic_write(kept / RECORD, json.dumps(record, indent=1) + "\n")
             saved = RunDir(out).tokenizer_folder
             cfg.data.tokenizer = SavedTokenizer(path=str(saved))
-            write_run(temporary, cfg, program, tx, own, arrays)
+            write_run(temporary, cfg, program, tx, data, arrays)
     return record
 
 

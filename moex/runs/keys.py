@@ -171,7 +171,8 @@ def check_run(cfg: ml_collections.ConfigDict, *, to_train: bool = True) -> None:
             f"config: must be a mapping of run keys, not {type(cfg).__name__}."
         )
     if "task" not in cfg:
-        cfg.task = configs.from_dict({configs.TYPE_KEY: DEFAULT_TASK})
+        with cfg.unlocked():
+            cfg.task = configs.from_dict({configs.TYPE_KEY: DEFAULT_TASK})
     for key in cfg:
         if key not in RUN_KEYS:
             raise ConfigError(

@@ -283,7 +283,7 @@ def test_curves_over_seeds(four):
     ]
     first = lines[0]
     np.testing.assert_array_equal(first.curve.step_S, [1, 2, 4])
-    np.testing.assert_allclose(first.curve.nll_S, [4.0, 3.0, 2.1])
+    np.testing.assert_allclose(first.curve.loss_S, [4.0, 3.0, 2.1])
     np.testing.assert_allclose(first.half_S, [0, 0, 6.353102 / 5], rtol=1e-6)
     np.testing.assert_allclose(first.curve.seconds_S, [0.5, 1.0, 2.0])
     assert lines[0].colour == lines[2].colour != lines[1].colour
@@ -294,7 +294,7 @@ def test_a_mean_curve_has_the_steps_that_all_seeds_have(write):
     b = curves(read_run(write("b", train={2: 5.0, 3: 5.0, 4: 5.0})), 1.0)["train"]
     mean, half_S = mean_curve([a, b])
     np.testing.assert_array_equal(mean.step_S, [2, 4])
-    np.testing.assert_array_equal(mean.nll_S, [4.0, 3.5])
+    np.testing.assert_array_equal(mean.loss_S, [4.0, 3.5])
     assert half_S.shape == (2,)
     assert mean_curve([a])[1] is None
 

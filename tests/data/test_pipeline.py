@@ -277,7 +277,9 @@ def test_prepare_refusals(tmp_path):
         prepare(twice, L, log=quiet)
     with pytest.raises(ConfigError, match="sources"):
         check(Data(sources=()), "data")
-    with pytest.raises(ConfigError, match=r"sources.*tuple of Source"):
+    with pytest.raises(
+        ConfigError, match=r"sources\[0\] = 'Bytes': must be a kind of source"
+    ):
         check(Data(sources=(Bytes(),)), "data")
     with pytest.raises(ConfigError, match="tokenizer.*a tokenizer"):
         check(Data(tokenizer=PythonStdlib()), "data")

@@ -19,7 +19,7 @@ GIB = 2**30
 
 def cfg(**changes):
     fields = {"batch_size": 8, "grad_accum": 2, "seq_len": 1024}
-    model = ml_collections.ConfigDict({"vocab": 65536})
+    model = ml_collections.ConfigDict({"num_outputs": 65536})
     return ml_collections.ConfigDict(fields | {"model": model} | changes)
 
 
