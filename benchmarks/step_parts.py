@@ -47,7 +47,7 @@ def peers_job(E: int):
     from benchmarks import train_step_peers as peers  # needs the extra `hf`
 
     job = peers.moex_job(E)
-    return job, shard_batch(peers.random_batch(), job.mesh)
+    return job, shard_batch(peers.random_batch(peers.B, peers.L, peers.V), job.mesh)
 
 
 def config_job(config_args: list[str]):

@@ -6,7 +6,7 @@ when it is first asked for, so that `import moex` is quick and brings no JAX.
 
 import importlib
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 PUBLIC = {
     "moex.allocator": ("keep_memory",),

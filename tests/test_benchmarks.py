@@ -24,7 +24,7 @@ from moex.model.paths import flat_paths
 from moex.sharding import MeshConfig
 from tests import runs
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The command line: help, one clear line per mistake, and what the verbs print."""
 
 import io
+import json
 import pathlib
 import re
 import shutil
@@ -11,8 +12,9 @@ import warnings
 import pytest
 
 from moex import cli, commands, process
-from moex.config.base import ConfigWarning
+from moex.config.base import ConfigWarning, to_dict
 from moex.moe.routers.expert_choice import ExpertChoice
+from moex.serve import text as serve_text
 from moex.tasks import score
 from moex.train.job import Job
 from tests import runs
@@ -103,7 +105,7 @@ def test_help_of_each_verb(verb, capsys):
         "generate": ("--prompt", "--temperature", "--top-k", "--top-p", "--seed"),
         "convert": ("--to", "--workdir", "--group", "--latent", "--ops", "--whiten"),
         "import-hf": ("--out", "--tokenizer", "--doc-token", "--config.a.b=value"),
-        "export-hf": ("--out", "--dtype", "refused"),
+        "export-hf": ("--out", "--dtype", "names the difference"),
         "data": ("prepare", "inspect", "--example", "--config=FILE"),
     }
     for word in expected.get(verb, ()):
@@ -276,7 +278,8 @@ def test_generation_with_expert_choice(mistake, folder, tmp_path, monkeypatch):
     cfg = runs.config(folder)
     cfg.model.layers[1].pattern[0].router = ExpertChoice(k=1.0)
     loaded = types.SimpleNamespace(cfg=cfg)
-    monkeypatch.setattr(score, "load_run", lambda *args, **options: loaded)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(cfg)))
+    monkeypatch.setattr(serve_text, "load_run", lambda *args, **options: loaded)
     error = mistake("generate", str(tmp_path), "--prompt=a", cfg=False)
     assert (
         "layers[1].pattern[0].router is ExpertChoice, which chooses tokens by" in error

@@ -193,16 +193,16 @@ def test_a_reader_that_has_enough_is_no_error():
 # `moex`, whose evaluations score their data again and again.
 ENDLESS = """
 from moex import cli
-from moex.train.job import Job
+from moex.runs.program import Evaluated
 
-once = Job.eval_batches
+once = Evaluated.eval_batches
 
 def again(self, limit):
     while True:
         print("scoring", flush=True)
         yield from once(self, limit)
 
-Job.eval_batches = again
+Evaluated.eval_batches = again
 cli.main()
 """
 

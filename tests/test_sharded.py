@@ -63,7 +63,7 @@ def on_one_device(layer, **options):
                 *pair,
                 OPTIONS.get(pair[0], {}),
                 id=" on ".join(pair),
-                marks=pytest.mark.thorough,
+                marks=pytest.mark.slow,
             )
             for pair in THOROUGH
         ),
@@ -99,7 +99,7 @@ def test_gathered_weights_of_experts_are_not_kept():
     assert not re.search(r"f32\[2,8,16,2,40\]", text)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_an_update_that_lost_rows_is_skipped():
     mesh = MeshConfig(data=1, expert=8, exchange="all_to_all", exchange_buffer=1.0)
     outcome = matrix.outcome("forced, all to two", mesh, jax.devices())

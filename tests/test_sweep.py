@@ -295,7 +295,7 @@ def test_the_exit_code_names_what_failed(mistake, pretend, tmp_path):
 # The whole.
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_sweep_is_trained_and_then_skipped(folder, tmp_path, capfd, monkeypatch):
     for key, value in runs.environment().items():
         monkeypatch.setenv(key, value)

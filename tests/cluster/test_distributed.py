@@ -198,7 +198,7 @@ def start_two(folder, workdir, *more, count=2):
     return [(p.returncode, e) for p, e in zip(processes, errors, strict=True)]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_another_architecture_is_one_line_of_one_process(folder, undisturbed):
     wider = ["model.dim=64"]
     (code, error), (other, silent) = start_two(folder, undisturbed, wider, wider)
