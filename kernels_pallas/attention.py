@@ -42,14 +42,16 @@ def attend_in_c(q_BLHA, k_BLGA, v_BLGA, segment_BL, position_BL):
     No array of the size L x L is kept for the backward pass.
 
     Args:
-      q_BLHA, k_BLGA, v_BLGA: float32 queries, keys and values; G divides H.
+      q_BLHA, k_BLGA, v_BLGA: float32 queries, keys and values; G divides H. Values may
+        have a width of their own.
       segment_BL, position_BL: int32; positions rise along the row inside a segment.
 
     Returns:
-      float32 [B, L, H, A].
+      float32 [B, L, H, width of the values].
 
     Raises:
-      ValueError: on other dtypes, or keys that are not those of the queries' own rows.
+      ValueError: on other dtypes, on keys that are not those of the queries' own rows,
+        and on shapes that do not fit, which C would read as if they did.
     """
     return _forward(q_BLHA, k_BLGA, v_BLGA, segment_BL, position_BL)[0]
 
@@ -61,8 +63,15 @@ def _forward(q, k, v, segment, position):
             "attention in C needs the keys of the queries' own rows; got "
             f"{L} queries and {k.shape[1]} keys."
         )
-    arrays = (q, k, v, segment, position)
-    shapes = [(B, L, H, A), (B, H, L)]
+    G, arrays = k.shape[2], (q, k, v, segment, position)
+    wanted = (q.shape, (B, L, G, A), (B, L, G, v.shape[-1]), (B, L), (B, L))
+    found = tuple(a.shape for a in arrays)
+    if found != wanted or H % G:
+        raise ValueError(
+            f"attention in C: shapes {found} are not those of q_BLHA, k_BLGA, v_BLGA, "
+            "segment_BL and position_BL with G that divides H."
+        )
+    shapes = [(B, L, H, v.shape[-1]), (B, H, L)]
     y, norm_BHL = library.call("moex_attention_forward", shapes, arrays)
     return y, (*arrays, y, norm_BHL)
 

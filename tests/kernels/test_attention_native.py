@@ -135,6 +135,30 @@ def test_nothing_of_the_size_of_the_scores_is_kept():
     assert sum(leaf.size for leaf in kept) < 20 * L
 
 
+def test_values_may_have_a_width_of_their_own():
+    q, k, v, _ = arrays(2, 90, 4, 2, 8)
+    wide = np.concatenate([v, 2 * v, v[..., :4]], axis=-1)
+    segment, position = packed(2, 90, seed=5)
+    narrow = attend_in_c(q, k, v, segment, position)
+    got, pull = jax.vjp(lambda v: attend_in_c(q, k, v, segment, position), wide)
+    np.testing.assert_allclose(got[..., :8], narrow, atol=1e-6)
+    np.testing.assert_allclose(got[..., 8:16], 2 * narrow, atol=2e-6)
+    (dv,) = pull(jnp.ones_like(got))
+    np.testing.assert_allclose(dv[..., :1] + 0 * dv, dv, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["k", "v", "segment", "heads"])
+def test_shapes_that_do_not_fit_are_refused(change):
+    q, k, v, _ = arrays(1, 8, 4, 2, 4)
+    segment = position = np.ones((1, 8), np.int32)
+    k = k[..., :2] if change == "k" else k
+    v = v[:, :, :1] if change == "v" else v
+    segment = segment[:, :4] if change == "segment" else segment
+    q = q[:, :, :3] if change == "heads" else q
+    with pytest.raises(ValueError, match="shapes .* are not those of q_BLHA"):
+        attend_in_c(q, k, v, segment, position)
+
+
 def test_keys_of_a_cache_and_other_dtypes_are_refused():
     q, k, v, _ = arrays(1, 8, 1, 1, 4)
     places = np.ones((2, 1, 4), np.int32)
