@@ -33,12 +33,8 @@ def muon(lr, adam_lr, cfg, weight_decay, dims, kernels=None):
     """
 
     def labels(params):
-        kinds = dims(params)
         return jax.tree.map(
-            lambda p, d: "adam" if d is None else "muon",
-            params,
-            kinds,
-            is_leaf=lambda p: p is None,
+            lambda _, d: "adam" if d is None else "muon", params, dims(params)
         )
 
     def scale_by_shape(updates, params=None):
