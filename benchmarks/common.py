@@ -185,7 +185,8 @@ def allocator_text() -> str:
     reason = allocator.why_not()
     if reason is None:
         return "keeps freed memory (moex.keep_memory)"
-    return f"default ({reason})" + os.environ.get("GLIBC_TUNABLES", "")
+    tunables = os.environ.get("GLIBC_TUNABLES", "none")
+    return f"default ({reason}); GLIBC_TUNABLES: {tunables}"
 
 
 def write_json(path: pathlib.Path | None, figures: dict) -> None:
