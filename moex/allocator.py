@@ -2,7 +2,7 @@
 
 Every step of a CPU run frees its working memory and takes it again. By default glibc
 gives large blocks back to the kernel, which fills each page with zeros when it is next
-touched; that took 10 to 40 % of a training step (`benchmarks/README.md`).
+touched: thousands of page faults in every step.
 """
 
 import ctypes
