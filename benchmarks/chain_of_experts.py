@@ -12,6 +12,7 @@ on one H100 took 989 s (`run=moe`) and, with 8 experts in each of 2 rounds, 1755
 
 from configs import base
 from configs.parse import parse_arg
+from moex.model.optim import AdamW, Optim
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
@@ -20,7 +21,6 @@ from moex.nn.attention import Attention
 from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.optim import AdamW, Optim
 
 RUNS = {"coe": (2, 4), "coe8": (2, 8), "moe": (1, 8)}  # rounds, experts of each
 

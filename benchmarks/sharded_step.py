@@ -26,9 +26,9 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks.common import measure, summary, write_json  # noqa: E402
-from moex import optim  # noqa: E402
 from moex.cli import split_config_args  # noqa: E402
 from moex.config.flags import load_config  # noqa: E402
+from moex.model import optim  # noqa: E402
 from moex.model import spec as states  # noqa: E402
 from moex.runs.program import static_options  # noqa: E402
 from moex.sharding import MeshConfig, shard_batch  # noqa: E402

@@ -34,8 +34,8 @@ from moex.cli import split_config_args
 from moex.config.base import ConfigError
 from moex.config.flags import load_config
 from moex.model.accounting import model_cost
+from moex.model.optim import Muon
 from moex.model.paths import flat_paths
-from moex.optim import Muon
 from moex.sharding import shard_batch
 from moex.train.job import make_job
 

@@ -33,13 +33,13 @@ from benchmarks import common
 from benchmarks.train_step import random_batch, random_job
 from configs import base
 from moex.model import accounting
+from moex.model.optim import AdamW, Optim
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
 from moex.nn.lm import LM
 from moex.nn.stack import Segment
-from moex.optim import AdamW, Optim
 from moex.runs.keys import Loss
 from moex.sharding import shard_batch
 

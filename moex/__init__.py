@@ -54,7 +54,7 @@ PUBLIC = {
     "moex.moe.routers.topp": ("TopP",),
     "moex.moe.routing": ("Routing",),
     "moex.model.task": ("Task",),
-    "moex.optim": ("AdamW", "Muon", "Optim"),
+    "moex.model.optim": ("AdamW", "Muon", "Optim"),
     "moex.runs.keys": ("Checkpoint", "Eval", "Log", "Loss"),
     "moex.runs.open": ("load_run",),
     "moex.tasks.lm": ("LanguageModelling",),

@@ -39,7 +39,7 @@ from moex.nn.attention import Attention
 from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.optim import AdamW, Optim
+from moex.model.optim import AdamW, Optim
 from moex.runs.keys import Checkpoint, Eval, Log
 
 

@@ -28,7 +28,7 @@ FLOORS = (
     {"data", "sharding"},
     {"nn"},
     {"moe"},
-    {"model", "muon", "optim"},
+    {"model"},
     {"runs"},
     {"tasks"},
     {"train"},

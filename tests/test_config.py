@@ -25,12 +25,12 @@ from moex.config.base import (
 )
 from moex.config.flags import load_config
 from moex.interop.families import FAMILIES, find_family
+from moex.model.optim import AdamW, Optim
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
 from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.optim import AdamW, Optim
 from tests.helpers import tiny_lm, tiny_moe
 
 

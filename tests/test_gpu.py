@@ -10,9 +10,9 @@ import pytest
 from benchmarks.device import kernels
 from benchmarks.device.definition import error_of
 from kernels_pallas.implementations import INTERPRETED
+from moex.model.optim import AdamW, Optim, make_optimizer
 from moex.model.spec import init_train_state, model_spec
 from moex.nn.attention import attend
-from moex.optim import AdamW, Optim, make_optimizer
 from moex.runs.keys import Loss
 from moex.train.step import make_train_step
 from tests.helpers import TASK, mesh_of, random_batch, tiny_lm

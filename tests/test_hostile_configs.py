@@ -29,6 +29,7 @@ from moex.config.base import (
 from moex.config.schedule import Schedule
 from moex.data.pipeline import Data
 from moex.data.tokenizer import Bytes
+from moex.model.optim import Muon
 from moex.moe.chain import Chain
 from moex.moe.experts.zero import Zero
 from moex.moe.layer import MoE
@@ -38,7 +39,6 @@ from moex.nn.mla import LatentAttention
 from moex.nn.mlp import Dense
 from moex.nn.rope import Yarn
 from moex.nn.stack import Segment
-from moex.optim import Muon
 from moex.runs.directory import RunDir
 from moex.runs.keys import RUN_KEYS, check_run
 from tests.helpers import tiny_lm, tiny_moe

@@ -11,8 +11,8 @@ from configs import base
 from moex.config import base as config
 from moex.config.base import Config, ConfigError, ConfigWarning
 from moex.config.schedule import Schedule
+from moex.model.optim import AdamW, Optim
 from moex.model.spec import model_spec
-from moex.optim import AdamW, Optim
 from moex.runs.directory import RunDir
 from moex.runs.keys import (
     RUN_KEYS,

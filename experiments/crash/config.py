@@ -9,6 +9,7 @@ from configs import base
 from moex.data.pipeline import Data
 from moex.data.sources import Text
 from moex.data.tokenizer import Bytes
+from moex.model.optim import AdamW, Optim
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
@@ -16,7 +17,6 @@ from moex.nn.attention import Attention
 from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.optim import AdamW, Optim
 from moex.runs.keys import Checkpoint, Eval, Log
 
 ROOT = pathlib.Path(__file__).absolute().parents[2]

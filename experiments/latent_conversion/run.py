@@ -17,11 +17,11 @@ import ml_collections
 from configs import quickstart
 from moex.convert.apply import convert_run
 from moex.convert.kinds.latent import ToLatent
+from moex.model.optim import Muon, Optim
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
 from moex.nn.stack import Segment
-from moex.optim import Muon, Optim
 from moex.runs.directory import RunDir
 from moex.runs.keys import Eval
 from moex.tasks.score import score_run

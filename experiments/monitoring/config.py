@@ -10,6 +10,7 @@ from moex.config.base import require_choice
 from moex.data.pipeline import Data
 from moex.data.sources import PythonStdlib
 from moex.data.tokenizer import Bytes
+from moex.model.optim import AdamW, Optim
 from moex.moe.balance import Controller
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
@@ -18,7 +19,6 @@ from moex.moe.routers.topp import TopP
 from moex.nn.attention import Attention
 from moex.nn.lm import LM
 from moex.nn.stack import Segment
-from moex.optim import AdamW, Optim
 from moex.runs.keys import Checkpoint, Eval, Log, Loss
 
 EXPERTS = 8

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from moex.model import spec as states
+from moex.model.optim import AdamW, Optim
 from moex.model.paths import flat_paths, path_name
 from moex.moe.balance import Controller
 from moex.moe.chain import Chain
@@ -34,7 +35,6 @@ from moex.nn.attention import Attention
 from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.optim import AdamW, Optim
 from moex.runs.keys import Loss
 from moex.sharding import MeshConfig, shard_batch
 from moex.tasks.lm import LanguageModelling

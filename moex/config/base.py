@@ -31,6 +31,9 @@ from moex.project import TYPE_KEY, ProjectError
 
 # Config classes that moved: their names in old runs, and their names today.
 MOVED = {
+    "moex.optim.AdamW": "moex.model.optim.AdamW",
+    "moex.optim.Muon": "moex.model.optim.Muon",
+    "moex.optim.Optim": "moex.model.optim.Optim",
     "moex.run.Checkpoint": "moex.runs.keys.Checkpoint",
     "moex.run.Eval": "moex.runs.keys.Eval",
     "moex.run.Log": "moex.runs.keys.Log",

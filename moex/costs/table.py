@@ -14,10 +14,10 @@ from moex.costs.matching import match
 from moex.costs.residual_bytes import block_activation_bytes, model_activation_bytes
 from moex.model.accounting import model_cost, num_bytes
 from moex.model.layers import sites
+from moex.model.optim import make_optimizer
 from moex.model.paths import flat_paths
 from moex.model.spec import ModelSpec, model_spec
 from moex.numbers import number_ranges, scaled
-from moex.optim import make_optimizer
 from moex.runs.keys import check_run
 from moex.runs.program import static_options
 

@@ -39,8 +39,8 @@ from moex.interop.tokens import (
 )
 from moex.interop.writing import check_target
 from moex.model import spec as states
+from moex.model.optim import AdamW, Optim, make_optimizer
 from moex.model.paths import flat_paths, path_name
-from moex.optim import AdamW, Optim, make_optimizer
 from moex.runs.claim import new_run
 from moex.runs.directory import RunDir
 from moex.runs.keys import Checkpoint, Eval, Log, Loss, check_run

@@ -4,7 +4,7 @@ import copy
 import math
 
 from moex.config.base import Config, ConfigError
-from moex.optim import Muon
+from moex.model.optim import Muon
 from moex.plan.planner import Plan, plan
 from moex.sharding import BATCH_AXES
 

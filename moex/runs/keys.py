@@ -21,11 +21,11 @@ from moex.config.base import (
 )
 from moex.config.schedule import Schedule, require_values
 from moex.data.batches import Reading
+from moex.model.optim import Optim
 from moex.model.task import Task
 from moex.nn.contract import PartConfig
 from moex.nn.model import Model
 from moex.nn.stack import REMAT
-from moex.optim import Optim
 from moex.sharding import MeshConfig
 
 PRECISIONS = ("auto", "float32", "bfloat16")

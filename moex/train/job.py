@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moex import optim, sharding
+from moex import sharding
 from moex.data import batches
+from moex.model import optim
 from moex.model.spec import abstract_opt, init_train_state
 from moex.runs.directory import RunDir
 from moex.runs.program import (

@@ -15,8 +15,8 @@ import optax
 from moex.config.schedule import is_always_zero, points_of, value_at
 from moex.model.accounting import param_group
 from moex.model.losses import step_counts
+from moex.model.optim import path_factors
 from moex.model.paths import flat_paths, path_name
-from moex.optim import path_factors
 
 # This many updates must be accepted before a high norm can be called a spike.
 SPIKE_WARMUP = 50

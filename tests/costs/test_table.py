@@ -11,11 +11,11 @@ from moex.config.flags import load_config
 from moex.costs import residual_bytes, table
 from moex.data.tokenizer import Bytes, TokenizerFile
 from moex.model.accounting import model_cost, num_bytes
+from moex.model.optim import AdamW, Muon, make_optimizer
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.optim import AdamW, Muon, make_optimizer
 from tests import runs
 from tests.helpers import tiny_lm, tiny_moe
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from experiments.sharding.matrix import LAYERS, VOCAB, batch
 from moex.model.decode import generate
+from moex.model.optim import AdamW, Optim, make_optimizer
 from moex.model.spec import init_guard, model_spec
 from moex.moe.chain import Chain
 from moex.moe.experts.latent import Latent
@@ -18,7 +19,6 @@ from moex.nn.lm import LM
 from moex.nn.mla import LatentAttention
 from moex.nn.rope import Linear, Llama3, Yarn
 from moex.nn.stack import Segment
-from moex.optim import AdamW, Optim, make_optimizer
 from moex.runs.keys import Loss
 from moex.tasks.lm import make_context
 from moex.train.step import make_train_step

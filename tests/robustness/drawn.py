@@ -12,6 +12,7 @@ from moex.config.schedule import Schedule
 from moex.data.pipeline import Data
 from moex.data.sources import Text
 from moex.data.tokenizer import Bpe, Bytes
+from moex.model.optim import SCHEDULES, AdamW, Muon, Optim
 from moex.moe.balance import Controller
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
@@ -33,7 +34,6 @@ from moex.nn.mla import LatentAttention
 from moex.nn.mlp import Dense
 from moex.nn.rope import Linear, Llama3, Yarn
 from moex.nn.stack import REMAT, Segment
-from moex.optim import SCHEDULES, AdamW, Muon, Optim
 from moex.runs.keys import BALANCE_SCOPES, Checkpoint, Eval, Log, Loss
 from moex.sharding import MeshConfig
 

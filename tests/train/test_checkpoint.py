@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moex.config.base import ConfigError
+from moex.model.optim import AdamW, Muon, Optim, make_optimizer
 from moex.model.spec import ParamInfo, init_guard
-from moex.optim import AdamW, Muon, Optim, make_optimizer
 from moex.runs import checksums
 from moex.runs.checkpoint import Checkpointer, CheckpointError
 from moex.runs.directory import RunDir

@@ -12,8 +12,8 @@ import pytest
 
 from moex.config.schedule import Schedule
 from moex.model.losses import routing_losses
+from moex.model.optim import AdamW, Optim
 from moex.moe.losses import load_balance_loss
-from moex.optim import AdamW, Optim
 from moex.runs.keys import Loss
 from moex.tasks.lm import make_context
 from moex.train.step import make_train_step

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from moex.model import spec as states
+from moex.model.optim import AdamW, Optim, make_optimizer
 from moex.model.paths import flat_paths
 from moex.moe.balance import SignBias
 from moex.nn.attention import Attention
 from moex.nn.stack import Segment
-from moex.optim import AdamW, Optim, make_optimizer
 from moex.runs.keys import Loss
 from moex.sharding import shard_batch
 from moex.tasks.lm import make_context, token_losses

@@ -21,8 +21,8 @@ from moex.config.schedule import (
     static_value,
     value_at,
 )
+from moex.model.muon import muon
 from moex.model.paths import flat_paths, path_name
-from moex.muon import muon
 from moex.numbers import exact
 
 

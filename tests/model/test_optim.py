@@ -11,9 +11,7 @@ from optax.contrib import muon
 
 from moex.config.base import ConfigError, check
 from moex.config.schedule import Schedule
-from moex.model.paths import flat_paths
-from moex.model.spec import ParamInfo
-from moex.optim import (
+from moex.model.optim import (
     AdamW,
     Muon,
     Optim,
@@ -22,6 +20,8 @@ from moex.optim import (
     path_factors,
     schedule_frac,
 )
+from moex.model.paths import flat_paths
+from moex.model.spec import ParamInfo
 from tests.helpers import assert_equal_trees
 from tests.tolerances import assert_close
 

@@ -12,8 +12,8 @@ from optax.contrib import MuonDimensionNumbers
 from kernels_pallas.device import platform
 from kernels_pallas.native import library
 from kernels_pallas.orthogonalise import orthogonalise
-from moex import muon
-from moex.optim import Muon
+from moex.model import muon
+from moex.model.optim import Muon
 
 NATIVE = pytest.mark.skipif(
     platform() != "cpu" or library.why_not() is not None, reason="no C compiler"
