@@ -53,7 +53,7 @@ PUBLIC = {
     "moex.moe.routers.topk": ("Groups", "TopK"),
     "moex.moe.routers.topp": ("TopP",),
     "moex.moe.routing": ("Routing",),
-    "moex.model.task": ("Task",),
+    "moex.tasks.base": ("Task",),
     "moex.model.optim": ("AdamW", "Muon", "Optim"),
     "moex.runs.keys": ("Checkpoint", "Eval", "Log", "Loss"),
     "moex.runs.open": ("load_run",),

@@ -18,11 +18,11 @@ from moex.data.contract import Source, TokenizerConfig
 from moex.data.encoding import Tokenizer
 from moex.model.accounting import model_cost
 from moex.model.paths import flat_paths
-from moex.model.task import Task
 from moex.moe.contract import ExpertsConfig, RouterConfig
 from moex.moe.metrics import Figure
 from moex.nn.contract import AttentionConfig, FeedForwardConfig
 from moex.runs.keys import Loss
+from moex.tasks.base import Task
 from tests import documented, runs
 from tests.helpers import TASK, random_batch
 from tests.test_architecture import FLOORS

@@ -24,7 +24,7 @@ from moex.moe.routers.topk import TopK
 from moex.nn.stack import Segment
 from moex.runs.directory import RunDir
 from moex.runs.keys import Eval
-from moex.tasks.score import score_run
+from moex.runs.score import score_run
 from moex.train.loop import train
 
 HERE = pathlib.Path(__file__).parent

@@ -18,8 +18,8 @@ from moex.analysis.reading import Curve, Run, curves
 from moex.config.base import ConfigError, flat, to_dict
 from moex.model.accounting import model_cost
 from moex.model.spec import model_spec
-from moex.model.task import Task
 from moex.numbers import scaled
+from moex.tasks.base import Task
 from moex.train.log import clock
 
 MANY = 4  # most fields in a label; where more differ, folders are shorter

@@ -16,13 +16,13 @@ from moex.config.base import ConfigError
 from moex.data.files import naming
 from moex.model.layers import Routed, label, routers, site_at, sites
 from moex.model.losses import moe_layers
-from moex.model.task import require_token_ids
 from moex.moe.routing import ExpertRouting
 from moex.runs.directory import Place, RunDir
 from moex.runs.open import LoadedRun
 from moex.runs.program import Evaluated
+from moex.runs.score import run_with_data
 from moex.sharding import shard_batch
-from moex.tasks.score import run_with_data
+from moex.tasks.base import require_token_ids
 
 
 def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -> dict:

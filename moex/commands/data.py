@@ -16,8 +16,8 @@ class Command(Verb):
     def run(self, args, config_args):
         from moex.config.flags import load_config
         from moex.data.report import inspect
-        from moex.model.task import require_token_ids
         from moex.runs.keys import check_run
+        from moex.tasks.base import require_token_ids
 
         cfg = load_config(config_args)
         check_run(cfg)

@@ -58,7 +58,7 @@ def _held_out(args, config_args):
     for name in ("include_path", "limit", "num_fewshot"):
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')}: is for --tasks.")
-    from moex.tasks.score import score_run, score_text
+    from moex.runs.score import score_run, score_text
 
     cfg = scored_config(args, config_args)
     result = score_run(args.run, cfg, sequences=args.sequences)

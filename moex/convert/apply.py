@@ -22,9 +22,9 @@ from moex.runs.claim import new_run
 from moex.runs.directory import Place, RunDir
 from moex.runs.keys import check_run
 from moex.runs.open import LoadedRun, load_run
+from moex.runs.score import score_run
 from moex.runs.write import write_run
 from moex.sharding import MeshConfig
-from moex.tasks.score import score_run
 from moex.train.job import Job, make_job
 
 

@@ -26,9 +26,9 @@ from moex.interop.tokens import first_token, written
 from moex.interop.writing import Tensor, check_target, write
 from moex.json_files import field
 from moex.model.paths import flat_paths
-from moex.model.task import require_token_ids
 from moex.runs.directory import Place, RunDir
 from moex.runs.open import load_run
+from moex.tasks.base import require_token_ids
 
 KINDS = {kind.name for kind in DTYPES.values()}
 

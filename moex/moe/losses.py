@@ -1,6 +1,6 @@
 """Auxiliary losses of routing: pure functions, float32, never scaled here.
 
-Coefficients are applied in `model/task.py`. Arguments are sums over all tokens of a
+Coefficients are applied in `tasks/base.py`. Arguments are sums over all tokens of a
 microbatch (over all devices, since the arrays are global), so the same functions serve
 any scope. All losses are 0 where there is no token: nothing can be learned there.
 

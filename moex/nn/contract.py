@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from flax import nnx
 
-from moex.config.base import Config
+from moex.config.base import Config, walk
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -21,6 +21,14 @@ class PartConfig(Config, abc.ABC):
 
     causal: ClassVar[bool] = True  # False: its output for a token depends on later ones
     needs_token_ids: ClassVar[bool] = False  # True: only for tasks that have them
+
+
+def not_causal(model: Config, path: str = "config.model") -> str | None:
+    """The field that lets a model see later tokens, so it cannot decode; or None."""
+    for where, node in walk(model, path):
+        if isinstance(node, PartConfig) and not node.causal:
+            return where
+    return None
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

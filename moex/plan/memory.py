@@ -19,9 +19,9 @@ from moex.costs.residual_bytes import (
     traced_options,
 )
 from moex.model.paths import path_name
+from moex.model.precision import compute_dtype
 from moex.plan import liveness
 from moex.plan.topology import Topology, abstract_mesh
-from moex.runs.program import compute_dtype
 from moex.train.job import Training
 
 

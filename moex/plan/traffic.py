@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 from moex.model.layers import sites
 from moex.model.paths import path_name
+from moex.model.precision import compute_dtype
 from moex.moe.all_to_all import moves_all_to_all
 from moex.plan.memory import local_shape
-from moex.runs.program import compute_dtype
 from moex.sharding import TOKEN_AXES, batch_shards
 from moex.train.job import Training
 

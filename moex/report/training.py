@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from moex.analysis.plotting import COLOURS
-from moex.model.task import Task
 from moex.moe.metrics import FIGURES, UNSCALED
 from moex.report import downsample
 from moex.report.material import Material
 from moex.report.page import Grid, Note, Plot, Section, style
+from moex.tasks.base import Task
 
 STEP = "optimizer step"
 MOST_CURVES = 64  # curves in one plot; nobody can tell more apart

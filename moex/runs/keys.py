@@ -22,13 +22,11 @@ from moex.config.base import (
 from moex.config.schedule import Schedule, require_values
 from moex.data.batches import Reading
 from moex.model.optim import Optim
-from moex.model.task import Task
-from moex.nn.contract import PartConfig
+from moex.model.precision import PRECISIONS
 from moex.nn.model import Model
 from moex.nn.stack import REMAT
 from moex.sharding import MeshConfig
-
-PRECISIONS = ("auto", "float32", "bfloat16")
+from moex.tasks.base import Task
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -94,7 +92,7 @@ BALANCE_SCOPES = ("microbatch", "sequence", "step")
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Loss(Config):
-    """The weights of the losses added to that of the task; see `model/task.py`.
+    """The weights of the losses added to that of the task; see `tasks/base.py`.
 
     Every coefficient is a number or a `Schedule` of the optimizer step.
     """
@@ -233,14 +231,6 @@ def check_schedules(cfg) -> None:
     for where, node in configs.walk(cfg, "config"):
         if isinstance(node, Schedule):
             node.check_reached(cfg.steps, where)
-
-
-def not_causal(model: Model, path: str = "config.model") -> str | None:
-    """The field that lets a model see later tokens, so it cannot decode; or None."""
-    for where, node in configs.walk(model, path):
-        if isinstance(node, PartConfig) and not node.causal:
-            return where
-    return None
 
 
 def kernel_names(value: str) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from kernels_pallas.implementations import (
 from moex import sharding
 from moex.config.base import ConfigError, caution, require
 from moex.data.batches import Datasets, eval_batches
+from moex.model.precision import compute_dtype
 from moex.model.spec import ModelSpec, abstract_arrays, check_mesh, model_spec
 from moex.runs.keys import check_run
 
@@ -103,13 +104,6 @@ def mesh_here(cfg) -> Mesh:
     check_devices(cfg, mesh)
     check_kernels(cfg)
     return mesh
-
-
-def compute_dtype(cfg) -> str:
-    """The dtype of matmuls: bfloat16 on accelerators, float32 on CPU, unless set."""
-    if cfg.precision != "auto":
-        return cfg.precision
-    return "float32" if platform() == "cpu" else "bfloat16"
 
 
 def static_options(cfg, *, train: bool) -> dict:

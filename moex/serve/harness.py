@@ -16,12 +16,12 @@ import jax
 from moex.config.base import ConfigError, nearest, require
 from moex.json_files import dump_json
 from moex.model.decode import generate
-from moex.model.task import require_token_ids
+from moex.nn.contract import not_causal
 from moex.runs.directory import Place, RunDir
-from moex.runs.keys import not_causal
 from moex.runs.open import LoadedRun, load_run
 from moex.runs.program import eval_batch_size
 from moex.serve.likelihood import chunks, continuation_scores, padded_length
+from moex.tasks.base import require_token_ids
 from moex.terminal import printable
 
 try:

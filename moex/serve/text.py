@@ -3,10 +3,10 @@
 import jax
 
 from moex.config.base import ConfigError, require
-from moex.model.task import require_token_ids
+from moex.nn.contract import not_causal
 from moex.runs.directory import Place, RunDir
-from moex.runs.keys import not_causal
 from moex.runs.open import load_run
+from moex.tasks.base import require_token_ids
 from moex.tasks.lm import continue_texts
 
 

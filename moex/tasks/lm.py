@@ -17,12 +17,12 @@ from moex.data.pipeline import Data, Prepared, prepare
 from moex.data.report import compressor_bits_per_byte
 from moex.data.tokenizer import SavedTokenizer, Tokenizer
 from moex.model.decode import check_request, generate
-from moex.model.task import Figure, Task
+from moex.model.precision import compute_dtype
 from moex.moe.metrics import mean
 from moex.nn.context import Context
+from moex.nn.contract import not_causal
 from moex.nn.lm import LM
-from moex.runs.keys import not_causal
-from moex.runs.program import compute_dtype
+from moex.tasks.base import Figure, Task
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from moex.config.base import require
 from moex.data.series import Series, prepare
-from moex.model.task import Figure, Task
 from moex.nn.series import SeriesModel
+from moex.tasks.base import Figure, Task
 
 NAIVE = "of repeating the last step"
 

@@ -33,9 +33,9 @@ from moex.runs.keys import COEFFICIENTS, check_run
 from moex.runs.lock import RunLock
 from moex.runs.open import restore_params, saved_with
 from moex.runs.record import check_may_begin
+from moex.runs.score import domain_losses, eval_step, evaluate
 from moex.runs.write import about_step
 from moex.sharding import shard_batch, told_by_each
-from moex.tasks.score import domain_losses, eval_step, evaluate
 from moex.train.in_flight import Flight
 from moex.train.job import Job, make_job
 from moex.train.log import (

@@ -17,8 +17,8 @@ from moex.data.tokenizer import Bytes
 from moex.runs.directory import RunDir
 from moex.runs.keys import check_run
 from moex.runs.open import load_run
+from moex.runs.score import eval_step
 from moex.sharding import MeshConfig, shard_batch
-from moex.tasks.score import eval_step
 from moex.train import loop
 from moex.train.job import make_job
 from tests.robustness import drawn

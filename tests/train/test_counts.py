@@ -17,8 +17,8 @@ from moex.data.batches import stack
 from moex.data.packing import blank_example
 from moex.nn.stack import Segment
 from moex.runs.consumed import Consumed
+from moex.runs.score import evaluate, make_eval_step
 from moex.tasks.lm import make_context
-from moex.tasks.score import evaluate, make_eval_step
 from moex.train.log import Stopwatch
 from moex.train.loop import Run
 from tests import runs

@@ -22,8 +22,8 @@ from moex.moe.experts.zero import Zero
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.runs.keys import Log
+from moex.runs.score import domain_losses
 from moex.sharding import MeshConfig
-from moex.tasks.score import domain_losses
 from moex.train import in_flight
 from moex.train.in_flight import Flight
 from moex.train.log import RunLog, Stopwatch

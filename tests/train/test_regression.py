@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from moex import cli
 from moex.config.base import ConfigError
 from moex.config.flags import load_config
-from moex.model.task import Task
 from moex.moe.routers.hash import Hash
+from moex.tasks.base import Task
 from moex.train import loop
 from tests import documented, runs
 

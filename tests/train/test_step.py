@@ -18,9 +18,9 @@ from moex.moe.balance import SignBias
 from moex.nn.attention import Attention
 from moex.nn.stack import Segment
 from moex.runs.keys import Loss
+from moex.runs.score import make_eval_step
 from moex.sharding import shard_batch
 from moex.tasks.lm import make_context, token_losses
-from moex.tasks.score import make_eval_step
 from moex.train.profiler import SCOPES
 from moex.train.step import (
     SPIKE_WARMUP,

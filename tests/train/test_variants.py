@@ -24,9 +24,10 @@ from moex.moe.routers.expert_choice import ExpertChoice
 from moex.moe.routers.hash import Hash
 from moex.moe.routers.topk import Groups, TopK
 from moex.moe.routers.topp import TopP
+from moex.nn.contract import not_causal
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.runs.keys import Loss, check_run, not_causal
+from moex.runs.keys import Loss, check_run
 from moex.serve.text import write_text
 from moex.train import loop
 from tests import runs

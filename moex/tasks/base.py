@@ -1,6 +1,6 @@
 """A task: what a model learns and how it is scored. Training asks it for all of that.
 
-`Task` says what a kind of task defines; the tasks of moex are in `moex/tasks`. All data
+`Task` says what a kind of task defines; the kinds stand beside this file. All data
 has the fields that `data/batches.py` names, so losses are means over the positions
 that `loss_mask` marks, and MoE layers see tokens, whatever these stand for.
 
