@@ -18,10 +18,10 @@ import pytest
 
 from moex.config.base import to_dict
 from moex.config.flags import load_config
+from moex.runs import score
 from moex.runs.checkpoint import Checkpointer
 from moex.runs.directory import RunDir
 from moex.runs.write import write_run
-from moex.tasks import score
 from moex.train import loop
 from moex.train.job import Training, make_job
 

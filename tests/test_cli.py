@@ -14,8 +14,8 @@ import pytest
 from moex import cli, commands, process
 from moex.config.base import ConfigWarning, to_dict
 from moex.moe.routers.expert_choice import ExpertChoice
+from moex.runs import score
 from moex.serve import text as serve_text
-from moex.tasks import score
 from moex.train.job import Job
 from tests import runs
 

@@ -9,7 +9,7 @@ import pytest
 from moex import cli, process
 from moex.cluster import connections, distributed
 from moex.config.base import ConfigError, ConfigWarning
-from moex.tasks import score
+from moex.runs import score
 from moex.terminal import CONTROL, Terminal, printable
 from moex.train.log import RunLog
 
