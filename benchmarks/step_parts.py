@@ -9,7 +9,8 @@ counts for all layers; "the rest" is the whole step less its parts: embedding, r
 stream, figures, the guard of the update. Runs are interleaved in one process.
 
 The floor of a part is the larger of its FLOPs over the rate of a large dense product
-and of its bytes over the speed of a copy, both measured in the same process. FLOPs are
+and of its bytes over the speed of a copy, both measured in the same process. The floor
+of the optimizer is their sum: its products work on what lies in the cache. FLOPs are
 those of `moex.model.accounting`, backward twice forward. Bytes are weights (read twice,
 gradients written) and what goes in and out; of the optimizer what each rule must read
 and write. Muon's orthogonalisation counts its symmetric products as half.
@@ -200,7 +201,8 @@ def figures_of(job, batch, repeats: int) -> dict:
     rows: dict = {}
     for name, (flops, moved) in floors(job, batch).items():
         times = layers if name in ("attention", "feed-forward") else 1
-        floor = max(flops / speed["flops_per_s"], moved / speed["bytes_per_s"])
+        both = flops / speed["flops_per_s"], moved / speed["bytes_per_s"]
+        floor = sum(both) if name == "optimizer" else max(both)
         wall = seconds[name]["wall"]
         rows[name] = {
             "min_ms": 1e3 * times * min(wall),

@@ -11,6 +11,8 @@
 #include "vectors.h"
 
 enum { COLUMNS = WIDE * LANES, DEPTH = 256 };
+// Symmetric products take narrower tiles, to compute less below the diagonal.
+enum { NARROW = WIDE < 2 ? 1 : 2 };
 
 // Element (i, j) of a matrix is at[i * row + j * column]; one of the two strides is 1.
 typedef struct {
@@ -18,25 +20,25 @@ typedef struct {
   int64_t row, column;
 } Matrix;
 
-INLINE void tile(int rows, int transposed, int64_t depth, const float* a,
+INLINE void tile(int wide, int rows, int transposed, int64_t depth, const float* a,
                  int64_t stride, const vec* b, float* c, int64_t c_row, int64_t columns,
                  int add) {
   vec sum[ROWS][WIDE];
   UNROLL for (int i = 0; i < rows; i++) {
-    for (int v = 0; v < WIDE; v++) {
+    for (int v = 0; v < wide; v++) {
       __builtin_prefetch(c + i * c_row + v * LANES, 1);  // needed at the end
       sum[i][v] = (vec){};
     }
   }
-  UNROLL_4 for (int64_t p = 0; p < depth; p++, b += WIDE) {
+  UNROLL_4 for (int64_t p = 0; p < depth; p++, b += wide) {
     UNROLL for (int i = 0; i < rows; i++) {
       const vec a_i = splat(transposed ? a[p * stride + i] : a[i * stride + p]);
-      UNROLL for (int v = 0; v < WIDE; v++) sum[i][v] += a_i * b[v];
+      UNROLL for (int v = 0; v < wide; v++) sum[i][v] += a_i * b[v];
     }
   }
   UNROLL for (int i = 0; i < rows; i++, c += c_row) {
-    if (columns == COLUMNS) {
-      UNROLL for (int v = 0; v < WIDE; v++)
+    if (columns == wide * LANES) {
+      UNROLL for (int v = 0; v < wide; v++)
           store(c + v * LANES, add ? load(c + v * LANES) + sum[i][v] : sum[i][v]);
     } else {
       for (int64_t j = 0; j < columns; j++) {
@@ -47,16 +49,16 @@ INLINE void tile(int rows, int transposed, int64_t depth, const float* a,
   }
 }
 
-INLINE void tile_of(int rows, int transposed, int64_t depth, const float* a,
+INLINE void tile_of(int wide, int rows, int transposed, int64_t depth, const float* a,
                     int64_t stride, const vec* b, float* c, int64_t c_row,
                     int64_t columns, int add) {
   // The number of rows has to be a constant for the sums to stay in registers.
   switch (rows) {
-#define CASE(n)                                                                   \
-  case n:                                                                         \
-    if (n <= ROWS)                                                                \
-      tile(n <= ROWS ? n : 1, transposed, depth, a, stride, b, c, c_row, columns, \
-           add);                                                                  \
+#define CASE(n)                                                                \
+  case n:                                                                      \
+    if (n <= ROWS)                                                             \
+      tile(wide, n <= ROWS ? n : 1, transposed, depth, a, stride, b, c, c_row, \
+           columns, add);                                                      \
     break;
     CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
@@ -68,7 +70,7 @@ static __attribute__((noinline)) void tile_in_rows(int rows, int64_t depth,
                                                    const vec* b, float* c,
                                                    int64_t c_row, int64_t columns,
                                                    int add) {
-  tile_of(rows, 0, depth, a, stride, b, c, c_row, columns, add);
+  tile_of(WIDE, rows, 0, depth, a, stride, b, c, c_row, columns, add);
 }
 
 static __attribute__((noinline)) void tile_in_columns(int rows, int64_t depth,
@@ -76,7 +78,14 @@ static __attribute__((noinline)) void tile_in_columns(int rows, int64_t depth,
                                                       const vec* b, float* c,
                                                       int64_t c_row, int64_t columns,
                                                       int add) {
-  tile_of(rows, 1, depth, a, stride, b, c, c_row, columns, add);
+  tile_of(WIDE, rows, 1, depth, a, stride, b, c, c_row, columns, add);
+}
+
+static __attribute__((noinline)) void narrow_tile(int rows, int64_t depth,
+                                                  const float* a, int64_t stride,
+                                                  const vec* b, float* c, int64_t c_row,
+                                                  int64_t columns, int add) {
+  tile_of(NARROW, rows, 0, depth, a, stride, b, c, c_row, columns, add);
 }
 
 // Transposes LANES vectors of LANES, by log2(LANES) times the same perfect shuffle.
@@ -92,28 +101,28 @@ INLINE void transpose(vec* x) {
   }
 }
 
-// Copies `depth` rows of at most COLUMNS columns of B, with zeros to the right.
-static void pack(Matrix b, int64_t depth, int64_t columns, vec* to) {
+// Copies `depth` rows of B, at most `wide` vectors of columns, with zeros to the right.
+INLINE void pack(int wide, Matrix b, int64_t depth, int64_t columns, vec* to) {
   float* out = (float*)to;
   int64_t p = 0;
-  if (columns == COLUMNS && b.column == 1) {
+  if (columns == wide * LANES && b.column == 1) {
     for (; p < depth; p++)
-      for (int v = 0; v < WIDE; v++)
-        to[WIDE * p + v] = load(b.at + p * b.row + v * LANES);
-  } else if (columns == COLUMNS && b.row == 1) {
+      for (int v = 0; v < wide; v++)
+        to[wide * p + v] = load(b.at + p * b.row + v * LANES);
+  } else if (columns == wide * LANES && b.row == 1) {
     for (; p + LANES <= depth; p += LANES) {
-      for (int v = 0; v < WIDE; v++) {
+      for (int v = 0; v < wide; v++) {
         vec x[LANES];
         for (int j = 0; j < LANES; j++)
           x[j] = load(b.at + p + (v * LANES + j) * b.column);
         transpose(x);
-        for (int j = 0; j < LANES; j++) to[WIDE * (p + j) + v] = x[j];
+        for (int j = 0; j < LANES; j++) to[wide * (p + j) + v] = x[j];
       }
     }
   }
   for (; p < depth; p++)
-    for (int64_t j = 0; j < COLUMNS; j++)
-      out[p * COLUMNS + j] = j < columns ? b.at[p * b.row + j * b.column] : 0;
+    for (int64_t j = 0; j < wide * LANES; j++)
+      out[p * wide * LANES + j] = j < columns ? b.at[p * b.row + j * b.column] : 0;
 }
 
 // Fetches share `q` of `shares` of the rows that `pack` will copy. They lie pages
@@ -127,25 +136,26 @@ INLINE void fetch(Matrix b, int64_t depth, int64_t q, int64_t shares) {
       __builtin_prefetch(b.at + i * jump + j, 0, 2);
 }
 
-// C [m, n] = A [m, k] B [k, n], or C += if `add`.
-static void multiply(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c,
-                     int64_t c_row, int add) {
+// `multiply` with tiles of `wide` vectors, WIDE or, if A lies in rows, NARROW.
+INLINE void multiply_in(int wide, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b,
+                        float* c, int64_t c_row, int add) {
   static _Thread_local vec panel[WIDE * DEPTH];
   const int64_t panels = (m + ROWS - 1) / ROWS, depths = (k + DEPTH - 1) / DEPTH;
+  const int64_t most = wide * LANES;
   const int transposed = a.row == 1 && a.column != 1;
   const int64_t stride = transposed ? a.column : a.row;
-  for (int64_t j = 0; j < n; j += COLUMNS) {
-    const int64_t columns = n - j < COLUMNS ? n - j : COLUMNS;
+  for (int64_t j = 0; j < n; j += most) {
+    const int64_t columns = n - j < most ? n - j : most;
     for (int64_t s = 0; s < depths; s++) {
       const int64_t p = k * s / depths, depth = k * (s + 1) / depths - p;
       const Matrix part = {b.at + p * b.row + j * b.column, b.row, b.column};
-      const Matrix next = {part.at + COLUMNS * b.column, b.row, b.column};
-      pack(part, depth, columns, panel);
+      const Matrix next = {part.at + most * b.column, b.row, b.column};
+      pack(wide, part, depth, columns, panel);
       for (int64_t q = 0; q < panels; q++) {
-        if (j + 2 * COLUMNS <= n) fetch(next, depth, q, panels);
+        if (j + 2 * most <= n) fetch(next, depth, q, panels);
         const int64_t i = m * q / panels;
         const int rows = m * (q + 1) / panels - i;
-        (transposed ? tile_in_columns : tile_in_rows)(
+        (wide < WIDE ? narrow_tile : transposed ? tile_in_columns : tile_in_rows)(
             rows, depth, a.at + i * a.row + p * a.column, stride, panel,
             c + i * c_row + j, c_row, columns, add || s > 0);
       }
@@ -153,6 +163,12 @@ static void multiply(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float*
   }
   if (k == 0 && !add)
     for (int64_t i = 0; i < m; i++) memset(c + i * c_row, 0, n * sizeof(float));
+}
+
+// C [m, n] = A [m, k] B [k, n], or C += if `add`.
+static void multiply(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c,
+                     int64_t c_row, int add) {
+  multiply_in(WIDE, m, n, k, a, b, c, c_row, add);
 }
 
 // Rows of scratch lie a little apart: whole powers of two would share cache sets.

@@ -1,8 +1,8 @@
 // Muon's orthogonalisation of a stack of matrices, as an XLA FFI handler; float32.
 //
-// X is divided by |X| + eps; `steps` times X <- a X + (b A + c A A) X with A = X X^T. A
-// thread computes whole matrices, one after the other, in memory that stays in its
-// cache. A and A A are symmetric: blocks below the diagonal are copied, not computed.
+// X is divided by |X| + eps; `steps` times X <- (a I + A (b I + c A)) X with A = X X^T.
+// A thread computes whole matrices, one after the other, in memory that stays in its
+// cache. A and A (b I + c A) are symmetric: blocks below the diagonal are copied.
 //
 // Legend: S and I batch, R rows, C columns: matrix (s, i) is x [s, :, i, :]. M is the
 // smaller of R and C, N the larger: X is [M, N].
@@ -26,24 +26,31 @@ typedef struct {
   atomic_int failed;  // out of memory
 } Stack;
 
-// Copies `from` [rows, columns] to its transpose, in squares that fit in the cache.
+// Copies `from` [rows, columns] to its transpose, in squares that fit in registers.
 static void turn(const float* from, int64_t row, int64_t rows, int64_t columns,
                  float* to, int64_t to_row) {
-  enum { SIDE = 32 };
-  for (int64_t i = 0; i < rows; i += SIDE)
-    for (int64_t j = 0; j < columns; j += SIDE)
-      for (int64_t p = j; p < columns && p < j + SIDE; p++)
-        for (int64_t q = i; q < rows && q < i + SIDE; q++)
-          to[p * to_row + q] = from[q * row + p];
+  for (int64_t i = 0; i < rows; i += LANES)
+    for (int64_t j = 0; j < columns; j += LANES)
+      if (i + LANES <= rows && j + LANES <= columns) {
+        vec x[LANES];
+        for (int q = 0; q < LANES; q++) x[q] = load(from + (i + q) * row + j);
+        transpose(x);
+        for (int p = 0; p < LANES; p++) store(to + (j + p) * to_row + i, x[p]);
+      } else {
+        for (int64_t p = j; p < columns && p < j + LANES; p++)
+          for (int64_t q = i; q < rows && q < i + LANES; q++)
+            to[p * to_row + q] = from[q * row + p];
+      }
 }
 
 // Computes the symmetric product `a` `b` [m, m] of inner width k.
 static void multiply_symmetric(int64_t m, int64_t k, Matrix a, Matrix b, float* c,
                                int64_t c_row) {
-  for (int64_t j = 0; j < m; j += COLUMNS) {
-    const int64_t columns = m - j < COLUMNS ? m - j : COLUMNS;
+  enum { MOST = NARROW * LANES };
+  for (int64_t j = 0; j < m; j += MOST) {
+    const int64_t columns = m - j < MOST ? m - j : MOST;
     const Matrix part = {b.at + j * b.column, b.row, b.column};
-    multiply(j + columns, columns, k, a, part, c + j, c_row, 0);
+    multiply_in(NARROW, j + columns, columns, k, a, part, c + j, c_row, 0);
     turn(c + j, c_row, j, columns, c + j * c_row, c_row);
   }
 }
@@ -53,12 +60,12 @@ static void orthogonalise(void* of, int64_t job) {
   const int64_t R = s->R, C = s->C, row = s->I * C;
   const int64_t start = job / s->I * R * row + job % s->I * C;
   const int64_t M = R < C ? R : C, N = R < C ? C : R, n = apart(N), m = apart(M);
-  float* x = aligned_alloc(64, (2 * M * n + 2 * M * m) * sizeof(float));
+  float* x = aligned_alloc(64, (2 * M * n + 3 * M * m) * sizeof(float));
   if (!x) {
     atomic_store(&s->failed, 1);
     return;
   }
-  float *y = x + M * n, *a = y + M * n, *b = a + M * m;
+  float *y = x + M * n, *a = y + M * n, *b = a + M * m, *d = b + M * m;
   const float ca = s->coefficients[0], cb = s->coefficients[1], cc = s->coefficients[2];
   if (R > C)
     turn(s->x + start, row, R, C, x, n);
@@ -79,12 +86,13 @@ static void orthogonalise(void* of, int64_t job) {
     for (int64_t j = 0; j < N; j++) x[i * n + j] *= scale;
   for (int64_t step = 0; step < s->steps; step++) {
     multiply_symmetric(M, N, (Matrix){x, n, 1}, (Matrix){x, 1, n}, a, m);
-    multiply_symmetric(M, M, (Matrix){a, m, 1}, (Matrix){a, m, 1}, b, m);
     for (int64_t i = 0; i < M; i++) {
-      for (int64_t j = 0; j < M; j++) b[i * m + j] = cb * a[i * m + j] + cc * b[i * m + j];
-      for (int64_t j = 0; j < N; j++) y[i * n + j] = ca * x[i * n + j];
+      for (int64_t j = 0; j < M; j++) d[i * m + j] = cc * a[i * m + j];
+      d[i * m + i] += cb;
     }
-    multiply(M, N, M, (Matrix){b, m, 1}, (Matrix){x, n, 1}, y, n, 1);
+    multiply_symmetric(M, M, (Matrix){a, m, 1}, (Matrix){d, m, 1}, b, m);
+    for (int64_t i = 0; i < M; i++) b[i * m + i] += ca;
+    multiply(M, N, M, (Matrix){b, m, 1}, (Matrix){x, n, 1}, y, n, 0);
     float* old = x;
     x = y;
     y = old;
