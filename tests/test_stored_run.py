@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+import moex
 from moex import cli
 from moex.config.flags import load_config
 from moex.runs.directory import RunDir
@@ -100,6 +101,7 @@ def test_the_stored_run_is_resumed(run):
     assert run.saved_steps()[-1] == 4
     starts = json.loads(run.environment.read_text())
     assert [start["step"] for start in starts] == [0, 3]
+    assert starts[1]["moex"] == moex.__version__
 
 
 def test_the_stored_run_is_reported(run, capsys):

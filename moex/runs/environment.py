@@ -8,6 +8,7 @@ import sys
 
 import jax
 
+import moex
 from moex.cluster import distributed
 from moex.config.base import ConfigError
 from moex.data.files import atomic_write
@@ -32,7 +33,7 @@ def environment(step: int) -> dict:
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "step": step,
         "command": sys.argv,
-        "moex": _version("moex"),
+        "moex": moex.__version__,
         "code": distributed.code_hash(),
         "python": platform.python_version(),
         "platform": platform.platform(),
