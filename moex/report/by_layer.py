@@ -1,4 +1,4 @@
-"""Parts that the figures of a trace share: a map of each layer, curves over layers.
+"""Figures of a trace: a map of each layer behind a slider, curves over layers.
 
 R rows · C columns
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 from moex.analysis.summary import Analysis, LayerAnalysis
 from moex.report import maps
-from moex.report.page import label, layer_name, style
+from moex.report.page import Plot, label, layer_name, style
 
 NUMBERS = 400_000  # numbers in all maps of one figure; four bytes each
 COLOURS_END = f"Colours end at the {100 * maps.TOP:g} % quantile of all cells."
@@ -25,49 +25,84 @@ def unique(names: Sequence[str]) -> list[str]:
     ]
 
 
-def maps_of(found: Analysis, make: Callable[[LayerAnalysis], Any]) -> list:
-    """A map of each layer, or of evenly spaced ones where there is no room for all."""
-    made = [
-        maps.Map(layer_name(name), *_pair(make(layer)))
-        for name, layer in found.layers.items()
-    ]
+def layer_maps(
+    found: Analysis,
+    make: Callable[[LayerAnalysis], Any],
+    colours: dict,
+    *,
+    rows: Sequence[str] | None = None,
+    **look,
+) -> tuple[Plot, str]:
+    """The plot of a map of each layer; see `slider`.
+
+    Args:
+      found: the analysis.
+      make: gives `z_RC` of a layer, or `(z_RC, about_RC)`: see `maps.Map`.
+      colours, look: see `maps.sliding`.
+      rows: labels of the rows; None: numbers.
+    """
+    made = []
+    for name, layer in found.layers.items():
+        result = make(layer)
+        z_RC, about_RC = result if isinstance(result, tuple) else (result, None)
+        made.append(maps.Map(layer_name(name), z_RC, rows, about_RC=about_RC))
+    return slider(made, colours, slider="layer ", **look)
+
+
+def slider(made: list[maps.Map], colours: dict, **look) -> tuple[Plot, str]:
+    """The plot of as many maps as there is room for, and a sentence on the others.
+
+    The maps that are shown are evenly spaced; the sentence is empty if all are shown.
+    """
     numbers = max(one.z_RC.size * (1 + (one.about_RC is not None)) for one in made)
-    return maps.affordable(made, numbers, NUMBERS)
-
-
-def _pair(result):
-    z_RC, about_RC = result if isinstance(result, tuple) else (result, None)
-    return z_RC, None, None, about_RC
-
-
-def left_out(shown_maps: list, total: int) -> str:
-    """A sentence about layers that are not shown, or nothing."""
-    if len(shown_maps) == total:
-        return ""
-    return f" {len(shown_maps)} evenly spaced ones of {total}."
-
-
-def with_rows(made: list, rows: Sequence[str], columns=None) -> list:
-    """The same maps with labels of rows and columns."""
-    return [maps.Map(m.name, m.z_RC, rows, columns, m.about_RC) for m in made]
+    kept = maps.affordable(made, numbers, NUMBERS)
+    left = f" {len(kept)} evenly spaced ones of {len(made)}."
+    plot = Plot(maps.sliding(kept, colours, **look))
+    return plot, "" if len(kept) == len(made) else left
 
 
 def over_layers(found: Analysis, series: Mapping[str, Sequence[float]], title, unit):
-    """Curves over the layers, one for each entry; names are labels, escaped."""
+    """The plot of `curves` over all layers."""
+    return curves([layer_name(name) for name in found.layers], series, title, unit)
+
+
+def curves(
+    where: list[str],
+    series: Mapping[str, Sequence[float]],
+    title: str,
+    unit: str,
+    axis: str = "layer",
+):
+    """The plot of one curve for each entry of `series`; names are labels, escaped."""
     from plotly.graph_objects import Figure
 
     figure = Figure()
-    where = [layer_name(name) for name in found.layers]
     for name, values in series.items():
         figure.add_scatter(
             x=where,
             y=np.asarray(values, np.float32),
             name=name,
             mode="lines+markers",
-            hovertemplate="layer %{x}: %{y:.4g}",
+            hovertemplate=f"{axis} %{{x}}: %{{y:.4g}}",
         )
     style(figure, height=320, title=title)
-    figure.update_xaxes(title_text="layer", type="category")
+    figure.update_xaxes(title_text=axis, type="category")
     figure.update_yaxes(title_text=unit, rangemode="tozero")
     figure.update_layout(showlegend=len(series) > 1)
-    return figure
+    return Plot(figure)
+
+
+def with_domains(found: Analysis, whole: Sequence[float], of_domain) -> dict[str, Any]:
+    """Series of all tokens, and of each domain where the trace has several.
+
+    Args:
+      found: the analysis.
+      whole: the series of all tokens.
+      of_domain: gives the series of a domain from its number.
+    """
+    series = {"all tokens": whole}
+    present = np.flatnonzero(found.tokens_D)
+    if len(present) > 1:
+        names = unique([found.domains[d] for d in present])
+        series |= dict(zip(names, map(of_domain, present), strict=True))
+    return series

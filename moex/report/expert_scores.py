@@ -3,42 +3,46 @@
 D domains · E experts · M markers
 """
 
+import operator
+
 import numpy as np
 
 from moex.analysis.summary import Analysis
 from moex.report import maps
-from moex.report.by_layer import left_out, maps_of, unique, with_rows
-from moex.report.page import Note, Plot, Section, token
+from moex.report.by_layer import layer_maps, unique
+from moex.report.page import Note, Section, token
 
 
 def scores(found: Analysis) -> Section:
     """The section on TCESS and PEU, with domains as tasks."""
-    names = unique(found.domains)
-    figures = []
-    for title, make, colours in (
-        ("Predicted expert utility (PEU)", lambda la: la.peu_DE, None),
-        ("Expected selection score (TCESS)", lambda la: la.tcess_DE, "both signs"),
+    plots = []
+    viridis = {"colorscale": "Viridis", "colorbar": {"title": {"text": "score"}}}
+    tcess = [layer.tcess_DE for layer in found.layers.values()]
+    most = max(float(np.nanmax(np.abs(z_DE), initial=1e-9)) for z_DE in tcess)
+    for title, name, colours in (
+        ("Predicted expert utility (PEU)", "peu_DE", {"zmin": 0} | viridis),
+        (
+            "Expected selection score (TCESS)",
+            "tcess_DE",
+            maps.around_zero("score", most),
+        ),
     ):
-        made = with_rows(maps_of(found, make), names)
-        most = max(float(np.nanmax(np.abs(m.z_RC), initial=1e-9)) for m in made)
-        look = {"zmin": 0, "colorscale": "Viridis"}
-        look |= {"colorbar": {"title": {"text": "score"}}}
-        figure = maps.sliding(
-            made,
-            maps.around_zero("score", most) if colours else look,
+        plot, left = layer_maps(
+            found,
+            operator.attrgetter(name),
+            colours,
+            rows=unique(found.domains),
             title=title,
             axes=("domain", "expert"),
-            slider="layer ",
             told="{row}, expert {column}: {value}",
         )
-        figures.append(Plot(figure))
+        plots.append(plot)
     about = (
         "Mean over a domain's tokens of what the router scores an expert that is among "
         "a token's choices, 0 where it is not (PreMoe): which experts a task needs. "
         "PEU counts scores above the domain's threshold, made positive; TCESS logits."
-        + left_out(made, len(found.layers))
     )
-    return Section("Scores", figures, about)
+    return Section("Scores", plots, about + left)
 
 
 def markers(found: Analysis) -> Section:
@@ -47,14 +51,13 @@ def markers(found: Analysis) -> Section:
     if not found.markers:
         text = "No data: give --token=TOKEN for the experts that go with a token."
         return Section(title, [Note(text)])
-    rows = unique(found.markers)
-    made = with_rows(maps_of(found, lambda la: la.npmi_ME), rows)
-    figure = maps.sliding(
-        made,
+    plot, left = layer_maps(
+        found,
+        operator.attrgetter("npmi_ME"),
         maps.around_zero("nPMI", 1.0),
+        rows=unique(found.markers),
         title="Experts and marker tokens",
         axes=("marker", "expert"),
-        slider="layer ",
         told="{row}, expert {column}: {value}",
     )
     counts = ", ".join(
@@ -64,6 +67,5 @@ def markers(found: Analysis) -> Section:
     about = (
         "Normalised pointwise mutual information (RICE): 1 if an expert is chosen at "
         "the marker and nowhere else, 0 if independent, -1 if never together."
-        + left_out(made, len(found.layers))
     )
-    return Section(title, [Note(f"Occurrences: {counts}."), Plot(figure)], about)
+    return Section(title, [Note(f"Occurrences: {counts}."), plot], about + left)

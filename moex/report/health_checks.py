@@ -4,7 +4,10 @@ Every check is a pure function of what was logged. It returns None where all is 
 and its text states its threshold. Checks of a layer look at the end of the run: the
 last tenth of the log, at least `TAIL` lines, so that one odd batch does not count.
 
-S logged steps, ascending · E experts · D devices
+The argument `where` names the layer in the text; `step_S` are the steps of the
+lines, `load_SE` the share of the slots of each expert (rows sum to 1).
+
+S logged steps, ascending · E experts
 """
 
 from typing import NamedTuple
@@ -42,18 +45,17 @@ def tail(count: int) -> slice:
     return slice(max(0, count - max(TAIL, count // 10)), count)
 
 
-def dead_experts(where: str, step_S, load_SE) -> Finding | None:
-    """Find experts that get next to no tokens at the end of the run, and since when.
+def _end(value_S) -> float:
+    """The mean of a figure over the end of a run."""
+    return float(np.mean(np.asarray(value_S)[tail(len(value_S))]))
 
-    Args:
-      where: the layer, such as "layer 3".
-      step_S: steps of the lines.
-      load_SE: share of the slots of each expert; rows sum to 1.
-    """
+
+def dead_experts(where: str, step_S, load_SE) -> Finding | None:
+    """Find experts that get next to no tokens at the end of the run, and since when."""
     ratio_SE = np.asarray(load_SE) * np.shape(load_SE)[1]
     end_E = np.mean(ratio_SE[tail(len(ratio_SE))], axis=0)
     dead = np.flatnonzero(end_E < DEAD)
-    if len(dead) == 0:
+    if not len(dead):
         return None
     groups: dict[int, list[int]] = {}
     for expert in dead:
@@ -90,20 +92,14 @@ def _percent(share: float) -> str:
 
 
 def collapse(where: str, load_SE) -> Finding | None:
-    """Find a layer where few experts take most of the load at the end of the run.
-
-    Args:
-      where: the layer.
-      load_SE: share of the slots of each expert; rows sum to 1.
-    """
+    """Find a layer where few experts take most of the load at the end of the run."""
     load_E = np.mean(np.asarray(load_SE)[tail(len(load_SE))], axis=0)
     effective = np.exp(-np.sum(load_E * np.log(np.maximum(load_E, 1e-30))))
     count = len(load_E)
     if not effective < EFFECTIVE * count:
         return None
     order = np.argsort(-load_E, kind="stable")
-    most = int(np.searchsorted(np.cumsum(load_E[order]), 0.8)) + 1
-    most = min(most, count)
+    most = min(int(np.searchsorted(np.cumsum(load_E[order]), 0.8)) + 1, count)
     top = sorted(int(e) for e in order[:most])
     return Finding(
         "collapse",
@@ -118,14 +114,11 @@ def collapse(where: str, load_SE) -> Finding | None:
 def saturated(where: str, experts_S, most: int) -> Finding | None:
     """Find a dynamic router that gives every token all experts, or one.
 
-    Args:
-      where: the layer.
-      experts_S: mean experts per token.
-      most: the most experts that a token can have.
+    `most`: the most experts that a token can have.
     """
     if most < 2:
         return None
-    mean = float(np.mean(np.asarray(experts_S)[tail(len(experts_S))]))
+    mean = _end(experts_S)
     if mean > NEAR_ALL * most:
         about = f"near all of {most} (threshold: {_percent(NEAR_ALL)} of them)"
     elif mean < NEAR_ONE:
@@ -140,16 +133,10 @@ def saturated(where: str, experts_S, most: int) -> Finding | None:
 
 
 def entropy_collapse(where: str, entropy_S, num_experts: int) -> Finding | None:
-    """Find a router whose probabilities are nearly one-hot.
-
-    Args:
-      where: the layer.
-      entropy_S: mean entropy of the router's probabilities, nats.
-      num_experts: experts that it chooses among.
-    """
+    """Find a router whose probabilities are nearly one-hot."""
     if num_experts < 2:
         return None
-    mean = float(np.mean(np.asarray(entropy_S)[tail(len(entropy_S))]))
+    mean = _end(entropy_S)
     if not mean < ENTROPY * np.log(num_experts):
         return None
     return Finding(
@@ -163,16 +150,13 @@ def entropy_collapse(where: str, entropy_S, num_experts: int) -> Finding | None:
 def growing_logits(where: str, norm_S, num_experts: int) -> Finding | None:
     """Find router logits that are large and grow: softmax saturates, bfloat16 rounds.
 
-    Args:
-      where: the layer.
-      norm_S: root mean square over tokens of the L2 norm of their logits.
-      num_experts: how many logits a token has.
+    `norm_S`: root mean square over tokens of the L2 norm of their logits.
     """
     norm_S = np.asarray(norm_S, dtype=float)
     if len(norm_S) < 2 * TAIL:
         return None
     early = float(np.mean(norm_S[len(norm_S) // 10 : len(norm_S) // 5 + 1]))
-    late = float(np.mean(norm_S[tail(len(norm_S))]))
+    late = _end(norm_S)
     size = late / np.sqrt(num_experts)
     if not (late > GROWTH * early and size > LOGITS):
         return None
@@ -185,13 +169,7 @@ def growing_logits(where: str, norm_S, num_experts: int) -> Finding | None:
 
 
 def lost_slots(where: str, dropped_S, lost_S=None) -> Finding | None:
-    """Find slots over capacity at the end, or lost between devices at any time.
-
-    Args:
-      where: the layer.
-      dropped_S: share of the slots that were not computed.
-      lost_S: share that found no room on the way to their experts, where known.
-    """
+    """Find slots over capacity at the end, or lost between devices at any time."""
     lost = 0.0 if lost_S is None else float(np.max(np.nan_to_num(lost_S)))
     if lost > 0:
         return Finding(
@@ -200,7 +178,7 @@ def lost_slots(where: str, dropped_S, lost_S=None) -> Finding | None:
             "no room on their way to the experts (threshold: none); raise "
             "config.mesh.exchange_buffer.",
         )
-    mean = float(np.mean(np.asarray(dropped_S)[tail(len(dropped_S))]))
+    mean = _end(dropped_S)
     if not mean > DROPPED:
         return None
     return Finding(
@@ -213,11 +191,9 @@ def lost_slots(where: str, dropped_S, lost_S=None) -> Finding | None:
 def unrouted(where: str, unrouted_S) -> Finding | None:
     """Find tokens that no expert computes at the end of the run.
 
-    Args:
-      where: a layer without zero-computation experts: with them this is intended.
-      unrouted_S: share of the tokens.
+    With zero-computation experts this is intended: do not ask.
     """
-    mean = float(np.mean(np.asarray(unrouted_S)[tail(len(unrouted_S))]))
+    mean = _end(unrouted_S)
     if not mean > UNROUTED:
         return None
     return Finding(
@@ -230,11 +206,9 @@ def unrouted(where: str, unrouted_S) -> Finding | None:
 def uneven_devices(where: str, imbalance_S) -> Finding | None:
     """Find devices that wait for the fullest one.
 
-    Args:
-      where: the layer.
-      imbalance_S: load of the fullest device of the expert axis over the mean, less 1.
+    `imbalance_S`: load of the fullest device of the expert axis over the mean, less 1.
     """
-    mean = float(np.mean(np.asarray(imbalance_S)[tail(len(imbalance_S))]))
+    mean = _end(imbalance_S)
     if not mean > DEVICES:
         return None
     return Finding(
@@ -245,12 +219,7 @@ def uneven_devices(where: str, imbalance_S) -> Finding | None:
 
 
 def skipped_updates(step_S, skipped_S) -> Finding | None:
-    """Find updates that were skipped.
-
-    Args:
-      step_S: steps of the lines.
-      skipped_S: updates skipped so far.
-    """
+    """Find updates that were skipped."""
     skipped_S = np.asarray(skipped_S)
     if len(skipped_S) == 0 or not skipped_S[-1] > 0:
         return None
@@ -263,13 +232,7 @@ def skipped_updates(step_S, skipped_S) -> Finding | None:
 
 
 def not_finite(name: str, step_S, value_S) -> Finding | None:
-    """Find NaN or infinity in a figure.
-
-    Args:
-      name: name of the figure.
-      step_S: steps of the lines.
-      value_S: float[S].
-    """
+    """Find NaN or infinity in a figure."""
     bad = np.flatnonzero(~np.isfinite(np.asarray(value_S, dtype=float)))
     if len(bad) == 0:
         return None
@@ -281,12 +244,7 @@ def not_finite(name: str, step_S, value_S) -> Finding | None:
 
 
 def spikes(step_S, loss_S) -> Finding | None:
-    """Find training losses far above those before.
-
-    Args:
-      step_S: steps of the lines.
-      loss_S: the loss of the task.
-    """
+    """Find training losses far above those before."""
     loss_S = np.asarray(loss_S, dtype=float)
     found = []
     for i in range(BEFORE, len(loss_S)):
@@ -308,12 +266,7 @@ def spikes(step_S, loss_S) -> Finding | None:
 
 
 def divergence(step_S, loss_S) -> Finding | None:
-    """Find a training loss that ends above its lowest mean.
-
-    Args:
-      step_S: steps of the lines.
-      loss_S: the loss of the task.
-    """
+    """Find a training loss that ends above its lowest mean."""
     loss_S = np.asarray(loss_S, dtype=float)
     finite = np.isfinite(loss_S)
     step_S, loss_S = np.asarray(step_S)[finite], loss_S[finite]
@@ -336,10 +289,7 @@ def divergence(step_S, loss_S) -> Finding | None:
 def overfitting(step_S, loss_S, tokens_S) -> Finding | None:
     """Find a held-out loss above that of an earlier evaluation of the same tokens.
 
-    Args:
-      step_S: steps of the evaluations.
-      loss_S: the loss of the task.
-      tokens_S: how many were scored: the last evaluation may score more than others.
+    `tokens_S`: how many were scored: the last evaluation may score more than others.
     """
     step_S, loss_S, tokens_S = map(np.asarray, (step_S, loss_S, tokens_S))
     if len(step_S) == 0:

@@ -4,7 +4,7 @@ R rows · C columns
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,6 +145,25 @@ def sliding(
     figure.update_yaxes(autorange="reversed", automargin=True, **rows)
     figure.update_xaxes(automargin=True, **columns)
     return figure
+
+
+def by_row(rows: Mapping[str, Any], colours: dict, **look) -> Any:
+    """A figure of one heat map: each row has a label, and may be shorter than others.
+
+    Args:
+      rows: float of one dimension by label.
+      colours, look: see `sliding`.
+    """
+    one = Map("", padded(list(rows.values())), list(rows))
+    return sliding([one], colours, slider="", **look)
+
+
+def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of several lengths as one array [R, C], with NaN where one is shorter."""
+    z_RC = np.full((len(rows), max(map(len, rows))), np.nan)
+    for z_C, row in zip(z_RC, rows, strict=True):
+        z_C[: len(row)] = row
+    return z_RC
 
 
 def _small(z_RC) -> np.ndarray:

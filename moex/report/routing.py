@@ -94,15 +94,14 @@ def _labels(routing: Routing, name: str) -> list[str]:
 def load_maps(routing: Routing):
     """The plot of layers x experts at some steps."""
     load, labels = ratios(routing), _labels(routing, "load_frac")
-    width = max(each.shape[1] for each in load)
-    frames = FRAME_NUMBERS // (len(load) * width)
+    frames = FRAME_NUMBERS // maps.padded([ratio_SE[0] for ratio_SE in load]).size
     chosen = downsample.spaced(len(routing.step_S), max(3, min(MOST_FRAMES, frames)))
-    found = []
-    for s in chosen:
-        z_RE = np.full((len(load), width), np.nan, dtype=np.float32)
-        for row, ratio_SE in zip(z_RE, load, strict=True):
-            row[: ratio_SE.shape[1]] = ratio_SE[s]
-        found.append(maps.Map(str(routing.step_S[s]), z_RE, labels))
+    found = [
+        maps.Map(
+            str(routing.step_S[s]), maps.padded([r_SE[s] for r_SE in load]), labels
+        )
+        for s in chosen
+    ]
     return maps.sliding(
         found,
         maps.LOAD,
@@ -218,18 +217,14 @@ def slots(routing: Routing) -> Plot | None:
     have = {r: f["slots_hist"] for r, f in routing.layers.items() if "slots_hist" in f}
     if not have:
         return None
-    width = max(each.shape[1] for each in have.values())
-    z_RK = np.full((len(have), width), np.nan, dtype=np.float32)
-    for row, hist_SK in zip(z_RK, have.values(), strict=True):
-        row[: hist_SK.shape[1]] = hist_SK[-1]
-    if np.all(np.sum(np.nan_to_num(z_RK) > 0, axis=1) <= 1):
+    last = {layer_name(label): hist_SK[-1] for label, hist_SK in have.items()}
+    if all(np.sum(np.nan_to_num(hist_K) > 0) <= 1 for hist_K in last.values()):
         return None
-    figure = maps.sliding(
-        [maps.Map("", z_RK, [layer_name(label) for label in have])],
+    figure = maps.by_row(
+        last,
         maps.share("share of<br>tokens"),
         title=f"Experts per token at step {routing.step_S[-1]}",
         axes=("layer", "experts of a token"),
-        slider="",
         told="layer {row}: {column} experts for {value} of the tokens",
     )
     text = "Share of the tokens of a layer that have so many experts, or more in column"
