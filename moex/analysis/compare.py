@@ -35,20 +35,14 @@ class Estimate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone.
+    """Runs that differ in their seed alone."""
 
-    Attributes:
-      label: the fields that distinguish it from the other groups.
-      runs: one per seed.
-      params, active: the model's parameters: all, and those that a token uses.
-      curves: the curves of each run, by kind.
-    """
-
-    label: str
-    runs: tuple[Run, ...]
+    label: str  # the fields that distinguish it from the other groups
+    runs: tuple[Run, ...]  # one per seed
+    # params, active: the model's parameters: all, and those that a token uses.
     params: int
     active: int
-    curves: tuple[dict[str, Curve], ...]
+    curves: tuple[dict[str, Curve], ...]  # the curves of each run, by kind
 
     def values(self, name: str) -> list:
         """A figure of `figure_names` of each run."""

@@ -16,27 +16,18 @@ MOST_DOMAINS = 10_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerInfo:
-    """One router of the model.
+    """One router of the model."""
 
-    Attributes:
-      layer: absolute number of the layer, from 0; dense layers count.
-      round: round of the chain, from 1; 0 where there is no chain.
-      num_experts: experts that compute. Ids from here on are zero-computation experts.
-      num_choices: E, all that the router chooses among.
-      slots: K, the most experts of a token.
-      router: name of its config, such as "TopK".
-      causal: False where the choice for a token reads later tokens (`ExpertChoice`).
-      capacity_factor: the layer's factor; None: no slot is dropped.
-    """
-
-    layer: int
-    round: int
+    layer: int  # absolute number of the layer, from 0; dense layers count
+    round: int  # round of the chain, from 1; 0 where there is no chain
+    # Experts that compute. Ids from here on are zero-computation experts.
     num_experts: int
-    num_choices: int
-    slots: int
-    router: str
+    num_choices: int  # E, all that the router chooses among
+    slots: int  # K, the most experts of a token
+    router: str  # name of its config, such as "TopK"
+    # False where the choice for a token reads later tokens (`ExpertChoice`).
     causal: bool = True
-    capacity_factor: float | None = None
+    capacity_factor: float | None = None  # the layer's factor; None: no slot is dropped
 
     @property
     def label(self) -> str:
@@ -46,27 +37,17 @@ class LayerInfo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """The header of a trace.
+    """The header of a trace."""
 
-    Attributes:
-      run: the run directory, as it was given.
-      step: step of the checkpoint.
-      layers: every router, in the order of the model.
-      tokenizer: {"fingerprint", "doc_id"}; doc_id is the token between documents.
-      vocabulary: the text of each token id; "" for unused ids.
-      domains: names of the data sources.
-      data: what was read; plain data, for people.
-      logits: whether the logits of all experts are there too.
-    """
-
-    run: str
-    step: int
-    layers: tuple[LayerInfo, ...]
+    run: str  # the run directory, as it was given
+    step: int  # step of the checkpoint
+    layers: tuple[LayerInfo, ...]  # every router, in the order of the model
+    # {"fingerprint", "doc_id"}; doc_id is the token between documents.
     tokenizer: dict[str, Any]
-    vocabulary: tuple[str, ...]
-    domains: tuple[str, ...]
-    data: dict[str, Any]
-    logits: bool = False
+    vocabulary: tuple[str, ...]  # the text of each token id; "" for unused ids
+    domains: tuple[str, ...]  # names of the data sources
+    data: dict[str, Any]  # what was read; plain data, for people
+    logits: bool = False  # whether the logits of all experts are there too
 
     def to_json(self) -> str:
         """The JSON that `from_json` reads."""

@@ -42,25 +42,15 @@ COLOURS = (
 
 
 class Line(NamedTuple):
-    """One line of each panel.
+    """One line of each panel."""
 
-    Attributes:
-      label: the group's label.
-      kind: "train" or "eval".
-      colour: the group's colour.
-      curve: mean over seeds, of what was spent too.
-      half_S: half width of the interval of the loss; None for one seed.
-      has_flops: its FLOPs are of the experts that were used, not expected ones.
-      axis: the title of the loss axis, with its unit.
-    """
-
-    label: str
-    kind: str
-    colour: str
-    curve: Curve
-    half_S: Any
-    has_flops: bool
-    axis: str
+    label: str  # the group's label
+    kind: str  # "train" or "eval"
+    colour: str  # the group's colour
+    curve: Curve  # mean over seeds, of what was spent too
+    half_S: Any  # half width of the interval of the loss; None for one seed
+    has_flops: bool  # its FLOPs are of the experts that were used, not expected ones
+    axis: str  # the title of the loss axis, with its unit
 
     @property
     def name(self) -> str:

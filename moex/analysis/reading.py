@@ -21,16 +21,11 @@ NEEDED = ("tokens_seen", "perf/step_s")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run directory as it was when it was read.
+    """A run directory as it was when it was read."""
 
-    Attributes:
-      path: as it was given.
-      cfg: the resolved run config.
-      lines: lines of metrics.jsonl by kind (`KINDS`) and by step, ascending.
-    """
-
-    path: pathlib.Path
-    cfg: Any
+    path: pathlib.Path  # as it was given
+    cfg: Any  # the resolved run config
+    # Lines of metrics.jsonl by kind (`KINDS`) and by step, ascending.
     lines: dict[str, dict[int, dict]]
 
     @property
@@ -41,19 +36,14 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A loss at some steps, and what the training had spent by then.
+    """A loss at some steps, and what the training had spent by then."""
 
-    Attributes:
-      step_S: optimizer steps done.
-      tokens_S, flops_S, seconds_S: tokens, training FLOPs, wall time of training.
-      loss_S: the figure that the task trains on.
-    """
-
-    step_S: np.ndarray
+    step_S: np.ndarray  # optimizer steps done
+    # tokens_S, flops_S, seconds_S: tokens, training FLOPs, wall time of training.
     tokens_S: np.ndarray
     flops_S: np.ndarray
     seconds_S: np.ndarray
-    loss_S: np.ndarray
+    loss_S: np.ndarray  # the figure that the task trains on
 
     def at(self, step_S: np.ndarray) -> "Curve":
         """The curve at some of its steps."""

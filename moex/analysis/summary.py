@@ -22,95 +22,70 @@ BUCKETS = 33  # buckets of positions, enough for 32 bits
 
 @dataclasses.dataclass(kw_only=True)
 class LayerAnalysis:
-    """One router; int64 counts of kept slots unless it says otherwise.
+    """One router; int64 counts of kept slots unless it says otherwise."""
 
-    Attributes:
-      info: which one.
-      load_E: slots of each expert.
-      gate_E: float64, their summed gates.
-      domain_DE, position_PE: slots of each expert from each domain, each bucket of
-        positions.
-      size_DK: [D, K + 1] tokens of a domain that use 0, 1, ... experts that compute.
-      coactivation_EE: tokens that two experts have in common; the diagonal is the load.
-      vocabulary_E, id_ER, share_ER, count_ER: specialisation_E and so on of
-        `statistics.vocabulary_figures`; ids are token ids, of the `Analysis.num_ids`
-        that were counted.
-      count_E: slots of tokens with these ids.
-      tcess_DE, peu_DE, threshold_D: from `scores.score_sums` per token, with domains as
-        tasks, and the adaptive threshold of PEU.
-      hits_ME: tokens that are a marker and have the expert.
-      npmi_ME: float64, of `scores.npmi`.
-    """
-
-    info: LayerInfo
-    load_E: np.ndarray
-    gate_E: np.ndarray
+    info: LayerInfo  # which one
+    load_E: np.ndarray  # slots of each expert
+    gate_E: np.ndarray  # float64, their summed gates
+    # domain_DE, position_PE: slots of each expert from each domain, each bucket of
+    # positions.
     domain_DE: np.ndarray
     position_PE: np.ndarray
+    # [D, K + 1] tokens of a domain that use 0, 1, ... experts that compute.
     size_DK: np.ndarray
+    # Tokens that two experts have in common; the diagonal is the load.
     coactivation_EE: np.ndarray
+    # vocabulary_E, id_ER, share_ER, count_ER: specialisation_E and so on of
+    # `statistics.vocabulary_figures`; ids are token ids, of the `Analysis.num_ids` that
+    # were counted.
     vocabulary_E: np.ndarray
-    count_E: np.ndarray
+    count_E: np.ndarray  # slots of tokens with these ids
     id_ER: np.ndarray
     share_ER: np.ndarray
     count_ER: np.ndarray
+    # tcess_DE, peu_DE, threshold_D: from `scores.score_sums` per token, with domains as
+    # tasks, and the adaptive threshold of PEU.
     tcess_DE: np.ndarray
     peu_DE: np.ndarray
     threshold_D: np.ndarray
-    hits_ME: np.ndarray
-    npmi_ME: np.ndarray
+    hits_ME: np.ndarray  # tokens that are a marker and have the expert
+    npmi_ME: np.ndarray  # float64, of `scores.npmi`
 
 
 @dataclasses.dataclass(kw_only=True)
 class Step:
-    """The step from one router to the next one in the model; int64 counts of tokens.
+    """The step from one router to the next one in the model; int64 counts of tokens."""
 
-    Attributes:
-      source, target: their labels.
-      kind: "round" inside a chain, else "layer".
-      top_AB: tokens by their experts of greatest gate.
-      pairs_AB: tokens that have expert a there and b here, of all slots.
-    """
-
+    # source, target: their labels.
     source: str
     target: str
-    kind: str
-    top_AB: np.ndarray
-    pairs_AB: np.ndarray
+    kind: str  # "round" inside a chain, else "layer"
+    top_AB: np.ndarray  # tokens by their experts of greatest gate
+    pairs_AB: np.ndarray  # tokens that have expert a there and b here, of all slots
 
 
 @dataclasses.dataclass(kw_only=True)
 class Analysis:
-    """The result of `analyse`.
+    """The result of `analyse`."""
 
-    Attributes:
-      run, step: the run and the step that were traced.
-      num_tokens: N.
-      domains: names of the D domains.
-      tokens_D, tokens_P, tokens_V: int64, tokens of each domain, bucket of positions,
-        token id.
-      positions: the P buckets for people, such as "4-7".
-      markers: the markers as they were given; marker_ids: their token ids.
-      num_ids: how many token ids were counted one by one.
-      vocabulary: the text of each token id.
-      layers: by label, in the order of the model.
-      steps: between routers that follow each other.
-    """
-
+    # run, step: the run and the step that were traced.
     run: str
     step: int
-    num_tokens: int
-    domains: tuple[str, ...]
+    num_tokens: int  # N
+    domains: tuple[str, ...]  # names of the D domains
+    # tokens_D, tokens_P, tokens_V: int64, tokens of each domain, bucket of positions,
+    # token id.
     tokens_D: np.ndarray
     tokens_P: np.ndarray
     tokens_V: np.ndarray
-    positions: tuple[str, ...]
+    positions: tuple[str, ...]  # the P buckets for people, such as "4-7"
+    # The markers as they were given; marker_ids: their token ids.
     markers: tuple[str, ...]
     marker_ids: np.ndarray
-    num_ids: int
-    vocabulary: tuple[str, ...]
-    layers: dict[str, LayerAnalysis]
-    steps: list[Step]
+    num_ids: int  # how many token ids were counted one by one
+    vocabulary: tuple[str, ...]  # the text of each token id
+    layers: dict[str, LayerAnalysis]  # by label, in the order of the model
+    steps: list[Step]  # between routers that follow each other
 
 
 def analyse(

@@ -31,23 +31,15 @@ VALUES = ("gate", "logit", "prob")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The tokens of a chunk; int32[N] each, no padding.
+    """The tokens of a chunk; int32[N] each, no padding."""
 
-    Attributes:
-      example_N: the sequence, numbered through the trace from 0.
-      position_N: inside the document, from 0.
-      document_N: a document inside a sequence, numbered through the trace from 0. A
-        document that goes on in the next sequence is another one there: attention does
-        not look back.
-      token_N: token ids.
-      domain_N: index into `Header.domains`.
-    """
-
-    example_N: np.ndarray
-    position_N: np.ndarray
+    example_N: np.ndarray  # the sequence, numbered through the trace from 0
+    position_N: np.ndarray  # inside the document, from 0
+    # A document inside a sequence, numbered through the trace from 0. A document that
+    # goes on in the next sequence is another one there: attention does not look back.
     document_N: np.ndarray
-    token_N: np.ndarray
-    domain_N: np.ndarray
+    token_N: np.ndarray  # token ids
+    domain_N: np.ndarray  # index into `Header.domains`
 
     def __len__(self) -> int:
         return len(self.token_N)
@@ -60,22 +52,16 @@ class Slots:
     Kept slots may stand anywhere in a written row, and come first in a read one. Their
     order is that of the router: best first, or by expert number where experts choose.
     Slots that are not kept are 0.
-
-    Attributes:
-      expert_NK: int32 in [0, E).
-      keep_NK: bool, the slot is used.
-      gate_NK: float32 weight of the expert's output.
-      logit_NK: float32 router logit, before normalisation, selection bias and noise.
-      prob_NK: float32 normalised score; over all experts of a token they sum to 1.
-      logits_NE: float32 logits of all experts, or None.
     """
 
-    expert_NK: np.ndarray
-    keep_NK: np.ndarray
-    gate_NK: np.ndarray | None = None
+    expert_NK: np.ndarray  # int32 in [0, E)
+    keep_NK: np.ndarray  # bool, the slot is used
+    gate_NK: np.ndarray | None = None  # float32 weight of the expert's output
+    # float32 router logit, before normalisation, selection bias and noise.
     logit_NK: np.ndarray | None = None
+    # float32 normalised score; over all experts of a token they sum to 1.
     prob_NK: np.ndarray | None = None
-    logits_NE: np.ndarray | None = None
+    logits_NE: np.ndarray | None = None  # float32 logits of all experts, or None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

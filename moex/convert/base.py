@@ -16,22 +16,16 @@ from moex.convert import kinds as folder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversion(abc.ABC):
-    """One change of a trained model; its options are the fields.
+    """One change of a trained model; its options are the fields."""
 
-    Attributes:
-      kind: the name for `moex convert --to=KIND`.
-      about: what it does, for the help, from "KIND: " on.
-      flags: {name: keywords of `add_argument`} of its options; no two kinds have a flag
-        of one name.
-      needed: {flag that must be given: why}.
-      may_follow: kinds that one command may apply before this one: those of which it
-        gives a flag, in this order.
-    """
-
-    kind: ClassVar[str]
-    about: ClassVar[str]
+    kind: ClassVar[str]  # the name for `moex convert --to=KIND`
+    about: ClassVar[str]  # what it does, for the help, from "KIND: " on
+    # {name: keywords of `add_argument`} of its options; no two kinds have a flag of one
+    # name.
     flags: ClassVar[dict[str, dict[str, Any]]] = {}
-    needed: ClassVar[dict[str, str]] = {}
+    needed: ClassVar[dict[str, str]] = {}  # {flag that must be given: why}
+    # Kinds that one command may apply before this one: those of which it gives a flag,
+    # in this order.
     may_follow: ClassVar[tuple[str, ...]] = ()
 
     @classmethod

@@ -22,39 +22,29 @@ GAUGE_FLOOR = 1e-3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Factoring:
-    """How experts are factored.
+    """How experts are factored."""
 
-    Attributes:
-      latent: width Z of a shared space, 1 <= latent <= D.
-      group: experts n that share a space; the last group may be smaller.
-      rank: rank to which each expert is cut first (the paper's phase 1), at least 1;
-        more than min(D, F) is all. None: not cut, which is never worse.
-      refit: own factors from the weights before the cut; without a cut no difference.
-      gauge: "balanced" or "experts": see `balance`.
-    """
-
-    latent: int
-    group: int
+    latent: int  # width Z of a shared space, 1 <= latent <= D
+    group: int  # experts n that share a space; the last group may be smaller
+    # Rank to which each expert is cut first (the paper's phase 1), at least 1; more
+    # than min(D, F) is all. None: not cut, which is never worse.
     rank: int | None = None
+    # Own factors from the weights before the cut; without a cut no difference.
     refit: bool = False
-    gauge: str = "balanced"
+    gauge: str = "balanced"  # "balanced" or "experts": see `balance`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FactorError:
-    """The errors of one group, as shares of the norm of its weights.
+    """The errors of one group, as shares of the norm of its weights."""
 
-    Attributes:
-      error: |W - B A| / |W|, Frobenius norms over all experts of the group.
-      tail: root of the sum of the squared singular values dropped from the shared
-        space, over the norm of what was factored. Without a cut it is `error`; with
-        whitening `output_error`, up to the ridge.
-      output_error: root of the mean square of x (W - B A) over that of x W, for inputs
-        with the second moment given; None without one.
-    """
-
-    error: float
+    error: float  # |W - B A| / |W|, Frobenius norms over all experts of the group
+    # Root of the sum of the squared singular values dropped from the shared space, over
+    # the norm of what was factored. Without a cut it is `error`; with whitening
+    # `output_error`, up to the ridge.
     tail: float
+    # Root of the mean square of x (W - B A) over that of x W, for inputs with the
+    # second moment given; None without one.
     output_error: float | None = None
 
 

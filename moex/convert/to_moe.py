@@ -24,23 +24,14 @@ from moex.nn.mlp import Dense
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Copies of an old segment that are a segment of the new model.
+    """Copies of an old segment that are a segment of the new model."""
 
-    Attributes:
-      segment: number of the old segment.
-      first: copy that it begins with.
-      period: copies that are one pattern of the new segment.
-      repeat: copies of the new segment.
-      upcycled: for each of its blocks whether it becomes an MoE layer.
-      number: number of its first layer in the model.
-    """
-
-    segment: int
-    first: int
-    period: int
-    repeat: int
-    upcycled: tuple[bool, ...]
-    number: int
+    segment: int  # number of the old segment
+    first: int  # copy that it begins with
+    period: int  # copies that are one pattern of the new segment
+    repeat: int  # copies of the new segment
+    upcycled: tuple[bool, ...]  # for each of its blocks whether it becomes an MoE layer
+    number: int  # number of its first layer in the model
 
     def copies(self, block: int) -> slice:
         """Where the copies of new block `block` are among those of the old one."""

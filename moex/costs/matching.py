@@ -24,16 +24,12 @@ MEASURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A model of nearly the cost of another.
+    """A model of nearly the cost of another."""
 
-    Attributes:
-      model: the config with other hidden widths.
-      hidden: the new width by path, such as "model.layers[0].pattern[0].hidden".
-      cost, target: cost of `model` and of the other one, in units of the measure.
-    """
-
-    model: Model
+    model: Model  # the config with other hidden widths
+    # The new width by path, such as "model.layers[0].pattern[0].hidden".
     hidden: dict[str, int]
+    # cost, target: cost of `model` and of the other one, in units of the measure.
     cost: float
     target: float
 

@@ -33,19 +33,12 @@ HEADS = (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kind of layer, or one part of the model that is no layer.
+    """One kind of layer, or one part of the model that is no layer."""
 
-    Attributes:
-      name: name of the part; empty for layers.
-      kind: a description of the feed-forward.
-      layers: absolute numbers of the layers that this row describes.
-      figures: those of ONE such layer, by name of `FIGURES`; FLOPs and activations per
-        token.
-    """
-
-    name: str
-    kind: str
-    layers: tuple[int, ...]
+    name: str  # name of the part; empty for layers
+    kind: str  # a description of the feed-forward
+    layers: tuple[int, ...]  # absolute numbers of the layers that this row describes
+    # Those of ONE such layer, by name of `FIGURES`; FLOPs and activations per token.
     figures: dict[str, float]
 
     @property

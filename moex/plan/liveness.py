@@ -70,18 +70,13 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """A jaxpr with its calls put in place.
+    """A jaxpr with its calls put in place."""
 
-    Attributes:
-      operations: in order.
-      inputs, outputs: values; inputs are the caller's memory.
-      sizes: bytes of each value, over all devices.
-    """
-
-    operations: list[Operation]
+    operations: list[Operation]  # in order
+    # inputs, outputs: values; inputs are the caller's memory.
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    sizes: dict[int, int]
+    sizes: dict[int, int]  # bytes of each value, over all devices
 
 
 def graph(function, *args) -> Graph:
@@ -181,14 +176,10 @@ def _bytes(aval) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """The values that are alive while one operation of a graph runs.
+    """The values that are alive while one operation of a graph runs."""
 
-    Attributes:
-      name: name of the operation.
-      bytes: bytes of these values and of the working memory of the operation's body.
-    """
-
-    name: str
+    name: str  # of the operation
+    # Bytes of these values and of the working memory of the operation's body.
     bytes: float
 
 

@@ -27,29 +27,23 @@ from moex.train.job import Training
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device.
+    """Bytes on one device."""
 
-    Attributes:
-      params, optimizer: these parts of the train state.
-      other_state: router state, and the counters of the update guard.
-      batch: the token arrays of one step.
-      gradients: those of the parameters; twice with microbatches: their sum is kept.
-      gathered: one layer's weights in the compute dtype, whole along `fsdp`, and their
-        gradients; of the embedding and logits if these are larger. Without
-        recomputation the weights of all layers, as far as they are copies.
-      kept: values that the forward pass keeps for the backward pass, with the logits.
-      working: values alive besides those at the worst moment of the two passes.
-      update: values that the optimizer needs besides gradients and state, at its worst.
-    """
-
+    # params, optimizer: these parts of the train state.
     params: int
     optimizer: int
-    other_state: int
-    batch: int
+    other_state: int  # router state, and the counters of the update guard
+    batch: int  # the token arrays of one step
+    # Those of the parameters; twice with microbatches: their sum is kept.
     gradients: int
+    # One layer's weights in the compute dtype, whole along `fsdp`, and their gradients;
+    # of the embedding and logits if these are larger. Without recomputation the weights
+    # of all layers, as far as they are copies.
     gathered: int
+    # Values that the forward pass keeps for the backward pass, with the logits.
     kept: float
-    working: float
+    working: float  # values alive besides those at the worst moment of the two passes
+    # Values that the optimizer needs besides gradients and state, at its worst.
     update: float
 
     @property

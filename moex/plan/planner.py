@@ -32,30 +32,19 @@ class Carried:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The needs of one run on a topology.
+    """The needs of one run on a topology."""
 
-    Attributes:
-      topology: the devices.
-      mesh: sizes of the axes.
-      num_params, active_params: all parameters, and those that one token uses.
-      tokens: tokens per optimizer step.
-      flops_per_token: forward and backward, without recomputation.
-      recompute_flops: those per token that recomputation adds.
-      setting: how it is computed: dtype, remat, kernels.
-      memory: the memory of one device.
-      carried: the traffic of the axes, per optimizer step.
-    """
-
-    topology: Topology
-    mesh: dict[str, int]
+    topology: Topology  # the devices
+    mesh: dict[str, int]  # sizes of the axes
+    # num_params, active_params: all parameters, and those that one token uses.
     num_params: int
     active_params: int
-    tokens: int
-    flops_per_token: float
-    recompute_flops: float
-    setting: dict
-    memory: Memory
-    carried: tuple[Carried, ...]
+    tokens: int  # tokens per optimizer step
+    flops_per_token: float  # forward and backward, without recomputation
+    recompute_flops: float  # those per token that recomputation adds
+    setting: dict  # how it is computed: dtype, remat, kernels
+    memory: Memory  # the memory of one device
+    carried: tuple[Carried, ...]  # the traffic of the axes, per optimizer step
 
     @property
     def fits(self) -> bool | None:

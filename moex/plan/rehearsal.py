@@ -45,27 +45,21 @@ class DoesNotFit(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """The compiler's figures of one train step.
+    """The compiler's figures of one train step."""
 
-    Attributes:
-      lower_seconds, compile_seconds: of lowering and compiling, on this machine.
-      host_bytes: most memory that this process used.
-      state_bytes: bytes of the train state on one device, by the shapes in the program.
-      argument_bytes: train state and batch on one device as they lie in memory: a TPU
-        keeps arrays in tiles, so that a scalar takes 512 bytes.
-      peak_bytes: most memory at any time on one device.
-      temp_bytes: bytes of buffers that are neither arguments nor results.
-      collectives: number by kind in the program's text, which has the body of a scan
-        once however often it runs.
-    """
-
+    # lower_seconds, compile_seconds: of lowering and compiling, on this machine.
     lower_seconds: float
     compile_seconds: float
-    host_bytes: int
+    host_bytes: int  # most memory that this process used
+    # Bytes of the train state on one device, by the shapes in the program.
     state_bytes: int
+    # Train state and batch on one device as they lie in memory: a TPU keeps arrays in
+    # tiles, so that a scalar takes 512 bytes.
     argument_bytes: int
-    peak_bytes: int
-    temp_bytes: int
+    peak_bytes: int  # most memory at any time on one device
+    temp_bytes: int  # bytes of buffers that are neither arguments nor results
+    # Number by kind in the program's text, which has the body of a scan once however
+    # often it runs.
     collectives: dict[str, int]
 
     def to_dict(self) -> dict:

@@ -22,25 +22,18 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One kind of device; bytes, and bytes per second one way.
-
-    Attributes:
-      device_kind: JAX's name for it.
-      memory: bytes that a program may use; None: not known.
-      memory_rate: rate of the device's memory; None: not known.
-      link: rate of one link of the torus (TPU), or of one device into NVLink (GPU).
-      network: rate of one device into the network between slices or nodes.
-      dims: dimensions of the torus of a TPU slice; 0: there is none.
-      ring: a whole dimension is closed to a ring if its chips are a multiple of this.
-    """
+    """One kind of device; bytes, and bytes per second one way."""
 
     platform: str
-    device_kind: str
-    memory: float | None = None
-    memory_rate: float | None = None
+    device_kind: str  # JAX's name for it
+    memory: float | None = None  # bytes that a program may use; None: not known
+    memory_rate: float | None = None  # rate of the device's memory; None: not known
+    # Rate of one link of the torus (TPU), or of one device into NVLink (GPU).
     link: float | None = None
+    # Rate of one device into the network between slices or nodes.
     network: float | None = None
-    dims: int = 0
+    dims: int = 0  # dimensions of the torus of a TPU slice; 0: there is none
+    # A whole dimension is closed to a ring if its chips are a multiple of this.
     ring: int = 0
 
 
@@ -125,19 +118,12 @@ FORMS = {"tpu": "v5e:16x16 or v5p:4x4x4", "gpu": "h100:8x4", "cpu": "cpu:8"}
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices of one kind and how they are connected.
+    """Devices of one kind and how they are connected."""
 
-    Attributes:
-      name: as the user wrote it.
-      kind: a key of `CHIPS`.
-      shape: shape of one slice; GPUs: (devices of a node, nodes).
-      slices: number of TPU slices; the data-centre network connects them.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    slices: int = 1
+    name: str  # as the user wrote it
+    kind: str  # a key of `CHIPS`
+    shape: tuple[int, ...]  # shape of one slice; GPUs: (devices of a node, nodes)
+    slices: int = 1  # number of TPU slices; the data-centre network connects them
 
     @property
     def chip(self) -> Chip:

@@ -29,19 +29,12 @@ SLOT_BYTES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """The bytes of one kind that one axis carries in one optimizer step.
-
-    Attributes:
-      axis: axis of the mesh.
-      what: a description for people.
-      received: bytes that one device receives.
-      exchange: each device's bytes are its own (all-to-all).
-    """
+    """The bytes of one kind that one axis carries in one optimizer step."""
 
     axis: str
-    what: str
-    received: float
-    exchange: bool = False
+    what: str  # a description for people
+    received: float  # bytes that one device receives
+    exchange: bool = False  # each device's bytes are its own (all-to-all)
 
 
 def traffic(program: Training) -> list[Traffic]:

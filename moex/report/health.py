@@ -29,17 +29,11 @@ LINES = 3  # training lines that per-layer checks need; with fewer, evaluations 
 
 @dataclasses.dataclass(frozen=True)
 class Health:
-    """The result of the checks.
+    """The result of the checks."""
 
-    Attributes:
-      findings: all of them.
-      checked: the checks that were made.
-      unchecked: the checks that could not be made, and why.
-    """
-
-    findings: tuple[Finding, ...]
-    checked: tuple[str, ...]
-    unchecked: tuple[str, ...]
+    findings: tuple[Finding, ...]  # all of them
+    checked: tuple[str, ...]  # the checks that were made
+    unchecked: tuple[str, ...]  # the checks that could not be made, and why
 
     @property
     def groups(self) -> dict[str, list[str]]:

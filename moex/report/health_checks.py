@@ -29,15 +29,10 @@ WORSE = 0.01  # rise of held-out loss over its best, as a share of it
 
 
 class Finding(NamedTuple):
-    """Something that a person should know.
+    """Something that a person should know."""
 
-    Attributes:
-      kind: what it is about, such as "dead experts".
-      text: all of it, in words.
-    """
-
-    kind: str
-    text: str
+    kind: str  # what it is about, such as "dead experts"
+    text: str  # all of it, in words
 
 
 def tail(count: int) -> slice:

@@ -63,20 +63,13 @@ def around_zero(what: str, most: float) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Map:
-    """One position of the slider.
+    """One position of the slider."""
 
-    Attributes:
-      name: name of the position.
-      z_RC: float, NaN for blanks.
-      rows: labels; None: numbers from 0.
-      columns: labels or numbers; None: numbers from 0.
-      about_RC: values to show for a cell in place of its colour's number.
-    """
-
-    name: str
-    z_RC: np.ndarray
-    rows: Sequence[Any] | None = None
-    columns: Sequence[Any] | None = None
+    name: str  # name of the position
+    z_RC: np.ndarray  # float, NaN for blanks
+    rows: Sequence[Any] | None = None  # labels; None: numbers from 0
+    columns: Sequence[Any] | None = None  # labels or numbers; None: numbers from 0
+    # Values to show for a cell in place of its colour's number.
     about_RC: np.ndarray | None = None
 
 

@@ -19,23 +19,17 @@ from moex.runs.lines import Routing, read_metrics, read_routing
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """A run directory as it was when it was read.
+    """A run directory as it was when it was read."""
 
-    Attributes:
-      path: as it was given.
-      cfg: the resolved run config.
-      cost: parameters and FLOPs; None if the config leaves the vocabulary open.
-      lines: lines of metrics.jsonl by kind and by step, ascending; resumed steps once.
-      routing: figures by kind, "train" and "eval", of the kinds that were logged.
-      environment: one entry per start of the run.
-    """
-
-    path: pathlib.Path
-    cfg: Any
+    path: pathlib.Path  # as it was given
+    cfg: Any  # the resolved run config
+    # Parameters and FLOPs; None if the config leaves the vocabulary open.
     cost: Cost | None
+    # Lines of metrics.jsonl by kind and by step, ascending; resumed steps once.
     lines: dict[str, dict[int, dict]]
+    # Figures by kind, "train" and "eval", of the kinds that were logged.
     routing: dict[str, Routing]
-    environment: list[dict]
+    environment: list[dict]  # one entry per start of the run
 
     def series(self, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         """`(step_S, float64[S])` of a figure in the lines of a kind that have it."""

@@ -41,21 +41,13 @@ class Verbatim:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of text; the first column is text too, numbers are right-aligned.
+    """Rows of text; the first column is text too, numbers are right-aligned."""
 
-    Attributes:
-      head: names of the columns.
-      rows: cells; a number is a str already.
-      caption: what the table shows.
-      words: indices of the columns that hold words, not numbers.
-      title: title of a table that is closed until somebody opens it.
-    """
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-    words: Sequence[int] = (0,)
-    title: str = ""
+    head: Sequence[str]  # names of the columns
+    rows: Sequence[Sequence[str]]  # cells; a number is a str already
+    caption: str = ""  # what the table shows
+    words: Sequence[int] = (0,)  # indices of the columns that hold words, not numbers
+    title: str = ""  # title of a table that is closed until somebody opens it
     kind: str = "table"
 
 
@@ -78,17 +70,11 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page.
+    """A part of the page."""
 
-    Attributes:
-      title: also of its entry in the table of contents.
-      parts: the parts that it shows, in order.
-      about: what it is and how to read it.
-    """
-
-    title: str
-    parts: Sequence[Any]
-    about: str = ""
+    title: str  # also of its entry in the table of contents
+    parts: Sequence[Any]  # the parts that it shows, in order
+    about: str = ""  # what it is and how to read it
 
     @property
     def anchor(self) -> str:

@@ -19,25 +19,15 @@ MOST_CURVES = 64  # curves in one plot; nobody can tell more apart
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One plot: figures of training lines, and of evaluations, over steps.
-
-    Attributes:
-      title: title of the plot.
-      unit: unit of its vertical axis.
-      names: names of figures; one that ends with "*" is a prefix.
-      kinds: kinds of lines.
-      log: whether the vertical axis is logarithmic.
-      scale: factor on the values.
-      missing: why there may be no data.
-    """
+    """One plot: figures of training lines, and of evaluations, over steps."""
 
     title: str
-    unit: str
-    names: Sequence[str]
-    kinds: Sequence[str] = ("train",)
-    log: bool = False
-    scale: float = 1.0
-    missing: str = "not logged"
+    unit: str  # unit of its vertical axis
+    names: Sequence[str]  # names of figures; one that ends with "*" is a prefix
+    kinds: Sequence[str] = ("train",)  # kinds of lines
+    log: bool = False  # whether the vertical axis is logarithmic
+    scale: float = 1.0  # factor on the values
+    missing: str = "not logged"  # why there may be no data
 
 
 BOTH = ("train", "eval")

@@ -141,17 +141,13 @@ def _kind_and_step(line: dict, where: str) -> tuple[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """The per-layer figures of logged steps of one kind.
+    """The per-layer figures of logged steps of one kind."""
 
-    Attributes:
-      step_S: int64[S].
-      layers: by label ("003", or "003.1" for the first round of a chain) and name of
-        the figure: float32[S, ...], NaN where a line does not have it.
-      read, there: the number of lines that were read, and that the file has.
-    """
-
-    step_S: np.ndarray
+    step_S: np.ndarray  # int64[S]
+    # By label ("003", or "003.1" for the first round of a chain) and name of the
+    # figure: float32[S, ...], NaN where a line does not have it.
     layers: dict[str, dict[str, np.ndarray]]
+    # read, there: the number of lines that were read, and that the file has.
     read: int
     there: int
 

@@ -37,31 +37,20 @@ RECIPE = "launch/slurm.sbatch"
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One run of a sweep.
+    """One run of a sweep."""
 
-    Attributes:
-      name: the name of its folder.
-      overrides: `--config.a.b=value` of the fields that are swept.
-      steps: how many steps it trains.
-    """
-
-    name: str
-    overrides: tuple[str, ...]
-    steps: int
+    name: str  # the name of its folder
+    overrides: tuple[str, ...]  # `--config.a.b=value` of the fields that are swept
+    steps: int  # how many steps it trains
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A checked sweep.
+    """A checked sweep."""
 
-    Attributes:
-      base: the config without the swept values, as plain data.
-      grid: the values as text, by field.
-      points: the points in order; the last field of the grid changes fastest.
-    """
-
-    base: Any
-    grid: dict[str, tuple[str, ...]]
+    base: Any  # the config without the swept values, as plain data
+    grid: dict[str, tuple[str, ...]]  # the values as text, by field
+    # The points in order; the last field of the grid changes fastest.
     points: tuple[Point, ...]
 
 

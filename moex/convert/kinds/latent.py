@@ -13,17 +13,7 @@ from moex.convert.base import Conversion
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToLatent(Conversion):
-    """Latent experts in every MoE layer.
-
-    Attributes:
-      group: experts that share a space, >= 1.
-      latent: width Z of the shared spaces; None: the width of the experts.
-      ops: which of "gate", "up", "down" are factored.
-      rank: see `Factoring`.
-      refit: see `Factoring`.
-      calibration: training sequences whose second moments whiten the inputs of gate
-        and up; 0: plain weights.
-    """
+    """Latent experts in every MoE layer."""
 
     kind = "latent"
     about = (
@@ -52,11 +42,14 @@ class ToLatent(Conversion):
     needed = {"group": "how many experts share a projection?"}
     may_follow = ("moe",)
 
-    group: int
+    group: int  # experts that share a space, >= 1
+    # Width Z of the shared spaces; None: the width of the experts.
     latent: int | None = None
-    ops: tuple[str, ...] = ("gate", "up")
-    rank: int | None = None
-    refit: bool = False
+    ops: tuple[str, ...] = ("gate", "up")  # which of "gate", "up", "down" are factored
+    rank: int | None = None  # see `Factoring`
+    refit: bool = False  # see `Factoring`
+    # Training sequences whose second moments whiten the inputs of gate and up; 0: plain
+    # weights.
     calibration: int = 0
 
     @classmethod

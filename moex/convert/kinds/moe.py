@@ -21,20 +21,6 @@ class Upcycle(Conversion):
     The new layer has `experts` copies of the dense one, of which a token uses `k`. Each
     copy is cut into `split` slices of width F / split, which are the experts: it has
     experts * split of them, k * split per token. Its FLOPs are those of k dense ones.
-
-    Attributes:
-      experts: copies C, >= 1.
-      k: copies that a token uses, in [1, experts].
-      split: slices g of a copy, a divisor of F.
-      noise: standard deviation of the noise on every weight of the experts, over
-        that of its matrix; >= 0.
-      reinit: share of the hidden columns of every expert that is drawn again, in
-        [0, 1].
-      scale: where to put the factor g that makes up for too small gates: on the
-        "gates" (`TopK.scale`; the weights are those of the dense layer), or on the
-        output "weights" (no factor in the router).
-      layers: "all", "every:N", "last:N", or numbers, "0,3": see `chosen_layers`.
-      seed: seed of routers, noise and columns, >= 0.
     """
 
     kind = "moe"
@@ -65,14 +51,21 @@ class Upcycle(Conversion):
     }
     needed = dict.fromkeys(("experts", "k"), "dense layers need it.")
 
-    experts: int
-    k: int
-    split: int = 1
+    experts: int  # copies C, >= 1
+    k: int  # copies that a token uses, in [1, experts]
+    split: int = 1  # slices g of a copy, a divisor of F
+    # Standard deviation of the noise on every weight of the experts, over that of its
+    # matrix; >= 0.
     noise: float = 0.0
+    # Share of the hidden columns of every expert that is drawn again, in [0, 1].
     reinit: float = 0.0
+    # Where to put the factor g that makes up for too small gates: on the "gates"
+    # (`TopK.scale`; the weights are those of the dense layer), or on the output
+    # "weights" (no factor in the router).
     scale: str = "gates"
+    # "all", "every:N", "last:N", or numbers, "0,3": see `chosen_layers`.
     layers: str = "all"
-    seed: int = 0
+    seed: int = 0  # seed of routers, noise and columns, >= 0
 
     @property
     def exact(self) -> bool:
