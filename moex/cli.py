@@ -12,6 +12,7 @@ import sys
 
 from moex import commands, process, project
 from moex.allocator import keep_memory
+from moex.cache import keep_programs
 from moex.commands.arguments import add_project
 from moex.config.base import ConfigError, nearest
 
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if alone:
             keep_memory()
+            keep_programs()
         rest, config_args = split_config_args(argv)
         args = make_parser(rest).parse_args(rest)
         project.use(args.project)

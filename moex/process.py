@@ -84,8 +84,11 @@ def quiet() -> None:
     show = warnings.showwarning
 
     def showwarning(message, category, *where, **options):
+        text = str(message)
         if issubclass(category, ConfigWarning):
-            say(str(message), "warning")
+            say(text, "warning")
+        elif "persistent compilation cache" in text:  # a full disk, a damaged file
+            say(f"{text.splitlines()[0][:200]}; see `moex cache`", "warning")
         else:
             show(message, category, *where, **options)
 

@@ -24,7 +24,7 @@ FLOORS = (
     {"__init__", "numbers", "terminal"},
     {"config", "json_files", "project"},
     {"allocator", "cluster"},
-    {"process"},
+    {"cache", "process"},
     {"data", "sharding"},
     {"nn"},
     {"moe"},

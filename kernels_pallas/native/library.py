@@ -171,6 +171,12 @@ def weight_pieces(num_floats) -> int:
     return max(1, min(most, MOST_FLOATS // num_floats))
 
 
+def cache_path() -> pathlib.Path:
+    """The path of the folder of libraries; raises RuntimeError if there is no home."""
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache, "moex", "native").absolute()
+
+
 def _cache_folder():
     """Open the folder of libraries; None, with a warning, if it cannot be used.
 
@@ -179,8 +185,7 @@ def _cache_folder():
     from kernels_pallas.native import private
 
     try:
-        cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        return private.open_folder(pathlib.Path(cache, "moex", "native").absolute())
+        return private.open_folder(cache_path())
     except private.Refused as error:
         warnings.warn(
             f"{error}: the library of implementation 'native' is compiled anew in each "

@@ -35,13 +35,6 @@ class Made(NamedTuple):
     manifest: dict[str, Any]
 
 
-def cache_root(directory: str | None) -> Path:
-    """The cache directory: the given one, or $MOEX_CACHE, or ~/.cache/moex."""
-    return Path(
-        directory or os.environ.get("MOEX_CACHE") or Path.home() / ".cache" / "moex"
-    ).expanduser()
-
-
 def scan(source, where: str, say=None) -> dict[str, Any]:
     """Read the names, sizes and hashes of a source's files, and one hash of it all.
 

@@ -8,6 +8,7 @@ Shapes: L length.
 import dataclasses
 from collections.abc import Iterator
 
+from moex.cache import root as cache_root
 from moex.config.base import ConfigError, check, require
 from moex.data import cache
 from moex.data.batches import Datasets, Reading
@@ -91,7 +92,7 @@ def prepare(
     )
     require(seq_len >= 1, "seq_len", seq_len, ">= 1")
     require(0 <= overlap < seq_len, "overlap", overlap, f"in [0, seq_len={seq_len})")
-    root = cache.cache_root(config.cache_dir)
+    root = cache_root(config.cache_dir)
     named = [(f"{where}.sources[{i}]", s) for i, s in enumerate(config.sources)]
     if not scoring:
         check_shared(named, log)
