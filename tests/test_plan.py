@@ -20,7 +20,7 @@ from moex.moe.routers.topk import Groups, TopK
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.plan import advice as advices
-from moex.plan import liveness, rehearsal, topology
+from moex.plan import liveness, planner, rehearsal, topology
 from moex.plan import traffic as traffics
 from moex.plan.advice import advice, least_devices
 from moex.plan.planner import check, plan
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run_config(folder):
     """`run_config(mesh, **run keys)`: a tiny dense and MoE layer; 8 sequences."""
 
@@ -53,6 +53,13 @@ def run_config(folder):
         return cfg
 
     return run_config
+
+
+@pytest.fixture(scope="module")
+def by_microbatches(run_config):
+    """Plans of eight copies, by the number of microbatches: 1 or 2."""
+    where = topology.parse("v5p:2x2x2")
+    return {n: plan(run_config({"data": 8}, grad_accum=n), where) for n in (1, 2)}
 
 
 def sizes(**given):
@@ -175,11 +182,8 @@ def test_state_bytes_are_those_of_real_arrays(run_config, mesh):
     assert memory.gradients == memory.params
 
 
-def test_microbatches_keep_their_sum_of_gradients(run_config):
-    one, two = (
-        plan(run_config({"data": 8}, grad_accum=n), topology.parse("cpu:8")).memory
-        for n in (1, 2)
-    )
+def test_microbatches_keep_their_sum_of_gradients(by_microbatches):
+    one, two = by_microbatches[1].memory, by_microbatches[2].memory
     assert two.gradients == 2 * one.gradients
     assert two.kept == one.kept / 2
 
@@ -380,19 +384,21 @@ def test_advice_where_nothing_helps(run_config, monkeypatch):
     assert "v5p devices at the least" in line
 
 
-@pytest.mark.parametrize(
-    ("mesh", "accum"),
-    [
-        ({"data": 8}, 2),
-        pytest.param({"data": 1, "fsdp": 8}, 1, marks=pytest.mark.thorough),
-    ],
-)
 def test_the_fewest_devices_hold_state_and_all_gradients_once(
-    run_config, monkeypatch, mesh, accum
+    by_microbatches, monkeypatch
 ):
+    check_fewest_devices(by_microbatches[2], 2, monkeypatch)
+
+
+@pytest.mark.thorough
+def test_the_fewest_devices_are_those_of_shards_too(run_config, monkeypatch):
+    cfg = run_config({"data": 1, "fsdp": 8})
+    check_fewest_devices(plan(cfg, topology.parse("v5p:2x2x2")), 1, monkeypatch)
+
+
+def check_fewest_devices(found, accum, monkeypatch):
     """Two moments, and of microbatches two gradients; however many copies there are."""
     small_device(monkeypatch, 1e-6)
-    found = plan(run_config(mesh, grad_accum=accum), topology.parse("v5p:2x2x2"))
     memory, line = found.memory, least_devices(found)
     assert memory.gradients == accum * memory.params
     count = int(line.split(", and ")[1].split()[0])
@@ -411,11 +417,20 @@ def moex(folder, capsys):
     return moex
 
 
-def test_the_command(moex):
+def test_the_command(moex, monkeypatch):
+    """One plan, as text and as data."""
+    made = []
+
+    def once(cfg, where):
+        made[:] = made or [plan(cfg, where)]
+        return made[0]
+
+    monkeypatch.setattr(planner, "plan", once)
     text = moex("--topology=v5p:2x2x1", "--config.seq_len=128")
     for part in ("parameters", "optimizer state", "peak", "data: gradients", "It fits"):
         assert part in text, part
-    data = json.loads(moex("--topology=v5p:2x2x1", "--json"))
+    data = json.loads(moex("--topology=v5p:2x2x1", "--json", "--config.seq_len=128"))
+    assert len(made) == 1
     assert data["num_devices"] == 4
     assert data["fits"] is True
     assert data["setting"]["dtype"] == "bfloat16"  # of a TPU, not of this machine
@@ -447,6 +462,7 @@ def test_the_plan_is_printed_if_the_compiler_finds_no_room(
         raise rehearsal.DoesNotFit(f"{where.name}: the job does not fit: one device.")
 
     monkeypatch.setattr(rehearsal, "compile_step", refused)
+    monkeypatch.setattr(rehearsal, "described_devices", lambda where: [])
     monkeypatch.setattr(advices, "advice", lambda *_: ["--config.remat=full"])
     for args in ([], ["--json"]):
         with pytest.raises(SystemExit) as stop:

@@ -43,7 +43,7 @@ class Command(Verb):
         from moex.plan import report
         from moex.plan.advice import advice
         from moex.plan.planner import plan
-        from moex.plan.rehearsal import DoesNotFit, compile_step
+        from moex.plan.rehearsal import DoesNotFit, compile_step, described_devices
         from moex.plan.topology import parse
 
         if args.topology is None:
@@ -51,6 +51,8 @@ class Command(Verb):
         cfg = load_config(config_args)
         use_cpu()
         where = parse(args.topology)
+        if args.compile:  # refuse what the compiler cannot do before any work
+            described_devices(where)
         found = plan(cfg, where)
         changes = advice(cfg, found) if found.fits is False else []
         if not args.json:
