@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from moex import commands, process, project
+from moex import __version__, commands, process, project
 from moex.allocator import keep_memory
 from moex.cache import keep_programs
 from moex.commands.arguments import add_project
@@ -43,6 +43,12 @@ def make_parser(argv: list[str]) -> argparse.ArgumentParser:
         description="Train, score and sample mixture-of-experts language models.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    import shtab  # late: scripts import this file on machines that lack it
+
+    parser.add_argument("--version", action="version", version=f"moex {__version__}")
+    shtab.add_argument_to(
+        parser, "--print-completion", help="print the completion script of a shell"
+    )
     verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in names:
         verb = commands.find(name)
@@ -59,6 +65,37 @@ def make_parser(argv: list[str]) -> argparse.ArgumentParser:
         verb.add(one)
         one.set_defaults(verb=verb)
     return parser
+
+
+def read_args(rest: list[str], config_args: list[str]) -> argparse.Namespace:
+    """Read the arguments that are not of the config.
+
+    Raises:
+      ConfigError: for a mistake; an unknown flag may be meant as a field of the config.
+    """
+    parser = make_parser(rest)
+    args, unknown = parser.parse_known_args(rest)
+    if not unknown:
+        return args
+    name = unknown[0].partition("=")[0]
+    text = f"unrecognized arguments: {' '.join(unknown)}."
+    verb = argparse.ArgumentParser(add_help=False)
+    args.verb.add(verb)
+    near = nearest(name, verb._option_string_actions)
+    if not near and name.startswith("--") and not args.verb.refuses_config:
+        near = _field_meant(name.lstrip("-"), config_args)
+    raise ConfigError(f"{text}{near} See `moex {args.command} --help`.")
+
+
+def _field_meant(name: str, config_args: list[str]) -> str:
+    """Write ` Did you mean --config...?` if the config has a field of this name."""
+    from moex.config.flags import fields_meant, load_config
+
+    try:
+        found = fields_meant(load_config(config_args), name)
+    except ConfigError:
+        return ""
+    return found.replace("'config.", "'--config.")
 
 
 def split_config_args(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -92,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             keep_memory()
             keep_programs()
         rest, config_args = split_config_args(argv)
-        args = make_parser(rest).parse_args(rest)
+        args = read_args(rest or ["--help"], config_args)
         project.use(args.project)
         process.quiet()
         if config_args and args.verb.refuses_config:

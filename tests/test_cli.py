@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 
-from moex import cli, commands, process
+from moex import __version__, cli, commands, process
 from moex.config.base import ConfigWarning, to_dict
 from moex.moe.routers.expert_choice import ExpertChoice
 from moex.runs import score
@@ -306,10 +306,15 @@ def test_a_tokenizer_that_is_missing(mistake, folder, tmp_path):
 
 # Mistakes on the command line.
 
+CFG = "--config=configs/quickstart.py"
 LINES = [
     (("trian",), "'trian': no such command. Did you mean 'train'? Commands are"),
-    ((), "the following arguments are required: COMMAND"),
-    (("train", "--worksdir=x"), "unrecognized arguments: --worksdir=x"),
+    (("--verbose",), "the following arguments are required: COMMAND"),
+    (("train", "--worksdir=x"), "--worksdir=x. Did you mean '--workdir'? See `moex"),
+    (("train", "--steps=3"), "unrecognized arguments: --steps=3. See `moex train"),
+    (("train", CFG, "--steps=3"), "--steps=3. Did you mean '--config.steps'? See"),
+    (("train", CFG, "--lr=3"), "--lr=3. Did you mean '--config.optim.lr'? See"),
+    (("eval", "/nowhere", CFG, "--zzz"), "unrecognized arguments: --zzz. See `moex"),
     (("train",), "--workdir: missing; give a folder, such as runs/first."),
     (("train", "--workdir=x"), "--config: missing; give a config file, such as"),
     (("config", "--config"), "--config: a value is missing; write --config=VALUE."),
@@ -334,6 +339,19 @@ def test_a_command_that_is_wrong(mistake, monkeypatch, args, message):
     monkeypatch.chdir(runs.ROOT)
     monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: SIM115
     assert message in mistake(*args, cfg=False)
+
+
+def test_the_command_alone_prints_help_and_its_version(capsys, monkeypatch):
+    for owner, name in ((warnings, "showwarning"), (sys, "unraisablehook")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    for args, said in (
+        ([], "usage: moex"),
+        (["--version"], f"moex {__version__}\n"),
+        (["--print-completion=zsh"], "#compdef moex"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(args)
+        assert ended.value.code == 0 and said in capsys.readouterr().out
 
 
 def test_a_prompt_from_standard_input_is_utf8(mistake, monkeypatch, tmp_path):

@@ -23,7 +23,7 @@ from moex.config.base import (
     type_name,
     walk,
 )
-from moex.config.flags import load_config
+from moex.config.flags import bracketed, load_config
 from moex.interop.families import FAMILIES, find_family
 from moex.model.optim import AdamW, Optim
 from moex.moe.layer import MoE
@@ -276,3 +276,17 @@ def test_classes_that_moved_are_found_under_their_old_names(old, new):
     """As a config.json says them that was written before the move."""
     cls = config_class(old, "config")
     assert f"{cls.__module__}.{cls.__qualname__}" == new
+
+
+@pytest.mark.parametrize(
+    "dotted, path",
+    [
+        ("model.layers.0.pattern.1.router.k", "model.layers[0].pattern[1].router.k"),
+        ("data.sources.0", "data.sources[0]"),
+        ("a.0.1.b", "a[0][1].b"),
+        ("a[0].b.-1", "a[0].b[-1]"),
+        ("optim.b2", "optim.b2"),
+    ],
+)
+def test_a_number_between_dots_is_an_index(dotted, path):
+    assert bracketed(dotted) == path

@@ -14,8 +14,8 @@ CONFIG_HELP = """\
 Configuration:
   --config=FILE[:arg]     a Python file with get_config(arg), such as
                           configs/quickstart.py
-  --config.a.b=value      override one field; layers and patterns are indexed:
-                          --config.model.layers[0].pattern[0].router.k=4
+  --config.a.b=value      override one field; layers and patterns are numbered:
+                          --config.model.layers.0.pattern.0.router.k=4
                           `moex config --config=FILE` lists all fields
 """
 

@@ -65,7 +65,20 @@ def load_config(args: list[str], base=None):
 
 def _override(arg: str) -> tuple[str, str]:
     path, _, text = arg.removeprefix("--config.").partition("=")
-    return path, text
+    return bracketed(path), text
+
+
+def bracketed(path: str) -> str:
+    """Write the path of a field with brackets: `layers.0.dim` is `layers[0].dim`.
+
+    Shells such as zsh take brackets for a pattern; numbers with dots need no quotes.
+    """
+    return re.sub(r"\.(-?\d+)(?=[.\[]|$)", r"[\1]", path)
+
+
+def fields_meant(cfg, name: str) -> str:
+    """Write ` Did you mean ...?` with the fields that a name may mean, or nothing."""
+    return _meant(cfg, cfg, "config", name)
 
 
 def _load_file(arg: str):

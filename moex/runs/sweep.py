@@ -22,7 +22,7 @@ from typing import Any
 
 from moex import json_files
 from moex.config.base import ConfigError, flat, require, to_dict
-from moex.config.flags import load_config
+from moex.config.flags import bracketed, load_config
 from moex.data.files import atomic_write, locked
 from moex.process import fail, use_cpu
 from moex.runs.directory import RunDir
@@ -98,7 +98,7 @@ def parse_axis(text: str) -> tuple[str, tuple[str, ...]]:
       ConfigError: if there is no field or no value, or one is empty or comes twice.
     """
     field, equals, rest = text.partition("=")
-    field = field.strip().removeprefix("config.")
+    field = bracketed(field.strip().removeprefix("config."))
     if not field or not equals:
         raise ConfigError(f"--sweep {text}: must be FIELD=V1,V2, as in seed=0,1.")
     values = tuple(value.strip() for value in split_top(rest))
