@@ -34,6 +34,7 @@ from moex.interop.hf import load_model
 from moex.interop.names import pieces
 from moex.model import spec as states
 from moex.model.decode import generate
+from moex.nn.context import Compute
 from moex.sharding import MeshConfig
 
 COMMON: dict = {
@@ -119,7 +120,11 @@ def moex_model(config: dict, folder: str | None = None):
 
 def moex_run(model, prompts, num_new: int, dtype: str = "float32"):
     """A function that makes new tokens."""
-    options = {"max_new_tokens": num_new, "temperature": 0.0, "dtype": dtype}
+    options = {
+        "max_new_tokens": num_new,
+        "temperature": 0.0,
+        "compute": Compute(dtype=dtype),
+    }
     return lambda: generate(*model, prompts, **options)
 
 

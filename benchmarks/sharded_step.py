@@ -30,7 +30,7 @@ from moex.cli import split_config_args  # noqa: E402
 from moex.config.flags import load_config  # noqa: E402
 from moex.model import optim  # noqa: E402
 from moex.model import spec as states  # noqa: E402
-from moex.runs.program import static_options  # noqa: E402
+from moex.runs.program import compute_of  # noqa: E402
 from moex.sharding import MeshConfig, shard_batch  # noqa: E402
 from moex.train.step import make_train_step  # noqa: E402
 
@@ -72,7 +72,7 @@ def compiled_step(cfg, mesh_cfg, devices):
         grad_accum=cfg.grad_accum,
         num_domains=1,
         optim=cfg.optim,
-        static=static_options(cfg, train=True),
+        compute=compute_of(cfg, train=True),
     )
     places = jax.tree.map(lambda a: a.sharding, held["state"])
     with jax.set_mesh(mesh):

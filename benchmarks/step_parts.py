@@ -81,7 +81,7 @@ def programs(job, batch) -> dict:
     cfg, spec, task = job.cfg, job.spec, job.cfg.task
     state, key = job.init_state(), jax.random.key(0)
     params, rest = state["params"], state["state"]
-    how = job.static(train=True)
+    compute = job.compute(train=True)
     block = spec.merge(params, rest).segments[0].blocks[0]
     graphdef, weights, other = nnx.split(block, nnx.Param, ..., graph=False)
     weights, other = jax.tree.map(lambda a: a[0], (weights, other))
@@ -93,7 +93,7 @@ def programs(job, batch) -> dict:
 
         @jax.jit
         def program(weights, other, batch, x, dy):
-            ctx = task.context(batch, step=0, key=key, mode="train", **how)
+            ctx = task.context(batch, step=0, key=key, compute=compute)
 
             def call(weights, x):
                 return run(nnx.merge(graphdef, weights, other), ctx, x)
@@ -106,7 +106,7 @@ def programs(job, batch) -> dict:
     @jax.jit
     def head(w_DV, x, dy, batch):
         def loss(w_DV, x):
-            logits = matmul(x, w_DV, implementation=how["kernels"])
+            logits = matmul(x, w_DV, implementation=compute.kernels)
             lse = jax.nn.logsumexp(logits, axis=-1)
             index = batch["targets"][..., None]
             return jnp.sum(lse - jnp.take_along_axis(logits, index, -1)[..., 0])

@@ -42,7 +42,7 @@ def parts(job):
     cfg, spec = job.cfg, job.spec
 
     def loss(params, state, batch):
-        ctx = cfg.task.context(batch, step=0, mode="train", **job.static(train=True))
+        ctx = cfg.task.context(batch, step=0, compute=job.compute(train=True))
         model = spec.merge(params, state)
         domains = job.num_domains
         return cfg.task.loss(model, ctx, batch, cfg.loss, num_domains=domains)

@@ -16,7 +16,7 @@ from moex.moe.experts.latent import Latent
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
 from moex.moe.routers.topp import TopP
-from moex.nn.context import Context
+from moex.nn.context import Compute, Context
 
 
 def layers(args, shape):
@@ -28,7 +28,7 @@ def layers(args, shape):
         segment_BL=jnp.ones_like(index),
         position_BL=index,
         token_BL=index,
-        kernels=args.implementations,
+        compute=Compute(kernels=args.implementations),
     )
     # Logits deviate by about 1.6, and p is set for K experts: tokens have 1 to 4 K.
     glu, std = Glu(hidden=F), 1.6 * D**-0.5

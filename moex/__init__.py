@@ -23,7 +23,7 @@ PUBLIC = {
     "moex.data.tokenizer": ("Bpe", "Bytes", "TokenizerFile"),
     "moex.sharding": ("MeshConfig",),
     "moex.nn.attention": ("Attention",),
-    "moex.nn.context": ("Context",),
+    "moex.nn.context": ("Compute", "Context"),
     "moex.nn.contract": (
         *("AttentionConfig", "AttentionModule"),
         *("FeedForward", "FeedForwardConfig"),

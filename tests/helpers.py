@@ -16,7 +16,7 @@ from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
-from moex.nn.context import Context
+from moex.nn.context import Compute, Context
 from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
@@ -25,6 +25,7 @@ from moex.tasks.lm import LanguageModelling
 
 VOCAB = 48
 TASK = LanguageModelling()
+XLA = Compute(kernels="xla")
 lm_loss = TASK.loss
 
 

@@ -24,7 +24,7 @@ from moex.nn.contract import AttentionConfig, FeedForwardConfig
 from moex.runs.keys import Loss
 from moex.tasks.base import Task
 from tests import documented, runs
-from tests.helpers import TASK, random_batch
+from tests.helpers import TASK, XLA, random_batch
 from tests.test_architecture import FLOORS
 
 ROOT = runs.ROOT
@@ -164,7 +164,7 @@ def test_the_kinds_of_the_page_learn_and_are_counted(page):
     @jax.jit
     @jax.grad
     def gradient(params):
-        ctx = TASK.context(batch, kernels="xla")
+        ctx = TASK.context(batch, compute=XLA)
         built = spec.merge(params, names["state"])
         return TASK.loss(built, ctx, batch, Loss(), num_domains=1)[0]
 

@@ -13,6 +13,7 @@ from kernels_pallas.implementations import INTERPRETED
 from moex.model.optim import AdamW, Optim, make_optimizer
 from moex.model.spec import init_train_state, model_spec
 from moex.nn.attention import attend
+from moex.nn.context import Compute
 from moex.runs.keys import Loss
 from moex.train.step import make_train_step
 from tests.helpers import TASK, mesh_of, random_batch, tiny_lm
@@ -77,7 +78,6 @@ def test_training_learns_one_batch(dtype):
     optim = Optim(rule=AdamW(), lr=1e-2)
     tx, _ = make_optimizer(optim, 40, spec.params, spec.info)
     state = init_train_state(model, spec, tx, mesh_of(), jax.random.key(0))
-    static = {"dtype": dtype, "kernels": None, "remat": "none"}
     step = jax.jit(
         make_train_step(
             TASK,
@@ -87,7 +87,7 @@ def test_training_learns_one_batch(dtype):
             grad_accum=1,
             num_domains=2,
             optim=optim,
-            static=static,
+            compute=Compute(dtype=dtype),
         )
     )
     batch = random_batch(4, 32)

@@ -32,6 +32,7 @@ from moex.moe.routers.soft import Soft
 from moex.moe.routers.topk import Groups, TopK
 from moex.moe.routers.topp import TopP
 from moex.nn.attention import Attention
+from moex.nn.context import Compute
 from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
@@ -227,7 +228,7 @@ def initial(name: str):
 
 
 def _prepared(
-    spec, params, state, mesh_cfg, devices, *, losses=None, grad_accum=1, **static
+    spec, params, state, mesh_cfg, devices, *, losses=None, grad_accum=1, remat="none"
 ):
     """(mesh, jitted step, its arguments) of SGD steps on a mesh.
 
@@ -242,8 +243,11 @@ def _prepared(
         "opt": TX.init(params),  # zeros on the devices of the parameters
         "guard": states.init_guard(),
     }
-    static["exchange"] = mesh_cfg.exchange
-    static["exchange_buffer"] = mesh_cfg.exchange_buffer
+    compute = Compute(
+        remat=remat,
+        exchange=mesh_cfg.exchange,
+        exchange_buffer=mesh_cfg.exchange_buffer,
+    )
     step = make_train_step(
         LanguageModelling(),
         spec,
@@ -252,7 +256,7 @@ def _prepared(
         grad_accum=grad_accum,
         num_domains=1,
         optim=Optim(rule=AdamW(), lr=RATE),
-        static=static,
+        compute=compute,
     )
     key, placed = jax.random.key(KEY), shard_batch(batch(B * grad_accum), mesh)
     return mesh, jax.jit(step), [train_state, np.int32(0), key, placed]
@@ -276,7 +280,7 @@ def outcome(name: str, mesh_cfg: MeshConfig, devices, **options) -> Outcome:
       name: a key of `LAYERS`.
       mesh_cfg: the mesh over `devices`.
       devices: all, or one.
-      **options: grad_accum, and static fields of `Context` such as remat.
+      **options: grad_accum and remat.
     """
     own = {"losses": LOSSES.get(name), "grad_accum": GRAD_ACCUM.get(name, 1)}
     mesh, step, args = _prepared(*initial(name), mesh_cfg, devices, **own | options)

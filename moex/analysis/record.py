@@ -126,10 +126,10 @@ def _header(run: LoadedRun, folder: RunDir, cfg, domains, *, logits: bool) -> He
 def _routed_step(program: Evaluated, logits: bool):
     """`(params, state, batch) -> {path: {round: arrays}}`, of `routed_layers`."""
 
-    task, how = program.cfg.task, program.static(train=False)
+    task, compute = program.cfg.task, program.compute(train=False)
 
     def step(params, state, batch):
-        ctx = task.context(batch, mode="eval", collect=True, **how)
+        ctx = task.context(batch, mode="eval", collect=True, compute=compute)
         _, aux = task.run(program.spec.merge(params, state), ctx, batch)
         return routed_layers(aux, logits=logits)
 

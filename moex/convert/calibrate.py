@@ -26,11 +26,11 @@ def input_moments(run: LoadedRun, job: Job, sequences: int) -> dict:
     Returns:
       {path of a layer: float64[R, D, D]}.
     """
-    task, static = job.cfg.task, job.static(train=False)
+    task, compute = job.cfg.task, job.compute(train=False)
 
     @jax.jit
     def moments(params, state, batch):
-        ctx = task.context(batch, mode="eval", collect=True, **static)
+        ctx = task.context(batch, mode="eval", collect=True, compute=compute)
         _, aux = task.run(run.spec.merge(params, state), ctx, batch)
         return second_moments(aux, ctx.valid_BL)
 

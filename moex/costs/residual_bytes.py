@@ -22,7 +22,7 @@ from moex.nn.context import Context
 from moex.nn.model import Model
 from moex.nn.param import split_params
 from moex.nn.stack import Segment
-from moex.runs.program import static_options
+from moex.runs.program import compute_of
 
 # Copies of an abstract segment: a large prime, so that no other dim is equal to it.
 COPIES = 1_000_003
@@ -70,9 +70,10 @@ def _pattern_bytes(cfg, segment: Segment, pattern) -> float:
         return jax.vjp(run, params, x_BLD)[1]
 
     def kept(batch_size: int) -> int:
-        ctx = _abstract_context(cfg, cfg.task.batch_shapes(cfg, batch_size))
+        make_context = functools.partial(_context, cfg)
+        ctx = jax.eval_shape(make_context, *_batch_and_key(cfg, batch_size))
         shape = (batch_size, cfg.seq_len, model.dim)
-        x_BLD = jax.ShapeDtypeStruct(shape, ctx.compute_dtype)
+        x_BLD = jax.ShapeDtypeStruct(shape, ctx.compute.dtype)
         leaves = jax.tree.leaves(jax.eval_shape(residuals, params, state, x_BLD, ctx))
         return num_bytes([a for a in leaves if a.shape[:1] == (COPIES,)])
 
@@ -94,47 +95,46 @@ def model_activation_bytes(cfg, spec: ModelSpec, sequences: int = 1) -> float:
       spec: `ModelSpec` of its model.
       sequences: rows of one batch; it is compared with a batch of twice as many.
     """
+    loss = traced_loss(cfg, spec)
 
     def kept(batch_size):
-        def residuals(params, state, batch, key):
-            ctx = cfg.task.context(batch, key=key, **traced_options(cfg))
+        def residuals(params, *rest):
+            return jax.vjp(lambda params: loss(params, *rest)[0], params)[1]
 
-            def loss(params):
-                return cfg.task.loss(
-                    spec.merge(params, state),
-                    ctx,
-                    batch,
-                    cfg.loss,
-                    num_domains=1,
-                )[0]
-
-            return jax.vjp(loss, params)[1]
-
-        batch = cfg.task.batch_shapes(cfg, batch_size)
-        args = (spec.params, spec.state, batch, _abstract_key())
-        return num_bytes(jax.eval_shape(residuals, *args))
+        return num_bytes(jax.eval_shape(residuals, *loss_args(cfg, spec, batch_size)))
 
     grown = kept(2 * sequences) - kept(sequences)
     return grown / sequences / cfg.seq_len
 
 
-def traced_options(cfg) -> dict:
-    """Options of a `Context` to trace training with, for devices that are not there.
+def traced_loss(cfg, spec: ModelSpec):
+    """Make `(params, state, batch, key) -> (loss, sums)` of training, to be traced."""
+
+    def loss(params, state, batch, key):
+        ctx = _context(cfg, batch, key)
+        model = spec.merge(params, state)
+        return cfg.task.loss(model, ctx, batch, cfg.loss, num_domains=1)
+
+    return loss
+
+
+def loss_args(cfg, spec: ModelSpec, batch_size: int) -> tuple:
+    """The abstract arguments of `traced_loss`."""
+    return spec.params, spec.state, *_batch_and_key(cfg, batch_size)
+
+
+def _batch_and_key(cfg, batch_size: int) -> tuple:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return cfg.task.batch_shapes(cfg, batch_size), key
+
+
+def _context(cfg, batch, key) -> Context:
+    """The context of training, also for devices that are not there.
 
     JAX traces cuDNN's attention only where cuDNN is. Attention in blocks is traced in
     its place: it keeps the same arrays, no scores.
     """
-    options = static_options(cfg, train=True)
+    compute = compute_of(cfg, train=True)
     if platform() == "gpu" and jax.default_backend() == "cpu":
-        options["attention"] = "blocks"
-    return options
-
-
-def _abstract_key():
-    return jax.eval_shape(lambda: jax.random.key(0))
-
-
-def _abstract_context(cfg, batch) -> Context:
-    options = traced_options(cfg)
-    make = functools.partial(cfg.task.context, **options)
-    return jax.eval_shape(make, batch, key=_abstract_key())
+        compute = dataclasses.replace(compute, attention="blocks")
+    return cfg.task.context(batch, key=key, compute=compute)

@@ -19,7 +19,7 @@ from moex.model.paths import flat_paths
 from moex.model.spec import ModelSpec, model_spec
 from moex.numbers import number_ranges, scaled
 from moex.runs.keys import check_run
-from moex.runs.program import static_options
+from moex.runs.program import compute_dtype, compute_of
 
 FIGURES = (
     *("params", "active", "forward_flops", "backward_flops"),
@@ -143,7 +143,7 @@ def _below(path: str, sizes: dict[str, int]) -> int:
 
 def rows_dict(cfg, rows: list[Row]) -> dict:
     """The rows, their sum and what they hold for, as plain data."""
-    setting = static_options(cfg, train=True) | {
+    setting = dataclasses.asdict(compute_of(cfg, train=True)) | {
         "seq_len": cfg.seq_len,
         cfg.model.SIZE: cfg.model.num_outputs,
         "backend": jax.default_backend(),
@@ -172,10 +172,9 @@ def rows_table(cfg, rows: list[Row]) -> str:
         ).rstrip()
         for line, kind in zip(lines, kinds, strict=True)
     ]
-    options = static_options(cfg, train=True)
     text.append(
         "Rows are of one copy. FLOP and kept bytes are per token at length "
-        f"{cfg.seq_len}; kept: for the backward pass, in {options['dtype']}, "
+        f"{cfg.seq_len}; kept: for the backward pass, in {compute_dtype(cfg)}, "
         f"remat = {cfg.remat!r}, kernels = {cfg.kernels!r} on "
         f"{jax.default_backend()}."
     )

@@ -8,6 +8,7 @@ B batch · L length of one call · P padded prompt length · S slots of the cach
 · N most new tokens · V vocabulary
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Collection
@@ -19,10 +20,11 @@ from flax import nnx
 
 from kernels_pallas.device import platform
 from moex.model.accounting import device_bytes, num_bytes
-from moex.nn.context import Context
+from moex.nn.context import Compute, Context
 from moex.nn.contract import StackReader
 from moex.nn.lm import LM
 
+DEFAULT = Compute()
 # Prompts are padded to a power of two of at least this many tokens, so that a session
 # of many prompts compiles few programs.
 SHORTEST_PROMPT = 16
@@ -43,8 +45,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_tokens: Collection[int] = (),
-    dtype: str = "float32",
-    kernels: str | None = None,
+    compute: Compute = DEFAULT,
 ) -> list[list[int]]:
     """The continuation of each prompt.
 
@@ -62,8 +63,7 @@ def generate(
       top_p: sample among the fewest tokens whose probability reaches this, in (0, 1].
       seed: seed of the random numbers.
       stop_tokens: a row ends before any of these.
-      dtype: compute dtype of the matmuls, and dtype of the cache.
-      kernels: name of the grouped-matmul implementation, or None to choose.
+      compute: how to compute; the cache has its dtype, and layers are always scanned.
 
     Returns:
       New tokens per prompt, without the one that it stopped at.
@@ -73,7 +73,7 @@ def generate(
     """
     _check(prompts, model_cfg.vocab, max_new_tokens, temperature, top_k, top_p)
     P = padded_prompt(prompts)
-    _check_memory(model_cfg, len(prompts), P, max_new_tokens, dtype)
+    _check_memory(model_cfg, len(prompts), P, max_new_tokens, compute.dtype)
     prompt_BP = np.zeros((len(prompts), P), np.int32)
     for row, prompt in zip(prompt_BP, prompts, strict=True):
         row[P - len(prompt) :] = prompt
@@ -83,7 +83,7 @@ def generate(
     new_BN, num_new_B, _ = _generate(
         params,
         state,
-        model_cfg.init_cache(len(prompts), slots, jnp.dtype(dtype)),
+        model_cfg.init_cache(len(prompts), slots, jnp.dtype(compute.dtype)),
         prompt_BP,
         num_padding_B,
         jax.random.key(seed),
@@ -91,7 +91,7 @@ def generate(
         sampling=(float(temperature), int(top_k), float(top_p)),
         max_new_tokens=max_new_tokens,
         stop_tokens=tuple(sorted({int(token) for token in stop_tokens})),
-        context=(("dtype", dtype), ("kernels", kernels)),
+        compute=dataclasses.replace(compute, scan_layers=True),
     )
     new_BN, num_new_B = np.asarray(new_BN), np.asarray(num_new_B)
     return [row[:n].tolist() for row, n in zip(new_BN, num_new_B, strict=True)]
@@ -136,7 +136,7 @@ def sample(logits_BV, key, temperature, top_k=0, top_p=1.0) -> jax.Array:
         "sampling",
         "max_new_tokens",
         "stop_tokens",
-        "context",
+        "compute",
     ),
     donate_argnames="cache",
 )
@@ -152,21 +152,19 @@ def _generate(
     sampling,
     max_new_tokens,
     stop_tokens,
-    context,
+    compute,
 ):
     """Returns (new_BN, num_new_B, cache); the cache only so that it can be donated."""
     B, P = prompt_BP.shape
     N = max_new_tokens
     slots = P + N - 1
     model = nnx.merge(graphdef, params, state)
-    cast_experts(model, dict(context)["dtype"])
+    cast_experts(model, compute.dtype)
     graphdef, arrays = nnx.split(model, graph=False)
 
     def run(token_BL, first_slot, stopped_B, cache):
         """Run `token_BL` into slots from `first_slot` on; return next-token logits."""
-        ctx = _context(
-            token_BL, first_slot, slots, num_padding_B, stopped_B, dict(context)
-        )
+        ctx = _context(token_BL, first_slot, slots, num_padding_B, stopped_B, compute)
         model = nnx.merge(graphdef, arrays)
         return model.decode(ctx, cache)
 
@@ -210,7 +208,7 @@ def _is_param(leaf) -> bool:
     return isinstance(leaf, nnx.Param)
 
 
-def _context(token_BL, first_slot, slots, num_padding_B, stopped_B, static) -> Context:
+def _context(token_BL, first_slot, slots, num_padding_B, stopped_B, compute) -> Context:
     """The `Context` of tokens that go to the slots from `first_slot` on.
 
     Key segments are 1 for tokens, 0 for padding and -1 for slots not yet filled, which
@@ -236,7 +234,7 @@ def _context(token_BL, first_slot, slots, num_padding_B, stopped_B, static) -> C
         key_position_BS=None if is_prompt else key_position_BS,
         cache_index=first_slot,
         mode="decode",
-        **static,
+        compute=compute,
     )
 
 

@@ -110,7 +110,7 @@ def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
 
     if mesh.shape["fsdp"] > 1 and ctx.mode == "train":
         body = jax.checkpoint(
-            body, policy=_all_but_gathered, prevent_cse=not ctx.scan_layers
+            body, policy=_all_but_gathered, prevent_cse=not ctx.compute.scan_layers
         )
     run = jax.shard_map(
         body,
@@ -259,8 +259,8 @@ class _ExpertAxis:
             slots = tuple(own(a, ctx.first_expert) for a in slots)
         limits = self.rows.limits(t, x_RD.shape[0], e)
         lost = jnp.zeros(())
-        if ctx.exchange_buffer is not None:
-            room = math.ceil(exact(ctx.exchange_buffer) * t * K)
+        if (buffer := ctx.compute.exchange_buffer) is not None:
+            room = math.ceil(exact(buffer) * t * K)
             limits["max_rows"] = min(room, limits.get("max_rows", room))
             lost = jnp.maximum(jnp.sum(slots[2], dtype=jnp.float32) - room, 0)
         return local_sums(sums, x_RD, slots, e, ctx, **limits), lost
@@ -268,9 +268,10 @@ class _ExpertAxis:
     def _travels_all_to_all(self, ctx, t, K) -> bool:
         if ctx.mode == "decode":  # few tokens: the number of messages matters
             return False
-        if ctx.exchange != "auto":
-            return ctx.exchange == "all_to_all"
-        return moves_all_to_all(self.num_devices, t, K, ctx.exchange_buffer)
+        how = ctx.compute
+        if how.exchange != "auto":
+            return how.exchange == "all_to_all"
+        return moves_all_to_all(self.num_devices, t, K, how.exchange_buffer)
 
     def _all_to_all(self, experts, x_tD, slots, ctx):
         expert_tK, gate_tK, keep_tK = slots
@@ -279,7 +280,8 @@ class _ExpertAxis:
         keep_tK = keep_tK & (expert_tK < self.num_experts)
         form = experts.travel_form(K, n)
         with jax.named_scope("dispatch"):
-            travel = plan_travel(expert_tK // e, keep_tK, n, ctx.exchange_buffer)
+            buffer = ctx.compute.exchange_buffer
+            travel = plan_travel(expert_tK // e, keep_tK, n, buffer)
             layout = travel.layout
             expert_N = travel.device_N * e
             rows_NC = form.leave(x_tD, layout, expert_N)

@@ -22,7 +22,7 @@ from moex.config.base import MOST, require, require_choice
 from moex.nn.attention_blocks import FLOOR, attend_in_blocks, visible
 from moex.nn.contract import AttentionConfig, AttentionModule
 from moex.nn.norm import RMSNorm
-from moex.nn.param import param
+from moex.nn.param import param, project
 from moex.nn.rope import Scaling, frequencies, rotary
 from moex.sharding import constrain, partition_spec
 
@@ -168,7 +168,7 @@ class AttentionLayer(AttentionModule):
         dtype = x_BLD.dtype
         B, L, _ = x_BLD.shape
         _, G, R, A = self.w_q_DGRA[...].shape
-        q = matmul(x_BLD, self.w_q_DGRA[...].astype(dtype), implementation=ctx.kernels)
+        q = project(x_BLD, self.w_q_DGRA, ctx)
         k, v = self._keys_and_values(x_BLD, ctx)
         if self.bias_q_GRA is not None and self.bias_kv_2GA is not None:
             q += self.bias_q_GRA[...].astype(dtype)[None, None]
@@ -191,8 +191,8 @@ class AttentionLayer(AttentionModule):
         # The gradient of a split is one concatenation; that of slices is padding twice.
         # In C we split the weights, which are smaller than the product; but not in a
         # scan over layers, which would save both halves for the backward pass.
-        kernels = ctx.kernels
-        if computes_in_c(x_BLD.dtype, kernels) and not ctx.scan_layers:
+        kernels = ctx.compute.kernels
+        if computes_in_c(x_BLD.dtype, kernels) and not ctx.compute.scan_layers:
             w_k, w_v = (jnp.squeeze(w, 1) for w in jnp.split(w_D2GA, 2, axis=1))
             return tuple(matmul(x_BLD, w, implementation=kernels) for w in (w_k, w_v))
         kv = matmul(x_BLD, w_D2GA, implementation=kernels)
@@ -214,12 +214,9 @@ class AttentionLayer(AttentionModule):
         if cache is not None and cached:
             k, v = cache["k_BSGA"], cache["v_BSGA"]
         plain = self.window is None and self.sink_GR is None
+        how = ctx.compute
         name = choose(
-            ctx.attention,
-            q_BLHA,
-            cached=cached,
-            plain=plain,
-            kernels=ctx.kernels,
+            how.attention, q_BLHA, cached=cached, plain=plain, kernels=how.kernels
         )
         sink_H = None if self.sink_GR is None else self.sink_GR[...].reshape(-1)
         y_BLHA = attend(
@@ -231,13 +228,7 @@ class AttentionLayer(AttentionModule):
             window=self.window,
             sink_H=sink_H,
         )
-        y = y_BLHA.reshape(B, L, G, R, A)
-        y = matmul(
-            y,
-            self.w_out_GRAD[...].astype(dtype),
-            contract=3,
-            implementation=ctx.kernels,
-        )
+        y = project(y_BLHA.reshape(B, L, G, R, A), self.w_out_GRAD, ctx, contract=3)
         if self.bias_out_D is not None:
             y += self.bias_out_D[...].astype(dtype)[None, None]
         return y, cache

@@ -1,4 +1,4 @@
-"""The facts about a batch that every layer may need, made once per step.
+"""The facts about a batch that every layer may need, and how to compute.
 
 B batch · L length of the queries · S length of the keys in a decoding cache
 """
@@ -6,13 +6,36 @@ B batch · L length of the queries · S length of the keys in a decoding cache
 import dataclasses
 
 import jax
-import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How to compute: the same for all layers, and part of what is compiled.
+
+    A `Program` makes it from its config; the defaults work on every device.
+
+    Attributes:
+      dtype: compute dtype of the matmuls.
+      kernels: name of the grouped-matmul implementation, or None to choose.
+      attention: name of the attention implementation, or None to choose.
+      remat: "none", "dots" (keep matmul results) or "full".
+      scan_layers: one compiled body for all layers of a segment; False: one each.
+      exchange, exchange_buffer: how tokens reach experts on a mesh: `MeshConfig`.
+    """
+
+    dtype: str = "float32"
+    kernels: str | None = None
+    attention: str | None = None
+    remat: str = "none"
+    scan_layers: bool = True
+    exchange: str = "auto"
+    exchange_buffer: float | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """A frozen pytree; fields after `first_expert` are static (they pick the program).
+    """A frozen pytree; the fields from `mode` on are static (they pick the program).
 
     Attributes:
       segment_BL: int32, document number within the row from 1; 0 is padding. Tokens
@@ -29,21 +52,16 @@ class Context:
       layer: int32 scalar, which copy of its segment a layer is; None outside a stack.
       depth: int32 scalar, the number of the block in the model, from 0; a segment gets
         that of its first block. None outside a model.
-      whole_stack: experts that can (`StackReader`) hold the weights of all copies of
-        their layer, [repeat, E, ...], and use those of copy `layer`.
-      chain_round: which round of a chain this is, from 0.
       first_expert: int32 scalar, the id of the first expert of this device; set for
         the experts only. None: 0, all experts are here.
       mode: "train", "eval" or "decode".
       collect: return routing traces.
-      dtype: compute dtype of the matmuls.
-      kernels: name of the grouped-matmul implementation, or None to choose.
-      attention: name of the attention implementation, or None to choose.
-      remat: "none", "dots" (keep matmul results) or "full".
-      exchange, exchange_buffer: how tokens reach experts on a mesh: `MeshConfig`.
+      chain_round: which round of a chain this is, from 0.
+      whole_stack: experts that can (`StackReader`) hold the weights of all copies of
+        their layer, [repeat, E, ...], and use those of copy `layer`.
       tensor_share: 1 / devices that hold a slice each of an expert's width and whose
         outputs are added: the weight of a term that all of them add, such as a bias.
-      scan_layers: one compiled body for all layers of a segment; False: one each.
+      compute: how to compute.
     """
 
     segment_BL: jax.Array
@@ -58,29 +76,17 @@ class Context:
     layer: jax.Array | None = None
     depth: jax.Array | int | None = None
     first_expert: jax.Array | None = None
-    chain_round: int = dataclasses.field(default=0, metadata={"static": True})
     mode: str = dataclasses.field(default="train", metadata={"static": True})
-    whole_stack: bool = dataclasses.field(default=False, metadata={"static": True})
     collect: bool = dataclasses.field(default=False, metadata={"static": True})
-    dtype: str = dataclasses.field(default="float32", metadata={"static": True})
-    kernels: str | None = dataclasses.field(default=None, metadata={"static": True})
-    attention: str | None = dataclasses.field(default=None, metadata={"static": True})
-    remat: str = dataclasses.field(default="none", metadata={"static": True})
-    exchange: str = dataclasses.field(default="auto", metadata={"static": True})
-    exchange_buffer: float | None = dataclasses.field(
-        default=None, metadata={"static": True}
-    )
+    chain_round: int = dataclasses.field(default=0, metadata={"static": True})
+    whole_stack: bool = dataclasses.field(default=False, metadata={"static": True})
     tensor_share: float = dataclasses.field(default=1.0, metadata={"static": True})
-    scan_layers: bool = dataclasses.field(default=True, metadata={"static": True})
+    compute: Compute = dataclasses.field(default=Compute(), metadata={"static": True})
 
     @property
     def valid_BL(self) -> jax.Array:
         """The mask of real tokens, bool[B, L]: False at padding."""
         return self.segment_BL > 0
-
-    @property
-    def compute_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.dtype)
 
 
 def fold_key(key, number):

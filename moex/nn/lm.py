@@ -100,8 +100,8 @@ class LanguageModel(Layers):
             w_DV = self.w_logits_DV[...]
         logits_BLV = matmul(
             x_BLD,
-            w_DV.astype(ctx.compute_dtype),
-            implementation=ctx.kernels,
+            w_DV.astype(ctx.compute.dtype),
+            implementation=ctx.compute.kernels,
             out_dtype=jnp.float32,
         )
         return constrain(logits_BLV, "batch", "length", "vocab")

@@ -13,12 +13,11 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from kernels_pallas import matmul
 from moex.config.base import require
 from moex.nn.attention import attend, choose, extend, key_places, mean_visible
 from moex.nn.contract import AttentionConfig, AttentionModule
 from moex.nn.norm import RMSNorm
-from moex.nn.param import param
+from moex.nn.param import param, project
 from moex.nn.rope import Scaling, frequencies, rotary
 from moex.sharding import constrain
 
@@ -119,9 +118,7 @@ class LatentAttentionLayer(AttentionModule):
         q_BLHC = self._queries(x_BLD, ctx)
         q_BLHC = constrain(q_BLHC, "batch", "length", "heads", None)
         q_rope = rotary(q_BLHC[..., N:], ctx.position_BL, *self.rope)
-        c_BLC = matmul(
-            x_BLD, self.w_kva_DC[...].astype(dtype), implementation=ctx.kernels
-        )
+        c_BLC = project(x_BLD, self.w_kva_DC, ctx)
         latent = self.norm_kv(c_BLC[..., :Z])
         k_rope = rotary(c_BLC[:, :, None, Z:], ctx.position_BL, *self.rope)[:, :, 0]
         # Where sequences are split, every device needs all keys of its rows.
@@ -135,36 +132,28 @@ class LatentAttentionLayer(AttentionModule):
         mix = self._absorbed if cached and x_BLD.shape[1] == 1 else self._grown
         places = key_places(ctx)
         y_BLHV = mix(q_BLHC[..., :N], q_rope, latent, k_rope, places, ctx)
-        w_out = self.w_out_HVD[...].astype(dtype)
-        return matmul(y_BLHV, w_out, contract=2, implementation=ctx.kernels), cache
+        return project(y_BLHV, self.w_out_HVD, ctx, contract=2), cache
 
     def _queries(self, x_BLD, ctx):
-        dtype = x_BLD.dtype
         if self.w_q_DHC is not None:
-            return matmul(
-                x_BLD, self.w_q_DHC[...].astype(dtype), implementation=ctx.kernels
-            )
+            return project(x_BLD, self.w_q_DHC, ctx)
         assert self.w_qa_DQ is not None and self.w_qb_QHC is not None
         assert self.norm_q is not None
-        q_BLQ = self.norm_q(
-            matmul(x_BLD, self.w_qa_DQ[...].astype(dtype), implementation=ctx.kernels)
-        )
-        return matmul(
-            q_BLQ, self.w_qb_QHC[...].astype(dtype), implementation=ctx.kernels
+        return project(
+            self.norm_q(project(x_BLD, self.w_qa_DQ, ctx)), self.w_qb_QHC, ctx
         )
 
     def _grown(self, q_nope, q_rope, latent_BSZ, k_rope_BSP, places, ctx):
         """Make keys and values of every head, then attend as usual."""
         N = self.nope_dim
-        w_kvb = self.w_kvb_ZHC[...].astype(latent_BSZ.dtype)
-        kv_BSHC = matmul(latent_BSZ, w_kvb, implementation=ctx.kernels)
+        kv_BSHC = project(latent_BSZ, self.w_kvb_ZHC, ctx)
         kv_BSHC = constrain(kv_BSHC, "batch", None, "heads", None)
         k_rope = jnp.broadcast_to(
             k_rope_BSP[:, :, None], (*kv_BSHC.shape[:3], k_rope_BSP.shape[-1])
         )
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
         k = jnp.concatenate([kv_BSHC[..., :N], k_rope], axis=-1)
-        name = choose(ctx.attention, q, cached=True, plain=False)
+        name = choose(ctx.compute.attention, q, cached=True, plain=False)
         return attend(
             q, k, kv_BSHC[..., N:], *places, implementation=name, scale=self.scale
         )
@@ -176,7 +165,7 @@ class LatentAttentionLayer(AttentionModule):
         q_latent = jnp.einsum("blhn,zhn->blhz", q_nope, w_kvb[..., :N])
         q = jnp.concatenate([q_latent, q_rope], axis=-1)
         k_BSC = jnp.concatenate([latent_BSZ, k_rope_BSP], axis=-1)
-        name = choose(ctx.attention, q, cached=True, plain=False)
+        name = choose(ctx.compute.attention, q, cached=True, plain=False)
         mixed_BLHZ = attend(
             q,
             k_BSC[:, :, None],

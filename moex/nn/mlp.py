@@ -7,10 +7,9 @@ import dataclasses
 
 import jax
 
-from kernels_pallas import matmul
 from moex.config.base import require
 from moex.nn.contract import FeedForward, FeedForwardConfig
-from moex.nn.param import param
+from moex.nn.param import param, project
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -48,9 +47,6 @@ class DenseLayer(FeedForward):
         )
 
     def __call__(self, x_BLD, ctx):
-        dtype = x_BLD.dtype
-        w_in = self.w_in_D2F[...].astype(dtype)
-        h_BL2F = matmul(x_BLD, w_in, implementation=ctx.kernels)
+        h_BL2F = project(x_BLD, self.w_in_D2F, ctx)
         h_BLF = jax.nn.silu(h_BL2F[..., 0, :]) * h_BL2F[..., 1, :]
-        w_out = self.w_out_FD[...].astype(dtype)
-        return matmul(h_BLF, w_out, implementation=ctx.kernels), {}
+        return project(h_BLF, self.w_out_FD, ctx), {}

@@ -90,7 +90,7 @@ class Layers(nnx.Module):
           (x_BLD, aux, caches), aux mirroring the module path:
           aux["segments"]["0"]["blocks"]["1"]["ffn"].
         """
-        x_BLD = constrain(x_BLD.astype(ctx.compute_dtype), "batch", "length", None)
+        x_BLD = constrain(x_BLD.astype(ctx.compute.dtype), "batch", "length", None)
         aux, new_caches = {}, []
         caches = [None] * len(self.segments) if caches is None else caches
         for i, (segment, cache) in enumerate(zip(self.segments, caches, strict=True)):

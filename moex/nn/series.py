@@ -53,7 +53,7 @@ class SeriesLayers(Layers):
         Returns:
           (out_BLN float32, aux), aux as `Layers.run` gives it.
         """
-        dtype = ctx.compute_dtype
+        dtype = ctx.compute.dtype
         x_BLD = value_BLN.astype(dtype) @ self.w_in_ND[...].astype(dtype)
         x_BLD, aux, _ = self.run(x_BLD, ctx)
         w_DN = self.w_out_DN[...].astype(dtype)

@@ -91,7 +91,7 @@ class SegmentStack(nnx.Module):
         # A scan copies a layer's slice of every weight. That would be most of the work
         # for one token and few of many experts: decoding reads their weights in place.
         # A prompt uses most experts, but in C those of other layers cost nothing.
-        few = x_BLD.shape[1] == 1 or computes_in_c(x_BLD.dtype, ctx.kernels)
+        few = x_BLD.shape[1] == 1 or computes_in_c(x_BLD.dtype, ctx.compute.kernels)
         in_place = ctx.mode == "decode" and few and not on_a_mesh()
         paths = stack_readers(self.blocks) if in_place else set()
         graphdef, stacked, blocks = nnx.split(  # type: ignore
@@ -121,9 +121,9 @@ class SegmentStack(nnx.Module):
         repeat = jax.tree.leaves(self.blocks)[0].shape[0]
         numbers = jnp.arange(repeat, dtype=jnp.int32)
         forced = None if ctx.forced is None else ctx.forced["blocks"]
-        body = checkpointed(body, ctx)
+        body = checkpointed(body, ctx.compute)
         layers = (blocks, cache, numbers, forced)
-        if ctx.scan_layers:
+        if ctx.compute.scan_layers:
             x_BLD, (aux, cache) = jax.lax.scan(body, x_BLD, layers)
             return x_BLD, aux, cache
         # The scan's own `unroll` would still stack what the backward pass needs.
@@ -157,12 +157,12 @@ def stack_readers(blocks) -> set[tuple]:
 REMAT = ("none", "dots", "full")
 
 
-def checkpointed(body, ctx):
-    """Put `body` under `jax.checkpoint` as `ctx.remat` says: one of `REMAT`.
+def checkpointed(body, compute):
+    """Put `body` under `jax.checkpoint` as `compute.remat` says: one of `REMAT`.
 
     Outside of a scan, barriers must keep XLA from sharing what is computed again.
     """
-    if ctx.remat == "none":
+    if compute.remat == "none":
         return body
     policies = jax.checkpoint_policies
     dots = policies.save_from_both_policies(
@@ -171,6 +171,6 @@ def checkpointed(body, ctx):
     )
     return jax.checkpoint(
         body,
-        prevent_cse=not ctx.scan_layers,
-        policy=dots if ctx.remat == "dots" else None,
+        prevent_cse=not compute.scan_layers,
+        policy=dots if compute.remat == "dots" else None,
     )

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from moex import sharding
 from moex.costs.residual_bytes import (
+    loss_args,
     model_activation_bytes,
-    traced_options,
+    traced_loss,
 )
 from moex.model.paths import path_name
 from moex.model.precision import compute_dtype
@@ -178,25 +179,8 @@ def tensor_local(program: Training) -> dict:
 
 def _gradient_graph(cfg, spec, batch_size) -> liveness.Graph:
     """The graph of the loss and its gradient for one microbatch."""
-
-    def gradient(params, state, batch, key):
-        options = traced_options(cfg)
-        ctx = cfg.task.context(batch, key=key, mode="train", **options)
-
-        def loss(params):
-            return cfg.task.loss(
-                spec.merge(params, state),
-                ctx,
-                batch,
-                cfg.loss,
-                num_domains=1,
-            )
-
-        return jax.grad(loss, has_aux=True)(params)
-
-    batch = cfg.task.batch_shapes(cfg, batch_size)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return liveness.graph(gradient, spec.params, spec.state, batch, key)
+    gradient = jax.grad(traced_loss(cfg, spec), has_aux=True)
+    return liveness.graph(gradient, *loss_args(cfg, spec, batch_size))
 
 
 def update_bytes(program: Training) -> float:

@@ -13,7 +13,7 @@ from moex.plan.memory import Memory, memory
 from moex.plan.topology import Topology
 from moex.plan.traffic import Traffic, traffic
 from moex.runs.keys import check_run
-from moex.runs.program import check_devices, check_kernels, static_options
+from moex.runs.program import check_devices, check_kernels
 from moex.train.job import make_training
 
 
@@ -152,7 +152,7 @@ def plan(cfg, topology: Topology) -> Plan:
     sizes = dict(program.mesh.shape)
     held = memory(program, topology)
     with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
-        setting = static_options(cfg, train=True)
+        compute = program.compute(train=True)
         rows = traffic(program)
     cost = model_cost(cfg.model, program.spec, cfg.seq_len)
     carried = tuple(
@@ -176,7 +176,7 @@ def plan(cfg, topology: Topology) -> Plan:
         tokens=cfg.batch_size * cfg.seq_len,
         flops_per_token=cost.train_flops,
         recompute_flops=again,
-        setting=setting
+        setting=dataclasses.asdict(compute)
         | {"batch_size": cfg.batch_size, "grad_accum": cfg.grad_accum}
         | {"seq_len": cfg.seq_len, cfg.model.SIZE: cfg.model.num_outputs},
         memory=held,

@@ -21,6 +21,7 @@ from moex.config.base import ConfigError, caution, require
 from moex.data.batches import Datasets, eval_batches
 from moex.model.precision import compute_dtype
 from moex.model.spec import ModelSpec, abstract_arrays, check_mesh, model_spec
+from moex.nn.context import Compute
 from moex.runs.keys import check_run
 
 
@@ -32,9 +33,9 @@ class Program:
     mesh: Mesh
     spec: ModelSpec
 
-    def static(self, *, train: bool) -> dict:
-        """The static fields of `Context`, which say how to compute."""
-        return static_options(self.cfg, train=train)
+    def compute(self, *, train: bool) -> Compute:
+        """How to compute, to train or to score."""
+        return compute_of(self.cfg, train=train)
 
     @property
     def num_domains(self) -> int:
@@ -106,21 +107,21 @@ def mesh_here(cfg) -> Mesh:
     return mesh
 
 
-def static_options(cfg, *, train: bool) -> dict:
-    """Make the static fields of `Context` from a run config."""
+def compute_of(cfg, *, train: bool) -> Compute:
+    """How a run config computes, to train or to score."""
     kernels = None if cfg.kernels == "auto" else cfg.kernels
     if not train and not kernels_here(cfg):
         caution(f"config.kernels = {kernels!r} do not run here; 'auto' is used.")
         kernels = None
-    return {
-        "dtype": compute_dtype(cfg),
-        "kernels": kernels,
-        "remat": cfg.remat if train else "none",
-        "scan_layers": cfg.scan_layers,
-        "exchange": cfg.mesh.exchange,
+    return Compute(
+        dtype=compute_dtype(cfg),
+        kernels=kernels,
+        remat=cfg.remat if train else "none",
+        scan_layers=cfg.scan_layers,
+        exchange=cfg.mesh.exchange,
         # Scores must be exact, and evaluation has the memory: no backward pass.
-        "exchange_buffer": cfg.mesh.exchange_buffer if train else None,
-    }
+        exchange_buffer=cfg.mesh.exchange_buffer if train else None,
+    )
 
 
 def kernels_here(cfg) -> bool:

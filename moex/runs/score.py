@@ -26,16 +26,16 @@ def eval_step(program: Program):
         program.cfg.task,
         program.spec,
         num_domains=program.num_domains,
-        static=program.static(train=False),
+        compute=program.compute(train=False),
     )
     return jax.jit(step, out_shardings=program.whole)
 
 
-def make_eval_step(task, spec, *, num_domains, static):
+def make_eval_step(task, spec, *, num_domains, compute):
     """Make `(params, state, batch) -> sums`; `task.figures` takes their total."""
 
     def step(params, state, batch):
-        ctx = task.context(batch, mode="eval", **static)
+        ctx = task.context(batch, mode="eval", compute=compute)
         model = spec.merge(params, state)
         return task.sums(model, ctx, batch, num_domains=num_domains)
 

@@ -124,7 +124,7 @@ class HarnessLM(TemplateLM):
                 asked[context] += 1
             length = padded_length(len(prompt), self.max_length)
             groups[length, tuple(arguments.items())].append((i, prompt, until))
-        static = run.static(train=False)
+        compute = run.compute(train=False)
         texts = [""] * len(requests)
         for (_, chosen), members in groups.items():
             # A sample depends on its row of the batch, so it gets a batch of its own.
@@ -136,8 +136,7 @@ class HarnessLM(TemplateLM):
                         *(run.spec, run.cfg.model, run.params, run.state),
                         prompts + prompts[-1:] * (rows - len(some)),
                         stop_tokens=run.tokenizer.stop_ids,
-                        dtype=static["dtype"],
-                        kernels=static["kernels"],
+                        compute=compute,
                         **dict(chosen),
                     )
                 for (i, prompt, until), output in zip(some, outputs, strict=False):

@@ -18,7 +18,7 @@ from moex.model.decode import SHORTEST_PROMPT
 from moex.runs.open import LoadedRun
 from moex.runs.program import eval_batch_size
 from moex.sharding import batch_shards, shard_batch
-from moex.tasks.lm import make_context, token_losses
+from moex.tasks.lm import token_losses
 
 
 def continuation_scores(
@@ -50,17 +50,18 @@ def continuation_scores(
             )
         length = min(len(context) + len(continuation) - 1, seq_len)
         groups[padded_length(length, seq_len, run.mesh.shape["seq"])].append(i)
-    # In mode "eval" a capacity would make a row depend on the rest of its batch.
-    static = run.static(train=False) | {"mode": "decode"}
+    compute = run.compute(train=False)
     scores = [(0.0, True)] * len(pairs)
     with jax.set_mesh(run.mesh):
         for L, members in groups.items():
             for some in chunks(members, _num_rows(run, L)):
                 batch = _batch([pairs[i] for i in some], _num_rows(run, L), L)
+                batch = shard_batch(batch, run.mesh)
+                # In mode "eval" a capacity would let rows of a batch change each other.
+                ctx = run.cfg.task.context(batch, mode="decode", compute=compute)
                 sum_B, greedy_B = _scores(
-                    *(run.params, run.state, shard_batch(batch, run.mesh)),
+                    *(run.params, run.state, ctx, batch["targets"], batch["scored"]),
                     graphdef=run.spec.graphdef,
-                    static=tuple(static.items()),
                 )
                 found = np.asarray(sum_B).tolist(), np.asarray(greedy_B).tolist()
                 for i, *score in zip(some, *found, strict=False):
@@ -68,14 +69,13 @@ def continuation_scores(
     return scores
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "static"))
-def _scores(params, state, batch, *, graphdef, static):
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _scores(params, state, ctx, target_BL, scored_BL, *, graphdef):
     """Sum log-probabilities, float32[B]; whether all tokens are likeliest, bool[B]."""
     model = nnx.merge(graphdef, params, state)
-    logits_BLV, _ = model(make_context(batch, **dict(static)))
-    nll_BL, _ = token_losses(logits_BLV, batch["targets"])
-    best_BL = jnp.argmax(logits_BLV, axis=-1) == batch["targets"]
-    scored_BL = batch["scored"]
+    logits_BLV, _ = model(ctx)
+    nll_BL, _ = token_losses(logits_BLV, target_BL)
+    best_BL = jnp.argmax(logits_BLV, axis=-1) == target_BL
     return (
         -jnp.sum(jnp.where(scored_BL, nll_BL, 0.0), axis=1),
         jnp.all(best_BL | ~scored_BL, axis=1),

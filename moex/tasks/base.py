@@ -188,11 +188,10 @@ class Task(Config):
             for name, (shape, dtype) in self.fields(cfg).items()
         }
 
-    def context(self, batch, **how) -> Context:
-        """The `Context` of a batch; `how` are its other fields."""
-        return Context(
-            segment_BL=batch["segment"], position_BL=batch["position"], **how
-        )
+    def context(self, batch, **fields) -> Context:
+        """The `Context` of a batch with its other fields."""
+        segment_BL, position_BL = batch["segment"], batch["position"]
+        return Context(segment_BL=segment_BL, position_BL=position_BL, **fields)
 
     def run(self, model, ctx: Context, batch) -> tuple[Any, dict]:
         """Run the model on a batch: returns (outputs, aux)."""

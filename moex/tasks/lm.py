@@ -19,7 +19,6 @@ from moex.data.tokenizer import SavedTokenizer, Tokenizer
 from moex.model.decode import check_request, generate
 from moex.model.precision import compute_dtype
 from moex.moe.metrics import mean
-from moex.nn.context import Context
 from moex.nn.contract import not_causal
 from moex.nn.lm import LM
 from moex.tasks.base import Figure, Task
@@ -122,8 +121,8 @@ class LanguageModelling(Task):
             ("tokens", "targets", "num_bytes"), own
         )
 
-    def context(self, batch, **how):
-        return make_context(batch, **how)
+    def context(self, batch, **fields):
+        return Task.context(self, batch, token_BL=batch["tokens"], **fields)
 
     def losses(self, outputs, batch):
         mask_BL = batch["loss_mask"]
@@ -196,16 +195,6 @@ class LanguageModelling(Task):
         return [f"let it write: moex generate {run} --prompt 'def '"]
 
 
-def make_context(batch, **how) -> Context:
-    """Make the `Context` of a batch of tokens; `how` gives its other fields."""
-    return Context(
-        segment_BL=batch["segment"],
-        position_BL=batch["position"],
-        token_BL=batch["tokens"],
-        **how,
-    )
-
-
 def token_losses(logits_BLV, targets_BL):
     """The cross-entropy (nats) and squared log-normaliser of targets, float32[B, L]."""
     lse_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
@@ -223,7 +212,6 @@ def continue_texts(program, state, tokenizer, prompts, **sampling) -> list[str]:
       prompts: texts.
       **sampling: arguments of `model.decode.generate`.
     """
-    how = program.static(train=False)
     outputs = generate(
         program.spec,
         program.cfg.model,
@@ -231,8 +219,7 @@ def continue_texts(program, state, tokenizer, prompts, **sampling) -> list[str]:
         state["state"],
         [tokenizer.prompt(p) for p in prompts],
         stop_tokens=tokenizer.stop_ids,
-        dtype=how["dtype"],
-        kernels=how["kernels"],
+        compute=program.compute(train=False),
         **sampling,
     )
     return [tokenizer.continued(p, o) for p, o in zip(prompts, outputs, strict=True)]

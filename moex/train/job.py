@@ -51,7 +51,7 @@ class Training(Program):
             grad_accum=self.cfg.grad_accum,
             num_domains=self.num_domains,
             optim=self.cfg.optim,
-            static=self.static(train=True),
+            compute=self.compute(train=True),
         )
 
         def with_rate(train_state, number, key, batch):

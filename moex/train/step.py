@@ -25,7 +25,7 @@ GRAD_NORM_DECAY = 0.99
 SPIKES_IN_ROW = 3
 
 
-def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, static):
+def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, compute):
     """Make `(train_state, step, key, batch) -> (train_state, metrics)` to be jitted.
 
     Args:
@@ -36,12 +36,12 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, st
       grad_accum: microbatches per step.
       num_domains: the number of sources of the data.
       optim: `Optim`; its `spike_factor` guards the update.
-      static: static fields of `Context` (dtype, kernels, remat).
+      compute: `Compute`.
     """
 
     def loss_fn(params, state, batch, key, counts, step, load_before):
         model = spec.merge(params, state)
-        ctx = task.context(batch, step=step, key=key, mode="train", **static)
+        ctx = task.context(batch, step=step, key=key, mode="train", compute=compute)
         return task.loss(
             model,
             ctx,

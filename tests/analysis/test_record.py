@@ -30,9 +30,8 @@ from moex.moe.routers.topk import TopK
 from moex.moe.routers.topp import TopP
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from moex.tasks.lm import make_context
 from tests import runs
-from tests.helpers import built, random_batch, tiny_lm, tiny_moe
+from tests.helpers import TASK, XLA, built, random_batch, tiny_lm, tiny_moe
 from tests.interop import parity
 
 
@@ -62,7 +61,7 @@ def collected():
 
     @jax.jit
     def run(batch):
-        ctx = make_context(batch, mode="eval", collect=True, kernels="xla")
+        ctx = TASK.context(batch, mode="eval", collect=True, compute=XLA)
         aux = spec.merge(params, state)(ctx)[1]
         return aux, routed_layers(aux, logits=True)
 

@@ -28,10 +28,11 @@ from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.runs.directory import RunDir
 from moex.runs.open import load_run
-from moex.tasks.lm import make_context
 from moex.train.job import make_job
 from tests import documented, runs
 from tests.helpers import (
+    TASK,
+    XLA,
     assert_equal_trees,
     built,
     context,
@@ -55,7 +56,7 @@ def test_a_layer_at_full_width_is_the_plain_layer():
     spec, params, state = built(cfg)
     made = latent_model(cfg, options)
     x_BLD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 16)), jnp.float32)
-    ctx = context(2, 8, kernels="xla")
+    ctx = context(2, 8, compute=XLA)
 
     def layer(spec, params):
         def run(params):
@@ -173,7 +174,7 @@ def test_second_moments_are_those_of_the_inputs():
 
     @jax.jit
     def run(params, state):
-        ctx = make_context(batch, mode="eval", collect=True, kernels="xla")
+        ctx = TASK.context(batch, mode="eval", collect=True, compute=XLA)
         aux = spec.merge(params, state)(ctx)[1]
         return aux["segments"]["0"]["blocks"], second_moments(aux, ctx.valid_BL)
 

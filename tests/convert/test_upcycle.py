@@ -28,10 +28,11 @@ from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.runs.directory import RunDir
 from moex.runs.open import load_run
-from moex.tasks.lm import make_context
 from moex.train.job import make_job
 from tests import runs
 from tests.helpers import (
+    TASK,
+    XLA,
     assert_equal_trees,
     built,
     context,
@@ -65,7 +66,7 @@ def dense_weights(seed=0):
 def compiled(layer, x_BLD):
     """The layer of a config, as a function of its parameters and `x_BLD`."""
     graphdef, _, state = split_module(layer.make(16, nnx.Rngs(params=0)))
-    ctx = context(*x_BLD.shape[:2], kernels="xla")
+    ctx = context(*x_BLD.shape[:2], compute=XLA)
     return jax.jit(lambda p, x: nnx.merge(graphdef, p, state)(x, ctx)[0])
 
 
@@ -254,7 +255,7 @@ def logits(cfg, params, state):
 
     @jax.jit
     def run(params, state):
-        ctx = make_context(batch, mode="eval", kernels="xla")
+        ctx = TASK.context(batch, mode="eval", compute=XLA)
         return spec.merge(params, state)(ctx)[0]
 
     return run(params, state)[batch["segment"] > 0]

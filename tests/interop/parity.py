@@ -13,7 +13,7 @@ from moex.interop.hf import load_model
 from moex.interop.names import pieces
 from moex.model import spec as states
 from moex.nn.context import Context
-from tests.helpers import mesh_of
+from tests.helpers import XLA, mesh_of
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 NAMES = (
@@ -41,7 +41,7 @@ def context(want: dict, collect=False) -> Context:
         token_BL=jnp.asarray(want["tokens"]),
         mode="eval",
         collect=collect,
-        kernels="xla",
+        compute=XLA,
     )
 
 

@@ -15,6 +15,7 @@ from moex.interop.folder import Folder
 from moex.model.decode import generate
 from moex.model.losses import moe_layers
 from moex.model.paths import flat_paths
+from tests.helpers import XLA
 from tests.interop import parity
 
 families = pytest.mark.parametrize("name", parity.NAMES)
@@ -127,6 +128,6 @@ def test_greedy_decoding_is_that_of_transformers(name):
         prompts,
         max_new_tokens=64,
         temperature=0,
-        kernels="xla",
+        compute=XLA,
     )
     assert made[0] == want["greedy"].tolist()

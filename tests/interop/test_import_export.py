@@ -27,7 +27,7 @@ from moex.runs.directory import RunDir
 from moex.runs.open import load_run
 from moex.tasks import lm
 from tests import runs
-from tests.helpers import mesh_of
+from tests.helpers import XLA, mesh_of
 from tests.interop import parity
 from tests.interop.folders import (
     SAY,
@@ -196,7 +196,7 @@ def test_shards_are_read_in_their_places(name):
             position_BL=jnp.asarray(np.arange(mask.shape[1])[None] * mask),
             token_BL=jnp.asarray(tokens),
             mode="eval",
-            kernels="xla",
+            compute=XLA,
         )
         return spec.merge(params, state)(ctx)[0]
 

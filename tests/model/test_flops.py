@@ -13,11 +13,13 @@ from moex.moe.layer import MoE
 from moex.moe.narrow import Narrow
 from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
+from moex.nn.context import Compute
 from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from tests.helpers import context
 
+EINSUM = Compute(kernels="xla", attention="einsum")
 # XLA counts the FLOPs of the program itself. With one expert, because on CPU its ragged
 # dot computes every expert on every row. It counts all of the attention's scores where
 # we count the causal half, and elementwise work, which is below 0.6 % at these widths.
@@ -61,7 +63,7 @@ def flops_over_ours(names, *, compiled):
     )
     spec = model_spec(model)
     run = jax.jit(lambda p, s, ctx: spec.merge(p, s)(ctx)[0])
-    ctx = jax.eval_shape(lambda: context(1, LENGTH, kernels="xla", attention="einsum"))
+    ctx = jax.eval_shape(lambda: context(1, LENGTH, compute=EINSUM))
     program = run.lower(spec.params, spec.state, ctx)
     program = program.compile() if compiled else program
     cost = model_cost(model, spec, LENGTH)

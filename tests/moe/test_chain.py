@@ -25,7 +25,7 @@ from moex.moe.routers.topp import TopP
 from moex.nn.attention import Attention
 from moex.nn.block import RESIDUALS, Block
 from moex.nn.mlp import Dense
-from tests.helpers import context, split_module
+from tests.helpers import XLA, context, split_module
 from tests.moe import oracle
 from tests.moe.test_layer import flat, nested
 from tests.tolerances import assert_close
@@ -71,7 +71,7 @@ chains = pytest.mark.parametrize("name", CHAINS)
 def inputs():
     """(x_BLD, dy_BLD, ctx)"""
     x_BLD, dy_BLD = jax.random.normal(jax.random.key(1), (2, *SHAPE, D))
-    return x_BLD, dy_BLD, context(*SHAPE, num_padding=PADDING, kernels="xla")
+    return x_BLD, dy_BLD, context(*SHAPE, num_padding=PADDING, compute=XLA)
 
 
 def string_keys(tree):

@@ -25,7 +25,7 @@ from moex.moe.routers.soft import Soft
 from moex.moe.routers.topk import Groups, TopK
 from moex.moe.routers.topp import TopP
 from moex.nn.mlp import Dense
-from tests.helpers import context, split_module
+from tests.helpers import XLA, context, split_module
 from tests.moe import oracle
 from tests.moe.test_chain import string_keys
 from tests.moe.test_layer import WEIGHTS, flat, nested
@@ -145,7 +145,7 @@ def check_seed(seed):
         }
     x_BLD, dy_BLD = jax.random.normal(jax.random.key(seed), (2, *shape, D))
     token_BL = jnp.asarray(rng.integers(0, 50, shape), jnp.int32)
-    ctx = context(*shape, num_padding=padding, token_BL=token_BL, kernels="xla")
+    ctx = context(*shape, num_padding=padding, token_BL=token_BL, compute=XLA)
 
     def loss(params, x_BLD):
         y_BLD, aux = nnx.merge(graphdef, params, state)(x_BLD, ctx)

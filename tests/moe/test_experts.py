@@ -18,7 +18,8 @@ from moex.moe.experts.latent import Latent, latent_ratio
 from moex.moe.experts.lowrank import LowRank
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
-from tests.helpers import context, split_module
+from moex.nn.context import Compute
+from tests.helpers import XLA, context, split_module
 from tests.moe import oracle
 from tests.tolerances import assert_close
 
@@ -92,7 +93,7 @@ def outputs(name, form, dtype, inputs):
 
     def loss(params, x_TD, gate_TK):
         module = nnx.merge(graphdef, params, state)
-        ctx = context(1, T, dtype=dtype, kernels=KERNELS[name])
+        ctx = context(1, T, compute=Compute(dtype=dtype, kernels=KERNELS[name]))
         y_TD = form(module, x_TD, gate_TK, inputs["plan"], ctx)
         assert y_TD.dtype == x_TD.dtype
         return jnp.sum(dy_TD * y_TD.astype(jnp.float32)), y_TD
@@ -179,7 +180,7 @@ def test_bfloat16_is_near_float32(name, inputs, run):
         jnp.asarray(inputs["x_TD"], jnp.bfloat16),
         jnp.asarray(inputs["gate_TK"], jnp.float32),
         inputs["plan"],
-        context(1, T, dtype="bfloat16", kernels=KERNELS[name]),
+        context(1, T, compute=Compute(dtype="bfloat16", kernels=KERNELS[name])),
     )
     assert y_TD.dtype == jnp.bfloat16
     assert_close(y_TD, run(name, form)[0], "bfloat16")
@@ -191,7 +192,7 @@ def test_rows_past_the_groups_are_zero(name):
     module = nnx.merge(graphdef, params, state)
     sizes_E = jnp.array([1, 0, 2, 0], jnp.int32)
     x_ND = jnp.full((5, D), 1.0).at[3:].set(jnp.nan)
-    ctx = context(1, 5, kernels=KERNELS[name])
+    ctx = context(1, 5, compute=Compute(kernels=KERNELS[name]))
     y_ND = jax.jit(lambda x_ND: module(x_ND, sizes_E, ctx))(x_ND)
     assert jnp.all(y_ND[3:] == 0)
     assert jnp.all(jnp.isfinite(y_ND))
@@ -213,7 +214,7 @@ def test_permuting_experts_changes_nothing(name, inputs, run):
         jnp.asarray(inputs["x_TD"], jnp.float32),
         jnp.asarray(inputs["gate_TK"], jnp.float32),
         make_plan(renamed_TK, jnp.asarray(inputs["keep_TK"]), E),
-        context(1, T, kernels=KERNELS[name]),
+        context(1, T, compute=Compute(kernels=KERNELS[name])),
     )
     assert_close(y_TD, run(name, form)[0], "order")
 
@@ -243,7 +244,7 @@ def test_full_rank_latent_experts_are_glu_experts(inputs, run):
         jnp.asarray(inputs["x_TD"], jnp.float32),
         jnp.asarray(inputs["gate_TK"], jnp.float32),
         inputs["plan"],
-        context(1, T, kernels="xla"),
+        context(1, T, compute=XLA),
     )
     assert_close(y_TD, run("glu", fused)[0], "float32")
 
@@ -251,7 +252,7 @@ def test_full_rank_latent_experts_are_glu_experts(inputs, run):
 def test_a_rank_of_zero_start_adds_nothing():
     module = LowRank(rank=2, zero_init=True).make(D, E, nnx.Rngs(params=0))
     sizes_E = jnp.array([1, 0, 2, 0], jnp.int32)
-    ctx = context(1, 3, kernels="xla")
+    ctx = context(1, 3, compute=XLA)
     assert jnp.all(module(jnp.ones((3, D)), sizes_E, ctx) == 0)
 
 

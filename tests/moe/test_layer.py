@@ -25,8 +25,9 @@ from moex.moe.routers.forced import Forced
 from moex.moe.routers.hash import Hash
 from moex.moe.routers.topk import Groups, TopK
 from moex.moe.routers.topp import TopP
+from moex.nn.context import Compute
 from moex.nn.mlp import Dense
-from tests.helpers import context, split_module
+from tests.helpers import XLA, context, split_module
 from tests.moe import oracle
 from tests.tolerances import assert_close
 
@@ -131,8 +132,7 @@ def inputs(case, dtype="float32"):
     ctx = context(
         *case.shape,
         num_padding=case.num_padding,
-        dtype=dtype,
-        kernels=case.kernels,
+        compute=Compute(dtype=dtype, kernels=case.kernels),
         token_BL=jnp.arange(math.prod(case.shape), dtype=jnp.int32).reshape(case.shape),
     )
     return graphdef, params, state, x_BLD.astype(dtype), dy_BLD, ctx
@@ -295,7 +295,7 @@ def fresh(moe):
 
 
 X_BLD = jax.random.normal(jax.random.key(3), (2, 5, D))
-CTX = context(2, 5, kernels="xla")
+CTX = context(2, 5, compute=XLA)
 
 
 def test_ample_capacity_is_dropless():

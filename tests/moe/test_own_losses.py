@@ -23,8 +23,7 @@ from moex.moe.routing import Routing, router_logits
 from moex.nn.param import param
 from moex.nn.stack import Segment
 from moex.runs.keys import Loss
-from moex.tasks.lm import make_context
-from tests.helpers import built, lm_loss, random_batch, tiny_lm
+from tests.helpers import TASK, built, lm_loss, random_batch, tiny_lm
 from tests.tolerances import assert_close
 
 E = 4
@@ -81,7 +80,7 @@ def run(ffn, batch, coefs, step=0, counts=None, repeat=1):
     spec, params, state = built(cfg)
 
     def loss_fn(params):
-        ctx = make_context(batch, step=jnp.int32(step), mode="train")
+        ctx = TASK.context(batch, step=jnp.int32(step), mode="train")
         model = spec.merge(params, state)
         how = {"step": step, "counts": counts, "num_domains": 2}
         return lm_loss(model, ctx, batch, coefs, **how)

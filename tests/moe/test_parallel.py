@@ -24,6 +24,7 @@ from moex.moe.parallel import Rows, local_sums
 from moex.moe.routers.forced import Forced
 from moex.moe.routers.topk import Groups, TopK
 from moex.moe.routers.topp import TopP
+from moex.nn.context import Compute
 from moex.sharding import BATCH_AXES, MeshConfig, param_sharding
 from tests.helpers import context
 from tests.tolerances import assert_close
@@ -41,16 +42,18 @@ def moe(router=None, experts=None, **fields):
     return MoE(num_experts=E, router=router, experts=experts, **fields)
 
 
-def on_mesh(cfg, mesh_cfg, **static):
+def on_mesh(cfg, mesh_cfg):
     """(function of (params, x) -> (y, aux), params, x) on a mesh; None: one device."""
     module = cfg.make(D, nnx.Rngs(params=0))
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
     axes = {path: v.get_metadata()["axes"] for path, v in nnx.to_flat_state(params)}
     params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
     x_BLD = jax.random.normal(jax.random.key(1), (B, L, D))
+    compute = Compute()
     if mesh_cfg is not None:
         mesh = mesh_cfg.make()
-        static = {"exchange": mesh_cfg.exchange} | static
+        buffer = mesh_cfg.exchange_buffer
+        compute = Compute(exchange=mesh_cfg.exchange, exchange_buffer=buffer)
         place = lambda path, leaf: jax.device_put(  # noqa: E731
             leaf, param_sharding(leaf.shape, axes[tuple(k.key for k in path)], mesh)
         )
@@ -59,15 +62,15 @@ def on_mesh(cfg, mesh_cfg, **static):
         x_BLD = jax.device_put(x_BLD, batch)
 
     def run(params, x_BLD):
-        ctx = context(B, L, num_padding=1, **static)
+        ctx = context(B, L, num_padding=1, compute=compute)
         return nnx.merge(graphdef, params, rest)(x_BLD, ctx)
 
     return run, params, x_BLD
 
 
-def values(cfg, mesh_cfg, **static):
+def values(cfg, mesh_cfg):
     """(y, aux, gradients) as numpy; the loss reaches outputs and balance losses."""
-    run, params, x_BLD = on_mesh(cfg, mesh_cfg, **static)
+    run, params, x_BLD = on_mesh(cfg, mesh_cfg)
     weight_BLD = jax.random.normal(jax.random.key(2), (B, L, D))
 
     def loss(params, x_BLD):
@@ -258,7 +261,7 @@ def test_rows_without_room_are_counted(ragged, request):
         request.getfixturevalue("ragged_on_cpu")
     cfg = moe(Forced(k=2, load="adversarial", init_std=0.7))
     mesh_cfg = MeshConfig(data=2, expert=4, exchange="all_to_all", exchange_buffer=1.0)
-    run, params, x_BLD = on_mesh(cfg, mesh_cfg, exchange_buffer=1.0)
+    run, params, x_BLD = on_mesh(cfg, mesh_cfg)
     with jax.set_mesh(mesh_cfg.make()):
         y_BLD, aux = jax.jit(run)(params, x_BLD)
     assert aux["stats"]["num_lost"] == 8 * 2 * 2 + 2 * 16

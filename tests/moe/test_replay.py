@@ -18,8 +18,7 @@ from moex.moe.narrow import Narrow
 from moex.moe.replay import recorded
 from moex.moe.routers.topp import TopP
 from moex.nn.stack import Segment
-from moex.tasks.lm import make_context
-from tests.helpers import built, random_batch, tiny_lm, tiny_moe
+from tests.helpers import TASK, XLA, built, random_batch, tiny_lm, tiny_moe
 from tests.tolerances import assert_close
 
 ROUNDS = Chain(moe=tiny_moe(4, router=TopP(p=0.4, k_max=3), shared=None), iterations=2)
@@ -31,11 +30,12 @@ def model():
     """(forward, its gradient, params, what was recorded)."""
     spec, params, state = built(CFG)
     batch = random_batch(2, 8)
-    ctx = make_context(batch, mode="train", collect=True, kernels="xla")
+    ctx = TASK.context(batch, mode="train", collect=True, compute=XLA)
 
     @functools.partial(jax.jit, static_argnames="remat")
     def forward(params, forced=None, remat="none"):
-        own = dataclasses.replace(ctx, forced=forced, remat=remat)
+        compute = dataclasses.replace(XLA, remat=remat)
+        own = dataclasses.replace(ctx, forced=forced, compute=compute)
         logits_BLV, aux = spec.merge(params, state)(own)
         return jnp.mean(logits_BLV**2), aux
 

@@ -20,7 +20,7 @@ from moex.moe.experts.zero import Zero
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import Groups, TopK
 from moex.nn.mlp import Dense
-from tests.helpers import context, split_module
+from tests.helpers import XLA, context, split_module
 from tests.tolerances import assert_close
 
 # The libraries warn of their own deprecations, and pytest makes errors of warnings.
@@ -300,7 +300,7 @@ def run_ours(block, moe, x_BLD, dy_BLD):
     assert len(buffers) == len(jax.tree.leaves(state))
     if buffers:
         state = {"router": {"bias_E": jnp.asarray(buffers[0])}}
-    ctx = context(B, L, kernels="xla", collect=True)
+    ctx = context(B, L, compute=XLA, collect=True)
 
     def loss(params, x_BLD):
         y_BLD, aux = nnx.merge(graphdef, params, state)(x_BLD, ctx)

@@ -15,12 +15,12 @@ from moex.moe.experts.latent import Latent
 from moex.moe.replay import recorded
 from moex.moe.routers.topp import TopP
 from moex.nn.attention import Attention
+from moex.nn.context import Compute
 from moex.nn.lm import LM
 from moex.nn.mla import LatentAttention
 from moex.nn.rope import Linear, Llama3, Yarn
 from moex.nn.stack import Segment
 from moex.runs.keys import Loss
-from moex.tasks.lm import make_context
 from moex.train.step import make_train_step
 from tests.helpers import TASK, built, tiny_lm, tiny_moe
 
@@ -84,7 +84,14 @@ def test_training_is_traced(mode):
     optim = Optim(rule=AdamW(), lr=0.1)
     tx, _ = make_optimizer(optim, 10, spec.params, spec.info)
     step = make_train_step(
-        TASK, spec, tx, Loss(), grad_accum=2, num_domains=1, optim=optim, static={}
+        TASK,
+        spec,
+        tx,
+        Loss(),
+        grad_accum=2,
+        num_domains=1,
+        optim=optim,
+        compute=Compute(),
     )
     state = {
         "params": spec.params,
@@ -101,7 +108,7 @@ def test_training_is_traced(mode):
 
 def test_recording_is_traced(mode):
     spec, params, state = built(MODEL)
-    ctx = make_context(dict(BATCH), mode="eval", collect=True)
+    ctx = TASK.context(dict(BATCH), mode="eval", collect=True)
     aux = jax.eval_shape(lambda p, s: spec.merge(p, s)(ctx)[1], params, state)
     assert len(jax.tree.leaves(recorded(aux))) == 9  # expert, gate, keep, three times
 

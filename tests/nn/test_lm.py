@@ -16,11 +16,21 @@ from moex.moe.chain import Chain
 from moex.moe.replay import recorded
 from moex.moe.routers.hash import Hash, hashed_experts, own_seed
 from moex.nn.attention import Attention
+from moex.nn.context import Compute
 from moex.nn.mlp import Dense
 from moex.nn.norm import RMSNorm
 from moex.nn.stack import Segment
-from moex.tasks.lm import make_context, token_losses
-from tests.helpers import VOCAB, built, context, random_batch, tiny_lm, tiny_moe
+from moex.tasks.lm import token_losses
+from tests.helpers import (
+    TASK,
+    VOCAB,
+    XLA,
+    built,
+    context,
+    random_batch,
+    tiny_lm,
+    tiny_moe,
+)
 from tests.tolerances import assert_close
 
 BATCH = random_batch(4, 12)
@@ -30,7 +40,7 @@ SPARSE = (Segment(pattern=(tiny_moe(),)),)
 
 def gradients(cfg):
     spec, params, state = built(cfg)
-    ctx = make_context(BATCH, kernels="xla")
+    ctx = TASK.context(BATCH, compute=XLA)
 
     def loss(params):
         logits_BLV, aux = spec.merge(params, state)(ctx)
@@ -44,7 +54,7 @@ def gradients(cfg):
 def test_shapes_and_dtypes(dtype):
     cfg = tiny_lm()
     spec = model_spec(cfg)
-    ctx = make_context(BATCH, dtype=dtype)
+    ctx = TASK.context(BATCH, compute=Compute(dtype=dtype))
     run = lambda params, state: spec.merge(params, state)(ctx)  # noqa: E731
     logits, aux = jax.eval_shape(run, spec.params, spec.state)
     assert (logits.shape, logits.dtype) == ((4, 12, VOCAB), jnp.float32)
@@ -73,7 +83,7 @@ def test_tied_embeddings_are_one_leaf_with_the_sum_of_both_gradients():
 
     def grad(spec, params):
         def loss(params):
-            logits_BLV, _ = spec.merge(params, state)(make_context(BATCH))
+            logits_BLV, _ = spec.merge(params, state)(TASK.context(BATCH))
             nll_BL, _ = token_losses(logits_BLV, jnp.asarray(BATCH["targets"]))
             return jnp.mean(nll_BL)
 
@@ -92,7 +102,7 @@ def test_packed_documents_do_not_see_each_other():
     """Changing the first document moves no logit of the others."""
     spec, params, state = built(tiny_lm(*SPARSE))
     run = jax.jit(
-        lambda batch: spec.merge(params, state)(make_context(batch, kernels="xla"))[0]
+        lambda batch: spec.merge(params, state)(TASK.context(batch, compute=XLA))[0]
     )
     changed = (BATCH["segment"] == 1).astype(np.int32)
     other = dict(BATCH, tokens=(BATCH["tokens"] + changed) % VOCAB)
@@ -110,7 +120,7 @@ def test_initial_loss_is_nearly_that_of_a_uniform_guess():
 
     @jax.jit
     def nll(key):
-        logits_BLV, _ = spec.merge(*init_params(cfg, key))(make_context(batch))
+        logits_BLV, _ = spec.merge(*init_params(cfg, key))(TASK.context(batch))
         return token_losses(logits_BLV, jnp.asarray(batch["targets"]))[0]
 
     nll_BL = nll(jax.random.key(0))

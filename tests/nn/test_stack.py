@@ -17,7 +17,7 @@ from moex.nn.attention import Attention
 from moex.nn.block import Block
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from tests.helpers import built, context, split_module, tiny_lm, tiny_moe
+from tests.helpers import XLA, built, context, split_module, tiny_lm, tiny_moe
 from tests.tolerances import assert_close
 
 B, L, D = 2, 6, 16
@@ -33,7 +33,7 @@ def stack():
     segment = Segment(pattern=PATTERN, repeat=REPEAT)
     module = segment.make(ATTENTION, D, nnx.Rngs(params=0), norm_eps=1e-6)
     x_BLD = jax.random.normal(jax.random.key(1), (B, L, D))
-    return *split_module(module), x_BLD, context(B, L, num_padding=1, kernels="xla")
+    return *split_module(module), x_BLD, context(B, L, num_padding=1, compute=XLA)
 
 
 def loss_and_aux(stack, ctx):

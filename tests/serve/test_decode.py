@@ -20,15 +20,16 @@ from moex.moe.experts.latent import Latent
 from moex.moe.experts.zero import Zero
 from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
+from moex.nn.context import Compute
 from moex.nn.mla import LatentAttention
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
-from tests.helpers import VOCAB, built, context, split_module, tiny_lm, tiny_moe
+from tests.helpers import VOCAB, XLA, built, context, split_module, tiny_lm, tiny_moe
 from tests.tolerances import assert_close
 
 PROMPT_LENGTHS = (1, 5, 16)
 NEW = 6
-GREEDY = {"max_new_tokens": NEW, "temperature": 0, "kernels": "xla"}
+GREEDY = {"max_new_tokens": NEW, "temperature": 0, "compute": XLA}
 MODELS = {
     "dense": tiny_lm(
         Segment(pattern=(Dense(hidden=24),), repeat=2),
@@ -69,7 +70,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(model):
         *token_BL.shape,
         token_BL=token_BL,
         segment_BL=(position_BL < length_B1).astype(jnp.int32),
-        kernels="xla",
+        compute=XLA,
     )
     run = jax.jit(lambda params, state: spec.merge(params, state)(ctx)[0])
     best_BL = np.argmax(run(params, state), axis=-1)
@@ -122,11 +123,11 @@ def test_a_step_copies_no_expert_that_it_does_not_use():
     cfg = tiny_lm(Segment(pattern=(moe,), repeat=2))
     spec, params, state = built(cfg)
 
-    def shapes(length, kernels="xla"):
+    def shapes(length, compute=XLA):
         """Shapes of what one layer gets, in a call with `length` tokens per row."""
         cache = cfg.init_cache(1, 4, jnp.float32)
         ctx = dataclasses.replace(
-            context(1, length, mode="decode", kernels=kernels),
+            context(1, length, mode="decode", compute=compute),
             key_segment_BS=jnp.ones((1, 4), jnp.int32),
             key_position_BS=jnp.arange(4)[None],
             cache_index=jnp.int32(0),
@@ -147,7 +148,8 @@ def test_a_step_copies_no_expert_that_it_does_not_use():
     assert weight in shapes(2)  # many tokens use all experts
     assert weight not in shapes(1)
     if library.why_not() is None:
-        assert weight not in shapes(2, "native")  # where other layers cost nothing
+        # Other layers cost nothing there.
+        assert weight not in shapes(2, Compute(kernels="native"))
 
 
 LATENT = LatentAttention(heads=2, kv_latent=6, nope_dim=4, rope_dim=4, v_dim=6)
@@ -164,8 +166,8 @@ def test_a_prompt_is_what_its_tokens_are_one_by_one(attention):
 
     @jax.jit
     def run(cache, token_BL, first):
-        stopped_B, static = jnp.zeros(2, bool), {"dtype": "float32"}
-        ctx = decode._context(token_BL, first, slots, padding_B, stopped_B, static)
+        stopped_B, compute = jnp.zeros(2, bool), Compute()
+        ctx = decode._context(token_BL, first, slots, padding_B, stopped_B, compute)
         return spec.merge(params, state).decode(ctx, cache)
 
     empty = cfg.init_cache(2, slots, jnp.float32)
@@ -187,7 +189,7 @@ def test_capacity_drops_nothing_while_decoding():
     x_BLD = jnp.ones((6, 1, 16))
 
     def kept(mode):
-        ctx = context(6, 1, mode=mode, kernels="xla")
+        ctx = context(6, 1, mode=mode, compute=XLA)
         run = jax.jit(lambda p: nnx.merge(graphdef, p, state)(x_BLD, ctx))
         return float(run(params)[1]["stats"]["num_kept"])
 

@@ -26,7 +26,7 @@ from moex.serve import harness, likelihood
 from moex.serve.harness import HarnessLM, score_tasks
 from moex.serve.likelihood import continuation_scores
 from tests import runs
-from tests.helpers import built, context, mesh_of, tiny_lm, tiny_moe
+from tests.helpers import XLA, built, context, mesh_of, tiny_lm, tiny_moe
 
 SEQ_LEN = 40
 DOC = 256
@@ -67,7 +67,7 @@ def next_logits(run):
             64,
             token_BL=token_1L,
             segment_BL=(place_1L < length).astype(jnp.int32),
-            kernels="xla",
+            compute=XLA,
             mode="decode",
         )
         return run.spec.merge(params, run.state)(ctx)[0][0, length - 1]

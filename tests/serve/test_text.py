@@ -5,6 +5,7 @@ import types
 
 import pytest
 
+from moex.nn.context import Compute
 from moex.serve import harness
 from moex.serve.harness import HarnessLM
 from moex.tasks import lm
@@ -25,9 +26,10 @@ def new_ids(tokenizer, prompt, text):
 def test_a_sample_keeps_the_space_before_its_first_word(tokenizer, monkeypatch):
     new = new_ids(tokenizer, "the cat", "the cat sees the red")
     monkeypatch.setattr(lm, "generate", lambda *args, **options: [new])
-    how = {"dtype": "", "kernels": None}
     program = types.SimpleNamespace(
-        cfg=types.SimpleNamespace(model=None), spec=None, static=lambda train: how
+        cfg=types.SimpleNamespace(model=None),
+        spec=None,
+        compute=lambda train: Compute(),
     )
     state = {"params": None, "state": None}
     texts = lm.continue_texts(program, state, tokenizer, ["the cat"])
@@ -48,9 +50,7 @@ def test_an_answer_to_a_task_keeps_it_too(model, tokenizer, monkeypatch):
     new = new_ids(tokenizer, "the cat", "the cat sees the red")
     monkeypatch.setattr(harness, "generate", lambda *args, **options: [new])
     monkeypatch.setattr(harness, "eval_batch_size", lambda cfg: 1)
-    monkeypatch.setattr(
-        harness, "static_options", lambda *a, **o: {"dtype": "", "kernels": None}
-    )
+    model.run.compute = lambda train: Compute()
     monkeypatch.setattr(harness.jax, "set_mesh", lambda mesh: contextlib.nullcontext())
     asked = types.SimpleNamespace(args=("the cat", {"until": [], "max_gen_toks": 8}))
     assert model.generate_until([asked]) == [" sees the red"]

@@ -18,11 +18,10 @@ from moex.data.packing import blank_example
 from moex.nn.stack import Segment
 from moex.runs.consumed import Consumed
 from moex.runs.score import evaluate, make_eval_step
-from moex.tasks.lm import make_context
 from moex.train.log import Stopwatch
 from moex.train.loop import Run
 from tests import runs
-from tests.helpers import TASK, built, mesh_of, random_batch, tiny_lm, tiny_moe
+from tests.helpers import TASK, XLA, built, mesh_of, random_batch, tiny_lm, tiny_moe
 from tests.tolerances import assert_close
 
 
@@ -121,7 +120,7 @@ def held_out(**changes):
 @pytest.fixture(scope="module")
 def model():
     spec, params, state = built(tiny_lm(Segment(pattern=(tiny_moe(),), repeat=2)))
-    step = jax.jit(make_eval_step(TASK, spec, num_domains=2, static={"kernels": "xla"}))
+    step = jax.jit(make_eval_step(TASK, spec, num_domains=2, compute=XLA))
     return spec, {"params": params, "state": state}, step
 
 
@@ -144,7 +143,7 @@ def test_figures_of_an_evaluation_are_those_of_float64(model):
     """Router z-loss and balance by sequence, by a loop over tokens and sequences."""
     spec, state, step = model
     whole, job = held_out()
-    ctx = make_context(whole, mode="eval", collect=True, kernels="xla")
+    ctx = TASK.context(whole, mode="eval", collect=True, compute=XLA)
     merged = spec.merge(state["params"], state["state"])
     aux = merged(ctx)[1]["segments"]["0"]["blocks"]["0"]["ffn"]
     (figures,) = evaluate(job(4), state, step, None)["layers"].values()

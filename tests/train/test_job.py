@@ -7,7 +7,7 @@ import pytest
 from configs import base
 from moex.config.base import ConfigError, ConfigWarning, to_dict
 from moex.runs.open import saved_with
-from moex.runs.program import check_kernels, kernels_here, static_options
+from moex.runs.program import check_kernels, compute_of, kernels_here
 from tests.helpers import tiny_lm
 
 
@@ -19,12 +19,12 @@ def test_kernels_of_another_platform_are_not_here(kernels, here):
     cfg = base.get_config()
     cfg.kernels = kernels
     assert kernels_here(cfg) == here
-    assert static_options(cfg, train=True)["kernels"] in (None, kernels)
+    assert compute_of(cfg, train=True).kernels in (None, kernels)
     if here:
-        static_options(cfg, train=False)
+        compute_of(cfg, train=False)
         return
     with pytest.warns(ConfigWarning, match="do not run here; 'auto' is used"):
-        assert static_options(cfg, train=False)["kernels"] is None
+        assert compute_of(cfg, train=False).kernels is None
 
 
 def test_kernels_that_cannot_are_refused_with_their_reasons():

@@ -14,10 +14,10 @@ from moex.config.schedule import Schedule
 from moex.model.losses import routing_losses
 from moex.model.optim import AdamW, Optim
 from moex.moe.losses import load_balance_loss
+from moex.nn.context import Compute
 from moex.runs.keys import Loss
-from moex.tasks.lm import make_context
 from moex.train.step import make_train_step
-from tests.helpers import TASK, built, lm_loss, random_batch, tiny_lm
+from tests.helpers import TASK, XLA, built, lm_loss, random_batch, tiny_lm
 from tests.tolerances import assert_close
 
 # Sums that the figures want and these tests do not look at.
@@ -100,7 +100,7 @@ def test_no_layers_no_losses():
 def model():
     spec, params, state = built(tiny_lm())
     batch = random_batch(4, 8)
-    ctx = make_context(batch, mode="train", kernels="xla")
+    ctx = TASK.context(batch, mode="train", compute=XLA)
 
     @jax.jit
     def forward(params):
@@ -160,7 +160,7 @@ def test_microbatches_of_a_step_share_their_load():
         grad_accum=2,
         num_domains=2,
         optim=Optim(rule=AdamW(), lr=1.0),
-        static={},
+        compute=Compute(),
     )
     guard = {"accepted": 0, "grad_norm_mean": 0.0, "skipped": 0, "skipped_in_row": 0}
     guard = jax.tree.map(jnp.asarray, guard)

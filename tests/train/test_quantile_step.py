@@ -12,12 +12,12 @@ from moex.model import spec as states
 from moex.model.paths import flat_paths
 from moex.moe.chain import Chain
 from moex.moe.routers.topk import TopK
+from moex.nn.context import Compute
 from moex.nn.stack import Segment
 from moex.runs.keys import Loss
 from moex.sharding import MeshConfig, shard_batch
-from moex.tasks.lm import make_context
 from moex.train.step import _accumulate, update_state
-from tests.helpers import built, lm_loss, random_batch, tiny_lm, tiny_moe
+from tests.helpers import TASK, built, lm_loss, random_batch, tiny_lm, tiny_moe
 
 ROUTER = TopK(k=2, score="sigmoid", bias_rule="quantile", bias_rate=1.0, init_std=0.7)
 PLAIN = tiny_moe(router=ROUTER, shared=None)
@@ -37,8 +37,9 @@ def biases_after_a_step(mesh_cfg, devices, grad_accum):
     def moved(params, state, batch):
         def micro(args, before):
             _, part = args
+            compute = Compute(exchange=mesh_cfg.exchange)
             model = spec.merge(params, state)
-            ctx = make_context(part, mode="train", exchange=mesh_cfg.exchange)
+            ctx = TASK.context(part, mode="train", compute=compute)
             options = {"num_microbatches": grad_accum, "num_domains": 2}
             return lm_loss(model, ctx, part, Loss(), **options)[1]
 

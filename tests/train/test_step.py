@@ -20,7 +20,7 @@ from moex.nn.stack import Segment
 from moex.runs.keys import Loss
 from moex.runs.score import make_eval_step
 from moex.sharding import shard_batch
-from moex.tasks.lm import make_context, token_losses
+from moex.tasks.lm import token_losses
 from moex.train.profiler import SCOPES
 from moex.train.step import (
     SPIKE_WARMUP,
@@ -30,6 +30,7 @@ from moex.train.step import (
 )
 from tests.helpers import (
     TASK,
+    XLA,
     assert_equal_trees,
     built,
     lm_loss,
@@ -82,7 +83,7 @@ def trainer(name, loss, grad_accum=1):
         grad_accum=grad_accum,
         num_domains=2,
         optim=OPTIM,
-        static={"kernels": "xla"},
+        compute=XLA,
     )
     return spec, train_state, jax.jit(step).lower(train_state, 0, KEY, BATCH).compile()
 
@@ -134,7 +135,7 @@ def test_figures_of_a_step_are_means_over_its_tokens(grad_accum):
     """Against a float64 loop over the logits of the router, of uneven microbatches."""
     spec, train_state, step = trainer("small", TOKEN_ONLY, grad_accum)
     _, metrics = step(train_state, 0, KEY, UNEVEN)
-    ctx = make_context(UNEVEN, mode="train", collect=True, kernels="xla")
+    ctx = TASK.context(UNEVEN, mode="train", collect=True, compute=XLA)
     aux = spec.merge(train_state["params"], train_state["state"])(ctx)[1]
     logits_TE = np.asarray(
         aux["segments"]["0"]["blocks"]["0"]["ffn"]["scores"]["logits"][0], np.float64
@@ -381,7 +382,7 @@ def test_a_clipped_step_of_the_real_optimizer_is_the_same_on_a_mesh():
         grad_accum=1,
         num_domains=2,
         optim=OPTIM,
-        static={"kernels": "xla"},
+        compute=XLA,
     )
     with jax.set_mesh(mesh):
         after, metrics = jax.jit(step)(placed, 0, KEY, shard_batch(BATCH, mesh))
@@ -453,7 +454,7 @@ def test_losses_by_hand():
     aux = {"segments": {"0": {"blocks": {"0": {"ffn": layer}, "1": {"ffn": {}}}}}}
     loss, sums = lm_loss(
         lambda ctx: (jnp.asarray(logits), aux),
-        make_context(batch),
+        TASK.context(batch),
         batch,
         Loss(z=0.1, load_balance=0.01, router_z=0.001),
         counts={"targets": 3.0, "tokens": 7.0, "sequences": 2.0},
@@ -483,7 +484,7 @@ def test_token_losses_of_large_logits_are_finite():
 
 def test_evaluation_scores_as_training_does():
     spec, train_state, _ = trainer("small", BALANCED)
-    run = make_eval_step(TASK, spec, num_domains=2, static={"kernels": "xla"})
+    run = make_eval_step(TASK, spec, num_domains=2, compute=XLA)
     sums = jax.jit(run)(train_state["params"], train_state["state"], BATCH)
     assert_close(sums["nll"] / sums["tokens"], one_step()[1]["nll"], "order")
 

@@ -4,6 +4,7 @@ T tokens · N routed rows · D model width · E experts · F expert width · K s
 """
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 from flax import nnx
@@ -81,16 +82,15 @@ class GluExperts(Experts, StackReader):
     def __call__(self, x_ND, group_sizes_E, ctx):
         w_in, w_out = self._weights(x_ND.dtype, ctx)
         E, D, _, F = w_in.shape
-        a_NC = grouped_matmul(
-            x_ND, w_in.reshape(E, D, 2 * F), group_sizes_E, implementation=ctx.kernels
-        )
+        matmul = functools.partial(grouped_matmul, implementation=ctx.compute.kernels)
+        a_NC = matmul(x_ND, w_in.reshape(E, D, 2 * F), group_sizes_E)
         if self.bias_in_E2F is not None:
             bias_EC = self.bias_in_E2F[...].reshape(E, 2 * F)
             a_NC += per_row(bias_EC, a_NC, group_sizes_E)
         a32_NC = a_NC.astype(jnp.float32)
         h_NF = ACTIVATIONS[self.activation].value(a32_NC[:, :F], a32_NC[:, F:])
         h_NF = h_NF.astype(x_ND.dtype)
-        y_ND = grouped_matmul(h_NF, w_out, group_sizes_E, implementation=ctx.kernels)
+        y_ND = matmul(h_NF, w_out, group_sizes_E)
         if self.bias_out_ED is not None:
             bias_ED = ctx.tensor_share * self.bias_out_ED[...].reshape(E, D)
             y_ND += per_row(bias_ED, y_ND, group_sizes_E)
@@ -119,7 +119,7 @@ class FusedGluExperts(GluExperts):
             plan,
             activation=self.activation,
             buffer_rows=buffer_rows,
-            implementation=ctx.kernels,
+            implementation=ctx.compute.kernels,
         )
 
 

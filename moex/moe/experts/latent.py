@@ -216,7 +216,7 @@ class LatentExperts(Experts):
                 rows,
                 getattr(self, name)[...].astype(rows.dtype),
                 sizes,
-                implementation=ctx.kernels,
+                implementation=ctx.compute.kernels,
             )
 
         return matmul(group_sizes_E), matmul(group_sizes_G)

@@ -4,6 +4,7 @@ N routed rows · D model width · E experts · R rank
 """
 
 import dataclasses
+import functools
 
 from kernels_pallas import grouped_matmul
 from moex.config.base import require
@@ -70,11 +71,7 @@ class LowRankExperts(Experts):
 
     def __call__(self, x_ND, group_sizes_E, ctx):
         dtype = x_ND.dtype
-        h_NR = grouped_matmul(
-            x_ND,
-            self.a_EDR[...].astype(dtype),
-            group_sizes_E,
-            implementation=ctx.kernels,
-        )
+        matmul = functools.partial(grouped_matmul, implementation=ctx.compute.kernels)
+        h_NR = matmul(x_ND, self.a_EDR[...].astype(dtype), group_sizes_E)
         b_ERD = (self.scale * self.b_ERD[...]).astype(dtype)
-        return grouped_matmul(h_NR, b_ERD, group_sizes_E, implementation=ctx.kernels)
+        return matmul(h_NR, b_ERD, group_sizes_E)
