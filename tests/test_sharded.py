@@ -15,6 +15,7 @@ from moex.config.base import ConfigError
 from moex.model import spec as states
 from moex.model.paths import flat_paths
 from moex.moe.experts.glu import Glu
+from moex.nn.context import Compute
 from moex.sharding import MeshConfig
 
 # With `THOROUGH`, every mesh once and a choice of routers and experts: not every kind
@@ -40,11 +41,12 @@ SLOW = [
 
 # What else a step may do. Without a scan every layer is compiled by itself.
 OPTIONS = {
-    "glu with biases": {"grad_accum": 2, "remat": "dots"},
+    "glu with biases": {"grad_accum": 2, "compute": Compute(remat="dots")},
     "latent": {"losses": {"balance_scope": "sequence"}},
     "chain": {"losses": {"balance_scope": "step"}, "grad_accum": 2},
 }
-SLOW_OPTIONS = {"zero, shared, gated": {"remat": "full", "scan_layers": False}}
+UNROLLED = {"compute": Compute(remat="full", scan_layers=False)}
+SLOW_OPTIONS = {"zero, shared, gated": UNROLLED}
 
 
 def on_one_device(layer, **options):

@@ -228,7 +228,15 @@ def initial(name: str):
 
 
 def _prepared(
-    spec, params, state, mesh_cfg, devices, *, losses=None, grad_accum=1, remat="none"
+    spec,
+    params,
+    state,
+    mesh_cfg,
+    devices,
+    *,
+    losses=None,
+    grad_accum=1,
+    compute: Compute = Compute(),
 ):
     """(mesh, jitted step, its arguments) of SGD steps on a mesh.
 
@@ -243,10 +251,9 @@ def _prepared(
         "opt": TX.init(params),  # zeros on the devices of the parameters
         "guard": states.init_guard(),
     }
-    compute = Compute(
-        remat=remat,
-        exchange=mesh_cfg.exchange,
-        exchange_buffer=mesh_cfg.exchange_buffer,
+    buffer = mesh_cfg.exchange_buffer
+    compute = dataclasses.replace(
+        compute, exchange=mesh_cfg.exchange, exchange_buffer=buffer
     )
     step = make_train_step(
         LanguageModelling(),
@@ -280,7 +287,7 @@ def outcome(name: str, mesh_cfg: MeshConfig, devices, **options) -> Outcome:
       name: a key of `LAYERS`.
       mesh_cfg: the mesh over `devices`.
       devices: all, or one.
-      **options: grad_accum and remat.
+      **options: losses, grad_accum and compute.
     """
     own = {"losses": LOSSES.get(name), "grad_accum": GRAD_ACCUM.get(name, 1)}
     mesh, step, args = _prepared(*initial(name), mesh_cfg, devices, **own | options)

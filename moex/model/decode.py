@@ -24,7 +24,6 @@ from moex.nn.context import Compute, Context
 from moex.nn.contract import StackReader
 from moex.nn.lm import LM
 
-DEFAULT = Compute()
 # Prompts are padded to a power of two of at least this many tokens, so that a session
 # of many prompts compiles few programs.
 SHORTEST_PROMPT = 16
@@ -45,7 +44,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_tokens: Collection[int] = (),
-    compute: Compute = DEFAULT,
+    compute: Compute = Compute(),
 ) -> list[list[int]]:
     """The continuation of each prompt.
 

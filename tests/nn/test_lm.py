@@ -176,8 +176,8 @@ def test_every_block_of_a_model_hashes_on_its_own(scan_layers):
     )
     spec, params, state = built(model)
     token_BL = jnp.arange(12)[None]
-    fields = {"token_BL": token_BL, "collect": True, "scan_layers": scan_layers}
-    ctx = context(1, 12, **fields)
+    compute = Compute(scan_layers=scan_layers)
+    ctx = context(1, 12, token_BL=token_BL, collect=True, compute=compute)
     aux = jax.jit(lambda p: spec.merge(p, state)(ctx)[1])(params)
     forced = recorded(aux)
     ids = [

@@ -95,7 +95,8 @@ def test_scan_is_a_loop_over_sliced_parameters(stack, scanned):
     ids=str,
 )
 def test_rematerialisation_and_unrolling_change_nothing(stack, scanned, change):
-    ctx = dataclasses.replace(stack[-1], **change)
+    compute = dataclasses.replace(XLA, **change)
+    ctx = dataclasses.replace(stack[-1], compute=compute)
     (loss, (y_BLD, aux)), grads = loss_and_aux(stack, ctx)
     (expected_loss, (expected_BLD, expected_aux)), expected_grads = scanned
     # Six blocks deep, each with its sums in another order.
