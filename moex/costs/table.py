@@ -16,10 +16,11 @@ from moex.model.accounting import model_cost, num_bytes
 from moex.model.layers import sites
 from moex.model.optim import make_optimizer
 from moex.model.paths import flat_paths
+from moex.model.precision import compute_dtype
 from moex.model.spec import ModelSpec, model_spec
 from moex.numbers import number_ranges, scaled
 from moex.runs.keys import check_run
-from moex.runs.program import compute_dtype, compute_of
+from moex.runs.program import compute_of
 
 FIGURES = (
     *("params", "active", "forward_flops", "backward_flops"),
