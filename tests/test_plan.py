@@ -13,6 +13,7 @@ from moex import cli
 from moex.config.base import ConfigError
 from moex.config.flags import load_config
 from moex.model.accounting import num_bytes
+from moex.model.spec import model_spec
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
 from moex.moe.layer import MoE
@@ -26,7 +27,7 @@ from moex.plan.advice import advice, least_devices
 from moex.plan.planner import check, plan
 from moex.sharding import AXIS_NAMES, MeshConfig
 from moex.tasks.lm import token_losses
-from moex.train.job import make_training
+from moex.train.job import Training
 from tests import runs
 from tests.helpers import tiny_lm
 
@@ -168,7 +169,7 @@ def test_state_bytes_are_those_of_real_arrays(run_config, mesh):
     cfg = run_config(mesh)
     memory = plan(cfg, topology.parse("cpu:8")).memory
     real = cfg.mesh.make()
-    state = make_training(cfg, real).init_state()
+    state = Training(cfg=cfg, mesh=real, spec=model_spec(cfg.model, real)).init_state()
     device = jax.devices()[0]
 
     def held(tree):
@@ -592,7 +593,7 @@ def test_the_shared_expert_is_computed_while_rows_travel():
     devices = rehearsal.described_devices(topology.parse("v5p:2x2x1"))
     made = cfg.mesh.make(devices)
     with jax.set_mesh(made):
-        program = make_training(cfg, made)
+        program = Training(cfg=cfg, mesh=made, spec=model_spec(cfg.model, made))
         arguments = rehearsal.train_arguments(program)
         text = program.train_step().lower(*arguments).compile().as_text()
     exchange = r"ragged-all-to-all-start\(.*?ragged-all-to-all-done\("

@@ -44,7 +44,7 @@ from moex.model.paths import flat_paths, path_name
 from moex.runs.claim import new_run
 from moex.runs.directory import RunDir
 from moex.runs.keys import Checkpoint, Eval, Log, Loss, check_run
-from moex.runs.program import Program, make_program, mesh_here
+from moex.runs.program import Program, mesh_here
 from moex.runs.room import check_room
 from moex.runs.write import write_run
 from moex.sharding import MeshConfig
@@ -249,8 +249,8 @@ def _prepare(cfg, say) -> tuple[Program, Any, Any]:
     """Check a config, and make its program, optimizer and data."""
     mesh = mesh_here(cfg)
     data = cfg.task.prepare(cfg, log=say)
-    program = make_program(cfg, mesh)
-    spec = program.spec
+    spec = states.model_spec(cfg.model, mesh)
+    program = Program(cfg=cfg, mesh=mesh, spec=spec)
     tx, _ = make_optimizer(cfg.optim, cfg.steps, spec.params, spec.info)
     held = program.abstract_state() | {"opt": states.abstract_opt(tx, spec, mesh)}
     check_room(cfg, mesh, held)

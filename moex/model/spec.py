@@ -58,8 +58,12 @@ class ModelSpec:
         return nnx.merge(self.graphdef, params, state)
 
 
-def model_spec(cfg: Model) -> ModelSpec:
-    """The abstract model of a config; allocates nothing."""
+def model_spec(cfg: Model, mesh: Mesh | None = None) -> ModelSpec:
+    """The abstract model of a config; allocates nothing.
+
+    Raises:
+      ConfigError: if `mesh` does not divide a parameter that it splits.
+    """
     abstract = nnx.eval_shape(lambda: cfg.make(nnx.Rngs(params=0)), graph=False)
     graphdef, params, state = split_params(abstract)
     info = {}
@@ -71,7 +75,10 @@ def model_spec(cfg: Model) -> ModelSpec:
                 matrix=metadata.get("matrix"),
                 rule=metadata.get("rule"),
             )
-    return ModelSpec(graphdef, _pure(params), _pure(state), info)
+    spec = ModelSpec(graphdef, _pure(params), _pure(state), info)
+    if mesh is not None:
+        check_mesh(spec, mesh)
+    return spec
 
 
 def _pure(state) -> dict:

@@ -9,12 +9,13 @@ from typing import Any
 import jax
 
 from moex.model.accounting import model_cost
+from moex.model.spec import model_spec
 from moex.plan.memory import Memory, memory
 from moex.plan.topology import Topology
 from moex.plan.traffic import Traffic, traffic
 from moex.runs.keys import check_run
 from moex.runs.program import check_devices, check_kernels
-from moex.train.job import make_training
+from moex.train.job import Training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,7 @@ def check(cfg, topology: Topology):
     check_devices(cfg, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
         check_kernels(cfg)
-        return make_training(cfg, mesh)
+        return Training(cfg=cfg, mesh=mesh, spec=model_spec(cfg.model, mesh))
 
 
 def plan(cfg, topology: Topology) -> Plan:

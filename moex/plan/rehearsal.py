@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from moex.config.base import ConfigError
+from moex.model.spec import model_spec
 from moex.plan.memory import batch_arguments
 from moex.plan.topology import Topology
-from moex.train.job import Training, make_training
+from moex.train.job import Training
 
 # libtpu reads these before it describes a topology. Without them it waits for a
 # metadata server. The values do not limit the topologies.
@@ -139,7 +140,7 @@ def compile_step(cfg, topology: Topology) -> Compiled:
     devices = described_devices(topology)
     mesh = cfg.mesh.make(devices)
     with jax.set_mesh(mesh):
-        program = make_training(cfg, mesh)
+        program = Training(cfg=cfg, mesh=mesh, spec=model_spec(cfg.model, mesh))
         arguments = train_arguments(program)
         start = time.perf_counter()
         lowered = program.train_step().lower(*arguments)

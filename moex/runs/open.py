@@ -1,5 +1,6 @@
 """Opening a run to use its model: its program, its tokenizer and its parameters."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -46,16 +47,32 @@ def load_run(place: Place, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun
       CheckpointError: if no checkpoint is intact.
     """
     run = RunDir.of(place)
-    cfg = run.config()
-    check = saved_with(cfg, cfg.task.saved_identity(run))
-    spec = saved_spec(run)
+    cfg, spec = run.config(), saved_spec(run)
     if mesh_cfg is None:
         mesh = _mesh_here(cfg, spec, warn)
     else:
         mesh = mesh_cfg.make()
         check_mesh(spec, mesh)
     program = Program(cfg=cfg, mesh=mesh, spec=spec)
-    arrays, step = restore_params(run, program, warn=warn, step=step, check=check)
+    nothing = ConfigError(f"{run}: the run has no checkpoint yet.")
+    if not run.checkpoints.is_dir():
+        raise nothing
+    abstract = program.abstract_state()
+    # Orbax refuses an array above its limit, and may read all of it to get one part.
+    largest = max(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract))
+    limit = max(HOST_BYTES, 2 * largest)
+    checkpointer = Checkpointer(run, read_only=True, host_bytes=limit)
+    with contextlib.closing(checkpointer):
+        found = checkpointer.restore(
+            abstract,
+            items=("params", "state"),
+            warn=warn,
+            step=step,
+            check=saved_with(cfg, cfg.task.saved_identity(run)),
+        )
+    if found is None:
+        raise nothing
+    step, arrays, _, _ = found
     model = {name: arrays[name] for name in ("params", "state")}
     return LoadedRun(**vars(program), folder=run, step=step, **model)
 
@@ -84,37 +101,6 @@ def _mesh_here(cfg, spec: ModelSpec, warn) -> Mesh:
         warn(f"the mesh of the run does not fit here ({e}); every device has a copy")
         check_mesh(spec, mesh)
     return mesh
-
-
-def restore_params(run: RunDir, program: Program, *, warn=print, step=None, check=None):
-    """Read `({"params", "state"}, step)` of the newest intact checkpoint, or of `step`.
-
-    Args:
-      run: run directory.
-      program: a model of the run's shapes, and the mesh that its arrays go to.
-      warn, step, check: as for `Checkpointer.restore`.
-
-    Raises:
-      ConfigError: if there is no (such) checkpoint.
-      CheckpointError: if none is intact.
-    """
-    if not run.checkpoints.is_dir():
-        raise ConfigError(f"{run}: the run has no checkpoint yet.")
-    abstract = Program.abstract_state(program)  # without the optimizer state
-    # Orbax refuses an array above its limit, and may read all of it to get one part.
-    largest = max(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract))
-    limit = max(HOST_BYTES, 2 * largest)
-    checkpointer = Checkpointer(run, read_only=True, host_bytes=limit)
-    try:
-        found = checkpointer.restore(
-            abstract, items=("params", "state"), warn=warn, step=step, check=check
-        )
-    finally:
-        checkpointer.close()
-    if found is None:
-        raise ConfigError(f"{run}: the run has no checkpoint yet.")
-    step, arrays, _, _ = found
-    return arrays, step
 
 
 def saved_with(cfg, identity: dict[str, str]):

@@ -20,7 +20,7 @@ from moex import sharding
 from moex.config.base import ConfigError, caution, require
 from moex.data.batches import Datasets, eval_batches
 from moex.model.precision import compute_dtype
-from moex.model.spec import ModelSpec, abstract_arrays, check_mesh, model_spec
+from moex.model.spec import ModelSpec, abstract_arrays
 from moex.nn.context import Compute
 from moex.runs.keys import check_run
 
@@ -81,17 +81,6 @@ class Evaluated(Program):
             limit=limit,
             rows=sharding.process_rows(self.mesh, batch_size),
         )
-
-
-def make_program(cfg, mesh: Mesh) -> Program:
-    """Build the program of a checked config on a mesh or an abstract mesh.
-
-    Raises:
-      ConfigError: if the mesh does not divide a parameter.
-    """
-    spec = model_spec(cfg.model)
-    check_mesh(spec, mesh)
-    return Program(cfg=cfg, mesh=mesh, spec=spec)
 
 
 def mesh_here(cfg) -> Mesh:

@@ -11,12 +11,11 @@ from jax.sharding import Mesh
 from moex import sharding
 from moex.data import batches
 from moex.model import optim
-from moex.model.spec import abstract_opt, init_train_state
+from moex.model.spec import abstract_opt, init_train_state, model_spec
 from moex.runs.directory import RunDir
 from moex.runs.program import (
     Evaluated,
     Program,
-    make_program,
     mesh_here,
 )
 from moex.runs.room import check_room
@@ -38,8 +37,15 @@ def compiler_options(mesh: Mesh) -> dict | None:
 class Training(Program):
     """A program with an optimizer, without arrays or data."""
 
-    tx: Any  # optax transformation
-    learning_rate: Any  # learning rate as a function of the optimizer step
+    tx: Any = dataclasses.field(init=False)  # optax transformation
+    learning_rate: Any = dataclasses.field(init=False)  # of the optimizer step
+
+    def __post_init__(self):
+        """Make the optimizer; a ConfigError if it does not fit the parameters."""
+        kernels = None if self.cfg.kernels == "auto" else self.cfg.kernels
+        self.tx, self.learning_rate = optim.make_optimizer(
+            self.cfg.optim, self.cfg.steps, self.spec.params, self.spec.info, kernels
+        )
 
     def train_step(self):
         """Make the jitted training step; it donates the train state."""
@@ -102,21 +108,6 @@ class Job(Training, Evaluated):
         )
 
 
-def make_training(cfg, mesh) -> Training:
-    """Build the abstract model and optimizer of a checked config on a mesh.
-
-    Raises:
-      ConfigError: if the mesh does not divide a parameter, or if `config.optim` does
-        not fit the parameters.
-    """
-    spec = make_program(cfg, mesh).spec
-    kernels = None if cfg.kernels == "auto" else cfg.kernels
-    tx, learning_rate = optim.make_optimizer(
-        cfg.optim, cfg.steps, spec.params, spec.info, kernels
-    )
-    return Training(cfg=cfg, mesh=mesh, spec=spec, tx=tx, learning_rate=learning_rate)
-
-
 def make_job(cfg, *, log=print) -> Job:
     """Check a run config, prepare its data and build its abstract model.
 
@@ -128,9 +119,9 @@ def make_job(cfg, *, log=print) -> Job:
     mesh = mesh_here(cfg)  # this does not check the schedules; `train` does
     data = cfg.task.prepare(cfg, log=log)
     cfg.task.fill(cfg, data)
-    made = make_training(cfg, mesh)
-    check_room(cfg, mesh, made.abstract_state())
-    return Job(**vars(made), data=data)
+    job = Job(cfg=cfg, mesh=mesh, spec=model_spec(cfg.model, mesh), data=data)
+    check_room(cfg, mesh, job.abstract_state())
+    return job
 
 
 def load_config(folder: pathlib.Path):

@@ -31,7 +31,7 @@ from moex.runs.directory import RunDir
 from moex.runs.environment import save_environment
 from moex.runs.keys import COEFFICIENTS, check_run
 from moex.runs.lock import RunLock
-from moex.runs.open import restore_params, saved_with
+from moex.runs.open import load_run, saved_with
 from moex.runs.record import check_may_begin
 from moex.runs.score import domain_losses, eval_step, evaluate
 from moex.runs.write import about_step
@@ -78,13 +78,15 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
     profiled = profile_steps(profile, cfg.steps)
     source = RunDir(cfg.init_from)
     if dry_run:
-        _prepare(cfg, None if workdir is None else RunDir.of(workdir), source, say)
+        folder = None if workdir is None else RunDir.of(workdir)
+        _compare(make_job(cfg, log=say), folder, source, say)
         say("dry run: the config is good; nothing was trained")
         return {}
     require_path("--workdir", workdir)
     folder = RunDir.of(workdir)
     with said_where_it_stands(folder), claimed(folder, say) as lock:
-        job, cost = _prepare(cfg, folder, source, say)
+        job = make_job(cfg, log=say)
+        cost = _compare(job, folder, source, say)
         checkpointer = Checkpointer(
             folder,
             keep=cfg.checkpoint.keep,
@@ -107,16 +109,13 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
                 _close(run)
 
 
-def _prepare(cfg, folder: RunDir | None, source: RunDir, say):
-    """Prepare the data, build the abstract model, compare with an existing run.
-
-    Returns:
-      (`Job`, `accounting.Cost`).
+def _compare(job: Job, folder: RunDir | None, source: RunDir, say) -> accounting.Cost:
+    """Print the model table, and compare a job with the run that it goes on from.
 
     Raises:
-      ConfigError: for a mistake in the config, or a run of another model.
+      ConfigError: if that run has another model or other data.
     """
-    job = make_job(cfg, log=say)
+    cfg = job.cfg
     cost = accounting.model_cost(cfg.model, job.spec, cfg.seq_len)
     say(accounting.model_table(cfg.model, job.spec, job.tx, cfg.seq_len))
     resuming = folder is not None and folder.is_run()
@@ -136,7 +135,7 @@ def _prepare(cfg, folder: RunDir | None, source: RunDir, say):
         check_init_from(job, source)
     if not job.holds_out:
         say("no data is held out: nothing will be evaluated")
-    return job, cost
+    return cost
 
 
 def _close(run: "Run") -> None:
@@ -170,17 +169,16 @@ def _start(job: Job, folder: RunDir, source: RunDir, checkpointer, cost, say) ->
         checkpointer.write_record()  # from now on the record lists the saved steps
         step, consumed, state = 0, Consumed(), job.init_state()
         if job.cfg.init_from:
-            check = saved_with(source.config(), identity)
-            arrays, at = restore_params(source, job, warn=say, check=check)
+            old = load_run(source, job.cfg.mesh, warn=say)
             # State that depends on this run's own schedule or target starts afresh.
             fresh, info = state["state"], job.spec.info
             carried = jax.tree_util.tree_map_with_path(
-                lambda path, old, new: old if keeps_value(info, path) else new,
-                arrays["state"],
+                lambda path, was, new: was if keeps_value(info, path) else new,
+                old.state,
                 fresh,
             )
-            state |= {"params": arrays["params"], "state": carried}
-            say(f"starting from the parameters of {source} at step {at}")
+            state |= {"params": old.params, "state": carried}
+            say(f"starting from the parameters of {source} at step {old.step}")
     log = RunLog(
         folder,
         job.cfg,

@@ -144,14 +144,16 @@ def test_singular_values_come_near_one():
 def test_a_training_step_of_the_shipped_config_uses_muon_in_c_where_it_can(monkeypatch):
     """`kernels = "auto"` of a run config reaches the optimizer as "choose"."""
     from configs import quickstart
+    from moex.model.spec import model_spec
     from moex.runs.program import mesh_here
-    from moex.train.job import make_training
+    from moex.train.job import Training
 
     cfg = quickstart.get_config()
     cfg.model.vocab = 300
     asked = []
     monkeypatch.setattr(muon, "computes_in_c", lambda _, kernels: asked.append(kernels))
-    training = make_training(cfg, mesh_here(cfg))
+    spec = model_spec(cfg.model)
+    training = Training(cfg=cfg, mesh=mesh_here(cfg), spec=spec)
     jax.eval_shape(
         lambda g: training.tx.update(g, training.tx.init(g), g), training.spec.params
     )
