@@ -28,11 +28,9 @@ import numpy as np  # noqa: E402
 from benchmarks.common import measure, summary, write_json  # noqa: E402
 from moex.cli import split_config_args  # noqa: E402
 from moex.config.flags import load_config  # noqa: E402
-from moex.model import optim  # noqa: E402
-from moex.model import spec as states  # noqa: E402
-from moex.runs.program import compute_of  # noqa: E402
+from moex.model.spec import model_spec  # noqa: E402
 from moex.sharding import MeshConfig, shard_batch  # noqa: E402
-from moex.train.step import make_train_step  # noqa: E402
+from moex.train.job import Training  # noqa: E402
 
 MESHES = {
     "data 8": MeshConfig(data=8),
@@ -58,29 +56,14 @@ def compiled_step(cfg, mesh_cfg, devices):
     """(function without arguments that does one step, text of its program)."""
     cfg.mesh = mesh_cfg
     mesh = mesh_cfg.make(devices)
-    spec = states.model_spec(cfg.model)
-    states.check_mesh(spec, mesh)
-    tx, _ = optim.make_optimizer(cfg.optim, cfg.steps, spec.params, spec.info)
-    key = jax.random.key(0)
-    held = {"state": states.init_train_state(cfg.model, spec, tx, mesh, key)}
-    batch = shard_batch(random_batch(cfg), mesh)
-    step = make_train_step(
-        cfg.task,
-        spec,
-        tx,
-        cfg.loss,
-        grad_accum=cfg.grad_accum,
-        num_domains=1,
-        optim=cfg.optim,
-        compute=compute_of(cfg, train=True),
-    )
-    places = jax.tree.map(lambda a: a.sharding, held["state"])
+    job = Training(cfg=cfg, mesh=mesh, spec=model_spec(cfg.model, mesh))
+    held = {"state": job.init_state()}
+    rest = np.int32(0), jax.random.key(0), shard_batch(random_batch(cfg), mesh)
     with jax.set_mesh(mesh):
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-        program = jitted.lower(held["state"], np.int32(0), key, batch).compile()
+        program = job.train_step().lower(held["state"], *rest).compile()
 
     def run():
-        held["state"], metrics = program(held["state"], np.int32(0), key, batch)
+        held["state"], metrics = program(held["state"], *rest)
         return metrics["loss"]
 
     return run, program.as_text()

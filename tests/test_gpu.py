@@ -11,12 +11,12 @@ from benchmarks.device import kernels
 from benchmarks.device.definition import error_of
 from kernels_pallas.implementations import INTERPRETED
 from moex.model.optim import AdamW, Optim, make_optimizer
-from moex.model.spec import init_train_state, model_spec
+from moex.model.spec import init_guard, init_params, model_spec
 from moex.nn.attention import attend
 from moex.nn.context import Compute
 from moex.runs.keys import Loss
 from moex.train.step import make_train_step
-from tests.helpers import TASK, mesh_of, random_batch, tiny_lm
+from tests.helpers import TASK, random_batch, tiny_lm
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.gpu
@@ -77,7 +77,9 @@ def test_training_learns_one_batch(dtype):
     spec = model_spec(model)
     optim = Optim(rule=AdamW(), lr=1e-2)
     tx, _ = make_optimizer(optim, 40, spec.params, spec.info)
-    state = init_train_state(model, spec, tx, mesh_of(), jax.random.key(0))
+    params, rest = init_params(model, jax.random.key(0))
+    state = {"params": params, "state": rest, "opt": tx.init(params)}
+    state["guard"] = init_guard()
     step = jax.jit(
         make_train_step(
             TASK,

@@ -18,10 +18,6 @@ from moex.model.paths import flat_paths, path_name
 from moex.nn.model import Model
 from moex.nn.param import split_params
 
-# Options for a program that runs once: of the 10 s for the quickstart's first state,
-# LLVM took 7 to optimise; the arrays are the same to the bit (2 cores, JAX 0.10.2).
-ONCE_ON_CPU = {"xla_backend_optimization_level": 1}
-
 
 @dataclasses.dataclass(frozen=True)
 class ParamInfo:
@@ -183,26 +179,3 @@ def _placed(tree, shards):
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shards
     )
-
-
-def init_train_state(cfg: Model, spec: ModelSpec, tx, mesh: Mesh, key) -> dict:
-    """Make a fresh train state, each array on its devices: no host holds the model.
-
-    Returns:
-      {"params", "state", "opt", "guard"}.
-    """
-
-    def init(key):
-        params, state = init_params(cfg, key)
-        return {
-            "params": params,
-            "state": state,
-            "opt": tx.init(params),
-            "guard": init_guard(),
-        }
-
-    placed = abstract_arrays(spec, mesh) | {"opt": abstract_opt(tx, spec, mesh)}
-    out = jax.tree.map(lambda a: a.sharding, placed)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    options = ONCE_ON_CPU if on_cpu else None
-    return jax.jit(init, out_shardings=out, compiler_options=options)(key)

@@ -11,16 +11,15 @@ from jax.sharding import Mesh
 from moex import sharding
 from moex.data import batches
 from moex.model import optim
-from moex.model.spec import abstract_opt, init_train_state, model_spec
+from moex.model.spec import abstract_opt, init_guard, init_params, model_spec
 from moex.runs.directory import RunDir
-from moex.runs.program import (
-    Evaluated,
-    Program,
-    mesh_here,
-)
+from moex.runs.program import Evaluated, Program, mesh_here
 from moex.runs.room import check_room
 from moex.train import step as steps
 
+# Options for a program that runs once: of the 10 s for the quickstart's first state,
+# LLVM took 7 to optimise; the arrays are the same to the bit (2 cores, JAX 0.10.2).
+ONCE_ON_CPU = {"xla_backend_optimization_level": 1}
 # By default libtpu's exchange of ragged rows is one operation, and nothing overlaps it.
 # With this option it has a start and an end; the shared expert is computed in between
 # (`tests/test_plan.py`, -m aot; both supported versions of JAX have the option).
@@ -82,10 +81,23 @@ class Training(Program):
             compiler_options=compiler_options(self.mesh),
         )
 
-    def init_state(self):
-        """Make a fresh train state on the mesh."""
-        key = jax.random.key(self.cfg.seed)
-        return init_train_state(self.cfg.model, self.spec, self.tx, self.mesh, key)
+    def init_state(self) -> dict:
+        """Make a fresh train state, each array on its devices: no host holds the model.
+
+        Returns:
+          {"params", "state", "opt", "guard"}.
+        """
+
+        def init(key):
+            params, state = init_params(self.cfg.model, key)
+            own = {"params": params, "state": state}
+            return own | {"opt": self.tx.init(params), "guard": init_guard()}
+
+        places = jax.tree.map(lambda a: a.sharding, self.abstract_state())
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        options = ONCE_ON_CPU if on_cpu else None
+        init = jax.jit(init, out_shardings=places, compiler_options=options)
+        return init(jax.random.key(self.cfg.seed))
 
     def abstract_state(self) -> dict:
         """The train state as `ShapeDtypeStruct`s with shardings, for restoring."""

@@ -5,6 +5,7 @@ B batch · L length · V vocabulary · E experts
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from moex.runs.keys import Loss
 from moex.runs.score import make_eval_step
 from moex.sharding import shard_batch
 from moex.tasks.lm import token_losses
+from moex.train.job import Training
 from moex.train.profiler import SCOPES
 from moex.train.step import (
     SPIKE_WARMUP,
@@ -416,8 +418,10 @@ def assert_replicas_agree(path, array):
 def test_parameters_are_made_in_their_places():
     spec = states.model_spec(SMALL)
     mesh = mesh_of(8, data=2, fsdp=2, tensor=2)
-    tx, _ = make_optimizer(OPTIM, 100, spec.params, spec.info)
-    train_state = states.init_train_state(SMALL, spec, tx, mesh, KEY)
+    cfg = types.SimpleNamespace(
+        model=SMALL, optim=OPTIM, steps=100, kernels="auto", seed=0
+    )
+    train_state = Training(cfg=cfg, mesh=mesh, spec=spec).init_state()
     expected, _ = states.shardings(spec, mesh)
     for path, sharding in flat_paths(expected).items():
         leaf = flat_paths(train_state["params"])[path]
