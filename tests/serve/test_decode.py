@@ -99,6 +99,14 @@ def test_a_stopped_row_ends_before_a_stop_token_and_changes_no_other(model, plac
     assert sum(len(end) < NEW for end in cut) >= len(places)
 
 
+def test_layers_are_scanned_whatever_training_did(model):
+    args, prompts, ends = model
+    programs = decode._generate._cache_size()
+    unrolled = Compute(kernels="xla", scan_layers=False)
+    assert generate(*args, prompts, **GREEDY | {"compute": unrolled}) == ends
+    assert decode._generate._cache_size() == programs
+
+
 def test_sampling_depends_on_the_seed_alone():
     cfg = MODELS["dense"]
     spec, params, state = built(cfg)

@@ -6,6 +6,7 @@ import pytest
 
 from configs import base
 from moex.config.base import ConfigError, ConfigWarning, to_dict
+from moex.nn.context import Compute
 from moex.runs.open import saved_with
 from moex.runs.program import check_kernels, compute_of, kernels_here
 from tests.helpers import tiny_lm
@@ -25,6 +26,16 @@ def test_kernels_of_another_platform_are_not_here(kernels, here):
         return
     with pytest.warns(ConfigWarning, match="do not run here; 'auto' is used"):
         assert compute_of(cfg, train=False).kernels is None
+
+
+def test_scores_are_computed_without_what_only_training_needs():
+    cfg = base.get_config()
+    cfg.remat, cfg.scan_layers, cfg.mesh.exchange_buffer = "full", False, 1.5
+    trained, scored = (compute_of(cfg, train=train) for train in (True, False))
+    assert trained == Compute(
+        dtype="float32", remat="full", scan_layers=False, exchange_buffer=1.5
+    )
+    assert scored == Compute(scan_layers=False)
 
 
 def test_kernels_that_cannot_are_refused_with_their_reasons():
