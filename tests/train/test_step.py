@@ -5,13 +5,13 @@ B batch · L length · V vocabulary · E experts
 
 import functools
 import re
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import base
 from moex.model import spec as states
 from moex.model.optim import AdamW, Optim, make_optimizer
 from moex.model.paths import flat_paths
@@ -418,9 +418,8 @@ def assert_replicas_agree(path, array):
 def test_parameters_are_made_in_their_places():
     spec = states.model_spec(SMALL)
     mesh = mesh_of(8, data=2, fsdp=2, tensor=2)
-    cfg = types.SimpleNamespace(
-        model=SMALL, optim=OPTIM, steps=100, kernels="auto", seed=0
-    )
+    cfg = base.get_config()
+    cfg.model, cfg.optim = SMALL, OPTIM
     train_state = Training(cfg=cfg, mesh=mesh, spec=spec).init_state()
     expected, _ = states.shardings(spec, mesh)
     for path, sharding in flat_paths(expected).items():
