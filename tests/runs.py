@@ -87,11 +87,21 @@ def write_corpus(path, num_documents=300, seed=0):
     return path
 
 
-def write_config(folder) -> pathlib.Path:
-    """A config file and its corpus in `folder`; the path of the config file."""
+MOE_LAYER = "Segment(pattern=(moe,))"
+BOTH_LAYERS = f"Segment(pattern=(Dense(hidden=64),)), {MOE_LAYER}"
+
+
+def write_config(folder, *, dense=True) -> pathlib.Path:
+    """A config file and its corpus in `folder`; the path of the config file.
+
+    Without the dense layer the model is one MoE layer: quicker to trace and compile,
+    for tests that start many processes.
+    """
     text = write_corpus(folder / "corpus.txt")
     path = folder / "tiny.py"
-    path.write_text(CONFIG.replace("CORPUS", repr(str(text))))
+    assert BOTH_LAYERS in CONFIG
+    made = CONFIG if dense else CONFIG.replace(BOTH_LAYERS, f"{MOE_LAYER},")
+    path.write_text(made.replace("CORPUS", repr(str(text))))
     return path
 
 

@@ -34,7 +34,7 @@ def ctrl_c():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("crash")
-    runs.write_config(folder)
+    runs.write_config(folder, dense=False)
     return folder
 
 
@@ -62,7 +62,12 @@ def steps(workdir):
 
 
 @pytest.mark.parametrize(
-    "kills", [2, pytest.param(8, marks=pytest.mark.slow)], ids=["2", "8"]
+    "kills",
+    [
+        1,
+        pytest.param(2, marks=pytest.mark.thorough),
+        pytest.param(8, marks=pytest.mark.slow),
+    ],
 )
 def test_kill_9_at_random_moments(undisturbed, command, tmp_path, kills):
     made = kill9.kill_and_resume(

@@ -153,18 +153,25 @@ def test_time_between_slices():
 
 # Memory.
 
-MESHES = [
-    {"data": 8},
-    {"data": 1, "fsdp": 8},
-    {"data": 2, "expert": 4},
-    {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
-    {"data": 2, "fsdp": 2, "tensor": 2},
-    {"data": 1, "fsdp": 2, "expert": 4},
-]
+MESHES = {
+    pytest.mark.thorough: [
+        {"data": 1, "fsdp": 8},
+        {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
+    ],
+    pytest.mark.slow: [
+        {"data": 8},
+        {"data": 2, "expert": 4},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"data": 1, "fsdp": 2, "expert": 4},
+    ],
+}
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param(m, marks=mark) for mark, meshes in MESHES.items() for m in meshes],
+    ids=str,
+)
 def test_state_bytes_are_those_of_real_arrays(run_config, mesh):
     cfg = run_config(mesh)
     memory = plan(cfg, topology.parse("cpu:8")).memory

@@ -18,10 +18,10 @@ from moex.moe.experts.glu import Glu
 from moex.nn.context import Compute
 from moex.sharding import MeshConfig
 
-# With `THOROUGH`, every mesh once and a choice of routers and experts: not every kind
-# is here, and those that are stand on one mesh each. All are among all pairs.
-PAIRS = [("latent", "2 fsdp, 2 expert, 2 seq, all_to_all")]
-THOROUGH = [
+# Together every mesh once and a choice of routers and experts: not every kind is here,
+# and those that are stand on one mesh each. All are among all pairs.
+THOROUGH = [("latent", "2 fsdp, 2 expert, 2 seq, all_to_all")]
+SLOW = [
     ("glu with biases", "1 data, 4 expert, 2 tensor, all_to_all"),
     ("top-p, controlled", "fsdp 8"),
     ("top-k sigmoid, groups, scale", "expert 8, all_to_all"),
@@ -32,7 +32,7 @@ THOROUGH = [
     ("chain", "2 data, 2 expert, 2 tensor, all_to_all"),
 ]
 # These compile for a minute each.
-SLOW = [
+SLOWEST = [
     ("zero, shared, gated", "2 fsdp, 2 expert, 2 seq, gather"),
     ("latent, all, many spaces", "2 fsdp, 2 expert, 2 seq, all_to_all"),
     ("chain, shared router, latent", "2 data, 2 expert, 2 tensor, all_to_all"),
@@ -57,26 +57,15 @@ def on_one_device(layer, **options):
     ("layer", "mesh", "options"),
     [
         *(
-            pytest.param(*pair, OPTIONS.get(pair[0], {}), id=" on ".join(pair))
-            for pair in PAIRS
-        ),
-        *(
             pytest.param(
-                *pair,
-                OPTIONS.get(pair[0], {}),
-                id=" on ".join(pair),
-                marks=pytest.mark.slow,
+                *pair, options.get(pair[0], {}), id=" on ".join(pair), marks=mark
             )
-            for pair in THOROUGH
-        ),
-        *(
-            pytest.param(
-                *pair,
-                SLOW_OPTIONS.get(pair[0], {}),
-                id=" on ".join(pair),
-                marks=pytest.mark.slow,
+            for pairs, options, mark in (
+                (THOROUGH, OPTIONS, pytest.mark.thorough),
+                (SLOW, OPTIONS, pytest.mark.slow),
+                (SLOWEST, SLOW_OPTIONS, pytest.mark.slow),
             )
-            for pair in SLOW
+            for pair in pairs
         ),
     ],
 )
