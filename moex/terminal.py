@@ -5,6 +5,7 @@ cursor of a terminal, hide lines or set the title of its window.
 """
 
 import re
+from collections.abc import Collection, Sequence
 
 # All control characters except tab and newline, all that change the direction of
 # writing or break lines, and halves of surrogate pairs, which no encoding can write.
@@ -17,6 +18,18 @@ CONTROL = re.compile(
 def printable(text: str) -> str:
     """Write control characters of a text as escapes: ESC is written as ``\\x1b``."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """A table of text; columns are aligned to the right, but for those in `left`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pads = [str.ljust if i in left else str.rjust for i in range(len(widths))]
+    return "\n".join(
+        "  ".join(
+            pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    )
 
 
 class Terminal:

@@ -20,6 +20,7 @@ from moex.model.accounting import model_cost
 from moex.model.spec import model_spec
 from moex.numbers import scaled
 from moex.tasks.base import Task
+from moex.terminal import aligned
 from moex.train.log import clock
 
 MANY = 4  # most fields in a label; where more differ, folders are shorter
@@ -31,6 +32,10 @@ class Estimate(NamedTuple):
 
     mean: Any
     half_width: Any
+
+    def to_dict(self) -> dict[str, float | None]:
+        """The numbers as plain data; those of one figure, not of a curve."""
+        return {k: None if v is None else float(v) for k, v in self._asdict().items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +70,7 @@ class Group:
                 for run, curve in self._pairs()
             ],
             "flops_measured": self.has_flops,
-            "over_seeds": {
-                name: None if e is None else dict(_plain(e)) for name, e in over.items()
-            },
+            "over_seeds": {name: e and e.to_dict() for name, e in over.items()},
         }
 
     @property
@@ -198,11 +201,6 @@ def _folders(paths: Sequence[pathlib.Path]) -> str:
     return ", ".join(map(str, paths))
 
 
-def _plain(found: Estimate):
-    for name, value in found._asdict().items():
-        yield name, None if value is None else float(value)
-
-
 HEADS = ("seeds", "params", "active", "steps", "tokens", "FLOPs", "time", "train")
 
 
@@ -217,15 +215,8 @@ def table(groups: Sequence[Group]) -> str:
         f"the last evaluation{about}; time: of training steps alone.\n"
         "± is half the 95 % interval over seeds (Student's t)."
     )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(
-            [cell.rjust(w) for cell, w in zip(line[:-1], widths, strict=False)]
-            + [line[-1]]
-        )
-        for line in lines
-    ]
-    return "\n".join([*text, note, *notes(groups)])
+    text = aligned(lines, left=(len(lines[0]) - 1,))
+    return "\n".join([text, note, *notes(groups)])
 
 
 def notes(groups: Sequence[Group]) -> list[str]:

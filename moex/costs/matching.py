@@ -47,7 +47,6 @@ def match(cfg: Model, like: Model, *, by: str, seq_len: int) -> Match:
 
     Args:
       cfg: the model to change (it is copied); vocabulary filled in.
-      like: the model to be compared with; vocabulary filled in.
       by: "params" (all), "active" (parameters per token) or "flops" (per trained
         token, with the experts expected before training).
       seq_len: tokens per sequence, for the FLOPs of attention.

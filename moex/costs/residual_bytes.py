@@ -91,8 +91,6 @@ def model_activation_bytes(cfg, spec: ModelSpec, sequences: int = 1) -> float:
     """Bytes per token that the whole training loss keeps for its backward pass.
 
     Args:
-      cfg: run config.
-      spec: `ModelSpec` of its model.
       sequences: rows of one batch; it is compared with a batch of twice as many.
     """
     loss = traced_loss(cfg, spec)

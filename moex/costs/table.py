@@ -21,6 +21,7 @@ from moex.model.spec import ModelSpec, model_spec
 from moex.numbers import number_ranges, scaled
 from moex.runs.keys import check_run
 from moex.runs.program import compute_of
+from moex.terminal import aligned
 
 FIGURES = (
     *("params", "active", "forward_flops", "backward_flops"),
@@ -158,28 +159,18 @@ def rows_dict(cfg, rows: list[Row]) -> dict:
 
 def rows_table(cfg, rows: list[Row]) -> str:
     """The rows as a table for people; figures of one copy, totals of all."""
-    lines: list[tuple[str, ...]] = [("", "copies", *HEADS)]
+    lines: list[tuple[str, ...]] = [("", "copies", *HEADS, "")]
     for row in rows:
         copies = f"{row.copies} x" if row.layers else ""
-        lines.append((row.label, copies, *_cells(row.figures)))
-    lines.append(("total", "", *_cells(totals(rows))))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    kinds = ["", *(row.kind for row in rows), ""]
-    text = [
-        "  ".join(
-            [line[0].ljust(widths[0])]
-            + [cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)]
-            + [kind]
-        ).rstrip()
-        for line, kind in zip(lines, kinds, strict=True)
-    ]
-    text.append(
+        lines.append((row.label, copies, *_cells(row.figures), row.kind))
+    lines.append(("total", "", *_cells(totals(rows)), ""))
+    return (
+        f"{aligned(lines, (0, len(HEADS) + 2))}\n"
         "Rows are of one copy. FLOP and kept bytes are per token at length "
         f"{cfg.seq_len}; kept: for the backward pass, in {compute_dtype(cfg)}, "
         f"remat = {cfg.remat!r}, kernels = {cfg.kernels!r} on "
         f"{jax.default_backend()}."
     )
-    return "\n".join(text)
 
 
 def matched(cfg, like, by: str) -> dict:

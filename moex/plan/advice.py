@@ -16,10 +16,6 @@ def advice(cfg, found: Plan) -> list[str]:
 
     Every one is planned with all checks; those that do not fit are left out, and the
     rest is tried together if none does alone.
-
-    Args:
-      cfg: the config that was planned.
-      found: its plan, of a device whose memory is known.
     """
     changes = list(_changes(cfg, found))
     lines = [_tried(cfg, found, change) for change in changes]

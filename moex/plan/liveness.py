@@ -27,15 +27,8 @@ FUSED = {
     *("rem", "round", "rsqrt", "select_n", "sign", "sin", "sqrt", "square"),
     *("stop_gradient", "sub", "tan", "tanh", "xor", "shift_left"),
     *("shift_right_logical", "shift_right_arithmetic", "pvary", "pcast"),
-    *(
-        "broadcast_in_dim",
-        "expand_dims",
-        "pad",
-        "reshape",
-        "rev",
-        "sharding_constraint",
-    ),
-    *("slice", "split", "squeeze", "transpose"),
+    *("broadcast_in_dim", "expand_dims", "pad", "reshape", "rev", "slice", "split"),
+    *("sharding_constraint", "squeeze", "transpose"),
 }
 # A scatter of one value into each row, as in the gradient of the targets' logits: the
 # compiler for TPUs makes a comparison and a selection of it, and fuses these.
@@ -189,7 +182,6 @@ def moments(
     """The values alive besides the inputs at each operation, in order.
 
     Args:
-      graph: the program's graph.
       size: (graph, value) -> bytes on one device.
       fused_into_dots: whether matrix products read fused operands, as on a TPU.
     """

@@ -102,9 +102,7 @@ def batch_arguments(program: Training) -> dict:
     arrays = cfg.task.batch_shapes(cfg, cfg.batch_size)
     return {
         name: jax.ShapeDtypeStruct(
-            a.shape,
-            a.dtype,
-            sharding=sharding.batch_sharding(program.mesh, a.ndim),
+            a.shape, a.dtype, sharding=sharding.batch_sharding(program.mesh, a.ndim)
         )
         for name, a in arrays.items()
     }

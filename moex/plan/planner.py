@@ -85,11 +85,8 @@ class Plan:
 
         The update comes after both. None if any speed is not known.
         """
-        axes, compute, update = (
-            self.axis_seconds(),
-            self.compute_seconds,
-            self.update_seconds,
-        )
+        axes = self.axis_seconds()
+        compute, update = self.compute_seconds, self.update_seconds
         if axes is None or compute is None or update is None:
             return None
         most = sum(axes.values())
@@ -161,13 +158,9 @@ def plan(cfg, topology: Topology) -> Plan:
         for row in rows
     )
     again = sum(
-        block.repeat
-        * {
-            "none": 0.0,
-            "dots": block.score_flops,
-            "full": block.forward_flops(),
-        }[cfg.remat]
-        for block in cost.blocks
+        b.repeat
+        * {"none": 0.0, "dots": b.score_flops, "full": b.forward_flops()}[cfg.remat]
+        for b in cost.blocks
     )
     return Plan(
         topology=topology,

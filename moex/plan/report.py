@@ -3,6 +3,7 @@
 from moex.numbers import scaled
 from moex.plan.planner import Plan
 from moex.plan.rehearsal import Compiled
+from moex.terminal import aligned
 
 MEMORY_ROWS = (
     ("params", "parameters"),
@@ -18,8 +19,7 @@ MEMORY_ROWS = (
 
 def plan_text(plan: Plan) -> str:
     """The plan as a table for people."""
-    parts = [_head(plan), _memory(plan), _traffic(plan), _time(plan)]
-    return "\n\n".join(parts)
+    return "\n\n".join([_head(plan), _memory(plan), _traffic(plan), _time(plan)])
 
 
 def _head(plan: Plan) -> str:
@@ -45,11 +45,8 @@ def _memory(plan: Plan) -> str:
         rows.append(("(the optimizer's update needs more:)", _bytes(memory.update)))
     rows.append(("peak", _bytes(memory.peak)))
     limit = plan.topology.chip.memory
-    if limit is None:
-        rows.append(("a device has", "not known"))
-    else:
-        rows.append(("a device has", _bytes(limit)))
-    return _columns(rows)
+    rows.append(("a device has", "not known" if limit is None else _bytes(limit)))
+    return aligned(rows)
 
 
 def _traffic(plan: Plan) -> str:
@@ -59,7 +56,7 @@ def _traffic(plan: Plan) -> str:
     for row in plan.carried:
         name = f"{row.traffic.axis}: {row.traffic.what}"
         rows.append((name, _bytes(row.traffic.received), _seconds(row.seconds)))
-    return _columns(rows)
+    return aligned(rows)
 
 
 def _time(plan: Plan) -> str:
@@ -70,11 +67,11 @@ def _time(plan: Plan) -> str:
     ]
     if seconds is None or mfu is None:
         rows.append(("step", "not known: a speed of this device is not published"))
-        return _columns(rows)
+        return aligned(rows)
     least, most = seconds
     rows.append(("step, all traffic hidden", f"{_seconds(least)}  MFU {mfu[0]:.1%}"))
     rows.append(("step, none hidden", f"{_seconds(most)}  MFU {mfu[1]:.1%}"))
-    return _columns(rows)
+    return aligned(rows)
 
 
 def fit_text(plan: Plan, advice: list[str]) -> str:
@@ -105,7 +102,7 @@ def compiled_text(compiled: Compiled, plan: Plan) -> str:
     rows += [
         (f"{kind} in the text", f"{n}") for kind, n in compiled.collectives.items()
     ]
-    return _columns(rows)
+    return aligned(rows)
 
 
 def _bytes(value: float) -> str:
@@ -116,14 +113,3 @@ def _seconds(value: float | None) -> str:
     if value is None:
         return "not known"
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
-
-
-def _columns(rows) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0])]
-            + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-        ).rstrip()
-        for row in rows
-    )

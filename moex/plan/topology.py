@@ -20,7 +20,7 @@ from moex.sharding import AXIS_NAMES
 GIB = 2**30
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Chip:
     """One kind of device; bytes, and bytes per second one way."""
 
@@ -48,70 +48,14 @@ class Chip:
 # sheets of H100, H200 and A100 80 GB SXM; NVLink of 900 and 600 GB/s both ways; one 400
 # or 200 Gbit/s port a GPU).
 CHIPS = {
-    "v4": Chip(
-        platform="tpu",
-        device_kind="TPU v4",
-        memory=32 * GIB,
-        memory_rate=1200e9,
-        link=50e9,
-        dims=3,
-        ring=4,
-    ),
-    "v5e": Chip(
-        platform="tpu",
-        device_kind="TPU v5 lite",
-        memory=15.75 * GIB,
-        memory_rate=819e9,
-        link=50e9,
-        network=25e9 / 8,
-        dims=2,
-        ring=16,
-    ),
-    "v5p": Chip(
-        platform="tpu",
-        device_kind="TPU v5",
-        memory=95.74 * GIB,
-        memory_rate=2765e9,
-        link=100e9,
-        network=50e9 / 8,
-        dims=3,
-        ring=4,
-    ),
-    "v6e": Chip(
-        platform="tpu",
-        device_kind="TPU v6 lite",
-        memory=31.25 * GIB,
-        memory_rate=1638e9,
-        link=100e9,
-        network=100e9 / 8,
-        dims=2,
-        ring=16,
-    ),
-    "a100": Chip(
-        platform="gpu",
-        device_kind="NVIDIA A100-SXM4-80GB",
-        memory=80e9,
-        memory_rate=2039e9,
-        link=300e9,
-        network=25e9,
-    ),
-    "h100": Chip(
-        platform="gpu",
-        device_kind="NVIDIA H100 80GB HBM3",
-        memory=80e9,
-        memory_rate=3350e9,
-        link=450e9,
-        network=50e9,
-    ),
-    "h200": Chip(
-        platform="gpu",
-        device_kind="NVIDIA H200",
-        memory=141e9,
-        memory_rate=4800e9,
-        link=450e9,
-        network=50e9,
-    ),
-    "cpu": Chip(platform="cpu", device_kind="cpu"),
+    "v4": Chip("tpu", "TPU v4", 32 * GIB, 1200e9, 50e9, None, 3, 4),
+    "v5e": Chip("tpu", "TPU v5 lite", 15.75 * GIB, 819e9, 50e9, 25e9 / 8, 2, 16),
+    "v5p": Chip("tpu", "TPU v5", 95.74 * GIB, 2765e9, 100e9, 50e9 / 8, 3, 4),
+    "v6e": Chip("tpu", "TPU v6 lite", 31.25 * GIB, 1638e9, 100e9, 100e9 / 8, 2, 16),
+    "a100": Chip("gpu", "NVIDIA A100-SXM4-80GB", 80e9, 2039e9, 300e9, 25e9),
+    "h100": Chip("gpu", "NVIDIA H100 80GB HBM3", 80e9, 3350e9, 450e9, 50e9),
+    "h200": Chip("gpu", "NVIDIA H200", 141e9, 4800e9, 450e9, 50e9),
+    "cpu": Chip("cpu", "cpu"),
 }
 FORMS = {"tpu": "v5e:16x16 or v5p:4x4x4", "gpu": "h100:8x4", "cpu": "cpu:8"}
 
@@ -176,9 +120,6 @@ class Topology:
         """Seconds that a mesh axis takes to bring bytes to every device.
 
         Args:
-          axis: axis of the mesh.
-          sizes: sizes of all mesh axes.
-          received: bytes that each device receives.
           exchange: each device's bytes are its own (all-to-all); else all receive the
             same (all-gather, reduce-scatter), and a slice or node fetches them once.
 
@@ -192,14 +133,10 @@ class Topology:
         inside = received - far if exchange else received
         if not exchange:
             far /= near
-        times: list[float | None] = []
-        if near > 1:
-            times.append(self._inside(axis, sizes, inside, exchange))
-        if far > 0:
-            network = self.chip.network
-            times.append(None if network is None else far / network)
-        known = [t for t in times if t is not None]
-        return max(known) if len(known) == len(times) else None
+        near_s = self._inside(axis, sizes, inside, exchange) if near > 1 else 0.0
+        network = self.chip.network
+        far_s = 0.0 if far == 0 else far / network if network else None
+        return None if near_s is None or far_s is None else max(near_s, far_s)
 
     def _inside(self, axis, sizes, received, exchange) -> float | None:
         link = self.chip.link
@@ -240,22 +177,18 @@ def torus_dims(
     found: dict[str, tuple[tuple[int, bool], ...] | None] = {}
     for axis in reversed(AXIS_NAMES):
         size = topology.near(axis, sizes)
-        chosen: tuple[int, ...] = ()
-        for count in range(len(left), 0, -1):
-            fits = (c for c in itertools.combinations(left, count))
-            chosen = next((c for c in fits if math.prod(c) == size), ())
-            if chosen:
-                break
+        counts = range(len(left), 0, -1)
+        choices = (c for n in counts for c in itertools.combinations(left, n))
+        chosen = next((c for c in choices if math.prod(c) == size), None)
         if size == 1:
             found[axis] = ((1, False),)
-            continue
-        if not chosen:
+        elif chosen is None:
             found[axis] = None
             left = _take(left, size)
-            continue
-        found[axis] = tuple((d, d % chip.ring == 0) for d in chosen if d > 1)
-        for d in chosen:
-            left.remove(d)
+        else:
+            found[axis] = tuple((d, d % chip.ring == 0) for d in chosen if d > 1)
+            for d in chosen:
+                left.remove(d)
     return found
 
 
@@ -271,12 +204,8 @@ def _take(left: list[int], size: int) -> list[int]:
 
 def abstract_mesh(topology: Topology, sizes) -> AbstractMesh:
     """A mesh without devices; programs traced under it are for the topology's chip."""
-    device = AbstractDevice(
-        device_kind=topology.chip.device_kind,
-        num_cores=None,
-        platform=topology.platform,
-    )
-    auto = (AxisType.Auto,) * len(AXIS_NAMES)
+    chip, auto = topology.chip, (AxisType.Auto,) * len(AXIS_NAMES)
+    device = AbstractDevice(chip.device_kind, None, chip.platform)
     return AbstractMesh(
         tuple(sizes), AXIS_NAMES, axis_types=auto, abstract_device=device
     )
