@@ -57,22 +57,13 @@ def moe_of_dense(dense: Dense, options: Upcycle, where: str) -> MoE:
     Raises:
       ConfigError: if `split` does not divide its width.
     """
-    require(
-        dense.hidden % options.split == 0,
-        "--split",
-        options.split,
-        f"a divisor of {where}.hidden = {dense.hidden}",
-    )
-    moe = MoE(
-        num_experts=options.experts,
-        router=TopK(k=options.k),
-        experts=Glu(hidden=dense.hidden),
-    )
-    moe = split_experts(moe, options.split)
+    of = f"a divisor of {where}.hidden = {dense.hidden}"
+    require(dense.hidden % options.split == 0, "--split", options.split, of)
+    router, experts = TopK(k=options.k), Glu(hidden=dense.hidden)
     if options.scale == "gates":
-        assert isinstance(moe.router, TopK)
-        moe.router.scale = float(options.split)
-    return moe
+        router.scale = float(options.split)
+    moe = MoE(num_experts=options.experts, router=router, experts=experts)
+    return split_experts(moe, options.split)
 
 
 def layer_of_dense(weights: dict, options: Upcycle, number: int) -> dict:
@@ -102,7 +93,6 @@ def layer_of_dense(weights: dict, options: Upcycle, number: int) -> dict:
 
     Args:
       weights: {"w_in_D2F", "w_out_FD"}.
-      options: `Upcycle`.
       number: number of the layer in the model: every layer has its own random numbers,
         which do not depend on what other layers become.
 

@@ -42,9 +42,8 @@ class Eval(Config):
         require(self.every >= 0, f"{path}.every", self.every, ">= 0")
         for name in ("sequences", "batch_size"):
             value = getattr(self, name)
-            require(
-                value is None or value >= 1, f"{path}.{name}", value, ">= 1, or None"
-            )
+            ok = value is None or value >= 1
+            require(ok, f"{path}.{name}", value, ">= 1, or None")
         require(self.overlap >= 0, f"{path}.overlap", self.overlap, ">= 0")
 
 
@@ -200,25 +199,14 @@ def _check_values(cfg):
     require_choice("config.remat", cfg.remat, REMAT)
     for name in cfg.kernels.split(","):
         require_choice("config.kernels", name.strip(), kernel_names(cfg.kernels))
-    require(
-        cfg.batch_size * cfg.seq_len <= LARGEST,
-        "config.batch_size",
-        cfg.batch_size,
-        f"at most {LARGEST:,} tokens over seq_len = {cfg.seq_len}",
-    )
-    require(
-        cfg.batch_size % cfg.grad_accum == 0,
-        "config.batch_size",
-        cfg.batch_size,
-        f"a multiple of grad_accum = {cfg.grad_accum}",
-    )
+    size, where = cfg.batch_size, "config.batch_size"
+    most = f"at most {LARGEST:,} tokens over seq_len = {cfg.seq_len}"
+    require(size * cfg.seq_len <= LARGEST, where, size, most)
+    of = f"a multiple of grad_accum = {cfg.grad_accum}"
+    require(size % cfg.grad_accum == 0, where, size, of)
     cfg.task.check_run(cfg)
-    require(
-        cfg.eval.overlap < cfg.seq_len,
-        "config.eval.overlap",
-        cfg.eval.overlap,
-        f"below seq_len = {cfg.seq_len}",
-    )
+    overlap, below = cfg.eval.overlap, f"below seq_len = {cfg.seq_len}"
+    require(overlap < cfg.seq_len, "config.eval.overlap", overlap, below)
 
 
 def check_schedules(cfg) -> None:

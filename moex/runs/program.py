@@ -74,13 +74,9 @@ class Evaluated(Program):
 
     def eval_batches(self, limit: int | None):
         """The held-out batches of this process."""
-        batch_size = eval_batch_size(self.cfg)
-        return eval_batches(
-            self.data,
-            batch_size=batch_size,
-            limit=limit,
-            rows=sharding.process_rows(self.mesh, batch_size),
-        )
+        size = eval_batch_size(self.cfg)
+        rows = sharding.process_rows(self.mesh, size)
+        return eval_batches(self.data, batch_size=size, limit=limit, rows=rows)
 
 
 def mesh_here(cfg) -> Mesh:
@@ -138,44 +134,25 @@ def check_devices(cfg, mesh: Mesh) -> None:
       ConfigError: naming the field and the number it must be a multiple of.
     """
     shards = sharding.batch_shards(mesh)
-    micro = cfg.batch_size // cfg.grad_accum
-    require(
-        micro % shards == 0,
-        "config.batch_size",
-        cfg.batch_size,
-        f"a multiple of grad_accum * batch shards of the mesh = "
-        f"{cfg.grad_accum} * {shards}",
-    )
+    micro, accum = cfg.batch_size // cfg.grad_accum, cfg.grad_accum
+    of = f"a multiple of grad_accum * batch shards of the mesh = {accum} * {shards}"
+    require(micro % shards == 0, "config.batch_size", cfg.batch_size, of)
     check_eval_devices(cfg, mesh)
 
 
 def check_eval_devices(cfg, mesh: Mesh) -> None:
     """Check that an evaluation divides over the devices; see `check_devices`."""
-    shards = sharding.batch_shards(mesh)
-    parts = mesh.shape["seq"]
-    require(
-        cfg.seq_len % parts == 0,
-        "config.seq_len",
-        cfg.seq_len,
-        f"a multiple of config.mesh.seq = {parts}",
+    parts, of = (
+        mesh.shape["seq"],
+        f"a multiple of config.mesh.seq = {mesh.shape['seq']}",
     )
-    require(
-        parts == 1 or _platform(mesh) in ("cpu", "tpu"),
-        "config.mesh.seq",
-        parts,
-        "1 on a GPU, whose attention is not split along the sequence; use fsdp",
-    )
-    require(
-        eval_batch_size(cfg) % shards == 0,
-        "config.eval.batch_size",
-        eval_batch_size(cfg),
-        f"a multiple of the batch shards of the mesh = {shards}",
-    )
-
-
-def _platform(mesh) -> str:
-    """The platform of the devices of a mesh or an abstract mesh."""
-    return mesh.abstract_mesh.abstract_device.platform
+    require(cfg.seq_len % parts == 0, "config.seq_len", cfg.seq_len, of)
+    split = mesh.abstract_mesh.abstract_device.platform in ("cpu", "tpu")
+    one = "1 on a GPU, whose attention is not split along the sequence; use fsdp"
+    require(parts == 1 or split, "config.mesh.seq", parts, one)
+    size, shards = eval_batch_size(cfg), sharding.batch_shards(mesh)
+    of = f"a multiple of the batch shards of the mesh = {shards}"
+    require(size % shards == 0, "config.eval.batch_size", size, of)
 
 
 def check_kernels(cfg) -> None:
