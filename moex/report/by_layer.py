@@ -36,7 +36,6 @@ def layer_maps(
     """The plot of a map of each layer; see `slider`.
 
     Args:
-      found: the analysis.
       make: gives `z_RC` of a layer, or `(z_RC, about_RC)`: see `maps.Map`.
       colours, look: see `maps.sliding`.
       rows: labels of the rows; None: numbers.
@@ -96,7 +95,6 @@ def with_domains(found: Analysis, whole: Sequence[float], of_domain) -> dict[str
     """Series of all tokens, and of each domain where the trace has several.
 
     Args:
-      found: the analysis.
       whole: the series of all tokens.
       of_domain: gives the series of a domain from its number.
     """

@@ -55,7 +55,6 @@ def examine(material: Material, traced: Routing | None = None) -> Health:
     """Run all checks that a run has figures for.
 
     Args:
-      material: the run's material.
       traced: figures of a trace, for a run that logged none of its own.
     """
     checked: list[str] = []
@@ -125,37 +124,32 @@ def _layers(material: Material, traced, checked, unchecked) -> Iterator[Finding]
             split = name != DEVICES or traced is routing
             why = f"{name} is not logged" if split else "experts lie on one device"
             unchecked.append(f"{what}, for {why}")
-    by_check: list[list[Finding]] = []
-    for label, figures in routing.layers.items():
-        most = dynamic.get(label)
-        for i, result in enumerate(_layer(label, routing.step_S, figures, most)):
-            if len(by_check) == i:
-                by_check.append([])
-            by_check[i] += _found(result)
-    yield from (finding for findings in by_check for finding in findings)
+    by_layer = [
+        _layer(label, routing.step_S, figures, dynamic.get(label))
+        for label, figures in routing.layers.items()
+    ]
+    for results in zip(*by_layer, strict=True):  # of one check
+        yield from _found(*results)
 
 
 def _layer(label, step_S, figures, most) -> Iterator[Finding | None]:
     """Run the checks of one layer, always the same number in the same order."""
     where = f"layer {shown(label)}"
-    load = figures.get("load_frac")
-    load = None if load is None else _complete(load)
+    experts, load = 0, _complete(figures.get("load_frac"))
     if load is None:
         yield from (None, None)
     else:
         rows, load_SE = load
+        experts = load_SE.shape[1]
         yield health_checks.dead_experts(where, step_S[rows], load_SE)
         yield health_checks.collapse(where, load_SE)
 
     def of(check, *names, **more):
         series = [figures.get(name) for name in names]
-        have = series[0] is not None and np.isfinite(series[0]).any()
-        if not have:
+        if series[0] is None or not (good := np.isfinite(series[0])).any():
             return None
-        good = np.isfinite(series[0])
         return check(where, *(s if s is None else s[good] for s in series), **more)
 
-    experts = 0 if load is None else load[1].shape[1]
     yield of(health_checks.saturated, "experts_per_token", most=most or 0)
     yield of(health_checks.entropy_collapse, "entropy", num_experts=experts)
     yield of(health_checks.growing_logits, "logit_norm", num_experts=max(experts, 1))
@@ -168,6 +162,8 @@ def _layer(label, step_S, figures, most) -> Iterator[Finding | None]:
 
 def _complete(load_SE) -> tuple[np.ndarray, np.ndarray] | None:
     """Lines with any slots at all, and their shares, which sum to 1."""
+    if load_SE is None:
+        return None
     rows = np.isfinite(load_SE).all(axis=1) & (np.nansum(load_SE, axis=1) > 0.5)
     return (rows, load_SE[rows]) if rows.any() else None
 
@@ -176,9 +172,6 @@ def most_experts(model) -> dict[str, int]:
     """The most experts that a token can have, by label of layers with a top-p router.
 
     Experts are those that compute; a chain's rounds are labelled "003.1", "003.2".
-
-    Args:
-      model: `Model` config.
     """
     found: dict[str, int] = {}
     for routed in routers(model):

@@ -88,15 +88,11 @@ def sliding(
     """A figure that shows one of some heat maps.
 
     Args:
-      maps: one or more.
       colours: fields of plotly's heat map, such as `LOAD`.
-      title: title of the figure.
       axes: titles of rows and columns.
       slider: word before the name of a position, such as "layer ".
       told: how a cell is told; {row}, {column} and {value} stand for its own.
       active: the map that is shown first.
-      gap: pixels between cells.
-      square: whether cells are.
     """
     from plotly.graph_objects import Figure
 
@@ -141,12 +137,7 @@ def sliding(
 
 
 def by_row(rows: Mapping[str, Any], colours: dict, **look) -> Any:
-    """A figure of one heat map: each row has a label, and may be shorter than others.
-
-    Args:
-      rows: float of one dimension by label.
-      colours, look: see `sliding`.
-    """
+    """A figure of one heat map, from rows by label that may be shorter than others."""
     one = Map("", padded(list(rows.values())), list(rows))
     return sliding([one], colours, slider="", **look)
 
@@ -214,9 +205,7 @@ def affordable(items: Sequence[Any], numbers: int, budget: int) -> list[Any]:
     """Evenly spaced items that together hold at most `budget` numbers; at least one.
 
     Args:
-      items: the items that may be shown.
       numbers: how many numbers the largest of them holds.
-      budget: the most numbers of a figure.
     """
     return [
         items[i]
@@ -228,9 +217,6 @@ def log_ratio(part_RC, whole_C) -> tuple[np.ndarray, np.ndarray]:
     """`(log2 of the ratio, the ratio)` of rows to one row; NaN where that is 0.
 
     A ratio of 0 has the lowest colour.
-
-    Args:
-      part_RC, whole_C: float.
     """
     blank_RC = np.full(np.shape(part_RC), np.nan)
     ratio_RC = np.divide(part_RC, whole_C, out=blank_RC, where=np.asarray(whole_C) > 0)

@@ -149,14 +149,7 @@ class _Plots:
 
 
 def render(title: str, about: Sequence[str], findings, sections) -> str:
-    """The page.
-
-    Args:
-      title: title of the page.
-      about: lines of summary.
-      findings: a `Health` (see `health.py`).
-      sections: in order.
-    """
+    """The page."""
     from plotly.offline import get_plotlyjs
 
     environment = jinja2.Environment(

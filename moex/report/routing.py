@@ -78,30 +78,24 @@ def _thinned(routing: Routing) -> str:
     return f" ({routing.read:,} evenly spaced ones of {routing.there:,})"
 
 
-def ratios(routing: Routing) -> list[np.ndarray]:
+def ratios(routing: Routing) -> dict[str, np.ndarray]:
     """Load over balanced load of every layer, float32[S, E]."""
-    return [
-        figures["load_frac"] * figures["load_frac"].shape[1]
-        for figures in routing.layers.values()
+    return {
+        layer_name(label): figures["load_frac"] * figures["load_frac"].shape[1]
+        for label, figures in routing.layers.items()
         if "load_frac" in figures
-    ]
-
-
-def _labels(routing: Routing, name: str) -> list[str]:
-    return [layer_name(r) for r, figures in routing.layers.items() if name in figures]
+    }
 
 
 def load_maps(routing: Routing):
     """The plot of layers x experts at some steps."""
-    load, labels = ratios(routing), _labels(routing, "load_frac")
-    frames = FRAME_NUMBERS // maps.padded([ratio_SE[0] for ratio_SE in load]).size
+    load = ratios(routing)
+    frames = FRAME_NUMBERS // maps.padded([r_SE[0] for r_SE in load.values()]).size
     chosen = downsample.spaced(len(routing.step_S), max(3, min(MOST_FRAMES, frames)))
-    found = [
-        maps.Map(
-            str(routing.step_S[s]), maps.padded([r_SE[s] for r_SE in load]), labels
-        )
-        for s in chosen
-    ]
+    found = []
+    for s in chosen:
+        z_RE = maps.padded([ratio_SE[s] for ratio_SE in load.values()])
+        found.append(maps.Map(str(routing.step_S[s]), z_RE, list(load)))
     return maps.sliding(
         found,
         maps.LOAD,
@@ -115,21 +109,23 @@ def load_maps(routing: Routing):
 
 def load_histories(routing: Routing):
     """The plot of experts x steps of each layer; it opens at the fullest expert."""
-    load, labels = ratios(routing), _labels(routing, "load_frac")
-    most = HISTORY_NUMBERS // sum(each.shape[1] for each in load)
+    load = ratios(routing)
+    most = HISTORY_NUMBERS // sum(each.shape[1] for each in load.values())
     chosen = downsample.spaced(len(routing.step_S), max(10, min(MOST_STEPS, most)))
     steps = [int(step) for step in routing.step_S[chosen]]
     return maps.sliding(
         [
             maps.Map(label, ratio_SE[chosen].T, columns=steps)
-            for label, ratio_SE in zip(labels, load, strict=True)
+            for label, ratio_SE in load.items()
         ],
         maps.LOAD,
         title="Load by expert and step",
         axes=("expert", "optimizer step"),
         slider="layer ",
         told="step {column}, expert {row}: {value} x balanced",
-        active=int(np.argmax([np.nan_to_num(each[-1]).max() for each in load])),
+        active=int(
+            np.argmax([np.nan_to_num(r_SE[-1]).max() for r_SE in load.values()])
+        ),
         gap=0,
     )
 

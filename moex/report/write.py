@@ -25,7 +25,6 @@ def write_report(
     """Write the page; returns what `moex report` prints.
 
     Args:
-      place: run directory.
       trace: file of `moex trace`; None: the page says that there is none.
       compare_trace: another trace of the same tokens, of another checkpoint.
       markers: tokens whose experts are looked for.
