@@ -36,7 +36,6 @@ def assert_equal(paths: Sequence[pathlib.Path], tolerance: Tolerance) -> str:
     """Check that two runs are equal; returns a line that says how much was compared.
 
     Args:
-      paths: two run directories.
       tolerance: for numbers; all else must be the same, and NaN is equal to NaN.
 
     Raises:

@@ -185,7 +185,6 @@ def slots_by_layer(model, layers: dict, valid_T) -> dict[str, Slots]:
     """The slots that `routed_layers` found, as `TraceWriter.write` takes them.
 
     Args:
-      model: `Model` config, whose segments number the layers.
       layers: numpy arrays from `routed_layers`.
       valid_T: bool[T], the tokens to take.
     """

@@ -127,7 +127,6 @@ def npmi(hits_ME, markers_M, load_E, tokens: int) -> np.ndarray:
       hits_ME: occurrences of each marker at which an expert is chosen.
       markers_M: occurrences of each marker.
       load_E: tokens at which an expert is chosen.
-      tokens: all of them.
 
     Source: RICE, arXiv:2505.14681.
     """

@@ -134,10 +134,6 @@ def specialisation(count_GE, tokens_G) -> np.ndarray:
     Rows sum to the experts per token; an expert that does not care has the same figure
     everywhere, and k / E if routing is uniform (`uniform_share`). 0 for empty groups.
 
-    Args:
-      count_GE: from `group_counts`.
-      tokens_G: tokens of each group.
-
     Source: OLMoE, arXiv:2409.02060, section 5: domain specialisation with domains as
     groups, vocabulary specialisation with token ids.
     """

@@ -99,7 +99,6 @@ def analyse(
     """Compute every statistic of a trace, in two passes and in bounded memory.
 
     Args:
-      trace: an open trace.
       markers: tokens, as the vocabulary writes them, for the nPMI of experts.
       pool: experts of a token that TCESS and PEU look at, see `scores.pool`; None: as
         many as were chosen.

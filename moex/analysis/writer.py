@@ -71,7 +71,6 @@ class TraceWriter:
         """Add tokens, any number of them.
 
         Args:
-          tokens: without padding.
           layers: slots by label of `Header.layers`, with a row for each token.
         """
         self._waiting.append(Chunk(tokens=tokens, layers=layers))

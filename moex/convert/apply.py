@@ -42,11 +42,9 @@ def convert_run(
     too.
 
     Args:
-      source: run directory.
       target: the new one; must not exist or be empty.
       conversions: at least one; each is applied to what the one before it made.
       sequences: held-out sequences that score the run before and after; 0: none.
-      say: called with each line of news.
 
     Returns:
       The content of the new `convert.json`: the options, sizes and losses; "errors" of

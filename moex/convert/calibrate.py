@@ -19,7 +19,6 @@ def input_moments(run: LoadedRun, job: Job, sequences: int) -> dict:
     """Second moments of the inputs of each MoE's experts, over valid tokens.
 
     Args:
-      run: the trained model.
       job: for its training batches, from the first on, and how to compute.
       sequences: the least number of sequences to read, in whole batches.
 

@@ -60,8 +60,6 @@ def factor_experts(w_EDF, how: Factoring, moment_DD=None):
     and B = L^-T U. An extension, not of the paper.
 
     Args:
-      w_EDF: float[E, D, F] weights.
-      how: `Factoring`.
       moment_DD: float[D, D], or None.
 
     Returns:
@@ -165,9 +163,6 @@ def convert_experts(weights: dict, ops, how: Factoring, moment_DD=None):
 
     Args:
       weights: {"w_in_ED2F", "w_out_EFD"}.
-      ops: which of "gate", "up", "down" are factored.
-      how: `Factoring`.
-      moment_DD: float[D, D], or None.
 
     Returns:
       (parameters by name, float32; {op: list of `FactorError` by group}).

@@ -53,8 +53,6 @@ def convert_params(params, model, options: ToLatent, moments):
 
     Args:
       params: nested dict of arrays of the old model; not changed.
-      model: the new `Model` config.
-      options: `ToLatent`.
       moments: {path of a layer: float64[R, D, D]}, or empty.
 
     Returns:

@@ -134,8 +134,6 @@ def upcycle_params(params, state, model, options: Upcycle):
 
     Args:
       params, state: nested dicts of arrays of the old model; not changed.
-      model: the old `Model` config.
-      options: `Upcycle`.
 
     Returns:
       New nested dicts; layers that stay dense, and all else, have the old values.

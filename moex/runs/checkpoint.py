@@ -65,10 +65,8 @@ class Checkpointer:
         """Opens (and unless `read_only` creates) the checkpoints of a run directory.
 
         Args:
-          place: run directory.
           keep, keep_best: how many of the newest and of the best checkpoints are kept.
           score: the figure to rank by; the lowest is the best.
-          read_only: nothing is written or moved.
           host_bytes: about how many bytes of arrays are on the host at a time (at least
             one array). `save` then reads them until `wait` returns: donate none of them
             earlier. None: all arrays are copied to the host at once.
@@ -138,7 +136,6 @@ class Checkpointer:
         off the devices.
 
         Args:
-          step: optimizer steps done.
           train_state: {"params", "opt", "state", "guard"}; without "opt" it is restored
             as zeros.
           data: JSON data, the position in the data.

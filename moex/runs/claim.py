@@ -22,10 +22,6 @@ SEEN_S = 60.0  # a network file system may show a new file late
 def claimed(run: RunDir, say=print) -> Iterator[RunLock | None]:
     """Hold the run directory for this job alone; make it if there is none.
 
-    Args:
-      run: run directory.
-      say: called with a line where the lock of a dead process is taken over.
-
     Yields:
       The lock; None in processes other than 0, for which process 0 holds it.
 
@@ -57,7 +53,6 @@ def new_run(target: Place, flag: str, say=print) -> Iterator[RunDir]:
     Args:
       target: the new run directory; does not exist, or is empty.
       flag: names it in errors, such as "--workdir=runs/a".
-      say: called with a line where the folder of a killed process is taken over.
 
     Raises:
       ConfigError: if another process makes it, or has made it meanwhile.

@@ -23,11 +23,7 @@ PACKAGES = (
 
 
 def environment(step: int) -> dict:
-    """Describe the environment of this process as plain data.
-
-    Args:
-      step: the step from which the run goes on.
-    """
+    """Describe the environment of this process, which goes on from `step`."""
     device = jax.devices()[0]
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

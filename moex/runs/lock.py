@@ -39,7 +39,6 @@ def held(run: RunDir, flag: str, say=print) -> Iterator["RunLock"]:
     """Hold the lock of a run directory that exists, until the end of the block.
 
     Args:
-      run: run directory.
       flag: names it in the error, such as "--workdir=runs/a".
       say: called with a line where a lock of a dead process is taken over.
 

@@ -126,10 +126,6 @@ def _json(file: pathlib.Path) -> dict:
 def check_may_begin(run: RunDir, every: int) -> None:
     """Check that a run without checkpoints never had any, so that nothing is lost.
 
-    Args:
-      run: run directory with a config.
-      every: steps between checkpoints, from that config.
-
     Raises:
       ConfigError: if it had some: training from step 0 would delete its log.
     """

@@ -17,11 +17,6 @@ from moex.model.accounting import device_bytes
 def check_room(cfg, mesh: Mesh, state) -> None:
     """Check that each device has enough memory for its part of the job.
 
-    Args:
-      cfg: run config, with the size of the model filled in.
-      mesh: a mesh of real devices.
-      state: the abstract train state, with shardings.
-
     Raises:
       ConfigError: with both sizes, if it has not.
     """

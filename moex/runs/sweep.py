@@ -250,9 +250,6 @@ def run(texts, config_args: list[str], workdir, *, index, dry_run, flags, say) -
       config_args: `--config...` arguments that all points share.
       workdir: the folder of the sweep.
       index: the index of the one point to train; None: train all.
-      dry_run: only check the configs of all points and list them.
-      flags: other arguments of `moex train` that all points share.
-      say: prints a line.
 
     Raises:
       ConfigError: for a user's mistake.

@@ -38,9 +38,6 @@ def about_step(
     """Describe a step and its run: the `meta` of `Checkpointer.save`.
 
     Args:
-      step: optimizer steps done.
-      cfg: the run config.
-      identity: the identity of the run, from its task.
       final: the figures of a run that is complete.
     """
     return {
@@ -59,10 +56,7 @@ def write_run(
 
     Args:
       run: the run directory; made if there is none.
-      cfg: the run config that is saved.
       program: the same model, on the mesh that its arrays go to.
-      tx: optax transformation, which starts afresh.
-      data: the data to train on.
       arrays: {"params", "state"}. One further array at a time is on the host.
 
     Raises:
