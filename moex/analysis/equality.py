@@ -45,17 +45,12 @@ def assert_equal(paths: Sequence[pathlib.Path], tolerance: Tolerance) -> str:
     if len(paths) != 2:
         raise ConfigError(f"--assert-equal: compares two runs; got {len(paths)}.")
     a, b = read_runs(paths)
-    steps, names = set[int](), set[str]()
-    places = {
-        (step, order)
-        for run in (a, b)
-        for order, kind in enumerate(KINDS)
-        for step in run.lines[kind]
-    }
-    for step, order in sorted(places):
-        kind = KINDS[order]
-        names |= _equal_lines(a, b, step, kind, tolerance)
-        steps.add(step)
+    steps = {step for run in (a, b) for kind in KINDS for step in run.lines[kind]}
+    names = set[str]()
+    for step in sorted(steps):
+        for kind in KINDS:
+            if step in a.lines[kind] or step in b.lines[kind]:
+                names |= _equal_lines(a, b, step, kind, tolerance)
     how = f", numbers {tolerance}" if any(tolerance) else " exactly"
     return (
         f"{a.path} and {b.path} are equal{how}: {len(names)} quantities compared at "

@@ -146,10 +146,8 @@ def _traces(line: Line, x_S: np.ndarray) -> list[dict]:
         | {"opacity": 1 if held else FAINT}
     ]
     if line.half_S is not None:
-        low_S, high_S = (
-            line.curve.loss_S - line.half_S,
-            line.curve.loss_S + line.half_S,
-        )
+        loss_S, half_S = line.curve.loss_S, line.half_S
+        low_S, high_S = loss_S - half_S, loss_S + half_S
         around: dict[str, Any] = {"x": np.concatenate([x_S, x_S[::-1]])}
         around |= {"y": np.concatenate([high_S, low_S[::-1]]), "fill": "toself"}
         around |= {"fillcolor": line.colour, "opacity": BAND if held else BAND * FAINT}

@@ -107,10 +107,7 @@ def _header(run: LoadedRun, folder: RunDir, cfg, domains, *, logits: bool) -> He
         run=str(folder),
         step=run.step,
         layers=layer_infos(run.cfg.model),
-        tokenizer={
-            "fingerprint": tokenizer.fingerprint,
-            "doc_id": tokenizer.doc_id,
-        },
+        tokenizer={"fingerprint": tokenizer.fingerprint, "doc_id": tokenizer.doc_id},
         vocabulary=tuple(tokenizer.pieces()),
         domains=tuple(domains),
         data={
@@ -163,17 +160,14 @@ def routed_layers(aux, *, logits: bool = False) -> dict:
 
 def _slots(trace, scores) -> dict:
     if "token" in trace:
-        trace = (
-            ExpertRouting(
-                token_EC=trace["token"],
-                gate_EC=trace["gate"],
-                keep_EC=trace["keep"],
-                logits_TE=scores["logits"],
-                probs_TE=scores["probs"],
-            )
-            .by_token()
-            .trace()
+        by_expert = ExpertRouting(
+            token_EC=trace["token"],
+            gate_EC=trace["gate"],
+            keep_EC=trace["keep"],
+            logits_TE=scores["logits"],
+            probs_TE=scores["probs"],
         )
+        trace = by_expert.by_token().trace()
 
     def chosen(value_TE):
         return jnp.take_along_axis(value_TE, trace["expert"], axis=-1)
@@ -193,12 +187,11 @@ def slots_by_layer(model, layers: dict, valid_T) -> dict[str, Slots]:
         numbers = site_at(places, path).numbers
         for t, arrays in rounds.items():
             for copy, number in enumerate(numbers):
-                found[label(number, t)] = Slots(
-                    **{
-                        names.get(name, f"{name}_NK"): value[copy][valid_T]
-                        for name, value in arrays.items()
-                    }
-                )
+                own = {
+                    names.get(name, f"{name}_NK"): value[copy][valid_T]
+                    for name, value in arrays.items()
+                }
+                found[label(number, t)] = Slots(**own)
     return found
 
 

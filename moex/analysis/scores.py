@@ -97,22 +97,14 @@ def score_sums(
     if threshold_G is not None:
         limit_N1 = np.asarray(threshold_G)[group_N][:, None]
         # By rounding, a mean of equal numbers may lie slightly above them.
-        counted_NP = counted_NP & (
-            pool_probs(logit_NP, valid_NP) >= limit_N1 * (1 - 1e-12)
-        )
+        limit_N1 = limit_N1 * (1 - 1e-12)
+        counted_NP = counted_NP & (pool_probs(logit_NP, valid_NP) >= limit_N1)
     if positive:
         score_NP = np.maximum(score_NP, 0.5 * (1 + np.tanh(0.5 * score_NP)))
     key_NP = np.asarray(group_N, np.int64)[:, None] * num_experts + expert_NP
     size = num_groups * num_experts
     sums = np.bincount(key_NP[counted_NP], score_NP[counted_NP], minlength=size)
     return sums.reshape(num_groups, num_experts)
-
-
-def expected_scores(sums_GE, tokens_G) -> np.ndarray:
-    """float64[G, E]: `score_sums` per token of the task; 0 for tasks without tokens."""
-    tokens_G1 = np.asarray(tokens_G, np.float64)[:, None]
-    out = np.zeros(np.shape(sums_GE))
-    return np.divide(sums_GE, tokens_G1, out=out, where=tokens_G1 > 0)
 
 
 def npmi(hits_ME, markers_M, load_E, tokens: int) -> np.ndarray:
@@ -138,6 +130,5 @@ def npmi(hits_ME, markers_M, load_E, tokens: int) -> np.ndarray:
         out_ME = pointwise_ME / np.log(tokens / hits_ME)
     out_ME = np.where(hits_ME == 0, -1.0, out_ME)
     # If both occur at every token, -log P(both) is 0, and nPMI would be 0 / 0.
-    always_ME = hits_ME == tokens
-    out_ME = np.where(always_ME, 1.0, out_ME)
+    out_ME = np.where(hits_ME == tokens, 1.0, out_ME)
     return np.where(markers_M1 == 0, np.nan, np.clip(out_ME, -1.0, 1.0))

@@ -123,9 +123,13 @@ def overlap_sums(hot_NE, other_NE, group_N, num_groups) -> np.ndarray:
 
 def share(count, axis=None) -> np.ndarray:
     """float64: counts over their sum along `axis` (None: all); 0 where that is 0."""
-    count = np.asarray(count, np.float64)
-    total = np.sum(count, axis=axis, keepdims=True)
-    return np.divide(count, total, out=np.zeros_like(count), where=total > 0)
+    return _ratio(count, np.sum(count, axis=axis, keepdims=True))
+
+
+def _ratio(part, whole) -> np.ndarray:
+    """float64: `part / whole`, of the shape of `part`; 0 where `whole` is 0."""
+    part = np.asarray(part, np.float64)
+    return np.divide(part, whole, out=np.zeros_like(part), where=np.greater(whole, 0))
 
 
 def specialisation(count_GE, tokens_G) -> np.ndarray:
@@ -137,10 +141,7 @@ def specialisation(count_GE, tokens_G) -> np.ndarray:
     Source: OLMoE, arXiv:2409.02060, section 5: domain specialisation with domains as
     groups, vocabulary specialisation with token ids.
     """
-    count_GE = np.asarray(count_GE, np.float64)
-    tokens_G1 = np.asarray(tokens_G, np.float64)[:, None]
-    out = np.zeros_like(count_GE)
-    return np.divide(count_GE, tokens_G1, out=out, where=tokens_G1 > 0)
+    return _ratio(count_GE, np.asarray(tokens_G, np.float64)[:, None])
 
 
 def uniform_share(count_GE, tokens_G) -> float:
@@ -175,10 +176,9 @@ def load_figures(load_E) -> dict[str, float]:
       effective_frac: exp(entropy of the load) / E; 1 is balanced.
     """
     share_E = share(load_E)
+    violation = float(share_E.max() * len(share_E) - 1) if any(load_E) else 0.0
     return {
-        "max_violation": float(share_E.max() * len(share_E) - 1)
-        if any(load_E)
-        else 0.0,
+        "max_violation": violation,
         "dead_frac": float(np.mean(np.asarray(load_E) == 0)),
         "effective_frac": float(np.exp(entropy(load_E)) / len(share_E)),
     }
@@ -191,10 +191,7 @@ def coactivation(count_EE) -> np.ndarray:
 
     Source: OLMoE, arXiv:2409.02060, section 5.2.
     """
-    count_EE = np.asarray(count_EE, np.float64)
-    load_E1 = np.diagonal(count_EE)[:, None]
-    out = np.zeros_like(count_EE)
-    return np.divide(count_EE, load_E1, out=out, where=load_E1 > 0)
+    return _ratio(count_EE, np.diagonal(count_EE)[:, None])
 
 
 def affinity(count_AB) -> np.ndarray:
@@ -222,19 +219,6 @@ def predictability(count_AB) -> dict[str, float]:
         "blind": float(np.max(np.sum(count_AB, axis=0), initial=0) / total),
         "information": mutual_information(count_AB),
     }
-
-
-def crossing(count_AB, device_A, device_B) -> float:
-    """Share of tokens that change devices between two layers.
-
-    Args:
-      count_AB: from `top_pair_counts`.
-      device_A, device_B: the device of each expert.
-
-    Source: ExFlow, arXiv:2401.08383; 1 - 1 / devices under uniform routing.
-    """
-    moves_AB = np.asarray(device_A)[:, None] != np.asarray(device_B)
-    return float(np.sum(count_AB * moves_AB) / max(np.sum(count_AB), 1))
 
 
 def repeats(pair_EE, load_E) -> float:

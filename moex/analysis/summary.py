@@ -6,6 +6,7 @@ A, B experts of two layers or rounds
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -200,7 +201,7 @@ def _check_room(trace: Trace, markers: int) -> None:
     """Check that the counts of a trace fit into memory, before any is made."""
     groups = 4 * len(trace.domains) + BUCKETS + MOST_IDS // 2 + markers
     sizes = [info.num_choices for info in trace.layers.values()]
-    pairs = [2 * a * b for a, b in zip(sizes, sizes[1:], strict=False)]
+    pairs = [2 * a * b for a, b in itertools.pairwise(sizes)]
     counts = sum(pairs) + sum(E * (E + groups) for E in sizes)
     if counts > MOST_COUNTS:
         raise ConfigError(
@@ -211,20 +212,12 @@ def _check_room(trace: Trace, markers: int) -> None:
 
 
 def _steps(layers: dict[str, LayerInfo]) -> list[Step]:
-    infos = list(layers.values())
     steps = []
-    for a, b in zip(infos, infos[1:], strict=False):
-        shape = (a.num_choices, b.num_choices)
-        counts = [np.zeros(shape, np.int64) for _ in range(2)]
+    for a, b in itertools.pairwise(layers.values()):
         kind = "round" if a.layer == b.layer else "layer"
-        made = Step(
-            source=a.label,
-            target=b.label,
-            kind=kind,
-            top_AB=counts[0],
-            pairs_AB=counts[1],
-        )
-        steps.append(made)
+        top_AB, pairs_AB = np.zeros((2, a.num_choices, b.num_choices), np.int64)
+        about = {"source": a.label, "target": b.label, "kind": kind}
+        steps.append(Step(**about, top_AB=top_AB, pairs_AB=pairs_AB))
     return steps
 
 
@@ -280,8 +273,7 @@ class _LayerSums:
         domain_N, D = tokens.domain_N, len(self.domain_DE)
         self.domain_DE += stats.group_counts(domain_N, D, expert_NK, keep_NK, E)
         bucket_N = stats.position_bucket(tokens.position_N)
-        counts = stats.group_counts(bucket_N, BUCKETS, expert_NK, keep_NK, E)
-        self.position_PE += counts
+        self.position_PE += stats.group_counts(bucket_N, BUCKETS, expert_NK, keep_NK, E)
         self.size_DK += stats.size_counts(
             expert_NK, keep_NK, self.info.num_experts, domain_N, D
         )
@@ -307,8 +299,6 @@ class _LayerSums:
         """The figures, once all chunks are counted."""
         load_E = self.domain_DE.sum(axis=0)
         vocabulary = stats.vocabulary_figures(self.token_VE, first.tokens_V[ids], rows)
-        row_ER = vocabulary["id_ER"]
-        id_ER = np.where(row_ER >= 0, np.append(ids, -1)[row_ER], -1)
         tokens = int(first.tokens_D.sum())
         return LayerAnalysis(
             info=self.info,
@@ -320,11 +310,11 @@ class _LayerSums:
             coactivation_EE=self.coactivation_EE,
             vocabulary_E=vocabulary["specialisation_E"],
             count_E=vocabulary["slots_E"],
-            id_ER=id_ER,
+            id_ER=np.append(ids, -1)[vocabulary["id_ER"]],  # -1 stays -1
             share_ER=vocabulary["share_ER"],
             count_ER=vocabulary["count_ER"],
-            tcess_DE=scores.expected_scores(self.tcess_DE, first.tokens_D),
-            peu_DE=scores.expected_scores(self.peu_DE, first.tokens_D),
+            tcess_DE=stats.specialisation(self.tcess_DE, first.tokens_D),
+            peu_DE=stats.specialisation(self.peu_DE, first.tokens_D),
             threshold_D=first.threshold_D[label],
             hits_ME=self.hits_ME,
             npmi_ME=scores.npmi(self.hits_ME, markers_M, load_E, tokens),
@@ -365,13 +355,12 @@ def compare(trace: Trace, other: Trace) -> dict[str, np.ndarray]:
         _check_same(a, b, done, trace, other)
         done += len(a.tokens)
         for label, info in trace.layers.items():
-            hots = [
+            here_NE, there_NE = (
                 stats.multi_hot(s.expert_NK, s.keep_NK, info.num_choices)
                 for s in (a.layers[label], b.layers[label])
-            ]
-            sums[label] += stats.overlap_sums(
-                hots[0], hots[1], a.tokens.domain_N, domains
             )
+            domain_N = a.tokens.domain_N
+            sums[label] += stats.overlap_sums(here_NE, there_NE, domain_N, domains)
     return sums
 
 

@@ -12,15 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moex.analysis.header import Header
-from moex.analysis.trace import (
-    BLOCK,
-    KEY,
-    SHARED,
-    VALUES,
-    Chunk,
-    Slots,
-    Tokens,
-)
+from moex.analysis.trace import BLOCK, KEY, SHARED, VALUES, Chunk, Slots, Tokens
 from moex.config.base import ConfigError, require
 
 
@@ -81,7 +73,7 @@ class TraceWriter:
         """Write whole blocks, and at the end what is left."""
         if not self._waiting:
             return
-        chunk = _joined(self._waiting)
+        chunk = _map_chunks(lambda *a: np.concatenate(a), *self._waiting)
         size = len(chunk.tokens)
         done = size if last else size - size % BLOCK
         for first in range(0, done, BLOCK):
@@ -157,25 +149,21 @@ def _list(value_NK, keep_NK, kind: pa.DataType) -> pa.Array:
 
 def _map(function, *parts):
     """`function` over the arrays of equal dataclasses; None stays None."""
-    fields = {f.name for f in dataclasses.fields(parts[0])}
-    arrays = {name: [getattr(part, name) for part in parts] for name in fields}
+    names = [f.name for f in dataclasses.fields(parts[0])]
+    arrays = {name: [getattr(part, name) for part in parts] for name in names}
     made = {n: None if a[0] is None else function(*a) for n, a in arrays.items()}
     return type(parts[0])(**made)
 
 
-def _joined(chunks: list[Chunk]) -> Chunk:
-    def join(*arrays):
-        return np.concatenate(arrays)
-
-    tokens = _map(join, *(chunk.tokens for chunk in chunks))
-    labels = chunks[0].layers
-    layers = {n: _map(join, *(chunk.layers[n] for chunk in chunks)) for n in labels}
+def _map_chunks(function, *chunks: Chunk) -> Chunk:
+    """`function` over the arrays of chunks with the same layers."""
+    tokens = _map(function, *(chunk.tokens for chunk in chunks))
+    layers = {
+        label: _map(function, *(chunk.layers[label] for chunk in chunks))
+        for label in chunks[0].layers
+    }
     return Chunk(tokens=tokens, layers=layers)
 
 
 def _part(chunk: Chunk, rows: slice) -> Chunk:
-    def cut(array):
-        return array[rows]
-
-    layers = {label: _map(cut, slots) for label, slots in chunk.layers.items()}
-    return Chunk(tokens=_map(cut, chunk.tokens), layers=layers)
+    return _map_chunks(lambda array: array[rows], chunk)

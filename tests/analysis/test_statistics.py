@@ -125,7 +125,7 @@ def test_selection_scores(seed, n):
             np.testing.assert_allclose(limit_G, want, rtol=1e-9)
             for options in ({}, {"threshold_G": limit_G, "positive": True}):
                 sums = scores.score_sums(*picked, *groups, 6, **options)
-                got = scores.expected_scores(sums, tokens_G)
+                got = stats.specialisation(sums, tokens_G)
                 want = oracle.selection_scores(
                     *(slots, *groups, 6, size),
                     options.get("threshold_G"),
@@ -216,7 +216,7 @@ def test_mutual_information_by_hand():
     assert stats.mutual_information([[2, 1], [0, 1]]) == pytest.approx(want)
 
 
-def test_affinity_and_devices_by_hand():
+def test_affinity_by_hand():
     """Tokens go 0 -> 0, 0 -> 0, 0 -> 1, 1 -> 1; experts 2 see none."""
     top_A, top_B = np.array([0, 0, 0, 1, -1]), np.array([0, 0, 1, 1, 2])
     count = stats.top_pair_counts(top_A, top_B, 3, 3)
@@ -225,8 +225,6 @@ def test_affinity_and_devices_by_hand():
     np.testing.assert_allclose(stats.affinity(count), want)
     figures = stats.predictability(count)
     assert (figures["given"], figures["blind"]) == (0.75, 0.5)
-    assert stats.crossing(count, [0, 1, 1], [0, 1, 1]) == 0.25
-    assert stats.crossing(count, [0, 0, 0], [1, 1, 1]) == 1
     assert stats.predictability(np.zeros((2, 2)))["given"] == 0
 
 

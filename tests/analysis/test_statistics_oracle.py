@@ -191,7 +191,7 @@ def test_experts_of_a_token(seed, n):
 @FEW
 @SEEDS
 def test_from_one_router_to_the_next(seed, n):
-    rng, _, layers = made(seed, n)
+    _, _, layers = made(seed, n)
     slots, small = layers["001"], layers["004"]  # of 6 and 2 choices
     pairs = top_pairs(slots, small)
     tops = (stats.top_expert(*of(s), s.gate_NK) for s in (slots, small))
@@ -205,9 +205,6 @@ def test_from_one_router_to_the_next(seed, n):
     close(figures["given"], best_guess(known, guessed))
     close(figures["blind"], best_guess([0] * len(known), guessed))
     close(figures["information"], information(pairs))
-    device_A, device_B = rng.integers(0, 3, CHOICES), rng.integers(0, 3, 2)
-    moves = mean(device_A[a] != device_B[b] for a, b in pairs)
-    close(stats.crossing(count_AB, device_A, device_B), moves)
 
 
 @FEW
