@@ -6,11 +6,8 @@ so it can be scored, sampled and trained on like any other. A `Conversion`
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
-
-import jax
 
 from moex.config import base as configs
 from moex.config.base import ConfigError, require
@@ -18,6 +15,7 @@ from moex.convert.base import Conversion
 from moex.data.files import atomic_write
 from moex.json_files import dump_json
 from moex.model import spec as states
+from moex.model.paths import flat_paths
 from moex.runs.claim import new_run
 from moex.runs.directory import Place, RunDir
 from moex.runs.keys import check_run
@@ -74,15 +72,13 @@ def convert_run(
             report |= found
         arrays = {"params": new.params, "state": new.state}
         write_run(hidden, cfg, job, job.tx, job.data, arrays)
+    report["step"] = old.step
+    sizes = {"params": "", "expert_params": "experts"}
     report |= {
-        "step": old.step,
-        "params": {"before": _size(old.spec), "after": _size(job.spec)},
-        "expert_params": {
-            "before": _size(old.spec, "experts"),
-            "after": _size(job.spec, "experts"),
-        },
-        "loss": _losses(run, made, job, sequences),
+        name: {"before": _size(old.spec, part), "after": _size(job.spec, part)}
+        for name, part in sizes.items()
     }
+    report["loss"] = _losses(run, made, job, sequences)
     atomic_write(made.conversion, dump_json(report, indent=1) + "\n")
     return report
 
@@ -107,12 +103,9 @@ def _job(run: RunDir, cfg, say) -> Job:
 
 def _size(spec, part="") -> int:
     """Parameters of a model, or of all modules named `part`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(spec.params)
-    return sum(
-        math.prod(leaf.shape)
-        for path, leaf in leaves
-        if not part or part in [k.key for k in path]
-    )
+    leaves = flat_paths(spec.params).items()
+    sizes = (leaf.size for path, leaf in leaves if not part or part in path.split("/"))
+    return sum(sizes)
 
 
 def _losses(run: RunDir, new: RunDir, job: Job, sequences: int) -> dict | None:

@@ -10,8 +10,6 @@ import dataclasses
 
 import numpy as np
 
-GAUGES = ("balanced", "experts")
-
 # Added to the second moment of the inputs, over its mean eigenvalue: directions that
 # the calibration did not see still count a little, and the factor has an inverse.
 RIDGE = 1e-4

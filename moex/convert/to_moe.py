@@ -102,21 +102,15 @@ def moe_model(model, options: Upcycle):
         stride = len(old.pattern)
         pattern = []
         for block, upcycled in enumerate(piece.upcycled):
-            ffn = old.pattern[block % stride]
+            place = block % stride
+            ffn = old.pattern[place]
             if upcycled:
-                where = (
-                    f"config.model.layers[{piece.segment}].pattern[{block % stride}]"
-                )
+                where = f"config.model.layers[{piece.segment}].pattern[{place}]"
                 ffn = moe_of_dense(ffn, options, where)
             pattern.append(_at_copies(ffn, piece.copies(block)))
-        segments.append(
-            dataclasses.replace(
-                old,
-                pattern=tuple(pattern),
-                repeat=piece.repeat,
-                attention=old.attention and tuple(old.attention) * piece.period,
-            )
-        )
+        attention = old.attention and tuple(old.attention) * piece.period
+        new = {"pattern": tuple(pattern), "repeat": piece.repeat}
+        segments.append(dataclasses.replace(old, **new, attention=attention))
     return dataclasses.replace(model, layers=tuple(segments))
 
 
@@ -145,17 +139,13 @@ def upcycle_params(params, state, model, options: Upcycle):
         for block, upcycled in enumerate(piece.upcycled):
             if upcycled:
                 old = jax.device_get(blocks[str(block)]["ffn"])
-                layers = [
-                    layer_of_dense(
-                        {name: value[r] for name, value in old.items()},
-                        options,
-                        piece.layer(block, r),
-                    )
-                    for r in range(piece.repeat)
-                ]
-                blocks[str(block)]["ffn"] = jax.tree.map(
-                    lambda *a: np.stack(a), *layers
-                )
+                layers = []
+                for r in range(piece.repeat):
+                    weights = {name: value[r] for name, value in old.items()}
+                    number = piece.layer(block, r)
+                    layers.append(layer_of_dense(weights, options, number))
+                stacked = jax.tree.map(lambda *a: np.stack(a), *layers)
+                blocks[str(block)]["ffn"] = stacked
     return params, state
 
 

@@ -29,14 +29,8 @@ def write_text(
         )
     try:
         with jax.set_mesh(run.mesh):
-            return continue_texts(
-                run,
-                {"params": run.params, "state": run.state},
-                run.tokenizer,
-                prompts,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                **sampling,
-            )
+            arrays = {"params": run.params, "state": run.state}
+            sampling |= {"max_new_tokens": max_new_tokens, "seed": seed}
+            return continue_texts(run, arrays, run.tokenizer, prompts, **sampling)
     except ValueError as e:
         raise ConfigError(str(e)) from None

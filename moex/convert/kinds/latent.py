@@ -88,13 +88,10 @@ class ToLatent(Conversion):
         return params, run.state, {"errors": errors}
 
     def lines(self, report):
-        white = bool(self.calibration)
-        lines = [f"{'layer':>5} {'op':<5} {'group':>5} {'error':>8}"]
-        lines[0] += f" {'of outputs':>10}" if white else ""
+        head = f"{'layer':>5} {'op':<5} {'group':>5} {'error':>8}"
+        lines = [head + (f" {'of outputs':>10}" if self.calibration else "")]
         for row in report["errors"]:
-            line = f"{row['layer']:>5} {row['op']:<5} {row['group']:>5} "
-            line += f"{row['error']:>8.4f}"
-            if row["output_error"] is not None:
-                line += f" {row['output_error']:>10.4f}"
-            lines.append(line)
+            line = "{layer:>5} {op:<5} {group:>5} {error:>8.4f}".format(**row)
+            known = row["output_error"] is not None
+            lines.append(line + (f" {row['output_error']:>10.4f}" if known else ""))
         return lines
