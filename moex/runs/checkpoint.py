@@ -13,6 +13,8 @@ import contextlib
 import logging
 import math
 import operator
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,14 +88,9 @@ class Checkpointer:
         self._hold = _Hold()
         keepers = [policies.LatestN(keep), self._hold]
         if keep_best:
-            keepers.append(
-                policies.BestN(
-                    get_metric_fn=self._rank,
-                    reverse=True,
-                    n=keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+            how = {"get_metric_fn": self._rank, "reverse": True, "n": keep_best}
+            best = policies.BestN(**how, keep_checkpoints_without_metrics=False)
+            keepers.append(best)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keepers),
             # Without a function that ranks them, metrics stay in memory.
@@ -108,13 +105,12 @@ class Checkpointer:
             ),
         )
         handler, self._save_args = None, ocp.args.StandardSave
-        if host_bytes is not None and read_only:
-            handler = ocp.StandardCheckpointHandler(
-                restore_concurrent_gb=host_bytes / 1e9  # type: ignore[arg-type]
-            )
-        elif host_bytes is not None:
+        host_gb: Any = host_bytes and host_bytes / 1e9  # Orbax takes fractions too
+        if host_gb is not None and read_only:
+            handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=host_gb)
+        elif host_gb is not None:
             handler = ocp.PyTreeCheckpointHandler(
-                save_device_host_concurrent_gb=host_bytes / 1e9  # type: ignore[arg-type]
+                save_device_host_concurrent_gb=host_gb
             )
             self._save_args = ocp.args.PyTreeSave
         self.manager = ocp.CheckpointManager(
@@ -195,13 +191,11 @@ class Checkpointer:
         steps = self.run.saved_steps()
         found = {s: why_unlisted(self.directory / str(s)) for s in steps}
         bad = {step: reason for step, reason in found.items() if reason}
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("moex: checkpoints are listed")
+        _wait_for_all("moex: checkpoints are listed")
         if jax.process_index() == 0:
             for step in bad:
                 self._move(step)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("moex: unlisted steps are set aside")
+        _wait_for_all("moex: unlisted steps are set aside")
         return bad
 
     def last_good(self, before: float = math.inf) -> int | None:
@@ -380,8 +374,7 @@ class Checkpointer:
             return
         if jax.process_index() == 0:
             self._move(step)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"moex: step {step} is set aside")
+        _wait_for_all(f"moex: step {step} is set aside")
         self.manager.reload()
 
     def _give_up(self, step, reason):
@@ -409,13 +402,17 @@ class Checkpointer:
             (self.directory / str(step)).rename(target)
 
 
+def _wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def _zeros(abstract):
     """Make zeros of the shapes and shardings of a tree of `ShapeDtypeStruct`s."""
 
-    def make():
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
-
-    return jax.jit(make, out_shardings=jax.tree.map(lambda a: a.sharding, abstract))()
+    at = jax.tree.map(lambda a: a.sharding, abstract)
+    zeros = partial(jax.tree.map, lambda a: jnp.zeros(a.shape, a.dtype), abstract)
+    return jax.jit(zeros, out_shardings=at)()
 
 
 def _items(train_state) -> dict:
