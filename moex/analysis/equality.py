@@ -61,11 +61,7 @@ def assert_equal(paths: Sequence[pathlib.Path], tolerance: Tolerance) -> str:
 def _equal_lines(
     a: Run, b: Run, step: int, kind: str, tolerance: Tolerance
 ) -> set[str]:
-    """Check one line of both runs; returns the names of what was compared.
-
-    Raises:
-      RunsDiffer: if it differs.
-    """
+    """Check one line of both runs; returns the names of what was compared."""
     for run in (a, b):
         if step not in run.lines[kind]:
             raise RunsDiffer(f"step {step}: {run.path} has no {kind} line.")

@@ -14,11 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from moex import sharding
-from moex.costs.residual_bytes import (
-    loss_args,
-    model_activation_bytes,
-    traced_loss,
-)
+from moex.costs.residual_bytes import loss_args, model_activation_bytes, traced_loss
 from moex.model.paths import path_name
 from moex.model.precision import compute_dtype
 from moex.plan import liveness

@@ -19,19 +19,6 @@ from moex.train.job import Training
 
 
 @dataclasses.dataclass(frozen=True)
-class Carried:
-    """One kind of traffic of one axis, and the seconds it takes on its network."""
-
-    traffic: Traffic
-    seconds: float | None
-
-    def to_dict(self) -> dict:
-        """The traffic as plain data."""
-        row = dataclasses.asdict(self.traffic)
-        return row | {"received": int(self.traffic.received), "seconds": self.seconds}
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """The needs of one run on a topology."""
 
@@ -45,7 +32,7 @@ class Plan:
     recompute_flops: float  # those per token that recomputation adds
     setting: dict  # how it is computed: dtype, remat, kernels
     memory: Memory  # the memory of one device
-    carried: tuple[Carried, ...]  # the traffic of the axes, per optimizer step
+    carried: tuple[Traffic, ...]  # the traffic of the axes, per optimizer step
 
     @property
     def fits(self) -> bool | None:
@@ -76,8 +63,7 @@ class Plan:
         for row in self.carried:
             if row.seconds is None:
                 return None
-            axis = row.traffic.axis
-            sums[axis] = sums.get(axis, 0.0) + row.seconds
+            sums[row.axis] = sums.get(row.axis, 0.0) + row.seconds
         return sums
 
     def step_seconds(self) -> tuple[float, float] | None:
@@ -117,7 +103,10 @@ class Plan:
             "memory": self.memory.to_dict(),
             "memory_limit": self.topology.chip.memory,
             "fits": self.fits,
-            "traffic": [row.to_dict() for row in self.carried],
+            "traffic": [
+                dataclasses.asdict(row) | {"received": int(row.received)}
+                for row in self.carried
+            ],
             "compute_seconds": self.compute_seconds,
             "update_seconds": self.update_seconds,
             "step_seconds": None if seconds is None else list(seconds),
@@ -153,10 +142,10 @@ def plan(cfg, topology: Topology) -> Plan:
         compute = program.compute(train=True)
         rows = traffic(program)
     cost = model_cost(cfg.model, program.spec, cfg.seq_len)
-    carried = tuple(
-        Carried(row, topology.seconds(row.axis, sizes, row.received, row.exchange))
-        for row in rows
-    )
+    carried = []
+    for row in rows:
+        seconds = topology.seconds(row.axis, sizes, row.received, row.exchange)
+        carried.append(dataclasses.replace(row, seconds=seconds))
     again = sum(
         b.repeat
         * {"none": 0.0, "dots": b.score_flops, "full": b.forward_flops()}[cfg.remat]
@@ -174,5 +163,5 @@ def plan(cfg, topology: Topology) -> Plan:
         | {"batch_size": cfg.batch_size, "grad_accum": cfg.grad_accum}
         | {"seq_len": cfg.seq_len, cfg.model.SIZE: cfg.model.num_outputs},
         memory=held,
-        carried=carried,
+        carried=tuple(carried),
     )

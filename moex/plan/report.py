@@ -54,8 +54,8 @@ def _traffic(plan: Plan) -> str:
         return "no axis carries anything"
     rows = [("received by one device in a step", "", "time")]
     for row in plan.carried:
-        name = f"{row.traffic.axis}: {row.traffic.what}"
-        rows.append((name, _bytes(row.traffic.received), _seconds(row.seconds)))
+        name = f"{row.axis}: {row.what}"
+        rows.append((name, _bytes(row.received), _seconds(row.seconds)))
     return aligned(rows)
 
 

@@ -35,6 +35,7 @@ class Traffic:
     what: str  # a description for people
     received: float  # bytes that one device receives
     exchange: bool = False  # each device's bytes are its own (all-to-all)
+    seconds: float | None = None  # on the network of the axis; None: not known
 
 
 def traffic(program: Training) -> list[Traffic]:

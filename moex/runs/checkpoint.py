@@ -318,11 +318,7 @@ class Checkpointer:
         return restored["state"]["guard"]
 
     def _damaged(self, step: int, error: Exception, warn) -> None:
-        """Report a step that cannot be read and set it aside.
-
-        Raises:
-          CheckpointError: if it may be intact, or other processes do not know of it.
-        """
+        """Report a step that cannot be read and set it aside."""
         reason = " ".join(str(error).split())[:300]
         if isinstance(error, PermissionError) or "PERMISSION_DENIED" in reason:
             raise CheckpointError(f"checkpoint {step} may not be read: {reason}")
@@ -424,11 +420,7 @@ def _items(train_state) -> dict:
 
 
 def _check_names(step: int, name: str, tree, meta: dict) -> None:
-    """Check that a checkpoint has the arrays of an item that the config asks for.
-
-    Raises:
-      ConfigError: if not, and the names are covered by a digest.
-    """
+    """Check that a checkpoint has the arrays of an item that the config asks for."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     wanted = {jax.tree_util.keystr(path) for path, _ in leaves}
     there = set(meta["checksums"][name])

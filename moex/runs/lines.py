@@ -13,13 +13,7 @@ import numpy as np
 
 from moex.config.base import LARGEST, ConfigError, require, short
 from moex.data.files import naming
-from moex.json_files import (
-    dump_json,
-    expect_object,
-    field,
-    parse_json,
-    read_json_lines,
-)
+from moex.json_files import dump_json, expect_object, field, parse_json, read_json_lines
 
 KINDS = ("train", "eval")  # kinds of lines of numbers, in their order in a step
 # The suffix of values that name a layer: the one with the worst figure.

@@ -10,12 +10,7 @@ from moex.config.base import ConfigError
 from moex.runs.directory import Place, RunDir
 from moex.runs.keys import check_run
 from moex.runs.open import LoadedRun, load_run
-from moex.runs.program import (
-    Evaluated,
-    Program,
-    check_eval_devices,
-    eval_batch_size,
-)
+from moex.runs.program import Evaluated, Program, check_eval_devices, eval_batch_size
 from moex.sharding import batch_shards, shard_batch
 from moex.terminal import printable
 

@@ -98,14 +98,7 @@ class RunLog:
             self.board.values(kind, step, values)
 
     def layers(self, kind: str, step: int, rows: dict, *, image: bool = False) -> None:
-        """Write a line of routing.jsonl; for a training step TensorBoard series too.
-
-        Args:
-          kind: "train" or "eval".
-          step: optimizer step.
-          rows: the result of `layers.by_layer`.
-          image: whether to draw the heat map.
-        """
+        """Write a line of routing.jsonl; for a training step TensorBoard series too."""
         if not self.active or not rows:
             return
         if self.routing is None:

@@ -38,14 +38,7 @@ from moex.runs.write import about_step
 from moex.sharding import shard_batch, told_by_each
 from moex.train.in_flight import Flight
 from moex.train.job import Job, make_job
-from moex.train.log import (
-    RunLog,
-    Stopwatch,
-    clock,
-    load_lines,
-    memory_bytes,
-    step_line,
-)
+from moex.train.log import RunLog, Stopwatch, clock, load_lines, memory_bytes, step_line
 from moex.train.profiler import Profiler, profile_steps
 from moex.train.resume import check_init_from, check_resume
 from moex.train.stop import said_where_it_stands, stands, stop_on_signals

@@ -17,10 +17,6 @@ SCOPES = ("router", "dispatch", "experts", "combine", "attention", "optimizer")
 def profile_steps(text: str | None, num_steps: int) -> range:
     """Read the steps of `--profile=START:STOP`; the first step of a run is 0.
 
-    Args:
-      text: START:STOP as given; None: no steps.
-      num_steps: `config.steps`.
-
     Raises:
       ConfigError: if it is not two numbers with 0 <= START < STOP <= num_steps.
     """

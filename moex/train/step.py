@@ -29,12 +29,8 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, co
     """Make `(train_state, step, key, batch) -> (train_state, metrics)` to be jitted.
 
     Args:
-      task: the `Task` to learn.
-      spec: `ModelSpec`.
-      tx: optax transformation.
       coefs: `run.Loss`.
       grad_accum: microbatches per step.
-      num_domains: the number of sources of the data.
       optim: `Optim`; its `spike_factor` guards the update.
       compute: `Compute`.
     """

@@ -39,12 +39,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def layout(cfg, num_domains: int) -> dict:
-    """Make the custom layout of a run: all charts that have figures, MoE first.
-
-    Args:
-      cfg: run config.
-      num_domains: the number of sources of the data.
-    """
+    """Make the custom layout of a run: all charts that have figures, MoE first."""
     pages: dict[str, dict[str, list]] = {}
     if any(routers(cfg.model)):
         detailed = cfg.log.detail == "detailed"
@@ -230,10 +225,6 @@ def load_figure(loads: dict[str, np.ndarray], step: int):
     """Draw a heat map, layers x experts, of load over its mean; 1 is balanced.
 
     Layers with fewer experts are padded with blanks.
-
-    Args:
-      loads: {label of a layer: float[E] load over its mean}.
-      step: optimizer step, for the title.
     """
     from matplotlib.figure import Figure
 
