@@ -69,21 +69,13 @@ NO_MATMUL = ("bias", "scale", "logit_scale", "w_embed", "sink")
 
 @dataclasses.dataclass(frozen=True)
 class BlockCost:
-    """The cost of one layer; `repeat` equal ones are at its place of a pattern.
+    """The cost of one layer; `repeat` equal ones are at its place of a pattern."""
 
-    Attributes:
-      path: path of the block in the model, such as "segments/0/blocks/1".
-      ffn: the config of its feed-forward.
-      repeat: number of equal layers.
-      sizes: numbers of one layer by path inside the block.
-      score_flops: forward FLOPs per token of attention scores and values.
-    """
-
-    path: str
-    ffn: Any
-    repeat: int
-    sizes: dict[str, int]
-    score_flops: float
+    path: str  # path of the block in the model, such as "segments/0/blocks/1"
+    ffn: Any  # the config of its feed-forward
+    repeat: int  # number of equal layers
+    sizes: dict[str, int]  # numbers of one layer by path inside the block
+    score_flops: float  # forward FLOPs per token of attention scores and values
 
     def total(self) -> dict[str, int]:
         """The parameters of one layer, by group."""
@@ -117,16 +109,12 @@ class Cost:
     A matrix counts 2 FLOPs per number each time it is applied. Attention scores and
     values count over the causal half of the sequence; elementwise work and embedding
     look-ups count 0. A backward pass is twice a forward one; recomputation counts 0.
-
-    Attributes:
-      blocks: in order of depth, one per segment and place in its pattern.
-      outer: numbers outside of the blocks, by path.
-      outer_flops: their forward FLOPs per token.
     """
 
+    # In order of depth, one per segment and place in its pattern.
     blocks: tuple[BlockCost, ...]
-    outer: dict[str, int]
-    outer_flops: float
+    outer: dict[str, int]  # numbers outside of the blocks, by path
+    outer_flops: float  # their forward FLOPs per token
 
     @property
     def total(self) -> dict[str, int]:

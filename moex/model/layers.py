@@ -15,23 +15,15 @@ from moex.nn.contract import FeedForwardConfig
 
 @dataclasses.dataclass(frozen=True)
 class Sparse:
-    """The MoE of a feed-forward, which may stand inside `Chain` and `Narrow`.
+    """The MoE of a feed-forward, which may stand inside `Chain` and `Narrow`."""
 
-    Attributes:
-      path: its module in the parameters, such as "segments/0/blocks/1/ffn/inner".
-      where: the path of its config, for messages.
-      moe: its config; part of the model config, not a copy.
-      width: the width of the tokens that it sees.
-      routers: config of the router of each round; one, where there is no chain.
-      chained: whether rounds have figures of their own.
-    """
-
-    path: str
-    where: str
-    moe: MoE
-    width: int
+    path: str  # its module in the parameters, such as "segments/0/blocks/1/ffn/inner"
+    where: str  # the path of its config, for messages
+    moe: MoE  # its config; part of the model config, not a copy
+    width: int  # the width of the tokens that it sees
+    # Config of the router of each round; one, where there is no chain.
     routers: tuple[Any, ...]
-    chained: bool
+    chained: bool  # whether rounds have figures of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,26 +31,16 @@ class Site:
     """One place of a segment's pattern: `repeat` layers with equal configs.
 
     Configs are parts of the model config, not copies.
-
-    Attributes:
-      segment: number of the segment in the model.
-      place: number of the block in the pattern of the segment.
-      number: number in the model of the first of these layers.
-      stride: layers from one of them to the next.
-      repeat: how many there are.
-      attention: their attention config.
-      ffn: their feed-forward config.
-      sparse: the MoE in it; None for a dense one.
     """
 
-    segment: int
-    place: int
-    number: int
-    stride: int
-    repeat: int
-    attention: Any
-    ffn: Any
-    sparse: Sparse | None
+    segment: int  # number of the segment in the model
+    place: int  # number of the block in the pattern of the segment
+    number: int  # number in the model of the first of these layers
+    stride: int  # layers from one of them to the next
+    repeat: int  # how many there are
+    attention: Any  # their attention config
+    ffn: Any  # their feed-forward config
+    sparse: Sparse | None  # the MoE in it; None for a dense one
 
     @property
     def path(self) -> str:
@@ -78,19 +60,12 @@ class Site:
 
 
 class Routed(NamedTuple):
-    """A router of a model.
+    """A router of a model."""
 
-    Attributes:
-      layer: number of the layer from 0; dense layers count too.
-      round: round of a chain, from 1; 0 where there is no chain.
-      router: its config.
-      moe: config of the layer whose experts it chooses.
-    """
-
-    layer: int
-    round: int
-    router: Any
-    moe: MoE
+    layer: int  # number of the layer from 0; dense layers count too
+    round: int  # round of a chain, from 1; 0 where there is no chain
+    router: Any  # its config
+    moe: MoE  # config of the layer whose experts it chooses
 
     @property
     def label(self) -> str:

@@ -21,33 +21,24 @@ from moex.nn.param import split_params
 
 @dataclasses.dataclass(frozen=True)
 class ParamInfo:
-    """The facts about one parameter or state variable, besides its shape.
+    """The facts about one parameter or state variable, besides its shape."""
 
-    Attributes:
-      axes: logical axis names of its own dims (stacked layers come before).
-      matrix: (input dims, output dims) among `axes`, or None.
-      rule: function that moves a state: `(value, stats, step) -> value`, or None.
-    """
-
+    # Logical axis names of its own dims (stacked layers come before).
     axes: tuple[str | None, ...]
-    matrix: tuple | None = None
+    matrix: tuple | None = None  # (input dims, output dims) among `axes`, or None
+    # Function that moves a state: `(value, stats, step) -> value`, or None.
     rule: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A model without its arrays: made once per run by `model_spec`.
+    """A model without its arrays: made once per run by `model_spec`."""
 
-    Attributes:
-      graphdef: for `nnx.merge(graphdef, params, state)`.
-      params, state: nested dicts of `ShapeDtypeStruct`: learned by gradient, or not.
-      info: `{path: ParamInfo}` for both.
-    """
-
-    graphdef: Any
+    graphdef: Any  # for `nnx.merge(graphdef, params, state)`
+    # params, state: nested dicts of `ShapeDtypeStruct`: learned by gradient, or not.
     params: dict
     state: dict
-    info: dict[str, ParamInfo]
+    info: dict[str, ParamInfo]  # `{path: ParamInfo}` for both
 
     def merge(self, params, state):
         """The module; use inside a trace."""

@@ -30,21 +30,17 @@ MOVES_LESS = 0.75
 
 @dataclasses.dataclass(frozen=True)
 class Travel:
-    """The way of this device's rows to the devices of their experts, and back.
+    """The way of this device's rows to the devices of their experts, and back."""
 
-    Attributes:
-      layout: `Layout` of the rows before they leave; the slot of a pair is the first of
-        the token on that device.
-      device_N: int32, where each row goes.
-      there, back: rows [N, C] -> rows [R, C] received, and the other way round; each is
-        the other's transpose.
-      lost: int32, kept slots of this device whose pair found no room.
-    """
-
+    # `Layout` of the rows before they leave; the slot of a pair is the first of the
+    # token on that device.
     layout: Layout
-    device_N: jax.Array
+    device_N: jax.Array  # int32, where each row goes
+    # there, back: rows [N, C] -> rows [R, C] received, and the other way round; each is
+    # the other's transpose.
     there: Callable
     back: Callable
+    # int32, kept slots of this device whose pair found no room.
     lost: jax.Array | int = 0
 
 

@@ -124,25 +124,18 @@ def mean(total, count):
 
 
 class Figure(NamedTuple):
-    """A figure of an MoE layer, with the ways to make it and to show it.
+    """A figure of an MoE layer, with the ways to make it and to show it."""
 
-    Attributes:
-      name: as in logs; it ends in "_E" with a value per expert, in "_S" per bin.
-      title: for people.
-      unit: the unit or quantity, for the axis of a chart.
-      of: makes it, float32[...] or float32[..., E], from the sums of `routing_stats`;
-        None: `model/figures.py` makes it, where the devices are known.
-      chart: page of charts that it is on; None: on none.
-      worst: `max` or `min`, where the worst layer is; None: none is worse.
-      rare: the figure is 0 in most runs, and a report leaves it out where it is 0.
-    """
-
-    name: str
-    title: str
-    unit: str
+    name: str  # as in logs; it ends in "_E" with a value per expert, in "_S" per bin
+    title: str  # for people
+    unit: str  # the unit or quantity, for the axis of a chart
+    # Makes it, float32[...] or float32[..., E], from the sums of `routing_stats`; None:
+    # `model/figures.py` makes it, where the devices are known.
     of: Callable[[dict], jax.Array] | None
-    chart: str | None = None
+    chart: str | None = None  # page of charts that it is on; None: on none
+    # `max` or `min`, where the worst layer is; None: none is worse.
     worst: Callable | None = None
+    # The figure is 0 in most runs, and a report leaves it out where it is 0.
     rare: bool = False
 
     @property

@@ -38,15 +38,12 @@ from moex.sharding import TOKEN_AXES, partition_spec
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The limits on the rows that the experts of a layer compute.
+    """The limits on the rows that the experts of a layer compute."""
 
-    Attributes:
-      buffer_slots: kept slots per token that buffers are made for; if there are more,
-        they are computed too, but take more memory for a while. None: all slots.
-      per_expert: most slots that any expert was given. None: as many as tokens.
-    """
-
+    # Kept slots per token that buffers are made for; if there are more, they are
+    # computed too, but take more memory for a while. None: all slots.
     buffer_slots: float | None = None
+    # Most slots that any expert was given. None: as many as tokens.
     per_expert: int | None = None
 
     def limits(self, num_tokens, num_seen, num_experts) -> dict:
