@@ -12,6 +12,7 @@ device. Values that grow between them hold tokens, and are split as tokens are.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -74,61 +75,60 @@ class Graph:
 
 def graph(function, *args) -> Graph:
     """The graph of a function of abstract arguments."""
-    return _Builder().build(jax.make_jaxpr(function)(*args).jaxpr, 1)
+    return _Builder(itertools.count(1)).build(jax.make_jaxpr(function)(*args).jaxpr, 1)
 
 
 class _Builder:
-    """Builds a `Graph`: numbers values in the order in which it meets them."""
+    """Builds one `Graph`; `numbers` names the values of all graphs of a program."""
 
-    def __init__(self):
-        self.count = 0
+    def __init__(self, numbers: Iterator[int]):
+        self.numbers = numbers
+        self.operations: list[Operation] = []
+        self.sizes: dict[int, int] = {}
 
     def build(self, jaxpr, copies: int) -> Graph:
-        operations: list[Operation] = []
-        sizes: dict[int, int] = {}
         env: dict = {}
         for var in (*jaxpr.constvars, *jaxpr.invars):
-            self._new(var, env, sizes, copies)
+            self._new(var, env, copies)
         inputs = tuple(env.values())
-        self._add(jaxpr, env, operations, sizes, copies)
-        outputs = _known(jaxpr.outvars, env)
-        return Graph(operations, inputs, outputs, sizes)
+        self._add(jaxpr, env, copies)
+        return Graph(self.operations, inputs, _known(jaxpr.outvars, env), self.sizes)
 
-    def _new(self, var, env, sizes, copies) -> int:
-        self.count += 1
-        env[var] = self.count
-        sizes[self.count] = _bytes(var.aval) * copies
-        return self.count
+    def _new(self, var, env, copies) -> int:
+        env[var] = number = next(self.numbers)
+        self.sizes[number] = _bytes(var.aval) * copies
+        return number
 
-    def _add(self, jaxpr, env, operations, sizes, copies) -> None:
+    def _add(self, jaxpr, env, copies) -> None:
         for eqn in jaxpr.eqns:
             name = eqn.primitive.name
             inner = list(_sub_jaxprs(eqn)) if name != "pallas_call" else []
             if name in INLINED and len(inner) == 1:
                 # Inside a shard_map shapes are those of one device.
                 more = math.prod(_manual_sizes(eqn)) if name == "shard_map" else 1
-                self._inline(eqn, inner[0], env, operations, sizes, copies * more)
+                self._inline(eqn, inner[0], env, copies * more)
                 continue
-            bodies = tuple(self.build(j, copies) for j in inner)
-            makes = tuple(self._new(v, env, sizes, copies) for v in eqn.outvars)
+            bodies = tuple(_Builder(self.numbers).build(j, copies) for j in inner)
+            makes = tuple(self._new(v, env, copies) for v in eqn.outvars)
             if name == "scatter-add" and _one_a_row(eqn):
                 name = SCATTER_ONE
-            operations.append(Operation(name, _known(eqn.invars, env), makes, bodies))
+            reads = _known(eqn.invars, env)
+            self.operations.append(Operation(name, reads, makes, bodies))
 
-    def _inline(self, eqn, jaxpr, env, operations, sizes, copies) -> None:
+    def _inline(self, eqn, jaxpr, env, copies) -> None:
         own: dict = {}
         for var in jaxpr.constvars:
-            self._new(var, own, sizes, copies)
+            self._new(var, own, copies)
         given = eqn.invars[len(eqn.invars) - len(jaxpr.invars) :]
         for var, outer in zip(jaxpr.invars, given, strict=True):
             if isinstance(outer, core.Literal):
-                self._new(var, own, sizes, copies)
+                self._new(var, own, copies)
             else:
                 own[var] = env[outer]
-        self._add(jaxpr, own, operations, sizes, copies)
+        self._add(jaxpr, own, copies)
         for var, outer in zip(jaxpr.outvars, eqn.outvars, strict=True):
             if isinstance(var, core.Literal):
-                self._new(outer, env, sizes, copies)
+                self._new(outer, env, copies)
             else:
                 env[outer] = own[var]
 

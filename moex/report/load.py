@@ -37,22 +37,31 @@ def load(found: Analysis, about: str) -> Section:
     return Section("Trace", [Note(text), Plot(figure)], about)
 
 
+def _ratios(found: Analysis, counts, tokens_G, rows, **look) -> tuple[Plot, str]:
+    """Maps of the share that experts get of groups of tokens over that of all tokens.
+
+    `counts` gives `count_GE` of a layer; groups without tokens are left out.
+    """
+    present = tokens_G > 0
+
+    def ratio(layer: LayerAnalysis):
+        special_GE = stats.specialisation(counts(layer), tokens_G)[present]
+        return maps.log_ratio(special_GE, layer.load_E / found.num_tokens)
+
+    rows = [rows[g] for g in np.flatnonzero(present)]
+    return layer_maps(found, ratio, maps.RATIO, rows=rows, **look)
+
+
 def domains(found: Analysis) -> Section:
     """The section on the experts that each domain uses."""
     title = "Domains"
-    present = found.tokens_D > 0
-    if np.sum(present) < 2:
+    if np.sum(found.tokens_D > 0) < 2:
         return Section(title, [Note("No data: the trace has tokens of one domain.")])
-
-    def lift(layer: LayerAnalysis):
-        special_DE = stats.specialisation(layer.domain_DE, found.tokens_D)[present]
-        return maps.log_ratio(special_DE, layer.load_E / found.num_tokens)
-
-    plot, left = layer_maps(
+    plot, left = _ratios(
         found,
-        lift,
-        maps.RATIO,
-        rows=unique([found.domains[d] for d in np.flatnonzero(present)]),
+        lambda layer: layer.domain_DE,
+        found.tokens_D,
+        unique(found.domains),
         title="Experts by domain",
         axes=("domain", "expert"),
         told="{row}, expert {column}: {value} x its mean share",
@@ -76,16 +85,11 @@ def domains(found: Analysis) -> Section:
 
 def positions(found: Analysis) -> Section:
     """The section on the experts that each position in a document uses."""
-
-    def lift(layer: LayerAnalysis):
-        special_PE = stats.specialisation(layer.position_PE, found.tokens_P)
-        return maps.log_ratio(special_PE, layer.load_E / found.num_tokens)
-
-    plot, left = layer_maps(
+    plot, left = _ratios(
         found,
-        lift,
-        maps.RATIO,
-        rows=found.positions,
+        lambda layer: layer.position_PE,
+        found.tokens_P,
+        found.positions,
         title="Experts by position in the document",
         axes=("position", "expert"),
         told="positions {row}, expert {column}: {value} x its mean share",

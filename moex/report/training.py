@@ -112,18 +112,14 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
         (kind, name) for kind in panel.kinds for name in _names(panel, kind, material)
     ]
     colours: dict[str, str] = {}
-    lowest, highest = [], []  # among positive values
-    title = panel.title
+    drawn, title = [], panel.title
     if len(found) > MOST_CURVES:
         title += f" ({MOST_CURVES} of {len(found):,} curves)"
     for kind, name in found[:MOST_CURVES]:
         step_S, value_S = material.series(kind, name)
         step_S, value_S = downsample.curve(step_S, value_S)
+        drawn.append(value_S)
         held = kind == "eval"
-        positive = value_S[(value_S > 0) & np.isfinite(value_S)]
-        if len(positive):
-            lowest.append(positive.min())
-            highest.append(positive.max())
         colour = colours.setdefault(name, COLOURS[len(colours) % len(COLOURS)])
         figure.add_scatter(
             x=step_S,
@@ -142,7 +138,9 @@ def _plot(panel: Panel, material: Material) -> Plot | None:
     figure.update_yaxes(title_text=panel.unit)
     if panel.log:
         # Ticks at powers of ten, or at 1, 2 and 5 times these where they are few.
-        wide = bool(lowest) and max(highest) / min(lowest) > 100
+        values = np.concatenate(drawn)
+        values = values[(values > 0) & np.isfinite(values)]
+        wide = len(values) > 0 and values.max() / values.min() > 100
         figure.update_yaxes(type="log", dtick=1 if wide else "D2")
     figure.update_layout(
         showlegend=len(found) > 1,

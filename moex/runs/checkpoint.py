@@ -305,7 +305,8 @@ class Checkpointer:
 
     def _warn_of_gone(self, steps: list[int], warn) -> None:
         newest = max(self._record or {}, default=-1)
-        if steps and newest > steps[-1] and not self._quarantined(newest):
+        moved = any(self.quarantine.glob(f"{newest}*"))
+        if steps and newest > steps[-1] and not moved:
             warn(
                 f"warning: the checkpoint of step {newest}, which this run saved, is "
                 f"gone; the newest is that of step {steps[-1]}"
@@ -360,9 +361,6 @@ class Checkpointer:
             arrays |= arrays["state"]
         arrays |= fresh
         return arrays, data, meta
-
-    def _quarantined(self, step: int) -> bool:
-        return any(self.quarantine.glob(f"{step}*"))
 
     def _set_aside(self, step):
         """Move a step to `corrupt/`; all processes of a job must call this together."""

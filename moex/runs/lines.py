@@ -203,7 +203,7 @@ def _read_kind(file, opened, places: dict, most: int) -> Routing:
         step_S=np.array([steps[i] for i in chosen]),
         layers={
             label: _stack([line.get(label, {}) for line in read])
-            for label in sorted(labels, key=_place)
+            for label in sorted(labels, key=lambda text: [*map(int, text.split("."))])
         },
         read=len(chosen),
         there=there,
@@ -225,10 +225,6 @@ def _figures(data: dict, where: str) -> dict[str, np.ndarray]:
             except OverflowError:
                 require(False, f"{where}: {name}", value, "a number that floats hold")
     return found
-
-
-def _place(label: str) -> list[int]:
-    return [int(part) for part in label.split(".")]
 
 
 def _stack(lines: list[dict]) -> dict[str, np.ndarray]:
