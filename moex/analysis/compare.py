@@ -110,13 +110,9 @@ def figures(run: Run, curve: dict[str, Curve]) -> dict[str, Any]:
     task = run.cfg.task
     for name, *_ in task.FIGURES:
         values = [line[name] for line in run.lines["eval"].values()]
-        found += [min(values, key=_rank), values[-1]] if values else [None, None]
+        best = min(values, key=lambda v: (math.isnan(v), v), default=None)  # NaN: worst
+        found += [best, values[-1] if values else None]
     return dict(zip(figure_names(task), found, strict=True))
-
-
-def _rank(value: float) -> tuple[bool, float]:
-    """The order of losses: NaN is the worst."""
-    return math.isnan(value), value
 
 
 def estimate(values_R: np.ndarray) -> Estimate:

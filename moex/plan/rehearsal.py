@@ -10,8 +10,6 @@ import importlib.metadata
 import math
 import os
 import re
-import resource
-import sys
 import time
 
 import jax
@@ -23,6 +21,7 @@ from moex.model.spec import model_spec
 from moex.plan.memory import batch_arguments
 from moex.plan.topology import Topology
 from moex.train.job import Training
+from moex.train.log import host_bytes
 
 # libtpu reads these before it describes a topology. Without them it waits for a
 # metadata server. The values do not limit the topologies.
@@ -159,7 +158,7 @@ def compile_step(cfg, topology: Topology) -> Compiled:
     return Compiled(
         lower_seconds=middle - start,
         compile_seconds=end - middle,
-        host_bytes=_host_bytes(),
+        host_bytes=host_bytes(),
         state_bytes=state_bytes(text, arguments[0]),
         argument_bytes=memory.argument_size_in_bytes,
         peak_bytes=peak,
@@ -185,11 +184,6 @@ def state_bytes(text: str, state) -> int:
         for kind, shape in found
     ]
     return sum(sizes[: len(jax.tree.leaves(state))])
-
-
-def _host_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def count_collectives(text: str) -> dict[str, int]:

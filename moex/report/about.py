@@ -84,12 +84,10 @@ def config(material: Material) -> Section:
 
 
 def _show(value) -> str:
-    return "–" if value is NONE else _text(value)
-
-
-def _text(value) -> str:
     if isinstance(value, str):
         return value
+    if value is NONE:
+        return "–"
     if isinstance(value, Config):
         return type(value).__name__
     return repr(value)

@@ -1,6 +1,7 @@
 """Curves of training: what metrics.jsonl holds."""
 
 import dataclasses
+import fnmatch
 import html
 from collections.abc import Sequence
 
@@ -23,7 +24,7 @@ class Panel:
 
     title: str
     unit: str  # unit of its vertical axis
-    names: Sequence[str]  # names of figures; one that ends with "*" is a prefix
+    names: Sequence[str]  # names of figures; "*" stands for any text
     kinds: Sequence[str] = ("train",)  # kinds of lines
     log: bool = False  # whether the vertical axis is logarithmic
     scale: float = 1.0  # factor on the values
@@ -167,8 +168,6 @@ def _names(panel: Panel, kind: str, material: Material) -> list[str]:
 
 
 def _fits(name: str, pattern: str) -> bool:
-    start, star, end = pattern.partition("*")
-    if not star:
-        return name == pattern
     # A rate per second ends in "_s" too, but is no number of seconds.
-    return name.startswith(start) and name.endswith(end) and "_per_" not in name
+    is_rate = "*" in pattern and "_per_" in name
+    return fnmatch.fnmatchcase(name, pattern) and not is_rate

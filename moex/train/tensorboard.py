@@ -152,7 +152,8 @@ class Board:
             if name.endswith("_worst_layer"):
                 value = int(value.split(".")[0])  # the layer's number without the round
             if isinstance(value, (int, float)):
-                self.writer.add_scalar(_tag(kind, name), value, step)
+                own = name.startswith(("perf/", "moe/", "loss/"))
+                self.writer.add_scalar(name if own else f"{kind}/{name}", value, step)
 
     def layers(self, step: int, rows: dict[str, dict[str, Any]], *, image) -> None:
         """Write series and histograms of MoE layers, and the heat map if `image`.
@@ -213,12 +214,6 @@ LOAD_LIMITS = np.array(
 def relative_load(load_frac_E):
     """The load of each expert over their mean, float64[E]; 1 is balanced."""
     return np.asarray(load_frac_E, np.float64) * len(load_frac_E)
-
-
-def _tag(kind: str, name: str) -> str:
-    if name.startswith(("perf/", "moe/", "loss/")):
-        return name
-    return f"{kind}/{name}"
 
 
 def load_figure(loads: dict[str, np.ndarray], step: int):
