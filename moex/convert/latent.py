@@ -29,7 +29,6 @@ class Factoring:
     rank: int | None = None
     # Own factors from the weights before the cut; without a cut no difference.
     refit: bool = False
-    gauge: str = "balanced"  # "balanced" or "experts": see `balance`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,9 +92,7 @@ def _factor_group(w_nDF, how, moment_DD):
         tail=_share(dropped, np.linalg.norm(white_nDF)),
         output_error=output_error,
     )
-    if how.gauge == "balanced":
-        b_DZ, a_nZF = balance(b_DZ, a_nZF)
-    return b_DZ, a_nZF, error
+    return *balance(b_DZ, a_nZF), error
 
 
 def _output(w_nDF, moment_DD) -> float:

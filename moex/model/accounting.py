@@ -245,6 +245,12 @@ def num_bytes(tree) -> int:
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves)
 
 
+def local_bytes(tree) -> int:
+    """The bytes on one device of abstract arrays that have shardings."""
+    local = ((a.sharding.shard_shape(a.shape), a.dtype) for a in jax.tree.leaves(tree))
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in local)
+
+
 def train_state_bytes(spec, tx) -> int:
     """The bytes of weights, gradients and optimizer state."""
     return 2 * num_bytes(spec.params) + num_bytes(jax.eval_shape(tx.init, spec.params))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from moex import sharding
 from moex.costs.residual_bytes import loss_args, model_activation_bytes, traced_loss
+from moex.model.accounting import local_bytes
 from moex.model.paths import path_name
 from moex.model.precision import compute_dtype
 from moex.plan import liveness
@@ -84,12 +85,6 @@ def memory(program: Training, topology: Topology) -> Memory:
 def local_shape(leaf) -> tuple[int, ...]:
     """The shape that one device holds of an abstract array with a sharding."""
     return leaf.sharding.shard_shape(leaf.shape)
-
-
-def local_bytes(tree) -> int:
-    """Bytes on one device of abstract arrays that have shardings."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(local_shape(a)) * a.dtype.itemsize for a in leaves)
 
 
 def batch_arguments(program: Training) -> dict:

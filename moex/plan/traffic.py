@@ -15,6 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from moex.model.accounting import local_bytes
 from moex.model.layers import sites
 from moex.model.paths import path_name
 from moex.model.precision import compute_dtype
@@ -102,7 +103,7 @@ def _gradients(program: Training) -> list[Traffic]:
     """
     shape, rows = program.mesh.shape, []
     for _, leaf, axes in _leaves(program):
-        size = math.prod(local_shape(leaf)) * leaf.dtype.itemsize
+        size = local_bytes(leaf)
         for axis in reversed(TOKEN_AXES):
             if axis in axes:
                 continue

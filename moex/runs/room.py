@@ -4,14 +4,11 @@ It counts the train state and the logits of one microbatch: a lower bound. `moex
 says how much a job really needs, even on devices that are not here.
 """
 
-import math
-
-import jax
 from jax.sharding import Mesh
 
 from moex import sharding
 from moex.config.base import ConfigError
-from moex.model.accounting import device_bytes
+from moex.model.accounting import device_bytes, local_bytes
 
 
 def check_room(cfg, mesh: Mesh, state) -> None:
@@ -21,10 +18,7 @@ def check_room(cfg, mesh: Mesh, state) -> None:
       ConfigError: with both sizes, if it has not.
     """
     most = device_bytes(mesh.local_devices)
-    held = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(state)
-    )
+    held = local_bytes(state)
     if held > most:
         raise ConfigError(
             f"config.model: parameters and optimizer take {held / 2**30:,.1f} GiB of "

@@ -6,6 +6,7 @@ E experts · G groups · D model width · F expert width · Z latent width
 import numpy as np
 import pytest
 
+from moex.convert import latent as latents
 from moex.convert.latent import Factoring, factor_experts
 
 E, D, F, GROUP = 4, 32, 8, 4
@@ -34,6 +35,13 @@ def relative_error(w_EDF, **how):
 
 def factor(w_EDF, moment_DD=None, **how):
     return factor_experts(w_EDF, Factoring(**{"group": GROUP} | how), moment_DD)
+
+
+def unbalanced(w_EDF, **how):
+    """The factors before their norms are balanced: b is orthonormal."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents, "balance", lambda b_DZ, a_nZF: (b_DZ, a_nZF))
+        return factor(w_EDF, **how)
 
 
 # The factors.
@@ -86,19 +94,19 @@ def test_refitting_after_a_cut_never_hurts(kind):
     for rank in (1, 3, 6):
         how = {"latent": F, "group": GROUP, "rank": rank}
         assert relative_error(w_EDF, **how, refit=True) < relative_error(w_EDF, **how)
-    b_GDZ, _, _ = factor(w_EDF, latent=F, rank=3, gauge="experts")
-    _, a_EZF, _ = factor(w_EDF, latent=F, rank=3, gauge="experts", refit=True)
+    b_GDZ, _, _ = unbalanced(w_EDF, latent=F, rank=3)
+    _, a_EZF, _ = unbalanced(w_EDF, latent=F, rank=3, refit=True)
     fitted = np.stack([np.linalg.lstsq(b_GDZ[0], w, rcond=None)[0] for w in w_EDF])
     np.testing.assert_allclose(a_EZF, fitted, atol=1e-12)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-def test_the_gauge_does_not_change_the_product(rank):
+def test_balancing_does_not_change_the_product(rank):
     # At rank 2 with latent 16, half of the directions have no weight.
     w_EDF = random_experts()
     how = {"latent": 16, "group": GROUP, "rank": rank}
-    b_GDZ, a_EZF, _ = factor(w_EDF, **how, gauge="balanced")
-    ortho_GDZ, own_EZF, _ = factor(w_EDF, **how, gauge="experts")
+    b_GDZ, a_EZF, _ = factor(w_EDF, **how)
+    ortho_GDZ, own_EZF, _ = unbalanced(w_EDF, **how)
     expected = product(ortho_GDZ, own_EZF, GROUP)
     np.testing.assert_allclose(product(b_GDZ, a_EZF, GROUP), expected, atol=1e-12)
     np.testing.assert_allclose(ortho_GDZ[0].T @ ortho_GDZ[0], np.eye(16), atol=1e-12)
