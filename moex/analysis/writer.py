@@ -73,7 +73,7 @@ class TraceWriter:
         """Write whole blocks, and at the end what is left."""
         if not self._waiting:
             return
-        chunk = _map_chunks(lambda *a: np.concatenate(a), *self._waiting)
+        chunk = _joined(self._waiting)
         size = len(chunk.tokens)
         done = size if last else size - size % BLOCK
         for first in range(0, done, BLOCK):
@@ -163,6 +163,10 @@ def _map_chunks(function, *chunks: Chunk) -> Chunk:
         for label in chunks[0].layers
     }
     return Chunk(tokens=tokens, layers=layers)
+
+
+def _joined(chunks: list[Chunk]) -> Chunk:
+    return _map_chunks(lambda *arrays: np.concatenate(arrays), *chunks)
 
 
 def _part(chunk: Chunk, rows: slice) -> Chunk:
