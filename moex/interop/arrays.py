@@ -68,8 +68,7 @@ def _window(piece: Piece, ranges: Ranges):
     """
     here: list[int | slice] = []
     inside: list[tuple[int, int]] = []
-    for dim, (start, stop) in enumerate(ranges):
-        at = piece.index[dim] if dim < len(piece.index) else slice(None)
+    for at, (start, stop) in zip(piece.index, ranges, strict=True):
         if isinstance(at, slice):
             here.append(slice(None))
             inside.append((start, stop))
@@ -92,38 +91,18 @@ def read_part(piece: Piece, ranges: Ranges, folder) -> np.ndarray:
     for ours, theirs in enumerate(piece.order):
         wanted[theirs] = ranges[ours]
     # Where the folder joins dims to one, reading cuts only the outermost of them.
-    index, shape, rest = [], [], []
-    for group in joined(piece):
-        sizes = [piece.split[i] for i in group]
+    index, shape, rest, at = [], [], [], 0
+    for sizes in piece.joined:
         lead = next((j for j, size in enumerate(sizes) if size > 1), 0)
-        start, stop = wanted[group[lead]]
+        start, stop = wanted[at + lead]
         inner = math.prod(sizes[lead + 1 :])
         index.append(slice(start * inner, stop * inner))
-        for j, i in enumerate(group):
-            whole = j == lead
-            shape.append(stop - start if whole else sizes[j])
-            rest.append(slice(None) if whole else slice(*wanted[i]))
+        for j, size in enumerate(sizes):
+            shape.append(stop - start if j == lead else size)
+            rest.append(slice(None) if j == lead else slice(*wanted[at + j]))
+        at += len(sizes)
     values = folder.read(piece.name, tuple(index))
     return values.reshape(shape)[tuple(rest)].transpose(piece.order)
-
-
-def joined(piece: Piece) -> list[list[int]]:
-    """The dims of `split` that make up each dim of the tensor, in order."""
-    groups: list[list[int]] = []
-    i = 0
-    for number, size in enumerate(piece.shape):
-        group = [i]
-        i += 1
-        while math.prod(piece.split[j] for j in group) != size:
-            group.append(i)
-            i += 1
-        groups.append(group)
-        left = len(piece.shape) - number - 1
-        # Take in dims of size 1 unless a later dim of the tensor needs them.
-        while i < len(piece.split) - left and piece.split[i] == 1:
-            group.append(i)
-            i += 1
-    return groups
 
 
 def tensor_of(piece: Piece, array: jax.Array, dtype) -> np.ndarray:

@@ -4,14 +4,14 @@ Everything that differs between the names of families is in `Names`; shapes foll
 the model config. A tensor maps to ours by a reshape and a transpose, so both ways are
 exact.
 
-R copies of a layer · D model width · H query heads · G key/value heads · A head width
-· E experts · F expert width · V vocabulary
+R query heads of a key/value head · G key/value heads · A head width · H heads · C width
+of a head in latent attention · Z, Q latent widths · D model width · E experts · F
+expert width · V vocabulary, or width of a value
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 from moex.model.layers import layers
 from moex.moe.experts.glu import Glu
@@ -22,8 +22,6 @@ from moex.nn.lm import LM
 from moex.nn.mla import LatentAttention
 from moex.nn.mlp import Dense
 
-EVERYTHING = slice(None)
-
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -32,21 +30,30 @@ class Piece:
     ours[index] == theirs.reshape(split).transpose(order) * factor
 
     Attributes:
-      name, shape: the name and the shape of the tensor in the folder.
+      name: the name of the tensor in the folder.
       path: path of our parameter, or router state, as `flat_paths` has it.
-      index: into our array; the first entry is the copy of a stacked layer.
-      split: a shape of as many elements in the same order.
+      index: into our array, one entry for each dim of it.
+      joined: for each dim of the tensor, the sizes of our dims that it joins.
       order: axes of `split` as ours has them.
       factor: factor on the numbers of the folder; 1 for every imported tensor.
     """
 
     name: str
-    shape: tuple[int, ...]
     path: str
     index: tuple[int | slice, ...]
-    split: tuple[int, ...]
+    joined: tuple[tuple[int, ...], ...]
     order: tuple[int, ...]
     factor: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor in the folder."""
+        return tuple(map(math.prod, self.joined))
+
+    @property
+    def split(self) -> tuple[int, ...]:
+        """A shape of as many elements in the same order, one dim for each of ours."""
+        return tuple(size for sizes in self.joined for size in sizes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,202 +72,157 @@ class Names:
     experts: tuple[str, str, str] | None = ("gate_proj", "up_proj", "down_proj")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Makes the pieces below a name in the folder and a path of ours.
+
+    Attributes:
+      theirs, ours: begin the names and the paths.
+      copy: the number of the copy, for a stacked layer; empty for any other array.
+    """
+
+    theirs: str
+    ours: str
+    copy: tuple[int, ...] = ()
+
+    def piece(
+        self,
+        name: str,
+        path: str,
+        form: str,
+        at: Mapping[str, int] | None = None,
+        factor: float = 1.0,
+        **sizes: int,
+    ) -> Piece:
+        """Make a piece of a parameter whose name ends in the letters of its dims.
+
+        `piece("q.weight", "w_DGA", "GA D", D=8, G=2, A=4)` is a tensor [8, 8].
+
+        Args:
+          name: the name of the tensor, below `theirs`.
+          path: the path of the parameter, below `ours`.
+          form: the dims of the tensor, each by the letters of those of ours it joins.
+          at: the entry of a dim of ours that the tensor does not have, by letter.
+          factor: see `Piece`.
+          **sizes: size of each dim by letter; "2" is 2.
+        """
+        at, letters = at or {}, form.replace(" ", "")
+        size = {"2": 2} | sizes
+        dims = path.rpartition("_")[2]
+        return Piece(
+            self.theirs + name,
+            self.ours + path,
+            (*self.copy, *(at.get(letter, slice(None)) for letter in dims)),
+            tuple(tuple(size[letter] for letter in dim) for dim in form.split()),
+            tuple(letters.index(letter) for letter in dims if letter not in at),
+            factor,
+        )
+
+
 def pieces(model: LM, names: Names) -> Iterator[Piece]:
     """Yield every tensor of a checkpoint of this model, in the order of the layers."""
     V, D = model.vocab, model.dim
     assert V is not None
     # Families do not scale embeddings; a model that does leaves with scaled rows.
     factor = D**-0.5 if model.scale_embeddings else 1.0
-    yield Piece(
-        "model.embed_tokens.weight",
-        *((V, D), "w_embed_VD", ()),
-        *((V, D), (0, 1), factor),
+    top = _Place("", "")
+    yield top.piece(
+        "model.embed_tokens.weight", "w_embed_VD", "V D", factor=factor, V=V, D=D
     )
     for number, (site, r) in enumerate(layers(model)):
-        make = _Layer(f"model.layers.{number}", site.path, r)
-        yield from make.block(site.attention, site.ffn, D, names)
-    yield Piece("model.norm.weight", (D,), "norm/scale_D", (), (D,), (0,))
+        own = _Place(f"model.layers.{number}.", f"{site.path}/", (r,))
+        yield own.piece("input_layernorm.weight", "norm_attention/scale_D", "D", D=D)
+        make = _attention if isinstance(site.attention, Attention) else _latent
+        yield from make(own, site.attention, D)
+        after = "post_attention_layernorm.weight"
+        yield own.piece(after, "norm_ffn/scale_D", "D", D=D)
+        if isinstance(site.ffn, Dense):
+            yield from _dense(own, "mlp", "ffn", D, site.ffn.hidden)
+        else:
+            yield from _moe(own, site.ffn, D, names)
+    yield top.piece("model.norm.weight", "norm/scale_D", "D", D=D)
     if not model.tied_embeddings:
-        yield Piece("lm_head.weight", (V, D), "w_logits_DV", (), (V, D), (1, 0))
+        yield top.piece("lm_head.weight", "w_logits_DV", "V D", V=V, D=D)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """Makes the pieces of one layer: names and paths below these, copy r."""
-
-    theirs: str
-    ours: str
-    r: int
-
-    def piece(self, name, path, split, order, index=(), shape=None) -> Piece:
-        """A piece; `shape` is None where no dims of `split` are joined."""
-        shape = tuple(split) if shape is None else shape
-        assert math.prod(shape) == math.prod(split)
-        own = (self.r, *index)
-        name, path = f"{self.theirs}.{name}", f"{self.ours}/{path}"
-        return Piece(name, shape, path, own, tuple(split), order)
-
-    def vector(self, name, path, width, index=()) -> Piece:
-        return self.piece(name, path, (width,), (0,), index)
-
-    def block(self, attention: Any, ffn: Any, D, names) -> Iterator[Piece]:
-        yield self.vector("input_layernorm.weight", "norm_attention/scale_D", D)
-        if isinstance(attention, Attention):
-            yield from self.attention(attention, D)
-        else:
-            yield from self.latent_attention(attention, D)
-        yield self.vector("post_attention_layernorm.weight", "norm_ffn/scale_D", D)
-        if isinstance(ffn, Dense):
-            yield from self.dense("mlp", "ffn", ffn.hidden, D)
-        else:
-            yield from self.moe(ffn, D, names)
-
-    def attention(self, cfg: Attention, D) -> Iterator[Piece]:
-        G, A = cfg.kv_heads or cfg.heads, cfg.width(D)
-        R = cfg.heads // G
-        at, to = "self_attn", "attention"
-        yield self.piece(
-            f"{at}.q_proj.weight",
-            f"{to}/w_q_DGRA",
-            (G, R, A, D),
-            (3, 0, 1, 2),
-            shape=(G * R * A, D),
-        )
+def _attention(own: _Place, cfg: Attention, D: int) -> Iterator[Piece]:
+    G, A = cfg.kv_heads or cfg.heads, cfg.width(D)
+    at, to = "self_attn", "attention"
+    size = {"D": D, "G": G, "R": cfg.heads // G, "A": A}
+    yield own.piece(f"{at}.q_proj.weight", f"{to}/w_q_DGRA", "GRA D", **size)
+    for i, name in enumerate("kv"):
+        weight, path = f"{at}.{name}_proj.weight", f"{to}/w_kv_D2GA"
+        yield own.piece(weight, path, "GA D", {"2": i}, **size)
+    yield own.piece(f"{at}.o_proj.weight", f"{to}/w_out_GRAD", "D GRA", **size)
+    if cfg.bias:
+        yield own.piece(f"{at}.q_proj.bias", f"{to}/bias_q_GRA", "GRA", **size)
         for i, name in enumerate("kv"):
-            yield self.piece(
-                f"{at}.{name}_proj.weight",
-                f"{to}/w_kv_D2GA",
-                (G, A, D),
-                (2, 0, 1),
-                (EVERYTHING, i),
-                (G * A, D),
-            )
-        yield self.piece(
-            f"{at}.o_proj.weight",
-            f"{to}/w_out_GRAD",
-            (D, G, R, A),
-            (1, 2, 3, 0),
-            shape=(D, G * R * A),
-        )
-        if cfg.bias:
-            yield self.piece(
-                f"{at}.q_proj.bias",
-                f"{to}/bias_q_GRA",
-                (G, R, A),
-                (0, 1, 2),
-                shape=(G * R * A,),
-            )
-            for i, name in enumerate("kv"):
-                yield self.piece(
-                    f"{at}.{name}_proj.bias",
-                    f"{to}/bias_kv_2GA",
-                    (G, A),
-                    (0, 1),
-                    (i,),
-                    (G * A,),
-                )
-            yield self.vector(f"{at}.o_proj.bias", f"{to}/bias_out_D", D)
-        if cfg.qk_norm:
-            for name, heads in (("q", G * R), ("k", G)):
-                width = heads * A if cfg.qk_norm == "whole" else A
-                path = f"{to}/norm_{name}/scale_D"
-                yield self.vector(f"{at}.{name}_norm.weight", path, width)
-        if cfg.sinks:
-            yield self.piece(
-                f"{at}.sinks", f"{to}/sink_GR", (G, R), (0, 1), shape=(G * R,)
-            )
+            bias, path = f"{at}.{name}_proj.bias", f"{to}/bias_kv_2GA"
+            yield own.piece(bias, path, "GA", {"2": i}, **size)
+        yield own.piece(f"{at}.o_proj.bias", f"{to}/bias_out_D", "D", **size)
+    if cfg.qk_norm:
+        for name, heads in (("q", cfg.heads), ("k", G)):
+            width = heads * A if cfg.qk_norm == "whole" else A
+            path = f"{to}/norm_{name}/scale_D"
+            yield own.piece(f"{at}.{name}_norm.weight", path, "D", D=width)
+    if cfg.sinks:
+        yield own.piece(f"{at}.sinks", f"{to}/sink_GR", "GR", **size)
 
-    def latent_attention(self, cfg: LatentAttention, D) -> Iterator[Piece]:
-        H, Z, Q = cfg.heads, cfg.kv_latent, cfg.q_latent
-        C, P, U = cfg.nope_dim + cfg.rope_dim, cfg.rope_dim, cfg.v_dim
-        at, to = "self_attn", "attention"
 
-        def heads(name, path, width, inputs):
-            shape = (H * width, inputs)
-            return self.piece(
-                f"{at}.{name}.weight",
-                f"{to}/{path}",
-                (H, width, inputs),
-                (2, 0, 1),
-                shape=shape,
-            )
+def _latent(own: _Place, cfg: LatentAttention, D: int) -> Iterator[Piece]:
+    at, to = "self_attn", "attention"
+    H, Z, Q, V = cfg.heads, cfg.kv_latent, cfg.q_latent, cfg.v_dim
+    C = cfg.nope_dim + cfg.rope_dim
+    if Q is None:
+        yield own.piece(f"{at}.q_proj.weight", f"{to}/w_q_DHC", "HC D", D=D, H=H, C=C)
+    else:
+        name, norm = f"{at}.q_a_proj.weight", f"{at}.q_a_layernorm.weight"
+        yield own.piece(name, f"{to}/w_qa_DQ", "Q D", D=D, Q=Q)
+        yield own.piece(norm, f"{to}/norm_q/scale_D", "D", D=Q)
+        name = f"{at}.q_b_proj.weight"
+        yield own.piece(name, f"{to}/w_qb_QHC", "HC Q", Q=Q, H=H, C=C)
+    name, norm = f"{at}.kv_a_proj_with_mqa.weight", f"{at}.kv_a_layernorm.weight"
+    yield own.piece(name, f"{to}/w_kva_DC", "C D", D=D, C=Z + cfg.rope_dim)
+    yield own.piece(norm, f"{to}/norm_kv/scale_D", "D", D=Z)
+    name, width = f"{at}.kv_b_proj.weight", cfg.nope_dim + V
+    yield own.piece(name, f"{to}/w_kvb_ZHC", "HC Z", Z=Z, H=H, C=width)
+    yield own.piece(f"{at}.o_proj.weight", f"{to}/w_out_HVD", "D HV", D=D, H=H, V=V)
 
-        if Q is None:
-            yield heads("q_proj", "w_q_DHC", C, D)
-        else:
-            yield self.matrix(f"{at}.q_a_proj.weight", f"{to}/w_qa_DQ", Q, D)
-            yield self.vector(f"{at}.q_a_layernorm.weight", f"{to}/norm_q/scale_D", Q)
-            yield heads("q_b_proj", "w_qb_QHC", C, Q)
-        name = f"{at}.kv_a_proj_with_mqa.weight"
-        yield self.matrix(name, f"{to}/w_kva_DC", Z + P, D)
-        yield self.vector(f"{at}.kv_a_layernorm.weight", f"{to}/norm_kv/scale_D", Z)
-        yield heads("kv_b_proj", "w_kvb_ZHC", cfg.nope_dim + U, Z)
-        yield self.piece(
-            f"{at}.o_proj.weight",
-            f"{to}/w_out_HVD",
-            (D, H, U),
-            (1, 2, 0),
-            shape=(D, H * U),
-        )
 
-    def matrix(self, name, path, outputs, inputs, index=()) -> Piece:
-        """The piece of a matrix: [outputs, inputs] there, [inputs, outputs] here."""
-        return self.piece(name, path, (outputs, inputs), (1, 0), index)
+def _dense(own: _Place, at: str, to: str, D: int, F: int) -> Iterator[Piece]:
+    for i, name in enumerate(("gate", "up")):
+        weight, path = f"{at}.{name}_proj.weight", f"{to}/w_in_D2F"
+        yield own.piece(weight, path, "F D", {"2": i}, D=D, F=F)
+    yield own.piece(f"{at}.down_proj.weight", f"{to}/w_out_FD", "D F", D=D, F=F)
 
-    def dense(self, at, to, F, D) -> Iterator[Piece]:
-        for i, name in enumerate(("gate", "up")):
-            own = (EVERYTHING, i)
-            yield self.matrix(f"{at}.{name}_proj.weight", f"{to}/w_in_D2F", F, D, own)
-        yield self.matrix(f"{at}.down_proj.weight", f"{to}/w_out_FD", D, F)
 
-    def moe(self, cfg: MoE, D, names: Names) -> Iterator[Piece]:
-        at, to, E = names.sparse, "ffn", cfg.num_experts
-        router, experts = cfg.router, cfg.experts
-        assert isinstance(router, TopK) and isinstance(experts, Glu)
-        F = experts.hidden
-        gate = f"{at}.{names.router}"
-        yield self.matrix(f"{gate}.weight", f"{to}/router/w_DE", E, D)
-        if router.logit_bias:
-            yield self.vector(f"{gate}.bias", f"{to}/router/bias_logits_E", E)
-        if router.bias_rate:
-            name = f"{gate}.e_score_correction_bias"
-            yield self.vector(name, f"{to}/router/bias_E", E)
-        if names.experts is None:
-            yield from self.mixed_experts(at, to, E, F, D)
-        else:
-            w_gate, w_up, w_down = names.experts
-            for e in range(E):
-                own = f"{at}.experts.{e}"
-                for i, name in enumerate((w_gate, w_up)):
-                    yield self.matrix(
-                        f"{own}.{name}.weight",
-                        f"{to}/experts/w_in_ED2F",
-                        *(F, D, (e, EVERYTHING, i)),
-                    )
-                path = f"{to}/experts/w_out_EFD"
-                yield self.matrix(f"{own}.{w_down}.weight", path, D, F, (e,))
-        if cfg.shared is not None:
-            assert isinstance(cfg.shared, Dense)
-            F = cfg.shared.hidden
-            yield from self.dense(f"{at}.shared_experts", f"{to}/shared", F, D)
-
-    def mixed_experts(self, at, to, E, F, D) -> Iterator[Piece]:
-        """Experts with gate and up alternating in the last axis, [in, out] as ours."""
-        own, path = f"{at}.experts", f"{to}/experts"
-        yield self.piece(
-            f"{own}.gate_up_proj",
-            f"{path}/w_in_ED2F",
-            (E, D, F, 2),
-            (0, 1, 3, 2),
-            shape=(E, D, 2 * F),
-        )
-        yield self.piece(
-            f"{own}.gate_up_proj_bias",
-            f"{path}/bias_in_E2F",
-            (E, F, 2),
-            (0, 2, 1),
-            shape=(E, 2 * F),
-        )
-        yield self.piece(f"{own}.down_proj", f"{path}/w_out_EFD", (E, F, D), (0, 1, 2))
-        name = f"{own}.down_proj_bias"
-        yield self.piece(name, f"{path}/bias_out_ED", (E, D), (0, 1))
+def _moe(own: _Place, cfg: MoE, D: int, names: Names) -> Iterator[Piece]:
+    router, experts = cfg.router, cfg.experts
+    assert isinstance(router, TopK) and isinstance(experts, Glu)
+    at, gate = names.sparse, f"{names.sparse}.{names.router}"
+    size = {"D": D, "E": cfg.num_experts, "F": experts.hidden}
+    yield own.piece(f"{gate}.weight", "ffn/router/w_DE", "E D", **size)
+    if router.logit_bias:
+        yield own.piece(f"{gate}.bias", "ffn/router/bias_logits_E", "E", **size)
+    if router.bias_rate:
+        name = f"{gate}.e_score_correction_bias"
+        yield own.piece(name, "ffn/router/bias_E", "E", **size)
+    w_in, w_out = "ffn/experts/w_in_ED2F", "ffn/experts/w_out_EFD"
+    if names.experts is None:  # matrices are [in, out] as ours
+        all_in, all_out = f"{at}.experts.gate_up_proj", f"{at}.experts.down_proj"
+        yield own.piece(all_in, w_in, "E D F2", **size)
+        yield own.piece(f"{all_in}_bias", "ffn/experts/bias_in_E2F", "E F2", **size)
+        yield own.piece(all_out, w_out, "E F D", **size)
+        yield own.piece(f"{all_out}_bias", "ffn/experts/bias_out_ED", "E D", **size)
+    else:
+        *two, down = names.experts
+        for e in range(cfg.num_experts):
+            expert = f"{at}.experts.{e}"
+            for i, name in enumerate(two):
+                place = {"E": e, "2": i}
+                yield own.piece(f"{expert}.{name}.weight", w_in, "F D", place, **size)
+            yield own.piece(f"{expert}.{down}.weight", w_out, "D F", {"E": e}, **size)
+    if cfg.shared is not None:
+        assert isinstance(cfg.shared, Dense)
+        shared = f"{at}.shared_experts"
+        yield from _dense(own, shared, "ffn/shared", D, cfg.shared.hidden)

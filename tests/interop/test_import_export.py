@@ -154,7 +154,8 @@ def test_generation_ends_at_any_of_a_list_of_tokens(tmp_path, monkeypatch):
 
 def test_one_part_at_a_time_is_on_the_host(monkeypatch):
     """A part is on its devices before the next one is read."""
-    shape, piece = (4, 6), Piece("w", (4, 6), "ours", (), (4, 6), (0, 1))
+    shape, index = (4, 6), (slice(None), slice(None))
+    piece = Piece("w", "ours", index, ((4,), (6,)), (0, 1))
     sharding = NamedSharding(mesh_of(8, fsdp=4, tensor=2), PartitionSpec("fsdp"))
     whole, events = np.arange(24.0, dtype=np.float32).reshape(shape), []
 
