@@ -113,8 +113,7 @@ def moex_model(config: dict, folder: str | None = None):
         init = jax.jit(fresh, out_shardings=states.shardings(spec, mesh))
         return spec, model, *init(jax.random.key(0))
     wanted = list(pieces(model, find_family("config.json", config).names))
-    with Folder.open(folder) as opened:
-        arrays = load_model(spec, mesh, wanted, opened)
+    arrays = load_model(spec, mesh, wanted, Folder.open(folder))
     return spec, model, arrays["params"], arrays["state"]
 
 

@@ -17,13 +17,13 @@ Nothing is quantised here, and weights that other methods quantised are refused.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from moex.config.base import ConfigError
-from moex.interop.folder import Folder, Index
+from moex.interop.folder import Folder
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -54,13 +54,10 @@ class Dequantised:
 
     def __init__(self, folder: Folder, dtype: Any = BFLOAT16):
         """Pair weights and scales; see `reader` for what is raised."""
-        self.folder = folder
-        self.path: Path = folder.path
-        self.listing: Path = folder.listing
+        self.folder, self.path, self.listing = folder, folder.path, folder.listing
         self.out_dtype = np.dtype(dtype)
-        settings = folder.config["quantization_config"]
         self.config = dict(folder.config)
-        del self.config["quantization_config"]
+        settings = self.config.pop("quantization_config")
         self.method: str = settings["quant_method"]
         self.block = (1, 1)
         if self.method == "fp8":
@@ -85,27 +82,17 @@ class Dequantised:
         found = self.quantised.get(name)
         return self.folder.file_of(found.weight if found else name)
 
-    def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """A tensor, or the part `index` of it; the same as `Folder.read`.
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A tensor, or the part of it that a slice for each of its first axes cuts.
 
         Only the blocks that the part lies in are read.
         """
         found = self.quantised.get(name)
         if found is None:
             return self.folder.read(name, index)
-        slices, shape = _normalise(index or (), found.shape)
+        slices = index + (slice(None),) * (len(found.shape) - len(index))
         read = self._read_fp8 if self.method == "fp8" else self._read_mxfp4
-        return read(found, slices).reshape(shape)
-
-    def close(self) -> None:
-        """Close the folder."""
-        self.folder.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        return read(found, slices)
 
     def _read_fp8(self, found: Quantised, slices: tuple[slice, ...]) -> np.ndarray:
         rows, row_blocks = _blocks(slices[0], found.shape[0], self.block[0])
@@ -139,31 +126,11 @@ class Dequantised:
         return out
 
 
-def _normalise(
-    index: Index, shape: tuple[int, ...]
-) -> tuple[tuple[slice, ...], tuple[int, ...]]:
-    """`index` as one slice an axis, and the shape of the part without dropped axes."""
-    if len(index) > len(shape):
-        raise IndexError(f"{len(index)} indices for a tensor of {len(shape)} axes.")
-    slices, kept = [], []
-    padded = index + (slice(None),) * (len(shape) - len(index))
-    for item, size in zip(padded, shape, strict=True):
-        if isinstance(item, slice):
-            slices.append(item)
-            kept.append(len(range(*item.indices(size))))
-        else:
-            at = range(size)[item]  # raises IndexError; counts from the end if < 0
-            slices.append(slice(at, at + 1))
-    return tuple(slices), tuple(kept)
-
-
-def _blocks(item: slice, size: int, block: int) -> tuple[np.ndarray, slice]:
-    """The blocks that a slice of an axis lies in, and its positions in those."""
-    positions = np.arange(size)[item]
-    if not len(positions):
-        return positions, slice(0, 0)
-    first, last = positions.min() // block, positions.max() // block
-    return positions - first * block, slice(int(first), int(last) + 1)
+def _blocks(part: slice, size: int, block: int) -> tuple[np.ndarray, slice]:
+    """The positions of a part of an axis in the blocks that it lies in, and those."""
+    start, stop, _ = part.indices(size)
+    first = start // block
+    return np.arange(start, stop) - first * block, slice(first, -(-stop // block))
 
 
 def _block_size(folder: Folder, settings: dict[str, Any]) -> tuple[int, int]:

@@ -127,7 +127,7 @@ class Folder:
         """The file that a tensor lies in."""
         return self.path / self._entry(name).file
 
-    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
         """A tensor, or the part `index` of it, as a new array in memory.
 
         Only the pages that hold the part are read. `index` is as NumPy's: integers
@@ -135,20 +135,11 @@ class Folder:
         """
         entry = self._entry(name)
         if 0 in entry.shape:  # an empty tensor has no bytes to map
-            return np.empty(entry.shape, entry.dtype)[index or ()]
+            return np.empty(entry.shape, entry.dtype)[index]
         # Every read maps the file anew, so that pages do not pile up in memory.
         file = self.path / entry.file
         mapped = np.memmap(file, entry.dtype, "r", entry.offset, entry.shape)
-        return np.array(mapped[index or ()])
-
-    def close(self) -> None:
-        """Do nothing, as no file stays open; for `with` and for a later change."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        return np.array(mapped[index])
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:

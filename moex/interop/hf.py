@@ -87,47 +87,47 @@ def import_hf(
             "import-hf: runs in one process; a job of several reads its run directory."
         )
     out = check_target(out)
-    with Folder.open(folder) as opened:
-        source = reader(opened)
-        where = str(opened.path / CONFIG)
-        family = find_family(where, opened.config)
-        model = read_model(where, opened.config, say)
-        wanted, unused = check_tensors(source, family, model, opened.config)
-        file = tokenizer_file(opened.path, tokenizer)
-        rows: Any = model.vocab
-        check_tokens(file, rows)
-        doc_token = doc_token or end_token(opened.path, opened.config, file)
-        ends = end_ids(opened.path, opened.config)
-        shapes = _shapes(model)
-        cfg = _run_config(model, where, opened.config, config_args)
-        given, allowed = cfg.model.vocab, f"{rows} or left out: the folder has no more"
-        require(given == rows, "--config.model.vocab", given, allowed)
-        _check_shapes(shapes, _shapes(cfg.model))
-        cfg.data.tokenizer = TokenizerFile(path=str(file), doc_token=doc_token)
-        program, tx, data = _prepare(cfg, say)
-        with new_run(out, f"--out={out}", say) as temporary:
-            kept = temporary.imported
-            kept.mkdir(parents=True)
-            set_ends(data.tokenizer, opened.path, file, ends)
-            for name in unused:
-                say(f"not used: {name}")
-            say(f"reading {len(wanted)} tensors of {opened.path}")
-            arrays = load_model(program.spec, program.mesh, wanted, source)
-            for extra in (*extra_files(opened.path), opened.path / INDEX):
-                if extra.is_file():
-                    shutil.copyfile(extra, kept / extra.name)
-            record = {
-                "from": str(opened.path),
-                "model_type": opened.config["model_type"],
-                "dtypes": {p.name: source.dtype(p.name).name for p in wanted},
-                "unused": unused,
-                # An export may then have the same files as the folder.
-                "whole": source is opened and not unused,
-            }
-            atomic_write(kept / RECORD, json.dumps(record, indent=1) + "\n")
-            saved = RunDir(out).tokenizer_folder
-            cfg.data.tokenizer = SavedTokenizer(path=str(saved))
-            write_run(temporary, cfg, program, tx, data, arrays)
+    opened = Folder.open(folder)
+    source = reader(opened)
+    where = str(opened.path / CONFIG)
+    family = find_family(where, opened.config)
+    model = read_model(where, opened.config, say)
+    wanted, unused = check_tensors(source, family, model, opened.config)
+    file = tokenizer_file(opened.path, tokenizer)
+    rows: Any = model.vocab
+    check_tokens(file, rows)
+    doc_token = doc_token or end_token(opened.path, opened.config, file)
+    ends = end_ids(opened.path, opened.config)
+    shapes = _shapes(model)
+    cfg = _run_config(model, where, opened.config, config_args)
+    given, allowed = cfg.model.vocab, f"{rows} or left out: the folder has no more"
+    require(given == rows, "--config.model.vocab", given, allowed)
+    _check_shapes(shapes, _shapes(cfg.model))
+    cfg.data.tokenizer = TokenizerFile(path=str(file), doc_token=doc_token)
+    program, tx, data = _prepare(cfg, say)
+    with new_run(out, f"--out={out}", say) as temporary:
+        kept = temporary.imported
+        kept.mkdir(parents=True)
+        set_ends(data.tokenizer, opened.path, file, ends)
+        for name in unused:
+            say(f"not used: {name}")
+        say(f"reading {len(wanted)} tensors of {opened.path}")
+        arrays = load_model(program.spec, program.mesh, wanted, source)
+        for extra in (*extra_files(opened.path), opened.path / INDEX):
+            if extra.is_file():
+                shutil.copyfile(extra, kept / extra.name)
+        record = {
+            "from": str(opened.path),
+            "model_type": opened.config["model_type"],
+            "dtypes": {p.name: source.dtype(p.name).name for p in wanted},
+            "unused": unused,
+            # An export may then have the same files as the folder.
+            "whole": source is opened and not unused,
+        }
+        atomic_write(kept / RECORD, json.dumps(record, indent=1) + "\n")
+        saved = RunDir(out).tokenizer_folder
+        cfg.data.tokenizer = SavedTokenizer(path=str(saved))
+        write_run(temporary, cfg, program, tx, data, arrays)
     return record
 
 

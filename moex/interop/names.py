@@ -90,24 +90,24 @@ class _Place:
         name: str,
         path: str,
         form: str,
+        size: Mapping[str, int],
         at: Mapping[str, int] | None = None,
         factor: float = 1.0,
-        **sizes: int,
     ) -> Piece:
         """Make a piece of a parameter whose name ends in the letters of its dims.
 
-        `piece("q.weight", "w_DGA", "GA D", D=8, G=2, A=4)` is a tensor [8, 8].
+        `piece("q", "w_DGA", "GA D", {"D": 5, "G": 2, "A": 4})` is a tensor [8, 5].
 
         Args:
           name: the name of the tensor, below `theirs`.
           path: the path of the parameter, below `ours`.
           form: the dims of the tensor, each by the letters of those of ours it joins.
+          size: the size of each dim by letter, except for "2".
           at: the entry of a dim of ours that the tensor does not have, by letter.
           factor: see `Piece`.
-          **sizes: size of each dim by letter; "2" is 2.
         """
         at, letters = at or {}, form.replace(" ", "")
-        size = {"2": 2} | sizes
+        size = {"2": 2, **size}
         dims = path.rpartition("_")[2]
         return Piece(
             self.theirs + name,
@@ -125,75 +125,76 @@ def pieces(model: LM, names: Names) -> Iterator[Piece]:
     assert V is not None
     # Families do not scale embeddings; a model that does leaves with scaled rows.
     factor = D**-0.5 if model.scale_embeddings else 1.0
-    top = _Place("", "")
-    yield top.piece(
-        "model.embed_tokens.weight", "w_embed_VD", "V D", factor=factor, V=V, D=D
-    )
+    top, size = _Place("", ""), {"V": V, "D": D}
+    embed = "model.embed_tokens.weight"
+    yield top.piece(embed, "w_embed_VD", "V D", size, factor=factor)
     for number, (site, r) in enumerate(layers(model)):
         own = _Place(f"model.layers.{number}.", f"{site.path}/", (r,))
-        yield own.piece("input_layernorm.weight", "norm_attention/scale_D", "D", D=D)
+        yield own.piece("input_layernorm.weight", "norm_attention/scale_D", "D", size)
         make = _attention if isinstance(site.attention, Attention) else _latent
         yield from make(own, site.attention, D)
         after = "post_attention_layernorm.weight"
-        yield own.piece(after, "norm_ffn/scale_D", "D", D=D)
+        yield own.piece(after, "norm_ffn/scale_D", "D", size)
         if isinstance(site.ffn, Dense):
             yield from _dense(own, "mlp", "ffn", D, site.ffn.hidden)
         else:
             yield from _moe(own, site.ffn, D, names)
-    yield top.piece("model.norm.weight", "norm/scale_D", "D", D=D)
+    yield top.piece("model.norm.weight", "norm/scale_D", "D", size)
     if not model.tied_embeddings:
-        yield top.piece("lm_head.weight", "w_logits_DV", "V D", V=V, D=D)
+        yield top.piece("lm_head.weight", "w_logits_DV", "V D", size)
 
 
 def _attention(own: _Place, cfg: Attention, D: int) -> Iterator[Piece]:
     G, A = cfg.kv_heads or cfg.heads, cfg.width(D)
     at, to = "self_attn", "attention"
     size = {"D": D, "G": G, "R": cfg.heads // G, "A": A}
-    yield own.piece(f"{at}.q_proj.weight", f"{to}/w_q_DGRA", "GRA D", **size)
+    yield own.piece(f"{at}.q_proj.weight", f"{to}/w_q_DGRA", "GRA D", size)
     for i, name in enumerate("kv"):
         weight, path = f"{at}.{name}_proj.weight", f"{to}/w_kv_D2GA"
-        yield own.piece(weight, path, "GA D", {"2": i}, **size)
-    yield own.piece(f"{at}.o_proj.weight", f"{to}/w_out_GRAD", "D GRA", **size)
+        yield own.piece(weight, path, "GA D", size, {"2": i})
+    yield own.piece(f"{at}.o_proj.weight", f"{to}/w_out_GRAD", "D GRA", size)
     if cfg.bias:
-        yield own.piece(f"{at}.q_proj.bias", f"{to}/bias_q_GRA", "GRA", **size)
+        yield own.piece(f"{at}.q_proj.bias", f"{to}/bias_q_GRA", "GRA", size)
         for i, name in enumerate("kv"):
             bias, path = f"{at}.{name}_proj.bias", f"{to}/bias_kv_2GA"
-            yield own.piece(bias, path, "GA", {"2": i}, **size)
-        yield own.piece(f"{at}.o_proj.bias", f"{to}/bias_out_D", "D", **size)
+            yield own.piece(bias, path, "GA", size, {"2": i})
+        yield own.piece(f"{at}.o_proj.bias", f"{to}/bias_out_D", "D", size)
     if cfg.qk_norm:
         for name, heads in (("q", cfg.heads), ("k", G)):
             width = heads * A if cfg.qk_norm == "whole" else A
             path = f"{to}/norm_{name}/scale_D"
-            yield own.piece(f"{at}.{name}_norm.weight", path, "D", D=width)
+            yield own.piece(f"{at}.{name}_norm.weight", path, "D", {"D": width})
     if cfg.sinks:
-        yield own.piece(f"{at}.sinks", f"{to}/sink_GR", "GR", **size)
+        yield own.piece(f"{at}.sinks", f"{to}/sink_GR", "GR", size)
 
 
 def _latent(own: _Place, cfg: LatentAttention, D: int) -> Iterator[Piece]:
     at, to = "self_attn", "attention"
-    H, Z, Q, V = cfg.heads, cfg.kv_latent, cfg.q_latent, cfg.v_dim
-    C = cfg.nope_dim + cfg.rope_dim
+    Z, Q, P = cfg.kv_latent, cfg.q_latent, cfg.rope_dim
+    size = {"D": D, "H": cfg.heads, "C": cfg.nope_dim + P, "Z": Z, "V": cfg.v_dim}
     if Q is None:
-        yield own.piece(f"{at}.q_proj.weight", f"{to}/w_q_DHC", "HC D", D=D, H=H, C=C)
+        yield own.piece(f"{at}.q_proj.weight", f"{to}/w_q_DHC", "HC D", size)
     else:
-        name, norm = f"{at}.q_a_proj.weight", f"{at}.q_a_layernorm.weight"
-        yield own.piece(name, f"{to}/w_qa_DQ", "Q D", D=D, Q=Q)
-        yield own.piece(norm, f"{to}/norm_q/scale_D", "D", D=Q)
-        name = f"{at}.q_b_proj.weight"
-        yield own.piece(name, f"{to}/w_qb_QHC", "HC Q", Q=Q, H=H, C=C)
+        size["Q"] = Q
+        yield own.piece(f"{at}.q_a_proj.weight", f"{to}/w_qa_DQ", "Q D", size)
+        norm = f"{at}.q_a_layernorm.weight"
+        yield own.piece(norm, f"{to}/norm_q/scale_D", "D", {"D": Q})
+        yield own.piece(f"{at}.q_b_proj.weight", f"{to}/w_qb_QHC", "HC Q", size)
     name, norm = f"{at}.kv_a_proj_with_mqa.weight", f"{at}.kv_a_layernorm.weight"
-    yield own.piece(name, f"{to}/w_kva_DC", "C D", D=D, C=Z + cfg.rope_dim)
-    yield own.piece(norm, f"{to}/norm_kv/scale_D", "D", D=Z)
-    name, width = f"{at}.kv_b_proj.weight", cfg.nope_dim + V
-    yield own.piece(name, f"{to}/w_kvb_ZHC", "HC Z", Z=Z, H=H, C=width)
-    yield own.piece(f"{at}.o_proj.weight", f"{to}/w_out_HVD", "D HV", D=D, H=H, V=V)
+    yield own.piece(name, f"{to}/w_kva_DC", "C D", {"D": D, "C": Z + P})
+    yield own.piece(norm, f"{to}/norm_kv/scale_D", "D", {"D": Z})
+    keys_and_values = size | {"C": cfg.nope_dim + cfg.v_dim}
+    name = f"{at}.kv_b_proj.weight"
+    yield own.piece(name, f"{to}/w_kvb_ZHC", "HC Z", keys_and_values)
+    yield own.piece(f"{at}.o_proj.weight", f"{to}/w_out_HVD", "D HV", size)
 
 
 def _dense(own: _Place, at: str, to: str, D: int, F: int) -> Iterator[Piece]:
+    size = {"D": D, "F": F}
     for i, name in enumerate(("gate", "up")):
         weight, path = f"{at}.{name}_proj.weight", f"{to}/w_in_D2F"
-        yield own.piece(weight, path, "F D", {"2": i}, D=D, F=F)
-    yield own.piece(f"{at}.down_proj.weight", f"{to}/w_out_FD", "D F", D=D, F=F)
+        yield own.piece(weight, path, "F D", size, {"2": i})
+    yield own.piece(f"{at}.down_proj.weight", f"{to}/w_out_FD", "D F", size)
 
 
 def _moe(own: _Place, cfg: MoE, D: int, names: Names) -> Iterator[Piece]:
@@ -201,27 +202,27 @@ def _moe(own: _Place, cfg: MoE, D: int, names: Names) -> Iterator[Piece]:
     assert isinstance(router, TopK) and isinstance(experts, Glu)
     at, gate = names.sparse, f"{names.sparse}.{names.router}"
     size = {"D": D, "E": cfg.num_experts, "F": experts.hidden}
-    yield own.piece(f"{gate}.weight", "ffn/router/w_DE", "E D", **size)
+    yield own.piece(f"{gate}.weight", "ffn/router/w_DE", "E D", size)
     if router.logit_bias:
-        yield own.piece(f"{gate}.bias", "ffn/router/bias_logits_E", "E", **size)
+        yield own.piece(f"{gate}.bias", "ffn/router/bias_logits_E", "E", size)
     if router.bias_rate:
         name = f"{gate}.e_score_correction_bias"
-        yield own.piece(name, "ffn/router/bias_E", "E", **size)
+        yield own.piece(name, "ffn/router/bias_E", "E", size)
     w_in, w_out = "ffn/experts/w_in_ED2F", "ffn/experts/w_out_EFD"
     if names.experts is None:  # matrices are [in, out] as ours
         all_in, all_out = f"{at}.experts.gate_up_proj", f"{at}.experts.down_proj"
-        yield own.piece(all_in, w_in, "E D F2", **size)
-        yield own.piece(f"{all_in}_bias", "ffn/experts/bias_in_E2F", "E F2", **size)
-        yield own.piece(all_out, w_out, "E F D", **size)
-        yield own.piece(f"{all_out}_bias", "ffn/experts/bias_out_ED", "E D", **size)
+        yield own.piece(all_in, w_in, "E D F2", size)
+        yield own.piece(f"{all_in}_bias", "ffn/experts/bias_in_E2F", "E F2", size)
+        yield own.piece(all_out, w_out, "E F D", size)
+        yield own.piece(f"{all_out}_bias", "ffn/experts/bias_out_ED", "E D", size)
     else:
         *two, down = names.experts
         for e in range(cfg.num_experts):
             expert = f"{at}.experts.{e}"
             for i, name in enumerate(two):
                 place = {"E": e, "2": i}
-                yield own.piece(f"{expert}.{name}.weight", w_in, "F D", place, **size)
-            yield own.piece(f"{expert}.{down}.weight", w_out, "D F", {"E": e}, **size)
+                yield own.piece(f"{expert}.{name}.weight", w_in, "F D", size, place)
+            yield own.piece(f"{expert}.{down}.weight", w_out, "D F", size, {"E": e})
     if cfg.shared is not None:
         assert isinstance(cfg.shared, Dense)
         shared = f"{at}.shared_experts"

@@ -34,7 +34,7 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Its size in bytes."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def check_target(folder: str | os.PathLike[str]) -> Path:
@@ -59,7 +59,6 @@ def write(
     *,
     max_shard_bytes: int = 1 << 30,
     files: Mapping[str, str | Path] | None = None,
-    metadata: Mapping[str, str] | None = None,
     index: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint folder; a failure at any point leaves nothing behind.
@@ -72,31 +71,25 @@ def write(
       tensors: what to write; names differ.
       max_shard_bytes: largest shard; a tensor above that has a shard of its own.
       files: what else goes into the folder, by file name: a text, or a file to copy.
-      metadata: further entries of the header of each shard.
       index: another folder's index; its files are used if the tensors are the same.
 
     Raises:
       ConfigError: see `check_target`.
-      ValueError: for a name given twice, a type that the format does not have, and a
-        `read` that returns another shape or type than was said.
+      ValueError: for a `read` that returns another shape or type than was said.
     """
     target = check_target(folder)
-    _check(tensors)
-    if index is not None and index["weight_map"].keys() == {t.name for t in tensors}:
-        shards = _as_before(tensors, index["weight_map"])
-    else:
-        index, shards = None, _plan(tensors, max_shard_bytes)
-    header = {**(metadata or {}), "format": "pt"}  # transformers reads no other
+    if index is None or index["weight_map"].keys() != {t.name for t in tensors}:
+        index = {}
+    shards = _plan(tensors, max_shard_bytes, index.get("weight_map"))
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir(parents=True)
     try:
         for name, shard in shards.items():
-            _write_shard(temporary / name, shard, header)
+            _write_shard(temporary / name, shard)
+        files = dict(files or {})
         if list(shards) != [SINGLE]:
-            text = json.dumps(_index(shards, index or {}), indent=2)
-            with naming(temporary / INDEX):
-                (temporary / INDEX).write_text(text + "\n", encoding="utf-8")
-        for name, content in (files or {}).items():
+            files[INDEX] = json.dumps(_index(shards, index), indent=2) + "\n"
+        for name, content in files.items():
             if isinstance(content, Path):
                 shutil.copyfile(content, temporary / name)
             else:
@@ -108,45 +101,26 @@ def write(
         raise
 
 
-def _check(tensors: Sequence[Tensor]) -> None:
-    """Check that names differ and that the format has the types."""
-    seen: set[str] = set()
-    for tensor in tensors:
-        if tensor.name in seen:
-            raise ValueError(f"The tensor {tensor.name!r} is given twice.")
-        if np.dtype(tensor.dtype) not in FORMAT:
-            raise ValueError(
-                f"The tensor {tensor.name!r} is of type {tensor.dtype}, which the "
-                "safetensors format does not have."
-            )
-        seen.add(tensor.name)
-
-
-def _plan(tensors: Sequence[Tensor], max_shard_bytes: int) -> dict[str, list[Tensor]]:
-    """Tensors by file, in the order given; one file, maybe empty, at least."""
-    shards: list[list[Tensor]] = [[]]
+def _plan(
+    tensors: Sequence[Tensor], most: int, file_of: Mapping[str, str] | None
+) -> dict[str, list[Tensor]]:
+    """Tensors by file: those of `file_of`, or of at most so many bytes."""
+    shards: dict[str, list[Tensor]] = {}
+    if file_of is not None:
+        for tensor in tensors:
+            shards.setdefault(file_of[tensor.name], []).append(tensor)
+        return shards
+    parts: list[list[Tensor]] = [[]]  # one file, maybe empty, at least
     size = 0
     for tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append([])
+        if parts[-1] and size + tensor.nbytes > most:
+            parts.append([])
             size = 0
-        shards[-1].append(tensor)
+        parts[-1].append(tensor)
         size += tensor.nbytes
-    count = len(shards)
-    if count == 1:
-        return {SINGLE: shards[0]}
+    count = len(parts)
     names = (f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count))
-    return dict(zip(names, shards, strict=True))
-
-
-def _as_before(
-    tensors: Sequence[Tensor], files: Mapping[str, str]
-) -> dict[str, list[Tensor]]:
-    """Group tensors by the file that an index places them in."""
-    shards: dict[str, list[Tensor]] = {}
-    for tensor in tensors:
-        shards.setdefault(files[tensor.name], []).append(tensor)
-    return shards
+    return dict(zip(names if count > 1 else (SINGLE,), parts, strict=True))
 
 
 def _index(shards: dict[str, list[Tensor]], before: Mapping[str, Any]) -> dict:
@@ -160,19 +134,20 @@ def _index(shards: dict[str, list[Tensor]], before: Mapping[str, Any]) -> dict:
     }
 
 
-def _write_shard(file: Path, shard: list[Tensor], metadata: dict[str, str]) -> None:
+def _write_shard(file: Path, shard: list[Tensor]) -> None:
     """Write one file of the format, tensor by tensor, laid out as its library does.
 
     The library itself wants all tensors of a file in memory.
     """
     # Wide types come first: every tensor then starts at a multiple of its item size.
-    shard = sorted(shard, key=lambda t: (-np.dtype(t.dtype).itemsize, t.name))
-    header: dict[str, Any] = {"__metadata__": metadata}
+    shard = sorted(shard, key=lambda t: (-t.dtype.itemsize, t.name))
+    # transformers reads no other format than that of PyTorch.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in shard:
         start, end = end, end + tensor.nbytes
         header[tensor.name] = {
-            "dtype": FORMAT[np.dtype(tensor.dtype)],
+            "dtype": FORMAT[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
@@ -187,11 +162,10 @@ def _write_shard(file: Path, shard: list[Tensor], metadata: dict[str, str]) -> N
 def _value(tensor: Tensor) -> memoryview:
     """The bytes of a tensor."""
     value = np.asarray(tensor.read())
-    if value.shape != tuple(tensor.shape) or value.dtype != tensor.dtype:
+    if value.shape != tensor.shape or value.dtype != tensor.dtype:
         raise ValueError(
-            f"The tensor {tensor.name!r} was to be {np.dtype(tensor.dtype)} of "
-            f"shape {tuple(tensor.shape)}; read() gave {value.dtype} of shape "
-            f"{value.shape}."
+            f"The tensor {tensor.name!r} was to be {tensor.dtype} of shape "
+            f"{tensor.shape}; read() gave {value.dtype} of shape {value.shape}."
         )
     # Reshape first: NumPy refuses a view of a scalar as bytes.
     return np.ravel(value).view(np.uint8).data

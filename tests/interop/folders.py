@@ -26,8 +26,8 @@ def import_fixture(name, out, folder=None):
 
 
 def tensors(folder) -> dict:
-    with Folder.open(folder) as opened:
-        return {n: opened.read(n) for n in opened.names}
+    opened = Folder.open(folder)
+    return {n: opened.read(n) for n in opened.names}
 
 
 def same_tensors(a, b) -> None:

@@ -52,5 +52,5 @@ def load(name, mesh: Mesh | None = None):
     spec = states.model_spec(model)
     mesh = mesh or mesh_of()
     wanted = list(pieces(model, find_family("config.json", config).names))
-    with Folder.open(FIXTURES / name) as folder:
-        return model, spec, load_model(spec, mesh, wanted, folder), wanted
+    folder = Folder.open(FIXTURES / name)
+    return model, spec, load_model(spec, mesh, wanted, folder), wanted

@@ -63,16 +63,16 @@ def test_round_trip(tmp_path, shards):
     path = tmp_path / "deep" / "model"
     tensors = [tensor(k, v) for k, v in values.items()]
     write(path, tensors, max_shard_bytes=size, files={"config.json": '{"x": 1}'})
-    with Folder.open(path) as folder:
-        assert folder.path == path and folder.config == {"x": 1}
-        assert folder.names == set(values)
-        for name, value in values.items():
-            got = folder.read(name)
-            assert folder.shape(name) == got.shape == value.shape
-            assert folder.dtype(name) == got.dtype == value.dtype
-            assert got.tobytes() == value.tobytes()
-            assert got.flags.writeable and not isinstance(got, np.memmap)
-            assert folder.file_of(name).parent == path
+    folder = Folder.open(path)
+    assert folder.path == path and folder.config == {"x": 1}
+    assert folder.names == set(values)
+    for name, value in values.items():
+        got = folder.read(name)
+        assert folder.shape(name) == got.shape == value.shape
+        assert folder.dtype(name) == got.dtype == value.dtype
+        assert got.tobytes() == value.tobytes()
+        assert got.flags.writeable and not isinstance(got, np.memmap)
+        assert folder.file_of(name).parent == path
     files = sorted(p.name for p in path.glob("*.safetensors"))
     assert (path / INDEX).exists() == (shards > 1)
     if shards == 1:
@@ -323,11 +323,9 @@ def test_extra_files(tmp_path):
     names = ["config.json", "tokenizer.json", "chat_template.jinja"]
     assert [p.name for p in extra_files(path)] == names
     copies = {p.name: p for p in extra_files(path)}
-    write(tmp_path / "copy", [], files=copies, metadata={"by": "moex"})
+    write(tmp_path / "copy", [], files=copies)
     assert (tmp_path / "copy" / "tokenizer.json").read_text() == "x"
     assert Folder.open(tmp_path / "copy").names == set()
-    with safe_open(tmp_path / "copy" / SINGLE, framework="numpy") as f:
-        assert f.metadata() == {"by": "moex", "format": "pt"}
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
@@ -358,10 +356,6 @@ def test_writing_refuses(tmp_path):
         write(new, [other])
     with pytest.raises(ValueError, match=r"'w' was to be .*\(5,\).*\(6, 5, 4\)"):
         write(new, [Tensor("w", (5,), value.dtype, lambda: value)])
-    with pytest.raises(ValueError, match="'w' is given twice"):
-        write(new, [tensor("w", value), tensor("w", value)])
-    with pytest.raises(ValueError, match="'w' is of type int4"):
-        write(new, [tensor("w", np.zeros(2, ml_dtypes.int4))])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "model"]
 
 

@@ -92,8 +92,8 @@ def test_the_shards_of_a_folder_come_back(tmp_path):
     # Another dtype is another size; the files stay.
     got = json.loads((tmp_path / "other" / INDEX).read_text())
     assert got["weight_map"] == index["weight_map"] and other["dtype"] == "float16"
-    with Folder.open(tmp_path / "other") as opened:
-        kinds = {n: opened.dtype(n) for n in opened.names}
+    opened = Folder.open(tmp_path / "other")
+    kinds = {n: opened.dtype(n) for n in opened.names}
     assert {n for n, kind in kinds.items() if kind != np.float16} == {
         n for n in values if "bias" in n
     }
@@ -258,12 +258,12 @@ def test_fp8_is_read_by_its_blocks_and_leaves_as_bfloat16(tmp_path):
         config = export_hf(tmp_path / "run", tmp_path / "back", **SAY)
     assert "quantization_config" not in config
     got = tensors(tmp_path / "back")
-    with Folder.open(folder) as opened:
-        source = reader(opened)
-        assert got.keys() == source.names
-        for name, value in got.items():
-            assert value.dtype == source.dtype(name)
-            assert value.tobytes() == source.read(name).tobytes(), name
+    opened = Folder.open(folder)
+    source = reader(opened)
+    assert got.keys() == source.names
+    for name, value in got.items():
+        assert value.dtype == source.dtype(name)
+        assert value.tobytes() == source.read(name).tobytes(), name
     name = "model.layers.1.mlp.experts.0.up_proj.weight"
     original = tensors(parity.FIXTURES / "deepseek_v3")[name]
     error = np.abs(got[name].astype(np.float32) - original).max()
