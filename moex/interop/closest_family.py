@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Any
 
-from moex.config.base import Config, ConfigError, children
+from moex.config.base import Config, ConfigError, children, join
 from moex.interop.defaults import DEFAULTS
 from moex.interop.families import FAMILIES, read_model
 from moex.interop.fields import ELSEWHERE
@@ -188,8 +188,7 @@ def _differences(ours: Any, theirs: Any, path: str = "config.model") -> list[str
         return [f"{path}: {len(mine)} {PARTS} {len(other)}"]
     found = []
     for (name, a), (_, b) in zip(mine, other, strict=True):
-        sep = name if name.startswith("[") else f".{name}"
-        found += _differences(a, b, path + sep)
+        found += _differences(a, b, join(path, name))
     return found
 
 

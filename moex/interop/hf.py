@@ -40,11 +40,16 @@ from moex.interop.tokens import (
 from moex.interop.writing import check_target
 from moex.model import spec as states
 from moex.model.optim import AdamW, Optim, make_optimizer
-from moex.model.paths import flat_paths, path_name
+from moex.model.paths import path_name
 from moex.runs.claim import new_run
 from moex.runs.directory import RunDir
 from moex.runs.keys import Checkpoint, Eval, Log, Loss, check_run
+<<<<<<< HEAD
 from moex.runs.program import Program, mesh_here
+=======
+from moex.runs.open import differences
+from moex.runs.program import Program, make_program, mesh_here
+>>>>>>> 40e41cf (The shapes of a model are a method of ModelSpec; their differences are named by one function)
 from moex.runs.room import check_room
 from moex.runs.write import write_run
 from moex.sharding import MeshConfig
@@ -98,11 +103,16 @@ def import_hf(
     check_tokens(file, rows)
     doc_token = doc_token or end_token(opened.path, opened.config, file)
     ends = end_ids(opened.path, opened.config)
-    shapes = _shapes(model)
+    shapes = states.model_spec(model).shapes()
     cfg = _run_config(model, where, opened.config, config_args)
     given, allowed = cfg.model.vocab, f"{rows} or left out: the folder has no more"
     require(given == rows, "--config.model.vocab", given, allowed)
-    _check_shapes(shapes, _shapes(cfg.model))
+    changed = states.model_spec(cfg.model).shapes()
+    for name, new, old in differences(changed, shapes):
+        raise ConfigError(
+            f"--config.model...: changes {name}, of shape {old} in the folder, to "
+            f"{new} (None: there is none); import it as it is, then convert it."
+        )
     cfg.data.tokenizer = TokenizerFile(path=str(file), doc_token=doc_token)
     program, tx, data = _prepare(cfg, say)
     with new_run(out, f"--out={out}", say) as temporary:
@@ -210,8 +220,7 @@ def load_model(spec, mesh, wanted: list[Piece], source) -> dict:
     for piece in wanted:
         by_path.setdefault(piece.path, []).append(piece)
     params, state = states.shardings(spec, mesh)
-    needed = flat_paths(spec.params) | flat_paths(spec.state)
-    assert needed.keys() == by_path.keys(), needed.keys() ^ by_path.keys()
+    assert spec.shapes().keys() == by_path.keys(), spec.shapes().keys() ^ by_path.keys()
 
     def load(path, leaf, sharding):
         pieces_of = by_path[path_name(path)]
@@ -255,25 +264,3 @@ def _prepare(cfg, say) -> tuple[Program, Any, Any]:
     held = program.abstract_state() | {"opt": states.abstract_opt(tx, spec, mesh)}
     check_room(cfg, mesh, held)
     return program, tx, data
-
-
-def _shapes(model) -> dict[str, tuple]:
-    """{path: shape} of all arrays of a model."""
-    spec = states.model_spec(model)
-    trees = (spec.params, spec.state)
-    return {k: v.shape for tree in trees for k, v in flat_paths(tree).items()}
-
-
-def _check_shapes(stored: dict, wanted: dict) -> None:
-    """Check that the overrides of a config leave the arrays of the folder as they are.
-
-    Raises:
-      ConfigError: naming the first array that they change.
-    """
-    for name in sorted(stored.keys() | wanted.keys()):
-        old, new = stored.get(name), wanted.get(name)
-        if old != new:
-            raise ConfigError(
-                f"--config.model...: changes {name}, of shape {old} in the folder, to "
-                f"{new} (None: there is none); import it as it is, then convert it."
-            )

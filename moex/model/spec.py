@@ -44,6 +44,11 @@ class ModelSpec:
         """The module; use inside a trace."""
         return nnx.merge(self.graphdef, params, state)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every array of `params` and `state` by its path."""
+        arrays = flat_paths(self.params) | flat_paths(self.state)
+        return {path: array.shape for path, array in arrays.items()}
+
 
 def model_spec(cfg: Model, mesh: Mesh | None = None) -> ModelSpec:
     """The abstract model of a config; allocates nothing.
@@ -100,9 +105,8 @@ def shardings(spec: ModelSpec, mesh: Mesh) -> tuple[dict, dict]:
 
 def check_mesh(spec: ModelSpec, mesh: Mesh) -> None:
     """Check that a mesh divides every parameter it splits: see `check_divides`."""
-    leaves = flat_paths(spec.params) | flat_paths(spec.state)
     sharding.check_divides(
-        [(name, leaf.shape, spec.info[name].axes) for name, leaf in leaves.items()],
+        [(name, shape, spec.info[name].axes) for name, shape in spec.shapes().items()],
         dict(mesh.shape),
     )
 

@@ -3,7 +3,6 @@
 from moex.config import base as configs
 from moex.config.base import ConfigError
 from moex.data.batches import Datasets
-from moex.model.paths import flat_paths
 from moex.runs.directory import RunDir
 from moex.runs.open import differences, saved_spec
 from moex.train.job import Job
@@ -56,14 +55,8 @@ def check_init_from(job: Job, source: RunDir) -> None:
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from None
     task.check_same(job.data, source, where, resume=False)
-    old, new = (_shapes((s.params, s.state)) for s in (spec, job.spec))
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            raise ConfigError(
-                f"{where}: has another architecture: {name} has shape "
-                f"{old.get(name)} there, {new.get(name)} here (None: there is none)."
-            )
-
-
-def _shapes(trees) -> dict[str, tuple]:
-    return {k: v.shape for tree in trees for k, v in flat_paths(tree).items()}
+    for name, here, there in differences(job.spec.shapes(), spec.shapes()):
+        raise ConfigError(
+            f"{where}: has another architecture: {name} has shape {there} there, "
+            f"{here} here (None: there is none)."
+        )
