@@ -44,12 +44,8 @@ from moex.model.paths import path_name
 from moex.runs.claim import new_run
 from moex.runs.directory import RunDir
 from moex.runs.keys import Checkpoint, Eval, Log, Loss, check_run
-<<<<<<< HEAD
-from moex.runs.program import Program, mesh_here
-=======
 from moex.runs.open import differences
-from moex.runs.program import Program, make_program, mesh_here
->>>>>>> 40e41cf (The shapes of a model are a method of ModelSpec; their differences are named by one function)
+from moex.runs.program import Program, mesh_here
 from moex.runs.room import check_room
 from moex.runs.write import write_run
 from moex.sharding import MeshConfig
