@@ -9,9 +9,10 @@ Not here: making the sequences (`packing.py`, `series.py`).
 Shapes: B batch (of this process) · L length.
 """
 
+import abc
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
@@ -35,16 +36,48 @@ class Reading(Config):
         require(self.prefetch >= 1, f"{path}.prefetch", self.prefetch, ">= 1")
 
 
-class Dataset(Protocol):
-    """A list of sequences by index; all examples of a run have the same fields."""
+class Dataset(abc.ABC):
+    """A list of sequences by index; all examples of a run have the same fields.
+
+    Args:
+      length: number of sequences.
+      domain: index of the source, copied into every example.
+    """
+
+    def __init__(self, length: int, domain: int):
+        self._length, self.domain = length, domain
+
+    @abc.abstractmethod
+    def sequence(self, index: int) -> Example:
+        """Make a sequence: all fields but `domain` and `example_id`."""
 
     @property
     def has_targets(self) -> bool:
         """Whether there is any target to learn or score."""
+        return self._length > 0
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return self._length
 
-    def __getitem__(self, index: int, /) -> Example: ...
+    def __getitem__(self, index: int, /) -> Example:
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        common = {"domain": np.int32(self.domain), "example_id": np.int32(index)}
+        return self.sequence(int(index)) | common
+
+
+def count_windows(targets: int, window: int, stride: int, partial: bool) -> int:
+    """Count the windows over a row of targets, each `stride` after the one before.
+
+    Args:
+      targets: how many there are; < 1 counts as none.
+      window: targets of a window.
+      stride: targets from the start of one window to that of the next.
+      partial: whether a last window that is not full counts.
+    """
+    full = 0 if targets < window else 1 + (targets - window) // stride
+    covered = window + (full - 1) * stride if full else 0
+    return full + int(partial and covered < targets)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

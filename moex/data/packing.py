@@ -11,27 +11,25 @@ Shapes: L length of a sequence.
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moex.config.base import ConfigError
+from moex.data.batches import Dataset, Example, count_windows
 from moex.data.stream import Stream
 
 OPEN_ROWS = 256  # the last rows in which first-fit packing looks for room
 
 
-def blank_example(length: int, domain: int, example_id: int) -> dict[str, np.ndarray]:
+def blank_example(length: int) -> Example:
     """Make a sequence of padding only: segment 0 and loss_mask 0 everywhere."""
     names = ("tokens", "targets", "segment", "position", "num_bytes")
-    example: dict[str, Any] = {name: np.zeros(length, np.int32) for name in names}
+    example: Example = {name: np.zeros(length, np.int32) for name in names}
     example["loss_mask"] = np.zeros(length, np.float32)
-    example["domain"] = np.int32(domain)
-    example["example_id"] = np.int32(example_id)
-    return example
+    return example | {"domain": np.int32(0), "example_id": np.int32(-1)}
 
 
-class Windows:
+class Windows(Dataset):
     """A stream cut into sequences of `seq_len`, each target scored exactly once.
 
     Sequence i starts at token `i * (seq_len - overlap)` of the stream. Only targets
@@ -57,32 +55,15 @@ class Windows:
         partial: bool = False,
     ):
         self.stream, self.seq_len, self.overlap = stream, seq_len, overlap
-        self.domain = domain
         self._stride = seq_len - overlap
         self._arange = np.arange(seq_len, dtype=np.int32)
-        scored = max(len(stream.tokens) - 1, 0)
-        extra = scored - seq_len
-        full = 0 if extra < 0 else 1 + extra // self._stride
-        covered = 0 if full == 0 else seq_len + (full - 1) * self._stride
-        self._len = full + int(partial and covered < scored)
+        targets = len(stream.tokens) - 1
+        super().__init__(count_windows(targets, seq_len, self._stride, partial), domain)
 
-    def __len__(self) -> int:
-        return self._len
-
-    @property
-    def has_targets(self) -> bool:
-        """Whether there is any token to learn or score."""
-        return self._len > 0
-
-    def __repr__(self) -> str:
-        return f"Windows({self.stream.directory.parent.name}, {self.seq_len})"
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """A sequence: int32[L] arrays, float32[L] loss_mask and two int32 scalars."""
-        if not 0 <= index < self._len:
-            raise IndexError(index)
-        stream, example = self.stream, blank_example(self.seq_len, self.domain, index)
-        start = int(index) * self._stride
+    def sequence(self, index: int) -> Example:
+        """A sequence: int32[L] arrays and float32[L] loss_mask."""
+        stream, example = self.stream, blank_example(self.seq_len)
+        start = index * self._stride
         stop = min(start + self.seq_len, len(stream.tokens) - 1)
         n = stop - start
         example["tokens"][:n] = stream.tokens[start:stop]
@@ -99,7 +80,7 @@ class Windows:
         return example
 
 
-class Rows:
+class Rows(Dataset):
     """Whole examples packed into sequences of `seq_len`; none is cut in two.
 
     An example is `[doc, prompt, response]` with targets `[prompt, response, doc]`;
@@ -112,14 +93,11 @@ class Rows:
     """
 
     def __init__(self, stream: Stream, seq_len: int, *, domain: int = 0):
-        self.stream, self.seq_len, self.domain = stream, seq_len, domain
-        directory = stream.directory
-        self._order = np.load(directory / "order.npy")
-        self._bounds = np.load(directory / "rows.npy")
+        self.stream, self.seq_len = stream, seq_len
+        self._order = np.load(stream.directory / "order.npy")
+        self._bounds = np.load(stream.directory / "rows.npy")
         self._ends = np.r_[stream.starts[1:], len(stream.tokens) - 1]
-
-    def __len__(self) -> int:
-        return len(self._bounds) - 1
+        super().__init__(len(self._bounds) - 1, domain)
 
     @property
     def has_targets(self) -> bool:
@@ -133,14 +111,9 @@ class Rows:
             return 0
         return int(np.sum(self.stream.prompts >= self.seq_len))
 
-    def __repr__(self) -> str:
-        return f"Rows({self.stream.directory.parent.name}, {self.seq_len})"
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def sequence(self, index: int) -> Example:
         """A sequence as in `Windows`; segment is the number of the example in it."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        stream, row = self.stream, blank_example(self.seq_len, self.domain, index)
+        stream, row = self.stream, blank_example(self.seq_len)
         at = 0
         members = self._order[self._bounds[index] : self._bounds[index + 1]]
         for segment, example in enumerate(members, start=1):

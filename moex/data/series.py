@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from moex.config.base import ConfigError, check, nearest, require, short
-from moex.data.batches import Datasets, Example, Reading
+from moex.data.batches import Dataset, Datasets, Example, Reading, count_windows
 from moex.data.files import File, find_files, read_text
 
 
@@ -217,7 +217,7 @@ def _scale(value_TC: np.ndarray, names, where: str) -> tuple[tuple[float, float]
     return tuple((float(m), float(d) or 1.0) for m, d in zip(*both_C, strict=True))
 
 
-class SeriesWindows:
+class SeriesWindows(Dataset):
     """A series cut into windows of `seq_len` tokens, each with the token after it.
 
     Args:
@@ -242,30 +242,17 @@ class SeriesWindows:
         partial: bool = False,
     ):
         self.value_TC, self.seq_len, self.patch = value_TC, seq_len, patch
-        self.stride, self.domain, self.overlap = stride, domain, overlap
+        self.stride, self.overlap = stride, overlap
         self.steps = (seq_len + 1) * patch  # steps that a full window needs
-        extra = len(value_TC) - self.steps
-        full = 0 if extra < 0 else 1 + extra // stride
-        scored = (len(value_TC) // patch - 1) * patch  # steps that can be predicted
-        covered = 0 if full == 0 else (full - 1) * stride + seq_len * patch
-        self._len = full + int(partial and covered < scored)
+        targets = len(value_TC) - patch
+        if partial:  # only whole tokens can be predicted
+            targets -= targets % patch
+        count = count_windows(targets, seq_len * patch, stride, partial)
+        super().__init__(count, domain)
 
-    def __len__(self) -> int:
-        return self._len
-
-    @property
-    def has_targets(self) -> bool:
-        """Whether there is any token to learn or score."""
-        return self._len > 0
-
-    def __repr__(self) -> str:
-        return f"SeriesWindows({self.value_TC.shape}, {self.seq_len}, {self.patch})"
-
-    def __getitem__(self, index: int) -> Example:
+    def sequence(self, index: int) -> Example:
         """A window: float32[L, P, C] values and targets, and the common fields."""
-        if not 0 <= index < self._len:
-            raise IndexError(index)
-        start = int(index) * self.stride
+        start = index * self.stride
         part_TC = self.value_TC[start : start + self.steps]
         tokens = len(part_TC) // self.patch
         shape = (tokens, self.patch, part_TC.shape[1])
@@ -281,6 +268,4 @@ class SeriesWindows:
             "loss_mask": (
                 (place_L < n) & (place_L >= (self.overlap if index else 0))
             ).astype(np.float32),
-            "domain": np.int32(self.domain),
-            "example_id": np.int32(index),
         }

@@ -106,7 +106,7 @@ def held_out(**changes):
     def job(batch_size):
         def batches(limit):
             rows = [{k: v[i] for k, v in whole.items()} for i in range(ROWS)]
-            rows += [blank_example(16, 0, -1)] * (-ROWS % batch_size)
+            rows += [blank_example(16)] * (-ROWS % batch_size)
             for first in range(0, len(rows), batch_size):
                 yield stack(rows[first : first + batch_size])
 
