@@ -6,11 +6,12 @@ config file, or else the current one. No other module is imported because a run 
 it, and a file inside a run directory is never run as code.
 """
 
-import importlib.machinery
 import importlib.util
+import os
 import pathlib
 import sys
 import types
+from importlib.machinery import ModuleSpec, PathFinder
 
 TYPE_KEY = "__config__"  # the key of the class name in config.json
 
@@ -57,47 +58,33 @@ def find_class(module: str, name: str) -> type | None:
     root, parts = folder(), module.split(".")
     if not all(part.isidentifier() for part in parts):
         return None
-    if _source(root, parts) is None:
-        return None
-    _extend_path(root)
+    importlib.invalidate_caches()
+    places = [str(root)]
     for count in range(1, len(parts) + 1):
-        found = _module(root, parts[:count])
+        spec = PathFinder.find_spec(".".join(parts[:count]), places)
+        if spec is None:
+            return None
+        places = list(spec.submodule_search_locations or ())
+        if spec.origin is None:  # a folder without __init__.py, of this place alone
+            spec.submodule_search_locations = places
+        _extend_path(root)
+        found = _load(spec)
     cls = vars(found).get(name)
     return cls if isinstance(cls, type) else None
 
 
-def _source(root: pathlib.Path, parts: list[str]) -> pathlib.Path | None:
-    """The file of a module or package in the folder; None if there is none."""
-    base = root.joinpath(*parts)
-    for file in (base / "__init__.py", base.with_name(f"{base.name}.py")):
-        if file.is_file():
-            return file
-    return None
-
-
-def _module(root: pathlib.Path, parts: list[str]) -> types.ModuleType:
-    """Import a module of the folder from its file there."""
-    name, file = ".".join(parts), _source(root, parts)
-    place = root.joinpath(*parts) if file is None else file
+def _load(spec: ModuleSpec) -> types.ModuleType:
+    """Import a module of the folder from its place there."""
+    name, place = spec.name, pathlib.Path(_place(spec))
     if name in sys.modules:
         old = sys.modules[name]
-        if not _comes_from(old, place):
+        if old.__spec__ is None or _place(old.__spec__) != _place(spec):
             raise ProjectError(
                 f"{place} has the name of another module, {name}, which is imported "
                 "already; rename it."
             )
         return old
     _refuse_run_directory(place)
-    if file is None:  # it is a folder without __init__.py
-        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        spec.submodule_search_locations = [str(place)]
-    else:
-        inside = [str(file.parent)] if file.name == "__init__.py" else None
-        made = importlib.util.spec_from_file_location(
-            name, file, submodule_search_locations=inside
-        )
-        assert made is not None
-        spec = made
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -112,11 +99,10 @@ def _module(root: pathlib.Path, parts: list[str]) -> types.ModuleType:
     return module
 
 
-def _comes_from(module: types.ModuleType, place: pathlib.Path) -> bool:
-    if module.__spec__ is not None and module.__spec__.origin is not None:
-        return pathlib.Path(module.__spec__.origin).absolute() == place
-    locations = vars(module).get("__path__", ())
-    return str(place) in map(str, locations)
+def _place(spec: ModuleSpec) -> str:
+    """The file of a module, or the folder of a package without __init__.py."""
+    places = [spec.origin or "", *(spec.submodule_search_locations or ())]
+    return os.path.abspath(next(filter(None, places), ""))
 
 
 def _refuse_run_directory(place: pathlib.Path) -> None:
