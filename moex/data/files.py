@@ -10,7 +10,8 @@ import fcntl
 import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from os.path import islink
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ def find_files(
     """
     require(len(paths) > 0, where, paths, "at least one file, directory or glob")
     found: list[Candidate] = []
-    nowhere: list[str] = []
+    nowhere: list[Path] = []
     for i, entry in enumerate(paths):
         require_path(f"{where}[{i}]", entry)
         matches = _matches(os.path.expanduser(entry), nowhere)
@@ -71,52 +72,49 @@ def find_files(
             )
         found += matches
     chosen: dict[str, Candidate] = {}
-    for candidate in found:  # prefer the file itself to links to it
-        known = chosen.setdefault(candidate.real, candidate)
-        if known.linked and not candidate.linked:
-            chosen[candidate.real] = candidate
-    once = [c for c in found if chosen[c.real] is c]
-    again = [str(c.file.path) for c in found if chosen[c.real] is not c]
-    files = [c.file for c in once if c.file.path.stat().st_size > 0]
-    empty = [str(c.file.path) for c in once if c.file.path.stat().st_size == 0]
-    if len(empty) == 1 and not files:
-        raise ConfigError(f"{where}: the file {empty[0]} is empty; remove it.")
+    for candidate in sorted(found, key=lambda c: c.linked):  # the file itself first
+        chosen.setdefault(candidate.real, candidate)
+    once = [c.file for c in found if chosen[c.real] is c]
+    files = [file for file in once if file.path.stat().st_size > 0]
+    left_out = {
+        "empty and left out": [f.path for f in once if f.path.stat().st_size == 0],
+        "named twice and read once": [
+            c.file.path for c in found if chosen[c.real] is not c
+        ],
+        "no file to read": nowhere,
+    }
     if not files:
-        raise ConfigError(
-            f"{where}: all {len(empty)} files are empty ({empty[0]}, ...); remove them."
-        )
-    if say is not None:
-        left_out = {
-            "empty and left out": empty,
-            "named twice and read once": again,
-            "no file to read": nowhere,
-        }
-        told = (_told(reason, names) for reason, names in left_out.items() if names)
-        for line in told:
-            say(f"data: {where}: {line}")
+        first, *others = left_out["empty and left out"]
+        if others:
+            raise ConfigError(
+                f"{where}: all {len(others) + 1} files are empty ({first}, ...); "
+                "remove them."
+            )
+        raise ConfigError(f"{where}: the file {first} is empty; remove it.")
+    for reason, names in left_out.items():
+        if names and say is not None:
+            say(f"data: {where}: {and_more(names)}: {reason}")
     return files
 
 
-def _told(reason: str, names: list[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more}: {reason}"
+def and_more(names: Sequence[Path]) -> str:
+    """Write the first of some names, and how many more there are."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else str(names[0])
 
 
-def _matches(path: str, nowhere: list[str]) -> list[Candidate]:
+def _matches(path: str, nowhere: list[Path]) -> list[Candidate]:
     """Find the files that one path leads to; add broken links to `nowhere`."""
     if os.path.isdir(path):
-        inside = _files_in(Path(path), nowhere)
-        return sorted(inside, key=lambda candidate: candidate.file.path)
+        return sorted(_files_in(Path(path), nowhere), key=lambda c: c.file.path)
     names = [path] if os.path.isfile(path) else sorted(set(_glob(Path(path))))
-    return [_candidate(Path(n), Path(n).name) for n in names if os.path.isfile(n)]
+    return [
+        Candidate(File(os.path.basename(n), Path(n)), os.path.realpath(n), islink(n))
+        for n in names
+        if os.path.isfile(n)
+    ]
 
 
-def _candidate(path: Path, name: str) -> Candidate:
-    real = os.path.realpath(path)
-    return Candidate(File(name, path), real, path.is_symlink())
-
-
-def _files_in(root: Path, nowhere: list[str]) -> Iterator[Candidate]:
+def _files_in(root: Path, nowhere: list[Path]) -> Iterator[Candidate]:
     """Yield all files under a folder, in no fixed order."""
     for folder, real, entries, linked in _folders(root):
         for entry in entries:
@@ -126,7 +124,7 @@ def _files_in(root: Path, nowhere: list[str]) -> Iterator[Candidate]:
                 at = os.path.realpath(path) if by_link else f"{real}/{entry.name}"
                 yield Candidate(File(name, path), at, linked or by_link)
             elif not os.path.isdir(path):
-                nowhere.append(str(path))
+                nowhere.append(path)
 
 
 def _folders(root: Path) -> Iterator[tuple[Path, str, list[os.DirEntry], bool]]:
@@ -146,7 +144,9 @@ def _folders(root: Path) -> Iterator[tuple[Path, str, list[os.DirEntry], bool]]:
             if real in seen:
                 continue
             seen.add(real)
-            entries = _entries(folder)
+            with os.scandir(folder) as found:
+                shown = [entry for entry in found if not entry.name.startswith(".")]
+            entries = sorted(shown, key=lambda entry: entry.name)
             yield folder, real, entries, linked
             for entry in entries:
                 at = folder / entry.name
@@ -155,13 +155,6 @@ def _folders(root: Path) -> Iterator[tuple[Path, str, list[os.DirEntry], bool]]:
                         links.append((at, True))
                 elif entry.is_dir():
                     folders.append(at)
-
-
-def _entries(folder: Path) -> list[os.DirEntry]:
-    """List the entries of a folder that are not hidden, sorted by name."""
-    with os.scandir(folder) as found:
-        shown = [entry for entry in found if not entry.name.startswith(".")]
-    return sorted(shown, key=lambda entry: entry.name)
 
 
 def _glob(pattern: Path) -> Iterator[str]:

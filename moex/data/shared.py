@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from moex.config.base import ConfigError, to_dict
 from moex.data.contract import Source
-from moex.data.files import File
+from moex.data.files import File, and_more
 
 # These fields do not decide which text of a file is read.
 ASIDE = ("weight", "name", "paths", "holdout", "delimiter", "truncate")
@@ -27,7 +28,7 @@ def check_shared(
     if len(named) == 1:
         return  # so that a folder of a million files is not listed again
     known: dict[str, tuple[str, str]] = {}  # {file and settings: (source, split)}
-    shared: dict[tuple[str, str], list[str]] = {}
+    shared: dict[tuple[str, str], list[Path]] = {}
     for where, source in named:
         settings = {k: v for k, v in to_dict(source).items() if k not in ASIDE}
         for file in source.files(where):
@@ -41,10 +42,9 @@ def check_shared(
                     "documents of it: what one is scored on, the other trains on. "
                     "Take it out of one of them."
                 )
-            shared.setdefault((other, where), []).append(str(file.path))
+            shared.setdefault((other, where), []).append(file.path)
     for (other, where), files in shared.items():
-        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-        say(f"data: {files[0]}{more}: read by both {other} and {where}")
+        say(f"data: {and_more(files)}: read by both {other} and {where}")
 
 
 def _split(source: Source, file: File) -> str:
