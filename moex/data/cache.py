@@ -8,7 +8,6 @@ Not here: the meaning of the files in a split (`stream.py`).
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -16,23 +15,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from moex.config.base import TYPE_KEY, ConfigError, to_dict
-from moex.data.files import locked
+from moex.data.files import locked, size_and_hash
 from moex.data.packing import pack_rows
 from moex.data.stream import SPLITS, write_source
 from moex.json_files import digest, read_object
 
 STALE_S = 24 * 3600
 FORMAT = 2  # increase this when the meaning of cached files changes
-
-
-class Made(NamedTuple):
-    """A prepared source: its directory in the cache and its manifest."""
-
-    directory: Path
-    manifest: dict[str, Any]
 
 
 def scan(source, where: str, say=None) -> dict[str, Any]:
@@ -43,14 +35,10 @@ def scan(source, where: str, say=None) -> dict[str, Any]:
       where: its path, for error messages.
       say: called with one line per kind of file that was left out.
     """
-    files = []
     found = source.files(where, say)
     for file in found:
         source.check_file(file, where)
-    for file in found:
-        with open(file.path, "rb") as f:
-            sha = hashlib.file_digest(f, "sha256").hexdigest()
-            files.append([file.name, f.tell(), sha])
+    files = [[file.name, *size_and_hash(file.path)] for file in found]
     settings = to_dict(source)
     for name in ("weight", "name", "paths"):
         settings.pop(name, None)
@@ -65,8 +53,8 @@ def scan(source, where: str, say=None) -> dict[str, Any]:
 
 def prepared(
     source, scan, tokenizer, seq_len: int, root: Path, where: str, log
-) -> Made:
-    """Take the prepared form of a source from the cache, or make it now."""
+) -> tuple[Path, dict[str, Any]]:
+    """Take the folder of a prepared source and its manifest, or make them now."""
     key = [FORMAT, scan["kind"], scan["sha256"], tokenizer.fingerprint]
     if source.content() == "pairs":
         key.append(seq_len)  # rows are packed on disk; windows are cut when read
@@ -74,7 +62,7 @@ def prepared(
     final = root / f"{name}-{digest(key)[:32]}"
     # Checking all bytes needs no lock; with one, processes would wait for each other.
     if manifest := _read(final):
-        return Made(final, manifest)
+        return final, manifest
     with locked(root / f"{final.name}.lock"):
         manifest = _read(final)
         if manifest is None:
@@ -83,17 +71,15 @@ def prepared(
             shutil.rmtree(final, ignore_errors=True)
             with _temporary(root, final) as out:
                 manifest = _make(source, scan, tokenizer, seq_len, out, where, log)
-    return Made(final, manifest)
+    return final, manifest
 
 
 def _read(directory: Path) -> dict[str, Any] | None:
     """The manifest of a directory whose files are all as written, or else None."""
     try:
         manifest = read_object(directory / "manifest.json")
-        seal = manifest.pop("sha256_of_manifest", None)
-        whole = (
-            seal == digest(manifest) and _hashes(directory) == manifest["cache_files"]
-        )
+        sealed = manifest.pop("sha256_of_manifest", None) == digest(manifest)
+        whole = sealed and _hashes(directory) == manifest["cache_files"]
     except (ConfigError, OSError):
         return None
     return manifest if whole else None
@@ -101,18 +87,8 @@ def _read(directory: Path) -> dict[str, Any] | None:
 
 def _hashes(directory: Path) -> dict[str, list]:
     """Compute {name: [size, sha256]} of the files of the splits."""
-    found = {}
-    for name in _content(directory):
-        with open(directory / name, "rb") as f:
-            sha = hashlib.file_digest(f, "sha256").hexdigest()
-            found[name] = [f.tell(), sha]
-    return found
-
-
-def _content(directory: Path) -> list[str]:
-    """List the relative names of all files of the splits."""
     files = [p for s in SPLITS for p in sorted((directory / s).glob("*"))]
-    return [p.relative_to(directory).as_posix() for p in files]
+    return {p.relative_to(directory).as_posix(): list(size_and_hash(p)) for p in files}
 
 
 def _make(source, scan, tokenizer, seq_len, out, where, log) -> dict[str, Any]:

@@ -197,9 +197,16 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200].rstrip(".")
 
 
-def content_key(*parts: bytes) -> str:
+def content_key(content: bytes) -> str:
     """Make a key from the content, so that equal documents are in the same split."""
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def size_and_hash(file: Path) -> tuple[int, str]:
+    """The bytes of a file, and their sha256 in hexadecimal."""
+    with open(file, "rb") as f:
+        sha = hashlib.file_digest(f, "sha256").hexdigest()
+        return f.tell(), sha
 
 
 @contextlib.contextmanager

@@ -106,17 +106,18 @@ def prepare(
     eval_parts: list[Windows | Rows] = []
     manifest = {}
     for i, ((here, source), scan) in enumerate(zip(named, scans, strict=True)):
-        made = cache.prepared(source, scan, tokenizer, seq_len, root, here, log)
-        manifest[source.label()] = made.manifest
-        streams = [Stream(made.directory / s, tokenizer.token_bytes) for s in SPLITS]
+        folder, manifest[source.label()] = cache.prepared(
+            source, scan, tokenizer, seq_len, root, here, log
+        )
+        streams = [Stream(folder / s, tokenizer.token_bytes) for s in SPLITS]
         if source.content() == "pairs":
-            train: Windows | Rows = Rows(streams[0], seq_len, domain=i)
-            held_out: Windows | Rows = Rows(streams[1], seq_len, domain=i)
+            pair: list[Windows | Rows] = [Rows(s, seq_len, domain=i) for s in streams]
         else:
-            train = Windows(streams[0], seq_len, domain=i)
-            held_out = Windows(
+            scored = Windows(
                 streams[1], seq_len, overlap=overlap, domain=i, partial=True
             )
+            pair = [Windows(streams[0], seq_len, domain=i), scored]
+        train, held_out = pair
         _check_sizes(train, held_out, source, here, log, scoring)
         _check_targets(train, held_out, source, here, log, scoring)
         train_parts.append(train)

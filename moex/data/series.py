@@ -10,7 +10,6 @@ Shapes: T steps of a series · C columns · L tokens of a window · P steps per 
 
 import csv
 import dataclasses
-import hashlib
 import io
 import math
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 
 from moex.config.base import ConfigError, check, nearest, require, short
 from moex.data.batches import Dataset, Datasets, Example, Reading, count_windows
-from moex.data.files import File, find_files, read_text
+from moex.data.files import File, find_files, read_text, size_and_hash
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -124,16 +123,11 @@ def prepare(
         weights=tuple(len(windows) / max(most, 1) for windows in train),
         domains=domains,
         manifest={
-            domain: _told(file) for domain, file in zip(domains, files, strict=True)
+            domain: {"sha256": sha, "files": [[file.name, size, sha]]}
+            for domain, file in zip(domains, files, strict=True)
+            for size, sha in [size_and_hash(file.path)]
         },
     )
-
-
-def _told(file: File) -> dict:
-    """Describe a file for the manifest."""
-    data = file.path.read_bytes()
-    sha = hashlib.sha256(data).hexdigest()
-    return {"sha256": sha, "files": [[file.name, len(data), sha]]}
 
 
 def _columns(config: Series, file: File, where: str) -> tuple[str, ...]:
