@@ -2,12 +2,13 @@
 
 The mesh has five axes, all Auto (XLA propagates): `data` (copies of the model), `fsdp`
 (parameters split, gathered where used), `expert`, `seq` (the length of sequences) and
-`tensor`. A batch is split over the first three. `AxisRules` says how every array is
-split; `moe/parallel.py` moves rows between the devices of experts.
+`tensor`. A batch is split over the first three. `RULES` says how every array is split;
+`moe/parallel.py` moves rows between the devices of experts.
 """
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,9 +37,8 @@ class MeshConfig(Config):
     seq: int = 1  # the length of sequences split over this axis
     tensor: int = 1  # heads and hidden widths split over this axis
     exchange: str = "auto"  # rows to experts by "all_to_all", or "gather" of all tokens
-    exchange_buffer: float | None = (
-        None  # all_to_all in training: rows received over their mean; None: worst case
-    )
+    # all_to_all in training: rows received over their mean; None: the worst case.
+    exchange_buffer: float | None = None
 
     def validate(self, path):
         for name in AXIS_NAMES:
@@ -55,7 +55,7 @@ class MeshConfig(Config):
             "at least 1, or None for buffers that hold the worst case",
         )
 
-    def sizes(self, num_devices: int, path: str = "config.mesh") -> tuple[int, ...]:
+    def sizes(self, num_devices: int) -> tuple[int, ...]:
         """The axis sizes on `num_devices` devices.
 
         Raises:
@@ -68,7 +68,7 @@ class MeshConfig(Config):
         if math.prod(sizes) != num_devices or -1 in sizes:
             given = ", ".join(f"{n}={getattr(self, n)}" for n in AXIS_NAMES)
             raise ConfigError(
-                f"{path}: the axes ({given}) must multiply to the number of "
+                f"config.mesh: the axes ({given}) must multiply to the number of "
                 f"devices, which is {num_devices}."
             )
         return tuple(sizes)
@@ -127,37 +127,31 @@ def num_slices(devices) -> int:
     return len({getattr(d, "slice_index", 0) for d in devices})
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AxisRules:
-    """Logical axis -> mesh axis (or several, or None: not split)."""
-
-    batch: tuple[str, ...] = BATCH_AXES
-    length: str | None = "seq"
-    tokens: tuple[str, ...] = TOKEN_AXES
-    vocab: str | None = "tensor"
-    embed: str | None = "fsdp"
-    heads: str | None = "tensor"
-    head_dim: str | None = None
-    mlp: str | None = "tensor"
-    expert: str | None = "expert"
-    latent: str | None = None
-
-
-RULES = AxisRules()
+# The mesh axis, or axes, that each logical axis is split over; None: it is not split.
+RULES: dict[str, Any] = {
+    "batch": BATCH_AXES,
+    "length": "seq",
+    "tokens": TOKEN_AXES,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "expert": "expert",
+    "latent": None,
+}
 
 
-def partition_spec(axes, rules: AxisRules = RULES) -> PartitionSpec:
+def partition_spec(axes) -> PartitionSpec:
     """The `PartitionSpec` for the logical axis names (or None) of one array.
 
     Raises:
       ValueError: if two logical axes land on one mesh axis.
     """
-    spec = [None if a is None else getattr(rules, a) for a in axes]
+    spec = [None if a is None else RULES[a] for a in axes]
     seen: dict[str, str] = {}
     for logical, mesh_axes in zip(axes, spec, strict=True):
-        for mesh_axis in (
-            (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
-        ):
+        for mesh_axis in _names(mesh_axes):
             if mesh_axis in seen:
                 raise ValueError(
                     f"logical axes {seen[mesh_axis]!r} and {logical!r} of one array "
@@ -167,33 +161,38 @@ def partition_spec(axes, rules: AxisRules = RULES) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def param_sharding(shape, axes, mesh: Mesh, rules: AxisRules = RULES) -> NamedSharding:
+def _names(mesh_axes) -> tuple[str, ...]:
+    """The names of one mesh axis, of several, or of none."""
+    return (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+
+
+def param_sharding(shape, axes, mesh: Mesh) -> NamedSharding:
     """The sharding of one parameter; leading dims beyond `axes` are stacked layers."""
     full = (None,) * (len(shape) - len(axes)) + tuple(axes)
-    return NamedSharding(mesh, partition_spec(full, rules))
+    return NamedSharding(mesh, partition_spec(full))
 
 
-def check_divides(leaves, sizes: dict[str, int], path: str = "config.mesh") -> None:
+def check_divides(leaves, sizes: dict[str, int]) -> None:
     """Check that every mesh axis divides the dims that it splits.
 
     Args:
       leaves: (name, shape, logical axes) of each parameter; the last dims have axes.
       sizes: sizes of the mesh axes by name.
-      path: path of the mesh in the config.
 
     Raises:
       ConfigError: with the mesh axis, the parameter, its dim and both sizes.
     """
     for name, shape, axes in leaves:
-        own = shape[len(shape) - len(axes) :]
+        own = tuple(shape[len(shape) - len(axes) :])
         for size, logical in zip(own, axes, strict=True):
-            mesh_axis = None if logical is None else getattr(RULES, logical)
+            mesh_axis = None if logical is None else RULES[logical]
             parts = 1 if mesh_axis is None else sizes[mesh_axis]
             if size % parts:
                 raise ConfigError(
-                    f"{path}.{mesh_axis} = {parts}: must divide the {logical!r} dim of "
-                    f"every parameter; that of {name} is {size} "
-                    f"({_describe(logical, own, axes)})."
+                    f"config.mesh.{mesh_axis} = {parts}: must divide the {logical!r} "
+                    f"dim of every parameter; that of {name} is {size} "
+                    f"({WHAT_AXES_ARE.get(logical, logical)}; its shape is {own}, "
+                    f"axes {tuple(axes)})."
                 )
 
 
@@ -206,14 +205,8 @@ WHAT_AXES_ARE = {
 }
 
 
-def _describe(logical, shape, axes) -> str:
-    what = WHAT_AXES_ARE.get(logical, logical)
-    return f"{what}; its shape is {tuple(shape)}, axes {tuple(axes)}"
-
-
 def _extent(mesh, axis) -> int:
-    names = (axis,) if isinstance(axis, str) else axis
-    return math.prod(mesh.shape[n] for n in names)
+    return math.prod(mesh.shape[n] for n in _names(axis))
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -231,7 +224,7 @@ def constrain(x: jax.Array, *axes):
         return x
     spec = partition_spec(axes)
     fitted = [
-        axis if axis is not None and size % _extent(mesh, axis) == 0 else None
+        axis if size % _extent(mesh, axis) == 0 else None
         for size, axis in zip(x.shape, spec, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitted))
@@ -247,9 +240,7 @@ def by_rows(function, x_TC):
       function: [t, C] -> arrays whose first dim is t, each row of its own.
       x_TC: rows of tokens, split over `TOKEN_AXES` if these divide T.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = math.prod(mesh.shape.get(axis, 1) for axis in TOKEN_AXES)
-    if parts == 1 or x_TC.shape[0] % parts:
+    if not _splits_rows(x_TC.shape[0]):
         return function(x_TC)
     rows = PartitionSpec(TOKEN_AXES)
     run = jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)
@@ -263,9 +254,7 @@ def sum_over_rows(function, *arrays):
       function: arrays whose first dim is t -> one array.
       *arrays: arrays whose first dim is that of the tokens, as in `by_rows`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = math.prod(mesh.shape.get(axis, 1) for axis in TOKEN_AXES)
-    if parts == 1 or arrays[0].shape[0] % parts:
+    if not _splits_rows(arrays[0].shape[0]):
         return function(*arrays)
     run = jax.shard_map(
         lambda *own: jax.lax.psum(function(*own), TOKEN_AXES),
@@ -274,6 +263,13 @@ def sum_over_rows(function, *arrays):
         check_vma=False,
     )
     return run(*arrays)
+
+
+def _splits_rows(num_tokens: int) -> bool:
+    """Whether the mesh in use splits this many tokens into parts of one size."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in TOKEN_AXES)
+    return parts > 1 and num_tokens % parts == 0
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:

@@ -10,7 +10,6 @@ from moex.config.base import ConfigError, check
 from moex.sharding import (
     AXIS_NAMES,
     BATCH_AXES,
-    AxisRules,
     MeshConfig,
     batch_shards,
     check_divides,
@@ -92,8 +91,6 @@ def test_two_logical_axes_on_one_mesh_axis_are_an_error():
         partition_spec(("heads", "mlp"))
     with pytest.raises(ValueError, match="'batch' and 'embed'.*'fsdp'"):
         partition_spec(("batch", "embed"))
-    rules = AxisRules(mlp=None)
-    assert partition_spec(("heads", "mlp"), rules) == PartitionSpec("tensor", None)
 
 
 def test_stacked_layers_lead():
