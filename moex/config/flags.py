@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_collections
 from absl import flags
-from ml_collections.config_flags import config_flags, config_path
+from ml_collections.config_flags import config_flags, config_path, tuple_parser
 
 from moex import project
 from moex.config.base import (
@@ -163,48 +163,51 @@ def _subclasses(kind) -> list:
     ]
 
 
+# Parsers of one value, by the type of the field.
+PARSERS: dict[Any, flags.ArgumentParser] = {
+    bool: flags.BooleanParser(),
+    int: flags.IntegerParser(),
+    float: flags.FloatParser(),
+    str: flags.ArgumentParser(),
+    tuple: tuple_parser.TupleParser(),
+}
+
+
 def _apply(cfg, path: str, text: str) -> None:
     """Set one field of `cfg` from text, in place."""
     holder, name = _find(cfg, path)
-    if isinstance(holder, (tuple, list)) and not _is_branch(holder[name]):
+    value = config_path.get_value(path, cfg)
+    is_branch = _is_branch(value)
+    if isinstance(holder, (tuple, list)) and not is_branch:
         whole = path.rpartition("[")[0]
         raise ConfigError(
             f"config.{path}: one value of a tuple cannot be set alone; set all of it, "
             f"such as --config.{whole}='{tuple(holder)!r}'."
         )
-    annotation = _annotation(holder, name)
-    if text in NONE_WORDS and annotation is not None and _optional(holder, name):
-        config_path.set_value(path, cfg, None)
-        return
-    if _is_choice(annotation) and not _is_branch(config_path.get_value(path, cfg)):
-        config_path.set_value(path, cfg, _literal(path, text, annotation))
-        return
-    values = flags.FlagValues()
-    argv = ["moex", f"--config.{path}={text}"]
-    try:
-        config_flags.DEFINE_config_dict(
-            "config", cfg, flag_values=values, sys_argv=argv
-        )
-        values(argv)
-    except (flags.Error, TypeError, ValueError, KeyError, AttributeError) as e:
-        if _is_branch(config_path.get_value(path, cfg)):
+    annotation: Any = type(value)
+    if isinstance(holder, Config):
+        annotation = next(f.type for f in dataclasses.fields(holder) if f.name == name)
+    is_union = isinstance(annotation, types.UnionType)
+    kinds = set(typing.get_args(annotation) if is_union else [annotation])
+    optional, kinds = type(None) in kinds, kinds - {type(None)}
+    if len(kinds) > 1 and not is_branch:
+        new = _literal(path, text, annotation)
+    elif optional and text in NONE_WORDS:
+        new = None
+    else:
+        kind = kinds.pop()
+        try:
+            new = PARSERS[typing.get_origin(kind) or kind].parse(text)
+        except (KeyError, TypeError, ValueError) as e:
+            if is_branch:
+                raise ConfigError(
+                    f"config.{path} = {text!r}: is a whole config; set one of its "
+                    "fields, or choose another kind in the config file."
+                ) from None
             raise ConfigError(
-                f"config.{path} = {text!r}: is a whole config; set one of its fields, "
-                "or choose another kind in the config file."
-            ) from None
-        raise ConfigError(
-            f"config.{path} = {text!r}: must be {type_name(annotation)}."
-        ) from e
-    # The flag works on a copy; we only want the parsed value.
-    value = config_path.get_value(path, values["config"].value)
-    config_path.set_value(path, cfg, value)
-
-
-def _is_choice(annotation) -> bool:
-    """Whether a field takes several types besides None; ml_collections takes one."""
-    if not isinstance(annotation, types.UnionType):
-        return False
-    return len([a for a in typing.get_args(annotation) if a is not type(None)]) > 1
+                f"config.{path} = {text!r}: must be {type_name(annotation)}."
+            ) from e
+    config_path.set_value(path, cfg, new)
 
 
 def _literal(path: str, text: str, annotation):
@@ -288,14 +291,3 @@ def _paths(node, path) -> dict[str, list[str]]:
         if where != path and not where.endswith("]"):
             found.setdefault(where.rpartition(".")[2], []).append(where)
     return found
-
-
-def _annotation(holder, name):
-    if isinstance(holder, Config):
-        return next(f.type for f in dataclasses.fields(holder) if f.name == name)
-    value = holder[name]
-    return type(value)
-
-
-def _optional(holder, name) -> bool:
-    return isinstance(holder, Config) and config_path.is_optional(name, holder)
