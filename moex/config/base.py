@@ -105,10 +105,8 @@ def require(ok: bool, path: str, value: Any, allowed: str) -> None:
 def short(value: Any, most: int = 200) -> str:
     """The repr of a value in one line of at most `most` characters, for a message."""
     try:
-        data = (
-            value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
-        )
-        text = " ".join(repr(data).split())
+        is_dict = isinstance(value, ml_collections.ConfigDict)
+        text = " ".join(repr(value.to_dict() if is_dict else value).split())
     except (RecursionError, ValueError):  # it is nested too deep, or has 4,300 digits
         text = f"<{type(value).__name__}>"
     return text if len(text) <= most else f"{text[: most - 3]}..."
@@ -221,19 +219,12 @@ def check_plain(value: Any, path: str) -> None:
         require(value <= most, path, value, f"at most {most:,}")
         require(value >= -LARGEST, path, value, f"at least {-LARGEST:,}")
     elif isinstance(value, float):
+        size = abs(value)
         require(math.isfinite(value), path, value, "finite")
-        require(
-            value == 0 or TINIEST <= abs(value) <= HUGEST,
-            path,
-            value,
-            f"0, or between {TINIEST:g} and {HUGEST:g} in magnitude",
-        )
-        require(
-            not 1 - 2**-25 <= abs(value) < 1,
-            path,
-            value,
-            "1, or a number that float32 can tell from 1",
-        )
+        between = f"0, or between {TINIEST:g} and {HUGEST:g} in magnitude"
+        require(value == 0 or TINIEST <= size <= HUGEST, path, value, between)
+        other = "1, or a number that float32 can tell from 1"
+        require(not 1 - 2**-25 <= size < 1, path, value, other)
     elif isinstance(value, str):
         ok = "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
         require(ok, path, value, "text without zero bytes, that UTF-8 can hold")
@@ -366,19 +357,12 @@ def from_dict(data: Any, path: str = "config", depth: int = 0) -> Any:
         )
     if not isinstance(data, dict):
         return data
-    values = {
-        k: from_dict(v, join(path, k), depth + 1)
-        for k, v in data.items()
-        if k != TYPE_KEY
-    }
+    named = [(k, v) for k, v in data.items() if k != TYPE_KEY]
+    values = {k: from_dict(v, join(path, k), depth + 1) for k, v in named}
     if TYPE_KEY not in data:
         try:
             return ml_collections.ConfigDict(values, convert_dict=False)
-        except (
-            AttributeError,
-            KeyError,
-            ValueError,
-        ) as e:  # ConfigDict reserves that name
+        except (AttributeError, KeyError, ValueError) as e:  # it reserves that name
             raise ConfigError(f"{path}: {short(str(e))}.") from None
     cls = config_class(data[TYPE_KEY], path)
     fields = dataclasses.fields(cls)
@@ -392,15 +376,11 @@ def from_dict(data: Any, path: str = "config", depth: int = 0) -> Any:
     for field in fields:
         if field.name in values:
             continue
-        if _is_needed(field):
+        if field.default is field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{path}: {cls.__name__} needs the field {field.name!r}.")
         if ABSENT in field.metadata:
             values[field.name] = field.metadata[ABSENT]
     return cls(**values)
-
-
-def _is_needed(field: dataclasses.Field) -> bool:
-    return field.default is field.default_factory is dataclasses.MISSING
 
 
 def tag_of(cls: type[Config]) -> str:

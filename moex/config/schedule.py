@@ -1,7 +1,7 @@
 """Numbers that may change during training: a float, or a `Schedule` of the step."""
 
 import dataclasses
-import math
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,20 +21,10 @@ class Schedule(Config):
     points: tuple[tuple[float, float], ...]  # (optimizer step, value), steps rising
 
     def validate(self, path):
-        require(len(self.points) >= 1, f"{path}.points", self.points, "not empty")
-        require(
-            all(math.isfinite(v) for point in self.points for v in point),
-            f"{path}.points",
-            self.points,
-            "finite",
-        )
-        steps = [step for step, _ in self.points]
-        require(
-            all(a < b for a, b in zip(steps, steps[1:], strict=False)),
-            f"{path}.points",
-            self.points,
-            "(step, value) pairs with rising steps",
-        )
+        where, points = f"{path}.points", self.points
+        require(len(points) >= 1, where, points, "not empty")
+        rising = all(a < b for (a, _), (b, _) in itertools.pairwise(points))
+        require(rising, where, points, "(step, value) pairs with rising steps")
 
     def check_reached(self, steps, path):
         """Warn of a last point that a run of this many steps does not reach."""
