@@ -54,39 +54,28 @@ def scored_config(args, config_args: list[str]):
     """
     from moex.config.flags import load_config
 
-    base = args.run.config()
-    if not args.data:
-        return load_config(config_args, base=base)
-    for arg in config_args:
+    for arg in config_args if args.data else ():
         if arg.startswith(("--config=", "--config.data")):
             raise ConfigError(
                 f"{arg.split('=')[0]}: --data takes the place of config.data; give "
                 "one of the two."
             )
-    cfg = load_config(config_args, base=base)
-    cfg.data = cfg.task.given(cfg.data, args.data)
+    cfg = load_config(config_args, base=args.run.config())
+    if args.data:
+        cfg.data = cfg.task.given(cfg.data, args.data)
     return cfg
-
-
-# The arguments of `add_processes` that take a value, and their defaults.
-PLACE = {
-    **dict.fromkeys(("coordinator", "num_processes", "process_id")),
-    **{"join_timeout": 300, "heartbeat_timeout": 100},
-}
 
 
 def process_flags(args) -> list[str]:
     """Write `--project` and the `add_processes` arguments for a child process."""
-    values = {name: getattr(args, name) for name in PLACE}
-    flags = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in values.items()
-        if value != PLACE[name]
+    names = ("coordinator", "num-processes", "process-id", "join-timeout")
+    values = [
+        (name, vars(args)[name.replace("-", "_")])
+        for name in (*names, "heartbeat-timeout", "project")
     ]
+    flags = [f"--{name}={value}" for name, value in values if value is not None]
     if args.distributed is not None:
         flags.append("--distributed" if args.distributed else "--no-distributed")
-    if args.project is not None:
-        flags.append(f"--project={args.project}")
     return flags
 
 
@@ -109,14 +98,14 @@ def add_processes(parser) -> None:
     many.add_argument(
         "--join-timeout",
         type=positive,
-        default=PLACE["join_timeout"],
+        default=300,
         metavar="SECONDS",
         help="how long to wait for the other processes (300)",
     )
     many.add_argument(
         "--heartbeat-timeout",
         type=positive,
-        default=PLACE["heartbeat_timeout"],
+        default=100,
         metavar="SECONDS",
         help="a host that is silent for this long ends the job (100)",
     )
