@@ -226,8 +226,13 @@ def check_plain(value: Any, path: str) -> None:
         other = "1, or a number that float32 can tell from 1"
         require(not 1 - 2**-25 <= size < 1, path, value, other)
     elif isinstance(value, str):
-        ok = "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
+        ok = "\0" not in value and is_unicode(value)
         require(ok, path, value, "text without zero bytes, that UTF-8 can hold")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold a text: it has no half of a surrogate pair alone."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def check_types(config: Config, path: str) -> None:

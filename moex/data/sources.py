@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moex.config.base import ConfigError, nearest, require_choice
+from moex.config.base import ConfigError, is_unicode, nearest, require_choice
 from moex.data import parquet
 from moex.data.contract import Document, FileSource, Say, Source
 from moex.data.files import (
@@ -27,7 +27,7 @@ from moex.data.files import (
     one_line,
     read_text,
 )
-from moex.json_files import parse_json
+from moex.json_files import expect_object, parse_json
 
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 
@@ -142,17 +142,19 @@ class Parquet(FileSource):
                             f"{where}.column = {self.column!r}: row {i} of {file.path} "
                             "has a null among its token ids."
                         )
-                    ids = row.values.to_numpy(zero_copy_only=False)
-                    yield _token_document(ids.astype(np.int64))
+                    yield _token_document(row.values.to_numpy(zero_copy_only=False))
                 else:
                     raw = row.as_buffer().to_pybytes()
-                    here = f"row {i} of {file.path}"
-                    text = decode_utf8(raw, here, f"{where}.paths")
-                    yield Document(content_key(raw), text)
+                    yield _text_document(raw, f"row {i} of {file.path}", where)
+
+
+def _text_document(raw: bytes, at: str, where: str) -> Document:
+    return Document(content_key(raw), decode_utf8(raw, at, f"{where}.paths"))
 
 
 def _token_document(ids: np.ndarray) -> Document:
-    return Document(content_key(ids.astype("<i8").tobytes()), ids)
+    ids = ids.astype("<i8")
+    return Document(content_key(ids.tobytes()), ids)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -183,9 +185,7 @@ class ArrayRecord(FileSource):
             for i, raw in enumerate(_records(file, where)):
                 here = f"record {i} of {file.path}"
                 if self.kind == "text":
-                    yield Document(
-                        content_key(raw), decode_utf8(raw, here, f"{where}.paths")
-                    )
+                    yield _text_document(raw, here, where)
                     continue
                 if len(raw) % dtype.itemsize:
                     raise ConfigError(
@@ -193,7 +193,7 @@ class ArrayRecord(FileSource):
                         f"has {len(raw)} bytes, which is not a multiple of "
                         f"{dtype.itemsize}."
                     )
-                yield _token_document(np.frombuffer(raw, dtype).astype(np.int64))
+                yield _token_document(np.frombuffer(raw, dtype))
 
 
 def _open_array_record(file: File, where: str) -> Any:
@@ -217,11 +217,6 @@ def _records(file: File, where: str) -> Iterator[bytes]:
             ) from None
         yield from records
     reader.close()
-
-
-def _surrogate(character: str) -> bool:
-    """Whether it is half of a surrogate pair; JSON can spell one, UTF-8 cannot."""
-    return "\ud800" <= character <= "\udfff"
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -263,9 +258,8 @@ class PromptResponse(FileSource):
 
     def _document(self, line: str, at: str, where: str) -> Document:
         # Other fields are not used, so they may have NaN, which JSON does not know.
-        record = parse_json(line, f"{where}.paths: {at}", nan=True)
-        if not isinstance(record, dict):
-            raise ConfigError(f"{where}.paths: {at}: must be an object {{...}}.")
+        here = f"{where}.paths: {at}"
+        record = expect_object(parse_json(line, here, nan=True), here)
         parts = []
         for field, name in (("prompt", self.prompt), ("response", self.response)):
             if name not in record:
@@ -274,7 +268,7 @@ class PromptResponse(FileSource):
                     f"{', '.join(record)}.{nearest(name, record)}"
                 )
             text = record[name]
-            if not isinstance(text, str) or any(map(_surrogate, text)):
+            if not isinstance(text, str) or not is_unicode(text):
                 raise ConfigError(
                     f"{where}.{field} = {name!r}: {at} must have a string of valid "
                     f"Unicode there, not {text!r:.40}."
