@@ -25,7 +25,7 @@ def load_array(shape, dtype, sharding, pieces: Sequence[Piece], folder) -> jax.A
       shape, dtype: those of the whole array.
       sharding: where its parts go.
       pieces: all pieces that it consists of.
-      folder: `Folder` or `Dequantised`.
+      folder: the `Folder`.
     """
 
     def part(ranges) -> np.ndarray:
@@ -85,7 +85,7 @@ def read_part(piece: Piece, ranges: Ranges, folder) -> np.ndarray:
     Args:
       piece: the tensor as a `Piece`.
       ranges: (start, stop) in each dim of the piece as ours has it.
-      folder: `Folder` or `Dequantised`.
+      folder: the `Folder`.
     """
     wanted = [(0, 0)] * len(piece.split)
     for ours, theirs in enumerate(piece.order):

@@ -11,19 +11,20 @@ Two methods, named by `quantization_config.quant_method` of config.json:
 
 Values are computed in float32 and rounded to bfloat16, the type that transformers
 dequantises these models to. That loses nothing of mxfp4, whose numbers have two
-significant bits; for fp8 times a float32 scale `dtype` may ask for float32.
+significant bits.
 
 Nothing is quantised here, and weights that other methods quantised are refused.
 """
 
+import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
 
 from moex.config.base import ConfigError
-from moex.interop.folder import Folder
+from moex.interop.folder import Folder, Stored
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -36,86 +37,63 @@ E2M1 = np.array(_HALF + [-v for v in _HALF], np.float32)
 GROUP = 32  # numbers of mxfp4 that share a scale
 CHUNK = 256  # rows that are in float32 at a time
 
-
-class Quantised(NamedTuple):
-    """One quantised tensor: its two parts in the folder, and its shape when read."""
-
-    weight: str
-    scale: str
-    shape: tuple[int, ...]
+Slices = tuple[slice, ...]
 
 
-class Dequantised:
-    """A quantised folder with the interface of `Folder`; make one with `reader`.
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """A quantised tensor, read as if it were not.
 
-    `names` has no scales; `config` has no `quantization_config`, as that of a model
-    that never was quantised (the file config.json still has it).
+    Attributes:
+      weight, scale: its two parts in the folder.
+      shape: its shape when read.
     """
 
-    def __init__(self, folder: Folder, dtype: Any = BFLOAT16):
-        """Pair weights and scales; see `reader` for what is raised."""
-        self.folder, self.path, self.listing = folder, folder.path, folder.listing
-        self.out_dtype = np.dtype(dtype)
-        self.config = dict(folder.config)
-        settings = self.config.pop("quantization_config")
-        self.method: str = settings["quant_method"]
-        self.block = (1, 1)
-        if self.method == "fp8":
-            self.block = _block_size(folder, settings)
-            self.quantised = _pair_fp8(folder, self.block)
-        else:
-            self.quantised = _pair_mxfp4(folder)
-        parts = {p for q in self.quantised.values() for p in (q.weight, q.scale)}
-        self.names: set[str] = (folder.names - parts) | set(self.quantised)
+    weight: Stored
+    scale: Stored
+    shape: tuple[int, ...]
+    dtype: ClassVar[np.dtype] = BFLOAT16
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, as it is when read."""
-        found = self.quantised.get(name)
-        return found.shape if found else self.folder.shape(name)
+    @property
+    def file(self) -> Path:
+        """The file that the weight lies in."""
+        return self.weight.file
 
-    def dtype(self, name: str) -> np.dtype:
-        """The type of a tensor, as it is when read."""
-        return self.out_dtype if name in self.quantised else self.folder.dtype(name)
 
-    def file_of(self, name: str) -> Path:
-        """The file that a tensor lies in."""
-        found = self.quantised.get(name)
-        return self.folder.file_of(found.weight if found else name)
+@dataclasses.dataclass(frozen=True)
+class Fp8(Quantised):
+    """A float8 matrix; blocks of `block` rows and columns share a scale."""
 
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A tensor, or the part of it that a slice for each of its first axes cuts.
+    block: tuple[int, int]
 
-        Only the blocks that the part lies in are read.
-        """
-        found = self.quantised.get(name)
-        if found is None:
-            return self.folder.read(name, index)
-        slices = index + (slice(None),) * (len(found.shape) - len(index))
-        read = self._read_fp8 if self.method == "fp8" else self._read_mxfp4
-        return read(found, slices)
-
-    def _read_fp8(self, found: Quantised, slices: tuple[slice, ...]) -> np.ndarray:
-        rows, row_blocks = _blocks(slices[0], found.shape[0], self.block[0])
-        cols, col_blocks = _blocks(slices[1], found.shape[1], self.block[1])
-        weight = self.folder.read(found.weight, slices)
-        scale = self.folder.read(found.scale, (row_blocks, col_blocks))
-        scale = scale.astype(np.float32)
+    def read(self, index: Slices = ()) -> np.ndarray:
+        """The part in some rows and columns; only the blocks it lies in are read."""
+        row, col = _padded(index, 2)
+        rows, row_blocks = _blocks(row, self.shape[0], self.block[0])
+        cols, col_blocks = _blocks(col, self.shape[1], self.block[1])
+        weight = self.weight.read((row, col))
+        scale = self.scale.read((row_blocks, col_blocks)).astype(np.float32)
         rows, cols = rows // self.block[0], cols // self.block[1]
-        out = np.empty(weight.shape, self.out_dtype)
+        out = np.empty(weight.shape, self.dtype)
         for i in range(0, len(rows), CHUNK):
             part = slice(i, i + CHUNK)
             out[part] = weight[part].astype(np.float32) * scale[rows[part]][:, cols]
         return out
 
-    def _read_mxfp4(self, found: Quantised, slices: tuple[slice, ...]) -> np.ndarray:
-        experts = range(*slices[0].indices(found.shape[0]))
-        cols, groups = _blocks(slices[1], found.shape[1], GROUP)
-        rows = len(range(*slices[2].indices(found.shape[2])))
-        out = np.empty((len(experts), len(cols), rows), self.out_dtype)
+
+class Mxfp4(Quantised):
+    """Matrices of packed 4-bit numbers, transposed; `GROUP` of a row share a scale."""
+
+    def read(self, index: Slices = ()) -> np.ndarray:
+        """The part in some experts, columns and rows of the packed numbers."""
+        expert, col, row = _padded(index, 3)
+        experts = range(*expert.indices(self.shape[0]))
+        cols, groups = _blocks(col, self.shape[1], GROUP)
+        rows = len(range(*row.indices(self.shape[2])))
+        out = np.empty((len(experts), len(cols), rows), self.dtype)
         for i, e in enumerate(experts):
-            packed = self.folder.read(found.weight, (e, slices[2], groups))
-            scale = self.folder.read(found.scale, (e, slices[2], groups))
-            scale = scale.view(E8M0).astype(np.float32)
+            packed = self.weight.read((e, row, groups))
+            scale = self.scale.read((e, row, groups)).view(E8M0).astype(np.float32)
             for j in range(0, rows, CHUNK):
                 part = slice(j, j + CHUNK)
                 halves = np.stack([packed[part] & 15, packed[part] >> 4], axis=-1)
@@ -124,6 +102,11 @@ class Dequantised:
                 values = values.reshape(len(values), -1)
                 out[i, :, part] = values[:, cols].T
         return out
+
+
+def _padded(index: Slices, axes: int) -> Slices:
+    """Slices for all axes: one that is missing is taken whole."""
+    return index + (slice(None),) * (axes - len(index))
 
 
 def _blocks(part: slice, size: int, block: int) -> tuple[np.ndarray, slice]:
@@ -147,23 +130,20 @@ def _block_size(folder: Folder, settings: dict[str, Any]) -> tuple[int, int]:
 
 def _pair_fp8(folder: Folder, block: tuple[int, int]) -> dict[str, Quantised]:
     """Each float8 tensor with its scale."""
-    found = {}
+    found: dict[str, Quantised] = {}
     for name in sorted(folder.names):
         if folder.dtype(name) == FP8:
-            shape, scale = folder.shape(name), f"{name}_scale_inv"
+            shape = folder.shape(name)
             _require(len(shape) == 2, folder, name, f"has shape {shape}; must be 2-D")
             grid = tuple(-(-n // b) for n, b in zip(shape, block, strict=True))
-            _check_scale(folder, name, scale, grid, SCALE_DTYPES)
-            found[name] = Quantised(name, scale, shape)
-    for name in sorted(folder.names - {q.scale for q in found.values()}):
-        alone = name.endswith("_scale_inv")
-        _require(not alone, folder, name, f"scales no tensor of type {FP8}")
+            scale = _scale(folder, name, f"{name}_scale_inv", grid, SCALE_DTYPES)
+            found[name] = Fp8(folder.tensors[name], scale, shape, block)
     return found
 
 
 def _pair_mxfp4(folder: Folder) -> dict[str, Quantised]:
     """Each tensor of packed 4-bit numbers with its scales, by its unpacked name."""
-    found = {}
+    found: dict[str, Quantised] = {}
     for weight in sorted(n for n in folder.names if n.endswith("_blocks")):
         name = weight.removesuffix("_blocks")
         shape, dtype = folder.shape(weight), folder.dtype(weight)
@@ -171,22 +151,21 @@ def _pair_mxfp4(folder: Folder) -> dict[str, Quantised]:
         text = f"is {dtype} {shape}; must be uint8 [experts, rows, groups, 16]"
         _require(ok, folder, weight, text)
         _require(name not in folder.names, folder, name, f"is there as {weight!r} too")
-        scale = f"{name}_scales"
-        _check_scale(folder, weight, scale, shape[:-1], (np.dtype(np.uint8),))
+        kinds = (np.dtype(np.uint8),)
+        scale = _scale(folder, weight, f"{name}_scales", shape[:-1], kinds)
         unpacked = (shape[0], shape[2] * GROUP, shape[1])
-        found[name] = Quantised(weight, scale, unpacked)
-    for name in sorted(folder.names - {q.scale for q in found.values()}):
-        _require(not name.endswith("_scales"), folder, name, "scales no tensor _blocks")
+        found[name] = Mxfp4(folder.tensors[weight], scale, unpacked)
     return found
 
 
-def _check_scale(folder: Folder, name: str, scale: str, shape: Any, dtypes: Any):
-    """Raise `ConfigError` unless `scale` has the `shape`, and one of the `dtypes`."""
+def _scale(folder: Folder, name: str, scale: str, shape: Any, dtypes: Any) -> Stored:
+    """The tensor `scale` of `name`; it must have this shape and one of `dtypes`."""
     _require(scale in folder.names, folder, name, f"has no scale {scale!r}")
     got, dtype = folder.shape(scale), folder.dtype(scale)
     _require(got == shape, folder, scale, f"has shape {got}; {name!r} needs {shape}")
     allowed = " or ".join(map(str, dtypes))
     _require(dtype in dtypes, folder, scale, f"is {dtype}; must be {allowed}")
+    return folder.tensors[scale]
 
 
 def _require(ok: bool, folder: Folder, name: str, text: str) -> None:
@@ -194,20 +173,33 @@ def _require(ok: bool, folder: Folder, name: str, text: str) -> None:
         raise ConfigError(f"{folder.path}: the tensor {name!r} {text}.")
 
 
-def reader(folder: Folder, dtype: Any = BFLOAT16) -> Folder | Dequantised:
-    """A reader of a folder's tensors as plain numbers: the folder if not quantised.
+def reader(folder: Folder) -> Folder:
+    """The folder as if it never was quantised: itself if it was not.
 
     Raises:
       ConfigError: for a method other than fp8 by blocks and mxfp4, and for a scale
         that is missing, of another shape or type, or without a tensor.
     """
-    settings = folder.config.get("quantization_config")
+    config = dict(folder.config)
+    settings = config.pop("quantization_config", None)
     if not settings:
         return folder
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method not in ("fp8", "mxfp4"):
+    if method == "fp8":
+        found = _pair_fp8(folder, _block_size(folder, settings))
+        ending, alone = "_scale_inv", f"scales no tensor of type {FP8}"
+    elif method == "mxfp4":
+        found = _pair_mxfp4(folder)
+        ending, alone = "_scales", "scales no tensor _blocks"
+    else:
         raise ConfigError(
             f"{folder.path}: the checkpoint is quantised by the method {method!r}; "
             "read are fp8 scaled by blocks, mxfp4, and checkpoints not quantised."
         )
-    return Dequantised(folder, dtype)
+    parts = {
+        part for tensor in found.values() for part in (tensor.weight, tensor.scale)
+    }
+    plain = {k: v for k, v in folder.tensors.items() if v not in parts}
+    for name in sorted(plain):
+        _require(not name.endswith(ending), folder, name, alone)
+    return dataclasses.replace(folder, config=config, tensors=plain | found)

@@ -56,22 +56,36 @@ DTYPES: dict[str, np.dtype] = {
 Index = tuple[slice | int, ...]
 
 
-class Entry(NamedTuple):
-    """Where one tensor lies: file name, type, shape, and its first byte."""
+class Stored(NamedTuple):
+    """A tensor in a file: its type, its shape, and its first byte."""
 
-    file: str
+    file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
 
+    def read(self, index: Index = ()) -> np.ndarray:
+        """The part `index` of it, as `Folder.read`."""
+        if 0 in self.shape:  # an empty tensor has no bytes to map
+            return np.empty(self.shape, self.dtype)[index]
+        # Every read maps the file anew, so that pages do not pile up in memory.
+        mapped = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+        return np.array(mapped[index])
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Folder:
-    """A checkpoint folder that was found whole; make one with `Folder.open`."""
+    """A checkpoint folder that was found whole; make one with `Folder.open`.
+
+    Attributes:
+      path: the folder.
+      config: the fields of its config.json.
+      tensors: each tensor by its name: `Stored`, or one of `dequantise.py`.
+    """
 
     path: Path
-    config: dict[str, Any]  # config.json
-    entries: dict[str, Entry]  # by the name of the tensor
+    config: dict[str, Any]
+    tensors: dict[str, Any]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -91,23 +105,23 @@ class Folder:
         config = read_json(path / CONFIG)
         weight_map = _weight_map(path)
         files = sorted(set(weight_map.values())) if weight_map else [SINGLE]
-        entries: dict[str, Entry] = {}
+        tensors: dict[str, Stored] = {}
         for file in files:
-            for name, entry in _header(path / file).items():
-                if name in entries:
+            for name, tensor in _header(path / file).items():
+                if name in tensors:
                     raise ConfigError(
                         f"{path}: the tensor {name!r} is in two shards, "
-                        f"{entries[name].file} and {file}."
+                        f"{tensors[name].file.name} and {file}."
                     )
-                entries[name] = entry
+                tensors[name] = tensor
         if weight_map is not None:
-            _check_index(path, weight_map, entries)
-        return cls(path, config, entries)
+            _check_index(path, weight_map, tensors)
+        return cls(path, config, tensors)
 
     @property
     def names(self) -> set[str]:
         """The names of all tensors."""
-        return set(self.entries)
+        return set(self.tensors)
 
     @property
     def listing(self) -> Path:
@@ -117,36 +131,30 @@ class Folder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
-        return self._entry(name).shape
+        return self._tensor(name).shape
 
     def dtype(self, name: str) -> np.dtype:
         """The type of a tensor; bfloat16 and float8 are those of ml_dtypes."""
-        return self._entry(name).dtype
+        return self._tensor(name).dtype
 
     def file_of(self, name: str) -> Path:
         """The file that a tensor lies in."""
-        return self.path / self._entry(name).file
+        return self._tensor(name).file
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """A tensor, or the part `index` of it, as a new array in memory.
 
-        Only the pages that hold the part are read. `index` is as NumPy's: integers
-        drop an axis, missing axes are taken whole.
+        Only the pages that hold the part are read. `index` is as NumPy's: missing axes
+        are taken whole. A quantised tensor takes slices of step 1 only.
         """
-        entry = self._entry(name)
-        if 0 in entry.shape:  # an empty tensor has no bytes to map
-            return np.empty(entry.shape, entry.dtype)[index]
-        # Every read maps the file anew, so that pages do not pile up in memory.
-        file = self.path / entry.file
-        mapped = np.memmap(file, entry.dtype, "r", entry.offset, entry.shape)
-        return np.array(mapped[index])
+        return self._tensor(name).read(index)
 
-    def _entry(self, name: str) -> Entry:
-        if name not in self.entries:
+    def _tensor(self, name: str) -> Any:
+        if name not in self.tensors:
             raise ConfigError(
-                f"{self.path} has no tensor {name!r}.{nearest(name, self.entries)}"
+                f"{self.path} has no tensor {name!r}.{nearest(name, self.tensors)}"
             )
-        return self.entries[name]
+        return self.tensors[name]
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -200,7 +208,7 @@ def read_index(file: Path) -> dict[str, Any]:
     return index
 
 
-def _header(file: Path) -> dict[str, Entry]:
+def _header(file: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file."""
     try:
         with open(file, "rb") as f:
@@ -220,7 +228,7 @@ def _header(file: Path) -> dict[str, Entry]:
             f"{file} is truncated or is not a safetensors file: {text}"
         ) from None
     header.pop("__metadata__", None)
-    entries = {}
+    tensors = {}
     for name, item in header.items():
         dtype = DTYPES.get(item["dtype"])
         if dtype is None:
@@ -229,8 +237,8 @@ def _header(file: Path) -> dict[str, Entry]:
                 f"of {', '.join(DTYPES)}."
             )
         offset = 8 + size + item["data_offsets"][0]
-        entries[name] = Entry(file.name, dtype, tuple(item["shape"]), offset)
-    return entries
+        tensors[name] = Stored(file, dtype, tuple(item["shape"]), offset)
+    return tensors
 
 
 def _check_length(file: Path, start: int, header: dict[str, Any]) -> None:
@@ -257,19 +265,17 @@ def _check_length(file: Path, start: int, header: dict[str, Any]) -> None:
 
 
 def _check_index(
-    path: Path, weight_map: dict[str, str], entries: dict[str, Entry]
+    path: Path, weight_map: dict[str, str], tensors: dict[str, Stored]
 ) -> None:
     """Raise `ConfigError` if the index and the shards differ."""
     for name, file in weight_map.items():
-        if name not in entries or entries[name].file != file:
+        if name not in tensors or tensors[name].file.name != file:
             raise ConfigError(
                 f"{path / file}: has no tensor {name!r}, but {INDEX} says so."
             )
-    for name, entry in entries.items():
+    for name, tensor in tensors.items():
         if name not in weight_map:
-            raise ConfigError(
-                f"{path / entry.file}: the tensor {name!r} is not in {INDEX}."
-            )
+            raise ConfigError(f"{tensor.file}: the tensor {name!r} is not in {INDEX}.")
 
 
 def extra_files(folder: str | os.PathLike[str]) -> list[Path]:

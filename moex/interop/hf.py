@@ -210,7 +210,7 @@ def load_model(spec, mesh, wanted: list[Piece], source) -> dict:
       spec: `ModelSpec` of the model that `wanted` is of.
       mesh: where the arrays go.
       wanted: all pieces of the model.
-      source: `Folder` or `Dequantised`.
+      source: the `Folder`.
     """
     by_path: dict[str, list[Piece]] = {}
     for piece in wanted:
