@@ -1,7 +1,7 @@
-"""Config files and overrides, read by ml_collections' config flags.
+"""Config files and overrides by flags: `--config=FILE`, `--config.a.b=value`.
 
-ml_collections does the work; this file turns its many kinds of errors into one line
-that names the field, the value, what is allowed and the nearest valid name.
+Values are parsed by absl and ml_collections; each error becomes one line that names the
+field, the value, what is allowed and the nearest valid name.
 """
 
 import ast
@@ -12,11 +12,13 @@ import re
 import sys
 import types
 import typing
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any
 
 import ml_collections
 from absl import flags
-from ml_collections.config_flags import config_flags, config_path, tuple_parser
+from ml_collections.config_flags import config_path, tuple_parser
 
 from moex import project
 from moex.config.base import (
@@ -33,6 +35,7 @@ from moex.config.base import (
     walk,
 )
 
+CONFIG_MODULE = "config_config"  # the name of a config file as a module
 NONE_WORDS = ("None", "none", "null")
 
 
@@ -83,7 +86,8 @@ def fields_meant(cfg, name: str) -> str:
 
 def _load_file(arg: str):
     name = arg.removeprefix("--config=")
-    file = pathlib.Path(name.split(":", 1)[0])
+    path, *argument = name.split(":", 1)
+    file = pathlib.Path(path)
     try:
         found = file.is_file()
     except (OSError, ValueError):  # no file can have this name
@@ -96,13 +100,12 @@ def _load_file(arg: str):
     if root not in sys.path:
         sys.path.insert(0, root)
     project.use_config_file(file)
-    values = flags.FlagValues()
-    argv = ["moex", arg]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    loader = SourceFileLoader(CONFIG_MODULE, str(file))  # whatever its suffix is
+    spec: Any = spec_from_file_location(CONFIG_MODULE, file, loader=loader)
+    sys.modules[CONFIG_MODULE] = module = module_from_spec(spec)
     try:
-        values(argv)
-        cfg: Any = values["config"].value
-        getattr(cfg, "keys", None)  # raises if the file could not be read
+        loader.exec_module(module)
+        cfg: Any = module.get_config(*argument)
     except Exception as e:
         raise ConfigError(f"--config={name}: {_reason(e)}") from e
     if not isinstance(cfg, ml_collections.ConfigDict):
@@ -110,6 +113,7 @@ def _load_file(arg: str):
             f"--config={name}: get_config must return an ml_collections.ConfigDict, "
             f"not {type(cfg).__name__}."
         )
+    cfg.lock()
     _check_classes(cfg)
     return cfg
 
@@ -120,7 +124,7 @@ def _check_classes(cfg) -> None:
         cls = type(node)
         if not isinstance(node, Config) or cls.__module__.startswith("moex."):
             continue
-        if cls.__module__ == "config_config":  # the module name of a config file
+        if cls.__module__ == CONFIG_MODULE:
             raise ConfigError(
                 f"{where}: {cls.__name__} is defined in the config file; put it into a "
                 "file of its own beside it, so that the run can be opened again."
@@ -132,14 +136,8 @@ def _check_classes(cfg) -> None:
             )
 
 
-def _reason(error: BaseException) -> str:
-    """The error of a config file, without the wrapping of absl and ml_collections."""
-    wrapped: BaseException | None = error
-    while wrapped is not None and (
-        isinstance(wrapped, flags.Error) or "whilst parsing config file" in str(wrapped)
-    ):
-        wrapped = wrapped.__cause__ or wrapped.__context__
-    error = wrapped or error
+def _reason(error: Exception) -> str:
+    """The error of a config file; for an unknown field, the fields that there are."""
     unknown = UNKNOWN_ARGUMENT.match(str(error))
     if isinstance(error, TypeError) and unknown:
         owner, name = unknown.groups()
