@@ -52,7 +52,12 @@ def parse_json(text: str | bytes, where: str, *, nan: bool = False) -> Any:
     raise ConfigError(f"{where}: is not JSON: {reason}.")
 
 
-def read_json(file: str | os.PathLike, *, nan: bool = False) -> Any:
+def parse_object(text: str | bytes, where: str, *, nan: bool = False) -> dict[str, Any]:
+    """Read the text of a JSON object; `parse_json` takes any JSON."""
+    return expect_object(parse_json(text, where, nan=nan), where)
+
+
+def read_json(file: str | os.PathLike) -> Any:
     """Read the JSON in a file as Python data; see `parse_json`.
 
     Raises:
@@ -67,12 +72,12 @@ def read_json(file: str | os.PathLike, *, nan: bool = False) -> Any:
         data = file.read_bytes()
     except OSError as e:
         raise ConfigError(f"{file}: cannot be read ({e.strerror}).") from None
-    return parse_json(data, str(file), nan=nan)
+    return parse_json(data, str(file))
 
 
-def read_object(file: str | os.PathLike, *, nan: bool = False) -> dict[str, Any]:
+def read_object(file: str | os.PathLike) -> dict[str, Any]:
     """Read the JSON object in a file; `read_json` takes any JSON."""
-    return expect_object(read_json(file, nan=nan), str(file))
+    return expect_object(read_json(file), str(file))
 
 
 def read_json_lines(
@@ -93,8 +98,7 @@ def read_json_lines(
                 if not raw.endswith(b"\n"):
                     return
                 if raw.strip():
-                    where = f"{file}, line {number}"
-                    yield number, expect_object(parse_json(raw, where, nan=nan), where)
+                    yield number, parse_object(raw, f"{file}, line {number}", nan=nan)
     except OSError as e:
         raise ConfigError(f"{file}: cannot be read ({e.strerror}).") from None
 

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from moex.config.base import LARGEST, MOST, ConfigError, require, short
-from moex.json_files import expect_object, field, parse_json
+from moex.json_files import field, parse_object
 
 VERSION = 1
 MOST_DOMAINS = 10_000
@@ -60,7 +60,7 @@ class Header:
         Raises:
           ConfigError: if it is of another version, or damaged; begins with `where`.
         """
-        data = expect_object(parse_json(text, where, nan=True), where)
+        data = parse_object(text, where, nan=True)
         version = data.pop("version", None)
         if version != VERSION:
             raise ConfigError(

@@ -16,7 +16,7 @@ from moex.analysis.header import read_layer
 from moex.analysis.summary import Analysis, LayerAnalysis, Step
 from moex.config.base import ConfigError
 from moex.data.files import naming
-from moex.json_files import dump_json, expect_object, field, parse_json
+from moex.json_files import dump_json, field, parse_object
 
 ARRAYS = ("tokens_D", "tokens_P", "tokens_V", "marker_ids")
 
@@ -151,7 +151,7 @@ def load(path) -> Analysis:
         text = data.pop("about").tobytes()
     except (*UNREADABLE, KeyError) as e:
         raise ConfigError(f"{path}: not an analysis of moex ({e}).") from None
-    about = expect_object(parse_json(text, where, nan=True), where)
+    about = parse_object(text, where, nan=True)
     layers = {}
     for i, fields in enumerate(field(about, "layers", list[dict], where)):
         info = read_layer(fields, f"{where}: layer {i}")

@@ -17,7 +17,7 @@ import time
 from typing import NoReturn
 
 from moex.config.base import ConfigError
-from moex.json_files import expect_object, parse_json
+from moex.json_files import parse_object
 from moex.terminal import printable
 
 MOST_SHOWN = 1800  # the most characters of a printed line
@@ -70,7 +70,7 @@ def send(connection: socket.socket, message: dict) -> None:
 def parse(line: bytes) -> dict | None:
     """Read a message from bytes; None if they are not one."""
     try:
-        return expect_object(parse_json(line, "message", nan=True), "message")
+        return parse_object(line, "message", nan=True)
     except ConfigError:
         return None
 

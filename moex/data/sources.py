@@ -27,7 +27,7 @@ from moex.data.files import (
     one_line,
     read_text,
 )
-from moex.json_files import expect_object, parse_json
+from moex.json_files import parse_object
 
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 
@@ -259,7 +259,7 @@ class PromptResponse(FileSource):
     def _document(self, line: str, at: str, where: str) -> Document:
         # Other fields are not used, so they may have NaN, which JSON does not know.
         here = f"{where}.paths: {at}"
-        record = expect_object(parse_json(line, here, nan=True), here)
+        record = parse_object(line, here, nan=True)
         parts = []
         for field, name in (("prompt", self.prompt), ("response", self.response)):
             if name not in record:

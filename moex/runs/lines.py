@@ -13,7 +13,7 @@ import numpy as np
 
 from moex.config.base import LARGEST, ConfigError, require, short
 from moex.data.files import naming
-from moex.json_files import dump_json, expect_object, field, parse_json, read_json_lines
+from moex.json_files import dump_json, field, parse_object, read_json_lines
 
 KINDS = ("train", "eval")  # kinds of lines of numbers, in their order in a step
 # The suffix of values that name a layer: the one with the worst figure.
@@ -56,7 +56,7 @@ def trim(file: pathlib.Path, step: int) -> int:
     for line in file.read_bytes().splitlines(keepends=True):
         try:
             # Logs from before version 0.2 have NaN.
-            entry = expect_object(parse_json(line, "", nan=True), "")
+            entry = parse_object(line, "", nan=True)
             if field(entry, "step", int, "") <= step:
                 kept.append(line.rstrip(b"\n") + b"\n")
         except ConfigError:
@@ -178,7 +178,7 @@ def _head(where: str, raw: bytes) -> tuple[str, int]:
     """The kind and the step of a line, without parsing all of it."""
     end = raw.find(b'"layers"')
     text = raw[:end].rstrip().rstrip(b",") + b"}" if end > 0 else raw
-    return _kind_and_step(expect_object(parse_json(text, where), where), where)
+    return _kind_and_step(parse_object(text, where), where)
 
 
 def _read_kind(file, opened, places: dict, most: int) -> Routing:
@@ -190,7 +190,7 @@ def _read_kind(file, opened, places: dict, most: int) -> Routing:
         start, number = places[steps[i]]
         opened.seek(start)
         where = f"{file}, line {number}"
-        line = expect_object(parse_json(opened.readline(), where, nan=True), where)
+        line = parse_object(opened.readline(), where, nan=True)
         layers = field(line, "layers", dict[str, dict], where)
         read.append({k: _figures(v, f"{where}: {k}") for k, v in layers.items()})
     labels = {label for line in read for label in line}

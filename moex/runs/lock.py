@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from moex.config.base import ConfigError
 from moex.data.files import naming
-from moex.json_files import expect_object, parse_json
+from moex.json_files import parse_object
 from moex.runs.directory import RunDir
 
 BOOT = "/proc/sys/kernel/random/boot_id"  # differs with every start of a machine
@@ -260,7 +260,7 @@ def _flock(folder: int) -> bool | None:
 def _read(file: pathlib.Path) -> dict | None:
     """Read the record of a lock file: {} if it has none (yet), None without a file."""
     try:
-        return expect_object(parse_json(file.read_bytes(), file.name), file.name)
+        return parse_object(file.read_bytes(), file.name)
     except FileNotFoundError:
         return None
     except ConfigError:

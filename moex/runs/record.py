@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 
 from moex.config.base import ConfigError
 from moex.data.files import atomic_write
-from moex.json_files import digest, expect_object, field, parse_json, read_object
+from moex.json_files import digest, field, parse_object, read_object
 from moex.runs.directory import RunDir
 from moex.runs.environment import read_environment
 from moex.runs.lines import last_step
@@ -108,7 +108,7 @@ def why_unlisted(folder: pathlib.Path) -> str | None:
 def _json(file: pathlib.Path) -> dict:
     """Read a JSON object that Orbax wrote; a `ChecksumError` if it is none."""
     try:
-        return expect_object(parse_json(file.read_bytes(), file.name, nan=True), "it")
+        return parse_object(file.read_bytes(), file.name, nan=True)
     except ConfigError as e:
         raise ChecksumError(f"{file.parent.name}/{e}") from None
 
