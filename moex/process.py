@@ -17,7 +17,6 @@ from moex.cluster.connections import say
 from moex.config.base import ConfigWarning
 from moex.terminal import Terminal
 
-LONGEST = 2000  # the most characters of an error that are printed
 INTERRUPTS: list[int] = []  # the signals of Ctrl-C that were received
 
 
@@ -57,12 +56,9 @@ def leave(text: str, alone: bool) -> None:
 
 
 def fail(error, code: int) -> None:
-    """End with one line on stderr, cut if it is long, and an exit code."""
-    text = str(error)
-    if len(text) > LONGEST:  # it may quote a long text from outside
-        text = f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
-    distributed.fail(text, code)  # several processes print it only once
-    say(text)
+    """End with one line on stderr, and an exit code."""
+    distributed.fail(str(error), code)  # several processes print it only once
+    say(str(error))
     raise SystemExit(code)
 
 

@@ -39,12 +39,11 @@ def rope(of: Fields) -> tuple[dict, float]:
     share = own("partial_rotary_factor", float, null=1.0)
     if share != 1.0:
         raise own.refuse("partial_rotary_factor", share, "1.0")
-    make = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}.get(kind)
-    scaling: Any = make(own, of) if make else None
-    scores = 1.0
-    if scaling is not None:
-        all_dims = own("mscale_all_dim", float, null=0.0)
-        scores = _sharper(scaling.factor, all_dims) ** 2 if all_dims else 1.0
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}, 1.0
+    scaling: Any = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}[kind](own, of)
+    all_dims = own("mscale_all_dim", float, null=0.0)
+    scores = _sharper(scaling.factor, all_dims) ** 2 if all_dims else 1.0
     return {"rope_theta": theta, "rope_scaling": scaling}, scores
 
 

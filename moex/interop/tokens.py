@@ -29,15 +29,12 @@ def tokenizer_file(folder: pathlib.Path, given) -> pathlib.Path:
     """The `tokenizer.json` of a folder, or the one that is given."""
     file = pathlib.Path(given) if given else folder / "tokenizer.json"
     if not file.is_file():
-        hint = (
-            ""
-            if given
-            else (
-                " Give another with --tokenizer, or make it with transformers: "
-                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
-            )
+        advice = (
+            " Give another with --tokenizer, or make it with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
         )
-        raise ConfigError(f"{file}: there is no such tokenizer file.{hint}")
+        missing = f"{file}: there is no such tokenizer file."
+        raise ConfigError(missing if given else missing + advice)
     return file
 
 
@@ -113,8 +110,8 @@ def set_ends(
     settings = _fields(folder, SETTINGS)
     if begin is None and field(settings, "add_bos_token", bool | None, SETTINGS, None):
         begin = named
-    scored = begin if named is None else named
-    tokenizer.begin(begin, tokenizer.doc_id if scored is None else scored)
+    scored = (i for i in (named, begin, tokenizer.doc_id) if i is not None)
+    tokenizer.begin(begin, next(scored))
     tokenizer.stop_at(i for i in ends if 0 <= i < tokenizer.vocab_size)
 
 
