@@ -267,24 +267,22 @@ def read_model(
     return model
 
 
-def further_layers(where: str, config: Mapping[str, Any]) -> int:
-    """The number of layers after the last that predict further tokens (DeepSeek-V3)."""
-    name = "num_nextn_predict_layers"
-    of = Fields(where, config, {name: 1}, {"num_mtp_layers": name})
-    count, most = of(name, int, least=0, null=0), MOST["repeat"]
-    if count > most:
-        raise of.refuse(name, count, f"at most {most:,}")
-    return count
-
-
-def is_unused(family: Family, name: str, num_layers: int, extra: int) -> bool:
-    """Whether a tensor is on the family's list of those that moex has no use for.
+def unused_tensors(
+    family: Family, where: str, config: Mapping[str, Any], num_layers: int
+) -> re.Pattern:
+    """The pattern of the tensors that a folder may have and moex has no use for.
 
     Args:
-      name: the tensor's name.
+      family: the row of the model.
+      where: begins error messages.
+      config: the fields of `config.json`. They say how many layers after the last
+        predict further tokens (DeepSeek-V3).
       num_layers: layers of the model.
-      extra: layers after the last, for predictions of further tokens.
     """
+    name, most = "num_nextn_predict_layers", MOST["repeat"]
+    of = Fields(where, config, {name: 1}, {"num_mtp_layers": name})
+    extra = of(name, int, least=0, null=0)
+    if extra > most:
+        raise of.refuse(name, extra, f"at most {most:,}")
     after = "|".join(str(num_layers + i) for i in range(extra)) or "none"
-    patterns = (p.replace("{after_last}", f"({after})") for p in family.unused)
-    return any(re.fullmatch(p, name) for p in patterns)
+    return re.compile("|".join(family.unused).replace("{after_last}", f"({after})"))

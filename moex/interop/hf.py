@@ -21,12 +21,7 @@ from moex.data.pipeline import Data
 from moex.data.tokenizer import SavedTokenizer, TokenizerFile
 from moex.interop.arrays import load_array
 from moex.interop.dequantise import reader
-from moex.interop.families import (
-    find_family,
-    further_layers,
-    is_unused,
-    read_model,
-)
+from moex.interop.families import find_family, read_model, unused_tensors
 from moex.interop.fields import Fields
 from moex.interop.folder import CONFIG, INDEX, Folder, extra_files
 from moex.interop.names import Piece, pieces
@@ -172,11 +167,12 @@ def check_tensors(source, family, model, config) -> tuple[list[Piece], list[str]
             )
         wanted.append(piece)
     unused = sorted(names - {p.name for p in wanted})
-    extra = further_layers(str(source.path / CONFIG), config)
+    where = str(source.path / CONFIG)
+    needless = unused_tensors(family, where, config, model.num_layers())
     for name in unused:
         if model.tied_embeddings and name == HEAD:
             _check_tied(source)
-        elif not is_unused(family, name, model.num_layers(), extra):
+        elif not needless.fullmatch(name):
             raise ConfigError(
                 f"{source.file_of(name)}: tensor {name!r} is one too many: a "
                 f"{config['model_type']} of this config.json has none."
