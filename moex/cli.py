@@ -14,7 +14,7 @@ from moex import __version__, commands, process, project
 from moex.allocator import keep_memory
 from moex.cache import keep_programs
 from moex.commands.arguments import add_project
-from moex.config.base import ConfigError, nearest
+from moex.config.base import ConfigError, RunError, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -149,30 +149,15 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as e:  # for example, the disk is full
         process.fail(f"{e.filename}: {e.strerror or e}" if e.filename else e, 1)
-    except (MemoryError, RuntimeError) as e:
-        if _is_out_of_memory(e):
-            reason = str(e).partition("\n")[0][:300]
-            process.fail(
-                f"out of memory ({reason}); see `moex plan` for what a job needs", 1
-            )
-        if not _is_run_error(e):
-            raise
+    except RunError as e:
         process.fail(e, 1)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-
-
-def _is_run_error(error: Exception) -> bool:
-    from moex.analysis.equality import RunsDiffer
-    from moex.plan.rehearsal import DoesNotFit
-    from moex.runs.checkpoint import CheckpointError
-    from moex.runs.lock import LockLostError
-    from moex.train.loop import TrainingStopped
-
-    known = (CheckpointError, DoesNotFit, LockLostError, RunsDiffer, TrainingStopped)
-    return isinstance(error, known)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        reason = str(e).partition("\n")[0][:300]
+        process.fail(
+            f"out of memory ({reason}); see `moex plan` for what a job needs", 1
+        )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moex.analysis.reading import Run, read_runs
-from moex.config.base import ConfigError
+from moex.config.base import ConfigError, RunError
 from moex.runs.lines import KINDS, WHICH
 
 # Figures that depend on the machine or on the mesh: they may differ.
@@ -28,7 +28,7 @@ class Tolerance(NamedTuple):
         return f"within {self.relative:g} of the larger{absolute}"
 
 
-class RunsDiffer(RuntimeError):
+class RunsDiffer(RunError):
     """Two runs differ that were to be equal; the message names the first difference."""
 
 

@@ -58,6 +58,7 @@ class Verb(abc.ABC):
 
         Raises:
           ConfigError: for a mistake of the user: one line, exit code 2.
+          RunError: if a run cannot go on: one line, exit code 1.
         """
 
     def description(self) -> str:

@@ -48,6 +48,10 @@ class ConfigError(ValueError):
     """A user's mistake in a config or on the command line: one line, no traceback."""
 
 
+class RunError(RuntimeError):
+    """A run cannot go on: one line and exit code 1, no traceback."""
+
+
 class ConfigWarning(UserWarning):
     """A setting in a config that works but is probably not what was meant."""
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from moex.config.base import ConfigError
+from moex.config.base import ConfigError, RunError
 from moex.model.spec import model_spec
 from moex.plan.memory import batch_arguments
 from moex.plan.topology import Topology
@@ -39,7 +39,7 @@ COLLECTIVES = (
 )
 
 
-class DoesNotFit(RuntimeError):
+class DoesNotFit(RunError):
     """The compiler found that the job does not fit into the memory of a device."""
 
 

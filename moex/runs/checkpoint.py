@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from moex.config.base import ConfigError, require
+from moex.config.base import ConfigError, RunError, require
 from moex.runs.checksums import checksums
 from moex.runs.directory import Place, RunDir
 from moex.runs.record import (
@@ -38,7 +38,7 @@ ARRAY_ITEMS = ("params", "opt", "state")
 HOST_BYTES = 1 << 28  # a small `host_bytes`, for jobs that must save host memory
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint could not be written or none could be read."""
 
 

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Iterator
 
-from moex.config.base import ConfigError
+from moex.config.base import ConfigError, RunError
 from moex.data.files import naming
 from moex.json_files import parse_object
 from moex.runs.directory import RunDir
@@ -30,7 +30,7 @@ STALE_S = 60.0  # seconds of silence after which a writer elsewhere counts as de
 SETTLE_S = 2.0  # seconds for which a lock that was taken over must stay ours
 
 
-class LockLostError(RuntimeError):
+class LockLostError(RunError):
     """Another process writes this run directory now; this one must not."""
 
 

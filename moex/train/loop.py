@@ -17,7 +17,7 @@ from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
 from moex.cluster import distributed
 from moex.config import base as configs
-from moex.config.base import require_path
+from moex.config.base import RunError, require_path
 from moex.config.schedule import is_always_zero
 from moex.data.changes import changed_data, save_data
 from moex.model import accounting
@@ -44,7 +44,7 @@ from moex.train.resume import check_init_from, check_resume
 from moex.train.stop import said_where_it_stands, stands, stop_on_signals
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(RunError):
     """Training cannot go on; the message says why and what is intact."""
 
 
