@@ -13,7 +13,7 @@ import sys
 import types
 import typing
 from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import module_from_spec, spec_from_loader
 from typing import Any
 
 import ml_collections
@@ -101,7 +101,7 @@ def _load_file(arg: str):
         sys.path.insert(0, root)
     project.use_config_file(file)
     loader = SourceFileLoader(CONFIG_MODULE, str(file))  # whatever its suffix is
-    spec: Any = spec_from_file_location(CONFIG_MODULE, file, loader=loader)
+    spec: Any = spec_from_loader(CONFIG_MODULE, loader)
     sys.modules[CONFIG_MODULE] = module = module_from_spec(spec)
     try:
         loader.exec_module(module)
