@@ -26,11 +26,7 @@ from kernels_pallas import mosaic_tiles as tiles
 from kernels_pallas.activations import ACTIVATIONS
 from kernels_pallas.grouped_glu import triton
 from kernels_pallas.grouped_glu.compose import Kernels, compose
-from kernels_pallas.grouped_matmul.mosaic import (
-    check_tiling,
-    product,
-    tiling_for,
-)
+from kernels_pallas.grouped_matmul.mosaic import check_tiling, product, tiling_for
 from kernels_pallas.permute import take
 
 

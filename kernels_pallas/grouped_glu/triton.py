@@ -26,11 +26,7 @@ from jax.experimental.pallas import triton as plt
 from kernels_pallas import triton_tiles as tiles
 from kernels_pallas.activations import ACTIVATIONS, Activation
 from kernels_pallas.grouped_glu.compose import Kernels, compose
-from kernels_pallas.grouped_matmul.triton import (
-    product,
-    tiling_for,
-    weight_product,
-)
+from kernels_pallas.grouped_matmul.triton import product, tiling_for, weight_product
 
 
 def _gelu_glu(gate, up):

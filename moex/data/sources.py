@@ -19,14 +19,7 @@ import numpy as np
 from moex.config.base import ConfigError, is_unicode, nearest, require_choice
 from moex.data import parquet
 from moex.data.contract import Document, FileSource, Say, Source
-from moex.data.files import (
-    BOM,
-    File,
-    content_key,
-    decode_utf8,
-    one_line,
-    read_text,
-)
+from moex.data.files import BOM, File, content_key, decode_utf8, one_line, read_text
 from moex.json_files import parse_object
 
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")

@@ -12,12 +12,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from moex.config.base import (
-    ConfigError,
-    nearest,
-    require,
-    require_path,
-)
+from moex.config.base import ConfigError, nearest, require, require_path
 from moex.data.contract import Corpus, TokenizerConfig
 from moex.data.encoding import DOC_TOKEN, MOST_TOKENS, Tokenizer, read_model, sha256
 from moex.data.files import atomic_write, locked

@@ -11,13 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from moex.config.base import ConfigError, short
-from moex.data.encoding import (
-    DOC_TOKEN,
-    MODEL,
-    Tokenizer,
-    read_model,
-    template_begin,
-)
+from moex.data.encoding import DOC_TOKEN, MODEL, Tokenizer, read_model, template_begin
 from moex.data.token_text import BYTE_OF
 from moex.json_files import field, read_object
 

@@ -21,12 +21,7 @@ from moex.runs.open import load_run
 from tests import runs
 from tests.helpers import tiny_lm, tiny_moe
 from tests.interop import parity
-from tests.interop.folders import (
-    SAY,
-    import_fixture,
-    tensors,
-    train_on,
-)
+from tests.interop.folders import SAY, import_fixture, tensors, train_on
 
 
 def test_layers_fold_into_few_segments():

@@ -15,11 +15,7 @@ from moex.interop.writing import check_target
 from moex.runs.directory import RunDir
 from tests import runs
 from tests.interop import parity
-from tests.interop.folders import (
-    SAY,
-    changed,
-    import_fixture,
-)
+from tests.interop.folders import SAY, changed, import_fixture
 
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
 

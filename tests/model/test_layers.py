@@ -4,14 +4,7 @@ import jax
 import pytest
 
 from moex.config.base import to_dict
-from moex.model.layers import (
-    label,
-    layers,
-    routers,
-    shown,
-    site_at,
-    sites,
-)
+from moex.model.layers import label, layers, routers, shown, site_at, sites
 from moex.model.paths import flat_paths
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain

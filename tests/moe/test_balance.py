@@ -11,13 +11,7 @@ from flax import nnx
 
 from moex.config.base import ConfigError, check
 from moex.config.schedule import Schedule, value_at
-from moex.moe.balance import (
-    Controller,
-    ControlP,
-    ScheduledValue,
-    SignBias,
-    bias_rule,
-)
+from moex.moe.balance import Controller, ControlP, ScheduledValue, SignBias, bias_rule
 from moex.moe.routers.topk import TopK
 from moex.moe.routers.topp import TopP, keep_until
 from moex.train.step import router_sums, update_state

@@ -14,14 +14,7 @@ from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.runs.keys import Log
 from moex.tasks import lm
-from moex.train.log import (
-    RunLog,
-    Stopwatch,
-    clock,
-    load_lines,
-    memory_bytes,
-    step_line,
-)
+from moex.train.log import RunLog, Stopwatch, clock, load_lines, memory_bytes, step_line
 from moex.train.tensorboard import load_figure, relative_load
 from tests.helpers import TASK, tiny_lm, tiny_moe
 from tests.test_run import run_config

@@ -24,12 +24,7 @@ from moex.sharding import shard_batch
 from moex.tasks.lm import token_losses
 from moex.train.job import Training
 from moex.train.profiler import SCOPES
-from moex.train.step import (
-    SPIKE_WARMUP,
-    gradient_norms,
-    guard_update,
-    make_train_step,
-)
+from moex.train.step import SPIKE_WARMUP, gradient_norms, guard_update, make_train_step
 from tests.helpers import (
     TASK,
     XLA,
