@@ -101,7 +101,7 @@ def read_part(piece: Piece, ranges: Ranges, folder) -> np.ndarray:
             shape.append(stop - start if j == lead else size)
             rest.append(slice(None) if j == lead else slice(*wanted[at + j]))
         at += len(sizes)
-    values = folder.read(piece.name, tuple(index))
+    values = folder[piece.name].read(tuple(index))
     return values.reshape(shape)[tuple(rest)].transpose(piece.order)
 
 

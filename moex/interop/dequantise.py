@@ -42,7 +42,7 @@ Slices = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-    """A quantised tensor, read as if it were not.
+    """A quantised tensor; `read` takes slices of step 1, and gives plain numbers.
 
     Attributes:
       weight, scale: its two parts in the folder.
@@ -132,8 +132,8 @@ def _pair_fp8(folder: Folder, block: tuple[int, int]) -> dict[str, Quantised]:
     """Each float8 tensor with its scale."""
     found: dict[str, Quantised] = {}
     for name in sorted(folder.names):
-        if folder.dtype(name) == FP8:
-            shape = folder.shape(name)
+        if folder[name].dtype == FP8:
+            shape = folder[name].shape
             _require(len(shape) == 2, folder, name, f"has shape {shape}; must be 2-D")
             grid = tuple(-(-n // b) for n, b in zip(shape, block, strict=True))
             scale = _scale(folder, name, f"{name}_scale_inv", grid, SCALE_DTYPES)
@@ -146,7 +146,7 @@ def _pair_mxfp4(folder: Folder) -> dict[str, Quantised]:
     found: dict[str, Quantised] = {}
     for weight in sorted(n for n in folder.names if n.endswith("_blocks")):
         name = weight.removesuffix("_blocks")
-        shape, dtype = folder.shape(weight), folder.dtype(weight)
+        shape, dtype = folder[weight].shape, folder[weight].dtype
         ok = len(shape) == 4 and shape[-1] == GROUP // 2 and dtype == np.uint8
         text = f"is {dtype} {shape}; must be uint8 [experts, rows, groups, 16]"
         _require(ok, folder, weight, text)
@@ -161,7 +161,7 @@ def _pair_mxfp4(folder: Folder) -> dict[str, Quantised]:
 def _scale(folder: Folder, name: str, scale: str, shape: Any, dtypes: Any) -> Stored:
     """The tensor `scale` of `name`; it must have this shape and one of `dtypes`."""
     _require(scale in folder.names, folder, name, f"has no scale {scale!r}")
-    got, dtype = folder.shape(scale), folder.dtype(scale)
+    got, dtype = folder[scale].shape, folder[scale].dtype
     _require(got == shape, folder, scale, f"has shape {got}; {name!r} needs {shape}")
     allowed = " or ".join(map(str, dtypes))
     _require(dtype in dtypes, folder, scale, f"is {dtype}; must be {allowed}")

@@ -65,7 +65,10 @@ class Stored(NamedTuple):
     offset: int
 
     def read(self, index: Index = ()) -> np.ndarray:
-        """The part `index` of it, as `Folder.read`."""
+        """A new array in memory of it, or of its part `index`, which is as NumPy's.
+
+        Only the pages that hold the part are read.
+        """
         if 0 in self.shape:  # an empty tensor has no bytes to map
             return np.empty(self.shape, self.dtype)[index]
         # Every read maps the file anew, so that pages do not pile up in memory.
@@ -129,27 +132,8 @@ class Folder:
         index = self.path / INDEX
         return index if index.is_file() else self.path / SINGLE
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
-        return self._tensor(name).shape
-
-    def dtype(self, name: str) -> np.dtype:
-        """The type of a tensor; bfloat16 and float8 are those of ml_dtypes."""
-        return self._tensor(name).dtype
-
-    def file_of(self, name: str) -> Path:
-        """The file that a tensor lies in."""
-        return self._tensor(name).file
-
-    def read(self, name: str, index: Index = ()) -> np.ndarray:
-        """A tensor, or the part `index` of it, as a new array in memory.
-
-        Only the pages that hold the part are read. `index` is as NumPy's: missing axes
-        are taken whole. A quantised tensor takes slices of step 1 only.
-        """
-        return self._tensor(name).read(index)
-
-    def _tensor(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Any:
+        """A tensor by its name: it has `file`, `dtype`, `shape` and `read`."""
         if name not in self.tensors:
             raise ConfigError(
                 f"{self.path} has no tensor {name!r}.{nearest(name, self.tensors)}"

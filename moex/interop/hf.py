@@ -120,7 +120,7 @@ def import_hf(
         record = {
             "from": str(opened.path),
             "model_type": opened.config["model_type"],
-            "dtypes": {p.name: source.dtype(p.name).name for p in wanted},
+            "dtypes": {p.name: source[p.name].dtype.name for p in wanted},
             "unused": unused,
             # An export may then have the same files as the folder.
             "whole": source is opened and not unused,
@@ -153,17 +153,17 @@ def check_tensors(source, family, model, config) -> tuple[list[Piece], list[str]
                 f"{source.listing}: tensor {piece.name!r} is missing."
                 f"{nearest(piece.name, names - own)}"
             )
-        shape = tuple(source.shape(piece.name))
-        if shape != piece.shape:
+        tensor = source[piece.name]
+        where = f"{tensor.file}: tensor {piece.name!r}"
+        if tensor.shape != piece.shape:
             raise ConfigError(
-                f"{source.file_of(piece.name)}: tensor {piece.name!r} has shape "
-                f"{list(shape)}; config.json makes it {list(piece.shape)}."
+                f"{where} has shape {list(tensor.shape)}; config.json makes it "
+                f"{list(piece.shape)}."
             )
-        dtype = source.dtype(piece.name)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise ConfigError(
-                f"{source.file_of(piece.name)}: tensor {piece.name!r} is of type "
-                f"{dtype}; weights are of a floating-point type."
+                f"{where} is of type {tensor.dtype}; weights are of a floating-point "
+                "type."
             )
         wanted.append(piece)
     unused = sorted(names - {p.name for p in wanted})
@@ -174,7 +174,7 @@ def check_tensors(source, family, model, config) -> tuple[list[Piece], list[str]
             _check_tied(source)
         elif not needless.fullmatch(name):
             raise ConfigError(
-                f"{source.file_of(name)}: tensor {name!r} is one too many: a "
+                f"{source[name].file}: tensor {name!r} is one too many: a "
                 f"{config['model_type']} of this config.json has none."
             )
     return wanted, unused
@@ -185,15 +185,14 @@ def _check_tied(source) -> None:
 
     Where it is not, which of the two the model was trained with cannot be seen.
     """
-    shape = tuple(source.shape(HEAD))
-    same = shape == tuple(source.shape(EMBED))
-    for start in range(0, shape[0] if same else 0, ROWS):
+    head, embed = source[HEAD], source[EMBED]
+    same = head.shape == embed.shape
+    for start in range(0, head.shape[0] if same else 0, ROWS):
         rows = (slice(start, start + ROWS),)
-        a, b = (source.read(name, rows) for name in (HEAD, EMBED))
-        same = same and np.array_equal(a, b)
+        same = same and np.array_equal(head.read(rows), embed.read(rows))
     if not same:
         raise ConfigError(
-            f"{source.file_of(HEAD)}: tensor {HEAD!r} differs from {EMBED!r}, but "
+            f"{head.file}: tensor {HEAD!r} differs from {EMBED!r}, but "
             f"{source.path / 'config.json'} says tie_word_embeddings = true; set it to "
             "false to read both, or remove the tensor."
         )

@@ -27,7 +27,7 @@ def import_fixture(name, out, folder=None):
 
 def tensors(folder) -> dict:
     opened = Folder.open(folder)
-    return {n: opened.read(n) for n in opened.names}
+    return {n: opened[n].read() for n in opened.names}
 
 
 def same_tensors(a, b) -> None:

@@ -86,10 +86,10 @@ def refused(folder, *words):
 
 
 def check_slices(folder, name, indices):
-    whole = folder.read(name)
+    whole = folder[name].read()
     for index in indices:
         want = np.asarray(whole[index])
-        got = folder.read(name, index)
+        got = folder[name].read(index)
         assert got.shape == want.shape and got.dtype == want.dtype
         assert got.tobytes() == want.tobytes()
 
@@ -104,17 +104,17 @@ def test_fp8(tmp_path, shape, block):
     folder = reader(open_folder(tmp_path, tensors, fp8_settings(block)))
     assert folder.names == {"x.weight", "norm.weight"}
     assert folder.config == {"model_type": "tiny"}
-    assert folder.shape("x.weight") == shape
-    assert folder.dtype("x.weight") == BF16
-    assert folder.file_of("x.weight") == tmp_path / SINGLE
-    got = folder.read("x.weight")
+    assert folder["x.weight"].shape == shape
+    assert folder["x.weight"].dtype == BF16
+    assert folder["x.weight"].file == tmp_path / SINGLE
+    got = folder["x.weight"].read()
     assert got.dtype == BF16
     want = slow_fp8(tensors["x.weight"], tensors["x.weight_scale_inv"], block)
     np.testing.assert_array_equal(got, want.astype(BF16))
     # What was not quantised is as it was.
-    assert folder.shape("norm.weight") == (7,)
-    assert folder.dtype("norm.weight") == BF16
-    np.testing.assert_array_equal(folder.read("norm.weight"), tensors["norm.weight"])
+    assert folder["norm.weight"].shape == (7,)
+    assert folder["norm.weight"].dtype == BF16
+    np.testing.assert_array_equal(folder["norm.weight"].read(), tensors["norm.weight"])
 
 
 def test_fp8_slices(tmp_path):
@@ -135,7 +135,7 @@ def test_fp8_scales_of_other_types(tmp_path, scale):
     want = tensors["x.weight"].astype(np.float32)
     want[:128] *= 0.25
     want[128:] *= 2
-    np.testing.assert_array_equal(folder.read("x.weight"), want.astype(BF16))
+    np.testing.assert_array_equal(folder["x.weight"].read(), want.astype(BF16))
 
 
 def test_fp8_refuses(tmp_path):
@@ -167,10 +167,10 @@ def test_mxfp4(tmp_path, sizes):
     folder = reader(open_folder(tmp_path, tensors, {"quant_method": "mxfp4"}))
     assert folder.names == {"gate_up_proj", "gate_up_proj_bias"}
     shape = (sizes[0], sizes[2] * 32, sizes[1])
-    assert folder.shape("gate_up_proj") == shape
-    assert folder.dtype("gate_up_proj") == BF16
-    assert folder.file_of("gate_up_proj") == tmp_path / SINGLE
-    got = folder.read("gate_up_proj")
+    assert folder["gate_up_proj"].shape == shape
+    assert folder["gate_up_proj"].dtype == BF16
+    assert folder["gate_up_proj"].file == tmp_path / SINGLE
+    got = folder["gate_up_proj"].read()
     want = slow_mxfp4(tensors["gate_up_proj_blocks"], tensors["gate_up_proj_scales"])
     assert got.dtype == BF16
     # bfloat16 holds the numbers exactly.
@@ -182,7 +182,7 @@ def test_mxfp4_extreme_scales(tmp_path):
     tensors["gate_up_proj_blocks"][:] = 0x21  # 0.5 and 1.0
     tensors["gate_up_proj_scales"][0, :, 0] = [0, 254, 255]
     folder = reader(open_folder(tmp_path, tensors, {"quant_method": "mxfp4"}))
-    got = folder.read("gate_up_proj")[0].astype(np.float64)
+    got = folder["gate_up_proj"].read()[0].astype(np.float64)
     np.testing.assert_array_equal(got[:2, 0], [2.0**-128, 2.0**-127])
     np.testing.assert_array_equal(got[:2, 1], [2.0**126, 2.0**127])
     assert np.isnan(got[:, 2]).all()  # the format's NaN
@@ -231,8 +231,8 @@ def test_a_slice_reads_only_its_blocks(tmp_path):
     mxfp4 = reader(open_folder(tmp_path / "m", tensors, {"quant_method": "mxfp4"}))
     tracemalloc.start()
     try:
-        assert fp8.read("w", (slice(7, 9),)).shape == (2, 4096)
-        assert mxfp4.read("w", (slice(3, 4), slice(7, 9))).shape == (1, 2, 1024)
+        assert fp8["w"].read((slice(7, 9),)).shape == (2, 4096)
+        assert mxfp4["w"].read((slice(3, 4), slice(7, 9))).shape == (1, 2, 1024)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -264,7 +264,7 @@ def test_fp8_as_transformers(tmp_path):
     out = integration.Fp8Dequantize(None).convert(inputs)["weight"]
     assert out.dtype == torch.float32
     rounded = out.to(torch.bfloat16).view(torch.int16).numpy()
-    np.testing.assert_array_equal(reader(folder).read("x.weight").view("i2"), rounded)
+    np.testing.assert_array_equal(reader(folder)["x.weight"].read().view("i2"), rounded)
 
 
 @pytest.mark.hf
@@ -281,5 +281,5 @@ def test_mxfp4_as_transformers(tmp_path):
         torch.from_numpy(tensors["gate_up_proj_blocks"]),
         torch.from_numpy(tensors["gate_up_proj_scales"]),
     )
-    got = folder.read("gate_up_proj")
+    got = folder["gate_up_proj"].read()
     np.testing.assert_array_equal(got.view("i2"), want.view(torch.int16).numpy())

@@ -17,7 +17,7 @@ from moex.interop.arrays import load_array, tensor_of
 from moex.interop.dequantise import reader
 from moex.interop.export import export_hf
 from moex.interop.families import read_model
-from moex.interop.folder import INDEX, SINGLE, Folder
+from moex.interop.folder import INDEX, SINGLE, Folder, Stored
 from moex.interop.hf import import_hf
 from moex.interop.names import Piece
 from moex.model.decode import generate
@@ -93,7 +93,7 @@ def test_the_shards_of_a_folder_come_back(tmp_path):
     got = json.loads((tmp_path / "other" / INDEX).read_text())
     assert got["weight_map"] == index["weight_map"] and other["dtype"] == "float16"
     opened = Folder.open(tmp_path / "other")
-    kinds = {n: opened.dtype(n) for n in opened.names}
+    kinds = {n: opened[n].dtype for n in opened.names}
     assert {n for n, kind in kinds.items() if kind != np.float16} == {
         n for n in values if "bias" in n
     }
@@ -159,8 +159,8 @@ def test_one_part_at_a_time_is_on_the_host(monkeypatch):
     sharding = NamedSharding(mesh_of(8, fsdp=4, tensor=2), PartitionSpec("fsdp"))
     whole, events = np.arange(24.0, dtype=np.float32).reshape(shape), []
 
-    class Folder:
-        def read(self, name, index):
+    class Tensor:
+        def read(self, index):
             events.append("read")
             return whole[index]
 
@@ -168,7 +168,7 @@ def test_one_part_at_a_time_is_on_the_host(monkeypatch):
     monkeypatch.setattr(
         jax, "device_put", lambda *args: events.append("put") or put(*args)
     )
-    made = load_array(shape, np.float32, sharding, [piece], Folder())
+    made = load_array(shape, np.float32, sharding, [piece], {"w": Tensor()})
     np.testing.assert_array_equal(made, whole)
     assert events == ["read", "put", "put"] * 4  # of two copies each
 
@@ -223,15 +223,15 @@ def test_a_shard_asks_for_its_own_slices_only():
     """No read is larger than the largest part of one array on one device."""
     mesh = mesh_of(8, fsdp=2, expert=2, tensor=2)
     read: list[int] = []
-    original = Folder.read
+    original = Stored.read
 
-    def watched(self, name, index=None):
-        value = original(self, name, index)
+    def watched(self, index=()):
+        value = original(self, index)
         read.append(value.nbytes)
         return value
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Folder, "read", watched)
+        patch.setattr(Stored, "read", watched)
         _, _, arrays, _ = parity.load("gpt_oss", mesh)
     leaves = jax.tree.leaves(arrays)
     largest = max(a.addressable_shards[0].data.nbytes for a in leaves)
@@ -262,8 +262,8 @@ def test_fp8_is_read_by_its_blocks_and_leaves_as_bfloat16(tmp_path):
     source = reader(opened)
     assert got.keys() == source.names
     for name, value in got.items():
-        assert value.dtype == source.dtype(name)
-        assert value.tobytes() == source.read(name).tobytes(), name
+        assert value.dtype == source[name].dtype
+        assert value.tobytes() == source[name].read().tobytes(), name
     name = "model.layers.1.mlp.experts.0.up_proj.weight"
     original = tensors(parity.FIXTURES / "deepseek_v3")[name]
     error = np.abs(got[name].astype(np.float32) - original).max()
