@@ -32,12 +32,10 @@ def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -
     slots. A trace has what the router chose, before that.
 
     Args:
-      place: run directory, trained or imported.
       cfg: run config, as `run_with_data` takes it; every held-out token is traced once,
         whatever `cfg.eval.overlap` says.
       out: the file; must not exist.
       tokens: the most tokens to trace, from sequences of all sources; None: all.
-      step: step of the checkpoint; None: the newest.
       logits: record the logits of all experts, not of the chosen ones only.
 
     Returns:

@@ -25,23 +25,18 @@ def summary(material: Material) -> list[str]:
         step, line = held[-1]
         known = [f for f in others if math.isfinite(line.get(f.name, math.nan))]
         told = (f"{line[f.name]:.4f} {f.unit}" for f in (score, *known))
-        text = f"held out at step {step:,}: {', '.join(told)}"
-        parts.append(
-            text + (f" ({line['tokens']:,} tokens)" if "tokens" in line else "")
-        )
+        tokens = f" ({line['tokens']:,} tokens)" if "tokens" in line else ""
+        parts.append(f"held out at step {step:,}: {', '.join(told)}{tokens}")
     else:
         parts.append("nothing was scored on held-out data")
-    size = []
-    if material.cost is not None:
-        size = [
-            f"{scaled(material.cost.num_params)} parameters, "
-            f"{scaled(material.cost.num_active)} active per token"
-        ]
-    size += [
+    size = [
         f"{cfg.model.num_layers()} layers of width {cfg.model.dim}",
         f"seed {cfg.seed}",
+        f"batches of {cfg.batch_size:,} x {cfg.seq_len:,} tokens",
     ]
-    size.append(f"batches of {cfg.batch_size:,} x {cfg.seq_len:,} tokens")
+    if material.cost is not None:
+        count, active = material.cost.num_params, material.cost.num_active
+        size.insert(0, f"{scaled(count)} parameters, {scaled(active)} active per token")
     return ["; ".join(parts) + ".", "; ".join(size) + "."]
 
 

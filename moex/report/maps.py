@@ -104,15 +104,17 @@ def sliding(
     bar = {"lenmode": "pixels", "len": BAR} | colours["colorbar"]
     figure = Figure()
     for i, one in enumerate(maps):
-        value = "%{z:.3g}" if one.about_RC is None else "%{customdata:.3g}"
-        about = {} if one.about_RC is None else {"customdata": _small(one.about_RC)}
+        value, about = "%{z:.3g}", {}
+        if one.about_RC is not None:
+            value, about = "%{customdata:.3g}", {"customdata": _small(one.about_RC)}
+        space = gap if one.z_RC.shape[1] <= NARROW else 0
         figure.add_heatmap(
             z=_small(one.z_RC),
             x=one.columns,
             y=one.rows,
             visible=i == active,
-            xgap=gap if one.z_RC.shape[1] <= NARROW else 0,
-            ygap=gap if one.z_RC.shape[1] <= NARROW else 0,
+            xgap=space,
+            ygap=space,
             hovertemplate=told.format(row="%{y}", column="%{x}", value=value)
             + "<extra></extra>",
             **about,
@@ -123,15 +125,11 @@ def sliding(
     wide = max(one.z_RC.shape[1] for one in maps)
     room = 190 if len(maps) > 1 else 120
     style(figure, height=room + _height(tall, square), title=title)
-    rows, columns = (
-        _axis(title, labels, count)
-        for title, labels, count in zip(
-            axes, (maps[0].rows, maps[0].columns), (tall, wide), strict=True
-        )
-    )
     if square:
         figure.update_layout(width=room + 160 + _height(tall, square))
+    rows = _axis(axes[0], maps[0].rows, tall)
     figure.update_yaxes(autorange="reversed", automargin=True, **rows)
+    columns = _axis(axes[1], maps[0].columns, wide)
     figure.update_xaxes(automargin=True, **columns)
     return figure
 
@@ -182,23 +180,14 @@ def _every(count: int, most: int = 32) -> int:
 
 
 def _slide(figure, prefix: str, names: list[str], active: int) -> None:
-    count = len(names)
+    shown = np.eye(len(names), dtype=bool).tolist()
     steps = [
-        {
-            "label": name,
-            "method": "restyle",
-            "args": [{"visible": [j == i for j in range(count)]}],
-        }
-        for i, name in enumerate(names)
+        {"label": name, "method": "restyle", "args": [{"visible": visible}]}
+        for name, visible in zip(names, shown, strict=True)
     ]
-    slider = {
-        "active": active,
-        "currentvalue": {"prefix": prefix},
-        "pad": {"t": 55, "b": 5},
-        "steps": steps,
-    }
-    if count > 1:
-        figure.update_layout(sliders=[slider])
+    look = {"currentvalue": {"prefix": prefix}, "pad": {"t": 55, "b": 5}}
+    if len(names) > 1:
+        figure.update_layout(sliders=[{"active": active} | look | {"steps": steps}])
 
 
 def affordable(items: Sequence[Any], numbers: int, budget: int) -> list[Any]:

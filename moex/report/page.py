@@ -19,6 +19,7 @@ from moex.terminal import printable
 
 POLICY = "<!-- policy -->"  # stands in the template before all other texts
 MARGIN = {"l": 70, "r": 30, "t": 60, "b": 50}
+TITLE = {"x": 0, "y": 0.98, "yanchor": "top", "font": {"size": 14}}
 WHITE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}  # how tokens show them
 
 
@@ -115,13 +116,7 @@ def style(figure, *, height: int, title: str = "") -> Any:
         template="plotly_white",
         height=height,
         margin=MARGIN,
-        title={
-            "text": title,
-            "x": 0,
-            "y": 0.98,
-            "yanchor": "top",
-            "font": {"size": 14},
-        },
+        title={"text": title} | TITLE,
         font={"size": 12},
         hovermode="closest",
     )

@@ -244,7 +244,6 @@ class Checkpointer:
         Args:
           abstract: train state of `ShapeDtypeStruct`s with shardings; only the parts
             in `items` are read.
-          items: which of `ARRAY_ITEMS`.
           warn: called with one line per damaged step.
           step: this one and no other; None: the newest.
           check: called as `check(step, meta)` before arrays are read; raises

@@ -44,8 +44,6 @@ def evaluate(program: Evaluated, state: dict, step, limit: int | None) -> dict:
     mean over nothing is NaN.
 
     Args:
-      program: has the held-out data to score.
-      state: {"params", "state"}.
       step: the result of `eval_step`.
       limit: sequences to score; None: all.
 
@@ -92,7 +90,6 @@ def score_run(place: Place, cfg, *, sequences=None) -> dict:
     """Score a run on the held-out data of `cfg`, as its task does.
 
     Args:
-      place: run directory.
       cfg: as `run_with_data` takes it.
       sequences: score at most this many held-out sequences; None: all.
 
@@ -127,10 +124,8 @@ def run_with_data(place: Place, cfg, *, step=None) -> tuple[LoadedRun, Evaluated
     says, so that it means what the model learned.
 
     Args:
-      place: run directory.
       cfg: run config whose data, seq_len, eval, precision and mesh are used; its model,
         task and eval.batch_size are filled in.
-      step: the step of the checkpoint; None: the newest.
 
     Raises:
       ConfigError: for a bad run directory or bad data.

@@ -57,10 +57,6 @@ class Sweep:
 def make_sweep(texts: Sequence[str], config_args: list[str]) -> Sweep:
     """Read the arguments of a sweep and check the config of every point.
 
-    Args:
-      texts: FIELD=V1,V2 each.
-      config_args: `--config...` arguments that all points share.
-
     Raises:
       ConfigError: for a mistake in the grid, or in the config of any point.
     """
@@ -290,10 +286,6 @@ class Runner:
 
     def run(self, points: Sequence[Point], train_args: list[str]) -> dict[str, int]:
         """Train points that are not finished, until all are or a signal comes.
-
-        Args:
-          points: the points of the sweep.
-          train_args: arguments of `moex train` that all points share.
 
         Returns:
           `{name: exit code}` of those that failed.

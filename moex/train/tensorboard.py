@@ -159,9 +159,7 @@ class Board:
         """Write series and histograms of MoE layers, and the heat map if `image`.
 
         Args:
-          step: optimizer step.
           rows: the result of `layers.by_layer`, which must not be empty.
-          image: whether to draw the heat map too.
         """
         for name, share in slot_shares(rows).items():
             self.writer.add_scalar(f"moe/slots_share/{name}", share, step)
