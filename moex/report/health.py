@@ -74,13 +74,10 @@ def _training(material: Material, checked, unchecked) -> Iterator[Finding]:
     else:
         checked += ["NaN and infinities", "skipped updates", "loss spikes"]
         checked.append("divergence")
+        norm = material.series("train", "grad_norm")
         yield from _found(
-            *(
-                health_checks.not_finite(
-                    f"training {name}", *material.series("train", name)
-                )
-                for name in (score, "grad_norm")
-            ),
+            health_checks.not_finite(f"training {score}", step_S, loss_S),
+            health_checks.not_finite("training grad_norm", *norm),
             health_checks.divergence(step_S, loss_S),
             health_checks.spikes(step_S, loss_S),
             health_checks.skipped_updates(*material.series("train", "skipped")),

@@ -36,7 +36,6 @@ def sections(material: Material) -> list[Section]:
         + _thinned(routing)
         + "."
     )
-    rows = list(routing.layers)
     load = [
         Plot(
             load_maps(routing),
@@ -66,8 +65,8 @@ def sections(material: Material) -> list[Section]:
         Section(
             "Layers",
             figures,
-            f"One curve for each of {len(rows)} layers and rounds, coloured from the "
-            "first (dark) to the last (light).",
+            f"One curve for each of {len(routing.layers)} layers and rounds, coloured "
+            "from the first (dark) to the last (light).",
         ),
     ]
 

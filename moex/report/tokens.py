@@ -54,9 +54,6 @@ def _row(found: Analysis, layer: LayerAnalysis, expert: int) -> tuple[str, ...]:
         if i >= 0
     ]
     number = "–" if np.isnan(special) else f"{special:.3f}"
-    if expert >= layer.info.num_experts:
-        name = f"{expert} (zero)"
-    else:
-        name = str(expert)
+    zero = " (zero)" if expert >= layer.info.num_experts else ""
     words = " · ".join(shown_tokens[:MOST_TOKENS]) or "–"
-    return name, f"{load:.2f}", number, words
+    return f"{expert}{zero}", f"{load:.2f}", number, words
