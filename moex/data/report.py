@@ -12,6 +12,7 @@ import numpy as np
 
 from moex.config.base import ConfigError, require
 from moex.data.pipeline import Prepared
+from moex.terminal import aligned
 
 COMPRESSORS = {
     "gzip": lambda data: gzip.compress(data, 9),
@@ -76,45 +77,30 @@ def inspect(prepared: Prepared, *, example: int = 0, tokens: int = 64) -> str:
             counts = (c["documents"], c["bytes"], c["tokens"], len(data))
             rate = f"{c['bytes'] / c['tokens']:.3f}" if c["tokens"] else "-"
             rows.append((name, split, *(f"{n:,}" for n in counts), rate))
-    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
-    lines = ["  ".join(_cells(row, widths)) for row in rows]
-    lines += ["", f"tokenizer: {prepared.tokenizer.vocab_size} tokens, "]
-    lines[-1] += f"fingerprint {prepared.tokenizer.fingerprint[:12]}"
+    tokenizer = prepared.tokenizer
+    about = f"{tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint[:12]}"
+    lines = [aligned(rows, left=(0, 1)), "", f"tokenizer: {about}"]
     for name, data in zip(prepared.domains, prepared.train, strict=True):
         if len(data) > 0:  # a source may be only scored
             lines += ["", *_example(prepared, name, data, example % len(data), tokens)]
     return "\n".join(lines)
 
 
-def _cells(row: tuple[str, ...], widths: list[int]) -> list[str]:
-    """Align the cells of a row: names to the left, numbers to the right."""
-    pad = [str.ljust, str.ljust] + [str.rjust] * (len(row) - 2)
-    return [f(cell, width) for f, cell, width in zip(pad, row, widths, strict=True)]
-
-
 def _example(prepared: Prepared, name: str, data, index: int, tokens: int) -> list[str]:
     """Show one sequence as a table, one token a line."""
     shown, tokenizer = data[index], prepared.tokenizer
-    pieces = tokenizer.pieces()
+    texts = [repr(piece) for piece in tokenizer.pieces()]
+    texts[tokenizer.doc_id] = "<doc>"
     learned = int(shown["loss_mask"].sum())
     padding = int(np.sum(shown["segment"] == 0))
-    lines = [
+    head = ("segment", "position", "learn", "bytes", "token -> target")
+    rows: list[tuple[str, ...]] = [head]
+    for i in range(min(tokens, prepared.seq_len)):
+        names = ("segment", "position", "loss_mask", "num_bytes")
+        token, target = (texts[shown[name][i]] for name in ("tokens", "targets"))
+        rows.append((*(f"{shown[n][i]:.0f}" for n in names), f"{token} -> {target}"))
+    return [
         f"{name}, training sequence {index}: {shown['segment'].max()} segments, "
         f"{learned} targets learned, {padding} positions of padding",
-        "segment  position  learn  bytes  token -> target",
+        aligned(rows, left=(4,)),
     ]
-    for i in range(min(tokens, prepared.seq_len)):
-        token, target = (_spell(tokenizer, pieces, shown[k][i]) for k in _SHOWN)
-        lines.append(
-            f"{shown['segment'][i]:7}  {shown['position'][i]:8}  "
-            f"{shown['loss_mask'][i]:5.0f}  {shown['num_bytes'][i]:5}  "
-            f"{token} -> {target}"
-        )
-    return lines
-
-
-_SHOWN = ("tokens", "targets")
-
-
-def _spell(tokenizer, pieces: list[str], token: np.integer) -> str:
-    return "<doc>" if token == tokenizer.doc_id else repr(pieces[token])
