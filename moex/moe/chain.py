@@ -13,7 +13,7 @@ from flax import nnx
 from moex.config.base import require
 from moex.moe.contract import Router, RouterConfig
 from moex.moe.layer import MoE, SparseLayer, check_capacity, check_router, loss_weights
-from moex.nn.context import fold_key
+from moex.nn.context import Context, fold_key
 from moex.nn.contract import FeedForwardConfig
 
 ROUTERS = ("independent", "shared")
@@ -124,7 +124,8 @@ class ChainLayer(SparseLayer):
         self.loss_weights = tuple(map(loss_weights, cfg.rounds()))
         super().__init__(cfg.moe, dim, rngs)
 
-    def __call__(self, x_BLD, ctx):
+    def __call__(self, x_BLD, ctx=None):
+        ctx = Context.of(x_BLD) if ctx is None else ctx
         z_BLD, sum_BLD, rounds = x_BLD, None, []
         for t in range(self.iterations):
             router = self.router if self.routers is None else self.routers[t]

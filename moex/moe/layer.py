@@ -18,6 +18,7 @@ from moex.moe.contract import ExpertsConfig, RouterConfig
 from moex.moe.experts.zero import Zero
 from moex.moe.parallel import Rows, run_experts
 from moex.moe.routing import ExpertRouting
+from moex.nn.context import Context
 from moex.nn.contract import FeedForward, FeedForwardConfig
 from moex.nn.param import param
 from moex.sharding import constrain
@@ -306,7 +307,8 @@ class MoELayer(SparseLayer):
         self.loss_weights = loss_weights(cfg.router)
         super().__init__(cfg, dim, rngs)
 
-    def __call__(self, x_BLD, ctx):
+    def __call__(self, x_BLD, ctx=None):
+        ctx = Context.of(x_BLD) if ctx is None else ctx
         y_BLD, aux = self.mix(x_BLD, self.router, self.loss_weights, ctx)
         if self.shared is not None:
             y_BLD = y_BLD + self.shared_output(x_BLD, ctx)

@@ -6,6 +6,7 @@ B batch · L length · D model width · Z latent width
 import dataclasses
 
 from moex.config.base import require
+from moex.nn.context import Context
 from moex.nn.contract import FeedForward, FeedForwardConfig
 from moex.nn.param import param
 
@@ -69,7 +70,8 @@ class NarrowLayer(FeedForward):
             rngs, (Z, dim), ("latent", "embed"), fan_in=Z, matrix=((0,), (1,))
         )
 
-    def __call__(self, x_BLD, ctx):
+    def __call__(self, x_BLD, ctx=None):
+        ctx = Context.of(x_BLD) if ctx is None else ctx
         dtype = x_BLD.dtype
         if ctx.forced is not None:
             ctx = dataclasses.replace(ctx, forced=ctx.forced.get("inner"))

@@ -6,6 +6,7 @@ B batch · L length of the queries · S length of the keys in a decoding cache
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,19 @@ class Context:
     whole_stack: bool = dataclasses.field(default=False, metadata={"static": True})
     tensor_share: float = dataclasses.field(default=1.0, metadata={"static": True})
     compute: Compute = dataclasses.field(default=Compute(), metadata={"static": True})
+
+    @classmethod
+    def of(cls, x_BLD: jax.Array, **fields) -> "Context":
+        """Make the context of a batch in which each row is one whole document.
+
+        Args:
+          x_BLD: input of a layer; only its shape counts.
+          fields: the other fields, such as `mode` or `token_BL`.
+        """
+        B, L = x_BLD.shape[:2]
+        position_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None], (B, L))
+        fields = {"mode": "eval", "position_BL": position_BL} | fields
+        return cls(**{"segment_BL": jnp.ones((B, L), jnp.int32)} | fields)
 
     @property
     def valid_BL(self) -> jax.Array:

@@ -8,6 +8,7 @@ import dataclasses
 import jax
 
 from moex.config.base import require
+from moex.nn.context import Context
 from moex.nn.contract import FeedForward, FeedForwardConfig
 from moex.nn.param import param, project
 
@@ -46,7 +47,8 @@ class DenseLayer(FeedForward):
             rngs, (F, dim), ("mlp", "embed"), fan_in=F, matrix=((0,), (1,))
         )
 
-    def __call__(self, x_BLD, ctx):
+    def __call__(self, x_BLD, ctx=None):
+        ctx = Context.of(x_BLD) if ctx is None else ctx
         h_BL2F = project(x_BLD, self.w_in_D2F, ctx)
         h_BLF = jax.nn.silu(h_BL2F[..., 0, :]) * h_BL2F[..., 1, :]
         return project(h_BLF, self.w_out_FD, ctx), {}

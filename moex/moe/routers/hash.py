@@ -9,7 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from moex.config.base import ABSENT, require
+from moex.config.base import ABSENT, ConfigError, require
 from moex.moe.contract import FixedK, Router
 from moex.moe.routing import Routing, replayed, top_k
 
@@ -49,6 +49,10 @@ class HashRouter(Router):
 
     def __call__(self, x_TD, ctx) -> Routing:
         T, E, k = x_TD.shape[0], self.num_experts, self.k
+        if ctx.token_BL is None:
+            raise ConfigError(
+                "Hash: chooses by token id, and the batch has none (Context.token_BL)."
+            )
         token_T = ctx.token_BL.reshape(-1)
         if self.by_layer:
             depth = 0 if ctx.depth is None else ctx.depth
