@@ -12,7 +12,7 @@ __version__ = "0.3.0"
 PUBLIC = {
     "moex.allocator": "keep_memory",
     "moex.cache": "keep_programs",
-    "moex.config.base": "Config ConfigError",
+    "moex.config.base": "Config ConfigError check",
     "moex.config.schedule": "Schedule",
     "moex.data.contract": "Document FileSource Source TokenizerConfig",
     "moex.data.pipeline": "Data",
