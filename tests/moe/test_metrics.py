@@ -10,9 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moex.moe.metrics import layer_metrics, loads, routing_stats
+from moex.moe import metrics
 from moex.moe.routing import ExpertRouting, Routing
 from tests.tolerances import assert_close
+
+# Compiled: one by one the operations of a single call are 60 programs.
+loads = jax.jit(metrics.loads, static_argnums=(1, 2))
+routing_stats = jax.jit(metrics.routing_stats, static_argnums=6)
+layer_metrics = jax.jit(metrics.layer_metrics)
 
 
 def example():
