@@ -86,22 +86,18 @@ class Datasets:
 
     Every example has "segment", "position" (int32[L]), "loss_mask" (float32[L]),
     "domain" and "example_id" (int32), and the fields that its task adds.
-
-    Attributes:
-      config: the config that it was made from.
-      train: per domain, sequences to train on.
-      eval: per domain, sequences that score each held-out target once.
-      weights: per domain, its share of the training mixture; 0: it is only scored.
-      domains: the names of domains; `domain` in a batch is an index into them.
-      manifest: per domain, {"sha256", "files": [name, bytes, sha256], ...} of the
-        files that were read; plain data.
     """
 
-    config: Reading
-    train: Sequence[Dataset]
+    config: Reading  # the config that it was made from
+    train: Sequence[Dataset]  # per domain, sequences to train on
+    # Per domain, sequences that score each held-out target once.
     eval: Sequence[Dataset]
+    # Per domain, its share of the training mixture; 0: it is only scored.
     weights: tuple[float, ...]
+    # The names of domains; `domain` in a batch is an index into them.
     domains: tuple[str, ...]
+    # Per domain, {"sha256", "files": [name, bytes, sha256], ...} of the files that were
+    # read; plain data.
     manifest: dict[str, Any]
 
     @property

@@ -45,18 +45,13 @@ class Data(Reading):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Prepared(Datasets):
-    """Text that is ready to be read: one packed dataset per source and split.
-
-    Attributes:
-      seq_len: L, inputs per sequence.
-      tokenizer: the runtime tokenizer.
-    """
+    """Text that is ready to be read: one packed dataset per source and split."""
 
     config: Data
     train: list[Windows | Rows]
     eval: list[Windows | Rows]
-    seq_len: int
-    tokenizer: Tokenizer
+    seq_len: int  # L, inputs per sequence
+    tokenizer: Tokenizer  # the runtime tokenizer
 
 
 def prepare(

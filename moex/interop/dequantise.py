@@ -42,16 +42,12 @@ Slices = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-    """A quantised tensor; `read` takes slices of step 1, and gives plain numbers.
+    """A quantised tensor; `read` takes slices of step 1, and gives plain numbers."""
 
-    Attributes:
-      weight, scale: its two parts in the folder.
-      shape: its shape when read.
-    """
-
+    # weight, scale: its two parts in the folder.
     weight: Stored
     scale: Stored
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # its shape when read
     dtype: ClassVar[np.dtype] = BFLOAT16
 
     @property

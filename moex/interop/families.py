@@ -153,20 +153,15 @@ def qwen3(of: Fields) -> list[Layer]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-      architecture: its class in transformers.
-      layers: from the fields of `config.json` to (attention, feed-forward) per layer.
-      experts: the field with the number of experts; empty: all layers are dense.
-      names: the names of its tensors.
-      unused: patterns of tensors that a checkpoint may carry and moex has no use for.
-    """
-
-    architecture: str
+    architecture: str  # its class in transformers
+    # From the fields of `config.json` to (attention, feed-forward) per layer.
     layers: Callable[[Fields], list[Layer]]
+    # The field with the number of experts; empty: all layers are dense.
     experts: str = ""
-    names: Names = Names()
+    names: Names = Names()  # the names of its tensors
+    # Patterns of tensors that a checkpoint may carry and moex has no use for.
     unused: tuple[str, ...] = ()
 
 

@@ -78,16 +78,11 @@ class Stored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Folder:
-    """A checkpoint folder that was found whole; make one with `Folder.open`.
+    """A checkpoint folder that was found whole; make one with `Folder.open`."""
 
-    Attributes:
-      path: the folder.
-      config: the fields of its config.json.
-      tensors: each tensor by its name: `Stored`, or one of `dequantise.py`.
-    """
-
-    path: Path
-    config: dict[str, Any]
+    path: Path  # the folder
+    config: dict[str, Any]  # the fields of its config.json
+    # Each tensor by its name: `Stored`, or one of `dequantise.py`.
     tensors: dict[str, Any]
 
     @classmethod

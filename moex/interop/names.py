@@ -28,21 +28,15 @@ class Piece:
     """One tensor of a folder as a slice of one of our arrays.
 
     ours[index] == theirs.reshape(split).transpose(order) * factor
-
-    Attributes:
-      name: the name of the tensor in the folder.
-      path: path of our parameter, or router state, as `flat_paths` has it.
-      index: into our array, one entry for each dim of it.
-      joined: for each dim of the tensor, the sizes of our dims that it joins.
-      order: axes of `split` as ours has them.
-      factor: factor on the numbers of the folder; 1 for every imported tensor.
     """
 
-    name: str
-    path: str
-    index: tuple[int | slice, ...]
+    name: str  # the name of the tensor in the folder
+    path: str  # path of our parameter, or router state, as `flat_paths` has it
+    index: tuple[int | slice, ...]  # into our array, one entry for each dim of it
+    # For each dim of the tensor, the sizes of our dims that it joins.
     joined: tuple[tuple[int, ...], ...]
-    order: tuple[int, ...]
+    order: tuple[int, ...]  # axes of `split` as ours has them
+    # Factor on the numbers of the folder; 1 for every imported tensor.
     factor: float = 1.0
 
     @property
@@ -58,31 +52,23 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Names:
-    """Names of a family inside of a layer, where they differ.
+    """Names of a family inside of a layer, where they differ."""
 
-    Attributes:
-      sparse: the name of the feed-forward in sparse layers.
-      router: the name of the router in it.
-      experts: gate, up and down of one expert; None: all experts in three tensors
-        with gate and up mixed (GPT-OSS).
-    """
-
-    sparse: str = "mlp"
-    router: str = "gate"
+    sparse: str = "mlp"  # the name of the feed-forward in sparse layers
+    router: str = "gate"  # the name of the router in it
+    # Gate, up and down of one expert; None: all experts in three tensors with gate and
+    # up mixed (GPT-OSS).
     experts: tuple[str, str, str] | None = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Makes the pieces below a name in the folder and a path of ours.
+    """Makes the pieces below a name in the folder and a path of ours."""
 
-    Attributes:
-      theirs, ours: begin the names and the paths.
-      copy: the number of the copy, for a stacked layer; empty for any other array.
-    """
-
+    # theirs, ours: begin the names and the paths.
     theirs: str
     ours: str
+    # The number of the copy, for a stacked layer; empty for any other array.
     copy: tuple[int, ...] = ()
 
     def piece(
