@@ -10,15 +10,7 @@ import numpy as np
 
 from moex.analysis import statistics as stats
 from moex.analysis.summary import Analysis, LayerAnalysis, Step
-from moex.report import maps
-from moex.report.by_layer import (
-    COLOURS_END,
-    curves,
-    layer_maps,
-    over_layers,
-    slider,
-    with_domains,
-)
+from moex.report import by_layer, maps
 from moex.report.page import Note, Plot, Section, layer_name
 
 
@@ -34,7 +26,7 @@ def coactivation(found: Analysis) -> Section:
         np.fill_diagonal(share_EE, np.nan)  # always 1
         return share_EE
 
-    plot, left = layer_maps(
+    plot, left = by_layer.layer_maps(
         found,
         given,
         maps.share("share of<br>tokens"),
@@ -45,7 +37,7 @@ def coactivation(found: Analysis) -> Section:
     )
     about = (
         "P(column | row) over tokens (OLMoE); the diagonal, always 1, is left out. "
-        f"{COLOURS_END}"
+        f"{by_layer.COLOURS_END}"
     )
     return Section(title, [plot], about + left)
 
@@ -63,7 +55,7 @@ def _transitions(
 ) -> tuple[Plot, str]:
     """The plot of P(column | row) between routers, and what is left out."""
     shares = [stats.affinity(count(step)) for step in steps]
-    return slider(
+    return by_layer.slider(
         [maps.Map(*pair) for pair in zip(_places(steps), shares, strict=True)],
         maps.share("share"),
         title=title,
@@ -84,7 +76,7 @@ def affinity(found: Analysis) -> Section:
         steps, "Expert of the next layer, given that of this one", lambda s: s.top_AB
     )
     known = [stats.predictability(step.top_AB) for step in steps]
-    guessed = curves(
+    guessed = by_layer.curves(
         _places(steps),
         {
             "given the expert before": [k["given"] for k in known],
@@ -96,7 +88,9 @@ def affinity(found: Analysis) -> Section:
     )
     about = (
         "P(column | row) over tokens, by their experts of greatest gate (the ExFlow "
-        "statistic). Guesses are the most frequent expert. " + COLOURS_END + left
+        "statistic). Guesses are the most frequent expert. "
+        + by_layer.COLOURS_END
+        + left
     )
     return Section(title, [plot, guessed], about)
 
@@ -116,7 +110,7 @@ def chain(found: Analysis) -> Section:
         else np.nan
         for s in steps
     ]
-    taken = curves(
+    taken = by_layer.curves(
         _places(steps),
         {"repeated": same},
         "Slots whose expert the next round takes again",
@@ -125,7 +119,7 @@ def chain(found: Analysis) -> Section:
     )
     about = (
         "Transitions over all slots of a token (the Chain-of-Experts figure). "
-        + COLOURS_END
+        + by_layer.COLOURS_END
         + left
     )
     return Section(title, [plot, taken], about)
@@ -137,7 +131,7 @@ def saturation(found: Analysis, overlap: dict | None) -> Section:
     if overlap is None:
         text = "No data: give --compare-trace=FILE, of the same tokens by another step."
         return Section(title, [Note(text)])
-    series = with_domains(
+    series = by_layer.with_domains(
         found,
         [float(stats.saturation([sums.sum(axis=0)])[0]) for sums in overlap.values()],
         lambda d: [float(stats.saturation(sums)[d]) for sums in overlap.values()],
@@ -146,7 +140,7 @@ def saturation(found: Analysis, overlap: dict | None) -> Section:
         float(stats.uniform_share(la.domain_DE, found.tokens_D))
         for la in found.layers.values()
     ]
-    plot = over_layers(
+    plot = by_layer.over_layers(
         found,
         series,
         "Experts that both checkpoints choose",

@@ -58,7 +58,8 @@ def dead_experts(where: str, step_S, load_SE) -> Finding | None:
     parts = []
     for first, experts in sorted(groups.items()):
         names = f"expert{'s' if len(experts) > 1 else ''} {listed(experts)}"
-        parts.append(f"{names} {_when(step_S, first)}")
+        since = f"since step {int(step_S[first])}" if first else "at all logged steps"
+        parts.append(f"{names} {since}")
     return Finding(
         "dead experts",
         f"{where}: {'; '.join(parts)} ({len(dead)} of {len(end_E)}; dead: below "
@@ -70,10 +71,6 @@ def _since(low_S) -> int:
     """The index from which on all is True; the last index if the last is False."""
     high = np.flatnonzero(~np.asarray(low_S))
     return 0 if len(high) == 0 else min(int(high[-1]) + 1, len(low_S) - 1)
-
-
-def _when(step_S, index: int) -> str:
-    return "at all logged steps" if index == 0 else f"since step {int(step_S[index])}"
 
 
 def listed(numbers, most: int = 16) -> str:
