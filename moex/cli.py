@@ -140,10 +140,11 @@ def main(argv: list[str] | None = None) -> None:
         process.fail(e, 2)
     except KeyboardInterrupt as e:
         process.leave(str(e) or "interrupted", alone)
-    except ImportError:
-        if not process.INTERRUPTS:  # if any, Ctrl-C broke the import of an extension
-            raise
-        process.leave("interrupted", alone)
+    except ImportError as e:
+        if process.INTERRUPTS:  # Ctrl-C broke the import of an extension
+            process.leave("interrupted", alone)
+        _fail_in_own_code(e)
+        raise
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
@@ -151,13 +152,23 @@ def main(argv: list[str] | None = None) -> None:
         process.fail(f"{e.filename}: {e.strerror or e}" if e.filename else e, 1)
     except RunError as e:
         process.fail(e, 1)
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):
-            raise
-        reason = str(e).partition("\n")[0][:300]
-        process.fail(
-            f"out of memory ({reason}); see `moex plan` for what a job needs", 1
-        )
+    except Exception as e:
+        if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e):
+            reason = str(e).partition("\n")[0][:300]
+            process.fail(
+                f"out of memory ({reason}); see `moex plan` for what a job needs", 1
+            )
+        _fail_in_own_code(e)
+        raise
+
+
+def _fail_in_own_code(error: Exception) -> None:
+    """End with one line if an error came out of the user's own code."""
+    at = project.where_in_own_code(error)
+    if at is not None and os.environ.get("JAX_TRACEBACK_FILTERING") != "off":
+        text = " ".join(str(error).split())
+        hint = "JAX_TRACEBACK_FILTERING=off shows the whole traceback"
+        process.fail(f"{at}: {type(error).__name__}: {text} ({hint})", 2)
 
 
 if __name__ == "__main__":

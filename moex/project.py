@@ -10,6 +10,7 @@ import importlib.util
 import os
 import pathlib
 import sys
+import traceback
 import types
 from importlib.machinery import ModuleSpec, PathFinder
 
@@ -40,6 +41,21 @@ def use_config_file(file: pathlib.Path) -> None:
 def folder() -> pathlib.Path:
     """The project folder."""
     return _given.get("flag") or _given.get("config") or pathlib.Path.cwd()
+
+
+def where_in_own_code(error: BaseException) -> str | None:
+    """The last line of the user's own code that an error came through; None: no line.
+
+    Returns:
+      Such as "cosine.py, line 23, in validate".
+    """
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = pathlib.Path(frame.filename)
+        inside = file.is_relative_to(folder()) and "site-packages" not in file.parts
+        if inside and not file.is_relative_to(pathlib.Path(__file__).parent):
+            name = file.relative_to(folder())
+            return f"{name}, line {frame.lineno}, in {frame.name}"
+    return None
 
 
 def _extend_path(folder: pathlib.Path) -> None:
@@ -93,8 +109,10 @@ def _load(spec: ModuleSpec) -> types.ModuleType:
     except Exception as e:
         del sys.modules[name]
         text = " ".join(str(e).split())
+        at = where_in_own_code(e)
         raise ProjectError(
             f"{place} cannot be imported: {type(e).__name__}: {text}"
+            + (f" ({at})" if at else "")
         ) from e
     return module
 

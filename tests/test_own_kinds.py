@@ -1,18 +1,22 @@
 """A user's own router, experts and source in a folder of their own, with every verb."""
 
+import importlib
 import json
+import math
 import re
 import sys
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 
-from moex import cli
+from moex import cli, load_run
 from moex.config.flags import load_config
+from moex.model.paths import flat_paths
 from moex.train import tensorboard
 from tests import documented, runs
 
-FILES = ("mlp.py", "pages.py", "relu.py")
+FILES = ("mlp.py", "pages.py", "relu.py", "usage.py")
 CHANGES = {
     "from moex.data.sources import Text": (
         "from mlp import Mlp\nfrom pages import Pages\nfrom relu import Relu"
@@ -85,6 +89,26 @@ def test_it_trains_and_resumes_and_its_own_loss_is_logged(run):
     assert saved.count('"relu.Relu"') == 2
     routing = (run / "routing.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(routing[-1])["layers"]["002"]["l1_loss"] > 0
+
+
+def test_the_functions_of_the_page_look_into_a_run_and_change_it(
+    run, project, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(project)
+    monkeypatch.syspath_prepend(project)
+    usage = importlib.import_module("usage")
+    told = dict(usage.entropies(run))
+    assert [path[-3:] for path in told] == ["ffn"] * 2
+    for entropy_R, experts in zip(told.values(), (4, 2), strict=True):
+        assert entropy_R.shape == (1,) and 0 < entropy_R[0] <= math.log(experts)
+    usage.halve_routers(run, tmp_path / "half")
+    old, new = (
+        flat_paths(load_run(place).params) for place in (run, tmp_path / "half")
+    )
+    for path, array in old.items():
+        factor = 0.5 if "router" in path else 1.0
+        assert np.array_equal(array * factor, new[path]), path
+    assert (tmp_path / "half" / "config.py").is_file()
 
 
 def test_its_own_loss_has_a_chart(project):

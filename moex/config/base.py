@@ -60,6 +60,16 @@ class ConfigWarning(UserWarning):
 class Config:
     """The base of all configs. It copies nested configs; `check` calls `validate`."""
 
+    def __init_subclass__(cls):
+        """Let `super()` work: `slots=True` makes the class again, as another one."""
+        for value in vars(cls).values():
+            function = inspect.unwrap(getattr(value, "fget", None) or value)
+            names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+            if "__class__" in names:  # until Python 3.14 it stays the first class
+                cell = function.__closure__[names.index("__class__")]
+                if tag_of(cell.cell_contents) == tag_of(cls):
+                    cell.cell_contents = cls
+
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

@@ -150,7 +150,10 @@ def _reason(error: Exception) -> str:
                     f"It has {', '.join(names)}."
                 )
     text = " ".join(str(error).split())
-    return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, ConfigError):
+        return text
+    at = project.where_in_own_code(error)
+    return f"{type(error).__name__}: {text}" + (f" ({at})" if at else "")
 
 
 UNKNOWN_ARGUMENT = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword .*'(.+)'")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas import combine, dispatch
-from moex.config.base import require
+from moex.config.base import ConfigError, require
 from moex.config.schedule import Schedule
 from moex.moe.routing import ExpertRouting, Routing
 from moex.nn.contract import PartConfig
@@ -69,6 +69,7 @@ class RouterConfig(PartConfig):
 class Router(nnx.Module):
     """The module of a router."""
 
+    @abc.abstractmethod
     def __call__(self, x_TD, ctx) -> Routing | ExpertRouting:
         """The decision for every token, padding included, in float32.
 
@@ -76,7 +77,50 @@ class Router(nnx.Module):
           x_TD: the input of the layer.
           ctx: `Context`; `routing.replayed` gives a recorded decision instead.
         """
-        raise NotImplementedError
+
+
+def check_decision(router, decision, x_TD, num_experts: int, weights) -> None:
+    """Check that the module of a router returned what its contract says.
+
+    Args:
+      router: `Router`.
+      decision: its result.
+      x_TD: its input.
+      num_experts: E.
+      weights: pairs (name, coefficient) of the losses that its config names.
+
+    Raises:
+      ConfigError: naming the module and the field.
+    """
+    told = f"{type(router).__name__} returned"
+    if not isinstance(router, Router):
+        raise ConfigError(f"{type(router).__name__}: must be a subclass of Router.")
+    if not isinstance(decision, (Routing, ExpertRouting)):
+        kind = type(decision).__name__
+        raise ConfigError(f"{told} a {kind}: must be a Routing or an ExpertRouting.")
+    named = sorted(name for name, _ in weights)
+    if named != sorted(decision.losses):
+        raise ConfigError(
+            f"{told} the losses {sorted(decision.losses)}; `losses()` of its config "
+            f"names {named}."
+        )
+    ids = "expert_TK" if isinstance(decision, Routing) else "token_EC"
+    fields, slots, T, E = vars(decision), ids[-2:], len(x_TD), num_experts
+    rest = jnp.shape(fields[ids])[1:2] or (slots[1],)
+    expected = [
+        (ids, fields[ids], (T if slots == "TK" else E, *rest), "int32"),
+        *((f"losses[{k!r}]", v, (T,), "float32") for k, v in decision.losses.items()),
+    ]
+    for name, kind in (("gate", "float32"), ("keep", "bool")):
+        name = f"{name}_{slots}"
+        expected.append((name, fields[name], jnp.shape(fields[ids]), kind))
+    for name in ("logits_TE", "probs_TE"):
+        expected.append((name, fields[name], (T, E), "float32"))
+    for name, array, shape, kind in expected:
+        given = f"{jnp.result_type(array)}{list(jnp.shape(array))}"
+        wanted = f"{kind}[{', '.join(map(str, shape))}]"
+        if given != wanted:
+            raise ConfigError(f"{told} {name} = {given}: must be {wanted}.")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -145,6 +189,7 @@ class ExpertsConfig(PartConfig):
 class Experts(nnx.Module):
     """The module of an expert kind: the parameters of E experts, on one device."""
 
+    @abc.abstractmethod
     def __call__(self, x_ND, group_sizes_E, ctx):
         """Compute each row by its expert, [N, D]: this defines the kind.
 
@@ -153,7 +198,6 @@ class Experts(nnx.Module):
           group_sizes_E: int32, rows of each expert; what is past their sum is not used.
           ctx: `Context`; it holds nothing that belongs to the batch.
         """
-        raise NotImplementedError
 
     def sums(self, x_TD, gate_TK, plan, ctx, buffer_rows=None):
         """Sum gate * expert(x) over the kept slots of each token, [T, D].

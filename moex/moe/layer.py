@@ -14,7 +14,7 @@ from moex.config.base import require, walk
 from moex.config.schedule import static_value
 from moex.moe import losses, metrics
 from moex.moe.capacity import drop_over_capacity, expert_capacity
-from moex.moe.contract import ExpertsConfig, RouterConfig
+from moex.moe.contract import ExpertsConfig, RouterConfig, check_decision
 from moex.moe.experts.zero import Zero
 from moex.moe.parallel import Rows, run_experts
 from moex.moe.routing import ExpertRouting
@@ -129,7 +129,9 @@ class MoE(FeedForwardConfig):
 def check_router(router: RouterConfig, num_choices: int, path: str) -> None:
     """Check a router for this number of choices, and the names of its losses."""
     router.validate_experts(num_choices, path)
-    for name in router.losses():
+    own = router.losses()
+    require(isinstance(own, dict), f"{path}.losses()", own, "a dict of coefficients")
+    for name in own:
         require(
             name.isidentifier() and name not in losses.TAKEN,
             f"{path}.losses()",
@@ -141,20 +143,6 @@ def check_router(router: RouterConfig, num_choices: int, path: str) -> None:
 def loss_weights(router: RouterConfig) -> tuple:
     """The pairs (name, coefficient) of a router's own losses, for its layer to keep."""
     return tuple((k, static_value(v)) for k, v in sorted(router.losses().items()))
-
-
-def check_losses(router, routing, weights) -> None:
-    """Check that a router reports the losses that its config names.
-
-    Raises:
-      ValueError: if it reports others.
-    """
-    named, told = [name for name, _ in weights], sorted(routing.losses)
-    if named != told:
-        raise ValueError(
-            f"{type(router).__name__} reports the losses {told}; `losses()` of its "
-            f"config names {named}."
-        )
 
 
 def check_capacity(moe: MoE, router: RouterConfig, path: str) -> None:
@@ -189,7 +177,7 @@ class SparseLayer(FeedForward):
     """Everything in an MoE layer but its router; a chain runs it several times."""
 
     def __init__(self, cfg, dim, rngs):
-        self.num_experts = cfg.num_experts
+        self.num_experts, self.num_choices = cfg.num_experts, cfg.num_choices()
         self.capacity_factor = cfg.capacity_factor
         self.buffer_slots = cfg.buffer_slots
         self.experts = cfg.experts.make(dim, cfg.num_experts, rngs)
@@ -219,9 +207,9 @@ class SparseLayer(FeedForward):
         valid_T = ctx.valid_BL.reshape(-1)
         with jax.named_scope("router"):
             routing = router(x_TD, ctx)
+            check_decision(router, routing, x_TD, self.num_choices, loss_weights)
             if not isinstance(routing, ExpertRouting):  # that never takes padding
                 routing = routing.keep_only(valid_T[:, None])
-            check_losses(router, routing, loss_weights)
             load_BE, real_T = metrics.loads(routing, (B, L), self.num_experts)
         if isinstance(routing, ExpertRouting):
             y_TD, num_kept, num_lost = self._sums_of_experts(x_TD, routing, ctx)
@@ -254,8 +242,8 @@ class SparseLayer(FeedForward):
         # Decoding drops nothing: else a row would depend on the rest of its batch.
         if self.capacity_factor is not None and ctx.mode != "decode":
             num_slots = routing.expert_TK.size
-            choices = routing.probs_TE.shape[-1]
-            capacity = expert_capacity(self.capacity_factor, num_slots, choices)
+            factor = self.capacity_factor
+            capacity = expert_capacity(factor, num_slots, self.num_choices)
             routing = drop_over_capacity(routing, E, capacity)
         rows = Rows(self.buffer_slots, per_expert)
         y_TD, num_lost = run_experts(self.experts, x_TD, routing, E, ctx, rows=rows)

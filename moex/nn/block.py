@@ -8,6 +8,7 @@ import dataclasses
 import jax
 from flax import nnx
 
+from moex.nn.contract import check_output
 from moex.nn.norm import RMSNorm
 
 # A feed-forward's output y is added to h, the residual stream before the norm, to
@@ -38,11 +39,13 @@ class Block(nnx.Module):
     def __call__(self, x_BLD, ctx, cache):
         with jax.named_scope("attention"):
             y_BLD, cache = self.attention(self.norm_attention(x_BLD), ctx, cache)
+        check_output(self.attention, y_BLD, x_BLD)
         h_BLD = x_BLD + y_BLD
         z_BLD = self.norm_ffn(h_BLD)
         if ctx.forced is not None:
             ctx = dataclasses.replace(ctx, forced=ctx.forced.get("ffn"))
         y_BLD, aux = self.ffn(z_BLD, ctx)
+        check_output(self.ffn, y_BLD, z_BLD)
         if self.residual in ("prenorm", "both"):
             y_BLD = h_BLD + y_BLD
         if self.residual in ("released", "both"):

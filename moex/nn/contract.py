@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from flax import nnx
 
-from moex.config.base import Config, walk
+from moex.config.base import Config, ConfigError, walk
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -72,13 +72,13 @@ class FeedForwardConfig(PartConfig):
 class FeedForward(nnx.Module):
     """The module of a feed-forward."""
 
+    @abc.abstractmethod
     def __call__(self, x_BLD, ctx) -> tuple[Any, dict]:
         """Return `(y_BLD, aux)`: y is added to the residual stream, aux is reported.
 
         `aux` is {} or mirrors the modules inside; that of an MoE layer is what
         `SparseLayer.mix` returns.
         """
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -118,6 +118,7 @@ class AttentionConfig(PartConfig):
 class AttentionModule(nnx.Module):
     """The module of an attention."""
 
+    @abc.abstractmethod
     def __call__(self, x_BLD, ctx, cache) -> tuple[Any, Any]:
         """Return `(y_BLD, cache)`: y is added to the residual stream.
 
@@ -126,7 +127,15 @@ class AttentionModule(nnx.Module):
           ctx: `Context`.
           cache: from `AttentionConfig.init_cache`, [B, S, ...]; None outside decoding.
         """
-        raise NotImplementedError
+
+
+def check_output(module, y_BLD, x_BLD) -> None:
+    """Raise `ConfigError` unless a part of a block kept the shape of its input."""
+    if y_BLD.shape != x_BLD.shape:
+        raise ConfigError(
+            f"{type(module).__name__} returned y of shape {list(y_BLD.shape)}: must be "
+            f"{list(x_BLD.shape)}, the shape of its input."
+        )
 
 
 class StackReader:

@@ -6,6 +6,7 @@ Each kind of model adds an embedding before and a head after them: `lm.py`,
 B batch · L length · D model width
 """
 
+import abc
 import dataclasses
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from moex.sharding import constrain
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Model(Config):
+class Model(Config, abc.ABC):
     """The base of all models: width, attention, and the layers in their order.
 
     Attributes:
@@ -45,9 +46,9 @@ class Model(Config):
         for i, segment in enumerate(self.layers):
             segment.validate_dim(self.dim, f"{path}.layers[{i}]")
 
+    @abc.abstractmethod
     def make(self, rngs) -> "Layers":
         """Make the module, with fresh parameters."""
-        raise NotImplementedError
 
     def num_layers(self) -> int:
         return sum(s.repeat * len(s.pattern) for s in self.layers)
@@ -57,9 +58,9 @@ class Model(Config):
         """The number of outputs for each token."""
         return getattr(self, self.SIZE)
 
+    @abc.abstractmethod
     def about(self) -> str:
         """The words about input and output in a table, such as "vocabulary 256"."""
-        raise NotImplementedError
 
     def used_again(self) -> tuple[str, ...]:
         """Names of parameters outside the layers that multiply a token twice."""

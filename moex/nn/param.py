@@ -57,8 +57,11 @@ def param(
         matrices over its other dims: Muon orthogonalises each. Embeddings, routers
         and scales have none.
     """
-    assert len(shape) == len(axes), (shape, axes)
-    assert all(a is None or a in AXES for a in axes), axes
+    if len(shape) != len(axes) or not {None, *AXES}.issuperset(axes):
+        names = ", ".join(AXES)
+        raise ValueError(
+            f"axes {axes} of shape {shape}: must be one for each dim, None or {names}."
+        )
     if value is not None:
         array = jnp.full(shape, value, jnp.float32)
     elif fan_in is not None:

@@ -7,6 +7,7 @@ that `loss_mask` marks, and MoE layers see tokens, whatever these stand for.
 B batch · L length · X domains
 """
 
+import abc
 import dataclasses
 import math
 from typing import Any, ClassVar, NamedTuple
@@ -52,7 +53,7 @@ class Figure(NamedTuple):
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Task(Config):
+class Task(Config, abc.ABC):
     """The base of all tasks: the parts to define, and the parts that follow from them.
 
     A kind of task sets the class attributes and defines `prepare` and `losses`, and
@@ -86,8 +87,12 @@ class Task(Config):
         Raises:
           ConfigError: for a model, data or loss of another task.
         """
+        task = type(self).__name__
+        for name in ("MODEL", "DATA", "FIGURES"):
+            if getattr(self, name, None) is None:
+                raise ConfigError(f"config.task: {task} must set {name}.")
         for key, kind in (("model", self.MODEL), ("data", self.DATA)):
-            given, task = type(cfg[key]).__name__, type(self).__name__
+            given = type(cfg[key]).__name__
             ok = isinstance(cfg[key], kind)
             require(ok, f"config.{key}", given, f"{kind.__name__}, which {task} takes")
         for where, node in walk(cfg.model, "config.model"):
@@ -106,6 +111,7 @@ class Task(Config):
           run: `RunDir` of the run.
         """
 
+    @abc.abstractmethod
     def prepare(self, cfg, *, log=print, scoring=False) -> Datasets:
         """Read the data of a run.
 
@@ -117,7 +123,6 @@ class Task(Config):
         Raises:
           ConfigError: for data that cannot be used.
         """
-        raise NotImplementedError
 
     def num_domains(self, cfg) -> int:
         """The number of domains, as far as it is known before the data is read."""
@@ -181,6 +186,27 @@ class Task(Config):
             "example_id": ((), "int32"),
         }
 
+    def check_fields(self, cfg, data: Datasets) -> None:
+        """Check the first sequences of the data against `fields`.
+
+        Raises:
+          ConfigError: for a field that is missing, or has another shape or dtype.
+        """
+        wanted = {
+            name: f"{dtype}{list(shape)}"
+            for name, (shape, dtype) in self.fields(cfg).items()
+        }
+        for examples in (*data.train, *data.eval):
+            first = examples[0] if len(examples) else {}
+            for name, array in first.items():
+                given = f"{array.dtype}{list(array.shape)}"
+                where = f"the data of {type(self).__name__}, field {name!r}"
+                allowed = wanted.get(name, f"one of {', '.join(wanted)}")
+                require(given == allowed, where, given, allowed)
+            for name in wanted.keys() - first.keys() if first else ():
+                told = f"the data of {type(self).__name__} has no field {name!r}"
+                raise ConfigError(f"{told}; `fields` names it.")
+
     def batch_shapes(self, cfg, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The abstract batch of `batch_size` sequences."""
         return {
@@ -197,6 +223,7 @@ class Task(Config):
         """Run the model on a batch: returns (outputs, aux)."""
         return model(ctx)
 
+    @abc.abstractmethod
     def losses(self, outputs, batch) -> tuple[jax.Array, dict]:
         """The loss of each token, and sums for `figures`.
 
@@ -209,7 +236,6 @@ class Task(Config):
           nothing, the losses of `LOSSES` and the other figures of `FIGURES`. All are
           sums over tokens weighted with `loss_mask`.
         """
-        raise NotImplementedError
 
     @property
     def score(self) -> str:
@@ -228,6 +254,12 @@ class Task(Config):
         outputs, aux = self.run(model, ctx, batch)
         loss_BL, own = self.losses(outputs, batch)
         mask_BL = batch["loss_mask"]
+        told, shape = f"{type(self).__name__}.losses", list(mask_BL.shape)
+        if list(loss_BL.shape) != shape:
+            given = list(loss_BL.shape)
+            raise ConfigError(f"{told} gave losses of shape {given}: must be {shape}.")
+        for name in {"guess", *self.LOSSES} - set(own):
+            raise ConfigError(f"{told} gave sums without {name!r}: {sorted(own)}.")
         scored_BL = (mask_BL > 0).astype(jnp.int32)
         domain_BX = jax.nn.one_hot(batch["domain"], num_domains, dtype=jnp.int32)
         return own | {

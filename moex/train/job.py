@@ -109,6 +109,14 @@ class Training(Program):
 class Job(Training, Evaluated):
     """All that a training needs, except for its arrays."""
 
+    def trace_step(self) -> None:
+        """Trace the training step without compiling it, so that its errors show."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        batch = self.cfg.task.batch_shapes(self.cfg, self.cfg.batch_size)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        with jax.set_mesh(self.mesh):
+            jax.eval_shape(self.train_step(), self.abstract_state(), number, key, batch)
+
     def batches(self, start: int):
         """The training batches of this process, from sequence `start` of the job on."""
         return batches.train_iterator(
@@ -131,6 +139,7 @@ def make_job(cfg, *, log=print) -> Job:
     mesh = mesh_here(cfg)  # this does not check the schedules; `train` does
     data = cfg.task.prepare(cfg, log=log)
     cfg.task.fill(cfg, data)
+    cfg.task.check_fields(cfg, data)
     job = Job(cfg=cfg, mesh=mesh, spec=model_spec(cfg.model, mesh), data=data)
     check_room(cfg, mesh, job.abstract_state())
     return job

@@ -72,7 +72,9 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
     source = RunDir(cfg.init_from)
     if dry_run:
         folder = None if workdir is None else RunDir.of(workdir)
-        _compare(make_job(cfg, log=say), folder, source, say)
+        job = make_job(cfg, log=say)
+        _compare(job, folder, source, say)
+        job.trace_step()
         say("dry run: the config is good; nothing was trained")
         return {}
     require_path("--workdir", workdir)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moex.config.base import ConfigError
 from moex.config.schedule import is_always_zero, points_of, value_at
 from moex.model.accounting import param_group
 from moex.model.losses import step_counts
@@ -94,7 +95,11 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, co
             )
             old = {k: train_state[k] for k in new}
             new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
-        metrics = task.figures(sums) | {
+        figures = task.figures(sums)
+        for name in {figure.name for figure in task.FIGURES} - set(figures):
+            told = f"{type(task).__name__}.losses gave no sum {name!r}"
+            raise ConfigError(f"{told}, which its FIGURES name.")
+        metrics = figures | {
             "loss": loss,
             "weighted": sums["weighted"],
             "grad_norm": grad_norm,
