@@ -108,7 +108,7 @@ def test_the_functions_of_the_page_look_into_a_run_and_change_it(
     for path, array in old.items():
         factor = 0.5 if "router" in path else 1.0
         assert np.array_equal(array * factor, new[path]), path
-    assert (tmp_path / "half" / "config.py").is_file()
+    assert (half / "config.py").is_file()
 
 
 def test_its_own_loss_has_a_chart(project):
