@@ -101,7 +101,8 @@ def test_the_functions_of_the_page_look_into_a_run_and_change_it(
     assert [path[-3:] for path in told] == ["ffn"] * 2
     for entropy_R, experts in zip(told.values(), (4, 2), strict=True):
         assert entropy_R.shape == (1,) and 0 < entropy_R[0] <= math.log(experts)
-    usage.halve_routers(run, tmp_path / "half")
+    half = tmp_path / "half"
+    usage.halve_routers(run, half)
     old, new = (
         flat_paths(load_run(place).params) for place in (run, tmp_path / "half")
     )
