@@ -204,7 +204,7 @@ def test_samples_of_no_prompt_are_refused_before_training(mistake):
     overrides = ("--config.log.sample_prompts=()", "--config.log.sample_tokens=2")
     said = mistake("train", "--dry-run", *overrides)
     assert "config.log.sample_prompts = (), sample_tokens = 2: " in said
-    assert "at least one prompt" in said
+    assert "at least one prompt" in said and "= 0 writes no samples" in said
 
 
 @pytest.mark.parametrize("verb", ["config", "data prepare", "train --dry-run"])

@@ -256,5 +256,6 @@ def _check_samples(cfg, tokenizer: Tokenizer) -> None:
     except ValueError as e:
         raise ConfigError(
             f"config.log.sample_prompts = {short(cfg.log.sample_prompts)}, "
-            f"sample_tokens = {cfg.log.sample_tokens}: {e}"
+            f"sample_tokens = {cfg.log.sample_tokens}: {e} sample_tokens = 0 writes no "
+            "samples."
         ) from None
