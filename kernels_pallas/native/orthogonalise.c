@@ -1,10 +1,10 @@
-// Muon's orthogonalisation of a stack of matrices, as an XLA FFI handler; float32.
+// Muon's step of a stack of matrices, as an XLA FFI handler; float32.
 //
-// X is divided by |X| + eps; `steps` times X <- (a I + A (b I + c A)) X with A = X X^T.
+// Momentum M <- w0 M + w1 G of the gradient G; X = w2 M + w3 G. X is divided by |X| + eps; `steps` times X <- (a I + A (b I + c A)) X with A = X X^T.
 // A thread computes whole matrices, one after the other, in memory that stays in its
 // cache. A and A (b I + c A) are symmetric: blocks below the diagonal are copied.
 //
-// Legend: S and I batch, R rows, C columns: matrix (s, i) is x [s, :, i, :]. M is the
+// Legend: S and I batch, R rows, C columns: matrix (s, i) is g [s, :, i, :]. M is the
 // smaller of R and C, N the larger: X is [M, N].
 
 #include <math.h>
@@ -20,9 +20,9 @@
 typedef struct {
   int64_t R, I, C, steps;
   float eps;
-  const float* coefficients;  // a, b, c
-  const float* x;
-  float* out;
+  const float *coefficients, *weights;  // a, b, c; w0 to w3
+  const float *gradient, *momentum;
+  float *out, *new_momentum;
   atomic_int failed;  // out of memory
 } Stack;
 
@@ -60,18 +60,24 @@ static void orthogonalise(void* of, int64_t job) {
   const int64_t R = s->R, C = s->C, row = s->I * C;
   const int64_t start = job / s->I * R * row + job % s->I * C;
   const int64_t M = R < C ? R : C, N = R < C ? C : R, n = apart(N), m = apart(M);
-  float* x = aligned_alloc(64, (2 * M * n + 3 * M * m) * sizeof(float));
+  const int64_t most = M * n > N * m ? M * n : N * m;  // y holds X or its transpose
+  float* x = aligned_alloc(64, (M * n + most + 3 * M * m) * sizeof(float));
   if (!x) {
     atomic_store(&s->failed, 1);
     return;
   }
-  float *y = x + M * n, *a = y + M * n, *b = a + M * m, *d = b + M * m;
+  float *y = x + M * n, *a = y + most, *b = a + M * m, *d = b + M * m;
   const float ca = s->coefficients[0], cb = s->coefficients[1], cc = s->coefficients[2];
-  if (R > C)
-    turn(s->x + start, row, R, C, x, n);
-  else
-    for (int64_t i = 0; i < M; i++)
-      memcpy(x + i * n, s->x + start + i * row, N * sizeof(float));
+  const float* w = s->weights;
+  for (int64_t i = 0; i < R; i++) {
+    const float *g = s->gradient + start + i * row, *old = s->momentum + start + i * row;
+    float *new = s->new_momentum + start + i * row, *to = R > C ? y + i * m : x + i * n;
+    for (int64_t j = 0; j < C; j++) {
+      new[j] = w[0] * old[j] + w[1] * g[j];
+      to[j] = w[2] * new[j] + w[3] * g[j];
+    }
+  }
+  if (R > C) turn(y, m, R, C, x, n);
   double square = 0;
   for (int64_t i = 0; i < M; i++) {
     float sum[16] = {0};  // each sums every sixteenth number, so that lanes can add
@@ -105,20 +111,24 @@ static void orthogonalise(void* of, int64_t job) {
   free(x < y ? x : y);
 }
 
-// Arguments: x [S, R, I, C], coefficients [3]. The result has the shape of x.
+// Arguments: gradient and momentum [S, R, I, C], weights [4], coefficients [3]. Results:
+// the orthogonalised X and the new momentum, of the same shape.
 XLA_FFI_Error* moex_orthogonalise(XLA_FFI_CallFrame* frame) {
   if (is_question(frame)) return 0;
-  const int64_t* x = argument(frame, 0)->dims;
+  const int64_t* g = argument(frame, 0)->dims;
   Stack s = {
-      .R = x[1],
-      .I = x[2],
-      .C = x[3],
+      .R = g[1],
+      .I = g[2],
+      .C = g[3],
       .steps = attribute(frame, "steps"),
       .eps = *(const float*)attribute_at(frame, "eps"),
-      .coefficients = in(frame, 1),
-      .x = in(frame, 0),
+      .coefficients = in(frame, 3),
+      .weights = in(frame, 2),
+      .gradient = in(frame, 0),
+      .momentum = in(frame, 1),
       .out = out(frame, 0),
+      .new_momentum = out(frame, 1),
   };
-  if (s.R && s.C) in_parallel(frame, x[0] * s.I, orthogonalise, &s);
+  if (s.R && s.C) in_parallel(frame, g[0] * s.I, orthogonalise, &s);
   return s.failed ? out_of_memory(frame, "orthogonalise: no memory for a matrix") : 0;
 }

@@ -11,7 +11,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, MuonState, scale_by_muon
 
 from kernels_pallas.dense import computes_in_c
-from kernels_pallas.orthogonalise import orthogonalise
+from kernels_pallas.orthogonalise import orthogonalised_momentum
 
 EPS = 1e-8  # added to the norm of a matrix, as in optax
 LARGEST = 2**21  # floats of a matrix in C, where one thread computes all of it
@@ -64,16 +64,17 @@ def _orthogonal_momentum(cfg, dims, kernels):
         if not (computes_in_c(jnp.dtype("float32"), kernels) and _fit(grads, own)):
             return plain.update(grads, state, params)
         beta, count = cfg.momentum, optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(grads, state.mu, beta, 1)
         # Nesterov: take the momentum of the next step as if it had the same gradient.
-        next_mu = optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
-        fair = optax.tree.bias_correction(grads, beta, count)
-        ahead = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, next_mu, fair)
-        updates = jax.tree.map(
-            lambda x, d: _orthogonalised(x, d, state.ns_coeffs, cfg.ns_steps),
-            ahead,
+        ahead = beta / (1 - beta ** optax.safe_increment(count))
+        weights = jnp.stack([beta, 1 - beta, ahead, (1 - beta) / (1 - beta**count)])
+        pairs = jax.tree.map(
+            lambda g, mu, d: _step(g, mu, d, weights, state.ns_coeffs, cfg.ns_steps),
+            grads,
+            state.mu,
             own,
         )
+        outer = jax.tree.structure(grads)
+        updates, mu = jax.tree.transpose(outer, jax.tree.structure((0, 0)), pairs)
         return updates, MuonState(count=count, mu=mu, ns_coeffs=state.ns_coeffs)
 
     return optax.GradientTransformation(plain.init, update)
@@ -89,19 +90,24 @@ def _fit(grads, dims) -> bool:
     return all(jax.tree.leaves(takes))
 
 
-def _orthogonalised(x, dims: MuonDimensionNumbers, coefficients, steps):
-    """Orthogonalise every matrix of `x`; nothing is moved if the rows of a matrix lie
-    before its columns and the columns come last."""
-    rows, columns = (_from_left(d, x.ndim) for d in dims)
-    batch = [d for d in range(x.ndim) if d not in (*rows, *columns)]
+def _step(g, momentum, dims: MuonDimensionNumbers, weights, coefficients, steps):
+    """The pair (update, new momentum) of every matrix of a parameter.
+
+    Nothing is moved in memory if the rows of a matrix lie before its columns and the
+    columns come last.
+    """
+    rows, columns = (_from_left(d, g.ndim) for d in dims)
+    batch = [d for d in range(g.ndim) if d not in (*rows, *columns)]
     outer = [d for d in batch if d < min(rows)]
     order = (*outer, *rows, *(d for d in batch if d not in outer), *columns)
-    R, C = _sizes(x, dims)
-    S = math.prod(x.shape[d] for d in outer)
-    moved = jnp.transpose(x, order)
-    y_SRIC = orthogonalise(moved.reshape(S, R, -1, C), coefficients, steps, EPS)
-    back = sorted(range(x.ndim), key=order.__getitem__)
-    return jnp.transpose(y_SRIC.reshape(moved.shape), back)
+    R, C = _sizes(g, dims)
+    S = math.prod(g.shape[d] for d in outer)
+    moved = [jnp.transpose(a, order) for a in (g, momentum)]
+    made = orthogonalised_momentum(
+        *(a.reshape(S, R, -1, C) for a in moved), weights, coefficients, steps, EPS
+    )
+    back = sorted(range(g.ndim), key=order.__getitem__)
+    return tuple(jnp.transpose(a.reshape(moved[0].shape), back) for a in made)
 
 
 def _scaled(update, dims: MuonDimensionNumbers):

@@ -11,7 +11,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from kernels_pallas.device import platform
 from kernels_pallas.native import library
-from kernels_pallas.orthogonalise import orthogonalise
+from kernels_pallas.orthogonalise import orthogonalised_momentum
 from moex.model import muon
 from moex.model.optim import Muon
 
@@ -87,12 +87,19 @@ def test_muon_equals_optax_over_steps_in_updates_and_state(kernels):
 @NATIVE
 def test_a_matrix_too_large_for_one_thread_is_left_to_optax(monkeypatch):
     monkeypatch.setattr(muon, "LARGEST", 100)
-    monkeypatch.setattr(muon, "orthogonalise", None)  # it is not called
+    monkeypatch.setattr(muon, "orthogonalised_momentum", None)  # it is not called
     ours, theirs = pair("native")
     params, grads = tree(0), tree(1)
     mine, _ = ours.update(grads, ours.init(params), params)
     its, _ = theirs.update(grads, theirs.init(params), params)
     jax.tree.map(np.testing.assert_array_equal, mine, its)
+
+
+def orthogonalise(x_SRIC, steps=5):
+    """Orthogonalise matrices without momentum."""
+    alone = (0, 1, 0, 1)
+    args = jnp.zeros_like(x_SRIC), alone, COEFFICIENTS, steps, 1e-8
+    return orthogonalised_momentum(x_SRIC, *args)[0]
 
 
 def in_float64(x_RC, steps, eps=1e-8):
@@ -118,7 +125,7 @@ def in_float64(x_RC, steps, eps=1e-8):
 )
 def test_every_matrix_is_orthogonalised_as_in_float64(S, R, inner, C, steps, seed):
     x = np.random.default_rng(seed).normal(size=(S, R, inner, C)).astype(np.float32)
-    got = np.asarray(orthogonalise(jnp.asarray(x), COEFFICIENTS, steps, 1e-8))
+    got = np.asarray(orthogonalise(jnp.asarray(x), steps))
     for s in range(S):
         for i in range(inner):
             wanted = in_float64(x[s, :, i], steps)
@@ -126,17 +133,28 @@ def test_every_matrix_is_orthogonalised_as_in_float64(S, R, inner, C, steps, see
 
 
 @NATIVE
+@pytest.mark.parametrize("shape", [(2, 9, 3, 40), (1, 40, 1, 9)])
+def test_the_momentum_moves_and_the_step_follows_it(shape):
+    g, old = jax.random.normal(jax.random.key(0), (2, *shape))
+    w = (0.9, 0.1, 0.7, 0.3)
+    x, new = orthogonalised_momentum(g, old, w, COEFFICIENTS, 4, 1e-8)
+    np.testing.assert_allclose(new, 0.9 * old + 0.1 * g, rtol=1e-6, atol=1e-6)
+    wanted = orthogonalise(0.7 * new + 0.3 * g, 4)
+    np.testing.assert_allclose(x, wanted, atol=2e-5)
+
+
+@NATIVE
 def test_zeros_stay_zeros_and_nan_is_not_hidden():
     zeros = jnp.zeros((1, 8, 1, 8))
-    np.testing.assert_array_equal(orthogonalise(zeros, COEFFICIENTS, 5, 1e-8), zeros)
+    np.testing.assert_array_equal(orthogonalise(zeros), zeros)
     broken = zeros.at[0, 3, 0, 3].set(jnp.nan)
-    assert jnp.isnan(orthogonalise(broken, COEFFICIENTS, 5, 1e-8)).any()
+    assert jnp.isnan(orthogonalise(broken)).any()
 
 
 @NATIVE
 def test_singular_values_come_near_one():
     x = jax.random.normal(jax.random.key(3), (1, 128, 1, 128))
-    y = orthogonalise(x, COEFFICIENTS, 5, 1e-8)[0, :, 0]
+    y = orthogonalise(x)[0, :, 0]
     values = np.linalg.svd(np.asarray(y), compute_uv=False)
     assert np.quantile(values, 0.05) > 0.5 and values.max() < 1.3
 
