@@ -34,7 +34,7 @@ from moex.data.tokenizer import Bytes
 from moex.model import accounting
 from moex.sharding import shard_batch
 from moex.train.job import make_job
-from moex.train.log import memory_bytes
+from moex.train.lines import memory_bytes
 
 
 def parts(job):

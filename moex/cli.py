@@ -89,10 +89,11 @@ def read_args(rest: list[str], config_args: list[str]) -> argparse.Namespace:
 
 def _field_meant(name: str, config_args: list[str]) -> str:
     """Write ` Did you mean --config...?` if the config has a field of this name."""
-    from moex.config.flags import fields_meant, load_config
+    from moex.config.flags import fields_meant
+    from moex.runs.directory import given_config
 
     try:
-        found = fields_meant(load_config(config_args), name)
+        found = fields_meant(given_config(config_args), name)
     except ConfigError:
         return ""
     return found.replace("'config.", "'--config.")

@@ -22,7 +22,7 @@ from moex.runs import score
 from moex.runs.checkpoint import Checkpointer
 from moex.runs.directory import RunDir
 from moex.runs.write import write_run
-from moex.train import loop
+from moex.train import loop, training
 from moex.train.job import Training, make_job
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -116,7 +116,7 @@ def config(folder, *overrides):
 def train(folder, workdir, *overrides, said=None, **options):
     """Train in this process; lines before the run's own log are appended to `said`."""
     say = (lambda line: None) if said is None else said.append
-    return loop.train(config(folder, *overrides), workdir, say=say, **options)
+    return training.train(config(folder, *overrides), workdir, say=say, **options)
 
 
 def write(job, arrays, workdir):

@@ -19,6 +19,7 @@ from moex.data.encoding import Tokenizer
 from moex.model.accounting import model_cost
 from moex.model.paths import flat_paths
 from moex.moe.contract import ExpertsConfig, RouterConfig
+from moex.moe.losses import RoutingLoss
 from moex.moe.metrics import Figure
 from moex.nn.contract import AttentionConfig, FeedForwardConfig
 from moex.runs.keys import Loss
@@ -92,6 +93,7 @@ CONTRACTS = {
     "fewer": Conversion,
     "last_step": Verb,
     "gini": Figure,
+    "mutual": RoutingLoss,
 }
 
 

@@ -16,11 +16,10 @@ import pytest
 
 import moex
 from moex import cli
-from moex.config.flags import load_config
-from moex.runs.directory import RunDir
+from moex.runs.directory import RunDir, given_config
 from moex.runs.lines import read_metrics
 from moex.runs.open import load_run
-from moex.train import loop
+from moex.train import training
 from tests import runs
 
 STORED = pathlib.Path(__file__).parent / "stored_run"
@@ -91,7 +90,7 @@ def test_the_stored_run_is_traced(run, capsys):
 def test_the_stored_run_is_resumed(run):
     cfg, said = run.config(), []
     cfg.steps = 4
-    loop.train(cfg, run, say=said.append)
+    training.train(cfg, run, say=said.append)
     assert "resuming run after step 3" in said
     assert not any("data" in line and "changed" in line for line in said)
     lines = read_metrics(run.metrics)["train"]
@@ -111,12 +110,22 @@ def test_the_stored_run_is_reported(run, capsys):
     assert "held out" in page and "TopK" in page
 
 
-def test_the_script_of_an_older_import_is_a_config(run):
-    """Imports and conversions of version 0.2.0 wrote this beside config.json."""
-    run.config_script.write_text(
-        "import pathlib\n\nfrom moex.train.job import load_config\n\n\n"
-        'def get_config(arg=""):\n'
-        "    return load_config(pathlib.Path(__file__).parent)\n"
-    )
-    cfg = load_config([f"--config={run.config_script}", "--config.steps=9"])
+SCRIPTS = {  # what imports and conversions wrote beside config.json
+    "0.2": 'from moex.train.job import load_config\n\n\ndef get_config(arg=""):\n'
+    "    return load_config(pathlib.Path(__file__).parent)\n",
+    "0.3": 'from moex.runs.directory import RunDir\n\n\ndef get_config(arg=""):\n'
+    "    return RunDir(pathlib.Path(__file__).parent).config()\n",
+}
+THIS = "The config of this run: moex train --config=THIS_FILE --workdir=ITS_FOLDER."
+
+
+@pytest.mark.parametrize("version", [None, *SCRIPTS])
+def test_a_run_or_its_older_script_is_a_config(run, version):
+    """The script is not run; the config is read once, as `run` checks."""
+    name = run.path
+    if version is not None:
+        name /= "config.py"
+        text = f'"""{THIS}"""\n\nimport pathlib\n\n{SCRIPTS[version]}'
+        name.write_text(text + "\nraise RuntimeError\n")
+    cfg = given_config([f"--config={name}", "--config.steps=9"])
     assert (cfg.steps, cfg.seq_len) == (9, 16)

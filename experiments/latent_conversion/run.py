@@ -25,7 +25,7 @@ from moex.nn.stack import Segment
 from moex.runs.directory import RunDir
 from moex.runs.keys import Eval
 from moex.runs.score import score_run
-from moex.train.loop import train
+from moex.train.training import train
 
 HERE = pathlib.Path(__file__).parent
 GROUPS = (2, 4, 8)

@@ -22,7 +22,7 @@ from experiments.monitoring.config import ROUTERS, get_config
 from moex.report.health import examine
 from moex.report.material import read
 from moex.report.write import write_report
-from moex.train import loop
+from moex.train import training
 from moex.train.job import Job
 
 HERE = pathlib.Path(__file__).absolute().parent
@@ -53,7 +53,7 @@ def train(case: str, workdir: pathlib.Path, steps: int | None) -> dict:
     cfg.steps = cfg.steps if steps is None else steps
     forced = without_one_expert if case == "dead" else INIT_STATE
     with mock.patch.object(Job, "init_state", forced):
-        result = loop.train(cfg, workdir, say=lambda line: None)
+        result = training.train(cfg, workdir, say=lambda line: None)
     return {name: result[f"moe/{name}"] for name in NAMES} | {"nll": result["eval_nll"]}
 
 

@@ -18,7 +18,7 @@ import ml_collections
 from configs import quickstart
 from moex.model import accounting
 from moex.train.job import make_job
-from moex.train.loop import train
+from moex.train.training import train
 
 HERE = pathlib.Path(__file__).parent
 KINDS = ("moe", "dense")

@@ -25,7 +25,7 @@ from moex.data.sources import PythonStdlib
 from moex.model.accounting import model_cost
 from moex.model.spec import model_spec
 from moex.serve.text import write_text
-from moex.train import loop
+from moex.train import training
 
 HERE = pathlib.Path(__file__).absolute().parent
 VARIANTS = (
@@ -65,7 +65,7 @@ def records(workdir) -> list[dict]:
 def train(cfg, workdir):
     """Train without printing."""
     with contextlib.redirect_stdout(sys.stderr):
-        return loop.train(cfg, workdir, say=lambda line: None)
+        return training.train(cfg, workdir, say=lambda line: None)
 
 
 def variant(arg: str, steps: int, out: pathlib.Path) -> dict:

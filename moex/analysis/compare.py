@@ -21,7 +21,7 @@ from moex.model.spec import model_spec
 from moex.numbers import scaled
 from moex.tasks.base import Task
 from moex.terminal import aligned
-from moex.train.log import clock
+from moex.train.lines import clock
 
 MANY = 4  # most fields in a label; where more differ, folders are shorter
 CONFIDENCE = 0.95

@@ -42,8 +42,9 @@ class Header:
     run: str  # the run directory, as it was given
     step: int  # step of the checkpoint
     layers: tuple[LayerInfo, ...]  # every router, in the order of the model
-    # {"fingerprint", "doc_id"}; doc_id is the token between documents.
-    tokenizer: dict[str, Any]
+    # {"fingerprint", "doc_id"}; doc_id is the token between documents. None where
+    # tokens have no ids, as in a regression: all ids are 0, and there is no vocabulary.
+    tokenizer: dict[str, Any] | None
     vocabulary: tuple[str, ...]  # the text of each token id; "" for unused ids
     domains: tuple[str, ...]  # names of the data sources
     data: dict[str, Any]  # what was read; plain data, for people
@@ -83,7 +84,7 @@ class Header:
             run=field(data, "run", str, where),
             step=step,
             layers=tuple(infos),
-            tokenizer=field(data, "tokenizer", dict[str, Any], where),
+            tokenizer=field(data, "tokenizer", dict[str, Any] | None, where),
             vocabulary=tuple(field(data, "vocabulary", list[str], where)),
             domains=tuple(names),
             data=field(data, "data", dict[str, Any], where),

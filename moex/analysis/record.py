@@ -22,7 +22,6 @@ from moex.runs.open import LoadedRun
 from moex.runs.program import Evaluated
 from moex.runs.score import run_with_data
 from moex.sharding import shard_batch
-from moex.tasks.base import require_token_ids
 
 
 def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -> dict:
@@ -50,7 +49,6 @@ def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -
     if jax.process_count() > 1:
         raise ConfigError("moex trace: runs in one process; start it on one host.")
     folder = RunDir.of(place)
-    require_token_ids(folder.config(), "moex trace")
     if not layer_infos(folder.config().model):
         raise ConfigError(f"{folder}: the model has no MoE layers to trace.")
     cfg.eval.overlap = 0
@@ -60,7 +58,8 @@ def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -
     limit = None if tokens is None else -(-tokens // cfg.seq_len)
     header = _header(run, folder, cfg, program.data.domains, logits=logits)
     routed = jax.jit(_routed_step(program, logits))
-    written, counter = 0, TokenCounter(tokens)
+    counter = TokenCounter(tokens, token_ids=cfg.task.TOKEN_IDS)
+    written = 0
     with jax.set_mesh(run.mesh), TraceWriter(out, header) as writer:
         for batch in program.eval_batches(limit):
             shards = shard_batch(batch, run.mesh)
@@ -100,13 +99,16 @@ def _info(routed: Routed) -> LayerInfo:
 
 
 def _header(run: LoadedRun, folder: RunDir, cfg, domains, *, logits: bool) -> Header:
-    tokenizer = run.tokenizer
+    tokenizer = run.tokenizer if run.cfg.task.TOKEN_IDS else None
+    told = None
+    if tokenizer is not None:
+        told = {"fingerprint": tokenizer.fingerprint, "doc_id": tokenizer.doc_id}
     return Header(
         run=str(folder),
         step=run.step,
         layers=layer_infos(run.cfg.model),
-        tokenizer={"fingerprint": tokenizer.fingerprint, "doc_id": tokenizer.doc_id},
-        vocabulary=tuple(tokenizer.pieces()),
+        tokenizer=told,
+        vocabulary=() if tokenizer is None else tuple(tokenizer.pieces()),
         domains=tuple(domains),
         data={
             "split": "held out",
@@ -194,10 +196,15 @@ def slots_by_layer(model, layers: dict, valid_T) -> dict[str, Slots]:
 
 
 class TokenCounter:
-    """Chooses the tokens of a batch that are traced, and numbers them."""
+    """Chooses the tokens of a batch that are traced, and numbers them.
 
-    def __init__(self, limit: int | None = None):
-        self._limit, self._tokens = limit, 0
+    Args:
+      limit: the most tokens that are traced; None: all.
+      token_ids: whether tokens have ids; without any the id is 0.
+    """
+
+    def __init__(self, limit: int | None = None, *, token_ids: bool = True):
+        self._limit, self._tokens, self._token_ids = limit, 0, token_ids
         self._examples = self._documents = 0
 
     def __call__(self, batch) -> tuple[np.ndarray, Tokens]:
@@ -215,7 +222,7 @@ class TokenCounter:
             "example": np.broadcast_to(self._examples + rows, segment_BL.shape),
             "position": batch["position"],
             "document": first_B[:, None] + segment_BL - 1,
-            "token": batch["tokens"],
+            "token": batch["tokens"] if self._token_ids else 0 * segment_BL,
             "domain": domain_BL,
         }
         self._tokens += int(valid_BL.sum())

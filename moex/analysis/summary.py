@@ -84,7 +84,7 @@ class Analysis:
     markers: tuple[str, ...]
     marker_ids: np.ndarray
     num_ids: int  # how many token ids were counted one by one
-    vocabulary: tuple[str, ...]  # the text of each token id
+    vocabulary: tuple[str, ...]  # the text of each token id; empty without ids
     layers: dict[str, LayerAnalysis]  # by label, in the order of the model
     steps: list[Step]  # between routers that follow each other
 
@@ -121,6 +121,8 @@ def analyse(
             raise ConfigError(f"{marker!r}: does not occur in {trace.path}.")
     ids = np.argsort(-first.tokens_V, kind="stable")[:MOST_IDS]
     ids = ids[first.tokens_V[ids] >= min_count]
+    if not trace.vocabulary:
+        ids = ids[:0]
     sums = {
         label: _LayerSums(info, len(trace.domains), len(ids), len(markers))
         for label, info in trace.layers.items()
@@ -173,6 +175,8 @@ def find_markers(trace: Trace, markers: Sequence[str]) -> np.ndarray:
     Raises:
       ConfigError: for another text.
     """
+    if markers and not trace.vocabulary:
+        raise ConfigError(f"{markers[0]!r}: the tokens of {trace.path} have no text.")
     index = {piece: i for i, piece in reversed(list(enumerate(trace.vocabulary)))}
     for marker in markers:
         if marker not in index or not marker:
@@ -232,7 +236,7 @@ class _FirstPass:
         domains = len(trace.domains)
         self.tokens_D = np.zeros(domains, np.int64)
         self.tokens_P = np.zeros(BUCKETS, np.int64)
-        self.tokens_V = np.zeros(len(trace.vocabulary), np.int64)
+        self.tokens_V = np.zeros(max(len(trace.vocabulary), 1), np.int64)
         sums = {label: np.zeros(domains) for label in trace.layers}
         for chunk in trace.chunks(values=("logit",), logits=trace.header.logits):
             tokens = chunk.tokens
@@ -345,6 +349,12 @@ def compare(trace: Trace, other: Trace) -> dict[str, np.ndarray]:
         )
     domains = len(trace.domains)
     sums = {label: np.zeros((domains, 2)) for label in trace.layers}
+    data = [t.header.data.get("config") for t in (trace, other)]
+    if not trace.vocabulary and data[0] != data[1]:
+        raise ConfigError(
+            f"{trace.path} and {other.path}: traces of other data; their config.data "
+            "differ."
+        )
     if trace.num_tokens != other.num_tokens:
         raise ConfigError(
             f"{trace.path} has {trace.num_tokens:,} tokens and {other.path} "

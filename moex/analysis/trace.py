@@ -155,7 +155,7 @@ class Trace:
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """The text of each token id."""
+        """The text of each token id; empty where tokens have no ids."""
         return self.header.vocabulary
 
     @property
@@ -240,7 +240,7 @@ class Trace:
         domain_N = number[domain.indices.to_numpy()]
         arrays = {name: a.to_numpy() for name, a in columns.items()}
         for name, array in arrays.items():
-            below = len(self.vocabulary) if name == "token" else 2**31
+            below = max(len(self.vocabulary), 1) if name == "token" else 2**31
             self._check_range(group, name, array, below)
         return Tokens(domain_N=domain_N, **{f"{n}_N": a for n, a in arrays.items()})
 

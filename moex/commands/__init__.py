@@ -13,7 +13,7 @@ import pkgutil
 CONFIG_HELP = """\
 Configuration:
   --config=FILE[:arg]     a Python file with get_config(arg), such as
-                          configs/quickstart.py
+                          configs/quickstart.py; or a run directory: its config
   --config.a.b=value      override one field; layers and patterns are numbered:
                           --config.model.layers.0.pattern.0.router.k=4
                           `moex config --config=FILE` lists all fields
@@ -54,7 +54,7 @@ class Verb(abc.ABC):
 
         Args:
           args: values of the arguments that `add` declared.
-          config_args: `--config...` arguments, for `flags.load_config`.
+          config_args: `--config...` arguments, for `given_config`.
 
         Raises:
           ConfigError: for a mistake of the user: one line, exit code 2.

@@ -52,7 +52,7 @@ def scored_config(args, config_args: list[str]):
     Raises:
       ConfigError: if both `--data` and a config of data are given, or either is wrong.
     """
-    from moex.config.flags import load_config
+    from moex.runs.directory import given_config
 
     for arg in config_args if args.data else ():
         if arg.startswith(("--config=", "--config.data")):
@@ -60,7 +60,7 @@ def scored_config(args, config_args: list[str]):
                 f"{arg.split('=')[0]}: --data takes the place of config.data; give "
                 "one of the two."
             )
-    cfg = load_config(config_args, base=args.run.config())
+    cfg = given_config(config_args, base=args.run.config())
     if args.data:
         cfg.data = cfg.task.given(cfg.data, args.data)
     return cfg

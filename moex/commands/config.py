@@ -15,7 +15,7 @@ class Command(Verb):
 
     def run(self, args, config_args):
         from moex.config.base import describe, to_dict
-        from moex.config.flags import load_config
+        from moex.runs.directory import given_config
 
-        cfg = load_config(config_args)
+        cfg = given_config(config_args)
         print(json.dumps(to_dict(cfg), indent=1) if args.json else describe(cfg))

@@ -41,7 +41,5 @@ class Command(Verb):
         conversions = asked_for(args.to, vars(args))
         report = convert_run(args.run, args.workdir, conversions)
         print(report_text(report, conversions))
-        print(
-            f"go on training: moex train --config={args.workdir / 'config.py'} "
-            f"--workdir={args.workdir}"
-        )
+        new = args.workdir
+        print(f"go on training: moex train --config={new} --workdir={new}")

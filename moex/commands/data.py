@@ -14,12 +14,12 @@ class Command(Verb):
         )
 
     def run(self, args, config_args):
-        from moex.config.flags import load_config
         from moex.data.report import inspect
+        from moex.runs.directory import given_config
         from moex.runs.keys import check_run
         from moex.tasks.base import require_token_ids
 
-        cfg = load_config(config_args)
+        cfg = given_config(config_args)
         check_run(cfg)
         if args.action == "inspect":
             require_token_ids(cfg, "moex data inspect")

@@ -6,7 +6,7 @@ from moex.config.arguments import path
 EXAMPLES = """
 Examples:
   moex import-hf models/OLMoE-1B-7B --out runs/olmoe
-  moex train --config=runs/olmoe/config.py --workdir=runs/olmoe --config.data=...
+  moex train --config=runs/olmoe --workdir=runs/olmoe --config.data=...
   moex export-hf runs/olmoe --out models/OLMoE-tuned
 """
 
@@ -48,6 +48,4 @@ class Command(Verb):
             doc_token=args.doc_token,
         )
         out = args.out.expanduser()
-        print(
-            f"go on training: moex train --config={out / 'config.py'} --workdir={out}"
-        )
+        print(f"go on training: moex train --config={out} --workdir={out}")

@@ -39,14 +39,14 @@ class Command(Verb):
         )
 
     def run(self, args, config_args):
-        from moex.config.flags import load_config
         from moex.costs import table
+        from moex.runs.directory import given_config
 
-        cfg = load_config(config_args)
+        cfg = given_config(config_args)
         if (args.like is None) != (args.match is None):
             raise ConfigError("--like and --match go together; give both.")
         if args.like is not None:
-            like = load_config([f"--config={args.like}"])
+            like = given_config([f"--config={args.like}"])
             result = table.matched(cfg, like, args.match)
             print(json.dumps(result) if args.json else table.match_lines(result))
             return

@@ -39,16 +39,16 @@ class Command(Verb):
         add_json(parser)
 
     def run(self, args, config_args):
-        from moex.config.flags import load_config
         from moex.plan import report
         from moex.plan.advice import advice
         from moex.plan.planner import plan
         from moex.plan.rehearsal import DoesNotFit, compile_step, described_devices
         from moex.plan.topology import parse
+        from moex.runs.directory import given_config
 
         if args.topology is None:
             raise ConfigError("--topology: missing; give devices, such as v5p:4x4x4.")
-        cfg = load_config(config_args)
+        cfg = given_config(config_args)
         use_cpu()
         where = parse(args.topology)
         if args.compile:  # refuse what the compiler cannot do before any work

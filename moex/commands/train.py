@@ -76,12 +76,12 @@ class Command(Verb):
                 say=distributed.print_once(args),
             )
             return
-        from moex.config.flags import load_config
-        from moex.train.loop import train
+        from moex.runs.directory import given_config
+        from moex.train.training import train
 
         if args.sweep_index is not None:
             raise ConfigError("--sweep-index: is for --sweep; give both.")
-        cfg = load_config(config_args)
+        cfg = given_config(config_args)
         distributed.join(args, distributed.told(cfg, args))
         made = train(cfg, args.workdir, dry_run=args.dry_run, profile=args.profile)
         distributed.leave()

@@ -3,11 +3,9 @@
 B batch · L length
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 
-from moex.moe.losses import load_balance_loss
+from moex.moe.losses import LOSSES, Share
 
 
 def moe_layers(aux, path=()):
@@ -43,7 +41,7 @@ def routing_losses(
     """The part that a microbatch adds to the routing losses of its step, unscaled.
 
     Args:
-      layers: `{path: aux of a layer}`; every array has leading dims [repeat] or
+      layers: `{path: sums of a layer}`; every array has leading dims [repeat] or
         [repeat, C].
       coefs: `run.Loss`, for scope, scale and how layers are put together.
       counts, num_microbatches, load_before: as for `Task.loss`.
@@ -51,33 +49,16 @@ def routing_losses(
     Returns:
       float32 scalars by name, over all layers and chain rounds.
     """
-    if not layers:
-        return {}
-    names = ("load_balance", "router_z", "entropy", "importance")
-    total: dict[str, Any] = dict.fromkeys(names, 0.0)
+    total: dict = {}
     count = 0
-    for path, layer in layers.items():
-        own, stats = layer["losses"], layer["stats"]
-        values = {
-            "load_balance": own["load_balance"] / num_microbatches,
-            "router_z": stats["z_sum"] / counts["tokens"],
-            "entropy": stats["entropy_sum"] / counts["tokens"],
-            "importance": own["importance"] / num_microbatches,
-        }
-        if coefs.balance_scope == "sequence":
-            values["load_balance"] = stats["sequence_balance_sum"] / counts["sequences"]
-        elif coefs.balance_scope == "step" and load_before is not None:
-            so_far = load_balance_loss(
-                stats["load_E"] + load_before[path],
-                stats["prob_sum_E"],
-                stats["num_tokens"],
-            )
-            values["load_balance"] = so_far / num_microbatches
-        if coefs.balance_scale == "count":
-            slots = stats["num_slots"] / jnp.maximum(stats["num_tokens"], 1.0)
-            values["load_balance"] *= slots
-        total = {name: total[name] + jnp.sum(values[name]) for name in total}
-        count += own["load_balance"].size
+    for path, stats in layers.items():
+        before_E = None if load_before is None else load_before[path]
+        share = Share(coefs, counts, num_microbatches, before_E)
+        for loss in LOSSES:
+            if loss.is_trained:
+                part = jnp.sum(loss.part(stats, share))
+                total[loss.name] = total.get(loss.name, 0.0) + part
+        count += stats["num_tokens"].size
     if coefs.over_layers == "mean":
         total = {name: value / count for name, value in total.items()}
     return total

@@ -17,7 +17,7 @@ from flax import nnx
 from kernels_pallas import combine, dispatch
 from moex.config.base import ConfigError, require
 from moex.config.schedule import Schedule
-from moex.moe.routing import ExpertRouting, Routing
+from moex.moe.routing import Decision
 from moex.nn.contract import PartConfig
 
 
@@ -26,7 +26,7 @@ class RouterConfig(PartConfig):
     """A router: how tokens choose experts, or experts tokens."""
 
     role: ClassVar[str] = "a router config such as TopK"
-    experts_choose: ClassVar[bool] = False  # True: `make` gives an `ExpertRouting`
+    experts_choose: ClassVar[bool] = False  # as in `Decision`
 
     @abc.abstractmethod
     def make(self, dim: int, num_experts: int, rngs: nnx.Rngs) -> "Router":
@@ -70,8 +70,8 @@ class Router(nnx.Module):
     """The module of a router."""
 
     @abc.abstractmethod
-    def __call__(self, x_TD, ctx) -> Routing | ExpertRouting:
-        """The decision for every token, padding included, in float32.
+    def __call__(self, x_TD, ctx) -> Decision:
+        """The `Routing` or `ExpertRouting` of all tokens, padding included.
 
         Args:
           x_TD: the input of the layer.
@@ -95,7 +95,7 @@ def check_decision(router, decision, x_TD, num_experts: int, weights) -> None:
     told = f"{type(router).__name__} returned"
     if not isinstance(router, Router):
         raise ConfigError(f"{type(router).__name__}: must be a subclass of Router.")
-    if not isinstance(decision, (Routing, ExpertRouting)):
+    if not isinstance(decision, Decision):
         kind = type(decision).__name__
         raise ConfigError(f"{told} a {kind}: must be a Routing or an ExpertRouting.")
     named = sorted(name for name, _ in weights)
@@ -104,7 +104,7 @@ def check_decision(router, decision, x_TD, num_experts: int, weights) -> None:
             f"{told} the losses {sorted(decision.losses)}; `losses()` of its config "
             f"names {named}."
         )
-    ids = "expert_TK" if isinstance(decision, Routing) else "token_EC"
+    ids = "token_EC" if decision.experts_choose else "expert_TK"
     fields, slots, T, E = vars(decision), ids[-2:], len(x_TD), num_experts
     rest = jnp.shape(fields[ids])[1:2] or (slots[1],)
     expected = [

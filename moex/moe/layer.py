@@ -17,7 +17,6 @@ from moex.moe.capacity import drop_over_capacity, expert_capacity
 from moex.moe.contract import ExpertsConfig, RouterConfig, check_decision
 from moex.moe.experts.zero import Zero
 from moex.moe.parallel import Rows, run_experts
-from moex.moe.routing import ExpertRouting
 from moex.nn.context import Context
 from moex.nn.contract import FeedForward, FeedForwardConfig
 from moex.nn.param import param
@@ -208,13 +207,10 @@ class SparseLayer(FeedForward):
         with jax.named_scope("router"):
             routing = router(x_TD, ctx)
             check_decision(router, routing, x_TD, self.num_choices, loss_weights)
-            if not isinstance(routing, ExpertRouting):  # that never takes padding
-                routing = routing.keep_only(valid_T[:, None])
-            load_BE, real_T = metrics.loads(routing, (B, L), self.num_experts)
-        if isinstance(routing, ExpertRouting):
-            y_TD, num_kept, num_lost = self._sums_of_experts(x_TD, routing, ctx)
-        else:
-            y_TD, num_kept, num_lost = self._sums(x_TD, routing, ctx)
+            routing = routing.without_padding(valid_T)
+            load_BE, real_T = routing.loads((B, L), self.num_experts)
+        sums = self._sums_of_experts if routing.experts_choose else self._sums
+        y_TD, num_kept, num_lost = sums(x_TD, routing, ctx)
         stats = metrics.routing_stats(
             routing,
             ctx.valid_BL,

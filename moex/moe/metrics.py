@@ -17,35 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moex.moe.losses import layer_losses, sequence_balance_sums
-from moex.moe.routing import ExpertRouting
+from moex.moe.losses import LOSSES, Entropy, layer_losses
 
 MOST_SLOTS = 32  # the last bin of a histogram of slots: this many or more
-
-
-def loads(routing, shape_BL, num_experts) -> tuple[jax.Array, jax.Array]:
-    """The pair `(load_BE, real_T)`: slots per sequence and expert, and per token.
-
-    Args:
-      routing: after padding was taken out, before capacity.
-      shape_BL: batch and length of the tokens.
-      num_experts: experts that compute; only their slots count in `real_T`.
-    """
-    B, L = shape_BL
-    E = routing.probs_TE.shape[-1]
-    if isinstance(routing, ExpertRouting):
-        keep_EC = routing.keep_EC.astype(jnp.float32)
-        expert_E1 = jnp.arange(E)[:, None]
-        row_EC = routing.token_EC // L
-        load_BE = jnp.zeros((B, E)).at[row_EC, expert_E1].add(keep_EC)
-        real_EC = jnp.where(expert_E1 < num_experts, keep_EC, 0.0)
-        return load_BE, jnp.zeros(B * L).at[routing.token_EC].add(real_EC)
-    # Compare and sum: that fuses, needs no scatter, and stays on its sequence's device.
-    expert_BSE = routing.expert_TK.reshape(B, -1, 1) == jnp.arange(E)[None, None]
-    kept_BSE = expert_BSE & routing.keep_TK.reshape(B, -1, 1)
-    load_BE = jnp.sum(kept_BSE, axis=1, dtype=jnp.float32)
-    real_TK = routing.keep_TK & (routing.expert_TK < num_experts)
-    return load_BE, jnp.sum(real_TK, axis=-1, dtype=jnp.float32)
 
 
 def routing_stats(
@@ -66,49 +40,36 @@ def routing_stats(
       num_experts: experts that compute.
       y_TD: gated sums of the routed experts.
     """
+    most = min(routing.most_slots(), num_experts)
     watched = jax.lax.stop_gradient((routing.logits_TE, routing.probs_TE, y_TD))
     logits_TE, still_TE, y_TD = watched
     valid_T, load_E = valid_BL.reshape(-1), jnp.sum(load_BE, axis=0)
     valid_T1 = valid_T[:, None].astype(jnp.float32)
     prob_TE = routing.probs_TE * valid_T1
-    tokens_B = jnp.sum(valid_BL, axis=1, dtype=jnp.float32)
-    prob_sum_BE = jnp.sum(prob_TE.reshape(*valid_BL.shape, -1), axis=1)
-    balance_sum, num_sequences = sequence_balance_sums(load_BE, prob_sum_BE, tokens_B)
-    probs_TE = jnp.where(valid_T[:, None], routing.probs_TE, 1.0)
-    entropy_TE = -probs_TE * jnp.log(jnp.maximum(probs_TE, 1e-30))
-    lse_T = jax.nn.logsumexp(routing.logits_TE, axis=-1)
-    return {
+    stats = {
         "load_E": load_E,
         "prob_sum_E": jnp.sum(prob_TE, axis=0),
         "num_tokens": jnp.sum(valid_T1),
-        "sequence_balance_sum": balance_sum,
-        "num_sequences": num_sequences,
         "num_slots": jnp.sum(load_E),
         "num_zero": jnp.sum(load_E[num_experts:]),
         "num_kept": num_kept,
         "num_lost": num_lost,
         "real_sq_sum": jnp.sum(real_T**2),
         "num_unrouted": jnp.sum(jnp.where(real_T == 0, valid_T1[:, 0], 0.0)),
-        "entropy_sum": jnp.sum(entropy_TE * valid_T1),
-        "z_sum": jnp.sum(lse_T**2 * valid_T1[:, 0]),
         "top_gate_sum": jnp.sum(jnp.max(still_TE, axis=-1) * valid_T1[:, 0]),
         "logit_sq_sum": _square_sum(logits_TE, valid_T),
         "output_sq_sum": _square_sum(y_TD, valid_T),
-        "slots_S": _slots_histogram(real_T, valid_T, _most_slots(routing, num_experts)),
-    } | routing.sums
+        "slots_S": _slots_histogram(real_T, valid_T, most),
+    }
+    for loss in LOSSES:
+        stats |= loss.sums(routing, load_BE, valid_BL)
+    return stats | routing.sums
 
 
 def _square_sum(x_TX, valid_T):
     """The sum of the squares of all numbers of the valid tokens."""
     square_T = jnp.sum(jnp.square(x_TX.astype(jnp.float32)), axis=-1)
     return jnp.sum(jnp.where(valid_T, square_T, 0))  # no mask of the size of x
-
-
-def _most_slots(routing, num_experts) -> int:
-    """The most computing experts that a token may have."""
-    if isinstance(routing, ExpertRouting):
-        return num_experts
-    return min(routing.expert_TK.shape[1], num_experts)
 
 
 def _slots_histogram(real_T, valid_T, most):
@@ -130,7 +91,7 @@ class Figure(NamedTuple):
     title: str  # for people
     unit: str  # the unit or quantity, for the axis of a chart
     # Makes it, float32[...] or float32[..., E], from the sums of `routing_stats`; None:
-    # `model/figures.py` makes it, where the devices are known.
+    # it is made elsewhere (`layer_metrics`, `model/figures.py`).
     of: Callable[[dict], jax.Array] | None
     chart: str | None = None  # page of charts that it is on; None: on none
     # `max` or `min`, where the worst layer is; None: none is worse.
@@ -197,12 +158,13 @@ def _length(name):
     return lambda stats: jnp.sqrt(mean(stats[name], stats["num_tokens"]))
 
 
-def _loss(name):
-    def of(stats):
-        there = stats["num_tokens"] > 0
-        return jnp.where(there, layer_losses(stats)[name], jnp.nan)
+def _known(loss, stats):
+    """The loss as a figure for people: NaN where there is no token."""
+    return jnp.where(stats["num_tokens"] > 0, loss, jnp.nan)
 
-    return of
+
+def _loss(loss):
+    return lambda stats: _known(loss.value(stats), stats)
 
 
 BALANCE, ROUTERS, EXPERTS = "balance", "routers", "experts per token"
@@ -219,7 +181,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("dead_frac", "Experts without a token", "share of experts",
            _dead_frac, BALANCE, max, True),
     Figure("entropy", "Router entropy", "nats per token",
-           _loss("entropy"), ROUTERS, min),
+           _loss(Entropy()), ROUTERS, min),
     Figure("confidence", "Router confidence", "largest probability, mean over tokens",
            _token_mean("top_gate_sum"), ROUTERS, max),
     Figure("experts_per_token", "Experts per token", "mean number, computed ones",
@@ -240,12 +202,8 @@ FIGURES: tuple[Figure, ...] = (
            _length("output_sq_sum"), ROUTERS, max),
     Figure("device_violation", "Balance of devices", "max load / mean load − 1",
            None, BALANCE, max),
-    Figure("load_balance", "Load-balance loss", UNSCALED,
-           _loss("load_balance"), ROUTERS),
-    Figure("sequence_balance", "Load-balance loss by sequence", UNSCALED,
-           _loss("sequence_balance"), ROUTERS),
-    Figure("router_z", "Router z-loss", UNSCALED, _loss("router_z"), ROUTERS),
-    Figure("importance", "Importance loss", UNSCALED, _loss("importance"), ROUTERS),
+    *(Figure(loss.name, loss.title, UNSCALED, _loss(loss), ROUTERS)
+      for loss in LOSSES if loss.title),
     Figure("slots_hist_S", "Computing experts of a token, before capacity",
            f"share of tokens with 0, 1, 2, ...; from {MOST_SLOTS} on in one",
            _slots_hist_S),
@@ -256,9 +214,7 @@ FIGURES: tuple[Figure, ...] = (
 def own_figures(names) -> tuple[Figure, ...]:
     """The figures of the losses that routers define themselves, by name of the loss."""
     return tuple(
-        Figure(
-            f"{n}_loss", f"Router's own loss {n}", UNSCALED, _loss(f"{n}_loss"), ROUTERS
-        )
+        Figure(f"{n}_loss", f"Router's own loss {n}", UNSCALED, None, ROUTERS)
         for n in sorted(names)
     )
 
@@ -269,8 +225,8 @@ def layer_metrics(stats: dict) -> dict:
     They are those of `FIGURES`, and the losses that the router itself defines, named
     "NAME_loss".
     """
-    losses = {name: _loss(name)(stats) for name in layer_losses(stats)}
-    return losses | {figure.name: figure.of(stats) for figure in FIGURES if figure.of}
+    own = {name: _known(value, stats) for name, value in layer_losses(stats).items()}
+    return own | {figure.name: figure.of(stats) for figure in FIGURES if figure.of}
 
 
 def documentation() -> str:

@@ -1,11 +1,12 @@
 """The contract between routers and everything after them.
 
 T tokens · E experts (zero-computation ones included) · K slots per token · C slots per
-expert
+expert · B batch · L length, T = B * L
 """
 
+import abc
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +17,12 @@ SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 NORMALIZE = ("after", "before", "none")
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Routing:
-    """The experts that each token goes to, with their weights. Always float32.
+class Decision(abc.ABC):
+    """The decision of a router: the base of its two layouts.
 
     Attributes:
-      expert_TK: int32 in [0, E); the kept slots of a token name different experts.
-      gate_TK: float32 weight of each slot; 0 where not kept.
-      keep_TK: bool, whether the slot is used. K is static, so a router that chooses
-        fewer experts for some tokens clears `keep`.
+      experts_choose: whether it is an `ExpertRouting`.
       logits_TE: float32 router logits, before normalisation and without noise.
       probs_TE: float32 normalised scores; each row sums to 1. The load-balance loss
         averages these.
@@ -36,13 +33,52 @@ class Routing:
         loss. A loss of the whole batch is the same number for every token.
     """
 
-    expert_TK: jax.Array
-    gate_TK: jax.Array
-    keep_TK: jax.Array
+    experts_choose: ClassVar[bool]
+
     logits_TE: jax.Array
     probs_TE: jax.Array
     sums: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    @abc.abstractmethod
+    def without_padding(self, valid_T) -> Self:
+        """The same decision without slots of padding, where `valid_T` is False."""
+
+    @abc.abstractmethod
+    def loads(self, shape_BL, num_experts) -> tuple[jax.Array, jax.Array]:
+        """The pair `(load_BE, real_T)`: slots per sequence and expert, and per token.
+
+        Args:
+          shape_BL: batch and length of the tokens.
+          num_experts: experts that compute; only their slots count in `real_T`.
+        """
+
+    @abc.abstractmethod
+    def most_slots(self) -> int:
+        """The most slots that a token may have."""
+
+    @abc.abstractmethod
+    def trace(self) -> dict:
+        """The arrays that a replay of this decision needs, and the gates."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Routing(Decision):
+    """The experts that each token goes to, with their weights. Always float32.
+
+    Attributes:
+      expert_TK: int32 in [0, E); the kept slots of a token name different experts.
+      gate_TK: float32 weight of each slot; 0 where not kept.
+      keep_TK: bool, whether the slot is used. K is static, so a router that chooses
+        fewer experts for some tokens clears `keep`.
+    """
+
+    experts_choose = False
+
+    expert_TK: jax.Array
+    gate_TK: jax.Array
+    keep_TK: jax.Array
 
     def keep_only(self, keep_TK) -> "Routing":
         """The same routing with only the slots that `keep_TK` also allows."""
@@ -50,28 +86,57 @@ class Routing:
         gate_TK = jnp.where(keep_TK, self.gate_TK, 0.0)
         return dataclasses.replace(self, keep_TK=keep_TK, gate_TK=gate_TK)
 
-    def trace(self) -> dict:
-        """The arrays that a replay of this routing needs, and the gates."""
+    def without_padding(self, valid_T):
+        return self.keep_only(valid_T[:, None])
+
+    def loads(self, shape_BL, num_experts):
+        B, E = shape_BL[0], self.probs_TE.shape[-1]
+        # Comparing and summing fuses, needs no scatter, and stays on the device.
+        expert_BSE = self.expert_TK.reshape(B, -1, 1) == jnp.arange(E)[None, None]
+        kept_BSE = expert_BSE & self.keep_TK.reshape(B, -1, 1)
+        real_TK = self.keep_TK & (self.expert_TK < num_experts)
+        return (
+            jnp.sum(kept_BSE, axis=1, dtype=jnp.float32),
+            jnp.sum(real_TK, axis=-1, dtype=jnp.float32),
+        )
+
+    def most_slots(self):
+        return self.expert_TK.shape[1]
+
+    def trace(self):
         return {"expert": self.expert_TK, "gate": self.gate_TK, "keep": self.keep_TK}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertRouting:
+class ExpertRouting(Decision):
     """The tokens that each expert takes: the layout of routers in which experts choose.
 
     Attributes:
       token_EC: int32 in [0, T); the kept slots of an expert name different tokens.
-      gate_EC, keep_EC, logits_TE, probs_TE, sums, losses: as in `Routing`.
+      gate_EC, keep_EC: as in `Routing`. The router keeps no slot of padding.
     """
+
+    experts_choose = True
 
     token_EC: jax.Array
     gate_EC: jax.Array
     keep_EC: jax.Array
-    logits_TE: jax.Array
-    probs_TE: jax.Array
-    sums: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-    losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    def without_padding(self, valid_T):
+        return self
+
+    def loads(self, shape_BL, num_experts):
+        B, L = shape_BL
+        T, E = self.probs_TE.shape
+        keep_EC = self.keep_EC.astype(jnp.float32)
+        expert_E1 = jnp.arange(E)[:, None]
+        load_BE = jnp.zeros((B, E)).at[self.token_EC // L, expert_E1].add(keep_EC)
+        real_EC = jnp.where(expert_E1 < num_experts, keep_EC, 0.0)
+        return load_BE, jnp.zeros(T).at[self.token_EC].add(real_EC)
+
+    def most_slots(self):
+        return self.probs_TE.shape[1]
 
     def by_row(self) -> tuple[jax.Array, Routing]:
         """Return `(token_N, routing)`: every slot as its own token with one expert."""
@@ -99,8 +164,7 @@ class ExpertRouting:
             probs_TE=self.probs_TE,
         )
 
-    def trace(self) -> dict:
-        """The arrays that a replay of this routing needs, and the gates."""
+    def trace(self):
         return {"token": self.token_EC, "gate": self.gate_EC, "keep": self.keep_EC}
 
 

@@ -20,7 +20,8 @@ def section(found: Analysis) -> Section:
     each = max(4, MOST_ROWS // len(found.layers))
     tables: list = [table(found, name, each) for name in found.layers]
     if found.num_ids == 0:
-        tables = [Note("No data: no token is frequent enough in the trace.")]
+        why = "no token is frequent enough in" if found.vocabulary else "no ids are in"
+        tables = [Note(f"No data: {why} the trace.")]
     about = (
         f"Of {found.num_ids:,} frequent token ids: those that go to an expert most "
         "often. Specialisation: mean share of a token's occurrences that come to the "

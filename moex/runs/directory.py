@@ -12,12 +12,15 @@ from typing import Any, Union
 
 from moex.config import base as configs
 from moex.config.base import ConfigError, ConfigWarning
+from moex.config.flags import load_config
 from moex.data.files import atomic_write
 from moex.data.tokenizer import Tokenizer
 from moex.json_files import read_object
 from moex.runs.keys import check_run
 
 Place = Union[str, os.PathLike, "RunDir"]  # where a run directory is
+# Up to version 0.3 imports and conversions wrote a config.py that begins with this.
+OLD_SCRIPT = b'"""The config of this run: moex train --config=THIS_FILE'
 
 
 class RunDir:
@@ -45,7 +48,6 @@ class RunDir:
         self.profile = path / "profile"
         self.lock = path / "run.lock"  # who writes the run now
         # Other commands add these.
-        self.config_script = path / "config.py"  # written by an import or conversion
         self.imported = path / "hf"  # files of the folder that was imported
         self.conversion = path / "convert.json"
         self.report = path / "report.html"
@@ -108,3 +110,33 @@ class RunDir:
         """The steps whose checkpoints are committed, ascending; nothing is restored."""
         names = [p.name for p in self.checkpoints.glob("*") if p.name.isdecimal()]
         return sorted(int(name) for name in names if name == str(int(name)))  # not "08"
+
+
+def given_config(args: list[str], base=None):
+    """Make the run config of `--config...` arguments, as `flags.load_config` does.
+
+    `--config` may also name a run directory, which stands for its saved config. So does
+    the config.py that older versions wrote there; it is not run.
+
+    Args:
+      args, base: as for `flags.load_config`.
+
+    Raises:
+      ConfigError: as there, and for a run whose config cannot be read.
+    """
+    files = [a for a in args if a.startswith("--config=")]
+    run = _named_run(files[0].removeprefix("--config=")) if len(files) == 1 else None
+    if run is not None:
+        args, base = [a for a in args if a not in files], run.config()
+    return load_config(args, base=base)
+
+
+def _named_run(name: str) -> RunDir | None:
+    """The run directory that `--config` names; None if it names something else."""
+    path = pathlib.Path(name)
+    try:
+        if path.name == "config.py" and path.read_bytes().startswith(OLD_SCRIPT):
+            path = path.parent
+        return RunDir(path) if RunDir(path).is_run() else None
+    except (OSError, ValueError):  # there is no such file, or no file can have the name
+        return None

@@ -119,7 +119,9 @@ class Loss(Config):
         require_choice(f"{path}.over_layers", self.over_layers, ("sum", "mean"))
 
 
-COEFFICIENTS = ("z", "load_balance", "router_z", "entropy", "importance")
+COEFFICIENTS = tuple(
+    field.name for field in dataclasses.fields(Loss) if field.type == float | Schedule
+)
 
 
 RUN_KEYS = {

@@ -22,10 +22,10 @@ from typing import Any
 
 from moex import json_files
 from moex.config.base import ConfigError, flat, require, to_dict
-from moex.config.flags import bracketed, load_config
+from moex.config.flags import bracketed
 from moex.data.files import atomic_write, locked
 from moex.process import fail, use_cpu
-from moex.runs.directory import RunDir
+from moex.runs.directory import RunDir, given_config
 from moex.runs.keys import check_run
 
 FILE = "sweep.json"
@@ -68,14 +68,14 @@ def make_sweep(texts: Sequence[str], config_args: list[str]) -> Sweep:
         grid[field] = values
     count = math.prod(map(len, grid.values()))
     require(count <= MOST_POINTS, "--sweep", count, f"at most {MOST_POINTS:,} runs")
-    base = to_dict(load_config(config_args))
+    base = to_dict(given_config(config_args))
     points, seen = [], dict[str, str]()
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
         overrides = tuple(f"--config.{field}={v}" for field, v in chosen.items())
         name = point_name(chosen)
         try:
-            cfg = load_config([*config_args, *overrides])
+            cfg = given_config([*config_args, *overrides])
             check_run(cfg)
         except ConfigError as e:
             raise ConfigError(f"--sweep, {name}: {e}") from None

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from moex.config import base as configs
 from moex.config.base import ConfigError
 from moex.data.batches import Datasets
-from moex.data.files import atomic_write
 from moex.model.paths import flat_paths
 from moex.model.spec import init_guard, opt_shardings
 from moex.runs.checkpoint import HOST_BYTES, Checkpointer
@@ -17,19 +16,6 @@ from moex.runs.checksums import all_finite
 from moex.runs.consumed import Consumed
 from moex.runs.directory import RunDir
 from moex.runs.program import Program
-
-# A config file that returns the saved config, so that the run can be trained further.
-CONFIG_SCRIPT = '''\
-"""The config of this run: moex train --config=THIS_FILE --workdir=ITS_FOLDER."""
-
-import pathlib
-
-from moex.runs.directory import RunDir
-
-
-def get_config(arg=""):
-    return RunDir(pathlib.Path(__file__).parent).config()
-'''
 
 
 def about_step(
@@ -88,7 +74,6 @@ def write_run(
     finally:
         checkpointer.close()
     cfg.task.save(data, run)
-    atomic_write(run.config_script, CONFIG_SCRIPT)
     run.save_config(cfg)  # last, as it makes the folder a run
 
 

@@ -187,6 +187,7 @@ def score_tasks(
         run directory.
       CheckpointError: if no checkpoint is intact.
     """
+    require_token_ids(RunDir.of(place).config(), "moex eval --tasks")
     _need_harness()
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -204,7 +205,6 @@ def score_tasks(
         if task not in manager.all_tasks:
             hint = nearest(task, manager.all_tasks)
             raise ConfigError(f"--tasks = {task!r}: no such task or file.{hint}")
-    require_token_ids(RunDir.of(place).config(), "moex eval --tasks")
     run = load_run(place, warn=lambda line: print(printable(line), file=sys.stderr))
     # The harness would fork this process for its bootstrap while JAX has threads.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")

@@ -271,10 +271,7 @@ class Task(Config, abc.ABC):
             "domain_tokens": jnp.sum(
                 domain_BX * jnp.sum(scored_BL, 1)[:, None], axis=0
             ),
-            "layers": {
-                "/".join(path): {"losses": layer["losses"], "stats": layer["stats"]}
-                for path, layer in moe_layers(aux)
-            },
+            "layers": {"/".join(path): own["stats"] for path, own in moe_layers(aux)},
         }
 
     def loss(
@@ -294,9 +291,8 @@ class Task(Config, abc.ABC):
 
         Means over tokens or sequences are over those of the whole step, so that
         microbatches with unequal counts add up to the full batch: the loss of the
-        tokens, those of `LOSSES`, router z-loss, entropy, and the balance loss by
-        sequence. The balance loss of a microbatch and the importance loss are no such
-        means; there all microbatches have the same weight.
+        tokens, those of `LOSSES`, and the means among the losses of the MoE layers. In
+        the others of these all microbatches have the same weight (`RoutingLoss.part`).
 
         Args:
           model: the module.
@@ -340,8 +336,7 @@ class Task(Config, abc.ABC):
             | {
                 "domain_score": mean(sums["domain_score"], sums["domain_tokens"]),
                 "layers": {
-                    path: layer_metrics(layer["stats"])
-                    for path, layer in sums["layers"].items()
+                    path: layer_metrics(stats) for path, stats in sums["layers"].items()
                 },
             }
         )

@@ -1,7 +1,6 @@
 """A job: everything that a run config stands for, ready to be stepped."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ from moex import sharding
 from moex.data import batches
 from moex.model import optim
 from moex.model.spec import abstract_opt, init_guard, init_params, model_spec
-from moex.runs.directory import RunDir
 from moex.runs.program import Evaluated, Program, mesh_here
 from moex.runs.room import check_room
 from moex.train import step as steps
@@ -143,8 +141,3 @@ def make_job(cfg, *, log=print) -> Job:
     job = Job(cfg=cfg, mesh=mesh, spec=model_spec(cfg.model, mesh), data=data)
     check_room(cfg, mesh, job.abstract_state())
     return job
-
-
-def load_config(folder: pathlib.Path):
-    """Read the config of a run; config.py of older imports and conversions calls it."""
-    return RunDir(folder).config()

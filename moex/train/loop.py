@@ -1,13 +1,11 @@
-"""The training loop, which is the same for a laptop and for a pod.
+"""A run in progress: the loop over its steps, evaluations and checkpoints.
 
 Each iteration dispatches a step and then looks at the metrics of earlier steps, so that
 logging never makes the device wait; see `train/in_flight.py`.
 """
 
-import contextlib
 import dataclasses
 import math
-import sys
 import time
 from typing import Any
 
@@ -15,190 +13,37 @@ import jax
 import numpy as np
 from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
-from moex.cluster import distributed
 from moex.config import base as configs
-from moex.config.base import RunError, require_path
-from moex.config.schedule import is_always_zero
-from moex.data.changes import changed_data, save_data
+from moex.config.base import RunError
 from moex.model import accounting
 from moex.model.figures import by_layer, moe_summary
-from moex.model.paths import path_name
-from moex.runs.checkpoint import Checkpointer, CheckpointError
+from moex.runs.checkpoint import Checkpointer
 from moex.runs.checksums import all_finite
-from moex.runs.claim import claimed
 from moex.runs.consumed import Consumed
 from moex.runs.directory import RunDir
-from moex.runs.environment import save_environment
-from moex.runs.keys import COEFFICIENTS, check_run
 from moex.runs.lock import RunLock
-from moex.runs.open import load_run, saved_with
-from moex.runs.record import check_may_begin
-from moex.runs.score import domain_losses, eval_step, evaluate
+from moex.runs.score import eval_step, evaluate
 from moex.runs.write import about_step
 from moex.sharding import shard_batch, told_by_each
 from moex.train.in_flight import Flight
-from moex.train.job import Job, make_job
-from moex.train.log import RunLog, Stopwatch, clock, load_lines, memory_bytes, step_line
-from moex.train.profiler import Profiler, profile_steps
-from moex.train.resume import check_init_from, check_resume
-from moex.train.stop import said_where_it_stands, stands, stop_on_signals
+from moex.train.job import Job
+from moex.train.lines import (
+    eval_line,
+    eval_values,
+    last_lines,
+    load_lines,
+    speed,
+    step_line,
+    step_values,
+    told_lost,
+)
+from moex.train.log import RunLog
+from moex.train.stop import stands
+from moex.train.stopwatch import Stopwatch
 
 
 class TrainingStopped(RunError):
     """Training cannot go on; the message says why and what is intact."""
-
-
-def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
-    """Train `cfg` in `workdir`, or continue the run there.
-
-    Args:
-      cfg: run config (keys of `run.RUN_KEYS`).
-      workdir: run directory; made if there is none. None only for a dry run.
-      dry_run: check everything, print the model table and stop.
-      profile: steps to trace, "START:STOP"; None: no steps.
-      say: called with each line before the run's own log exists.
-
-    Returns:
-      The last figures: {"step", "loss", "eval_nll", ...}; empty for a dry run.
-
-    Raises:
-      ConfigError: for a user's mistake, before anything is compiled.
-      CheckpointError: if a checkpoint cannot be written or read.
-      TrainingStopped: after `nan_limit` skipped updates in a row.
-    """
-    say = say or (print if jax.process_index() == 0 else lambda *_: None)
-    check_run(cfg)  # before anything else, so that a mistake leaves no folder
-    profiled = profile_steps(profile, cfg.steps)
-    source = RunDir(cfg.init_from)
-    if dry_run:
-        folder = None if workdir is None else RunDir.of(workdir)
-        job = make_job(cfg, log=say)
-        _compare(job, folder, source, say)
-        job.trace_step()
-        say("dry run: the config is good; nothing was trained")
-        return {}
-    require_path("--workdir", workdir)
-    folder = RunDir.of(workdir)
-    with said_where_it_stands(folder), claimed(folder, say) as lock:
-        job = make_job(cfg, log=say)
-        cost = _compare(job, folder, source, say)
-        checkpointer = Checkpointer(
-            folder,
-            keep=cfg.checkpoint.keep,
-            keep_best=cfg.checkpoint.keep_best,
-            score=cfg.task.score,
-        )
-        run = _start(job, folder, source, checkpointer, cost, say)
-        run.lock = lock
-        run.profiler = Profiler(profiled, folder.profile, run.log.line)
-        if jax.process_index() == 0:
-            # The config comes last, as it makes the folder a run that can be used.
-            cfg.task.save(job.data, folder)
-            save_data(folder.data_file, job.data.manifest)
-            save_environment(folder, run.step)
-            folder.save_config(cfg)
-        with jax.set_mesh(job.mesh), stop_on_signals(run):
-            try:
-                return run.loop()
-            finally:
-                _close(run)
-
-
-def _compare(job: Job, folder: RunDir | None, source: RunDir, say) -> accounting.Cost:
-    """Print the model table, and compare a job with the run that it goes on from.
-
-    Raises:
-      ConfigError: if that run has another model or other data.
-    """
-    cfg = job.cfg
-    cost = accounting.model_cost(cfg.model, job.spec, cfg.seq_len)
-    say(accounting.model_table(cfg.model, job.spec, job.tx, cfg.seq_len))
-    resuming = folder is not None and folder.is_run()
-    distributed.agree(
-        {
-            "data": {k: v["sha256"] for k, v in job.data.manifest.items()},
-            **cfg.task.identity(job.data),
-            "answer to whether --workdir holds a run": resuming,
-        }
-    )
-    if resuming and folder is not None:
-        for line in changed_data(folder.data_file, job.data.manifest):
-            say(line)
-        for change in check_resume(cfg, folder, job.data):
-            say(f"resuming with a changed config: {change}")
-    elif cfg.init_from:
-        check_init_from(job, source)
-    if not job.holds_out:
-        say("no data is held out: nothing will be evaluated")
-    return cost
-
-
-def _close(run: "Run") -> None:
-    """Close everything that a run has open, also while an error is raised."""
-    run.profiler.end(run.step)
-    run.log.close()
-    # If one process of several has an error, the others do not get here, and Orbax
-    # would wait for them for ever.
-    if jax.process_count() == 1 or sys.exception() is None:
-        with contextlib.suppress(CheckpointError):
-            run.checkpointer.wait()
-        run.checkpointer.close()
-
-
-def _start(job: Job, folder: RunDir, source: RunDir, checkpointer, cost, say) -> "Run":
-    """Restore or make the train state."""
-    identity = job.cfg.task.identity(job.data)
-    found = checkpointer.restore(
-        job.abstract_state(), warn=say, check=saved_with(job.cfg, identity)
-    )
-    final = None
-    if found is not None:
-        step, state, data, meta = found
-        final = meta["final"]
-        say(f"resuming {folder} after step {step}")
-        consumed = Consumed.of(data, job.cfg.seq_len)
-    else:
-        if folder.is_run():
-            check_may_begin(folder, folder.config().checkpoint.every)
-            say(f"{folder} has no checkpoint yet: it begins again at step 0")
-        checkpointer.write_record()  # from now on the record lists the saved steps
-        step, consumed, state = 0, Consumed(), job.init_state()
-        if job.cfg.init_from:
-            old = load_run(source, job.cfg.mesh, warn=say)
-            # State that depends on this run's own schedule or target starts afresh.
-            fresh, info = state["state"], job.spec.info
-            carried = jax.tree_util.tree_map_with_path(
-                lambda path, was, new: was if keeps_value(info, path) else new,
-                old.state,
-                fresh,
-            )
-            state |= {"params": old.params, "state": carried}
-            say(f"starting from the parameters of {source} at step {old.step}")
-    log = RunLog(
-        folder,
-        job.cfg,
-        step=step,
-        total_steps=job.cfg.steps,
-        num_domains=len(job.data.domains),
-    )
-    run = Run(job, folder, checkpointer, cost, log, state, step, consumed, final)
-    run.in_row = int(state["guard"]["skipped_in_row"])
-    return run
-
-
-def _lost(rows: int) -> str:
-    """The part of a message about rows that found no room, if there are any."""
-    if rows == 0:
-        return ""
-    return (
-        f", {rows} rows found no room on their way to the experts: raise "
-        "config.mesh.exchange_buffer"
-    )
-
-
-def keeps_value(info, path) -> bool:
-    """Whether a router state keeps its meaning in another run, as biases do."""
-    return info[path_name(path)].rule.keeps_value
 
 
 @dataclasses.dataclass
@@ -326,7 +171,7 @@ class Run:
                 self.suspect = step - 1
             self.log.line(
                 f"warning: update {step} skipped (loss {loss:.4g}, gradient norm "
-                f"{norm:.4g}{_lost(lost)}); {in_row} in a row, "
+                f"{norm:.4g}{told_lost(lost)}); {in_row} in a row, "
                 f"{int(metrics['skipped'])} in all"
             )
             if in_row >= cfg.nan_limit:
@@ -350,7 +195,7 @@ class Run:
             good = self.checkpointer.last_good(before=good)
         raise TrainingStopped(
             f"{in_row} updates in a row had a loss or gradient that is not finite or "
-            f"spikes{_lost(lost)} (config.nan_limit = {self.job.cfg.nan_limit}); "
+            f"spikes{told_lost(lost)} (config.nan_limit = {self.job.cfg.nan_limit}); "
             f"stopped at step {step}. Last good checkpoint: "
             f"{'none' if good is None else good}{doubt}."
         )
@@ -359,8 +204,8 @@ class Run:
         """Log a step; seconds and targets are means since the step logged before."""
         cfg = self.job.cfg
         rows = self._rows(metrics["layers"])
-        values = self._step_values(metrics)
-        values |= self._speed(metrics, seconds["step"], targets)
+        values = step_values(self.job, metrics, self.consumed)
+        values |= speed(self.job, self.cost, metrics, seconds["step"], targets)
         values |= {f"perf/{name}_s": value for name, value in seconds.items()}
         values |= {f"moe/{name}": value for name, value in moe_summary(rows).items()}
         self.log.record("train", step, values)
@@ -381,50 +226,6 @@ class Run:
         """The figures of the MoE layers by label."""
         devices = self.job.mesh.shape["expert"]
         return by_layer(self.job.cfg.model, layers, expert_devices=devices)
-
-    def _step_values(self, metrics) -> dict:
-        """The values of a line of metrics.jsonl, except for routing and speed."""
-        cfg, domains = self.job.cfg, self.job.data.domains
-        values = {
-            "loss": float(metrics["loss"]),
-            **{name: float(metrics[name]) for name, *_ in cfg.task.FIGURES},
-            "grad_norm": float(metrics["grad_norm"]),
-            "lr": float(metrics["lr"]),
-            "skipped": int(metrics["skipped"]),
-            "tokens_seen": self.consumed.tokens,
-            "targets_seen": self.consumed.targets,
-            "padding_frac": int(metrics["padding"]) / (cfg.batch_size * cfg.seq_len),
-        }
-        for group, norm in metrics["grad_norms"].items():
-            values[f"grad_norm/{group}"] = float(norm)
-        for name, value in metrics["weighted"].items():
-            own = name not in COEFFICIENTS  # of a router, with its own coefficient
-            if own or not is_always_zero(getattr(cfg.loss, name)):
-                values[f"loss/{name}"] = float(value)
-        if len(domains) > 1:
-            values |= self._by_domain(domain_losses(domains, metrics))
-        return values
-
-    def _by_domain(self, losses: dict[str, float]) -> dict[str, float]:
-        return {f"{self.job.cfg.task.score}/{k}": loss for k, loss in losses.items()}
-
-    def _speed(self, metrics, step_seconds: float, targets: float) -> dict:
-        """The speed of training: tokens and learned targets per second, and FLOPs."""
-        tokens = self.job.cfg.batch_size * self.job.cfg.seq_len
-        flops = self.cost.train_flops_at(metrics["layers"])
-        values = {
-            "perf/tokens_per_s": tokens / step_seconds,
-            "perf/targets_per_s": targets / step_seconds,
-            "perf/train_flops_per_token": flops,
-            "perf/memory_gib": memory_bytes() / 2**30,
-        }
-        peak = accounting.device_peak_flops()
-        if peak is not None:
-            rate = tokens / step_seconds * flops
-            values["perf/mfu"] = rate / (peak * jax.device_count())
-            share = 1 - int(metrics["padding"]) / tokens
-            values["perf/mfu_without_padding"] = share * values["perf/mfu"]
-        return values
 
     def _pause(self) -> None:
         """Do the tasks that are owed, with the training clock stopped."""
@@ -448,23 +249,15 @@ class Run:
             self.eval_step = eval_step(self.job)
         result = evaluate(self.job, self.state, self.eval_step, limit)
         task = self.job.cfg.task
-        values = {k: result[k] for k in (*(f.name for f in task.FIGURES), *task.COUNTS)}
-        values |= self._by_domain(result["domains"])
+        values = eval_values(task, result)
         rows = self._rows(result["layers"])
         if rows:
             values["max_violation"] = moe_summary(rows)["max_violation"]
         self.log.record("eval", self.step, values)
         self.log.layers("eval", self.step, rows)
         self.last_eval = (self.step, result)
-        said = [
-            f"{result[name]:.4f} {unit}"
-            for name, _, unit, _ in task.FIGURES
-            if math.isfinite(result[name])
-        ]
-        self.log.line(
-            f"held out at step {self.step}: {', '.join(said) or 'no target'} "
-            f"({result['tokens']:,} tokens)"
-        )
+        said = eval_line(task, result)
+        self.log.line(f"held out at step {self.step}: {said}")
         return result
 
     def _save(self, final: dict | None = None) -> bool:
@@ -517,18 +310,7 @@ class Run:
         if scored is not None:
             self._report(scored)
         log.text("config", self.step, configs.describe(cfg))
-        look = f"moex report {self.dir}"
-        if cfg.log.tensorboard:
-            look = (
-                f"tensorboard --logdir {self.dir.tensorboard}\n"
-                "              its page Custom Scalars begins with the MoE layers"
-            )
-        lines = [
-            f"training time {clock(self.watch.read())}; run directory {self.dir}",
-            f"look at it:   {look}",
-            *cfg.task.use_lines(self.dir),
-        ]
-        log.line("\n".join(lines))
+        log.line(last_lines(cfg, self.dir, self.watch.read()))
         return self.last | {"step": self.step} | figures
 
     def _report(self, scored: dict) -> None:

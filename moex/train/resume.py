@@ -1,10 +1,16 @@
-"""Checks that a run may go on in a directory, or start from another's parameters."""
+"""Where a training begins: checks that it may go on, and its first state."""
+
+import jax
 
 from moex.config import base as configs
 from moex.config.base import ConfigError
 from moex.data.batches import Datasets
+from moex.model.paths import path_name
+from moex.runs.checkpoint import Checkpointer
+from moex.runs.consumed import Consumed
 from moex.runs.directory import RunDir
-from moex.runs.open import differences, saved_spec
+from moex.runs.open import differences, load_run, saved_spec, saved_with
+from moex.runs.record import check_may_begin
 from moex.train.job import Job
 
 # Changing these would make a checkpoint of the old config unusable.
@@ -60,3 +66,46 @@ def check_init_from(job: Job, source: RunDir) -> None:
             f"{where}: has another architecture: {name} has shape {there} there, "
             f"{here} here (None: there is none)."
         )
+
+
+def starting_point(
+    job: Job, folder: RunDir, source: RunDir, checkpointer: Checkpointer, say
+) -> tuple[int, Consumed, dict, dict | None]:
+    """Restore or make the train state.
+
+    Returns:
+      (steps done, `Consumed`, state, final figures of a run that is complete or None).
+    """
+    identity = job.cfg.task.identity(job.data)
+    found = checkpointer.restore(
+        job.abstract_state(), warn=say, check=saved_with(job.cfg, identity)
+    )
+    final = None
+    if found is not None:
+        step, state, data, meta = found
+        final = meta["final"]
+        say(f"resuming {folder} after step {step}")
+        consumed = Consumed.of(data, job.cfg.seq_len)
+    else:
+        if folder.is_run():
+            check_may_begin(folder, folder.config().checkpoint.every)
+            say(f"{folder} has no checkpoint yet: it begins again at step 0")
+        checkpointer.write_record()  # from now on the record lists the saved steps
+        step, consumed, state = 0, Consumed(), job.init_state()
+        if job.cfg.init_from:
+            old = load_run(source, job.cfg.mesh, warn=say)
+            # State that depends on this run's own schedule or target starts afresh.
+            fresh, info = state["state"], job.spec.info
+            carried = jax.tree_util.tree_map_with_path(
+                lambda path, was, new: was if keeps_value(info, path) else new,
+                old.state,
+                fresh,
+            )
+            state |= {"params": old.params, "state": carried}
+            say(f"starting from the parameters of {source} at step {old.step}")
+    return step, consumed, state, final
+
+
+def keeps_value(info, path) -> bool:
+    """Whether a router state keeps its meaning in another run, as biases do."""
+    return info[path_name(path)].rule.keeps_value

@@ -66,9 +66,7 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, co
             load_before = None
             if before is not None and coefs.balance_scope == "step":
                 (_, sums), _ = before
-                load_before = {
-                    k: v["stats"]["load_E"] for k, v in sums["layers"].items()
-                }
+                load_before = {k: v["load_E"] for k, v in sums["layers"].items()}
             return grad_fn(params, state, microbatch, key_i, counts, step, load_before)
 
         (loss, sums), grads = _accumulate(micro, batch, grad_accum)
@@ -175,7 +173,7 @@ def router_sums(layers, name) -> dict:
     every round, so rounds are added. `<layer>/routers/t/x` belongs to that of round t.
     """
     layer, _, rest = name.rpartition("/router")
-    stats = layers[layer]["stats"]
+    stats = layers[layer]
     if rest.startswith("s/"):
         t = int(rest.split("/")[1])
         return {k: v[:, t] for k, v in stats.items()}
@@ -186,9 +184,7 @@ def router_sums(layers, name) -> dict:
 
 def lost_rows(layers):
     """The number of rows of all layers that found no room on their way to experts."""
-    return sum(
-        (jnp.sum(v["stats"]["num_lost"]) for v in layers.values()), jnp.zeros(())
-    )
+    return sum((jnp.sum(v["num_lost"]) for v in layers.values()), jnp.zeros(()))
 
 
 def guard_update(guard, loss, grad_norm, spike_factor, lost=0.0, hopeless=False):

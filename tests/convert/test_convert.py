@@ -110,7 +110,7 @@ def test_a_run_at_full_width_scores_the_same_and_trains_on(moex, folder, tmp_pat
         "the "
     )
     converted = load_run(new)
-    config_file = f"--config={new / 'config.py'}"
+    config_file = f"--config={new}"
     moex("train", config_file, f"--workdir={new}", "--config.steps=3")
     trained = load_run(new)
     assert trained.step == 3
@@ -131,7 +131,8 @@ def test_what_is_kept_and_what_is_written(moex, folder, tmp_path, monkeypatch):
     text = moex("convert", folder / "run", *CONVERT, *options, f"--workdir={new}")
     assert "    0 down      0   0." in text
     assert "held-out loss, nats per token: 2.0000 -> 2.0000 (5 tokens)" in text
-    assert f"moex train --config={new / 'config.py'} --workdir={new}" in text
+    assert f"moex train --config={new} --workdir={new}" in text
+    assert not list(new.rglob("*.py"))  # nothing in a run directory is code
     old_run, new_run = load_run(folder / "run"), load_run(new)
     old, found = flat_paths(old_run.params), flat_paths(new_run.params)
     kept = [name for name in old if "experts" not in name]

@@ -7,12 +7,12 @@ import pathlib
 import ml_dtypes
 import numpy as np
 
-from moex.config.flags import load_config as load_config_flags
 from moex.data.sources import Text
 from moex.interop.folder import Folder
 from moex.interop.hf import import_hf
 from moex.interop.writing import Tensor, write
-from moex.train import loop
+from moex.runs.directory import given_config
+from moex.train import training
 from tests import runs
 from tests.interop import parity
 
@@ -41,12 +41,12 @@ def same_tensors(a, b) -> None:
 def train_on(tmp_path, run, *fields) -> None:
     """`moex train` in the run's own folder, on a small text."""
     fields = ("eval.every=0", "batch_size=2", "log.sample_tokens=0", *fields)
-    args = [f"--config={run / 'config.py'}", *(f"--config.{f}" for f in fields)]
-    cfg = load_config_flags(args)
+    args = [f"--config={run}", *(f"--config.{f}" for f in fields)]
+    cfg = given_config(args)
     text = runs.write_corpus(tmp_path / "corpus.txt")
     cfg.data = dataclasses.replace(cfg.data, sources=(Text(paths=(str(text),)),))
     with runs.one_device():
-        loop.train(cfg, run, **SAY)
+        training.train(cfg, run, **SAY)
 
 
 def changed(tmp_path, name, change=None, config=None, **options) -> pathlib.Path:

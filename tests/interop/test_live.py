@@ -21,7 +21,7 @@ from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.runs.open import load_run
 from moex.tasks.lm import continue_texts
-from moex.train import loop
+from moex.train import training
 from moex.train.job import make_job
 from tests import runs
 from tests.helpers import built, context
@@ -129,7 +129,7 @@ def test_a_native_run_writes_the_same_text_in_transformers(tmp_path, tokenizer):
     cfg.data = dataclasses.replace(cfg.data, tokenizer=tokenizer)
     prompts = ["the cat sees a dog", " a  <|doc|> b\n", "caf\u00e9", ""]
     with runs.one_device():
-        loop.train(cfg, tmp_path / "run", **SAY)
+        training.train(cfg, tmp_path / "run", **SAY)
         export_hf(tmp_path / "run", tmp_path / "folder", **SAY)
         run = load_run(tmp_path / "run")
         ours = continue_texts(

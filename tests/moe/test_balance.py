@@ -150,8 +150,8 @@ def test_sums_go_to_the_router_they_belong_to():
         "load_E": jnp.arange(12.0).reshape(2, 3, 2),
     }
     layers = {
-        "a/ffn": {"stats": {"num_tokens": jnp.ones(2), "load_E": jnp.ones((2, 2))}},
-        "b/ffn": {"stats": chain},
+        "a/ffn": {"num_tokens": jnp.ones(2), "load_E": jnp.ones((2, 2))},
+        "b/ffn": chain,
     }
     plain = router_sums(layers, "a/ffn/router/bias_E")
     assert plain["load_E"].shape == (2, 2)

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from moex.moe.losses import (
-    importance_loss,
+    LOSSES,
+    TAKEN,
+    Importance,
     layer_losses,
     load_balance_loss,
     mean_loss,
     sequence_balance_sums,
     update_bias,
 )
+from moex.runs.keys import COEFFICIENTS
 from tests.tolerances import assert_close
 
 
@@ -47,7 +50,7 @@ def test_no_token_costs_nothing():
     zero = jnp.float32(0)
     assert load_balance_loss(jnp.zeros(3), jnp.zeros(3), zero) == 0
     assert mean_loss(zero, zero) == 0
-    names = ("num_tokens", "num_sequences", "sequence_balance_sum", "z_sum")
+    names = ("num_tokens", "num_sequences", "sequence_balance_sum", "router_z_sum")
     nothing = dict.fromkeys((*names, "entropy_sum"), zero)
     nothing |= dict.fromkeys(("load_E", "prob_sum_E"), jnp.zeros(3))
     assert set(map(float, layer_losses(nothing).values())) == {0.0}
@@ -97,6 +100,15 @@ def test_sequence_balance_is_the_mean_of_the_sequences():
 
 def test_importance_is_the_squared_coefficient_of_variation():
     # Mean 2, deviations -1, 0, 1: variance 2/3, over 4.
-    assert_close(importance_loss(jnp.array([1.0, 2.0, 3.0])), 1 / 6, "float32")
-    assert importance_loss(jnp.full(3, 2.0)) == 0
-    assert importance_loss(jnp.zeros(3)) == 0
+    def loss(*prob_sums):
+        return Importance().value({"prob_sum_E": jnp.array(prob_sums)})
+
+    assert_close(loss(1.0, 2.0, 3.0), 1 / 6, "float32")
+    assert loss(2.0, 2.0, 2.0) == 0
+    assert loss(0.0, 0.0, 0.0) == 0
+
+
+def test_every_trained_loss_has_a_coefficient():
+    trained = {loss.name for loss in LOSSES if loss.is_trained}
+    assert trained == set(COEFFICIENTS) - {"z"}
+    assert set(TAKEN) == {*COEFFICIENTS, "sequence_balance"}

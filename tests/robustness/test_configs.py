@@ -19,7 +19,7 @@ from moex.runs.keys import check_run
 from moex.runs.open import load_run
 from moex.runs.score import eval_step
 from moex.sharding import MeshConfig, shard_batch
-from moex.train import loop
+from moex.train import training
 from moex.train.job import make_job
 from tests.robustness import drawn
 from tests.robustness.attacks import (
@@ -63,7 +63,7 @@ def hostile(corpus, i):
 
 
 def dry_run(cfg):
-    return attempt(lambda: loop.train(cfg, None, dry_run=True))
+    return attempt(lambda: training.train(cfg, None, dry_run=True))
 
 
 def trace(cfg):

@@ -18,8 +18,9 @@ from moex.data.packing import blank_example
 from moex.nn.stack import Segment
 from moex.runs.consumed import Consumed
 from moex.runs.score import evaluate, make_eval_step
-from moex.train.log import Stopwatch
+from moex.train.lines import speed
 from moex.train.loop import Run
+from moex.train.stopwatch import Stopwatch
 from tests import runs
 from tests.helpers import TASK, XLA, built, mesh_of, random_batch, tiny_lm, tiny_moe
 from tests.tolerances import assert_close
@@ -77,17 +78,15 @@ def test_an_old_checkpoint_has_sequences_alone():
 
 def test_speed_says_what_padding_has_of_it(monkeypatch):
     """Of 256 tokens 64 are padding and 96 are targets; a step takes half a second."""
-    run = types.SimpleNamespace(
-        job=types.SimpleNamespace(cfg=types.SimpleNamespace(batch_size=4, seq_len=64)),
-        cost=types.SimpleNamespace(train_flops_at=lambda layers: 1e9),
-    )
+    job = types.SimpleNamespace(cfg=types.SimpleNamespace(batch_size=4, seq_len=64))
+    cost = types.SimpleNamespace(train_flops_at=lambda layers: 1e9)
     monkeypatch.setattr("moex.model.accounting.device_peak_flops", lambda: 1e12)
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    speed = Run._speed(run, {"padding": np.int32(64), "layers": {}}, 0.5, 96.0)
-    assert speed["perf/tokens_per_s"] == 512
-    assert speed["perf/targets_per_s"] == 192
-    assert speed["perf/mfu"] == pytest.approx(512 * 1e9 / 2e12)
-    assert speed["perf/mfu_without_padding"] == pytest.approx(384 * 1e9 / 2e12)
+    found = speed(job, cost, {"padding": np.int32(64), "layers": {}}, 0.5, 96.0)
+    assert found["perf/tokens_per_s"] == 512
+    assert found["perf/targets_per_s"] == 192
+    assert found["perf/mfu"] == pytest.approx(512 * 1e9 / 2e12)
+    assert found["perf/mfu_without_padding"] == pytest.approx(384 * 1e9 / 2e12)
 
 
 ROWS = 7

@@ -10,7 +10,7 @@ import pytest
 from moex.config.schedule import Schedule
 from moex.runs.directory import RunDir
 from moex.runs.record import read_about
-from moex.train import loop
+from moex.train import loop, training
 from moex.train.loop import TrainingStopped
 from moex.train.step import SPIKE_WARMUP
 from tests import runs
@@ -145,7 +145,7 @@ def test_parameters_that_a_schedule_unfreezes_are_trained(folder, tmp_path):
     cfg = runs.config(folder, "steps=72", "eval.every=0", "checkpoint.every=0")
     thaw = Schedule(points=((59, 0.0), (60, 1.0)))
     cfg.optim.lr_factors = (("*", thaw), ("router", 1.0))
-    assert loop.train(cfg, tmp_path, say=lambda line: None)["step"] == 72
+    assert training.train(cfg, tmp_path, say=lambda line: None)["step"] == 72
     found = runs.records(tmp_path)
     norms = [r["grad_norm"] for r in found]
     assert min(norms[60:63]) > cfg.optim.spike_factor * np.mean(norms[:60])
@@ -157,7 +157,7 @@ def test_parameters_that_a_schedule_unfreezes_are_trained(folder, tmp_path):
 def test_that_nothing_is_trained_is_said_once(folder, tmp_path, capsys):
     cfg = runs.config(folder, "steps=6", "eval.every=0", "checkpoint.every=0")
     cfg.optim.lr_factors = (("*", Schedule(points=((3, 0.0), (4, 1.0)))),)
-    loop.train(cfg, tmp_path, say=lambda line: None)
+    training.train(cfg, tmp_path, say=lambda line: None)
     assert [r["grad_norm"] == 0 for r in runs.records(tmp_path)] == [True] * 4 + [
         False
     ] * 2
@@ -171,13 +171,13 @@ def test_a_learning_rate_that_spoils_the_model_still_stops_it(folder, tmp_path):
     cfg = runs.config(folder, "steps=90", "eval.every=0", "checkpoint.every=0")
     cfg.optim.lr_factors = (("*", Schedule(points=((59, 1.0), (60, 1e3)))),)
     with pytest.raises(TrainingStopped, match="10 updates in a row"):
-        loop.train(cfg, tmp_path, say=lambda line: None)
+        training.train(cfg, tmp_path, say=lambda line: None)
     assert runs.records(tmp_path)[-1]["nll"] > 2 * np.log(257)
 
 
 def test_spikes_are_skipped(train, tmp_path, monkeypatch, capsys):
     """After 50 updates whose gradients had a norm of 0.01, a norm of 1 is a spike."""
-    start = loop._start
+    start = training._start
 
     def started(*args):
         run = start(*args)
@@ -189,7 +189,7 @@ def test_spikes_are_skipped(train, tmp_path, monkeypatch, capsys):
             )
         return run
 
-    monkeypatch.setattr(loop, "_start", started)
+    monkeypatch.setattr(training, "_start", started)
     with pytest.raises(TrainingStopped, match="spikes .* stopped at step 3. .*: none"):
         train(tmp_path, "nan_limit=3")
     first, second = runs.records(tmp_path)

@@ -14,7 +14,9 @@ from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.runs.keys import Log
 from moex.tasks import lm
-from moex.train.log import RunLog, Stopwatch, clock, load_lines, memory_bytes, step_line
+from moex.train.lines import clock, load_lines, memory_bytes, step_line
+from moex.train.log import RunLog
+from moex.train.stopwatch import Stopwatch
 from moex.train.tensorboard import load_figure, relative_load
 from tests.helpers import TASK, tiny_lm, tiny_moe
 from tests.test_run import run_config
@@ -244,7 +246,7 @@ def test_the_heat_map_has_a_row_per_layer():
 
 def test_the_stopwatch_leaves_out_what_is_between(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("moex.train.log.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("moex.train.stopwatch.time.perf_counter", lambda: now[0])
     watch = Stopwatch()
     now[0] = 5.0
     watch.start()  # compiling does not count

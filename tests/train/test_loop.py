@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moex.config.base import ConfigError
 from moex.runs.checkpoint import Checkpointer
-from moex.train import loop
+from moex.train import loop, training
 from moex.train.job import Job, make_job
 from moex.train.tensorboard import layout
 from tests import runs
@@ -289,14 +289,14 @@ def test_init_from_takes_parameters_only(
 ):
     """A decay phase is branched from the run: another schedule, from step 0."""
     began = {}
-    start = loop._start
+    start = training._start
 
     def started(*args):
         run = start(*args)
         began.update(jax.tree.map(np.asarray, run.state), step=run.step)
         return run
 
-    monkeypatch.setattr(loop, "_start", started)
+    monkeypatch.setattr(training, "_start", started)
     said = []
     branch = ("steps=2", "optim.schedule=wsd", "optim.decay_frac=0.5", "grad_accum=2")
     branch += ("optim.warmup_steps=1",)
@@ -379,7 +379,7 @@ BAD_PROFILES = ("3", "3:", "a:b", "-1:2", "2:2", "3:2", "0:9", "1:2:3")
 
 @pytest.mark.parametrize("wrong", BAD_PROFILES)
 def test_a_bad_profile_is_said_before_any_work(train, tmp_path, monkeypatch, wrong):
-    monkeypatch.setattr(loop, "make_job", never)
+    monkeypatch.setattr(training, "make_job", never)
     message = f"--profile={wrong}: must be START:STOP .* config.steps = 8"
     with pytest.raises(ConfigError, match=message):
         train(tmp_path / "run", profile=wrong)

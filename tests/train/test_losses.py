@@ -13,7 +13,6 @@ import pytest
 from moex.config.schedule import Schedule
 from moex.model.losses import routing_losses
 from moex.model.optim import AdamW, Optim
-from moex.moe.losses import load_balance_loss
 from moex.nn.context import Compute
 from moex.runs.keys import Loss
 from moex.train.step import make_train_step
@@ -25,55 +24,50 @@ FULL = {
     k: jnp.ones(1)
     for k in (
         *("num_zero", "num_kept", "num_lost", "real_sq_sum", "num_unrouted"),
-        *("entropy_sum", "z_sum", "top_gate_sum", "logit_sq_sum", "output_sq_sum"),
-        *("sequence_balance_sum", "num_sequences"),
+        *("entropy_sum", "router_z_sum", "sequence_balance_sum", "num_sequences"),
+        *("top_gate_sum", "logit_sq_sum", "output_sq_sum"),
     )
 } | {"slots_S": jnp.ones((1, 3))}
 # Of the whole step, of which a microbatch has three tokens and one sequence.
 COUNTS = {"targets": 5.0, "tokens": 12.0, "sequences": 4.0}
 
 
-def layer(load_balance, shape=(1,), slots=6.0, **sums):
-    """aux of a layer; every array has leading dims `shape`."""
-    names = ("z_sum", "entropy_sum", "sequence_balance_sum")
-    load_E = jnp.broadcast_to(jnp.array([4.0, 2.0]), (*shape, 2))
-    own = {"load_balance": load_balance, "importance": 0.75}
+def layer(prob_sum, shape=(1,), **sums):
+    """Sums of a layer with loads 4 and 2; every array has leading dims `shape`.
+
+    Its load-balance loss is 2 * (2/3 * P_0 + 1/3 * P_1), where P = prob_sum / 3.
+    """
+    names = ("router_z_sum", "entropy_sum", "sequence_balance_sum")
+    single = dict.fromkeys(names, 0) | {"num_tokens": 3.0, "num_slots": 6.0} | sums
     return {
-        "losses": {k: jnp.full(shape, v) for k, v in own.items()},
-        "stats": {
-            **{
-                k: jnp.full(shape, v)
-                for k, v in (dict.fromkeys(names, 0) | sums).items()
-            },
-            "load_E": load_E,
-            "prob_sum_E": jnp.broadcast_to(jnp.array([2.0, 1.0]), (*shape, 2)),
-            "num_tokens": jnp.full(shape, 3.0),
-            "num_slots": jnp.full(shape, slots),
-        },
+        **{name: jnp.full(shape, value) for name, value in single.items()},
+        "load_E": jnp.broadcast_to(jnp.array([4.0, 2.0]), (*shape, 2)),
+        "prob_sum_E": jnp.broadcast_to(jnp.array(prob_sum), (*shape, 2)),
     }
 
 
-LAYERS = {
-    "a": layer(1.0, (2,), z_sum=6.0, sequence_balance_sum=3.0),  # two copies
-    "b": layer(2.0, (1, 2), entropy_sum=3.0),  # a chain of two rounds
+LAYERS = {  # load-balance losses 1 and 4/3, importance 0 and 1
+    "a": layer((1.5, 1.5), (2,), router_z_sum=6.0, sequence_balance_sum=3.0),  # copies
+    "b": layer((3.0, 0.0), (1, 2), entropy_sum=3.0),  # a chain of two rounds
 }
 
 
 def test_layers_and_rounds_are_added():
     """Sums are over the tokens of the step; the others over its two microbatches."""
     found = routing_losses(LAYERS, Loss(), COUNTS, 2)
-    expected = {"load_balance": 3.0, "router_z": 1.0, "entropy": 0.5, "importance": 1.5}
-    assert {k: float(v) for k, v in found.items()} == expected
+    expected = {"load_balance": 7 / 3, "router_z": 1, "entropy": 0.5, "importance": 1}
+    assert {k: float(v) for k, v in found.items()} == pytest.approx(expected)
 
 
 def test_or_averaged():
     found = routing_losses(LAYERS, Loss(over_layers="mean"), COUNTS, 2)
-    assert float(found["load_balance"]) == 3.0 / 4
+    assert float(found["load_balance"]) == pytest.approx(7 / 3 / 4)
     assert float(found["entropy"]) == 0.5 / 4
 
 
 def test_the_scale_of_papers_counts_slots_per_token():
-    found = routing_losses({"a": layer(1.0)}, Loss(balance_scale="count"), COUNTS)
+    even = layer((1.5, 1.5))
+    found = routing_losses({"a": even}, Loss(balance_scale="count"), COUNTS)
     assert float(found["load_balance"]) == 6.0 / 3.0
 
 
@@ -83,13 +77,17 @@ def test_sequence_scope_takes_the_loss_by_sequence():
 
 
 def test_step_scope_adds_the_load_before():
-    """f = (4 + 0, 2 + 6) / 12, P = (2, 1) / 3: 2 * (1/3 * 2/3 + 2/3 * 1/3) = 8/9."""
+    """f = (4 + 0, 2 + 6) / 12, P = (2, 1) / 3: 2 * (1/3 * 2/3 + 2/3 * 1/3) = 8/9.
+
+    Without the load before f = (4, 2) / 6: 2 * (2/3 * 2/3 + 1/3 * 1/3) = 10/9.
+    """
     before = {"a": jnp.array([[0.0, 6.0]])}
     step = Loss(balance_scope="step")
-    found = routing_losses({"a": layer(1.0)}, step, COUNTS, 2, load_before=before)
+    own = {"a": layer((2.0, 1.0))}
+    found = routing_losses(own, step, COUNTS, 2, load_before=before)
     assert_close(found["load_balance"], 4 / 9, "float32")
-    first = routing_losses({"a": layer(1.0)}, step, COUNTS, 2)
-    assert float(first["load_balance"]) == 0.5
+    first = routing_losses(own, step, COUNTS, 2)
+    assert_close(first["load_balance"], 5 / 9, "float32")
 
 
 def test_no_layers_no_losses():
@@ -141,10 +139,8 @@ def test_microbatches_of_a_step_share_their_load():
         tokens = jnp.float32(ctx.token_BL.size)
         stats = {"load_E": load_E.astype(jnp.float32), "prob_sum_E": prob_E * tokens}
         stats |= {"num_tokens": tokens, "num_slots": tokens}
-        own = load_balance_loss(*(stats[k][None] for k in list(stats)[:3]))
         aux = {"load": stats["load_E"][None]}
         aux["stats"] = FULL | {k: v[None] for k, v in stats.items()}
-        aux["losses"] = {"load_balance": own, "importance": 0 * own}
         return jnp.zeros((*ctx.token_BL.shape, 2)), {"ffn": aux}
 
     prob_E = jnp.array([0.75, 0.25])

@@ -26,7 +26,8 @@ from moex.runs.score import domain_losses
 from moex.sharding import MeshConfig
 from moex.train import in_flight
 from moex.train.in_flight import Flight
-from moex.train.log import RunLog, Stopwatch
+from moex.train.log import RunLog
+from moex.train.stopwatch import Stopwatch
 from moex.train.tensorboard import layout
 from tests.helpers import tiny_lm, tiny_moe
 from tests.test_run import run_config
@@ -241,7 +242,7 @@ def test_copies_start_at_once_and_nobody_waits_for_a_step_that_is_not_due():
 
 def test_laps_and_their_parts(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("moex.train.log.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("moex.train.stopwatch.time.perf_counter", lambda: now[0])
     watch = Stopwatch()
 
     def work(part, seconds):

@@ -9,11 +9,16 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moex import cli
+from moex.analysis.record import trace_run
+from moex.analysis.trace import Trace
 from moex.config.base import ConfigError
 from moex.config.flags import load_config
 from moex.moe.routers.hash import Hash
+from moex.nn.mlp import Dense
+from moex.nn.stack import Segment
+from moex.runs.directory import RunDir
 from moex.tasks.base import Task
-from moex.train import loop
+from moex.train import loop, training
 from tests import documented, runs
 
 STEPS = 6
@@ -48,7 +53,7 @@ def get_config(arg=""):
 
 @pytest.fixture(scope="module", autouse=True)
 def setting():
-    with runs.one_device():
+    with runs.one_device(), runs.one_trace_of_equal_configs():
         yield
 
 
@@ -71,7 +76,7 @@ def config(folder, *overrides):
 
 
 def train(folder, workdir, *overrides):
-    return loop.train(config(folder, *overrides), workdir, say=lambda line: None)
+    return training.train(config(folder, *overrides), workdir, say=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -162,18 +167,53 @@ def test_eval_tells_its_own_scores(straight, moex, folder):
     assert found["naive_mse"] != result["eval_naive_mse"]
 
 
-def test_params_compare_and_report_show_it(straight, moex, folder):
+@pytest.fixture(scope="module")
+def traced(folder, straight):
+    """The trace of the run."""
+    made = folder / "t.parquet"
+    cfg = RunDir(straight[0]).config()
+    assert trace_run(straight[0], cfg, made)["tokens"] == 80 // 2
+    return made
+
+
+def test_its_routing_is_traced_and_analysed_without_token_ids(traced, moex, folder):
+    with Trace.open(traced) as trace:
+        assert trace.header.tokenizer is None and trace.vocabulary == ()
+        (chunk,) = trace.chunks()
+        assert not chunk.tokens.token_N.any()
+        assert chunk.layers["000"].keep_NK.sum() == 2 * 40
+    code, out, error = moex("analyse", traced, "--json")
+    assert code == 0, error
+    row = json.loads(out)["layers"]["000"]
+    assert row["experts_per_token"] == 2
+    assert row["vocabulary_specialisation"] is None
+    code, _, error = moex("analyse", traced, "--token=a")
+    assert code == 2 and "'a': the tokens of" in error and "have no text" in error
+
+
+def test_traces_of_other_series_are_not_compared(straight, traced, moex, folder):
+    """No token ids tell that the data differ, so the configs of the data must agree."""
+    (folder / "copy.csv").write_bytes((folder / "waves.csv").read_bytes())
+    other = RunDir(straight[0]).config()
+    other.data.paths = (str(folder / "copy.csv"),)
+    made = folder / "other.parquet"
+    trace_run(straight[0], other, made)
+    code, _, error = moex("analyse", traced, f"--compare={made}")
+    assert code == 2 and "traces of other data; their config.data differ" in error
+
+
+def test_params_compare_and_report_show_it(straight, moex, folder, traced):
     workdir, _ = straight
     code, out, _ = moex("params", f"--config={folder / 'waves.py'}")
     assert code == 0 and "MoE(4, TopK, Glu)" in out
-    train(folder, folder / "seed", "seed=1", "steps=3")
-    code, out, error = moex("compare", workdir, folder / "seed", "--json")
+    train(folder, folder / "short", "steps=3")
+    code, out, error = moex("compare", workdir, folder / "short", "--json")
     assert code == 0, error
     (group, _) = json.loads(out)["groups"]
     assert group["runs"][0]["best_eval_mse"] <= group["runs"][0]["last_eval_mse"]
-    code, out, _ = moex("compare", workdir, folder / "seed")
+    code, out, _ = moex("compare", workdir, folder / "short")
     assert "best mae" in out and "MSE of the last training line" in out
-    code, out, error = moex("report", workdir)
+    code, out, error = moex("report", workdir, f"--trace={traced}")
     assert code == 0, error
     text = (workdir / "report.html").read_text()
     assert "MSE of repeating the last step" in text and "Bits per byte" not in text
@@ -181,7 +221,7 @@ def test_params_compare_and_report_show_it(straight, moex, folder):
 
 TEXT_VERBS = {
     "generate": ("generate", "RUN", "--prompt=a"),
-    "trace": ("trace", "RUN", "--out=OUT"),
+    "eval --tasks": ("eval", "RUN", "--tasks=hellaswag"),
     "export-hf": ("export-hf", "RUN", "--out=OUT"),
 }
 
@@ -226,11 +266,11 @@ def test_models_and_data_of_another_task_are_refused(folder, tmp_path):
     cfg.task = config(folder).task
     said = "config.model = 'LM': must be SeriesModel, which Regression takes"
     with pytest.raises(ConfigError, match=said):
-        loop.train(cfg, tmp_path / "run")
+        training.train(cfg, tmp_path / "run")
     both = config(folder)
     both.data = runs.config(tmp_path).data
     with pytest.raises(ConfigError, match="config.data = 'Data': must be Series"):
-        loop.train(both, tmp_path / "run")
+        training.train(both, tmp_path / "run")
 
 
 def test_a_router_that_needs_token_ids_is_refused(folder, tmp_path):
@@ -238,7 +278,7 @@ def test_a_router_that_needs_token_ids_is_refused(folder, tmp_path):
     cfg.model.layers[0].pattern[0].router = Hash(k=2)
     said = r"config.model.layers\[0\].pattern\[0\].router = 'Hash': must be another"
     with pytest.raises(ConfigError, match=said):
-        loop.train(cfg, tmp_path / "run")
+        training.train(cfg, tmp_path / "run")
 
 
 def test_the_score_of_a_task_is_its_first_figure(folder):
@@ -263,3 +303,27 @@ def test_the_task_of_the_documentation_trains_and_is_scored(folder, tmp_path, mo
     assert status == 0, error
     found = json.loads(out)
     assert 0 < found["huber"] < 0.5 * found["mae"]
+
+
+CONVERSIONS = {
+    "latent": ("--group=2", "--latent=4"),
+    "moe": ("--experts=2", "--k=1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CONVERSIONS)
+def test_a_run_is_converted_and_trained_on(folder, straight, tmp_path, moex, kind):
+    old = straight[0]
+    if kind == "moe":  # it makes dense layers sparse
+        old, cfg = tmp_path / "dense", config(folder)
+        cfg.model.layers = (Segment(pattern=(Dense(hidden=8),)),)
+        training.train(cfg, old, say=lambda line: None)
+    new = tmp_path / "new"
+    words = ("convert", old, f"--to={kind}", *CONVERSIONS[kind], f"--workdir={new}")
+    code, out, error = moex(*words)
+    assert code == 0, error
+    assert f"moex train --config={new} --workdir={new}" in out
+    code, out, error = moex("train", f"--config={new}", f"--workdir={new}")
+    assert code == 0, error
+    assert RunDir(new).saved_steps()[-1] == STEPS

@@ -443,12 +443,15 @@ def test_losses_by_hand():
         "loss_mask": np.array([[1, 1], [1, 0]], np.float32),
         "num_bytes": np.array([[2, 3], [4, 100]], np.int32),
     }
-    balance = jnp.array([1.5, 2.5])  # two stacked layers
-    layer = {
-        "load": jnp.ones(2),
-        "losses": {"load_balance": balance, "importance": 0 * balance},
-        "stats": {"z_sum": 14 * balance, "entropy_sum": 0 * balance},
+    balance = jnp.array([1.5, 2.5])  # two stacked layers, both routed evenly
+    stats = {
+        "num_tokens": jnp.full(2, 6.0),
+        "load_E": jnp.full((2, 2), 6.0),
+        "prob_sum_E": 3 * jnp.ones((2, 2)),
+        "router_z_sum": 14 * balance,
+        "entropy_sum": 0 * balance,
     }
+    layer = {"load": stats["load_E"], "stats": stats}
     aux = {"segments": {"0": {"blocks": {"0": {"ffn": layer}, "1": {"ffn": {}}}}}}
     loss, sums = lm_loss(
         lambda ctx: (jnp.asarray(logits), aux),
@@ -462,8 +465,8 @@ def test_losses_by_hand():
     # log 2, log 4 - log 3, log 2; log-normalisers log 2, log 4, log 2.
     nll = 2 * np.log(2) + np.log(4 / 3)
     z = 2 * np.log(2) ** 2 + np.log(4) ** 2
-    # Both stacked layers count: 0.01 * 4 over two microbatches, 0.001 * 56 / 7.
-    assert_close(loss, (nll + 0.1 * z) / 3 + 0.04 / 2 + 0.008, "float32")
+    # Both stacked layers count: 0.01 * 2 over two microbatches, 0.001 * 56 / 7.
+    assert_close(loss, (nll + 0.1 * z) / 3 + 0.02 / 2 + 0.008, "float32")
     assert_close(sums["nll"], nll, "float32")
     assert_close(sums["z"], z, "float32")
     assert (sums["tokens"], sums["bytes"]) == (3, 9)

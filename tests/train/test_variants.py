@@ -29,7 +29,7 @@ from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.runs.keys import Loss, check_run
 from moex.serve.text import write_text
-from moex.train import loop
+from moex.train import training
 from tests import runs
 
 STEPS = 8
@@ -96,7 +96,7 @@ def config(folder, *overrides):
 @pytest.fixture(scope="module")
 def straight(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight")
-    loop.train(config(folder), workdir, say=lambda line: None)
+    training.train(config(folder), workdir, say=lambda line: None)
     return workdir
 
 
@@ -118,7 +118,7 @@ def test_resume_is_exact(folder, straight, tmp_path):
     shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
     for step in (6, STEPS):
         shutil.rmtree(tmp_path / "checkpoints" / str(step))
-    loop.train(config(folder), tmp_path, say=lambda line: None)
+    training.train(config(folder), tmp_path, say=lambda line: None)
     assert runs.records(tmp_path) == runs.records(straight)
     _, expected, _ = runs.saved_state_of(config(folder), straight)
     _, actual, _ = runs.saved_state_of(config(folder), tmp_path)

@@ -98,7 +98,7 @@ class TopK(FixedK):
         if self.k == 1 and self.normalize == "after":
             caution(
                 f"{path}.normalize = 'after': with k = 1 every gate is 1, and the loss "
-                "of the language model has no gradient to the router; use 'none'."
+                "of the task has no gradient to the router; use 'none'."
             )
         require(self.scale > 0, f"{path}.scale", self.scale, "above 0")
         rate_path = f"{path}.bias_rate"

@@ -1,0 +1,171 @@
+"""The values and texts of a log line: of a step, of an evaluation, of the end."""
+
+import math
+import resource
+import sys
+
+import jax
+
+from moex.config.schedule import is_always_zero
+from moex.model import accounting
+from moex.model.figures import layer_rows
+from moex.model.layers import shown
+from moex.runs.consumed import Consumed
+from moex.runs.directory import RunDir
+from moex.runs.keys import COEFFICIENTS
+from moex.runs.score import domain_losses
+from moex.train.job import Job
+
+
+def step_values(job: Job, metrics, consumed: Consumed) -> dict:
+    """The values of a step for metrics.jsonl, except for routing and speed."""
+    cfg, domains = job.cfg, job.data.domains
+    values = {
+        "loss": float(metrics["loss"]),
+        **{name: float(metrics[name]) for name, *_ in cfg.task.FIGURES},
+        "grad_norm": float(metrics["grad_norm"]),
+        "lr": float(metrics["lr"]),
+        "skipped": int(metrics["skipped"]),
+        "tokens_seen": consumed.tokens,
+        "targets_seen": consumed.targets,
+        "padding_frac": int(metrics["padding"]) / (cfg.batch_size * cfg.seq_len),
+    }
+    for group, norm in metrics["grad_norms"].items():
+        values[f"grad_norm/{group}"] = float(norm)
+    for name, value in metrics["weighted"].items():
+        own = name not in COEFFICIENTS  # of a router, with its own coefficient
+        if own or not is_always_zero(getattr(cfg.loss, name)):
+            values[f"loss/{name}"] = float(value)
+    if len(domains) > 1:
+        values |= by_domain(cfg.task, domain_losses(domains, metrics))
+    return values
+
+
+def by_domain(task, losses: dict[str, float]) -> dict[str, float]:
+    """The losses of domains by the names that they have in metrics.jsonl."""
+    return {f"{task.score}/{name}": loss for name, loss in losses.items()}
+
+
+def speed(
+    job: Job, cost: accounting.Cost, metrics, step_seconds: float, targets: float
+) -> dict:
+    """The speed of training: tokens and learned targets per second, and FLOPs."""
+    tokens = job.cfg.batch_size * job.cfg.seq_len
+    flops = cost.train_flops_at(metrics["layers"])
+    values = {
+        "perf/tokens_per_s": tokens / step_seconds,
+        "perf/targets_per_s": targets / step_seconds,
+        "perf/train_flops_per_token": flops,
+        "perf/memory_gib": memory_bytes() / 2**30,
+    }
+    peak = accounting.device_peak_flops()
+    if peak is not None:
+        rate = tokens / step_seconds * flops
+        values["perf/mfu"] = rate / (peak * jax.device_count())
+        share = 1 - int(metrics["padding"]) / tokens
+        values["perf/mfu_without_padding"] = share * values["perf/mfu"]
+    return values
+
+
+def memory_bytes() -> int:
+    """The peak memory of the first device, or of this process if no device tells it."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return host_bytes()
+
+
+def host_bytes() -> int:
+    """The peak memory of this process."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def eval_values(task, result: dict) -> dict:
+    """The values of an evaluation for metrics.jsonl, except for routing."""
+    names = (*(figure.name for figure in task.FIGURES), *task.COUNTS)
+    return {k: result[k] for k in names} | by_domain(task, result["domains"])
+
+
+def eval_line(task, result: dict) -> str:
+    """The figures of an evaluation as text."""
+    said = [
+        f"{result[name]:.4f} {unit}"
+        for name, _, unit, _ in task.FIGURES
+        if math.isfinite(result[name])
+    ]
+    return f"{', '.join(said) or 'no target'} ({result['tokens']:,} tokens)"
+
+
+def step_line(
+    step: int, total: int, values: dict, brief: str, step_seconds: float
+) -> str:
+    """Format everything about a step as one line; `brief` comes from the task."""
+    parts = [
+        f"step {step}/{total}",
+        f"loss {values['loss']:.4f}",
+        brief,
+        f"grad {values['grad_norm']:.3g}",
+        f"lr {values['lr']:.2e}",
+        f"{values['perf/tokens_per_s']:,.0f} tok/s",
+        f"mem {values['perf/memory_gib']:.2f} GiB",
+    ]
+    if "perf/mfu" in values:
+        parts.append(f"mfu {100 * values['perf/mfu']:.1f}%")
+    if "moe/max_violation" in values:
+        parts.append(f"imbalance {values['moe/max_violation']:.2f}")
+    if values.get("moe/experts_per_token_std", 0) > 0:
+        parts.append(f"experts {values['moe/experts_per_token']:.2f}")
+    if values.get("moe/dropped_frac", 0) > 0:
+        parts.append(f"dropped {100 * values['moe/dropped_frac']:.1f}%")
+    if values["skipped"]:
+        parts.append(f"skipped {values['skipped']}")
+    parts.append(f"eta {clock((total - step) * step_seconds)}")
+    return " | ".join(parts)
+
+
+def load_lines(model, layers: dict) -> str:
+    """The expert load of each MoE layer as text: each expert's share of the slots."""
+    lines = ["expert load on held-out data (share of slots, per MoE layer):"]
+    for label, frac in layer_rows(model, layers, "load_frac_E"):
+        shares = " ".join(f"{100 * f:4.1f}" for f in frac[:16])
+        more = f" ... ({len(frac)} experts)" if len(frac) > 16 else ""
+        lines.append(f"  layer {shown(label):>3} | {shares}{more} %")
+    return "\n".join(lines)
+
+
+def told_lost(rows: int) -> str:
+    """The part of a message about rows that found no room, if there are any."""
+    if rows == 0:
+        return ""
+    return (
+        f", {rows} rows found no room on their way to the experts: raise "
+        "config.mesh.exchange_buffer"
+    )
+
+
+def last_lines(cfg, run: RunDir, seconds: float) -> str:
+    """The end of a training as text: its time, and how to look at the run."""
+    look = f"moex report {run}"
+    if cfg.log.tensorboard:
+        look = (
+            f"tensorboard --logdir {run.tensorboard}\n"
+            "              its page Custom Scalars begins with the MoE layers"
+        )
+    lines = [
+        f"training time {clock(seconds)}; run directory {run}",
+        f"look at it:   {look}",
+        *cfg.task.use_lines(run),
+    ]
+    return "\n".join(lines)
+
+
+def clock(seconds: float) -> str:
+    """Format seconds as `1:02:03` or `2:03`."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    )
