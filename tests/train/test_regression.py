@@ -172,7 +172,7 @@ def traced(folder, straight):
     """The trace of the run."""
     made = folder / "t.parquet"
     cfg = RunDir(straight[0]).config()
-    assert trace_run(straight[0], cfg, made)["tokens"] == 80 // 2
+    assert trace_run(straight[0], cfg, made)["tokens"] == 80 // 2 - 1
     return made
 
 
@@ -181,7 +181,7 @@ def test_its_routing_is_traced_and_analysed_without_token_ids(traced, moex, fold
         assert trace.header.tokenizer is None and trace.vocabulary == ()
         (chunk,) = trace.chunks()
         assert not chunk.tokens.token_N.any()
-        assert chunk.layers["000"].keep_NK.sum() == 2 * 40
+        assert chunk.layers["000"].keep_NK.sum() == 2 * len(chunk.tokens)
     code, out, error = moex("analyse", traced, "--json")
     assert code == 0, error
     row = json.loads(out)["layers"]["000"]
