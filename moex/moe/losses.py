@@ -108,7 +108,8 @@ class SequenceBalance(RoutingLoss):
     is_trained = False  # the coefficient is that of `LoadBalance`
 
     def sums(self, routing, load_BE, valid_BL):
-        prob_BLE = routing.probs_TE.reshape(*valid_BL.shape, -1) * valid_BL[..., None]
+        valid_BL1 = valid_BL[..., None].astype(jnp.float32)
+        prob_BLE = routing.probs_TE.reshape(*valid_BL.shape, -1) * valid_BL1
         tokens_B = jnp.sum(valid_BL, axis=1, dtype=jnp.float32)
         total, count = sequence_balance_sums(load_BE, prob_BLE.sum(axis=1), tokens_B)
         return {"sequence_balance_sum": total, "num_sequences": count}
