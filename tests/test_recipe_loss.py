@@ -25,7 +25,7 @@ from moex.moe.metrics import documentation
 from moex.nn.stack import Segment
 from moex.runs.keys import Log, Loss
 from moex.train.tensorboard import layout
-from tests.helpers import TASK, built, random_batch, tiny_lm, tiny_moe
+from tests.helpers import TASK, XLA, built, random_batch, tiny_lm, tiny_moe
 from tests.test_run import run_config
 
 model = tiny_lm(Segment(pattern=(tiny_moe(4),)))
@@ -36,7 +36,7 @@ coefs = Loss(mutual_information=0.5)
 
 @jax.jit
 def step(params):
-    ctx = TASK.context(batch, kernels="xla")
+    ctx = TASK.context(batch, compute=XLA)
     return TASK.loss(spec.merge(params, state), ctx, batch, coefs, num_domains=2)[1]
 
 

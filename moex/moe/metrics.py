@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moex.moe.losses import LOSSES, Entropy, layer_losses
+from moex.moe.losses import LOSSES, Entropy
 
 MOST_SLOTS = 32  # the last bin of a histogram of slots: this many or more
 
@@ -91,7 +91,7 @@ class Figure(NamedTuple):
     title: str  # for people
     unit: str  # the unit or quantity, for the axis of a chart
     # Makes it, float32[...] or float32[..., E], from the sums of `routing_stats`; None:
-    # it is made elsewhere (`layer_metrics`, `model/figures.py`).
+    # `model/figures.py` makes it, where the devices are known.
     of: Callable[[dict], jax.Array] | None
     chart: str | None = None  # page of charts that it is on; None: on none
     # `max` or `min`, where the worst layer is; None: none is worse.
@@ -158,13 +158,8 @@ def _length(name):
     return lambda stats: jnp.sqrt(mean(stats[name], stats["num_tokens"]))
 
 
-def _known(loss, stats):
-    """The loss as a figure for people: NaN where there is no token."""
-    return jnp.where(stats["num_tokens"] > 0, loss, jnp.nan)
-
-
 def _loss(loss):
-    return lambda stats: _known(loss.value(stats), stats)
+    return lambda stats: jnp.where(stats["num_tokens"] > 0, loss.value(stats), jnp.nan)
 
 
 BALANCE, ROUTERS, EXPERTS = "balance", "routers", "experts per token"
@@ -214,19 +209,24 @@ FIGURES: tuple[Figure, ...] = (
 def own_figures(names) -> tuple[Figure, ...]:
     """The figures of the losses that routers define themselves, by name of the loss."""
     return tuple(
-        Figure(f"{n}_loss", f"Router's own loss {n}", UNSCALED, None, ROUTERS)
-        for n in sorted(names)
+        Figure(
+            f"{name}_loss",
+            f"Router's own loss {name}",
+            UNSCALED,
+            _token_mean(f"{OWN}{name}"),
+            ROUTERS,
+        )
+        for name in sorted(names)
     )
 
 
 def layer_metrics(stats: dict) -> dict:
     """The figures of one layer (or of stacked layers) from its sums, by name.
 
-    They are those of `FIGURES`, and the losses that the router itself defines, named
-    "NAME_loss".
+    They are those of `FIGURES`, and the losses that the router itself defines.
     """
-    own = {name: _known(value, stats) for name, value in layer_losses(stats).items()}
-    return own | {figure.name: figure.of(stats) for figure in FIGURES if figure.of}
+    own = own_figures(n.removeprefix(OWN) for n in stats if n.startswith(OWN))
+    return {figure.name: figure.of(stats) for figure in (*FIGURES, *own) if figure.of}
 
 
 def documentation() -> str:
