@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moex.moe.losses import LOSSES, Entropy
+from moex.moe.losses import LOSSES, OWN, Entropy
 
 MOST_SLOTS = 32  # the last bin of a histogram of slots: this many or more
 
