@@ -193,9 +193,11 @@ def test_its_routing_is_traced_and_analysed_without_token_ids(traced, moex, fold
 
 def test_traces_of_other_series_are_not_compared(straight, traced, moex, folder):
     """No token ids tell that the data differ, so the configs of the data must agree."""
-    (folder / "copy.csv").write_bytes((folder / "waves.csv").read_bytes())
+    copy = folder / "copy" / "waves.csv"  # its domain has the same name
+    copy.parent.mkdir()
+    copy.write_bytes((folder / "waves.csv").read_bytes())
     other = RunDir(straight[0]).config()
-    other.data.paths = (str(folder / "copy.csv"),)
+    other.data.paths = (str(copy),)
     made = folder / "other.parquet"
     trace_run(straight[0], other, made)
     code, _, error = moex("analyse", traced, f"--compare={made}")
