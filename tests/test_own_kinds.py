@@ -13,6 +13,7 @@ import pytest
 from moex import cli, load_run
 from moex.config.flags import load_config
 from moex.model.paths import flat_paths
+from moex.runs.directory import RunDir, given_config
 from moex.train import tensorboard
 from tests import documented, runs
 
@@ -109,7 +110,7 @@ def test_the_functions_of_the_page_look_into_a_run_and_change_it(
     for path, array in old.items():
         factor = 0.5 if "router" in path else 1.0
         assert np.array_equal(array * factor, new[path]), path
-    assert (half / "config.py").is_file()
+    assert given_config([f"--config={half}"]).steps == RunDir(run).config().steps
 
 
 def test_its_own_loss_has_a_chart(project):
