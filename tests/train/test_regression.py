@@ -309,7 +309,7 @@ def test_the_task_of_the_documentation_trains_and_is_scored(folder, tmp_path, mo
 
 CONVERSIONS = {
     "latent": ("--group=2", "--latent=4"),
-    "moe": ("--experts=2", "--k=1"),
+    "moe": ("--experts=4", "--k=2"),
 }
 
 
