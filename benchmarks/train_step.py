@@ -32,9 +32,9 @@ from moex.data.pipeline import Data
 from moex.data.sources import Text
 from moex.data.tokenizer import Bytes
 from moex.model import accounting
+from moex.process import memory_bytes
 from moex.sharding import shard_batch
 from moex.train.job import make_job
-from moex.train.lines import memory_bytes
 
 
 def parts(job):

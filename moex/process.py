@@ -1,4 +1,4 @@
-"""The behaviour of the process of a command: what libraries print, how it ends.
+"""The process of a command: what libraries print, how it ends, the memory it took.
 
 A user's mistake gives one line on stderr and exit code 2; a run that cannot go on gives
 one line and exit code 1; Ctrl-C gives exit code 130.
@@ -105,3 +105,21 @@ def use_cpu() -> None:
 
     if jax.config.jax_platforms is None:  # type: ignore[attr-defined]
         jax.config.update("jax_platforms", "cpu")
+
+
+def memory_bytes() -> int:
+    """The peak memory of the first device, or of this process if no device tells it."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return host_bytes()
+
+
+def host_bytes() -> int:
+    """The peak memory of this process."""
+    import resource  # needs POSIX
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

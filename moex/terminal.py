@@ -4,6 +4,7 @@ A corpus, a file name, a tokenizer or another host may have sequences that move 
 cursor of a terminal, hide lines or set the title of its window.
 """
 
+import math
 import re
 from collections.abc import Collection, Sequence
 
@@ -29,6 +30,17 @@ def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
             pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)
         ).rstrip()
         for row in rows
+    )
+
+
+def clock(seconds: float) -> str:
+    """Format seconds as `1:02:03` or `2:03`."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
     )
 
 

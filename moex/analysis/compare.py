@@ -20,8 +20,7 @@ from moex.model.accounting import model_cost
 from moex.model.spec import model_spec
 from moex.numbers import scaled
 from moex.tasks.base import Task
-from moex.terminal import aligned
-from moex.train.lines import clock
+from moex.terminal import aligned, clock
 
 MANY = 4  # most fields in a label; where more differ, folders are shorter
 CONFIDENCE = 0.95

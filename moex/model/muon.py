@@ -102,12 +102,13 @@ def _step(g, momentum, dims: MuonDimensionNumbers, weights, coefficients, steps)
     order = (*outer, *rows, *(d for d in batch if d not in outer), *columns)
     R, C = _sizes(g, dims)
     S = math.prod(g.shape[d] for d in outer)
-    moved = [jnp.transpose(a, order) for a in (g, momentum)]
+    g, momentum = (jnp.transpose(a, order) for a in (g, momentum))
+    shape = (S, R, -1, C)
     made = orthogonalised_momentum(
-        *(a.reshape(S, R, -1, C) for a in moved), weights, coefficients, steps, EPS
+        g.reshape(shape), momentum.reshape(shape), weights, coefficients, steps, EPS
     )
     back = sorted(range(g.ndim), key=order.__getitem__)
-    return tuple(jnp.transpose(a.reshape(moved[0].shape), back) for a in made)
+    return tuple(jnp.transpose(a.reshape(g.shape), back) for a in made)
 
 
 def _scaled(update, dims: MuonDimensionNumbers):

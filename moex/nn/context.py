@@ -94,8 +94,9 @@ class Context:
         """
         B, L = x_BLD.shape[:2]
         position_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None], (B, L))
-        fields = {"mode": "eval", "position_BL": position_BL} | fields
-        return cls(**{"segment_BL": jnp.ones((B, L), jnp.int32)} | fields)
+        segment_BL = jnp.ones((B, L), jnp.int32)
+        whole = cls(segment_BL=segment_BL, position_BL=position_BL, mode="eval")
+        return dataclasses.replace(whole, **fields)
 
     @property
     def valid_BL(self) -> jax.Array:

@@ -20,8 +20,8 @@ from moex.config.base import ConfigError, RunError
 from moex.model.spec import model_spec
 from moex.plan.memory import batch_arguments
 from moex.plan.topology import Topology
+from moex.process import host_bytes
 from moex.train.job import Training
-from moex.train.lines import host_bytes
 
 # libtpu reads these before it describes a topology. Without them it waits for a
 # metadata server. The values do not limit the topologies.

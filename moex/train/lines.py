@@ -1,8 +1,6 @@
 """The values and texts of a log line: of a step, of an evaluation, of the end."""
 
 import math
-import resource
-import sys
 
 import jax
 
@@ -10,10 +8,12 @@ from moex.config.schedule import is_always_zero
 from moex.model import accounting
 from moex.model.figures import layer_rows
 from moex.model.layers import shown
+from moex.process import memory_bytes
 from moex.runs.consumed import Consumed
 from moex.runs.directory import RunDir
 from moex.runs.keys import COEFFICIENTS
 from moex.runs.score import domain_losses
+from moex.terminal import clock
 from moex.train.job import Job
 
 
@@ -65,20 +65,6 @@ def speed(
         share = 1 - int(metrics["padding"]) / tokens
         values["perf/mfu_without_padding"] = share * values["perf/mfu"]
     return values
-
-
-def memory_bytes() -> int:
-    """The peak memory of the first device, or of this process if no device tells it."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
-    return host_bytes()
-
-
-def host_bytes() -> int:
-    """The peak memory of this process."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def eval_values(task, result: dict) -> dict:
@@ -158,14 +144,3 @@ def last_lines(cfg, run: RunDir, seconds: float) -> str:
         *cfg.task.use_lines(run),
     ]
     return "\n".join(lines)
-
-
-def clock(seconds: float) -> str:
-    """Format seconds as `1:02:03` or `2:03`."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-    )

@@ -12,9 +12,11 @@ from moex.model.layers import shown
 from moex.moe.chain import Chain
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
+from moex.process import memory_bytes
 from moex.runs.keys import Log
 from moex.tasks import lm
-from moex.train.lines import clock, load_lines, memory_bytes, step_line
+from moex.terminal import clock
+from moex.train.lines import load_lines, step_line
 from moex.train.log import RunLog
 from moex.train.stopwatch import Stopwatch
 from moex.train.tensorboard import load_figure, relative_load
