@@ -184,9 +184,10 @@ def test_padded_length(length, parts, padded):
     assert likelihood.padded_length(length, SEQ_LEN, parts) == padded
 
 
-def test_without_the_package_one_line_names_the_extra(tmp_path, monkeypatch, run):
+def test_without_the_package_one_line_names_the_extra(monkeypatch, run):
     monkeypatch.setattr(harness, "TemplateLM", object)
-    for call in (lambda: HarnessLM(run), lambda: score_tasks(tmp_path, ["a.yaml"])):
+    stored = runs.ROOT / "tests/stored_run/run"  # only its config is read
+    for call in (lambda: HarnessLM(run), lambda: score_tasks(stored, ["a.yaml"])):
         with pytest.raises(ConfigError, match=r"lm_eval is missing.*moex\[eval\]"):
             call()
 
