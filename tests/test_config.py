@@ -31,6 +31,7 @@ from moex.moe.routers.topk import TopK
 from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
+from tests import runs
 from tests.helpers import tiny_lm, tiny_moe
 
 
@@ -290,3 +291,9 @@ def test_classes_that_moved_are_found_under_their_old_names(old, new):
 )
 def test_a_number_between_dots_is_an_index(dotted, path):
     assert bracketed(dotted) == path
+
+
+def test_an_override_may_number_a_field_with_dots():
+    file = runs.ROOT / "configs" / "quickstart.py"
+    cfg = load_config([f"--config={file}", "--config.model.layers.0.repeat=7"])
+    assert cfg.model.layers[0].repeat == 7

@@ -50,7 +50,7 @@ def load_config(args: list[str], base=None):
       ConfigError: for a missing or broken file, an unknown field, a wrong type.
     """
     files = [a for a in args if a.startswith("--config=")]
-    overrides = [a.removeprefix("--config.") for a in args if a not in files]
+    overrides = [_override(a) for a in args if a not in files]
     if len(files) > 1:
         raise ConfigError(f"--config is given {len(files)} times; give it once.")
     if not files and base is None:
@@ -59,8 +59,7 @@ def load_config(args: list[str], base=None):
             "--config=configs/quickstart.py."
         )
     cfg = _load_file(files[0]) if files else base
-    for override in overrides:
-        path, _, text = override.partition("=")
+    for path, text in overrides:
         if path == "init_from":  # if empty, the run would start from random parameters
             require_path("--config.init_from", text)
         _apply(cfg, path, text)
