@@ -10,8 +10,8 @@ on one H100 took 989 s (`run=moe`) and, with 8 experts in each of 2 rounds, 1755
 (`run=coe8`); both include an evaluation every 10 steps.
 """
 
-from configs import base
-from configs.parse import parse_arg
+from moex.configs import base
+from moex.configs.parse import parse_arg
 from moex.model.optim import AdamW, Optim
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu

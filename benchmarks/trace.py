@@ -20,7 +20,7 @@ import time
 from benchmarks.common import write_json
 
 CONFIG = """
-from configs import base
+from moex.configs import base
 from moex.data.pipeline import Data
 from moex.data.sources import Text
 from moex.data.tokenizer import Bpe

@@ -31,7 +31,7 @@ import transformers
 
 from benchmarks import common
 from benchmarks.train_step import random_batch, random_job
-from configs import base
+from moex.configs import base
 from moex.model import accounting
 from moex.model.optim import AdamW, Optim
 from moex.moe.experts.glu import Glu

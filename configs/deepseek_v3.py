@@ -1,7 +1,7 @@
 """The shape of DeepSeek-V3 (671 B in all, 37 B active): a TPU pod slice of 256 chips.
 
-  moex plan --config=configs/deepseek_v3.py --topology=v5p:4x8x8
-  moex train --config=configs/deepseek_v3.py --workdir=gs://... or a shared folder
+  moex plan --config=deepseek_v3 --topology=v5p:4x8x8
+  moex train --config=deepseek_v3 --workdir=gs://... or a shared folder
 
 Widths, experts, routing and balance are those of the paper (arXiv:2412.19437, section
 4.2). Attention is grouped-query in place of multi-head latent attention: 96 query and 8
@@ -12,7 +12,6 @@ Hardware: 256 chips of 95 GB (v5p:4x8x8), see docs/plan.md; weights and moments 
 float32. Expected time and loss: not measured.
 """
 
-from configs import base, lm_data
 from moex import (
     LM,
     AdamW,
@@ -30,6 +29,7 @@ from moex import (
     Segment,
     TopK,
 )
+from moex.configs import base, lm_data
 
 
 def get_config(arg=""):

@@ -1,7 +1,7 @@
 """The data of the larger configs: your own text files, or the embedded data."""
 
-from configs.parse import parse_arg
 from moex import Bpe, Data, PythonStdlib, Text
+from moex.configs.parse import parse_arg
 
 
 def get_data(arg: str = "") -> Data:

@@ -1,13 +1,12 @@
 """100 M-class MoE (0.40 B parameters in all, 93 M active): one GPU.
 
-  moex train --config=configs/moe_100m.py --workdir=runs/moe_100m \\
+  moex train --config=moe_100m --workdir=runs/moe_100m \\
       --config.data.sources[0].paths='("/data/text/*.txt",)'
 
 Hardware: one 80 GB GPU. Expected time and loss: not measured yet, see
 benchmarks/README.md.
 """
 
-from configs import base, lm_data
 from moex import (
     LM,
     AdamW,
@@ -22,6 +21,7 @@ from moex import (
     Segment,
     TopK,
 )
+from moex.configs import base, lm_data
 
 
 def get_config(arg=""):

@@ -1,12 +1,11 @@
 """1 B-active MoE in the shape of OLMoE (6.9 B in all, 64 experts, top-8): a GPU node.
 
-  moex train --config=configs/moe_1b.py --workdir=gs://... or a shared folder
+  moex train --config=moe_1b --workdir=gs://... or a shared folder
 
 Hardware: 8 GPUs of 80 GB or a v5p-16 slice. Expected time and loss: not measured yet,
 see benchmarks/README.md.
 """
 
-from configs import base, lm_data
 from moex import (
     LM,
     AdamW,
@@ -22,6 +21,7 @@ from moex import (
     Segment,
     TopK,
 )
+from moex.configs import base, lm_data
 
 
 def get_config(arg=""):

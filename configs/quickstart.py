@@ -1,27 +1,25 @@
 """A small top-k MoE on the source text of Python's standard library: minutes on a CPU.
 
-  moex train --config=configs/quickstart.py --workdir=runs/quickstart
+  moex train --config=quickstart --workdir=runs/quickstart
 
 Hardware: 2 CPU cores. Expected: 4 to 5 minutes, 1.47 bits per byte on held-out files.
 experiments/quickstart tells how the sizes were found.
 
 Arguments give every layer of moex, alone or together; experiments/variants trains each:
 
-  quickstart.py:ffn=dense                the dense model of equal active parameters
-  quickstart.py:router=topp              topk topp steered expert_choice hash
+  quickstart:ffn=dense                   the dense model of equal active parameters
+  quickstart:router=topp                 topk topp steered expert_choice hash
                                          soft forced
-  quickstart.py:experts=latent           glu gelu clamped latent lowrank
-  quickstart.py:chain=2                  rounds; each uses k = 2 experts
-  quickstart.py:residual=released        prenorm released both none
-  quickstart.py:zero=4                   1 null, 1 copy, the rest constant experts
-  quickstart.py:narrow=64                the whole layer in 64 of 128 dims
-  quickstart.py:shared=gated             no plain gated
-  quickstart.py:chain=2,match=flops      widths scaled to the default's params, active
+  quickstart:experts=latent              glu gelu clamped latent lowrank
+  quickstart:chain=2                     rounds; each uses k = 2 experts
+  quickstart:residual=released           prenorm released both none
+  quickstart:zero=4                      1 null, 1 copy, the rest constant experts
+  quickstart:narrow=64                   the whole layer in 64 of 128 dims
+  quickstart:shared=gated                no plain gated
+  quickstart:chain=2,match=flops         widths scaled to the default's params, active
                                          parameters or FLOPs
 """
 
-from configs import base
-from configs.parse import parse_arg
 from moex import (
     LM,
     Attention,
@@ -50,6 +48,8 @@ from moex import (
     TopP,
     Zero,
 )
+from moex.configs import base
+from moex.configs.parse import parse_arg
 from moex.costs.matching import match
 from moex.nn.block import RESIDUALS
 

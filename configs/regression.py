@@ -1,6 +1,6 @@
 """A small MoE that predicts a day of a numeric series from the week before, on a CPU.
 
-  moex train --config=configs/regression.py --workdir=runs/regression \\
+  moex train --config=regression --workdir=runs/regression \\
       --config.data.paths='("series.csv",)'
 
 The CSV file has a line of names, a column `date` that is not read, and columns of
@@ -8,7 +8,6 @@ numbers, one line per hour; give `--config.data.time=None` if there is no `date`
 docs/tasks.md.
 """
 
-from configs import base
 from moex import (
     AdamW,
     Attention,
@@ -24,6 +23,7 @@ from moex import (
     SeriesModel,
     TopK,
 )
+from moex.configs import base
 
 
 def get_config(arg=""):

@@ -36,6 +36,7 @@ def use_config_file(file: pathlib.Path) -> None:
     """Take the folder of a config file as the project folder, unless one is given."""
     _given["config"] = file.absolute().parent
     _extend_path(_given["config"])
+    _extend_path(_given["config"].parent)  # for a package that the file is part of
 
 
 def folder() -> pathlib.Path:

@@ -28,7 +28,7 @@ from moex.train.job import Training, make_job
 ROOT = pathlib.Path(__file__).parents[1]
 
 CONFIG = """
-from configs import base
+from moex.configs import base
 from moex.data.pipeline import Data
 from moex.data.sources import Text
 from moex.data.tokenizer import Bytes

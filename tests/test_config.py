@@ -6,7 +6,6 @@ import json
 import ml_collections
 import pytest
 
-from configs import quickstart
 from moex import project
 from moex.config.base import (
     MOVED,
@@ -24,6 +23,7 @@ from moex.config.base import (
     walk,
 )
 from moex.config.flags import bracketed, load_config
+from moex.configs import quickstart
 from moex.interop.families import FAMILIES, find_family
 from moex.model.optim import AdamW, Optim
 from moex.moe.layer import MoE

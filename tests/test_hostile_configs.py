@@ -49,7 +49,7 @@ BASE: dict = {TYPE_KEY: "moex.config.base.Config"}
 @pytest.fixture(scope="module")
 def good():
     """A run config of many classes, as `save_config` writes it."""
-    from configs import base
+    from moex.configs import base
 
     cfg = base.get_config()
     cfg.model = tiny_lm()

@@ -3,14 +3,19 @@
 import dataclasses
 import importlib
 import pathlib
+import re
+import sys
 
 import ml_collections
 import pytest
 
-from configs import base
+from moex import cli, project
 from moex.config import base as config
+from moex.config import shipped
 from moex.config.base import Config, ConfigError, ConfigWarning
+from moex.config.flags import load_config
 from moex.config.schedule import Schedule
+from moex.configs import base
 from moex.model.optim import AdamW, Optim
 from moex.model.spec import model_spec
 from moex.runs.directory import RunDir
@@ -53,7 +58,7 @@ def test_base_has_every_key_but_the_model():
 @pytest.mark.parametrize("name", RUNS)
 def test_every_config_file_is_good(name):
     """It passes its checks, survives JSON, and its model builds abstractly."""
-    cfg = importlib.import_module(f"configs.{name}").get_config()
+    cfg = importlib.import_module(f"moex.configs.{name}").get_config()
     check_run(cfg)
     again = config.from_dict(config.to_dict(cfg))
     assert all(again[key] == cfg[key] for key in RUN_KEYS)
@@ -62,6 +67,41 @@ def test_every_config_file_is_good(name):
     spec = model_spec(cfg.model)
     inputs = {"w_embed_VD", "w_in_ND"} & spec.params.keys()
     assert [spec.params[n].shape for n in inputs] == [(size, cfg.model.dim)]
+
+
+def test_the_configs_that_come_with_moex_are_listed_by_name(capsys):
+    assert list(shipped.shipped()) == RUNS
+    cli.main(["config", "--list"])
+    listed = capsys.readouterr().out
+    for name in RUNS:
+        assert re.search(rf"^{name} +[A-Z0-9].*\n(  .*\n)*.*[.]$", listed, re.M), name
+    assert max(map(len, listed.splitlines()[:-1])) <= 80
+
+
+def test_a_config_of_moex_is_found_by_its_name_in_any_folder(tmp_path, monkeypatch):
+    by_file = load_config([f"--config={ROOT}/configs/quickstart.py:router=topp"])
+    monkeypatch.chdir(tmp_path)
+    project.use(None)
+    by_name = load_config(["--config=quickstart:router=topp"])
+    assert config.to_dict(by_name) == config.to_dict(by_file)
+    assert project.folder() == tmp_path  # classes of one's own are looked for here
+    text = "def get_config(arg=''):\n    raise KeyError('a file')\n"
+    (tmp_path / "quickstart").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="a file"):  # goes before the name
+        load_config(["--config=quickstart"])
+    project.use(None)
+
+
+def test_a_config_file_without_the_package_configs_is_told_where_it_is(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p not in ("", str(ROOT))])
+    monkeypatch.delitem(sys.modules, "configs", raising=False)
+    file = tmp_path / "own.py"
+    file.write_text("from configs import base\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"come with moex are in moex.configs\)"):
+        load_config([f"--config={file}"])
+    project.use(None)
 
 
 def test_no_config_has_many_fields():

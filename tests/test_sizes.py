@@ -29,7 +29,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
     vocab, total, active, tolerance = PUBLISHED[name]
-    cfg = importlib.import_module(f"configs.{name}").get_config()
+    cfg = importlib.import_module(f"moex.configs.{name}").get_config()
     cfg.model.vocab = vocab
     cost = model_cost(cfg.model, model_spec(cfg.model), cfg.seq_len)
     assert cost.num_params / 1e9 == pytest.approx(total, rel=min(tolerance, 0.05))

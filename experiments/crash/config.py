@@ -5,7 +5,7 @@ moex train --config=experiments/crash/config.py --workdir=runs/crash
 
 import pathlib
 
-from configs import base
+from moex.configs import base
 from moex.data.pipeline import Data
 from moex.data.sources import Text
 from moex.data.tokenizer import Bytes

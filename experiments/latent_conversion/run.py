@@ -14,7 +14,7 @@ import pathlib
 import jax
 import ml_collections
 
-from configs import quickstart
+from moex.configs import quickstart
 from moex.convert.apply import convert_run
 from moex.convert.kinds.latent import ToLatent
 from moex.model.optim import Muon, Optim

@@ -5,8 +5,8 @@
 Hardware: 2 CPU cores, a minute or less each. "dead" needs `run.py`, which forces it.
 """
 
-from configs import base
 from moex.config.base import require_choice
+from moex.configs import base
 from moex.data.pipeline import Data
 from moex.data.sources import PythonStdlib
 from moex.data.tokenizer import Bytes

@@ -15,7 +15,7 @@ import statistics
 import matplotlib
 import ml_collections
 
-from configs import quickstart
+from moex.configs import quickstart
 from moex.model import accounting
 from moex.train.job import make_job
 from moex.train.training import train

@@ -19,8 +19,8 @@ import tempfile
 import jax
 
 from benchmarks.common import environment
-from configs import quickstart
 from moex.config.base import ConfigError
+from moex.configs import quickstart
 from moex.data.sources import PythonStdlib
 from moex.model.accounting import model_cost
 from moex.model.spec import model_spec

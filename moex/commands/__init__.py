@@ -12,11 +12,12 @@ import pkgutil
 
 CONFIG_HELP = """\
 Configuration:
-  --config=FILE[:arg]     a Python file with get_config(arg), such as
-                          configs/quickstart.py; or a run directory: its config
+  --config=FILE[:arg]     a Python file with get_config(arg); or the name of a
+                          config that comes with moex, such as quickstart:
+                          `moex config --list`; or a run directory: its config
   --config.a.b=value      override one field; layers and patterns are numbered:
                           --config.model.layers.0.pattern.0.router.k=4
-                          `moex config --config=FILE` lists all fields
+                          `moex config --config=FILE` prints all fields
 """
 
 # The order of the verbs in `moex --help`; verbs that are not named here come last.

@@ -8,8 +8,8 @@ from moex.config.base import ConfigError
 
 EXAMPLES = """
 Examples:
-  moex params --config=configs/moe_8x7b.py
-  moex params --config=configs/quickstart.py --like=configs/quickstart.py:ffn=dense \\
+  moex params --config=moe_8x7b
+  moex params --config=quickstart --like=quickstart:ffn=dense \\
     --match=flops
 """
 

@@ -18,9 +18,9 @@ class Command(Verb):
 
     examples = """
     Examples:
-      moex plan --config=configs/moe_8x7b.py --topology=v5p:4x4x4
-      moex plan --config=configs/moe_1b.py --topology=h100:8 --config.remat=dots
-      moex plan --config=configs/quickstart.py --topology=v5e:1x1 --compile
+      moex plan --config=moe_8x7b --topology=v5p:4x4x4
+      moex plan --config=moe_1b --topology=h100:8 --config.remat=dots
+      moex plan --config=quickstart --topology=v5e:1x1 --compile
     """
 
     def add(self, parser):

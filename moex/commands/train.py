@@ -8,15 +8,15 @@ from moex.config.base import ConfigError
 
 EXAMPLES = """
 Examples:
-  moex train --config=configs/quickstart.py --workdir=runs/first
-  moex train --config=configs/quickstart.py --workdir=runs/lr --config.optim.lr=0.01
-  moex train --config=configs/quickstart.py --dry-run
+  moex train --config=quickstart --workdir=runs/first
+  moex train --config=quickstart --workdir=runs/lr --config.optim.lr=0.01
+  moex train --config=quickstart --dry-run
 
 The same command on the same --workdir goes on where the run stopped. SIGTERM or Ctrl-C
 saves a checkpoint and exits.
 
 A sweep is one run per combination of values, each in a folder of --workdir:
-  moex train --config=configs/quickstart.py --workdir=runs/sweep \\
+  moex train --config=quickstart --workdir=runs/sweep \\
     --sweep optim.lr=0.01,0.02 --sweep seed=0,1,2
 """
 

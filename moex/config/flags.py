@@ -1,4 +1,4 @@
-"""Config files and overrides by flags: `--config=FILE`, `--config.a.b=value`.
+"""Configs and overrides by flags: `--config=FILE` or NAME, `--config.a.b=value`.
 
 Values are parsed by absl and ml_collections; each error becomes one line that names the
 field, the value, what is allowed and the nearest valid name.
@@ -12,6 +12,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from typing import Any
@@ -21,6 +22,7 @@ from absl import flags
 from ml_collections.config_flags import config_path, tuple_parser
 
 from moex import project
+from moex.config import shipped as configs
 from moex.config.base import (
     Config,
     ConfigError,
@@ -43,7 +45,8 @@ def load_config(args: list[str], base=None):
     """Make the run config that `--config...` arguments describe.
 
     Args:
-      args: `--config=FILE[:arg]` and `--config.a.b=value`, as strings.
+      args: `--config=FILE[:arg]`, where a config of moex is named without a folder and
+        a suffix, and `--config.a.b=value`, as strings.
       base: config to override when no file is given, or None if a file is needed.
 
     Raises:
@@ -55,8 +58,8 @@ def load_config(args: list[str], base=None):
         raise ConfigError(f"--config is given {len(files)} times; give it once.")
     if not files and base is None:
         raise ConfigError(
-            "--config: missing; give a config file, such as "
-            "--config=configs/quickstart.py."
+            "--config: missing; give a config file or a config of moex, such as "
+            f"--config=quickstart. Configs of moex are {', '.join(configs.shipped())}."
         )
     cfg = _load_file(files[0]) if files else base
     for path, text in overrides:
@@ -92,14 +95,12 @@ def _load_file(arg: str):
         found = file.is_file()
     except (OSError, ValueError):  # no file can have this name
         found = False
-    if not found:
-        near = nearest(file.name, [p.name for p in file.parent.glob("*.py")])
-        raise ConfigError(f"--config={name}: there is no file {file}.{near}")
-    # This lets `from configs import base` work from any folder.
-    root = str(file.absolute().parent.parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)
-    project.use_config_file(file)
+    if found:
+        project.use_config_file(file)
+    elif path in (shipped := configs.shipped()):
+        file = shipped[path]
+    else:
+        raise ConfigError(f"--config={name}: {_not_found(file, shipped)}")
     loader = SourceFileLoader(CONFIG_MODULE, str(file))  # whatever its suffix is
     spec: Any = spec_from_loader(CONFIG_MODULE, loader)
     sys.modules[CONFIG_MODULE] = module = module_from_spec(spec)
@@ -116,6 +117,18 @@ def _load_file(arg: str):
     cfg.lock()
     _check_classes(cfg)
     return cfg
+
+
+def _not_found(file: pathlib.Path, shipped: Iterable[str]) -> str:
+    """The error of a config that is neither a file nor comes with moex."""
+    near = nearest(file.name, [p.name for p in file.parent.glob("*.py")])
+    near = near or nearest(file.stem, shipped)
+    if len(file.parts) > 1 or file.suffix:
+        return f"there is no file {file}.{near}"
+    return (
+        f"there is no file and no config of moex of this name.{near} Configs of moex "
+        f"are {', '.join(shipped)}."
+    )
 
 
 def _check_classes(cfg) -> None:
@@ -151,6 +164,8 @@ def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, ConfigError):
         return text
+    if isinstance(error, ModuleNotFoundError) and error.name == "configs":
+        text += " (the configs that come with moex are in moex.configs)"
     at = project.where_in_own_code(error)
     return f"{type(error).__name__}: {text}" + (f" ({at})" if at else "")
 

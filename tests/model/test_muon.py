@@ -161,7 +161,7 @@ def test_singular_values_come_near_one():
 
 def test_a_training_step_of_the_shipped_config_uses_muon_in_c_where_it_can(monkeypatch):
     """`kernels = "auto"` of a run config reaches the optimizer as "choose"."""
-    from configs import quickstart
+    from moex.configs import quickstart
     from moex.model.spec import model_spec
     from moex.runs.program import mesh_here
     from moex.train.job import Training

@@ -6,9 +6,9 @@ Everything is a function of a seed. Sizes of what is plausible are tiny.
 import dataclasses
 import random
 
-from configs import base
 from moex.config import base as configs
 from moex.config.schedule import Schedule
+from moex.configs import base
 from moex.data.pipeline import Data
 from moex.data.sources import Text
 from moex.data.tokenizer import Bpe, Bytes

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import deepseek_v3, moe_1b, moe_8x7b, moe_100m, quickstart
+from moex.configs import deepseek_v3, moe_1b, moe_8x7b, moe_100m, quickstart
 from moex.data.pipeline import Data
 from moex.data.sources import Text
 from moex.data.tokenizer import Bytes

@@ -4,8 +4,8 @@ import types
 
 import pytest
 
-from configs import base
 from moex.config.base import ConfigError, ConfigWarning, to_dict
+from moex.configs import base
 from moex.nn.context import Compute
 from moex.runs.open import saved_with
 from moex.runs.program import check_kernels, compute_of, kernels_here

@@ -24,7 +24,7 @@ from tests import documented, runs
 STEPS = 6
 
 CONFIG = """
-from configs import regression
+from moex.configs import regression
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK

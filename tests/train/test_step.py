@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
+from moex.configs import base
 from moex.model import spec as states
 from moex.model.optim import AdamW, Optim, make_optimizer
 from moex.model.paths import flat_paths

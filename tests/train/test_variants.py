@@ -8,10 +8,10 @@ import shutil
 
 import pytest
 
-from configs import quickstart
 from moex.config.base import ConfigError, ConfigWarning
 from moex.config.flags import load_config
 from moex.config.schedule import Schedule
+from moex.configs import quickstart
 from moex.moe.balance import Controller
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
