@@ -22,8 +22,8 @@ Configuration:
 
 # The order of the verbs in `moex --help`; verbs that are not named here come last.
 FIRST = (
-    *("train", "config", "params", "plan", "compare", "report", "eval", "generate"),
-    *("trace", "analyse", "convert", "import-hf", "export-hf", "data"),
+    *("train", "init", "config", "params", "plan", "compare", "report", "eval"),
+    *("generate", "trace", "analyse", "convert", "import-hf", "export-hf", "data"),
 )
 
 

@@ -7,6 +7,8 @@ import ast
 import pathlib
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+# What `moex init` copies, from the folder `template` there.
+TEMPLATE = ("README.md", "config.py", "router.py", "test_router.py")
 
 
 def shipped() -> dict[str, pathlib.Path]:
