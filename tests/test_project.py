@@ -1,13 +1,16 @@
 """Classes of a user's own: found in the project folder, and nowhere else."""
 
+import importlib
 import json
 import sys
 
 import pytest
+from ml_collections import ConfigDict
 
 from moex import cli, commands, project
-from moex.config.base import ConfigError, from_dict, own_files, to_dict
+from moex.config.base import ConfigError, check, from_dict, own_files, to_dict
 from moex.config.flags import load_config
+from moex.config.reopen import check_reopens
 
 ROUTER = """
 import dataclasses
@@ -78,6 +81,130 @@ def test_a_class_in_the_config_file_itself_is_refused(tmp_path):
     file = write(tmp_path, "config.py", text)
     with pytest.raises(ConfigError, match=r"config.own: Own is defined in the config"):
         load_config([f"--config={file}"])
+
+
+FIELDS = """
+import dataclasses, enum, pathlib
+from moex.config.base import Config
+
+class Color(enum.Enum):
+    RED = "red"
+
+class Word(enum.StrEnum):
+    RED = "red"
+
+class Outside:
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class Inside(Config):
+        a: int = 1
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Doubled(Config):
+    value: int = 1
+    def __post_init__(self):
+        self.value *= 2
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class One(Config):
+    value: {kind} = {value}
+"""
+
+
+def own_config(folder, kind="int", value="1", name="One"):
+    """A config with an own class that has one field."""
+    module = f"own_fields_{len(list(folder.iterdir()))}"
+    write(folder, f"{module}.py", FIELDS.format(kind=kind, value=value))
+    project.use(folder)
+    found = vars(importlib.import_module(module))
+    cls = found["Outside"].Inside if name == "Inside" else found[name]
+    return ConfigDict({"own": cls()}, convert_dict=False)
+
+
+@pytest.mark.parametrize(
+    "kind, value, says",
+    [
+        ("pathlib.Path", "pathlib.Path('a')", r"Path\('a'\): must be a number, text"),
+        ("set", "dataclasses.field(default_factory=lambda: {1})", "= .1.: must be a"),
+        ("Color", "Color.RED", "Color.RED.*must be a number, text"),
+        ("Word", "Word.RED", "must be Word, not str. So it would be read from config"),
+        (
+            "int",
+            "dataclasses.field(init=False, default=2)",
+            "= 2: must be a field",
+        ),
+        (
+            "dict",
+            "dataclasses.field(default_factory=lambda: {1: 2})",
+            "key = 1: ",
+        ),
+    ],
+)
+def test_a_value_that_is_not_read_back_is_refused(
+    tmp_path, monkeypatch, kind, value, says
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = own_config(tmp_path, kind, value)
+    check(cfg)
+    with pytest.raises(ConfigError, match=f"^config.own.value.*{says}"):
+        check_reopens(cfg)
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("Inside", "config.own: Outside.Inside is defined inside of something else"),
+        ("Doubled", "config.own.value = 2: must be kept: the value would be 4 when"),
+    ],
+)
+def test_a_class_that_is_not_read_back_is_refused(tmp_path, monkeypatch, name, says):
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=f"^{says}"):
+        check_reopens(own_config(tmp_path, name=name))
+
+
+def test_a_class_of_a_notebook_is_refused():
+    names = {"__name__": "__main__"}
+    exec(ROUTER, names)
+    cfg = ConfigDict({"own": names["Own"]()}, convert_dict=False)
+    with pytest.raises(ConfigError, match="Own is defined in the program that runs; p"):
+        check_reopens(cfg)
+
+
+def test_lists_are_read_back_as_lists(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    value = "dataclasses.field(default_factory=lambda: ['a', 'b'])"
+    for kind in ("list[str]", "list[str] | None"):
+        cfg = own_config(tmp_path, kind, value)
+        check_reopens(cfg)
+        assert from_dict(json.loads(json.dumps(to_dict(cfg)))).own == cfg.own
+
+
+def test_training_and_sweeps_refuse_before_they_start(tmp_path, monkeypatch, capsys):
+    text = (
+        "from moex.configs import quickstart\n"
+        "from own_sub import Sub\n\n\n"
+        "def get_config():\n"
+        "    cfg = quickstart.get_config()\n"
+        "    moe = cfg.model.layers[0].pattern[0]\n"
+        "    moe.router = Sub(k=2)\n"
+        "    return cfg\n"
+    )
+    sub = (
+        "import dataclasses, pathlib\n"
+        "from moex.moe.routers.topk import TopK\n\n\n"
+        "@dataclasses.dataclass(kw_only=True, slots=True)\n"
+        "class Sub(TopK):\n"
+        "    table: pathlib.Path = pathlib.Path('table')\n"
+    )
+    write(tmp_path, "own_sub.py", sub)
+    file = write(tmp_path, "config.py", text)
+    for more in ([], ["--dry-run"], ["--sweep", "seed=0,1"]):
+        workdir = tmp_path / "run"
+        with pytest.raises(SystemExit) as end:
+            cli.main(["train", f"--config={file}", f"--workdir={workdir}", *more])
+        assert end.value.code == 2 and not workdir.exists()
+        error = capsys.readouterr().err
+        assert "router.table = PosixPath('table'): must be a number, text" in error
 
 
 def test_a_class_from_outside_of_the_project_folder_is_refused(tmp_path, monkeypatch):

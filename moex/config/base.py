@@ -399,6 +399,11 @@ def from_dict(data: Any, path: str = "config", depth: int = 0) -> Any:
             raise ConfigError(f"{path}: {cls.__name__} needs the field {field.name!r}.")
         if ABSENT in field.metadata:
             values[field.name] = field.metadata[ABSENT]
+    for field in fields:  # JSON does not tell a list from a tuple
+        value = values.get(field.name)
+        if isinstance(value, tuple) and not fits(value, field.type):
+            as_list = list(value)
+            values[field.name] = as_list if fits(as_list, field.type) else value
     return cls(**values)
 
 

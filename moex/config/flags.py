@@ -28,16 +28,14 @@ from moex.config.base import (
     ConfigError,
     children,
     closest,
-    config_class,
     fits,
     nearest,
     require_path,
-    tag_of,
     type_name,
     walk,
 )
+from moex.config.reopen import CONFIG_MODULE, check_classes
 
-CONFIG_MODULE = "config_config"  # the name of a config file as a module
 NONE_WORDS = ("None", "none", "null")
 
 
@@ -115,7 +113,7 @@ def _load_file(arg: str):
             f"not {type(cfg).__name__}."
         )
     cfg.lock()
-    _check_classes(cfg)
+    check_classes(cfg)
     return cfg
 
 
@@ -129,24 +127,6 @@ def _not_found(file: pathlib.Path, shipped: Iterable[str]) -> str:
         f"there is no file and no config of moex of this name.{near} Configs of moex "
         f"are {', '.join(shipped)}."
     )
-
-
-def _check_classes(cfg) -> None:
-    """Check that every class of a config can be found again when its run is opened."""
-    for where, node in walk(cfg, "config"):
-        cls = type(node)
-        if not isinstance(node, Config) or cls.__module__.startswith("moex."):
-            continue
-        if cls.__module__ == CONFIG_MODULE:
-            raise ConfigError(
-                f"{where}: {cls.__name__} is defined in the config file; put it into a "
-                "file of its own beside it, so that the run can be opened again."
-            )
-        if config_class(tag_of(cls), where) is not cls:
-            raise ConfigError(
-                f"{where}: {tag_of(cls)} is another class in {project.folder()} than "
-                "the one that is imported; rename its file."
-            )
 
 
 def _reason(error: Exception) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 from moex import json_files
 from moex.config.base import ConfigError, flat, require, to_dict
 from moex.config.flags import bracketed
+from moex.config.reopen import check_reopens
 from moex.data.files import atomic_write, locked
 from moex.process import fail, use_cpu
 from moex.runs.directory import RunDir, given_config
@@ -77,6 +78,7 @@ def make_sweep(texts: Sequence[str], config_args: list[str]) -> Sweep:
         try:
             cfg = given_config([*config_args, *overrides])
             check_run(cfg)
+            check_reopens(cfg)
         except ConfigError as e:
             raise ConfigError(f"--sweep, {name}: {e}") from None
         for same in (name, json.dumps(to_dict(cfg), sort_keys=True)):

@@ -10,6 +10,7 @@ import jax
 
 from moex.cluster import distributed
 from moex.config.base import require_path
+from moex.config.reopen import check_reopens
 from moex.data.changes import changed_data, save_data
 from moex.model import accounting
 from moex.runs.checkpoint import Checkpointer, CheckpointError
@@ -45,6 +46,7 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
     """
     say = say or (print if jax.process_index() == 0 else lambda *_: None)
     check_run(cfg)  # before anything else, so that a mistake leaves no folder
+    check_reopens(cfg)
     profiled = profile_steps(profile, cfg.steps)
     source = RunDir(cfg.init_from)
     if dry_run:
