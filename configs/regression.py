@@ -26,9 +26,8 @@ from moex import (
 from moex.configs import base
 
 
-def get_config(arg=""):
+def get_config():
     """The run config; it takes no argument."""
-    del arg
     cfg = base.get_config()
     cfg.task = Regression()
     moe = MoE(

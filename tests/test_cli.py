@@ -319,6 +319,7 @@ LINES = [
     (("train", "--workdir=x"), "such as --config=quickstart. Configs of moex are deep"),
     (("config", "--list", "--config=quickstart"), "--list: takes no --config=quickst"),
     (("config", "--config=quikstart:router=topp"), "Did you mean 'quickstart'? Config"),
+    (("config", "--config=regression:a=1"), ":a=1: this config takes no argument."),
     (("config", "--config=base"), "there is no file and no config of moex of this na"),
     (("config", "--config=here/quickstart.py"), "Did you mean 'quickstart'?"),
     (("config", "--config"), "--config: a value is missing; write --config=VALUE."),

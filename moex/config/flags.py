@@ -7,6 +7,7 @@ field, the value, what is allowed and the nearest valid name.
 import ast
 import contextlib
 import dataclasses
+import inspect
 import pathlib
 import re
 import sys
@@ -104,6 +105,8 @@ def _load_file(arg: str):
     sys.modules[CONFIG_MODULE] = module = module_from_spec(spec)
     try:
         loader.exec_module(module)
+        if argument and not inspect.signature(module.get_config).parameters:
+            raise ConfigError("this config takes no argument.")
         cfg: Any = module.get_config(*argument)
     except Exception as e:
         raise ConfigError(f"--config={name}: {_reason(e)}") from e
