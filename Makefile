@@ -26,8 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP)
 	$(BIN)/moex train --config=$(CONFIG) --workdir=$(WORKDIR)
 
-# Two workers, each with whole files; the order of tests/durations.json.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three workers, each with whole files, for two cores: tests of processes wait a lot.
+# The order is that of tests/durations.json.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 NEEDS_NOTHING := not slow and not gpu and not tpu and not hf and not browser and not aot
 
 test: $(STAMP)

@@ -182,6 +182,7 @@ def split(text):
     return text.removesuffix("\n").split("\n--------\n")
 
 
+@pytest.mark.thorough
 def test_generate_continues_prompts_of_any_length(moex, trained):
     prompts = ["the ", "the cat sees the red house.\nthe", "", "ünïcode"]
     args = [f"--prompt={p}" for p in prompts]

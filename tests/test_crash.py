@@ -64,8 +64,7 @@ def steps(workdir):
 @pytest.mark.parametrize(
     "kills",
     [
-        1,
-        pytest.param(2, marks=pytest.mark.thorough),
+        pytest.param(1, marks=pytest.mark.thorough),
         pytest.param(8, marks=pytest.mark.slow),
     ],
 )

@@ -49,6 +49,7 @@ def test_the_dry_run_does_every_step_and_its_results_make_rows(tmp_path):
     assert (tmp_path / "tilings.json").exists()
 
 
+@pytest.mark.thorough
 def test_a_kill_keeps_what_was_done_and_leaves_nothing_running(tmp_path):
     args = ("--dry-run", "--steps=ceiling,loads", f"--out={tmp_path}")
     archive = tmp_path / "all.tar.gz"

@@ -162,6 +162,7 @@ def test_vocabulary_without_data(run_config, tmp_path):
 # The command.
 
 
+@pytest.mark.thorough
 def test_the_command(moex, folder):
     arg = f"--config={folder / 'tiny.py'}"
     out = moex("params", arg).splitlines()

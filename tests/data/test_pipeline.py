@@ -531,6 +531,7 @@ def _prepare_quietly(config):
     prepare(config, L, log=quiet)
 
 
+@pytest.mark.thorough
 def test_processes_may_prepare_at_the_same_time(tmp_path):
     config = data(tmp_path, tokenizer=Bpe(vocab=300))
     context = multiprocessing.get_context("spawn")

@@ -168,7 +168,11 @@ print("equal")
 @pytest.mark.parametrize(
     "environment, said",
     [
-        ({"CC": "no-such-compiler"}, "no-such-compiler could not compile the C files"),
+        pytest.param(
+            {"CC": "no-such-compiler"},
+            "no-such-compiler could not compile the C files",
+            marks=pytest.mark.thorough,
+        ),
         ({"CC": "cc -DBLOCK=256"}, "could not compile the C files: .*error"),
         ({"CC": "", "PATH": ""}, "it needs a C compiler: .*pip install ziglang"),
     ],

@@ -22,6 +22,7 @@ def test_the_documentation_has_the_table_of_this_code():
     assert there == table(), "python -m kernels_pallas.support prints the new one"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", [name for name in IMPLEMENTATIONS if name.endswith(INTERPRETED)]
 )

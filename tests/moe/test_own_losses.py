@@ -141,6 +141,7 @@ def test_its_coefficient_follows_a_schedule(batch):
     assert weighted[1] == pytest.approx(weighted[2] / 2)
 
 
+@pytest.mark.thorough
 def test_rounds_of_a_chain_and_copies_are_added_or_averaged(batch):
     """Only the second of three rounds has the loss, in both copies."""
     routers = (TopK(k=1), Relu(), TopK(k=1))

@@ -210,6 +210,7 @@ def test_latent_attention_is_its_equations(q_latent):
     assert_close(y, np.einsum("blhv,hvd->bld", mix, p["w_out_HVD"]), "float32")
 
 
+@pytest.mark.thorough
 def test_one_token_with_latents_as_keys_is_the_same_as_grown_keys():
     """The step of decoding never grows the keys of the cache."""
     cfg, layer, _, x = latent(None)

@@ -122,6 +122,7 @@ def test_a_state_that_is_not_finite_is_not_saved(train, tmp_path, monkeypatch, c
     )
 
 
+@pytest.mark.thorough
 def test_rows_that_find_no_room_name_the_field(train, tmp_path, monkeypatch, capsys):
     """Two devices, each with room for the mean number of rows and none above it."""
     two = jax.local_devices()[:2]

@@ -103,6 +103,7 @@ def test_a_killed_process_does_not_stand_in_the_way(tmp_path, holder):
     assert f"process {process.pid} on " in line and "ended without a word" in line
 
 
+@pytest.mark.thorough
 def test_nor_where_the_system_has_no_locks(tmp_path, holder, monkeypatch):
     monkeypatch.setattr(lock, "_flock", lambda folder: None)
     process = holder()
@@ -128,6 +129,7 @@ def test_a_process_on_another_host_is_seen_to_live(tmp_path, holder, other_host)
     assert len(said) == 1 and "looking for 1.5 s whether it lives" in said[0]
 
 
+@pytest.mark.thorough
 def test_a_silent_process_on_another_host_is_dead(tmp_path, holder, other_host):
     process = holder(host="a")
     process.send_signal(signal.SIGKILL)

@@ -76,7 +76,11 @@ MESHES = [
 
 @pytest.mark.parametrize(
     ("sizes", "grad_accum"),
-    [*MESHES[:2], *(pytest.param(*m, marks=pytest.mark.slow) for m in MESHES[2:])],
+    [
+        MESHES[0],
+        pytest.param(*MESHES[1], marks=pytest.mark.thorough),
+        *(pytest.param(*m, marks=pytest.mark.slow) for m in MESHES[2:]),
+    ],
     ids=str,
 )
 def test_the_bias_is_the_same_to_the_bit_on_every_mesh(
