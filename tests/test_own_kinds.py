@@ -14,7 +14,7 @@ from moex import cli, load_run
 from moex.config.flags import load_config
 from moex.model.paths import flat_paths
 from moex.runs.directory import RunDir, given_config
-from moex.train import tensorboard
+from moex.train import charts
 from tests import documented, runs
 
 FILES = ("mlp.py", "pages.py", "relu.py", "usage.py")
@@ -116,9 +116,9 @@ def test_the_functions_of_the_page_look_into_a_run_and_change_it(
 def test_its_own_loss_has_a_chart(project):
     forget()
     cfg = load_config([f"--config={project / 'config.py'}"])
-    charts = tensorboard.layout(cfg, 1)["MoE: routers"]
-    assert charts["Router's own loss l1 (before its coefficient)"][1] == [
-        "moe/l1_loss(_worst)?$"
+    page = charts.layout(cfg, 1)["MoE: routers"]
+    assert page["Router's own loss l1, mean of layers (before its coefficient)"][1] == [
+        "moe_routers/l1_loss_mean(_held_out)?$"
     ]
 
 

@@ -12,7 +12,7 @@ from moex.nn.stack import Segment
 from moex.report import routing as report
 from moex.report.material import Routing
 from moex.runs.keys import Log
-from moex.train.tensorboard import layout
+from moex.train.charts import layout
 from tests import documented
 from tests.helpers import tiny_lm, tiny_moe
 from tests.moe.test_metrics import example
@@ -42,11 +42,17 @@ def test_a_new_figure_is_in_the_files_with_its_worst_layer(rows):
     assert routing_record(rows)["000"]["gini"] == pytest.approx(1 / 6, rel=1e-5)
 
 
-@pytest.mark.parametrize("detail, tags", [("brief", 1), ("detailed", 2)])
-def test_a_new_figure_has_a_chart(rows, detail, tags):
+@pytest.mark.parametrize("detail", ["brief", "detailed"])
+def test_a_new_figure_has_charts(rows, detail):
     pages = layout(run_config(model=tiny_lm(), log=Log(detail=detail)), num_domains=1)
-    _, patterns = pages["MoE: balance"]["Gini of the load (0 to 1)"]
-    assert patterns == ["moe/gini(_worst)?$", "moe/gini/.*"][:tags]
+    charts = {
+        "Gini of the load, mean of layers (0 to 1)": "moe/gini_mean(_held_out)?$",
+        "Gini of the load, worst layer (0 to 1)": "moe/gini_worst$",
+    }
+    if detail == "detailed":
+        charts["Gini of the load, every layer (0 to 1)"] = "moe_layers/gini/layer_.*"
+    page = pages["MoE: balance"]
+    assert [page[title][1] for title in charts] == [[p] for p in charts.values()]
 
 
 def test_a_new_figure_has_a_curve_and_a_column_in_a_report(rows):
@@ -80,5 +86,7 @@ def test_figures_have_names_of_their_own_and_pages_that_are_there():
     titles = [figure.title for figure in metrics.FIGURES]
     assert len(set(names)) == len(names) and len(set(titles)) == len(titles)
     pages = {figure.chart for figure in metrics.FIGURES}
-    assert pages == {None, metrics.BALANCE, metrics.ROUTERS, metrics.EXPERTS}
+    assert pages == {
+        *(None, metrics.BALANCE, metrics.FAULTS, metrics.ROUTERS, metrics.EXPERTS)
+    }
     assert all(figure.is_scalar for figure in metrics.FIGURES if figure.chart)

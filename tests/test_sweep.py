@@ -10,8 +10,8 @@ import pytest
 
 from moex import cli
 from moex.config.base import ConfigError
-from moex.runs import sweep
-from moex.runs.directory import RunDir
+from moex.runs import grid, sweep
+from moex.runs.directory import RunDir, given_config
 from tests import runs
 
 K = "model.layers[1].pattern[0].router.k"
@@ -30,7 +30,7 @@ def made(folder):
 
     def made(*texts, base=()):
         overrides = [f"--config.{o}" for o in base]
-        return sweep.make_sweep(texts, [f"--config={folder / 'tiny.py'}", *overrides])
+        return grid.make_sweep(texts, [f"--config={folder / 'tiny.py'}", *overrides])
 
     return made
 
@@ -67,13 +67,13 @@ def mistake(folder, capsys):
     ],
 )
 def test_values_are_split_outside_of_brackets(text, parts):
-    assert sweep.split_top(text) == parts
+    assert grid.split_top(text) == parts
 
 
 @pytest.mark.parametrize("text", ["(1,2", "'a,b", "[(1,2],3"])
 def test_a_bracket_that_is_not_closed(text):
     with pytest.raises(ConfigError, match="is missing"):
-        sweep.split_top(text)
+        grid.split_top(text)
 
 
 def test_points_are_all_combinations(made):
@@ -82,7 +82,81 @@ def test_points_are_all_combinations(made):
     assert [point.name for point in found.points] == [
         f"optim.lr={lr},seed={seed}" for lr in (0.1, 0.2) for seed in range(3)
     ]
-    assert found.points[4].overrides == ("--config.optim.lr=0.2", "--config.seed=1")
+    args = found.points[4].config_args
+    assert args[1:] == ("--config.optim.lr=0.2", "--config.seed=1")
+
+
+def quickstart(*texts, arg="", **options):
+    file = runs.ROOT / "configs/quickstart.py"
+    return grid.make_sweep(texts, [f"--config={file}{arg}"], **options)
+
+
+def kinds(point):
+    (ffn,) = given_config(list(point.config_args)).model.layers[0].pattern
+    moe = getattr(ffn, "moe", ffn)
+    return type(ffn).__name__, type(moe.router).__name__
+
+
+def test_a_sweep_varies_kinds_by_the_argument_of_the_config():
+    found = quickstart("config:router=topk,topp", "config:chain=1,2", "seed=3")
+    assert {point.name: kinds(point) for point in found.points} == {
+        "chain=1,router=topk,seed=3": ("MoE", "TopK"),
+        "chain=2,router=topk,seed=3": ("Chain", "TopK"),
+        "chain=1,router=topp,seed=3": ("MoE", "TopP"),
+        "chain=2,router=topp,seed=3": ("Chain", "TopP"),
+    }
+    more = quickstart("config:router=topk,topp", arg=":chain=2")
+    assert [kinds(point) for point in more.points] == [
+        *(("Chain", "TopK"), ("Chain", "TopP"))
+    ]
+
+
+def test_whole_configs_are_an_axis(folder, tmp_path):
+    first = runs.ROOT / "configs/quickstart.py"
+    axis = f"config={first}:router=topp,chain=2|{folder / 'tiny.py'}"
+    found = grid.make_sweep([axis, "seed=0,1"], ["--config.log.every=1"])
+    assert [given_config(list(p.config_args)).model.dim for p in found.points] == [
+        *(128, 128, *[runs.config(folder).model.dim] * 2)
+    ]
+    assert [point.name.endswith("tiny,seed=0") for point in found.points] == [
+        *(False, False, True, False)
+    ]
+    # It may grow by a config; another base of one that is there is refused.
+    sweep.claim(grid.make_sweep([axis], []), tmp_path)
+    sweep.claim(grid.make_sweep([f"{axis}|{first}"], []), tmp_path)
+    with pytest.raises(ConfigError, match=r"log\.every = 10, not 7"):
+        sweep.claim(
+            grid.make_sweep([f"{axis}|{first}"], ["--config.log.every=7"]), tmp_path
+        )
+
+
+def test_names_of_configs_are_short():
+    chosen = {"config": "configs/quickstart.py:chain=2,router=topp", "seed": "1"}
+    assert grid.point_name(chosen) == "config=quickstart_chain=2,router=topp,seed=1"
+    assert grid.point_name({"config:router": "topp"}) == "router=topp"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["config:routr=topk,topp"], "Did you mean 'router'?"),
+        (["config:router=topk,toppp"], "router=toppp: --config="),
+        (
+            ["config=a.py|b.py"],
+            "--sweep config: gives the configs; leave out --config=",
+        ),
+    ],
+)
+def test_mistakes_in_kinds(texts, message):
+    with pytest.raises(ConfigError) as error:
+        quickstart(*texts)
+    assert message in str(error.value)
+
+
+def test_bars_split_values_of_any_field(made):
+    assert made("seed=0|1").grid == {"seed": ("0", "1")}
+    field, values = grid.parse_axis("log.sample_prompts=('a|b',)")
+    assert values == ("('a|b',)",)
 
 
 def test_steps_may_be_swept(made):
@@ -90,11 +164,11 @@ def test_steps_may_be_swept(made):
 
 
 def name(**chosen):
-    return sweep.point_name(chosen)
+    return grid.point_name(chosen)
 
 
 def test_names_are_safe_for_file_systems_and_shells():
-    assert sweep.point_name({K: "4"}) == "model.layers.1.pattern.0.router.k=4"
+    assert grid.point_name({K: "4"}) == "model.layers.1.pattern.0.router.k=4"
     assert name(seed="1", lr="0.1") == name(lr="0.1", seed="1") == "lr=0.1,seed=1"
     assert name(rates="(('router', 0.1),)") == "rates=router,0.1,"
     assert name(paths="('a/b c.txt',)") == "paths=a_bc.txt,"

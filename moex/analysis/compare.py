@@ -7,22 +7,22 @@ import collections
 import dataclasses
 import json
 import math
-import pathlib
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit  # SciPy comes with JAX
 
+from moex.analysis.labels import labels
 from moex.analysis.reading import Curve, Run, curves
-from moex.config.base import ConfigError, flat, to_dict
+from moex.config.base import ConfigError, to_dict
 from moex.model.accounting import model_cost
 from moex.model.spec import model_spec
 from moex.numbers import scaled
 from moex.tasks.base import Task
 from moex.terminal import aligned, clock
 
-MANY = 4  # most fields in a label; where more differ, folders are shorter
 CONFIDENCE = 0.95
 
 
@@ -171,47 +171,82 @@ def grouped(runs: Sequence[Run]) -> list[list[Run]]:
     return list(found.values())
 
 
-def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """A label per group: the fields that differ, or folders if those are many."""
-    fields = [flat(to_dict(group[0].cfg) | {"seed": None}) for group in groups]
-    own = [
-        {
-            path: value
-            for path, value in mine.items()
-            if any(other.get(path, value) != value for other in fields)
-        }
-        for mine in fields
-    ]
-    texts = [", ".join(f"{k}={v}" for k, v in mine.items()) for mine in own]
-    # No field differs where there is one group, or where a seed came again.
-    told = "" not in texts and len(set(texts)) == len(texts)
-    if told and max(map(len, own)) <= MANY:
-        return texts
-    return [_folders([run.path for run in group]) for group in groups]
-
-
-def _folders(paths: Sequence[pathlib.Path]) -> str:
-    if len(paths) > 2:
-        return f"{paths[0]} ... {paths[-1]}"
-    return ", ".join(map(str, paths))
-
-
 HEADS = ("seeds", "params", "active", "steps", "tokens", "FLOPs", "time", "train")
+LABEL = 36  # the most characters of a line of a label in a table
 
 
-def table(groups: Sequence[Group]) -> str:
-    """The groups as a table for people."""
+class Table(NamedTuple):
+    """The figures of groups as texts: a column of labels first, and what all share."""
+
+    heads: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    shared: str  # the columns that have one value in all rows; "" if there are none
+    notes: list[str]
+
+
+def make_table(groups: Sequence[Group]) -> Table:
+    """The groups as a table. Columns without a difference are a line below it."""
     score, *others = groups[0].task.FIGURES
-    heads = (f"{which} {f.column}" for f in others for which in BEST_AND_LAST)
-    lines = [(*HEADS, *BEST_AND_LAST, *heads, "run"), *map(_cells, groups)]
-    about = "".join(f"; {f.column}: {f.unit}" for f in others)
-    note = (
-        f"train, best, last: {score.unit} of the last training line, of the best and "
-        f"the last evaluation{about}; time: of training steps alone.\n"
-        "± is half the 95 % interval over seeds (Student's t)."
+    more = tuple(f"{which} {f.column}" for f in others for which in BEST_AND_LAST)
+    heads = (*HEADS, *BEST_AND_LAST, *more)
+    columns = list(zip(*map(_cells, groups), strict=True))
+    same = [len(groups) > 1 and len(set(column)) == 1 for column in columns]
+    kept = [i for i in range(len(heads)) if not same[i]]
+    rows = [
+        (group.label, *(columns[i][r] for i in kept)) for r, group in enumerate(groups)
+    ]
+    shared = ", ".join(
+        f"{head} {column[0]}"
+        for head, column, is_same in zip(heads, columns, same, strict=True)
+        if is_same
     )
-    text = aligned(lines, left=(len(lines[0]) - 1,))
-    return "\n".join([text, note, *notes(groups)])
+    about = "".join(f"; {f.column}: {f.unit}" for f in others)
+    text = [
+        f"train, best, last: {score.unit} of the last training line, of the best and "
+        f"the last evaluation{about}; time: of training steps alone.",
+        "± is half the 95 % interval over seeds (Student's t).",
+        *notes(groups),
+    ]
+    return Table(("run", *(heads[i] for i in kept)), rows, shared, text)
+
+
+def table(groups: Sequence[Group], width: int | None = None) -> str:
+    """The groups as text for people.
+
+    Args:
+      width: the most characters of a line. Columns that find no room follow below, with
+        the labels again. None: no limit.
+    """
+    made = make_table(groups)
+    labels = [textwrap.wrap(row[0], LABEL) or [""] for row in made.rows]
+    first = max(len(line) for lines in (["run"], *labels) for line in lines)
+    parts, used = [[0]], first
+    for i, column in enumerate(zip(made.heads, *made.rows, strict=True)):
+        room = 2 + max(map(len, column))
+        if i and width is not None and used + room > width and len(parts[-1]) > 1:
+            parts.append([0])
+            used = first
+        if i:
+            parts[-1].append(i)
+            used += room
+    texts = [_aligned(made, labels, part) for part in parts]
+    if made.shared:
+        texts[-1] += "\n" + _wrapped(f"In all rows: {made.shared}.", width)
+    texts[-1] += "".join(f"\n{_wrapped(note, width)}" for note in made.notes)
+    return "\n\n".join(texts)
+
+
+def _aligned(made: Table, labels: list[list[str]], part: list[int]) -> str:
+    """Some columns of a table; a long label goes on in lines of its own."""
+    lines = [[made.heads[i] for i in part]]
+    for row, (label, *more) in zip(made.rows, labels, strict=True):
+        lines.append([label, *(row[i] for i in part[1:])])
+        lines += [[f"  {text}", *([""] * (len(part) - 1))] for text in more]
+    return aligned(lines)
+
+
+def _wrapped(text: str, width: int | None) -> str:
+    return text if width is None else textwrap.fill(text, width)
 
 
 def notes(groups: Sequence[Group]) -> list[str]:
@@ -241,7 +276,6 @@ def _cells(group: Group) -> tuple[str, ...]:
             _cell(group.estimate(name), "{:.4f}".format)
             for name in figure_names(group.task)[len(SPENT) :]
         ),
-        group.label,
     )
 
 

@@ -71,26 +71,32 @@ def _mean(values, weights) -> float:
     return float(np.average(values[there], weights=weights[there]))
 
 
+# The columns of the table: head, and its meaning for the legend below the table.
 COLUMNS = {
-    "experts_per_token": "experts",
-    "max_violation": "imbalance",
-    "dead_frac": "dead",
-    "uniform_share": "k/E",
-    "domain_specialisation": "domain",
-    "vocabulary_specialisation": "token",
-    "next_given": "next",
-    "next_blind": "blind",
-    "saturation": "same",
+    "experts_per_token": ("experts", "experts that compute, per token, mean"),
+    "max_violation": ("imbalance", "largest load / mean load - 1; 0 is balanced"),
+    "dead_frac": ("dead", "share of experts without a token"),
+    "uniform_share": ("k/E", "value of domain and token if routing were uniform"),
+    "domain_specialisation": ("domain", "P(expert | domain), mean over slots"),
+    "vocabulary_specialisation": ("token", "P(expert | token id), mean over slots"),
+    "next_given": ("next", "share of tokens whose next expert this one foretells"),
+    "next_blind": ("blind", "the same without knowing this expert"),
+    "saturation": ("same", "share of experts that both checkpoints choose"),
 }
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """`figures` for a terminal, one line per router, without empty columns."""
+    """`figures` for a terminal, one line per router, and a legend.
+
+    A column that no router has is left out.
+    """
     names = [n for n in COLUMNS if any(n in row for row in rows.values())]
-    lines = ["layer  " + "".join(f"{COLUMNS[n]:>10}" for n in names)]
+    lines = ["layer  " + "".join(f"{COLUMNS[n][0]:>10}" for n in names)]
     for label, row in rows.items():
         cells = "".join(f"{row[n]:10.4f}" if n in row else " " * 10 for n in names)
         lines.append(f"{label:<7}{cells}")
+    lines.append("")
+    lines += [f"{COLUMNS[n][0]:>9}: {COLUMNS[n][1]}" for n in names]
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moex.analysis.compare import Group, estimate
+from moex.analysis.compare import Group, Table, estimate, make_table
 from moex.analysis.reading import Curve
 from moex.terminal import printable
 
@@ -93,9 +93,53 @@ def _axis(field: str, title: str, lines: Sequence[Line]) -> str:
     return f"{title}, as expected before training" if expected else title
 
 
-def page(lines: Sequence[Line], file: pathlib.Path) -> None:
-    """Write a page that needs no other file; a click on a label hides a line."""
+def loss_range(lines: Sequence[Line]) -> tuple[float, float] | None:
+    """The losses of all lines after the first fifth of the tokens, with a margin.
+
+    The first losses are large and much alike in all runs; None: there is no range.
+    """
+    after = 0.2 * max(line.curve.tokens_S[-1] for line in lines)
+    losses = [line.curve.loss_S[line.curve.tokens_S >= after] for line in lines]
+    there = np.concatenate(losses)
+    there = there[np.isfinite(there)]
+    if not len(there) or there.min() == there.max():
+        return None
+    margin = 0.05 * (there.max() - there.min())
+    return float(there.min() - margin), float(there.max() + margin)
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem; }
+table { border-collapse: collapse; margin-bottom: .5rem; }
+th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+p { color: #555; margin: .25rem 0; max-width: 60rem; }
+"""
+ZOOM = (
+    "The plot shows the losses after the first fifth of the tokens; double-click it to "
+    "see all. A click on a name hides its line."
+)
+
+
+def as_html(table: Table) -> str:
+    """A table and its notes as elements of a page."""
+
+    def row(tag, cells):
+        text = "".join(f"<{tag}>{html.escape(printable(c))}</{tag}>" for c in cells)
+        return f"<tr>{text}</tr>"
+
+    rows = [row("th", table.heads), *(row("td", cells) for cells in table.rows)]
+    shared = [f"In all rows: {table.shared}."] if table.shared else []
+    notes = [*shared, *table.notes, ZOOM]
+    text = "".join(f"<p>{html.escape(printable(note))}</p>" for note in notes)
+    return f"<style>{STYLE}</style><table>{''.join(rows)}</table>{text}"
+
+
+def page(groups: Sequence[Group], file: pathlib.Path) -> None:
+    """Write a page of table and plot that needs no other file."""
     from plotly.subplots import make_subplots
+
+    lines = plot_lines(groups)
 
     figure = make_subplots(rows=1, cols=len(PANELS), shared_yaxes=True)
     for line in sorted(lines, key=lambda line: line.kind):  # held-out labels come first
@@ -105,14 +149,20 @@ def page(lines: Sequence[Line], file: pathlib.Path) -> None:
                 figure.add_trace(trace, row=1, col=column)
             axis = {"title_text": _axis(field, title, lines), "rangemode": "tozero"}
             figure.update_xaxes(**axis, exponentformat="SI", row=1, col=column)
+    figure.update_yaxes(range=loss_range(lines))
     figure.update_yaxes(title_text=lines[0].axis, row=1, col=1)
     legend = {"orientation": "h", "y": -0.2}
     figure.update_layout(
         template="plotly_white", legend=legend, title_text=_title(lines)
     )
-    text = figure.to_html(include_plotlyjs=True, div_id="plot", config=PLOT)
+    text = figure.to_html(
+        include_plotlyjs=True, div_id="plot", config=PLOT, default_height="70vh"
+    )
     head, found, rest = text.partition("<head>")
     assert found, "plotly writes a page without a head"
+    before, body, after = rest.partition("<body>")
+    assert body, "plotly writes a page without a body"
+    rest = f"{before}{body}{as_html(make_table(groups))}{after}"
     text = f"{head}{found}{policy(scripts_of(text))}{rest}"
     file.write_text(text, encoding="utf-8")
 
@@ -156,11 +206,12 @@ def _traces(line: Line, x_S: np.ndarray) -> list[dict]:
     return traces
 
 
-def picture(lines: Sequence[Line], file: pathlib.Path) -> None:
+def picture(groups: Sequence[Group], file: pathlib.Path) -> None:
     """Write the same plot as a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
+    lines = plot_lines(groups)
     figure = Figure(figsize=(15, 5), layout="constrained")
     panels = figure.subplots(1, len(PANELS), sharey=True)
     for axes, (field, title) in zip(panels, PANELS, strict=True):
@@ -184,6 +235,7 @@ def picture(lines: Sequence[Line], file: pathlib.Path) -> None:
         axes.grid(alpha=BAND)
     figure.suptitle(_title(lines), fontsize="medium")
     panels[0].set_ylabel(lines[0].axis)
+    panels[0].set_ylim(loss_range(lines))
     names = [line.name for line in lines]
     legend = figure.legend(
         handles, names, loc="outside lower center", ncols=2, fontsize="small"

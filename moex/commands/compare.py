@@ -1,5 +1,8 @@
 """`moex compare`: a table of runs, a file of them, or whether two are equal."""
 
+import shutil
+import sys
+
 from moex.commands import Verb
 from moex.commands.arguments import add_json
 from moex.config.arguments import path, tolerance
@@ -32,8 +35,8 @@ class Command(Verb):
             "--out",
             type=path,
             metavar="FILE",
-            help="write a plot of loss against tokens, FLOPs and time (.html, .png), "
-            "its points (.csv), or what --json prints (.json)",
+            help="write the table with a plot of loss against tokens, FLOPs and time "
+            "(.html), the plot (.png), its points (.csv), what --json prints (.json)",
         )
         parser.add_argument(
             "--assert-equal",
@@ -68,13 +71,18 @@ class Command(Verb):
         data = dump_json({"groups": [group.to_dict() for group in groups]})
         if out is not None:
             _write(groups, data, out)
-        print(data if args.json else table(groups))
+        print(data if args.json else table(groups, width=line_width()))
         if out is not None and not args.json:
             print(f"written: {out}")
 
 
+def line_width() -> int | None:
+    """The characters of a line of the terminal; None: the output is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
 def _write(groups, data: str, out) -> None:
-    from moex.analysis.plotting import page, picture, plot_lines
+    from moex.analysis.plotting import page, picture
     from moex.analysis.points import write_points
     from moex.data.files import naming
 
@@ -85,4 +93,4 @@ def _write(groups, data: str, out) -> None:
             write_points(groups, out)
         else:
             draw = page if out.suffix == ".html" else picture
-            draw(plot_lines(groups), out)
+            draw(groups, out)

@@ -17,7 +17,7 @@ saves a checkpoint and exits.
 
 A sweep is one run per combination of values, each in a folder of --workdir:
   moex train --config=quickstart --workdir=runs/sweep \\
-    --sweep optim.lr=0.01,0.02 --sweep seed=0,1,2
+    --sweep optim.lr=0.01,0.02 --sweep config:router=topk,topp
 """
 
 
@@ -43,7 +43,9 @@ class Command(Verb):
             action="append",
             metavar="FIELD=V1,V2",
             help="values of a field of the config, seed included; repeat it for a "
-            "grid. The same command skips what is finished",
+            "grid. config:KEY=V1,V2 are values of a key of the config's argument, "
+            "and config=FILE|FILE are whole configs. The same command skips what is "
+            "finished",
         )
         sweep.add_argument(
             "--sweep-index",

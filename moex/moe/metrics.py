@@ -163,6 +163,7 @@ def _loss(loss):
 
 
 BALANCE, ROUTERS, EXPERTS = "balance", "routers", "experts per token"
+FAULTS = "faults"  # these figures are 0 in most healthy runs
 UNSCALED = "before its coefficient"  # the unit of losses
 # Charts and reports show the figures in this order. Means over tokens are NaN where
 # there is no token; shares of slots are 0 where there is no slot.
@@ -174,7 +175,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("effective_frac", "Effective experts", "exp(entropy of load) / experts",
            _effective_frac, BALANCE, min),
     Figure("dead_frac", "Experts without a token", "share of experts",
-           _dead_frac, BALANCE, max, True),
+           _dead_frac, FAULTS, max, True),
     Figure("entropy", "Router entropy", "nats per token",
            _loss(Entropy()), ROUTERS, min),
     Figure("confidence", "Router confidence", "largest probability, mean over tokens",
@@ -184,11 +185,11 @@ FIGURES: tuple[Figure, ...] = (
     Figure("experts_per_token_std", "Experts per token, deviation", "over tokens",
            _slots_deviation, EXPERTS, None, True),
     Figure("dropped_frac", "Dropped slots, lost ones too", "share of slots",
-           _dropped_frac, BALANCE, max, True),
+           _dropped_frac, FAULTS, max, True),
     Figure("lost_frac", "Slots lost on the way to their experts", "share of slots",
-           _slot_share("num_lost"), BALANCE, max, True),
+           _slot_share("num_lost"), FAULTS, max, True),
     Figure("unrouted_frac", "Tokens without a computing expert", "share of tokens",
-           _token_mean("num_unrouted"), EXPERTS, max, True),
+           _token_mean("num_unrouted"), FAULTS, max, True),
     Figure("zero_frac", "Zero-computation slots", "share of slots",
            _slot_share("num_zero"), EXPERTS, None, True),
     Figure("logit_norm", "Router logits", "L2 norm, RMS over tokens",

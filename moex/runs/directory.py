@@ -64,6 +64,11 @@ class RunDir:
     def __str__(self) -> str:
         return str(self.path)
 
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.path.absolute().name
+
     def is_run(self) -> bool:
         """Whether the folder is a run."""
         return self.config_file.is_file()

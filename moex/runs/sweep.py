@@ -1,18 +1,12 @@
-"""`moex train --sweep`: a grid of runs over fields of one config, one after another.
+"""`moex train --sweep`: a grid of runs over fields, or configs, one after another.
 
 Each point of the grid has a run directory of its own under --workdir and is trained by
 a process of its own, so that the memory of one run is free again before the next.
 `sweep.json` next to them holds the base config and the grid.
 """
 
-import collections
-import dataclasses
-import hashlib
-import itertools
 import json
-import math
 import pathlib
-import re
 import shlex
 import signal
 import subprocess
@@ -21,126 +15,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moex import json_files
-from moex.config.base import ConfigError, flat, require, to_dict
-from moex.config.flags import bracketed
-from moex.config.reopen import check_reopens
+from moex.config.base import ConfigError, flat, require
 from moex.data.files import atomic_write, locked
 from moex.process import fail, use_cpu
-from moex.runs.directory import RunDir, given_config
-from moex.runs.keys import check_run
+from moex.runs.directory import RunDir
+from moex.runs.grid import CONFIG, Point, Sweep, make_sweep
 
 FILE = "sweep.json"
-MOST_POINTS = 10_000
-LONGEST = 200  # the most bytes of a folder name; file systems allow 255
-BRACKETS = {"(": ")", "[": "]", "{": "}"}
 RECIPE = "launch/slurm.sbatch"
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """One run of a sweep."""
-
-    name: str  # the name of its folder
-    overrides: tuple[str, ...]  # `--config.a.b=value` of the fields that are swept
-    steps: int  # how many steps it trains
-
-
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-    """A checked sweep."""
-
-    base: Any  # the config without the swept values, as plain data
-    grid: dict[str, tuple[str, ...]]  # the values as text, by field
-    # The points in order; the last field of the grid changes fastest.
-    points: tuple[Point, ...]
-
-
-def make_sweep(texts: Sequence[str], config_args: list[str]) -> Sweep:
-    """Read the arguments of a sweep and check the config of every point.
-
-    Raises:
-      ConfigError: for a mistake in the grid, or in the config of any point.
-    """
-    grid: dict[str, tuple[str, ...]] = {}
-    for text in texts:
-        field, values = parse_axis(text)
-        if field in grid:
-            raise ConfigError(f"--sweep {field}: is given twice; give all values once.")
-        grid[field] = values
-    count = math.prod(map(len, grid.values()))
-    require(count <= MOST_POINTS, "--sweep", count, f"at most {MOST_POINTS:,} runs")
-    base = to_dict(given_config(config_args))
-    points, seen = [], dict[str, str]()
-    for values in itertools.product(*grid.values()):
-        chosen = dict(zip(grid, values, strict=True))
-        overrides = tuple(f"--config.{field}={v}" for field, v in chosen.items())
-        name = point_name(chosen)
-        try:
-            cfg = given_config([*config_args, *overrides])
-            check_run(cfg)
-            check_reopens(cfg)
-        except ConfigError as e:
-            raise ConfigError(f"--sweep, {name}: {e}") from None
-        for same in (name, json.dumps(to_dict(cfg), sort_keys=True)):
-            if same in seen:
-                raise ConfigError(f"--sweep: {seen[same]} and {name} would be one run.")
-            seen[same] = name
-        points.append(Point(name, overrides, cfg.steps))
-    return Sweep(base, grid, tuple(points))
-
-
-def parse_axis(text: str) -> tuple[str, tuple[str, ...]]:
-    """Read `(field, values)` from `FIELD=V1,V2`.
-
-    Raises:
-      ConfigError: if there is no field or no value, or one is empty or comes twice.
-    """
-    field, equals, rest = text.partition("=")
-    field = bracketed(field.strip().removeprefix("config."))
-    if not field or not equals:
-        raise ConfigError(f"--sweep {text}: must be FIELD=V1,V2, as in seed=0,1.")
-    values = tuple(value.strip() for value in split_top(rest))
-    if "" in values:
-        raise ConfigError(f"--sweep {text}: a value is missing.")
-    value, times = collections.Counter(values).most_common(1)[0]
-    if times > 1:
-        raise ConfigError(f"--sweep {text}: {value} is given twice.")
-    return field, values
-
-
-def split_top(text: str) -> list[str]:
-    """Split `text` at its commas outside of brackets and quotes.
-
-    Raises:
-      ConfigError: if a bracket or a quote is not closed.
-    """
-    parts, start, closing, quote = [], 0, list[str](), ""
-    for i, letter in enumerate(text):
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"":
-            quote = letter
-        elif letter in BRACKETS:
-            closing.append(BRACKETS[letter])
-        elif closing and letter == closing[-1]:
-            closing.pop()
-        elif letter == "," and not closing:
-            parts.append(text[start:i])
-            start = i + 1
-    if quote or closing:
-        raise ConfigError(f"--sweep ...={text}: {quote or closing[-1]} is missing.")
-    return [*parts, text[start:]]
-
-
-def point_name(chosen: dict[str, str]) -> str:
-    """The folder name of a point, such as `optim.lr=0.01,seed=1`."""
-    parts = (f"{field}={value}" for field, value in sorted(chosen.items()))
-    text = re.sub(r"\[(\d+)\]", r".\1", ",".join(parts))
-    text = re.sub(r"[\s'\"()\[\]{}]+", "", text)
-    name = re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)
-    if len(name) <= LONGEST:
-        return name
-    return f"{name[: LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def claim(sweep: Sweep, workdir: pathlib.Path) -> None:
@@ -187,7 +69,10 @@ def _check_grows(theirs: dict, mine: dict, flag: str) -> None:
                 f"{flag}: holds a sweep with {field} = {', '.join(gone)} too; a sweep "
                 "may only grow: give those values again, or another --workdir."
             )
-    old, new = flat(theirs["config"]), flat(mine["config"])
+    config = mine["config"]
+    if CONFIG in mine["grid"]:  # those of values that are new have nothing to agree to
+        config = {value: config[value] for value in theirs["grid"][CONFIG]}
+    old, new = flat(theirs["config"]), flat(config)
     for path in [*new, *old]:
         if path not in mine["grid"] and old.get(path) != new.get(path):
             raise ConfigError(
@@ -260,12 +145,12 @@ def run(texts, config_args: list[str], workdir, *, index, dry_run, flags, say) -
         say("\n".join(list_lines(made, workdir)))
         return
     claim(made, workdir)
-    shared = [*config_args, *flags]
     if index is None:
         own = [f"--workdir={workdir}", *(f"--sweep={text}" for text in texts)]
-        say(f"as a Slurm array job: {array_line(made, [*shared, *own])}")
+        line = array_line(made, [*config_args, *flags, *own])
+        say(f"as a Slurm array job: {line}")
     runner = Runner(workdir, say)
-    failed = runner.run(points, shared)
+    failed = runner.run(points, flags)
     if runner.asked == signal.SIGINT:
         raise KeyboardInterrupt("interrupted; the same command goes on from here")
     if runner.asked is not None:
@@ -286,7 +171,7 @@ class Runner:
         self.child: Any = None
         self.asked: int | None = None  # the first signal that was received
 
-    def run(self, points: Sequence[Point], train_args: list[str]) -> dict[str, int]:
+    def run(self, points: Sequence[Point], flags: list[str]) -> dict[str, int]:
         """Train points that are not finished, until all are or a signal comes.
 
         Returns:
@@ -299,7 +184,7 @@ class Runner:
             for i, point in enumerate(points, 1):
                 if self.asked is not None:
                     break
-                code = self._train(point, f"sweep: {i}/{len(points)} ", train_args)
+                code = self._train(point, f"sweep: {i}/{len(points)} ", flags)
                 if code != 0:
                     failed[point.name] = code
         finally:
@@ -307,14 +192,14 @@ class Runner:
                 signal.signal(number, handler)
         return failed
 
-    def _train(self, point: Point, head: str, train_args: list[str]) -> int:
+    def _train(self, point: Point, head: str, flags: list[str]) -> int:
         run = self.workdir / point.name
         if is_finished(run, point.steps):
             self.say(f"{head}{point.name} is finished")
             return 0
         self.say(f"{head}{point.name}")
-        command = [sys.executable, "-m", "moex.cli", "train", *train_args]
-        command += [*point.overrides, f"--workdir={run}"]
+        command = [sys.executable, "-m", "moex.cli", "train", *flags]
+        command += [*point.config_args, f"--workdir={run}"]
         # It gets a session of its own: only we receive Ctrl-C, and ask it to save.
         self.child = subprocess.Popen(command, start_new_session=True)
         if self.asked is not None:

@@ -1,6 +1,7 @@
 """The values and texts of a log line: of a step, of an evaluation, of the end."""
 
 import math
+import pathlib
 
 import jax
 
@@ -9,6 +10,7 @@ from moex.model import accounting
 from moex.model.figures import layer_rows
 from moex.model.layers import shown
 from moex.process import memory_bytes
+from moex.runs import sweep
 from moex.runs.consumed import Consumed
 from moex.runs.directory import RunDir
 from moex.runs.keys import COEFFICIENTS
@@ -135,8 +137,8 @@ def last_lines(cfg, run: RunDir, seconds: float) -> str:
     look = f"moex report {run}"
     if cfg.log.tensorboard:
         look = (
-            f"tensorboard --logdir {run.tensorboard}\n"
-            "              its page Custom Scalars begins with the MoE layers"
+            f"tensorboard --logdir {board_folder(run)}\n"
+            "              Custom Scalars has every chart with its title and unit"
         )
     lines = [
         f"training time {clock(seconds)}; run directory {run}",
@@ -144,3 +146,16 @@ def last_lines(cfg, run: RunDir, seconds: float) -> str:
         *cfg.task.use_lines(run),
     ]
     return "\n".join(lines)
+
+
+def board_folder(run: RunDir) -> pathlib.Path:
+    """The folder to open with TensorBoard, which names runs by the folders in it.
+
+    It is the one that the run lies in, unless that has other things too, which may be
+    large.
+    """
+    around = run.path.absolute().parent
+    beside = [p for p in around.iterdir() if p.is_dir() and p.name[0] != "."]
+    if all(RunDir(p).is_run() or (p / sweep.FILE).is_file() for p in beside):
+        return run.path.parent if run.path.name else around
+    return run.tensorboard

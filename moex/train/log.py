@@ -9,14 +9,14 @@ from typing import Any
 
 import jax
 from tensorboardX import SummaryWriter
-from tensorboardX.summary import hparams
 from tqdm import tqdm
 
 from moex.model.figures import routing_record
 from moex.runs.directory import Place, RunDir
 from moex.runs.lines import Lines, trim
 from moex.terminal import printable
-from moex.train.tensorboard import Board, check_events, event_folder, layout
+from moex.train.charts import layout
+from moex.train.tensorboard import Board, check_events, event_folder
 
 
 class RunLog:
@@ -51,7 +51,8 @@ class RunLog:
                 max_queue=1000,
             )
             self.tb.add_custom_scalars(layout(cfg, num_domains))
-            self.board = Board(self.tb, cfg.log.detail)
+            self.board = Board(self.tb, cfg)
+            self.board.fields(run.name, cfg)
         if sys.stderr.isatty():
             self.bar = tqdm(
                 total=total_steps, initial=step, unit="step", dynamic_ncols=True
@@ -99,15 +100,6 @@ class RunLog:
         if self.tb is not None:
             body = "\n".join("    " + line for line in text.splitlines())
             self.tb.add_text(tag, body, step)
-
-    def hparams(self, values: dict, metrics: dict) -> None:
-        """Write a row of TensorBoard's HPARAMS table, in this run's own folder."""
-        if self.tb is None:
-            return
-        for summary in hparams(values, metrics):
-            self.tb.file_writer.add_summary(summary)
-        for name, value in metrics.items():
-            self.tb.add_scalar(name, value)
 
     def close(self) -> None:
         """Flush and close everything."""

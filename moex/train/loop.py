@@ -320,7 +320,3 @@ class Run:
             log.line(load_lines(cfg.model, scored["layers"]))
         data = self.job.data
         log.line(cfg.task.conclusion(cfg, data, scored, self.step, log))
-        log.hparams(
-            {"steps": cfg.steps, "lr": cfg.optim.lr, "batch_size": cfg.batch_size},
-            {f"eval/final_{cfg.task.score}": scored[cfg.task.score]},
-        )

@@ -1,8 +1,8 @@
-"""The TensorBoard pages of a run: ordered charts, series, histograms, a heat map.
+"""What TensorBoard gets of a run: series, histograms, a heat map, its fields.
 
 "brief" shows means over the MoE layers and the worst layer, so the number of series
 depends on neither experts nor layers. "detailed" adds every figure of every layer and
-chain round.
+chain round. The names of series are those of `charts.py`.
 """
 
 import contextlib
@@ -12,65 +12,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 from tensorboardX.record_writer import register_writer_factory
+from tensorboardX.summary import hparams
 
 from moex.data.files import naming
 from moex.model.figures import scalar_names, slot_shares
-from moex.model.layers import routers, shown
-from moex.moe import metrics
+from moex.model.layers import shown
+from moex.runs.fields import named_fields
+from moex.train.charts import SLOT_SHARES, layer_series, series
 
 PREFIX = "moex:"  # begins the paths that `_EventFiles` opens
-
-CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "training": {
-        "weighted losses": ("loss/.*",),
-        "gradient norm": ("train/grad_norm$",),
-        "gradient norm by group of parameters": ("train/grad_norm/.*",),
-        "learning rate": ("train/lr$",),
-        "skipped updates": ("train/skipped$",),
-    },
-    "speed": {
-        "tokens per second": ("perf/(tokens|targets)_per_s$",),
-        "model FLOPs utilisation": ("perf/mfu(_without_padding)?$",),
-        "padding, share of the tokens": ("train/padding_frac$",),
-        "seconds of a step": ("perf/(step|data|dispatch|wait|other)_s$",),
-        "memory, GiB": ("perf/memory_gib$",),
-    },
-}
-
-
-def layout(cfg, num_domains: int) -> dict:
-    """Make the custom layout of a run: all charts that have figures, MoE first."""
-    pages: dict[str, dict[str, list]] = {}
-    if any(routers(cfg.model)):
-        detailed = cfg.log.detail == "detailed"
-        names = {name for r in routers(cfg.model) for name in r.router.losses()}
-        figures = (*metrics.FIGURES, *metrics.own_figures(names))
-        for name, title, unit, of, page, *_ in figures:
-            if page is None or (of is None and cfg.mesh.expert == 1):
-                continue
-            tags = f"moe/{name}(_worst)?$", *[f"moe/{name}/.*"] * detailed
-            pages.setdefault(f"MoE: {page}", {})[f"{title} ({unit})"] = _chart(*tags)
-        pages["MoE: balance"]["which layer is worst"] = _chart("moe/.*_worst_layer$")
-        shares = _chart("moe/slots_share/.*")
-        pages["MoE: experts per token"]["tokens by number of experts, share"] = shares
-    pages["training"] = _task_charts(cfg.task, num_domains)
-    for page, others in CHARTS.items():
-        own = {title: _chart(*tags) for title, tags in others.items()}
-        pages[page] = pages.get(page, {}) | own
-    return pages
-
-
-def _task_charts(task, num_domains: int) -> dict[str, list]:
-    """The charts of a task's figures, each with training and held-out data."""
-    tags = {f.axis: f"{f.name}$" for f in task.FIGURES}
-    if num_domains > 1:
-        tags[f"loss by domain, {task.FIGURES[0].unit}"] = f"{task.score}/.*"
-    return {title: _chart(f"train/{tag}", f"eval/{tag}") for title, tag in tags.items()}
-
-
-def _chart(*tags: str) -> list:
-    """A chart of all series whose tag one of the patterns matches from its start."""
-    return ["Multiline", list(tags)]
 
 
 class _EventFile:
@@ -142,18 +92,27 @@ def check_events(folder: pathlib.Path) -> None:
 class Board:
     """Writes figures as series; `write` of a tensorboardX `SummaryWriter`."""
 
-    def __init__(self, writer, detail: str):
-        self.writer = writer
-        self.detailed = detail == "detailed"
+    def __init__(self, writer, cfg):
+        self.writer, self.task = writer, cfg.task
+        self.detailed = cfg.log.detail == "detailed"
 
     def values(self, kind: str, step: int, values: dict) -> None:
-        """Write a scalar for each number of a line of metrics.jsonl."""
+        """Write the scalars of a line of metrics.jsonl that have a series."""
         for name, value in values.items():
-            if name.endswith("_worst_layer"):
-                value = int(value.split(".")[0])  # the layer's number without the round
-            if isinstance(value, (int, float)):
-                own = name.startswith(("perf/", "moe/", "loss/"))
-                self.writer.add_scalar(name if own else f"{kind}/{name}", value, step)
+            tag = series(self.task, kind, name)
+            if tag is not None and isinstance(value, (int, float)):
+                self.writer.add_scalar(tag, value, step)
+
+    def fields(self, name: str, cfg) -> None:
+        """Write a row of the page HPARAMS: all fields of the config, the run's name.
+
+        TensorBoard adds the last value of every series. Without a list of columns,
+        which the run that is read first would give to all, it makes its own of all
+        runs, and begins with the fields that differ.
+        """
+        values = {k: _cell(v) for k, v in named_fields(cfg).items() if v is not None}
+        _, start, _ = hparams(values | {"run": name}, {})
+        self.writer.file_writer.add_summary(start)
 
     def layers(self, step: int, rows: dict[str, dict[str, Any]], *, image) -> None:
         """Write series and histograms of MoE layers, and the heat map if `image`.
@@ -162,16 +121,17 @@ class Board:
           rows: the result of `layers.by_layer`, which must not be empty.
         """
         for name, share in slot_shares(rows).items():
-            self.writer.add_scalar(f"moe/slots_share/{name}", share, step)
+            self.writer.add_scalar(f"{SLOT_SHARES}/{name}", share, step)
         loads = {k: relative_load(own["load_frac_E"]) for k, own in rows.items()}
         self._histogram("moe/load", np.concatenate(list(loads.values())), step)
         if self.detailed:
             for label, own in rows.items():
                 for name in scalar_names(rows):
-                    value = float(own[name])
-                    self.writer.add_scalar(f"moe/{name}/layer_{label}", value, step)
-                self._histogram(f"moe/load/layer_{label}", loads[label], step)
-                self._slots(f"moe/slots/layer_{label}", own["slots_hist_S"], step)
+                    tag = layer_series(name, label)
+                    self.writer.add_scalar(tag, float(own[name]), step)
+                self._histogram(layer_series("load", label), loads[label], step)
+                slots_S = own["slots_hist_S"]
+                self._slots(layer_series("slots", label), slots_S, step)
         if image:
             self.writer.add_figure("moe/expert_load", load_figure(loads, step), step)
 
@@ -201,6 +161,12 @@ class Board:
             bucket_counts=counts[:used].tolist(),
             global_step=step,
         )
+
+
+def _cell(value) -> float | str:
+    """A field as a cell of HPARAMS; a bool is a text, as it would count as a number."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number else str(value)
 
 
 # Limits of load / mean: 0 alone, then steps of 0.1 up to 2, then wider ones.

@@ -12,12 +12,13 @@ import pytest
 from matplotlib.figure import Figure
 
 from moex import cli
-from moex.analysis.compare import estimate, grouped, make_groups
+from moex.analysis.compare import estimate, grouped, make_groups, make_table, table
 from moex.analysis.equality import Tolerance, same
-from moex.analysis.plotting import mean_curve, plot_lines
+from moex.analysis.plotting import loss_range, mean_curve, plot_lines
 from moex.analysis.reading import FLOPS, curves, read_run, read_runs
 from moex.model.accounting import model_cost
 from moex.model.spec import model_spec
+from moex.moe.chain import Chain
 from moex.moe.routers.topp import TopP
 from moex.runs.directory import RunDir
 from moex.terminal import printable
@@ -48,7 +49,7 @@ def write(folder, tmp_path):
         if change is not None:
             change(cfg)
         workdir = tmp_path / name
-        workdir.mkdir()
+        workdir.mkdir(parents=True)
         RunDir(workdir).save_config(cfg)
         timed = {"perf/step_s": 0.5} | more
         lines = [
@@ -160,38 +161,71 @@ def test_seeds_are_a_group_and_a_label_says_what_differs(write):
         for k in (1, 2)
     ]
     one, two = make_groups(read_runs(paths))
-    assert (one.label, two.label) == (f"{K}=1", f"{K}=2")
+    assert (one.label, two.label) == ("k=1", "k=2")
     assert [run.path for run in one.runs] == [paths[0], paths[2]]
     assert one.params == two.params
     assert one.active < two.active
+
+
+def labels_of(*paths):
+    return [group.label for group in make_groups(read_runs(paths))]
 
 
 def test_labels_of_other_kinds_of_layers(write):
     def topp(cfg):
         cfg.model.layers[1].pattern[0].router = TopP(p=0.5, k_max=2)
 
-    found = make_groups(read_runs([write("a"), write("b", change=topp)]))
-    router = K.removesuffix(".k")
     # And nothing of the fields that only one of the two kinds has.
-    assert f"{router}=TopK" in found[0].label.split(", ")
-    assert f"{router}=TopP" in found[1].label.split(", ")
-    assert ".k=" not in found[0].label and ".p=" not in found[1].label
+    a, b = write("a"), write("b", change=topp)
+    assert labels_of(a, b) == ["a: router=TopK", "b: router=TopP"]
 
 
-def test_where_much_differs_the_label_is_the_folder(write):
-    many = ("steps=9", "batch_size=2", "seq_len=16", "optim.lr=0.5", "remat=dots")
-    a, b = write("a"), write("b", *many)
-    assert [g.label for g in make_groups(read_runs([a, b]))] == [str(a), str(b)]
-    few = make_groups(read_runs([a, write("c", *many[:4])]))
-    assert few[0].label == "batch_size=4, optim.lr=0.01, seq_len=32, steps=8"
+def test_a_kind_has_one_name_inside_a_chain_and_outside(write):
+    def chain(cfg):
+        (moe,) = cfg.model.layers[1].pattern
+        moe.router.k = 1
+        cfg.model.layers[1].pattern = (Chain(moe=moe, iterations=2),)
+
+    a, b = write("a"), write("b", change=chain)
+    assert labels_of(a, b) == [
+        "a: k=2, ffn=Dense and MoE",
+        "b: k=1, ffn=Dense and Chain",
+    ]
+
+
+def test_a_label_names_the_run_and_few_fields_those_of_the_model_first(write):
+    many = ("steps=9", "batch_size=2", "seq_len=16", "optim.lr=0.5", f"{K}=1")
+    a, b = write("a"), write("b", *many, "checkpoint.every=7", "eval.sequences=3")
+    assert labels_of(a, b) == [
+        "a: k=2, batch_size=4, lr=0.01, seq_len=32, 1 more",
+        "b: k=1, batch_size=2, lr=0.5, seq_len=16, 1 more",
+    ]
+
+
+def test_bookkeeping_is_told_where_nothing_else_differs(write):
+    a, b = write("a"), write("b", "checkpoint.every=7", "eval.every=3")
+    first, second = labels_of(a, b)
+    assert first.startswith("a: checkpoint.every=") and "eval.every=" in first
+    assert second == "b: checkpoint.every=7, eval.every=3"
+    c = write("c", "checkpoint.every=7", "optim.lr=0.5")
+    assert labels_of(a, c) == ["a: lr=0.01", "c: lr=0.5"]
+
+
+def test_a_run_of_a_sweep_is_named_by_its_fields_once(write):
+    a, b = (write(f"optim.lr={lr}", f"optim.lr={lr}") for lr in (0.1, 0.2))
+    assert labels_of(a, b) == ["lr=0.1", "lr=0.2"]
+
+
+def test_names_begin_where_folders_differ(write):
+    found = [write(name) for name in ("one/run", "two/run")]
+    assert labels_of(*found) == ["one/run", "two/run"]
 
 
 def test_a_seed_that_comes_again_is_no_further_evidence(write):
     a, b, c = (write(n, f"seed={s}") for n, s in (("a", 0), ("b", 1), ("c", 0)))
     parts = grouped(read_runs([a, b, c]))
     assert [[run.path for run in part] for part in parts] == [[a, b], [c]]
-    labels = [group.label for group in make_groups(read_runs([a, b, c]))]
-    assert labels == [f"{a}, {b}", str(c)]
+    assert labels_of(a, b, c) == ["a, b", "c"]
 
 
 # What is printed.
@@ -209,7 +243,7 @@ def four(write):
 
 def test_json(moex, four):
     one, two = json.loads(moex(*four, "--json"))["groups"]
-    assert one["label"] == f"{K}=1"
+    assert one["label"] == "k=1"
     assert [run["seed"] for run in one["runs"]] == [0, 1]
     assert one["runs"][1]["run"] == str(four[1])
     assert one["runs"][1]["train_nll"] == 2.2
@@ -228,23 +262,42 @@ def test_json(moex, four):
 
 
 def test_the_table(moex, four):
-    head, one, two, *note = moex(*four).splitlines()
-    assert head.split()[:3] == ["seeds", "params", "active"]
-    assert one.endswith(f"  {K}=1") and two.endswith(f"  {K}=2")
-    assert " 2.1000 ± 1.2706 " in one
-    assert "  1.0000  " in two  # equal seeds: no interval
+    head, one, two, shared, *note = moex(*four).splitlines()
+    assert head.split() == ["run", "active", "FLOPs", "train"]
+    assert one.startswith("k=1  ") and two.startswith("k=2  ")
+    assert one.endswith("  2.1000 ± 1.2706")
+    assert two.endswith("  1.0000")  # equal seeds: no interval
+    assert shared.startswith("In all rows: seeds 2, params ")
     for cell in (
-        "  4  ",
-        "  512  ",
-        "  2.0 s  ",
-        "  3.5000  ",
-        "  3.7500  ",
-        " 1.8750",
+        "steps 4",
+        "tokens 512",
+        "time 2.0 s",
+        "best 3.5000",
+        "last bpb 1.8750",
     ):
-        assert cell in one, cell
+        assert f", {cell}" in shared, cell
     assert "Student" in note[1]
     assert note[2].startswith("~: FLOPs as expected before training")
     assert len(note) == 3
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_a_table_fits_the_terminal(write, width):
+    def other(cfg):
+        cfg.model.layers[1].pattern[0].router = TopP(p=0.5, k_max=2)
+
+    paths = [
+        *(write(f"a{s}", f"seed={s}", train=TRAIN | {4: s}) for s in (0, 1)),
+        write("b-with-a-long-name", "steps=9", evals={2: 1.0, 4: 2.0}, change=other),
+    ]
+    groups = make_groups(read_runs(paths))
+    whole, narrow = (table(groups, width=w) for w in (None, width))
+    assert max(map(len, narrow.splitlines())) <= width
+    heads, parts = make_table(groups).heads, narrow.split("\n\n")
+    told = [part.splitlines()[0] for part in parts]
+    assert whole.count("\n\n") == 0 and (len(parts) > 1) == (width < 100)
+    for head in heads[1:]:
+        assert sum(head in line for line in told) >= 1, head
 
 
 def test_measured_flops_are_not_called_expected(moex, write):
@@ -267,9 +320,8 @@ def test_runs_without_held_out_data(moex, write):
 def test_seeds_at_different_steps(moex, write):
     a, b = write("a"), write("b", "seed=1", train={1: 4.0, 2: 3.0}, evals={})
     _, row, *note = moex(a, b).splitlines()
-    assert "  2-4  256-512  " in row
-    assert row.endswith(f"  {a}, {b}")
-    assert note[-1].startswith(f"{a}, {b}: its seeds are not equally far")
+    assert row.startswith("a, b  ") and "  2-4  256-512  " in row
+    assert note[-1].startswith("a, b: its seeds are not equally far")
 
 
 # The plot.
@@ -278,8 +330,8 @@ def test_seeds_at_different_steps(moex, write):
 def test_curves_over_seeds(four):
     lines = plot_lines(make_groups(read_runs(four)))
     assert [(each.kind, each.label) for each in lines] == [
-        *(("train", f"{K}=1"), ("train", f"{K}=2")),
-        *(("eval", f"{K}=1"), ("eval", f"{K}=2")),
+        *(("train", "k=1"), ("train", "k=2")),
+        *(("eval", "k=1"), ("eval", "k=2")),
     ]
     first = lines[0]
     np.testing.assert_array_equal(first.curve.step_S, [1, 2, 4])
@@ -299,6 +351,18 @@ def test_a_mean_curve_has_the_steps_that_all_seeds_have(write):
     assert mean_curve([a])[1] is None
 
 
+def test_the_loss_axis_shows_what_comes_after_the_first_losses(write):
+    first = {1: 100.0, 2: 4.0, 10: 2.0}
+    paths = [
+        write("a", train=first),
+        write("b", "optim.lr=0.5", train={1: 9.0, 10: 3.0}),
+    ]
+    low, high = loss_range(plot_lines(make_groups(read_runs(paths))))
+    assert (low, high) == pytest.approx((2.0 - 0.1, 4.0 + 0.1))
+    flat = [write(n, f"optim.lr={n}", train={1: 2.0}, evals={}) for n in ("1", "2")]
+    assert loss_range(plot_lines(make_groups(read_runs(flat)))) is None
+
+
 @pytest.mark.parametrize("ending", ["html", "png"])
 def test_the_plot_is_one_file(moex, four, write, tmp_path, ending):
     file = tmp_path / "plot" / f"curves.{ending}"
@@ -313,7 +377,13 @@ def test_the_plot_is_one_file(moex, four, write, tmp_path, ending):
     assert "<script src=" not in text
     assert "training FLOPs, as expected before training" in text
     assert "95 % interval over seeds" in text
-    for words in (f"{K}=1", "wall time of training, s", "tokens"):
+    for words in (
+        "k=1",
+        "<th>active</th>",
+        "In all rows: ",
+        "wall time of training, s",
+        "tokens",
+    ):
         assert words in text, words
 
 
@@ -334,7 +404,8 @@ def hostile(write):
 
 
 def names_of(folders):
-    return {f"{printable(str(f))}{end}" for f in folders for end in ("", " (train)")}
+    names = [printable(f.name) for f in folders]
+    return {f"{name}{end}" for name in names for end in ("", " (train)")}
 
 
 def drawn(file):
@@ -359,7 +430,15 @@ def test_labels_are_text_in_a_page_that_may_fetch_nothing(
     text = page.source
     assert text.index("Content-Security-Policy") < text.index("<script")
     assert "default-src 'none'" in text and "base-uri 'none'" in text
-    assert {*page.tags} <= {"html", "head", "meta", "style", "body", "div", "script"}
+    assert {*page.tags} <= {
+        "html",
+        "head",
+        "meta",
+        "style",
+        "body",
+        "div",
+        "script",
+    } | {*("table", "tr", "th", "td", "p")}
     assert page.links == []
     # Plotly reads names as markup.
     assert not any(set(trace["name"]) & set("<>") for trace in traces)
@@ -375,7 +454,7 @@ def test_a_value_of_a_config_ends_no_script(moex, write, tmp_path, without_plotl
     page, traces = drawn(file)
     assert "<b onload" not in page.source and "evil=1</" not in page.source
     names = {html.unescape(trace["name"]) for trace in traces}
-    assert f"init_from={pages.EVIL}" in names
+    assert f"b: init_from={pages.EVIL}" in names
 
 
 def test_names_that_no_text_can_hold_are_written_as_escapes(
@@ -407,7 +486,7 @@ def test_a_picture_takes_any_label(moex, hostile, tmp_path):
         moex(hidden.name, *hostile, f"--out={file}")
     assert file.read_bytes().startswith(b"\x89PNG")
     texts = {text.get_text() for text in legends[0].get_texts()}
-    assert texts == names_of([hidden.name, *hostile])
+    assert texts == names_of([hidden, *hostile])
 
 
 def test_points_and_figures_as_files(moex, four, tmp_path):
@@ -416,7 +495,7 @@ def test_points_and_figures_as_files(moex, four, tmp_path):
     rows = list(csv.DictReader(file.open()))
     assert len(rows) == 4 * (len(TRAIN) + len(EVAL))
     row = next(r for r in rows if r["run"] == str(four[1]) and r["step"] == "4")
-    assert (row["group"], row["seed"], row["kind"]) == (f"{K}=1", "1", "train")
+    assert (row["group"], row["seed"], row["kind"]) == ("k=1", "1", "train")
     spent = (float(row["tokens"]), float(row["train_s"]), float(row["nll"]))
     assert spent == (4 * TOKENS, 2.0, 2.2)
     figures = tmp_path / "figures.json"

@@ -284,3 +284,15 @@ def test_the_verb_prints_a_table(written, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main([*args, f"--out={out}"])
     assert "exists" in capsys.readouterr().err
+
+
+def test_the_table_explains_every_column_that_it_has():
+    rows = {
+        "000": {"experts_per_token": 2.0, "dead_frac": 0.0, "next_given": 0.5},
+        "001": {"experts_per_token": 2.0, "dead_frac": 0.25, "saturation": 0.75},
+    }
+    head, first, _, empty, *legend = output.table(rows).splitlines()
+    assert head.split()[1:] == [line.split(":")[0].strip() for line in legend]
+    assert head.split()[1:] == ["experts", "dead", "next", "same"]
+    assert first.split() == ["000", "2.0000", "0.0000", "0.5000"] and empty == ""
+    assert all(len(line) <= 80 for line in legend)

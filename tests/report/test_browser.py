@@ -94,5 +94,5 @@ def test_a_comparison_draws_and_shows_names_as_they_are(tmp_path):
     assert document.count('class="trace scatter') == 2 * 3 * len(runs)  # three panels
     texts = re.findall(r'<text class="legendtext"[^>]*>(.*?)</text>', document)
     shown = {html.unescape(re.sub(r"</?tspan[^>]*>", "", text)) for text in texts}
-    assert shown == {f"{run}{end}" for run in runs for end in ("", " (train)")}
+    assert shown == {f"{run.name}{end}" for run in runs for end in ("", " (train)")}
     assert "<img" not in document and "<b>" not in document

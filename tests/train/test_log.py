@@ -188,7 +188,6 @@ def test_without_tensorboard_there_is_no_folder(tmp_path):
     log = open_log(tmp_path)
     log.layers("train", 1, by_layer(MODEL, layers()), image=True)
     log.text("sample", 1, "text")
-    log.hparams({"lr": 1.0}, {"nll": 1.0})
     log.close()
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == ["metrics.jsonl", "routing.jsonl"]

@@ -4,10 +4,12 @@ E experts
 """
 
 import json
+import re
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 from moex.model.figures import (
     by_layer,
@@ -25,10 +27,10 @@ from moex.runs.keys import Log
 from moex.runs.score import domain_losses
 from moex.sharding import MeshConfig
 from moex.train import in_flight
+from moex.train.charts import layout, series
 from moex.train.in_flight import Flight
 from moex.train.log import RunLog
 from moex.train.stopwatch import Stopwatch
-from moex.train.tensorboard import layout
 from tests.helpers import tiny_lm, tiny_moe
 from tests.test_run import run_config
 
@@ -83,7 +85,7 @@ def test_the_number_of_series_is_bounded(tmp_path, detail):
     else:
         assert len(found["layers"]["scalars"]) - count == 27 * len(SCALARS)
         assert len(found["layers"]["histograms"]) == 1 + 2 * 30
-        assert "moe/entropy/layer_030" in found["layers"]["scalars"]
+        assert "moe_layers/entropy/layer_030" in found["layers"]["scalars"]
 
 
 def test_the_load_histogram_tells_dead_experts_apart(tmp_path):
@@ -106,21 +108,96 @@ def test_the_load_histogram_tells_dead_experts_apart(tmp_path):
     assert max(buckets) == 4
 
 
-def test_the_layout_has_the_moe_first_and_what_the_run_has():
+def test_the_layout_has_the_losses_first_and_then_the_moe():
     cfg = run_config(model=tiny_lm())
     pages = layout(cfg, num_domains=1)
-    assert [page.startswith("MoE") for page in pages] == [True] * 3 + [False] * 2
+    moe = ["MoE: balance", "MoE: faults", "MoE: routers", "MoE: experts per token"]
+    first, last = "loss and learning rate", ["other scores", "training", "speed"]
+    assert list(pages) == [first, *moe, *last]
+    assert list(pages[first]) == [
+        *("training loss, nats per token", "held-out loss, nats per token"),
+        "learning rate",
+    ]
     titles = {title for charts in pages.values() for title in charts}
     assert not any("devices" in title or "domain" in title for title in titles)
     cfg.mesh = MeshConfig(expert=2)
     more = layout(cfg, num_domains=2)
     more = {title for charts in more.values() for title in charts} - titles
     assert sorted(more) == [
-        "Balance of devices (max load / mean load − 1)",
+        "Balance of devices, mean of layers (max load / mean load − 1)",
+        "Balance of devices, worst layer (max load / mean load − 1)",
         "loss by domain, nats per token",
     ]
     dense = layout(run_config(model=tiny_lm(Segment(pattern=(Dense(hidden=8),)))), 1)
-    assert list(dense) == ["training", "speed"]
+    assert list(dense) == [first, *last]
+
+
+def test_no_chart_has_both_the_mean_and_the_worst_layer():
+    pages = layout(run_config(model=tiny_lm()), num_domains=1)
+    for charts in pages.values():
+        for title, (_, patterns) in charts.items():
+            for name in ("moe/max_violation", "moe_faults/dead_frac"):
+                found = [
+                    end
+                    for end in ("_mean", "_worst")
+                    if any(re.match(pattern, name + end) for pattern in patterns)
+                ]
+                assert len(found) <= 1, title
+
+
+TAGS = {
+    ("train", "nll"): "basics/loss",
+    ("eval", "nll"): "basics/loss_held_out",
+    ("train", "lr"): "basics/lr",
+    ("train", "moe/max_violation"): "moe/max_violation_mean",
+    ("train", "moe/max_violation_worst"): "moe/max_violation_worst",
+    ("train", "moe/max_violation_worst_layer"): None,
+    ("eval", "max_violation"): "moe/max_violation_mean_held_out",
+    ("train", "moe/dead_frac"): "moe_faults/dead_frac_mean",
+    ("train", "moe/experts_per_token"): "moe_experts_per_token/experts_per_token_mean",
+    ("train", "moe/own_loss"): "moe_routers/own_loss_mean",
+    ("train", "bits_per_byte"): "scores/bits_per_byte",
+    ("eval", "bits_per_byte"): "scores/bits_per_byte_held_out",
+    ("eval", "nll/code"): "scores/nll_held_out/code",
+    ("train", "loss"): "train/loss_in_all",
+    ("train", "loss/router_z"): "train/weighted_loss/router_z",
+    ("train", "grad_norm/router"): "train/grad_norm/router",
+    ("train", "perf/step_s"): "perf/step_s",
+    ("eval", "bytes"): None,
+    ("compile", "seconds"): None,
+    ("compressors", "gzip"): None,
+}
+
+
+@pytest.mark.parametrize("figure", TAGS, ids=" ".join)
+def test_a_figure_has_a_series_in_the_group_it_belongs_to(figure):
+    assert series(run_config().task, *figure) == TAGS[figure]
+
+
+def test_the_first_groups_are_losses_and_the_balance():
+    groups = {tag.partition("/")[0] for tag in TAGS.values() if tag}
+    assert sorted(groups)[:2] == ["basics", "moe"]
+    basics = sorted(tag for tag in TAGS.values() if tag and tag.startswith("basics"))
+    assert basics == ["basics/loss", "basics/loss_held_out", "basics/lr"]
+
+
+def test_hparams_has_every_field_and_the_name_of_the_run(tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        cfg = run_config(model=tiny_lm(), seed=seed, log=Log())
+        (tmp_path / name).mkdir()
+        RunLog(tmp_path / name, cfg, step=0, total_steps=10).close()
+    rows = {}
+    for name in ("a", "b"):
+        events = EventAccumulator(str(tmp_path / name / "tb")).Reload()
+        tags = events.summary_metadata
+        assert "_hparams_/experiment" not in tags  # one run's list would hide columns
+        data = tags["_hparams_/session_start_info"].plugin_data.content
+        rows[name] = metadata.parse_session_start_info_plugin_data(data).hparams
+    assert [rows[name]["run"].string_value for name in rows] == ["a", "b"]
+    assert [rows[name]["seed"].number_value for name in rows] == [1, 2]
+    assert rows["a"]["router"].string_value == "TopK"
+    assert rows["a"]["router.k"].number_value == 2
+    assert {"num_experts", "experts", "model.layers", "optim.lr"} <= rows["a"].keys()
 
 
 def test_a_domain_without_tokens_has_no_loss():
