@@ -65,7 +65,7 @@ def of_layers(name: str) -> str:
 
 def layout(cfg, num_domains: int) -> dict:
     """Make the custom layout of a run: the charts that have figures, losses first."""
-    score, *others = cfg.task.FIGURES
+    score = cfg.task.FIGURES[0]
     pages = {
         "loss and learning rate": {
             f"training {score.axis}": _chart("basics/loss$"),
@@ -75,15 +75,24 @@ def layout(cfg, num_domains: int) -> dict:
     }
     if any(routers(cfg.model)):
         pages |= _moe_pages(cfg)
-    more = {f.axis: _chart(f"scores/{f.name}({HELD_OUT})?$") for f in others}
-    if num_domains > 1:
-        tags = f"scores/{score.name}({HELD_OUT})?/.*"
-        more[f"loss by domain, {score.unit}"] = _chart(tags)
-    if more:
+    if more := _more_scores(cfg.task, num_domains):
         pages["other scores"] = more
     for page, charts in CHARTS.items():
         pages[page] = {title: _chart(*tags) for title, tags in charts.items()}
     return pages
+
+
+def _more_scores(task: Task, num_domains: int) -> dict[str, list]:
+    """The charts of a task's further figures, and of its loss by domain."""
+    score, *others = task.FIGURES
+    charts = {}
+    for which, end in (("training", ""), ("held-out", HELD_OUT)):
+        for f in others:
+            charts[f"{which} {f.axis}"] = _chart(f"scores/{f.name}{end}$")
+        if num_domains > 1:
+            title = f"{which} loss by domain, {score.unit}"
+            charts[title] = _chart(f"scores/{score.name}{end}/.*")
+    return charts
 
 
 def _moe_pages(cfg) -> dict[str, dict[str, list]]:
@@ -95,13 +104,15 @@ def _moe_pages(cfg) -> dict[str, dict[str, list]]:
             continue
         page = pages.setdefault(f"MoE: {figure.chart}", {})
         title, unit, tag = figure.title, figure.unit, of_layers(figure.name)
-        page[f"{title}, mean of layers ({unit})"] = _chart(f"{tag}{MEAN}({HELD_OUT})?$")
+        page[f"{title}, mean of layers ({unit})"] = _chart(f"{tag}{MEAN}$")
         if figure.worst is not None:
             page[f"{title}, worst layer ({unit})"] = _chart(f"{tag}{WORST}$")
+        if figure.name == "max_violation":
+            held_out = _chart(f"{tag}{MEAN}{HELD_OUT}$")
+            page[f"{title} on held-out data, mean of layers ({unit})"] = held_out
         if cfg.log.detail == "detailed":
-            page[f"{title}, every layer ({unit})"] = _chart(
-                f"{layer_series(figure.name, '')}.*"
-            )
+            every = f"{layer_series(figure.name, '')}.*"
+            page[f"{title}, every layer ({unit})"] = _chart(every)
     shares = _chart(f"{SLOT_SHARES}/.*")
     pages[f"MoE: {metrics.EXPERTS}"]["tokens by number of experts, share"] = shares
     return pages

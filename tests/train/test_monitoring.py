@@ -126,23 +126,23 @@ def test_the_layout_has_the_losses_first_and_then_the_moe():
     assert sorted(more) == [
         "Balance of devices, mean of layers (max load / mean load − 1)",
         "Balance of devices, worst layer (max load / mean load − 1)",
-        "loss by domain, nats per token",
+        "held-out loss by domain, nats per token",
+        "training loss by domain, nats per token",
     ]
     dense = layout(run_config(model=tiny_lm(Segment(pattern=(Dense(hidden=8),)))), 1)
     assert list(dense) == [first, *last]
 
 
-def test_no_chart_has_both_the_mean_and_the_worst_layer():
-    pages = layout(run_config(model=tiny_lm()), num_domains=1)
+def test_no_chart_mixes_the_mean_the_worst_layer_and_held_out_data():
+    pages = layout(run_config(model=tiny_lm()), num_domains=2)
+    names = ("moe/max_violation_mean", "moe/max_violation_worst", "basics/loss")
+    names += ("moe/max_violation_mean_held_out", "basics/loss_held_out", "basics/lr")
+    names += ("scores/bits_per_byte", "scores/bits_per_byte_held_out")
+    names += ("scores/nll/a", "scores/nll_held_out/a")
     for charts in pages.values():
         for title, (_, patterns) in charts.items():
-            for name in ("moe/max_violation", "moe_faults/dead_frac"):
-                found = [
-                    end
-                    for end in ("_mean", "_worst")
-                    if any(re.match(pattern, name + end) for pattern in patterns)
-                ]
-                assert len(found) <= 1, title
+            found = [n for n in names if any(re.match(p, n) for p in patterns)]
+            assert len(found) <= 1, title
 
 
 TAGS = {
