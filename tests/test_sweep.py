@@ -113,7 +113,7 @@ def test_a_sweep_varies_kinds_by_the_argument_of_the_config():
 
 def test_whole_configs_are_an_axis(folder, tmp_path):
     first = runs.ROOT / "configs/quickstart.py"
-    axis = f"config={first}:router=topp,chain=2|{folder / 'tiny.py'}"
+    axis = f"config=quickstart:router=topp,chain=2|{folder / 'tiny.py'}"
     found = grid.make_sweep([axis, "seed=0,1"], ["--config.log.every=1"])
     assert [given_config(list(p.config_args)).model.dim for p in found.points] == [
         *(128, 128, *[runs.config(folder).model.dim] * 2)

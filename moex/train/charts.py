@@ -11,6 +11,7 @@ from moex.moe import metrics
 from moex.tasks.base import Task
 
 HELD_OUT = "_held_out"  # ends the series of held-out data
+EVALUATED = "max_violation"  # the figure of MoE layers that evaluations have
 MEAN, WORST = "_mean", "_worst"  # over the MoE layers
 
 CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -42,7 +43,7 @@ def series(task: Task, kind: str, name: str) -> str | None:
             return None
         figure = rest.removesuffix(WORST)
         return of_layers(figure) + (MEAN if figure == rest else WORST)
-    if held_out and name == "max_violation":
+    if held_out and name == EVALUATED:
         return of_layers(name) + MEAN + held_out
     if name == task.score:
         return f"basics/loss{held_out}"
@@ -107,12 +108,11 @@ def _moe_pages(cfg) -> dict[str, dict[str, list]]:
         page[f"{title}, mean of layers ({unit})"] = _chart(f"{tag}{MEAN}$")
         if figure.worst is not None:
             page[f"{title}, worst layer ({unit})"] = _chart(f"{tag}{WORST}$")
-        if figure.name == "max_violation":
-            held_out = _chart(f"{tag}{MEAN}{HELD_OUT}$")
-            page[f"{title} on held-out data, mean of layers ({unit})"] = held_out
         if cfg.log.detail == "detailed":
             every = f"{layer_series(figure.name, '')}.*"
             page[f"{title}, every layer ({unit})"] = _chart(every)
+    held_out = _chart(f"{of_layers(EVALUATED)}{MEAN}{HELD_OUT}$")
+    pages[f"MoE: {metrics.BALANCE}"]["Max violation on held-out data"] = held_out
     shares = _chart(f"{SLOT_SHARES}/.*")
     pages[f"MoE: {metrics.EXPERTS}"]["tokens by number of experts, share"] = shares
     return pages
