@@ -71,7 +71,7 @@ def _mean(values, weights) -> float:
     return float(np.average(values[there], weights=weights[there]))
 
 
-# The columns of the table: head, and its meaning for the legend below the table.
+# The columns of the table: head, and meaning.
 COLUMNS = {
     "experts_per_token": ("experts", "experts that compute, per token, mean"),
     "max_violation": ("imbalance", "largest load / mean load - 1; 0 is balanced"),
@@ -86,18 +86,23 @@ COLUMNS = {
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """`figures` for a terminal, one line per router, and a legend.
-
-    A column that no router has is left out.
-    """
-    names = [n for n in COLUMNS if any(n in row for row in rows.values())]
+    """`figures` for a terminal, one line per router, without empty columns."""
+    names = _columns(rows)
     lines = ["layer  " + "".join(f"{COLUMNS[n][0]:>10}" for n in names)]
     for label, row in rows.items():
         cells = "".join(f"{row[n]:10.4f}" if n in row else " " * 10 for n in names)
         lines.append(f"{label:<7}{cells}")
-    lines.append("")
-    lines += [f"{COLUMNS[n][0]:>9}: {COLUMNS[n][1]}" for n in names]
     return "\n".join(lines)
+
+
+def legend(rows: dict[str, dict[str, float]]) -> str:
+    """The meaning of each column of `table`, one a line."""
+    heads = (COLUMNS[name] for name in _columns(rows))
+    return "\n".join(f"{head:>9}: {meaning}" for head, meaning in heads)
+
+
+def _columns(rows: dict[str, dict[str, float]]) -> list[str]:
+    return [n for n in COLUMNS if any(n in row for row in rows.values())]
 
 
 def marker_lines(analysis: Analysis, most: int = 5) -> dict[str, str]:

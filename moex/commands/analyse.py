@@ -63,3 +63,4 @@ class Command(Verb):
         print(output.table(rows))
         for marker, lines in output.marker_lines(found).items():
             print(f"experts of {marker!r} (nPMI, share of its tokens): {lines}")
+        print(f"\n{output.legend(rows)}")

@@ -1,4 +1,4 @@
-"""What TensorBoard gets of a run: series, histograms, a heat map, its fields.
+"""The events of a run for TensorBoard: series, histograms, a heat map, its fields.
 
 "brief" shows means over the MoE layers and the worst layer, so the number of series
 depends on neither experts nor layers. "detailed" adds every figure of every layer and

@@ -188,8 +188,8 @@ def test_a_kind_has_one_name_inside_a_chain_and_outside(write):
 
     a, b = write("a"), write("b", change=chain)
     assert labels_of(a, b) == [
-        "a: k=2, ffn=Dense and MoE",
-        "b: k=1, ffn=Dense and Chain",
+        "a: ffn=Dense and MoE, k=2",
+        "b: ffn=Dense and Chain, k=1",
     ]
 
 

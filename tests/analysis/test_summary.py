@@ -275,6 +275,7 @@ def test_the_verb_prints_a_table(written, tmp_path, capsys):
     assert said[1].split()[0] == "layer" and said[1].split()[-1] == "same"
     assert [line.split()[0] for line in said[2:6]] == ["001", "003.1", "003.2", "004"]
     assert said[2].split()[-1] == "1.0000" and "'<think>'" in said[6]
+    assert said[7] == "" and said[8].startswith("  experts: experts that compute")
     found = output.load(out)
     cli.main([*args, "--json"])
     rows = json.loads(capsys.readouterr().out)["layers"]
@@ -291,8 +292,9 @@ def test_the_table_explains_every_column_that_it_has():
         "000": {"experts_per_token": 2.0, "dead_frac": 0.0, "next_given": 0.5},
         "001": {"experts_per_token": 2.0, "dead_frac": 0.25, "saturation": 0.75},
     }
-    head, first, _, empty, *legend = output.table(rows).splitlines()
+    head, first, _ = output.table(rows).splitlines()
+    legend = output.legend(rows).splitlines()
     assert head.split()[1:] == [line.split(":")[0].strip() for line in legend]
     assert head.split()[1:] == ["experts", "dead", "next", "same"]
-    assert first.split() == ["000", "2.0000", "0.0000", "0.5000"] and empty == ""
+    assert first.split() == ["000", "2.0000", "0.0000", "0.5000"]
     assert all(len(line) <= 80 for line in legend)
