@@ -6,6 +6,8 @@ cursor of a terminal, hide lines or set the title of its window.
 
 import math
 import re
+import shutil
+import sys
 from collections.abc import Collection, Sequence
 
 # All control characters except tab and newline, all that change the direction of
@@ -42,6 +44,11 @@ def clock(seconds: float) -> str:
     return (
         f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
     )
+
+
+def line_width() -> int | None:
+    """The characters of a line of the terminal; None: the output is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 class Terminal:

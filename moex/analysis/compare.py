@@ -229,7 +229,14 @@ def table(groups: Sequence[Group], width: int | None = None) -> str:
         if i:
             parts[-1].append(i)
             used += room
-    texts = [_aligned(made, labels, part) for part in parts]
+    names = [row[0].partition(": ")[0] for row in made.rows]
+    if len(set(names)) == len(names):  # the fields need to be told only once
+        again = [[name] for name in names]
+    else:
+        again = labels
+    texts = [
+        _aligned(made, again if i else labels, part) for i, part in enumerate(parts)
+    ]
     if made.shared:
         texts[-1] += "\n" + _wrapped(f"In all rows: {made.shared}.", width)
     texts[-1] += "".join(f"\n{_wrapped(note, width)}" for note in made.notes)

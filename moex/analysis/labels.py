@@ -1,6 +1,5 @@
 """Labels of runs side by side: their names, and the fields in which they differ."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,14 +27,17 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def run_names(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """The folders of each group's runs, from the folder on that all runs are in."""
-    paths = [[run.path.absolute() for run in group] for group in groups]
-    parent = os.path.commonpath([p.parent for group in paths for p in group])
-    found = []
-    for group in paths:
-        names = [os.path.relpath(path, parent) for path in group]
-        many = len(names) > 2
-        found.append(f"{names[0]} ... {names[-1]}" if many else ", ".join(names))
+    """The folders of each group's runs, with as many parents as tell all apart."""
+    paths = [run.path.absolute() for group in groups for run in group]
+    deepest = max(len(path.parts) for path in paths)
+    for depth in range(1, deepest + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    found, rest = [], iter(names)
+    for group in groups:
+        own = [next(rest) for _ in group]
+        found.append(f"{own[0]} ... {own[-1]}" if len(own) > 2 else ", ".join(own))
     return found
 
 

@@ -1,14 +1,12 @@
 """`moex compare`: a table of runs, a file of them, or whether two are equal."""
 
-import shutil
-import sys
-
 from moex.commands import Verb
 from moex.commands.arguments import add_json
 from moex.config.arguments import path, tolerance
 from moex.config.base import ConfigError, require
 from moex.json_files import dump_json
 from moex.process import use_cpu
+from moex.terminal import line_width
 
 ENDINGS = (".html", ".png", ".csv", ".json")
 
@@ -74,11 +72,6 @@ class Command(Verb):
         print(data if args.json else table(groups, width=line_width()))
         if out is not None and not args.json:
             print(f"written: {out}")
-
-
-def line_width() -> int | None:
-    """The characters of a line of the terminal; None: the output is no terminal."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _write(groups, data: str, out) -> None:
