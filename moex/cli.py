@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from moex import __version__, commands, process, project
+from moex import __version__, commands, hints, process, project
 from moex.allocator import keep_memory
 from moex.cache import keep_programs
 from moex.commands.arguments import add_project
@@ -21,7 +21,9 @@ class Parser(argparse.ArgumentParser):
     """Reports a mistake as one line, like every other mistake."""
 
     def error(self, message):
-        raise ConfigError(f"{message}; see `{self.prog} --help`")
+        raise ConfigError(
+            f"{message}; see `{hints.command(*self.prog.split(), '--help')}`"
+        )
 
 
 def make_parser(argv: list[str]) -> argparse.ArgumentParser:
@@ -84,7 +86,9 @@ def read_args(rest: list[str], config_args: list[str]) -> argparse.Namespace:
     near = nearest(name, verb._option_string_actions)
     if not near and name.startswith("--") and not args.verb.refuses_config:
         near = _field_meant(name.lstrip("-"), config_args)
-    raise ConfigError(f"{text}{near} See `moex {args.command} --help`.")
+    raise ConfigError(
+        f"{text}{near} See `{hints.command('moex', args.command, '--help')}`."
+    )
 
 
 def _field_meant(name: str, config_args: list[str]) -> str:

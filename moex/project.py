@@ -22,11 +22,13 @@ class ProjectError(ValueError):
 
 
 _given: dict[str, pathlib.Path] = {}
+_found: set[str] = set()  # modules of the project folder that have a class we use
 
 
 def use(folder: pathlib.Path | None) -> None:
     """Set the project folder of a command, if one is given; forget the last one."""
     _given.clear()
+    _found.clear()
     if folder is not None:
         _given["flag"] = folder.absolute()
         _extend_path(_given["flag"])
@@ -42,6 +44,16 @@ def use_config_file(file: pathlib.Path) -> None:
 def folder() -> pathlib.Path:
     """The project folder."""
     return _given.get("flag") or _given.get("config") or pathlib.Path.cwd()
+
+
+def flags() -> list[str]:
+    """The flags by which another command in this folder finds the same classes."""
+    root, here = folder(), pathlib.Path.cwd()
+    if not _found or root == here:
+        return []
+    return [
+        f"--project={root.relative_to(here) if root.is_relative_to(here) else root}"
+    ]
 
 
 def where_in_own_code(error: BaseException) -> str | None:
@@ -87,7 +99,10 @@ def find_class(module: str, name: str) -> type | None:
         _extend_path(root)
         found = _load(spec)
     cls = vars(found).get(name)
-    return cls if isinstance(cls, type) else None
+    if not isinstance(cls, type):
+        return None
+    _found.add(module)
+    return cls
 
 
 def _load(spec: ModuleSpec) -> types.ModuleType:

@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 import sys
+import sysconfig
 import tempfile
 
 # So that tests can share `tests.helpers` however pytest was called.
@@ -45,6 +46,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # or it is the folder of all worker
     # says so in a warning, and compiles.
     unread = "ignore:Error reading persistent compilation cache"
     os.environ["PYTHONWARNINGS"] = unread
+
+# As in an activated environment: commands that are printed have no path in front.
+os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -23,7 +23,7 @@ ORDER = ("experiments", "benchmarks", "configs", "launch", "moex", "kernels_pall
 FLOORS = (
     {"__init__", "numbers", "terminal"},
     {"config", "json_files", "project"},
-    {"allocator", "cluster"},
+    {"allocator", "cluster", "hints"},
     {"cache", "process"},
     {"data", "sharding"},
     {"nn"},

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
+from moex import hints
 from moex.cluster import addresses, connections, rendezvous
 from moex.config.base import ConfigError, own_files, require, to_dict
 
@@ -91,8 +92,8 @@ def _complete(place: Place, timeout: int) -> Place:
         raise ConfigError(
             f"this pod is number {place.index} of an indexed job of Kubernetes "
             "(JOB_COMPLETION_INDEX), and the package that asks for the others is not "
-            "installed: pip install 'moex[k8s]', or give --no-distributed for a "
-            "process of its own."
+            f"installed: {hints.command('pip', 'install', 'moex[k8s]')}, or give "
+            "--no-distributed for a process of its own."
         )
     if place.by != "environment":
         # `jax.distributed.initialize()` calls this too, but does not return what it

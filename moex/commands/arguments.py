@@ -2,6 +2,7 @@
 
 import argparse
 
+from moex import hints
 from moex.config.arguments import folder, integer, path, positive
 from moex.config.base import ConfigError
 
@@ -64,6 +65,11 @@ def scored_config(args, config_args: list[str]):
     if args.data:
         cfg.data = cfg.task.given(cfg.data, args.data)
     return cfg
+
+
+def train_on(run) -> str:
+    """The command that goes on training in a run directory."""
+    return hints.command("moex", "train", f"--config={run}", f"--workdir={run}")
 
 
 def process_flags(args) -> list[str]:

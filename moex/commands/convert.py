@@ -1,7 +1,7 @@
 """`moex convert`; see docs/convert.md."""
 
 from moex.commands import Verb
-from moex.commands.arguments import add_run
+from moex.commands.arguments import add_run, train_on
 from moex.config.arguments import path
 from moex.convert.base import asked_for, kinds, option
 
@@ -41,5 +41,4 @@ class Command(Verb):
         conversions = asked_for(args.to, vars(args))
         report = convert_run(args.run, args.workdir, conversions)
         print(report_text(report, conversions))
-        new = args.workdir
-        print(f"go on training: moex train --config={new} --workdir={new}")
+        print(f"go on training: {train_on(args.workdir)}")

@@ -1,12 +1,13 @@
 """`moex import-hf`; see docs/interop.md."""
 
 from moex.commands import Verb
+from moex.commands.arguments import train_on
 from moex.config.arguments import path
 
 EXAMPLES = """
 Examples:
   moex import-hf models/OLMoE-1B-7B --out runs/olmoe
-  moex train --config=runs/olmoe --workdir=runs/olmoe --config.data=...
+  moex train --config=runs/olmoe --workdir=runs/olmoe --config.steps=500
   moex export-hf runs/olmoe --out models/OLMoE-tuned
 """
 
@@ -48,4 +49,4 @@ class Command(Verb):
             doc_token=args.doc_token,
         )
         out = args.out.expanduser()
-        print(f"go on training: moex train --config={out} --workdir={out}")
+        print(f"go on training: {train_on(out)}")

@@ -9,6 +9,7 @@ import numpy as np
 
 from moex.config.base import ConfigError, require
 from moex.interop.arrays import tensor_of
+from moex.interop.card import CARD, model_card
 from moex.interop.closest_family import closest, inference
 from moex.interop.families import FAMILIES, read_model
 from moex.interop.folder import (
@@ -22,7 +23,7 @@ from moex.interop.folder import (
 )
 from moex.interop.hf import RECORD
 from moex.interop.names import Piece, pieces
-from moex.interop.tokens import first_token, written
+from moex.interop.tokens import ends, first_token, generation, written
 from moex.interop.writing import Tensor, check_target, write
 from moex.json_files import field
 from moex.model.paths import flat_paths
@@ -35,7 +36,7 @@ KINDS = {kind.name for kind in DTYPES.values()}
 
 def _description(run: RunDir, cfg) -> tuple[dict, dict, dict, dict | None]:
     """(config.json, other files by name, dtype by tensor, index) of an export."""
-    kept = run.imported
+    kept, own = run.imported, run.tokenizer()
     if (kept / RECORD).is_file():
         config = read_json(kept / CONFIG)
         model = read_model(str(kept / CONFIG), config)
@@ -46,6 +47,8 @@ def _description(run: RunDir, cfg) -> tuple[dict, dict, dict, dict | None]:
             if "num_nextn_predict_layers" in config:
                 config["num_nextn_predict_layers"] = 0
             files: dict[str, Any] = {f.name: f for f in extra_files(kept)}
+            if run.saved_steps() != [0]:
+                files |= generation(own, kept, config)
             record, where = read_json(kept / RECORD), str(kept / RECORD)
             dtypes, index = field(record, "dtypes", dict[str, str], where), None
             for name, kind in dtypes.items():
@@ -55,13 +58,11 @@ def _description(run: RunDir, cfg) -> tuple[dict, dict, dict, dict | None]:
                 if (kept / INDEX).is_file():
                     index = read_index(kept / INDEX)
             return config, files, dtypes, index
-    own = run.tokenizer()
-    begin = first_token(own)
     # Without these fields transformers takes the ids of the family's first model.
     config = closest(cfg.model) | {
         "max_position_embeddings": cfg.seq_len,
-        "bos_token_id": begin,
-        "eos_token_id": list(own.stop_ids) if own.stop_ids[1:] else own.doc_id,
+        "bos_token_id": first_token(own),
+        "eos_token_id": ends(own),
         "pad_token_id": None,
     }
     return config, written(own, run.tokenizer_folder), {}, None
@@ -93,7 +94,7 @@ def export_hf(place: Place, out, *, dtype: str | None = None, say=print) -> dict
         raise ConfigError(f"--dtype={dtype}: must be float32, bfloat16 or float16.")
     cfg = run.config()
     require_token_ids(cfg, "moex export-hf")
-    check_target(out)
+    target = check_target(out)
     config, files, dtypes, index = _description(run, cfg)
     family = FAMILIES[config["model_type"]]
     wanted = list(pieces(cfg.model, family.names))
@@ -115,6 +116,7 @@ def export_hf(place: Place, out, *, dtype: str | None = None, say=print) -> dict
         )
 
     files["config.json"] = json.dumps(config, indent=2) + "\n"
+    files[CARD] = model_card(target.name, loaded, config)
     write(out, [tensor(p) for p in wanted], files=files, index=index)
     size = sum(math.prod(p.shape) for p in wanted)
     say(f"{out}: {len(wanted)} tensors, {size:,} parameters, {config['model_type']}")

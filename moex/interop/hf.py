@@ -16,6 +16,7 @@ import numpy as np
 
 from moex.config.base import ConfigError, nearest, require
 from moex.config.flags import load_config as load_config_flags
+from moex.data.encoding import MODEL
 from moex.data.files import atomic_write
 from moex.data.pipeline import Data
 from moex.data.tokenizer import SavedTokenizer, TokenizerFile
@@ -46,6 +47,8 @@ from moex.runs.write import write_run
 from moex.sharding import MeshConfig
 
 RECORD = "import.json"
+# Other forms of tokenizer.json, which it replaces.
+VOCABULARIES = ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS = 1024  # rows of a tensor that are compared at a time
 
@@ -115,8 +118,11 @@ def import_hf(
         say(f"reading {len(wanted)} tensors of {opened.path}")
         arrays = load_model(program.spec, program.mesh, wanted, source)
         for extra in (*extra_files(opened.path), opened.path / INDEX):
-            if extra.is_file():
+            if extra.is_file() and (
+                tokenizer is None or extra.name not in VOCABULARIES
+            ):
                 shutil.copyfile(extra, kept / extra.name)
+        shutil.copyfile(file, kept / MODEL)  # --tokenizer may have given another
         record = {
             "from": str(opened.path),
             "model_type": opened.config["model_type"],

@@ -17,6 +17,7 @@ from moex.json_files import field, read_object
 
 SETTINGS, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 GENERATION = "generation_config.json"
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def tokenizer_file(folder: pathlib.Path, given) -> pathlib.Path:
@@ -109,6 +110,11 @@ def set_ends(
     tokenizer.stop_at(i for i in ends if 0 <= i < tokenizer.vocab_size)
 
 
+def ends(own: Tokenizer) -> int | list[int]:
+    """The `eos_token_id` of an exported run."""
+    return list(own.stop_ids) if own.stop_ids[1:] else own.doc_id
+
+
 def first_token(own: Tokenizer) -> int | None:
     """The `bos_token_id` of an exported run, if its texts begin with any token."""
     if own.begin_id is None and own.prefix_id == own.doc_id:
@@ -141,14 +147,45 @@ def written(own: Tokenizer, folder: pathlib.Path) -> dict[str, str]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None if first is None else model.id_to_token(first),
         "eos_token": model.id_to_token(own.doc_id),
+        # A batch of prompts is padded in front, where the mask hides what stands there.
+        "pad_token": model.id_to_token(own.doc_id),
+        "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # special tokens written in a text are plain text
     }
     settings = {key: value for key, value in settings.items() if value is not None}
+    ids = dict(zip(IDS, (first, ends(own), own.doc_id), strict=True))
     return {
         MODEL: model.to_str(pretty=True) + "\n",
-        SETTINGS: json.dumps(settings, indent=2) + "\n",
+        SETTINGS: _text(settings),
+        GENERATION: _text({name: i for name, i in ids.items() if i is not None}),
     }
+
+
+def generation(own: Tokenizer, folder: pathlib.Path, config) -> dict[str, str]:
+    """The generation config of an imported run that was trained here.
+
+    It has learned to end texts with the token between documents, which may be none of
+    the ends that it came with.
+
+    Args:
+      own: tokenizer of the run.
+      folder: the files that were imported.
+      config: the fields of its `config.json`.
+
+    Returns:
+      {file name: text}; {} where the file that came holds.
+    """
+    if set(own.stop_ids) <= set(end_ids(folder, config)):
+        return {}
+    fields = _fields(folder, GENERATION)
+    if not fields:  # transformers then takes them from config.json
+        fields = {name: config[name] for name in IDS if config.get(name) is not None}
+    return {GENERATION: _text(fields | {"eos_token_id": ends(own)})}
+
+
+def _text(fields: dict) -> str:
+    return json.dumps(fields, indent=2) + "\n"
 
 
 def _bytes() -> tokenizers.Tokenizer:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from moex import hints
 from moex.config.base import ConfigError, RunError
 from moex.model.spec import model_spec
 from moex.plan.memory import batch_arguments
@@ -92,9 +93,9 @@ def described_devices(topology: Topology) -> list:
         importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError(
-            "--compile: the compiler for TPUs, libtpu, is not installed; pip install "
-            "'moex[aot]', or 'libtpu==0.0.42.*' for JAX 0.10, 'libtpu==0.0.50.*' for "
-            "JAX 0.12."
+            "--compile: the compiler for TPUs, libtpu, is not installed: "
+            f"{hints.command('pip', 'install', 'moex[aot]')} (or in place of "
+            "'moex[aot]' 'libtpu==0.0.42.*' for JAX 0.10, 'libtpu==0.0.50.*' for 0.12)"
         ) from None
     for name, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)

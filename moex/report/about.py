@@ -1,7 +1,6 @@
 """Sections about a run: its summary, its samples, its config, where it ran."""
 
 import dataclasses
-import math
 import shlex
 from typing import Any
 
@@ -9,6 +8,7 @@ from moex.config.base import Config, children, flat, short, to_dict
 from moex.numbers import scaled
 from moex.report.material import Material
 from moex.report.page import Note, Section, Table, Verbatim
+from moex.runs.score import held_out
 
 NONE = dataclasses.MISSING  # the default of a field that has none
 SAMPLES = 3  # texts of the newest step that are shown open
@@ -18,17 +18,8 @@ def summary(material: Material) -> list[str]:
     """Lines under the title."""
     cfg = material.cfg
     parts = [f"step {material.step:,} of {cfg.steps:,}"]
-    lines = material.lines.get("eval", {}).items()
-    score, *others = cfg.task.FIGURES
-    held = [(step, line) for step, line in lines if score.name in line]
-    if held:
-        step, line = held[-1]
-        known = [f for f in others if math.isfinite(line.get(f.name, math.nan))]
-        told = (f"{line[f.name]:.4f} {f.unit}" for f in (score, *known))
-        tokens = f" ({line['tokens']:,} tokens)" if "tokens" in line else ""
-        parts.append(f"held out at step {step:,}: {', '.join(told)}{tokens}")
-    else:
-        parts.append("nothing was scored on held-out data")
+    scored = held_out(cfg.task, material.lines.get("eval", {}))
+    parts.append(scored or "nothing was scored on held-out data")
     size = [
         f"{cfg.model.num_layers()} layers of width {cfg.model.dim}",
         f"seed {cfg.seed}",

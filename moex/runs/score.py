@@ -1,6 +1,7 @@
 """Scoring on held-out data, during training and for a run directory."""
 
 import dataclasses
+import math
 import sys
 
 import jax
@@ -115,6 +116,24 @@ def score_text(task, result: dict) -> list[str]:
         *(f"  {title:<{width}}  {value}" for title, value in rows),
         *(f"  loss on {name}: {loss:.4f}" for name, loss in result["domains"].items()),
     ]
+
+
+def held_out(task, lines: dict[int, dict]) -> str | None:
+    """The newest score of a log as part of a sentence; None without any.
+
+    Args:
+      task: task of the run.
+      lines: those of the kind "eval" by step, from `read_metrics`.
+    """
+    score, *others = task.FIGURES
+    scored = [(step, line) for step, line in lines.items() if score.name in line]
+    if not scored:
+        return None
+    step, line = scored[-1]
+    known = [f for f in others if math.isfinite(line.get(f.name, math.nan))]
+    told = ", ".join(f"{line[f.name]:.4f} {f.unit}" for f in (score, *known))
+    tokens = f" ({line['tokens']:,} tokens)" if "tokens" in line else ""
+    return f"held out at step {step:,}: {told}{tokens}"
 
 
 def run_with_data(place: Place, cfg, *, step=None) -> tuple[LoadedRun, Evaluated]:

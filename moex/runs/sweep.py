@@ -8,13 +8,14 @@ a process of its own, so that the memory of one run is free again before the nex
 import json
 import pathlib
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moex import json_files
+from moex import hints, json_files
 from moex.config.base import ConfigError, flat, require
 from moex.data.files import atomic_write, locked
 from moex.process import fail, use_cpu
@@ -22,7 +23,7 @@ from moex.runs.directory import RunDir
 from moex.runs.grid import CONFIG, Point, Sweep, make_sweep
 
 FILE = "sweep.json"
-RECIPE = "launch/slurm.sbatch"
+RECIPE = pathlib.Path(__file__).parents[2] / "launch" / "slurm.sbatch"
 
 
 def claim(sweep: Sweep, workdir: pathlib.Path) -> None:
@@ -102,14 +103,16 @@ def array_line(sweep: Sweep, train_args: Sequence[str]) -> str:
     would replace it before there is a job.
     """
     last = len(sweep.points) - 1
-    return shlex.join(["sbatch", f"--array=0-{last}", RECIPE, *train_args])
+    recipe, here = RECIPE, pathlib.Path.cwd()
+    recipe = recipe.relative_to(here) if recipe.is_relative_to(here) else recipe
+    return shlex.join(["sbatch", f"--array=0-{last}", str(recipe), *train_args])
 
 
 def compare_line(sweep: Sweep, workdir: pathlib.Path) -> str:
     """The command that compares the finished points; empty for fewer than two."""
     runs = [(workdir / point.name, point.steps) for point in sweep.points]
     folders = [str(run) for run, steps in runs if is_finished(run, steps)]
-    return shlex.join(["moex", "compare", *folders]) if len(folders) > 1 else ""
+    return hints.command("moex", "compare", *folders) if len(folders) > 1 else ""
 
 
 def choose(sweep: Sweep, index: int | None) -> tuple[Point, ...]:
@@ -145,7 +148,8 @@ def run(texts, config_args: list[str], workdir, *, index, dry_run, flags, say) -
         say("\n".join(list_lines(made, workdir)))
         return
     claim(made, workdir)
-    if index is None:
+    # A wheel has no recipes.
+    if index is None and shutil.which("sbatch") and RECIPE.is_file():
         own = [f"--workdir={workdir}", *(f"--sweep={text}" for text in texts)]
         line = array_line(made, [*config_args, *flags, *own])
         say(f"as a Slurm array job: {line}")

@@ -13,6 +13,7 @@ from itertools import chain
 
 import jax
 
+from moex import hints
 from moex.config.base import ConfigError, nearest, require
 from moex.json_files import dump_json
 from moex.model.decode import generate
@@ -237,5 +238,5 @@ def _need_harness() -> None:
     if TemplateLM is object:
         raise ConfigError(
             "the package lm_eval is missing; install the extra `eval`: "
-            "pip install 'moex[eval]'."
+            f"{hints.command('pip', 'install', 'moex[eval]')}"
         )

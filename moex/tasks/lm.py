@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moex import hints
 from moex.config.base import ConfigError, require, short
 from moex.data.from_paths import given_sources
 from moex.data.pipeline import Data, Prepared, prepare
@@ -192,7 +193,8 @@ class LanguageModelling(Task):
         )
 
     def use_lines(self, run):
-        return [f"let it write: moex generate {run} --prompt 'def '"]
+        prompt = hints.command("moex", "generate", run, "--prompt", "def ")
+        return [f"let it write: {prompt}"]
 
 
 def token_losses(logits_BLV, targets_BL):

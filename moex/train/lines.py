@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 
+from moex import hints
 from moex.config.schedule import is_always_zero
 from moex.model import accounting
 from moex.model.figures import layer_rows
@@ -134,10 +135,10 @@ def told_lost(rows: int) -> str:
 
 def last_lines(cfg, run: RunDir, seconds: float) -> str:
     """The end of a training as text: its time, and how to look at the run."""
-    look = f"moex report {run}"
+    look = hints.command("moex", "report", run)
     if cfg.log.tensorboard:
         look = (
-            f"tensorboard --logdir {board_folder(run)}\n"
+            f"{hints.command('tensorboard', '--logdir', board_folder(run))}\n"
             "              Custom Scalars has every chart with its title and unit"
         )
     lines = [

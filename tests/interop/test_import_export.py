@@ -1,6 +1,7 @@
 """`moex import-hf` and `moex export-hf`: whole runs, other meshes, other tensors."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
@@ -85,7 +87,7 @@ def test_the_shards_of_a_folder_come_back(tmp_path):
     with runs.one_device():
         export_hf(run, back, **SAY)
         other = export_hf(run, tmp_path / "other", dtype="float16", **SAY)
-    files = {p.name for p in back.iterdir()}
+    files = {p.name for p in back.iterdir()} - {"README.md"}
     assert files == {p.name for p in folder.iterdir()} - {"expected.npz"}
     for name in files - {"config.json"}:
         assert (back / name).read_bytes() == (folder / name).read_bytes(), name
@@ -150,6 +152,23 @@ def test_generation_ends_at_any_of_a_list_of_tokens(tmp_path, monkeypatch):
     assert config["eos_token_id"] == ends
     back = json.loads((tmp_path / "back" / "generation_config.json").read_text())
     assert back == kept
+
+
+def test_a_run_with_another_tokenizer_leaves_with_it(tmp_path):
+    """And not with the folder's own, nor with other forms of that."""
+    folder = changed(tmp_path, "llama")
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_text("{}", encoding="utf-8")
+    model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model.add_special_tokens(["<end>"])
+    model.save(str(tmp_path / "other.json"))
+    with runs.one_device():
+        other = {"tokenizer": tmp_path / "other.json", "doc_token": "<end>"}
+        import_hf(folder, tmp_path / "run", ["--config.seq_len=32"], **other, **SAY)
+        export_hf(tmp_path / "run", tmp_path / "back", **SAY)
+    back = tokenizers.Tokenizer.from_file(str(tmp_path / "back" / "tokenizer.json"))
+    assert back.get_vocab() == model.get_vocab()
+    assert not {"vocab.json", "merges.txt"} & set(os.listdir(tmp_path / "back"))
 
 
 def test_one_part_at_a_time_is_on_the_host(monkeypatch):

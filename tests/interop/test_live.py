@@ -21,7 +21,7 @@ from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.runs.open import load_run
 from moex.tasks.lm import continue_texts
-from moex.train import training
+from moex.train import loop
 from moex.train.job import make_job
 from tests import runs
 from tests.helpers import built, context
@@ -120,31 +120,85 @@ def test_a_native_model_is_its_closest_family(kind, tmp_path):
     np.testing.assert_allclose(ours, logits, rtol=0, atol=2e-5 * scale)
 
 
+def native(folder, tokenizer):
+    """The config of a run that a family of transformers has."""
+    fields = ("model.attention.qk_norm=True", "eval.every=0", "steps=4")
+    bias = "model.layers[1].pattern[0].router.bias_rate=0.0"
+    cfg = runs.config(folder, *fields, bias)
+    cfg.data = dataclasses.replace(cfg.data, tokenizer=tokenizer)
+    return cfg
+
+
+def greedy(run, prompts, most=24):
+    """The texts of `moex generate` at temperature 0."""
+    arrays = {"params": run.params, "state": run.state}
+    options = {"max_new_tokens": most, "temperature": 0}
+    return continue_texts(run, arrays, run.tokenizer, prompts, **options)
+
+
+def opened(folder):
+    """(tokenizer, model) as transformers makes them of a folder."""
+    return transformers.AutoTokenizer.from_pretrained(folder), theirs(folder)
+
+
 @pytest.mark.parametrize("tokenizer", [Bytes(), Bpe(vocab=300)], ids=["bytes", "bpe"])
 def test_a_native_run_writes_the_same_text_in_transformers(tmp_path, tokenizer):
     """By the exported files alone, which say how a text begins and ends."""
-    fields = ("model.attention.qk_norm=True", "eval.every=0", "steps=4")
-    bias = "model.layers[1].pattern[0].router.bias_rate=0.0"
-    cfg = runs.config(tmp_path, *fields, bias)
-    cfg.data = dataclasses.replace(cfg.data, tokenizer=tokenizer)
+    cfg = native(tmp_path, tokenizer)
     prompts = ["the cat sees a dog", " a  <|doc|> b\n", "caf\u00e9", ""]
     with runs.one_device():
-        training.train(cfg, tmp_path / "run", **SAY)
+        loop.train(cfg, tmp_path / "run", **SAY)
         export_hf(tmp_path / "run", tmp_path / "folder", **SAY)
         run = load_run(tmp_path / "run")
-        ours = continue_texts(
-            *(run, {"params": run.params, "state": run.state}),
-            *(run.tokenizer, prompts),
-            max_new_tokens=24,
-            temperature=0,
-        )
-    names = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
-    model = theirs(tmp_path / "folder")
+        ours = greedy(run, prompts)
+    names, model = opened(tmp_path / "folder")
     for prompt, text in zip(prompts, ours, strict=True):
         inputs = names(prompt, return_tensors="pt")
         assert inputs.input_ids[0].tolist() == run.tokenizer.prompt(prompt)
-        (made,) = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        (made,) = model.generate(**inputs, max_new_tokens=24)
         assert names.decode(made, skip_special_tokens=True) == text
+    batch = names(prompts, return_tensors="pt", padding=True)
+    made = model.generate(**batch, max_new_tokens=24)
+    assert names.batch_decode(made, skip_special_tokens=True) == ours
+
+
+def test_a_text_ends_at_any_end_of_a_native_run(tmp_path):
+    """Some tokens that the model likes become ends, as in a converted import."""
+    cfg, prompts = native(tmp_path, Bytes()), ["the", "a dog", "", "our teacher"]
+    with runs.one_device():
+        loop.train(cfg, tmp_path / "run", **SAY)
+        run = load_run(tmp_path / "run")
+        long = greedy(run, prompts)
+        ends = {ord(text[-3]) for text in long if text.isascii()}
+        run.tokenizer.stop_at(ends).save(tmp_path / "run" / "tokenizer")
+        export_hf(tmp_path / "run", tmp_path / "folder", **SAY)
+        run = load_run(tmp_path / "run")
+        ours = greedy(run, prompts)
+    assert ends and ours != long
+    names, model = opened(tmp_path / "folder")
+    listed = sorted({256, *ends})
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == listed
+    for prompt, text in zip(prompts, ours, strict=True):
+        inputs = names(prompt, return_tensors="pt")
+        (made,) = model.generate(**inputs, max_new_tokens=24)
+        made = made.tolist()
+        assert len(made) == inputs.input_ids.shape[1] + 24 or made.pop() in listed
+        assert names.decode(made, skip_special_tokens=True) == text
+
+
+def test_the_program_of_a_model_card_runs(tmp_path, monkeypatch, capsys):
+    cfg = native(tmp_path, Bytes())
+    with runs.one_device():
+        loop.train(cfg, tmp_path / "run", **SAY)
+        export_hf(tmp_path / "run", tmp_path / "folder", **SAY)
+        run = load_run(tmp_path / "run")
+        (text,) = greedy(run, list(cfg.log.sample_prompts), 64)
+    card = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
+    program = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path / "folder")
+    capsys.readouterr()
+    exec(program, {})
+    assert capsys.readouterr().out == text + "\n"
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])

@@ -7,7 +7,7 @@ import tokenizers
 
 from moex.config.base import ConfigError
 from moex.data.tokenizer import DOC_TOKEN, Bytes, Tokenizer, TokenizerFile
-from moex.interop.tokens import end_ids, end_token, set_ends, written
+from moex.interop.tokens import end_ids, end_token, generation, set_ends, written
 from tests.interop import parity
 
 END = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": DOC_TOKEN}
@@ -95,12 +95,57 @@ def test_exported_files_begin_texts_as_the_run_does(tmp_path, kind):
     settings = json.loads(files["tokenizer_config.json"])
     assert settings["split_special_tokens"] is True
     assert settings["eos_token"] == DOC_TOKEN
+    assert (settings["pad_token"], settings["padding_side"]) == (DOC_TOKEN, "left")
     first = {"none": None, "other": "<s>"}.get(kind, DOC_TOKEN)
     assert settings.get("bos_token") == first
+    ids = {"eos_token_id": own.doc_id, "pad_token_id": own.doc_id}
+    if first is not None:
+        ids["bos_token_id"] = model.token_to_id(first)
+    assert json.loads(files["generation_config.json"]) == ids
     for text in TEXTS:
         ids = model.encode(text).ids
         assert ids == (own.prompt(text) if text or first else [])
         assert model.decode(ids) == own.decode(ids) == text
+
+
+def test_a_run_that_ends_at_several_tokens_says_all_of_them(tmp_path):
+    own, id_of = write_files(tmp_path, False, BOS)
+    own.stop_at([id_of("<s>")])
+    files = written(own, tmp_path)
+    listed = sorted([own.doc_id, id_of("<s>")])
+    assert json.loads(files["generation_config.json"])["eos_token_id"] == listed
+
+
+@pytest.mark.parametrize(
+    ("config", "came", "made"),
+    [
+        ({}, None, {"eos_token_id": [5, 9]}),
+        ({"eos_token_id": [5, 9]}, None, None),
+        ({"eos_token_id": 5}, {"eos_token_id": [5, 9]}, None),
+        (
+            {"eos_token_id": 5, "bos_token_id": 1, "pad_token_id": None},
+            None,
+            {"bos_token_id": 1, "eos_token_id": [5, 9]},
+        ),
+        (
+            {"eos_token_id": 5},
+            {"eos_token_id": 5, "temperature": 0.6},
+            {"eos_token_id": [5, 9], "temperature": 0.6},
+        ),
+    ],
+)
+def test_an_import_that_was_trained_ends_at_the_token_between_documents(
+    tmp_path, config, came, made
+):
+    """Which is token 9, whatever the folder says."""
+    own, _ = write_files(tmp_path, False, BOS)
+    own.doc_id = 9
+    own.stop_at([5])
+    if came is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(came))
+    files = generation(own, tmp_path, config)
+    want = {} if made is None else {"generation_config.json": made}
+    assert {name: json.loads(text) for name, text in files.items()} == want
 
 
 @pytest.mark.parametrize("value", ["</s>", [1, "2"], [[1]], 1.5, {"id": 1}, True])
