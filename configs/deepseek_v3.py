@@ -1,7 +1,7 @@
 """The shape of DeepSeek-V3 (671 B in all, 37 B active): a TPU pod slice of 256 chips.
 
   moex plan --config=deepseek_v3 --topology=v5p:4x8x8
-  moex train --config=deepseek_v3 --workdir=gs://... or a shared folder
+  moex train --config=deepseek_v3 --workdir=SHARED_FOLDER
 
 Widths, experts, routing and balance are those of the paper (arXiv:2412.19437, section
 4.2). Attention is grouped-query in place of multi-head latent attention: 96 query and 8

@@ -1,6 +1,6 @@
 """1 B-active MoE in the shape of OLMoE (6.9 B in all, 64 experts, top-8): a GPU node.
 
-  moex train --config=moe_1b --workdir=gs://... or a shared folder
+  moex train --config=moe_1b --workdir=SHARED_FOLDER
 
 Hardware: 8 GPUs of 80 GB or a v5p-16 slice. Expected time and loss: not measured yet,
 see benchmarks/README.md.

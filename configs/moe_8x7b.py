@@ -1,6 +1,6 @@
 """The shape of Mixtral 8x7B (46.7 B in all, 12.9 B active): a TPU pod slice.
 
-  moex train --config=moe_8x7b --workdir=gs://... or a shared folder
+  moex train --config=moe_8x7b --workdir=SHARED_FOLDER
 
 Hardware: 64 chips of 95 GB (v5p-128) or 8 nodes of 8 GPUs. Expected time and loss: not
 measured yet, see benchmarks/README.md.

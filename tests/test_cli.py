@@ -536,3 +536,10 @@ def test_an_empty_path_is_refused(mistake, tmp_path, monkeypatch, args):
     error = mistake(*args, cfg=args[0] == "train")
     assert "must name a file or folder; the one you are in is '.'" in error
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_place_on_a_network_is_refused(mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = mistake("train", "--workdir=gs://bucket/run")
+    assert "--workdir: must be on this machine" in error and "gs://bucket/run" in error
+    assert not (tmp_path / "gs:").exists()

@@ -96,6 +96,8 @@ moex = 1
 
 # Running them.
 
+# Pages whose commands take hours, or are for who works on moex itself.
+FOR_DEVELOPERS = ("CONTRIBUTING", "benchmarks/", "experiments/", "launch/")
 # What is not run, by a part of the command, and why.
 NEEDS = {
     "make ": "makes an environment with the network",
@@ -134,10 +136,11 @@ TARGETS = re.compile(r"--(?:workdir|out)[= ]\S+")
 
 
 def pages() -> dict[str, list[Printed]]:
-    """The whole commands that can be run here, by page."""
+    """The whole commands of the pages for users that can be run here, by page."""
     found: dict[str, list[Printed]] = {}
     for command in EVERYTHING:
-        if command.whole and not any(part in command.text for part in NEEDS):
+        ours = not command.page.startswith(FOR_DEVELOPERS)
+        if command.whole and ours and not any(n in command.text for n in NEEDS):
             found.setdefault(command.page, []).append(command)
     return found
 

@@ -13,6 +13,10 @@ def path(text: str) -> pathlib.Path:
         raise argparse.ArgumentTypeError(
             "must name a file or folder; the one you are in is '.'"
         )
+    if "://" in text:  # as a path it would be a new folder here, such as `gs:`
+        raise argparse.ArgumentTypeError(
+            f"must be on this machine, such as in a bucket that is mounted, not {text}"
+        )
     return pathlib.Path(text)
 
 
