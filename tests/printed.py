@@ -15,7 +15,7 @@ from moex.config.flags import load_config
 from moex.runs.keys import check_run
 
 ROOT = pathlib.Path(__file__).parents[1]
-PROGRAMS = {"moex", "make", "pip", "python", "sbatch", "source", "tensorboard"}
+PROGRAMS = {"cd", "moex", "make", "pip", "python", "sbatch", "source", "tensorboard"}
 STARTS = re.compile(rf"(?:\w+=\S* )*(?:\S*/)?({'|'.join(sorted(PROGRAMS))}) +\S")
 SETTING = re.compile(r"[A-Z_]+=\S*")
 INLINE = re.compile(r"`([^`]+)`")
@@ -95,7 +95,7 @@ def of_help(verb: str) -> Iterator[Printed]:
 def everything() -> list[Printed]:
     """All commands, page after page."""
     found = []
-    folders = ("docs", "benchmarks", "experiments", "launch")
+    folders = ("docs", "benchmarks", "experiments", "launch", "configs")
     inner = [file for name in folders for file in sorted((ROOT / name).rglob("*.md"))]
     for file in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *inner]:
         page = str(file.relative_to(ROOT))
@@ -139,10 +139,12 @@ def _moex(words: list[str], whole: bool) -> str | None:
     names = [a.partition("=")[2] for a in config_args if a.startswith("--config=")]
     fields = [a for a in config_args if a.startswith("--config.")]
     # The fields of runs and of own config files are compared with those of ours.
-    name = next((n for n in names if n.startswith("configs/")), "configs/quickstart.py")
+    # Words in capitals stand for any.
+    ours = (n for n in names if re.match(r"configs/|[a-z]\w+(:|$)", n))
+    name = next(ours, "quickstart")
+    name = str(ROOT / name) if name.startswith("configs/") else name
     if "runs/parquet" not in words:
-        cfg = load_config([f"--config={ROOT / name}", *fields])
-        check_run(cfg, to_train=False)
+        check_run(load_config([f"--config={name}", *fields]), to_train=False)
     return None
 
 
@@ -203,6 +205,10 @@ def _sbatch(words: list[str], whole: bool) -> str | None:
     scripts = [w for w in words if w.endswith(".sbatch")]
     missing = [s for s in scripts if not (ROOT / s).is_file()]
     return f"there is no {missing[0]}" if missing else None
+
+
+def _cd(words: list[str], whole: bool) -> str | None:
+    return None if len(words) == 1 else "cd takes one folder"
 
 
 def _source(words: list[str], whole: bool) -> str | None:

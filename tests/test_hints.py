@@ -58,6 +58,11 @@ def test_from_another_folder_the_path_is_whole(environment, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path / "elsewhere")
     line = hints.command("tensorboard", "--logdir", "a")
     assert shlex.split(line)[0] == str(environment / "tensorboard")
+    monkeypatch.chdir(tmp_path)
+    there = hints.command(
+        "tensorboard", "--logdir", "a", folder=pathlib.Path("elsewhere")
+    )
+    assert there == line
     assert shell(line) == ["mine", "--logdir", "a"]
 
 

@@ -48,6 +48,7 @@ def test_what_is_excepted_is_still_printed():
         ("moex generate runs/a --config.steps=3", "no --config"),
         ("moex compare", "required"),
         ("moex train --config=... --workdir=runs/a", "cut short"),
+        ("moex params --config=quikstart", "quikstart"),
         ("moex plan --config=configs/nowhere.py --topology=v5e:1x1", "nowhere"),
         ("python -m benchmarks.nothing", "no module"),
         ("python -m benchmarks.trace --tokenz=3", "--tokenz"),
@@ -132,6 +133,8 @@ GIVEN = {
     "--workdir=runs/new",
     "trace.parquet": "moex trace runs/quickstart --out trace.parquet",
 }
+# The folder in which the commands of a page are given.
+FIRST = {"configs/template/README.md": ("moex init mine", "cd mine")}
 TARGETS = re.compile(r"--(?:workdir|out)[= ]\S+")
 
 
@@ -175,6 +178,9 @@ class Reader:
 
     def run(self, text: str) -> None:
         """Run a command line, once all that it needs is there."""
+        if text.startswith("cd "):
+            self.folder /= text.split()[1]
+            return
         for word, value in STANDS.items():
             text = re.sub(rf"\b{word}\b", value, text)
         for long, short in SHORTER.items():
@@ -236,5 +242,5 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize("page", pages())
 def test_the_commands_of_a_page_run(page, base, tmp_path):
     reader = Reader(tmp_path / "reader", base)
-    for command in pages()[page]:
-        reader.run(command.text)
+    for text in (*FIRST.get(page, ()), *(c.text for c in pages()[page])):
+        reader.run(text)

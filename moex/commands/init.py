@@ -3,6 +3,7 @@
 import shlex
 import shutil
 
+from moex import hints
 from moex.commands import Verb
 from moex.config.arguments import path
 from moex.config.base import ConfigError
@@ -34,4 +35,5 @@ class Command(Verb):
             shutil.copyfile(FOLDER / "template" / name, folder / name)
         print(f"{folder}: made {', '.join(TEMPLATE)}")
         print(f"train it: cd {shlex.quote(str(folder))}")
-        print("          moex train --config=config.py --workdir=runs/first")
+        words = ("train", "--config=config.py", "--workdir=runs/first")
+        print(f"          {hints.command('moex', *words, folder=folder)}")

@@ -51,10 +51,10 @@ def test_the_card_of_a_run_says_what_it_learned(run, tmp_path):
         "| vocabulary | 257 tokens |",
         "Score: held out at step 4: 5.2500 nats per token, 7.5000 bits per byte "
         "(1,050 tokens).",
-        "          experts: Glu",
-        "              hidden = 32",
+        "experts: Glu",
+        "hidden = 32",
     ):
-        assert line in card.splitlines(), line
+        assert line in map(str.strip, card.splitlines()), line
     assert str(run.folder) not in card and "/" not in card.replace("bits per", "")
     assert "imported" not in card and "license" not in head
 
