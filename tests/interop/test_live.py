@@ -21,7 +21,7 @@ from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.runs.open import load_run
 from moex.tasks.lm import continue_texts
-from moex.train import loop
+from moex.train import training
 from moex.train.job import make_job
 from tests import runs
 from tests.helpers import built, context
@@ -147,7 +147,7 @@ def test_a_native_run_writes_the_same_text_in_transformers(tmp_path, tokenizer):
     cfg = native(tmp_path, tokenizer)
     prompts = ["the cat sees a dog", " a  <|doc|> b\n", "caf\u00e9", ""]
     with runs.one_device():
-        loop.train(cfg, tmp_path / "run", **SAY)
+        training.train(cfg, tmp_path / "run", **SAY)
         export_hf(tmp_path / "run", tmp_path / "folder", **SAY)
         run = load_run(tmp_path / "run")
         ours = greedy(run, prompts)
@@ -166,7 +166,7 @@ def test_a_text_ends_at_any_end_of_a_native_run(tmp_path):
     """Some tokens that the model likes become ends, as in a converted import."""
     cfg, prompts = native(tmp_path, Bytes()), ["the", "a dog", "", "our teacher"]
     with runs.one_device():
-        loop.train(cfg, tmp_path / "run", **SAY)
+        training.train(cfg, tmp_path / "run", **SAY)
         run = load_run(tmp_path / "run")
         long = greedy(run, prompts)
         ends = {ord(text[-3]) for text in long if text.isascii()}
@@ -189,7 +189,7 @@ def test_a_text_ends_at_any_end_of_a_native_run(tmp_path):
 def test_the_program_of_a_model_card_runs(tmp_path, monkeypatch, capsys):
     cfg = native(tmp_path, Bytes())
     with runs.one_device():
-        loop.train(cfg, tmp_path / "run", **SAY)
+        training.train(cfg, tmp_path / "run", **SAY)
         export_hf(tmp_path / "run", tmp_path / "folder", **SAY)
         run = load_run(tmp_path / "run")
         (text,) = greedy(run, list(cfg.log.sample_prompts), 64)
