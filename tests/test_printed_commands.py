@@ -109,7 +109,10 @@ NEEDS = {
     "--tasks": "the extra eval",
 }
 # Every training is short.
-SHORT = ("steps=4", "batch_size=2", "eval.sequences=4", "log.sample_tokens=4")
+SHORT = (
+    *("steps=4", "batch_size=2", "optim.warmup_steps=0"),
+    *("eval.sequences=4", "log.sample_tokens=4"),
+)
 SHORTER = {
     "--sweep seed=0,1,2": "--sweep seed=0",
     "--profile=20:25": "--profile=1:3",
