@@ -18,6 +18,7 @@ OWN = ("router", "test_router")
 SMALL = (
     *("--config.batch_size=2", "--config.seq_len=16", "--config.kernels=xla"),
     *("--config.eval.sequences=4", "--config.log.sample_tokens=4"),
+    "--config.optim.warmup_steps=0",
 )
 
 
