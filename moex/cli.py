@@ -6,11 +6,12 @@ that cannot go on gives one line and exit code 1.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 
-from moex import __version__, commands, hints, process, project
+from moex import __version__, commands, hints, interrupts, process, progress, project
 from moex.allocator import keep_memory
 from moex.cache import keep_programs
 from moex.commands.arguments import add_project
@@ -128,11 +129,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run the `moex` command."""
     alone, argv = argv is None, sys.argv[1:] if argv is None else argv
     if alone:
-        process.note_interrupts()
+        interrupts.listen()
     try:
         if alone:
             keep_memory()
             keep_programs()
+            progress.show()
         rest, config_args = split_config_args(argv)
         args = read_args(rest or ["--help"], config_args)
         project.use(args.project)
@@ -140,16 +142,14 @@ def main(argv: list[str] | None = None) -> None:
         if config_args and args.verb.refuses_config:
             words = f"{args.command} {args.verb.refuses_config}"
             raise ConfigError(f"{config_args[0]}: {words}.")
-        args.verb.run(args, config_args)
+        interrupts.truth = interrupts.outcome(args.verb.output(args), args.verb.left)
+        working = progress.phase(f"moex {args.command}")
+        with contextlib.nullcontext() if args.verb.talks else working:
+            args.verb.run(args, config_args)
     except ConfigError as e:
         process.fail(e, 2)
     except KeyboardInterrupt as e:
-        process.leave(str(e) or "interrupted", alone)
-    except ImportError as e:
-        if process.INTERRUPTS:  # Ctrl-C broke the import of an extension
-            process.leave("interrupted", alone)
-        _fail_in_own_code(e)
-        raise
+        interrupts.leave(str(e) or f"interrupted; {interrupts.truth()}", alone)
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
@@ -158,6 +158,8 @@ def main(argv: list[str] | None = None) -> None:
     except RunError as e:
         process.fail(e, 1)
     except Exception as e:
+        if interrupts.RAISED:  # Ctrl-C broke the import of an extension, for example
+            interrupts.leave(f"interrupted; {interrupts.truth()}", alone)
         if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e):
             reason = str(e).partition("\n")[0][:300]
             process.fail(
@@ -165,6 +167,9 @@ def main(argv: list[str] | None = None) -> None:
             )
         _fail_in_own_code(e)
         raise
+    if alone:  # the interpreter shuts down: Ctrl-C ends that without a traceback
+        sys.stdout.flush()
+        interrupts.ignore()
 
 
 def _fail_in_own_code(error: Exception) -> None:

@@ -1,62 +1,24 @@
-"""The process of a command: what libraries print, how it ends, the memory it took.
+"""The process of a command: what libraries print, how it fails, the memory it took.
 
 A user's mistake gives one line on stderr and exit code 2; a run that cannot go on gives
-one line and exit code 1; Ctrl-C gives exit code 130.
+one line and exit code 1. Ctrl-C is in `interrupts.py`.
 """
 
-import _thread
 import io
 import logging
-import signal
 import sys
-import threading
 import warnings
 
+from moex import progress
 from moex.cluster import distributed
 from moex.cluster.connections import say
 from moex.config.base import ConfigWarning
 from moex.terminal import Terminal
 
-INTERRUPTS: list[int] = []  # the signals of Ctrl-C that were received
-
-
-def note_interrupts() -> None:
-    """Handle Ctrl-C so that none is lost inside a callback of a library.
-
-    Python only prints a `KeyboardInterrupt` that is raised in a callback, such as the
-    one that JAX has in the garbage collector; this raises it again.
-    """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return  # a shell makes background processes ignore Ctrl-C
-
-    def interrupt(signum, frame):
-        INTERRUPTS.append(signum)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
-    report = sys.unraisablehook
-
-    def unraisable(args):
-        if args.exc_type is KeyboardInterrupt:
-            # Raise it a moment later: now it would be lost in the same callback.
-            threading.Timer(0.05, _thread.interrupt_main).start()
-        else:
-            report(args)
-
-    sys.unraisablehook = unraisable
-
-
-def leave(text: str, alone: bool) -> None:
-    """End after Ctrl-C, with exit code 130.
-
-    If `alone`, the process ends at once: threads that read data or write files could
-    crash while the interpreter shuts down.
-    """
-    (distributed.leave_now if alone else fail)(text, 130)
-
 
 def fail(error, code: int) -> None:
     """End with one line on stderr, and an exit code."""
+    progress.hide()
     distributed.fail(str(error), code)  # several processes print it only once
     say(str(error))
     raise SystemExit(code)
@@ -76,7 +38,7 @@ def quiet() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if sys.stdout.isatty():
-        sys.stdout = Terminal(sys.stdout)  # type: ignore[assignment]
+        sys.stdout = Terminal(sys.stdout, progress.clear)  # type: ignore[assignment]
     show = warnings.showwarning
 
     def showwarning(message, category, *where, **options):

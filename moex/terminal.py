@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 # All control characters except tab and newline, all that change the direction of
 # writing or break lines, and halves of surrogate pairs, which no encoding can write.
@@ -51,14 +51,30 @@ def line_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-class Terminal:
-    """A stream to a terminal that makes all text `printable`."""
+def wrapped(fields: Sequence[str], columns: int) -> str:
+    """Join fields to `a | b | c`, with a new line before a field that does not fit."""
+    lines = [fields[0]]
+    for field in fields[1:]:
+        if len(lines[-1]) + len(field) + 3 > columns:
+            lines.append("   ")
+        lines[-1] += f" | {field}"
+    return "\n".join(lines)
 
-    def __init__(self, stream):
-        self._stream = stream
+
+class Terminal:
+    """A stream to a terminal that makes all text `printable`.
+
+    Args:
+      stream: the terminal.
+      before: called before text is written, with whether a line is left unfinished.
+    """
+
+    def __init__(self, stream, before: Callable[[bool], None]):
+        self._stream, self._before = stream, before
 
     def write(self, text: str) -> int:
         """Write all of the text; returns its length, as streams do."""
+        self._before(not text.endswith("\n"))
         self._stream.write(printable(text))
         return len(text)
 

@@ -96,7 +96,7 @@ def test_nothing_is_set_without_glibc(monkeypatch):
 def test_another_value_of_the_variable_is_refused(monkeypatch, capsys):
     monkeypatch.setenv(allocator.VARIABLE, "yes")
     monkeypatch.setattr(sys, "argv", ["moex", "config"])
-    monkeypatch.setattr(cli.process, "note_interrupts", lambda: None)
+    monkeypatch.setattr(cli.interrupts, "listen", lambda: None)
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2

@@ -6,11 +6,10 @@ import warnings
 
 import pytest
 
-from moex import cli, process
+from moex import cli, process, progress
 from moex.cluster import connections, distributed
 from moex.config.base import ConfigError, ConfigWarning
-from moex.runs import score
-from moex.terminal import CONTROL, Terminal, printable
+from moex.terminal import CONTROL, Terminal, printable, wrapped
 from moex.train.log import RunLog
 
 SHOWN = {
@@ -58,10 +57,12 @@ def test_the_command_line_writes_so_to_a_terminal_and_verbatim_to_a_file(quiet):
 
 
 def test_a_terminal_is_still_a_stream():
-    stream = Tty()
-    terminal = Terminal(stream)
+    stream, unfinished = Tty(), []
+    terminal = Terminal(stream, unfinished.append)
     assert terminal.isatty() and terminal.write("a\x1b") == 2
-    assert stream.getvalue() == "a\\x1b"
+    terminal.write("b\n")
+    assert stream.getvalue() == "a\\x1bb\n"
+    assert unfinished == [True, False]
 
 
 def test_errors_and_warnings_are_one_line_of_text(quiet, capsys):
@@ -69,7 +70,7 @@ def test_errors_and_warnings_are_one_line_of_text(quiet, capsys):
     process.quiet()
     # As Python does for a warning that is to be shown.
     warnings.showwarning(ConfigWarning(ESCAPE), ConfigWarning, "file", 1)
-    score._warn(ESCAPE)
+    progress.tell(ESCAPE)
     assert capsys.readouterr().err.splitlines() == [
         f"moex: error: a file {ESCAPED}: broken",
         f"moex: warning: {ESCAPED}",
@@ -86,7 +87,7 @@ def test_an_error_that_names_a_file_shows_its_name(quiet, capsys):
 
 def test_lines_of_a_run_are_text_in_a_file_too(capsys):
     log = RunLog.__new__(RunLog)
-    log.active, log.bar = True, None
+    log.active = True
     log.line(f"sample: {ESCAPE}")
     assert capsys.readouterr().out == f"sample: {ESCAPED}\n"
 
@@ -96,3 +97,10 @@ def test_an_unexpected_error_of_another_process_shows_its_text(capsys):
         distributed._check(distributed.Place("flags", 2, 2, ESCAPE))
     connections.say(f"process 1 of 2: {ESCAPE}")
     assert not CONTROL.search(capsys.readouterr().err)
+
+
+def test_fields_that_do_not_fit_go_on_in_the_next_line():
+    fields = ["step 5/10", "loss 3.1", "grad 0.5", "eta 0:10"]
+    assert wrapped(fields, 80) == "step 5/10 | loss 3.1 | grad 0.5 | eta 0:10"
+    assert wrapped(fields, 31) == "step 5/10 | loss 3.1 | grad 0.5\n    | eta 0:10"
+    assert wrapped(fields, 1).splitlines()[1:] == ["    | " + f for f in fields[1:]]

@@ -4,6 +4,8 @@ B batch · L length · T = B * L tokens · N tokens without padding · R copies 
 C slots per expert · K slots per token · E experts
 """
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from moex.data.files import naming
 from moex.model.layers import Routed, label, routers, site_at, sites
 from moex.model.losses import moe_layers
 from moex.moe.routing import ExpertRouting
+from moex.progress import phase
 from moex.runs.directory import Place, RunDir
 from moex.runs.open import LoadedRun
 from moex.runs.program import Evaluated
@@ -61,9 +64,10 @@ def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -
     counter = TokenCounter(tokens, token_ids=cfg.task.TOKEN_IDS)
     written = 0
     with jax.set_mesh(run.mesh), TraceWriter(out, header) as writer:
-        for batch in program.eval_batches(limit):
+        for batch in program.eval_batches(limit, "tracing"):
             shards = shard_batch(batch, run.mesh)
-            arrays = jax.device_get(routed(run.params, run.state, shards))
+            with phase("compiling the trace") if not written else nullcontext():
+                arrays = jax.device_get(routed(run.params, run.state, shards))
             valid_T, found = counter(batch)
             with naming(out):
                 writer.write(found, slots_by_layer(run.cfg.model, arrays, valid_T))

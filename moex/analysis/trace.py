@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from moex.analysis.header import Header, LayerInfo
 from moex.config.base import ConfigError, nearest, short
+from moex.progress import counted
 
 KEY = b"moex.trace"  # key of the header in the metadata of the file
 BLOCK = 16384  # tokens of a row group; the last one has what is left
@@ -194,7 +195,8 @@ class Trace:
                 "`moex trace --logits` records them."
             )
         names = ["expert", *values, *(["logits"] if logits else [])]
-        for block in range(len(self._sizes)):
+        num_blocks, doing = len(self._sizes), f"reading {self.path}"
+        for block in counted(range(num_blocks), doing, num_blocks, "blocks"):
             first = block * len(labels)
             tokens = self._tokens(first)
             found = {

@@ -16,6 +16,7 @@ import threading
 import time
 from typing import NoReturn
 
+from moex import progress
 from moex.config.base import ConfigError
 from moex.json_files import parse_object
 from moex.terminal import printable
@@ -207,7 +208,7 @@ def say(text: str, kind: str = "error") -> None:
     line = printable(" ".join(text.split()))
     if len(line) > MOST_SHOWN:  # for example, it may quote a long value
         line = f"{line[: MOST_SHOWN - 400]} ... {line[-300:]}"
-    print(f"moex: {kind}: {line}", file=sys.stderr, flush=True)
+    progress.tell(f"moex: {kind}: {line}")
 
 
 def end_now(code: int) -> NoReturn:

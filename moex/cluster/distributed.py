@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
-from moex import hints
+from moex import hints, progress
 from moex.cluster import addresses, connections, rendezvous
 from moex.config.base import ConfigError, own_files, require, to_dict
 
@@ -220,6 +220,8 @@ def join(flags, facts: dict) -> None:
         _token(place, os.environ),
     )
     sys.excepthook = _unexpected
+    if place.index:
+        progress.hide()  # process 0 speaks for all
     import jax
 
     # The training loop handles SIGTERM itself; before it starts, a process may just

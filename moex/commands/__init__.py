@@ -8,6 +8,7 @@ import abc
 import argparse
 import importlib
 import inspect
+import pathlib
 import pkgutil
 
 CONFIG_HELP = """\
@@ -39,8 +40,12 @@ class Verb(abc.ABC):
       usage: the arguments in the first line of the help; "": argparse writes it.
       refuses_config: if the verb takes no `--config`, the end of the error message
         "--config: VERB ...", such as "takes the config of the run"; otherwise "".
+      talks: whether the verb itself shows at any time what it does.
+      left: what a verb without `output` says after Ctrl-C.
     """
 
+    talks = False
+    left = "nothing was written"
     examples = ""
     usage = ""
     refuses_config = ""
@@ -61,6 +66,10 @@ class Verb(abc.ABC):
           ConfigError: for a mistake of the user: one line, exit code 2.
           RunError: if a run cannot go on: one line, exit code 1.
         """
+
+    def output(self, args: argparse.Namespace) -> pathlib.Path | None:
+        """The file or folder that the verb writes; None: there is none."""
+        return getattr(args, "out", None)
 
     def description(self) -> str:
         """The docstring of the class as one line."""

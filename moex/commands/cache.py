@@ -25,6 +25,7 @@ class Command(Verb):
 
     examples = EXAMPLES
     refuses_config = "takes no config"
+    left = "what was removed by then stays removed"
 
     def add(self, parser):
         add_json(parser)

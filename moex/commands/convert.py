@@ -35,6 +35,9 @@ class Command(Verb):
             for flag, how in kind.flags.items():
                 group.add_argument(option(flag), **({"default": None} | how))
 
+    def output(self, args):
+        return args.workdir
+
     def run(self, args, config_args):
         from moex.convert.apply import convert_run, report_text
 

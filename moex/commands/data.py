@@ -7,6 +7,8 @@ from moex.config.arguments import integer
 class Command(Verb):
     """Prepare the data of a config, or look at it."""
 
+    left = "sources that were prepared are kept, and the others are prepared next time"
+
     def add(self, parser):
         parser.add_argument("action", choices=("prepare", "inspect"))
         parser.add_argument(

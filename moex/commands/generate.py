@@ -2,6 +2,7 @@
 
 import sys
 
+from moex import progress
 from moex.commands import Verb
 from moex.commands.arguments import add_run
 from moex.config.arguments import integer, positive
@@ -46,7 +47,9 @@ class Command(Verb):
         require(0 <= args.seed < 2**31, "--seed", args.seed, "in [0, 2**31)")
         prompts = args.prompt
         if not prompts:
+            progress.clear(pause=True)  # somebody may be typing
             given = sys.stdin.buffer.read()
+            progress.clear()
             prompts = [decode_utf8(given, "standard input", "--prompt")]
         texts = write_text(
             args.run,

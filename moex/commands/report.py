@@ -43,6 +43,9 @@ class Command(Verb):
             "--out", type=path, metavar="FILE", help="default: RUN/report.html"
         )
 
+    def output(self, args):
+        return args.out or args.run.report
+
     def run(self, args, config_args):
         from moex.report.write import write_report
 

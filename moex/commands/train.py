@@ -24,6 +24,7 @@ A sweep is one run per combination of values, each in a folder of --workdir:
 class Command(Verb):
     """Train a model, or continue the run in --workdir."""
 
+    talks = True
     examples = EXAMPLES
     usage = "--config=FILE[:arg] --workdir=RUN [--config.a.b=value ...] [options]"
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moex.model.losses import moe_layers
+from moex.progress import counted
 from moex.runs.open import LoadedRun
 from moex.sharding import shard_batch
 from moex.train.job import Job
@@ -36,7 +37,9 @@ def input_moments(run: LoadedRun, job: Job, sequences: int) -> dict:
     num_batches = -(-sequences // job.cfg.batch_size)
     total: dict[str, np.ndarray] = {}
     with jax.set_mesh(job.mesh):
-        for batch in itertools.islice(job.batches(0), num_batches):
+        batches = itertools.islice(job.batches(0), num_batches)
+        doing = "reading training sequences"
+        for batch in counted(batches, doing, num_batches, "batches"):
             batch = shard_batch(batch, job.mesh)
             for path, value in moments(run.params, run.state, batch).items():
                 total[path] = total.get(path, 0) + np.float64(value) / num_batches

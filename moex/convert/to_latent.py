@@ -17,6 +17,7 @@ from moex.convert.latent import Factoring, convert_experts
 from moex.model.layers import sites
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
+from moex.progress import counted
 
 
 def latent_model(model, options: ToLatent):
@@ -60,9 +61,8 @@ def convert_params(params, model, options: ToLatent, moments):
       "group", "error", "tail", "output_error"}.
     """
     errors = []
-    for site in sites(model):
-        if site.sparse is None:
-            continue
+    found = [site for site in sites(model) if site.sparse is not None]
+    for site in counted(found, "factoring experts", len(found), "layers"):
         path, latent = site.sparse.path.split("/"), site.sparse.moe.experts
         assert isinstance(latent, Latent)
         how = Factoring(

@@ -20,6 +20,7 @@ from moex.model.layers import layers as layers_of
 from moex.model.layers import sites
 from moex.moe.contract import RouterConfig
 from moex.nn.mlp import Dense
+from moex.progress import phase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +135,14 @@ def upcycle_params(params, state, model, options: Upcycle):
     """
     found = pieces(model, options.layers)
     params, state = (_cut(tree, found, model) for tree in (params, state))
+    doing, total = "making experts", len(upcycled_layers(model, options.layers))
+    with phase(doing, total, "layers") as at:
+        _upcycle(params, found, options, at.add)
+    return params, state
+
+
+def _upcycle(params, found: list[Piece], options: Upcycle, count) -> None:
+    """Replace feed-forwards in parameters by new segment; `count` counts layers."""
     for i, piece in enumerate(found):
         blocks = params["segments"][str(i)]["blocks"]
         for block, upcycled in enumerate(piece.upcycled):
@@ -144,9 +153,9 @@ def upcycle_params(params, state, model, options: Upcycle):
                     weights = {name: value[r] for name, value in old.items()}
                     number = piece.layer(block, r)
                     layers.append(layer_of_dense(weights, options, number))
+                    count(1)
                 stacked = jax.tree.map(lambda *a: np.stack(a), *layers)
                 blocks[str(block)]["ffn"] = stacked
-    return params, state
 
 
 def _cut(tree, found: list[Piece], model) -> dict:

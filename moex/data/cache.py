@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from moex.config.base import TYPE_KEY, ConfigError, to_dict
-from moex.data.files import locked, size_and_hash
+from moex.data.files import File, locked, size_and_hash
 from moex.data.packing import pack_rows
 from moex.data.stream import SPLITS, write_source
 from moex.json_files import digest, read_object
+from moex.progress import counted, phase
 
 STALE_S = 24 * 3600
 FORMAT = 2  # increase this when the meaning of cached files changes
@@ -38,7 +39,9 @@ def scan(source, where: str, say=None) -> dict[str, Any]:
     found = source.files(where, say)
     for file in found:
         source.check_file(file, where)
-    files = [[file.name, *size_and_hash(file.path)] for file in found]
+    total = sum(map(_size, found))
+    read = counted(found, f"reading {source.label()}", total, "B", _size)
+    files = [[file.name, *size_and_hash(file.path)] for file in read]
     settings = to_dict(source)
     for name in ("weight", "name", "paths"):
         settings.pop(name, None)
@@ -51,6 +54,10 @@ def scan(source, where: str, say=None) -> dict[str, Any]:
     }
 
 
+def _size(file: File) -> int:
+    return file.path.stat().st_size
+
+
 def prepared(
     source, scan, tokenizer, seq_len: int, root: Path, where: str, log
 ) -> tuple[Path, dict[str, Any]]:
@@ -61,7 +68,9 @@ def prepared(
     name = "".join(c if c.isalnum() else "_" for c in source.label())[:40]
     final = root / f"{name}-{digest(key)[:32]}"
     # Checking all bytes needs no lock; with one, processes would wait for each other.
-    if manifest := _read(final):
+    with phase(f"checking {final}"):
+        manifest = _read(final)
+    if manifest:
         return final, manifest
     with locked(root / f"{final.name}.lock"):
         manifest = _read(final)
@@ -95,7 +104,8 @@ def _make(source, scan, tokenizer, seq_len, out, where, log) -> dict[str, Any]:
     """Write both splits and the manifest into `out`."""
     began = time.perf_counter()
     log(f"data: encoding {source.label()} ({scan['bytes'] / 1e6:.1f} MB)")
-    made = write_source(source, tokenizer, out, where)
+    with phase(f"encoding {source.label()}", scan["bytes"], "B") as at:
+        made = write_source(source, tokenizer, out, where, at.add)
     if source.content() == "pairs":
         for split in SPLITS:
             pack_rows(out / split, seq_len, source.truncate, where)

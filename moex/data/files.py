@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moex.config.base import ConfigError, require, require_path
+from moex.progress import phase
 
 BOM = b"\xef\xbb\xbf"  # some editors put this before UTF-8 text; it is not text
 
@@ -223,9 +224,13 @@ def naming(file: Path) -> Iterator[None]:
 def atomic_write(path: Path, text: str) -> None:
     """Write a small file; after a kill there is either the old or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with naming(path):
-        temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        with naming(path):
+            temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except KeyboardInterrupt:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -233,6 +238,7 @@ def locked(file: Path) -> Iterator[None]:
     """Hold a lock on a file, for one maker at a time; a killed process loses it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w", encoding="utf-8") as f:
-        with contextlib.suppress(OSError):  # some file systems have no locks
+        waits = phase(f"waiting for the process that makes {file.with_suffix('')}")
+        with waits, contextlib.suppress(OSError):  # some file systems have no locks
             fcntl.flock(f, fcntl.LOCK_EX)
         yield

@@ -20,6 +20,7 @@ from moex.data.sources import PythonStdlib
 from moex.data.stream import SPLITS, Stream
 from moex.data.tokenizer import Bpe, Tokenizer
 from moex.json_files import digest
+from moex.progress import phase
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -178,7 +179,8 @@ def _sample(named, total: int, limit: int) -> list[str]:
     """
     share = min(1.0, limit / total)
     while True:
-        texts = list(_draw(named, share, limit))
+        with phase("drawing text for the tokenizer"):
+            texts = list(_draw(named, share, limit))
         if share == 1 or sum(map(len, texts)) >= limit // 2:
             return texts
         share = min(1.0, 4 * share)

@@ -138,8 +138,13 @@ def _mapped(file: Path, dtype: str, length: int) -> np.ndarray:
     return np.memmap(file, dtype, "r").view(np.ndarray)
 
 
-def write_source(source, tokenizer, out: Path, where: str) -> dict[str, Any]:
+def write_source(
+    source, tokenizer, out: Path, where: str, count=lambda number: None
+) -> dict[str, Any]:
     """Encode a source in one pass into `out/train` and `out/eval`.
+
+    Args:
+      count: called with the bytes of each document that is written.
 
     Returns:
       The counts of each split, and a hash of the keys of the held-out documents.
@@ -164,6 +169,7 @@ def write_source(source, tokenizer, out: Path, where: str) -> dict[str, Any]:
             for (key, _), document in zip(batch, added, strict=True):
                 split = source.split(key)
                 writers[split].add(*document)
+                count(document[2])
                 if split == "eval":
                     held_out.update(key.encode(errors="surrogateescape") + b"\n")
         counts = {split: writer.close() for split, writer in writers.items()}

@@ -17,6 +17,7 @@ from moex.data.contract import Corpus, TokenizerConfig
 from moex.data.encoding import DOC_TOKEN, MOST_TOKENS, Tokenizer, read_model, sha256
 from moex.data.files import atomic_write, locked
 from moex.json_files import read_object
+from moex.progress import phase
 
 BPE_SAMPLE_BYTES = 4_000_000
 
@@ -75,7 +76,8 @@ class Bpe(TokenizerConfig):
             )
         size = sum(map(len, texts)) / 1e6
         log(f"tokenizer: training BPE with {self.vocab} tokens on {size:.1f} MB")
-        return train_bpe(texts, self.vocab).to_str()
+        with phase("training the tokenizer"):
+            return train_bpe(texts, self.vocab).to_str()
 
 
 def _kept(file: Path) -> str | None:

@@ -35,8 +35,10 @@ from moex.interop.tokens import (
 )
 from moex.interop.writing import check_target
 from moex.model import spec as states
+from moex.model.accounting import num_bytes
 from moex.model.optim import AdamW, Optim, make_optimizer
 from moex.model.paths import path_name
+from moex.progress import phase
 from moex.runs.claim import new_run
 from moex.runs.directory import RunDir
 from moex.runs.keys import Checkpoint, Eval, Log, Loss, check_run
@@ -221,13 +223,17 @@ def load_model(spec, mesh, wanted: list[Piece], source) -> dict:
 
     def load(path, leaf, sharding):
         pieces_of = by_path[path_name(path)]
-        return load_array(leaf.shape, leaf.dtype, sharding, pieces_of, source)
+        loaded = load_array(leaf.shape, leaf.dtype, sharding, pieces_of, source)
+        at.add(loaded.nbytes)
+        return loaded
 
     walk = jax.tree_util.tree_map_with_path
-    return {
-        "params": walk(load, spec.params, params),
-        "state": walk(load, spec.state, state),
-    }
+    total = num_bytes((spec.params, spec.state))
+    with phase("reading tensors", total, "B") as at:
+        return {
+            "params": walk(load, spec.params, params),
+            "state": walk(load, spec.state, state),
+        }
 
 
 def _run_config(model, where, config, config_args):

@@ -18,6 +18,7 @@ import numpy as np
 from moex.config.base import ConfigError
 from moex.data.files import naming
 from moex.interop.folder import DTYPES, INDEX, SINGLE
+from moex.progress import phase
 
 FORMAT = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -84,8 +85,10 @@ def write(
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir(parents=True)
     try:
-        for name, shard in shards.items():
-            _write_shard(temporary / name, shard)
+        total = sum(tensor.nbytes for tensor in tensors)
+        with phase("writing tensors", total, "B") as at:
+            for name, shard in shards.items():
+                _write_shard(temporary / name, shard, at.add)
         files = dict(files or {})
         if list(shards) != [SINGLE]:
             files[INDEX] = json.dumps(_index(shards, index), indent=2) + "\n"
@@ -134,7 +137,7 @@ def _index(shards: dict[str, list[Tensor]], before: Mapping[str, Any]) -> dict:
     }
 
 
-def _write_shard(file: Path, shard: list[Tensor]) -> None:
+def _write_shard(file: Path, shard: list[Tensor], count: Callable) -> None:
     """Write one file of the format, tensor by tensor, laid out as its library does.
 
     The library itself wants all tensors of a file in memory.
@@ -157,6 +160,7 @@ def _write_shard(file: Path, shard: list[Tensor]) -> None:
         f.write(len(text).to_bytes(8, "little") + text)
         for tensor in shard:
             f.write(_value(tensor))
+            count(tensor.nbytes)
 
 
 def _value(tensor: Tensor) -> memoryview:

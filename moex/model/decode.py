@@ -23,6 +23,7 @@ from moex.model.accounting import device_bytes, num_bytes
 from moex.nn.context import Compute, Context
 from moex.nn.contract import StackReader
 from moex.nn.lm import LM
+from moex.progress import phase
 
 # Prompts are padded to a power of two of at least this many tokens, so that a session
 # of many prompts compiles few programs.
@@ -79,20 +80,21 @@ def generate(
     num_padding_B = np.array([P - len(prompt) for prompt in prompts], np.int32)
     # The last token is not fed back, so it needs no slot.
     slots = P + max_new_tokens - 1
-    new_BN, num_new_B, _ = _generate(
-        params,
-        state,
-        model_cfg.init_cache(len(prompts), slots, jnp.dtype(compute.dtype)),
-        prompt_BP,
-        num_padding_B,
-        jax.random.key(seed),
-        graphdef=spec.graphdef,
-        sampling=(float(temperature), int(top_k), float(top_p)),
-        max_new_tokens=max_new_tokens,
-        stop_tokens=tuple(sorted({int(token) for token in stop_tokens})),
-        compute=dataclasses.replace(compute, scan_layers=True),
-    )
-    new_BN, num_new_B = np.asarray(new_BN), np.asarray(num_new_B)
+    with phase(f"writing at most {max_new_tokens:,} tokens"):
+        new_BN, num_new_B, _ = _generate(
+            params,
+            state,
+            model_cfg.init_cache(len(prompts), slots, jnp.dtype(compute.dtype)),
+            prompt_BP,
+            num_padding_B,
+            jax.random.key(seed),
+            graphdef=spec.graphdef,
+            sampling=(float(temperature), int(top_k), float(top_p)),
+            max_new_tokens=max_new_tokens,
+            stop_tokens=tuple(sorted({int(token) for token in stop_tokens})),
+            compute=dataclasses.replace(compute, scan_layers=True),
+        )
+        new_BN, num_new_B = np.asarray(new_BN), np.asarray(num_new_B)
     return [row[:n].tolist() for row, n in zip(new_BN, num_new_B, strict=True)]
 
 

@@ -22,6 +22,7 @@ from moex.model.spec import model_spec
 from moex.plan.memory import batch_arguments
 from moex.plan.topology import Topology
 from moex.process import host_bytes
+from moex.progress import phase
 from moex.train.job import Training
 
 # libtpu reads these before it describes a topology. Without them it waits for a
@@ -146,7 +147,8 @@ def compile_step(cfg, topology: Topology) -> Compiled:
         lowered = program.train_step().lower(*arguments)
         middle = time.perf_counter()
         try:
-            compiled = lowered.compile()
+            with phase("compiling the train step"):
+                compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             raise _refusal(error, topology) from None
         end = time.perf_counter()

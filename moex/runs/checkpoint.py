@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from moex.config.base import ConfigError, RunError, require
+from moex.progress import phase
 from moex.runs.checksums import checksums
 from moex.runs.directory import Place, RunDir
 from moex.runs.record import (
@@ -159,9 +160,10 @@ class Checkpointer:
         args |= {"data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(meta)}
         self._saving, self._hold.active = step, skipped_in_row > 0
         try:
-            self.manager.save(
-                step, args=ocp.args.Composite(**args), metrics=metrics, force=True
-            )
+            with phase(f"saving step {step}"):
+                self.manager.save(
+                    step, args=ocp.args.Composite(**args), metrics=metrics, force=True
+                )
         except Exception as e:
             raise self._failed(f"saving step {step}", e) from e
 
@@ -210,7 +212,8 @@ class Checkpointer:
           CheckpointError: if one failed.
         """
         try:
-            self.manager.wait_until_finished()
+            with phase("writing the checkpoint"):
+                self.manager.wait_until_finished()
             self.manager.check_for_errors()
         except Exception as e:
             raise self._failed("writing a checkpoint", e) from e
@@ -269,7 +272,8 @@ class Checkpointer:
                 self._look_over(steps, abstract, warn)
         for step in reversed(steps):
             try:
-                found = step, *self._restore_step(step, abstract, items, check)
+                with phase(f"reading the checkpoint of step {step}"):
+                    found = step, *self._restore_step(step, abstract, items, check)
             except (ConfigError, jax.errors.JaxRuntimeError):
                 raise  # neither a wrong config nor too little memory is damage
             except Exception as e:  # Orbax and TensorStore raise plain Exceptions

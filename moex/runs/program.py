@@ -22,6 +22,7 @@ from moex.data.batches import Datasets, eval_batches
 from moex.model.precision import compute_dtype
 from moex.model.spec import ModelSpec, abstract_arrays
 from moex.nn.context import Compute
+from moex.progress import counted
 from moex.runs.keys import check_run
 
 
@@ -72,11 +73,14 @@ class Evaluated(Program):
         """Whether there is held-out data with something to score."""
         return self.data.holds_out
 
-    def eval_batches(self, limit: int | None):
-        """The held-out batches of this process."""
+    def eval_batches(self, limit: int | None, doing="scoring held-out data"):
+        """The held-out batches of this process; `doing` says what they are read for."""
         size = eval_batch_size(self.cfg)
         rows = sharding.process_rows(self.mesh, size)
-        return eval_batches(self.data, batch_size=size, limit=limit, rows=rows)
+        found = eval_batches(self.data, batch_size=size, limit=limit, rows=rows)
+        sequences = sum(map(len, self.data.eval))
+        total = -(-min(sequences, limit or sequences) // size)
+        return counted(found, doing, total, "batches")
 
 
 def mesh_here(cfg) -> Mesh:

@@ -1,19 +1,20 @@
 """Scoring on held-out data, during training and for a run directory."""
 
+import contextlib
 import dataclasses
 import math
-import sys
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from moex.config.base import ConfigError
+from moex.progress import phase, tell
 from moex.runs.directory import Place, RunDir
 from moex.runs.keys import check_run
 from moex.runs.open import LoadedRun, load_run
 from moex.runs.program import Evaluated, Program, check_eval_devices, eval_batch_size
 from moex.sharding import batch_shards, shard_batch
-from moex.terminal import printable
 
 
 def eval_step(program: Program):
@@ -38,7 +39,13 @@ def make_eval_step(task, spec, *, num_domains, compute):
     return step
 
 
-def evaluate(program: Evaluated, state: dict, step, limit: int | None) -> dict:
+def evaluate(
+    program: Evaluated,
+    state: dict,
+    step,
+    limit: int | None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict | None:
     """Compute the held-out figures: `Task.result`, the loss by domain, and routing.
 
     They are made of the sums of all batches, so the batch size does not change them. A
@@ -47,18 +54,26 @@ def evaluate(program: Evaluated, state: dict, step, limit: int | None) -> dict:
     Args:
       step: the result of `eval_step`.
       limit: sequences to score; None: all.
+      stop: asked before every batch whether to give up.
+
+    Returns:
+      The figures; None if `stop` said so.
 
     Raises:
       ConfigError: if nothing is held out.
     """
     total, running = None, None
     for batch in program.eval_batches(limit):
+        if stop():
+            return None
         batch = shard_batch(batch, program.mesh)
         # One step runs at a time, while the next batch is read. Two steps could run in
         # any order (neither reads results of the other), and processes that start their
         # collectives in different orders wait for each other for ever.
         total = _add(total, running)
-        running = step(state["params"], state["state"], batch)
+        compiles = phase("compiling the evaluation")
+        with compiles if running is None else contextlib.nullcontext():
+            running = step(state["params"], state["state"], batch)
     total = _add(total, running)
     if total is None:
         raise ConfigError("config.data: no data is held out; raise holdout.")
@@ -102,6 +117,7 @@ def score_run(place: Place, cfg, *, sequences=None) -> dict:
     state = {"params": run.params, "state": run.state}
     with jax.set_mesh(run.mesh):
         result = evaluate(program, state, eval_step(program), sequences)
+    assert result is not None
     if result["tokens"] == 0:
         raise ConfigError("config.data: what is held out has no target to score.")
     result.pop("layers")
@@ -153,7 +169,7 @@ def run_with_data(place: Place, cfg, *, step=None) -> tuple[LoadedRun, Evaluated
     # Take the run's own mesh if it fits the devices here, or else the given one.
     folder = RunDir.of(place)
     given = None if cfg.mesh == folder.config().mesh else cfg.mesh
-    run = load_run(folder, given, warn=_warn, step=step)
+    run = load_run(folder, given, warn=tell, step=step)
     cfg.model, cfg.task = run.cfg.model, run.cfg.task
     check_run(cfg, to_train=False)
     shards = batch_shards(run.mesh)
@@ -161,10 +177,6 @@ def run_with_data(place: Place, cfg, *, step=None) -> tuple[LoadedRun, Evaluated
     cfg.eval = dataclasses.replace(cfg.eval, batch_size=rows)
     check_eval_devices(cfg, run.mesh)
     cfg.task.like(cfg, folder)
-    data = cfg.task.prepare(cfg, log=_warn, scoring=True)
+    data = cfg.task.prepare(cfg, log=tell, scoring=True)
     cfg.task.fill(cfg, data)
     return run, Evaluated(cfg=cfg, mesh=run.mesh, spec=run.spec, data=data)
-
-
-def _warn(line: str) -> None:
-    print(printable(line), file=sys.stderr)

@@ -18,12 +18,12 @@ from moex.config.base import ConfigError, nearest, require
 from moex.json_files import dump_json
 from moex.model.decode import generate
 from moex.nn.contract import not_causal
+from moex.progress import tell
 from moex.runs.directory import Place, RunDir
 from moex.runs.open import LoadedRun, load_run
 from moex.runs.program import eval_batch_size
 from moex.serve.likelihood import chunks, continuation_scores, padded_length
 from moex.tasks.base import require_token_ids
-from moex.terminal import printable
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -206,7 +206,7 @@ def score_tasks(
         if task not in manager.all_tasks:
             hint = nearest(task, manager.all_tasks)
             raise ConfigError(f"--tasks = {task!r}: no such task or file.{hint}")
-    run = load_run(place, warn=lambda line: print(printable(line), file=sys.stderr))
+    run = load_run(place, warn=tell)
     # The harness would fork this process for its bootstrap while JAX has threads.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout is for results

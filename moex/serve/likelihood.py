@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from moex.model.decode import SHORTEST_PROMPT
+from moex.progress import phase
 from moex.runs.open import LoadedRun
 from moex.runs.program import eval_batch_size
 from moex.sharding import batch_shards, shard_batch
@@ -52,7 +53,8 @@ def continuation_scores(
         groups[padded_length(length, seq_len, run.mesh.shape["seq"])].append(i)
     compute = run.compute(train=False)
     scores = [(0.0, True)] * len(pairs)
-    with jax.set_mesh(run.mesh):
+    scoring = phase("scoring continuations", len(pairs), "continuations")
+    with jax.set_mesh(run.mesh), scoring as at:
         for L, members in groups.items():
             for some in chunks(members, _num_rows(run, L)):
                 batch = _batch([pairs[i] for i in some], _num_rows(run, L), L)
@@ -66,6 +68,7 @@ def continuation_scores(
                 found = np.asarray(sum_B).tolist(), np.asarray(greedy_B).tolist()
                 for i, *score in zip(some, *found, strict=False):
                     scores[i] = tuple(score)
+                at.add(len(some))
     return scores
 
 

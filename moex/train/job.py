@@ -11,6 +11,7 @@ from moex import sharding
 from moex.data import batches
 from moex.model import optim
 from moex.model.spec import abstract_opt, init_guard, init_params, model_spec
+from moex.progress import phase
 from moex.runs.program import Evaluated, Program, mesh_here
 from moex.runs.room import check_room
 from moex.train import step as steps
@@ -95,7 +96,8 @@ class Training(Program):
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         options = ONCE_ON_CPU if on_cpu else None
         init = jax.jit(init, out_shardings=places, compiler_options=options)
-        return init(jax.random.key(self.cfg.seed))
+        with phase("making the first parameters"):
+            return init(jax.random.key(self.cfg.seed))
 
     def abstract_state(self) -> dict:
         """The train state as `ShapeDtypeStruct`s with shardings, for restoring."""
@@ -112,7 +114,7 @@ class Job(Training, Evaluated):
         key = jax.eval_shape(lambda: jax.random.key(0))
         batch = self.cfg.task.batch_shapes(self.cfg, self.cfg.batch_size)
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), phase("tracing the train step"):
             jax.eval_shape(self.train_step(), self.abstract_state(), number, key, batch)
 
     def batches(self, start: int):

@@ -16,7 +16,7 @@ from moex.runs.consumed import Consumed
 from moex.runs.directory import RunDir
 from moex.runs.keys import COEFFICIENTS
 from moex.runs.score import domain_losses
-from moex.terminal import clock
+from moex.terminal import clock, wrapped
 from moex.train.job import Job
 
 
@@ -87,9 +87,12 @@ def eval_line(task, result: dict) -> str:
 
 
 def step_line(
-    step: int, total: int, values: dict, brief: str, step_seconds: float
+    step: int, total: int, values: dict, brief: str, seconds_left: float, columns=80
 ) -> str:
-    """Format everything about a step as one line; `brief` comes from the task."""
+    """Format everything about a step; `brief` comes from the task.
+
+    It is one line, and a second one for the fields that do not fit into `columns`.
+    """
     parts = [
         f"step {step}/{total}",
         f"loss {values['loss']:.4f}",
@@ -109,8 +112,8 @@ def step_line(
         parts.append(f"dropped {100 * values['moe/dropped_frac']:.1f}%")
     if values["skipped"]:
         parts.append(f"skipped {values['skipped']}")
-    parts.append(f"eta {clock((total - step) * step_seconds)}")
-    return " | ".join(parts)
+    parts.append(f"eta {clock(seconds_left)}")
+    return wrapped(parts, columns)
 
 
 def load_lines(model, layers: dict) -> str:
@@ -121,6 +124,12 @@ def load_lines(model, layers: dict) -> str:
         more = f" ... ({len(frac)} experts)" if len(frac) > 16 else ""
         lines.append(f"  layer {shown(label):>3} | {shares}{more} %")
     return "\n".join(lines)
+
+
+def told_figures(figures: dict[str, float]) -> str:
+    """The figures of a run that is complete, as the part of a sentence."""
+    told = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    return told and f" ({told})"
 
 
 def told_lost(rows: int) -> str:

@@ -1,17 +1,18 @@
 """The log of a run: metrics.jsonl, routing.jsonl, TensorBoard and the terminal.
 
-Only process 0 writes. A terminal shows a progress bar; one plain line per logged step
-is printed everywhere.
+Only process 0 writes. A terminal shows how far the training is; a plain line per
+logged step is printed everywhere.
 """
 
+import contextlib
 import sys
 from typing import Any
 
 import jax
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from moex.model.figures import routing_record
+from moex.progress import phase
 from moex.runs.directory import Place, RunDir
 from moex.runs.lines import Lines, trim
 from moex.terminal import printable
@@ -24,7 +25,8 @@ class RunLog:
 
     def __init__(self, place: Place, cfg, *, step, total_steps, num_domains=1):
         """Continue the logs of a run after `step`; later lines are dropped."""
-        self.active = jax.process_index() == 0
+        self.active, self.total = jax.process_index() == 0, total_steps
+        self.shown = contextlib.ExitStack()
         self.tb: Any = None
         self.board: Any = None
         self.bar: Any = None
@@ -53,27 +55,22 @@ class RunLog:
             self.tb.add_custom_scalars(layout(cfg, num_domains))
             self.board = Board(self.tb, cfg)
             self.board.fields(run.name, cfg)
-        if sys.stderr.isatty():
-            self.bar = tqdm(
-                total=total_steps, initial=step, unit="step", dynamic_ncols=True
-            )
 
     def line(self, text: str) -> None:
         """Print one line for people."""
-        if not self.active:
-            return
-        text = printable(text)  # a sample, for example, may hold control characters
-        if self.bar is not None:
-            self.bar.write(text)
-        else:
-            print(text, flush=True)
+        if self.active:  # a sample, for example, may hold control characters
+            print(printable(text), flush=True)
+
+    def begin(self, step: int) -> None:
+        """Show from now on how far the training is, after this step."""
+        steps = phase("training", self.total, "steps", initial=step, plain=False)
+        self.bar = self.shown.enter_context(steps)
 
     def advance(self, loss=None) -> None:
-        """Move the progress bar by one step."""
-        if self.bar is not None:
-            if loss is not None:
-                self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            self.bar.update()
+        """Count a step of the training."""
+        self.bar.add()
+        if loss is not None:
+            self.bar.note = f"loss {loss:.3f}"
 
     def record(self, kind: str, step: int, values: dict) -> None:
         """Write a line of metrics.jsonl, and a scalar per value to TensorBoard."""
@@ -103,7 +100,8 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close everything."""
-        for part in (self.bar, self.tb, self.jsonl, self.routing):
+        self.shown.close()
+        for part in (self.tb, self.jsonl, self.routing):
             if part is not None:
                 part.close()
         if self.tb is not None and sys.exception() is None:

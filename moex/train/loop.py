@@ -6,6 +6,7 @@ logging never makes the device wait; see `train/in_flight.py`.
 
 import dataclasses
 import math
+import shutil
 import time
 from typing import Any
 
@@ -17,6 +18,7 @@ from moex.config import base as configs
 from moex.config.base import RunError
 from moex.model import accounting
 from moex.model.figures import by_layer, moe_summary
+from moex.progress import phase
 from moex.runs.checkpoint import Checkpointer
 from moex.runs.checksums import all_finite
 from moex.runs.consumed import Consumed
@@ -35,6 +37,7 @@ from moex.train.lines import (
     speed,
     step_line,
     step_values,
+    told_figures,
     told_lost,
 )
 from moex.train.log import RunLog
@@ -76,8 +79,9 @@ class Run:
         cfg, log = self.job.cfg, self.log
         if self.step >= cfg.steps and self.final is not None:
             log.line(
-                f"the run is complete: step {self.step} of {cfg.steps}, "
-                f"{self.final}; nothing to do. To go on, raise config.steps."
+                f"the run is complete: step {self.step} of {cfg.steps}"
+                f"{told_figures(self.final)}; nothing to do. To go on, raise "
+                "config.steps."
             )
             return {"step": self.step} | self.final
         batches = self.job.batches(self.consumed.sequences)
@@ -114,22 +118,31 @@ class Run:
                 if not self.in_row:
                     self._pause()
         flight.land()
-        if self.step < cfg.steps:
-            saved = self.step in self.checkpointer.steps() or self._save()
-            self.checkpointer.wait()
-            done = "checkpoint saved; the same command goes on from here"
-            log.line(
-                f"stopped at step {self.step} of {cfg.steps}: "
-                f"{done if saved else stands(self.dir)}"
-            )
-            left = {"stopped": True, "interrupted": self.interrupted}
-            return self.last | {"step": self.step} | left
-        return self._finish()
+        return self._leave() if self.step < cfg.steps else self._finish()
+
+    def _leave(self) -> dict:
+        """Save this step, and say where the run stands."""
+        saved = self.step in self.checkpointer.steps() or self._save()
+        self.checkpointer.wait()
+        done = "checkpoint saved; the same command goes on from here"
+        self.log.line(
+            f"stopped at step {self.step} of {self.job.cfg.steps}: "
+            f"{done if saved else stands(self.dir)}"
+        )
+        left = {"stopped": True, "interrupted": self.interrupted}
+        return self.last | {"step": self.step} | left
 
     def _should_stop(self) -> bool:
         # Several processes must leave at the same step. The metrics of a step tell them
         # to, and all of them look at these after the same number of steps.
         return self.stop_asked if jax.process_count() == 1 else self.stop_agreed
+
+    def _stops_evaluation(self) -> bool:
+        # Several processes do the same steps, so that all of them go on to its end. A
+        # sweep takes a run that has saved its last step for finished: SIGTERM, which
+        # it sends, does not stop the last evaluation.
+        asked = self.interrupted or (self.stop_asked and self.step < self.job.cfg.steps)
+        return asked and jax.process_count() == 1
 
     def _due(self) -> set[str]:
         """The tasks that are due after this step: "eval", "sample", "save"."""
@@ -148,11 +161,14 @@ class Run:
         """Compile the train step; the time is reported and not counted as training."""
         began = time.perf_counter()
         args = (self.state, np.int32(self.step), key, batch)
-        compiled = self.job.train_step().lower(*args).compile()
+        self.log.line("compiling the train step ...")
+        with phase("compiling the train step"):
+            compiled = self.job.train_step().lower(*args).compile()
         seconds = time.perf_counter() - began
         self.log.line(f"compiled the train step in {seconds:.1f} s")
         self.log.record("compile", self.step, {"seconds": seconds})
         self.watch = Stopwatch()
+        self.log.begin(self.step)
         return compiled
 
     def _look(self, step: int, metrics, due: bool) -> None:
@@ -213,8 +229,9 @@ class Run:
         image = step == cfg.steps or (every > 0 and step % every == 0)
         self.log.layers("train", step, rows, image=image)
         self.last = values
-        brief = cfg.task.brief(values)
-        self.log.line(step_line(step, cfg.steps, values, brief, seconds["step"]))
+        brief, left = cfg.task.brief(values), self.log.bar.seconds_left(step)
+        columns = shutil.get_terminal_size().columns  # 80 where there is no terminal
+        self.log.line(step_line(step, cfg.steps, values, brief, left, columns))
         idle = values["grad_norm"] == 0
         if idle and not self.idle:
             self.log.line(
@@ -232,7 +249,7 @@ class Run:
         owed, self.owed = self.owed, set()
         if "eval" in owed:
             self._aside(lambda: self._evaluate(self.job.cfg.eval.sequences))
-        if "sample" in owed:
+        if "sample" in owed and not self._should_stop():
             self._aside(self._sample)
         if "save" in owed:
             self._aside(self._save)
@@ -244,10 +261,15 @@ class Run:
         finally:
             self.watch.start()
 
-    def _evaluate(self, limit) -> dict:
+    def _evaluate(self, limit) -> dict | None:
+        """Score held-out data; None if this process was asked to stop meanwhile."""
         if self.eval_step is None:
             self.eval_step = eval_step(self.job)
-        result = evaluate(self.job, self.state, self.eval_step, limit)
+        result = evaluate(
+            self.job, self.state, self.eval_step, limit, self._stops_evaluation
+        )
+        if result is None:
+            return None
         task = self.job.cfg.task
         values = eval_values(task, result)
         rows = self._rows(result["layers"])
@@ -297,6 +319,8 @@ class Run:
         """Score all held-out data, save, sample, and say where to look."""
         cfg, log = self.job.cfg, self.log
         scored = self._evaluate(None) if self.job.holds_out else None
+        if scored is None and self.job.holds_out:
+            return self._leave()
         names = [figure.name for figure in cfg.task.FIGURES]
         figures = {f"eval_{n}": scored[n] for n in names} if scored else {}
         figures = {k: v for k, v in figures.items() if math.isfinite(v)}
@@ -306,7 +330,8 @@ class Run:
                 f"good checkpoint: {self.checkpointer.last_good()}."
             )
         self.checkpointer.wait()
-        self._sample()
+        if not self._should_stop():
+            self._sample()
         if scored is not None:
             self._report(scored)
         log.text("config", self.step, configs.describe(cfg))

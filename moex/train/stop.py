@@ -4,13 +4,17 @@ import contextlib
 import os
 import signal
 
+from moex import interrupts, progress
 from moex.cluster import distributed
 from moex.runs.directory import RunDir
+
+SAVING = "interrupt: saving, then leaving (again: leave at once)"
 
 
 @contextlib.contextmanager
 def said_where_it_stands(run: RunDir):
-    """Add to the message of Ctrl-C from which step the same command goes on."""
+    """Let Ctrl-C say from which step the same command goes on."""
+    interrupts.truth = lambda: stands(run)
     try:
         yield
     except KeyboardInterrupt:
@@ -36,11 +40,12 @@ def stop_on_signals(loop):
 
     def ask(number, frame):
         if number == signal.SIGINT:
+            interrupts.heard()
             if loop.stop_asked:
                 distributed.leave_now(f"left at once; {stands(loop.dir)}", 130)
             loop.interrupted = True
             # `print` is not safe here: the signal may have interrupted a `print`.
-            os.write(2, b"interrupt: saving, then leaving (again: leave at once)\n")
+            os.write(2, f"{progress.erase()}{SAVING}\n".encode())
         loop.stop_asked = True
 
     before = {}

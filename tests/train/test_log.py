@@ -16,7 +16,7 @@ from moex.process import memory_bytes
 from moex.runs.keys import Log
 from moex.tasks import lm
 from moex.terminal import clock
-from moex.train.lines import load_lines, step_line
+from moex.train.lines import load_lines, step_line, told_figures
 from moex.train.log import RunLog
 from moex.train.stopwatch import Stopwatch
 from moex.train.tensorboard import load_figure, relative_load
@@ -215,14 +215,22 @@ VALUES = {
 
 
 def test_the_line_of_a_step():
-    assert step_line(5, 10, VALUES, TASK.brief(VALUES), 2.0) == (
-        "step 5/10 | loss 3.1416 | bpb 2.000 | grad 0.5 | lr 1.00e-03 | 12,346 tok/s "
-        "| mem 1.50 GiB | eta 0:10"
+    assert step_line(5, 10, VALUES, TASK.brief(VALUES), 10.0) == (
+        "step 5/10 | loss 3.1416 | bpb 2.000 | grad 0.5 | lr 1.00e-03 | 12,346 tok/s\n"
+        "    | mem 1.50 GiB | eta 0:10"
     )
     more = {"perf/mfu": 0.4, "moe/max_violation": 0.5, "moe/dropped_frac": 0.1}
     line = step_line(5, 10, VALUES | more | {"skipped": 2}, "no target", math.nan)
     for part in ("mfu 40.0%", "imbalance 0.50", "dropped 10.0%", "skipped 2", "eta ?"):
         assert f"| {part}" in line
+    assert max(map(len, line.splitlines())) <= 80
+
+
+def test_the_figures_of_a_complete_run_are_words():
+    assert told_figures({"eval_nll": 1.25, "eval_mse": 2}) == (
+        " (eval_nll 1.2500, eval_mse 2.0000)"
+    )
+    assert told_figures({}) == ""
 
 
 def test_loads_as_text():
