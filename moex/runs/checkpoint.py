@@ -283,8 +283,9 @@ class Checkpointer:
                     self.write_record()
                 return found
         if steps:
+            damaged = ", ".join(map(str, steps))
             raise CheckpointError(
-                f"no intact checkpoint under {self.directory} (damaged: {steps})"
+                f"no intact checkpoint under {self.directory} (damaged: {damaged})"
             )
         return None
 

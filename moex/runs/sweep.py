@@ -184,6 +184,7 @@ class Runner:
         failed = {}
         numbers = (signal.SIGTERM, signal.SIGINT)
         before = {number: signal.signal(number, self._pass_on) for number in numbers}
+        watched = signal.set_wakeup_fd(-1)  # a second Ctrl-C does not end this process
         try:
             for i, point in enumerate(points, 1):
                 if self.asked is not None:
@@ -192,6 +193,7 @@ class Runner:
                 if code != 0:
                     failed[point.name] = code
         finally:
+            signal.set_wakeup_fd(watched)
             for number, handler in before.items():
                 signal.signal(number, handler)
         return failed
