@@ -146,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         working = progress.phase(f"moex {args.command}")
         with contextlib.nullcontext() if args.verb.talks else working:
             args.verb.run(args, config_args)
+        sys.stdout.flush()
     except ConfigError as e:
         process.fail(e, 2)
     except KeyboardInterrupt as e:
@@ -167,9 +168,9 @@ def main(argv: list[str] | None = None) -> None:
             )
         _fail_in_own_code(e)
         raise
-    if alone:  # the interpreter shuts down: Ctrl-C ends that without a traceback
-        sys.stdout.flush()
-        interrupts.ignore()
+    finally:
+        if alone:  # the interpreter shuts down: Ctrl-C ends that without a traceback
+            interrupts.ignore()
 
 
 def _fail_in_own_code(error: Exception) -> None:

@@ -28,3 +28,9 @@ class Command(Verb):
         prepared = cfg.task.prepare(cfg)
         if args.action == "inspect":
             print(inspect(prepared, example=args.example))
+            return
+        for name, train, held_out in zip(
+            prepared.domains, prepared.train, prepared.eval, strict=True
+        ):
+            sizes = f"{len(train):,} to train on, {len(held_out):,} held out"
+            print(f"data: {name} is prepared: sequences: {sizes}")

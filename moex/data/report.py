@@ -12,6 +12,7 @@ import numpy as np
 
 from moex.config.base import ConfigError, require
 from moex.data.pipeline import Prepared
+from moex.progress import counted
 from moex.terminal import aligned
 
 COMPRESSORS = {
@@ -49,10 +50,8 @@ def compressor_bits_per_byte(
     data = b"".join(parts)[:max_bytes]
     if not data:
         raise ConfigError(f"{where}.sources: no text is held out; raise holdout.")
-    return {
-        name: 8 * len(compress(data)) / len(data)
-        for name, compress in COMPRESSORS.items()
-    }
+    each = counted(COMPRESSORS, "compressing text", len(COMPRESSORS), "programs")
+    return {name: 8 * len(COMPRESSORS[name](data)) / len(data) for name in each}
 
 
 def inspect(prepared: Prepared, *, example: int = 0, tokens: int = 64) -> str:

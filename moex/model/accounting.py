@@ -267,8 +267,8 @@ def model_table(cfg: Model, spec, tx, seq_len: int) -> str:
     rows.append(f"{'total':<12}{cost.num_params:>16,}{cost.num_active:>16,}")
     gib = train_state_bytes(spec, tx) / 2**30
     rows.append(
-        f"{cfg.num_layers()} layers, width {cfg.dim}, {cfg.about()}; "
-        f"{cost.train_flops / 1e9:.3g} GFLOP per trained token at length {seq_len}; "
+        f"{cfg.num_layers()} layers, width {cfg.dim}, {cfg.about()};\n"
+        f"{cost.train_flops / 1e9:.3g} GFLOP per trained token at length {seq_len};\n"
         f"{gib:.3g} GiB of weights, gradients and optimizer state"
     )
     return "\n".join(rows)
