@@ -94,7 +94,9 @@ def test_the_saved_config_is_the_resolved_one(folder, trained):
 def test_data_prepare_and_inspect(moex, folder):
     arg = f"--config={folder / 'tiny.py'}"
     moex("data", "prepare", arg)
-    assert moex("data", "prepare", arg) == ""  # it is there
+    again = moex("data", "prepare", arg)  # it is there
+    assert again.startswith("data: ") and "is prepared: sequences: " in again
+    assert len(again.splitlines()) == 1
     text = moex("data", "inspect", arg, "--example=0")
     assert "corpus" in text
     assert "tokenizer: 257 tokens" in text
