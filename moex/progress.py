@@ -1,9 +1,10 @@
 """Progress of long work: what runs now, how far it is and when it will be done.
 
-Nothing is shown in Python use; the command line calls `show`. From then on a phase that
-lasts longer than `PATIENCE_S` is shown on stderr: in a terminal as one line that is
-drawn again, elsewhere as a plain line every `EVERY_S` seconds, and later less often. Of
-several open phases the innermost is shown.
+Nothing is shown in Python use; the command line calls `show`, which `MOEX_PROGRESS=0`
+in the environment turns off. From then on a phase that lasts longer than `PATIENCE_S`
+is shown on stderr: in a terminal as one line that is drawn again, elsewhere as a plain
+line every `EVERY_S` seconds, and later less often. Of several open phases the innermost
+is shown.
 """
 
 import contextlib
@@ -159,7 +160,8 @@ DISPLAY: Display | None = None
 def show(stream=None) -> None:
     """Show phases from now on, on stderr by default; the command line calls this."""
     global DISPLAY
-    DISPLAY = Display(stream or sys.stderr)
+    if os.environ.get("MOEX_PROGRESS") != "0":
+        DISPLAY = Display(stream or sys.stderr)
 
 
 def hide() -> None:

@@ -49,6 +49,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # or it is the folder of all worker
 
 # As in an activated environment: commands that are printed have no path in front.
 os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+os.environ["MOEX_PROGRESS"] = "0"  # a slow machine would add lines to stderr
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -20,6 +20,7 @@ def display(monkeypatch):
     monkeypatch.setattr(progress, "PATIENCE_S", 0.0)
     monkeypatch.setattr(progress, "REDRAW_S", 1e6)
     monkeypatch.setattr(progress, "DISPLAY", None)
+    monkeypatch.delenv("MOEX_PROGRESS", raising=False)
 
     def show(stream):
         progress.show(stream)
@@ -122,7 +123,9 @@ def test_other_lines_do_not_mix_with_the_drawn_one(display, capsys):
     assert capsys.readouterr().err == "a warning\n"
 
 
-def test_nothing_is_shown_in_python_use(capsys):
+def test_nothing_is_shown_in_python_use_or_where_it_is_turned_off(capsys, monkeypatch):
+    monkeypatch.setenv("MOEX_PROGRESS", "0")
+    progress.show()
     assert progress.DISPLAY is None
     with phase("scoring"):
         pass
