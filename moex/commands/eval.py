@@ -26,7 +26,7 @@ class Command(Verb):
         parser.add_argument(
             "--sequences", type=positive, help="score at most this many sequences"
         )
-        add_data(parser)
+        add_data(parser, "score all of this")
         tasks = parser.add_argument_group(
             "tasks of the lm_eval harness (extra `eval`)", "Instead of held-out data."
         )

@@ -7,7 +7,7 @@ from moex.config.arguments import path
 EXAMPLES = """
 Examples:
   moex import-hf models/OLMoE-1B-7B --out runs/olmoe
-  moex train --config=runs/olmoe --workdir=runs/olmoe --config.steps=500
+  moex train --workdir=runs/olmoe --data=chats.jsonl
   moex export-hf runs/olmoe --out models/OLMoE-tuned
 """
 

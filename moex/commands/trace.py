@@ -25,7 +25,7 @@ class Command(Verb):
         parser.add_argument(
             "--out", type=path, required=True, help="the file; must not exist"
         )
-        add_data(parser)
+        add_data(parser, "trace all of this")
         parser.add_argument(
             "--tokens", type=positive, help="at most this many tokens; default: all"
         )

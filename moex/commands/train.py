@@ -2,7 +2,12 @@
 
 from moex.cluster import distributed
 from moex.commands import Verb
-from moex.commands.arguments import add_processes, process_flags
+from moex.commands.arguments import (
+    add_data,
+    add_processes,
+    process_flags,
+    trained_config,
+)
 from moex.config.arguments import integer, path
 from moex.config.base import ConfigError
 
@@ -10,10 +15,11 @@ EXAMPLES = """
 Examples:
   moex train --config=quickstart --workdir=runs/first
   moex train --config=quickstart --workdir=runs/lr --config.optim.lr=0.01
+  moex train --config=quickstart --workdir=runs/own --data=book.txt
   moex train --config=quickstart --dry-run
 
-The same command on the same --workdir goes on where the run stopped. SIGTERM or Ctrl-C
-saves a checkpoint and exits.
+The same command on the same --workdir goes on where the run stopped, and so does
+`moex train --workdir=RUN` alone. SIGTERM or Ctrl-C saves a checkpoint and exits.
 
 A sweep is one run per combination of values, each in a folder of --workdir:
   moex train --config=quickstart --workdir=runs/sweep \\
@@ -26,12 +32,16 @@ class Command(Verb):
 
     talks = True
     examples = EXAMPLES
-    usage = "--config=FILE[:arg] --workdir=RUN [--config.a.b=value ...] [options]"
+    usage = (
+        "--config=FILE[:arg] --workdir=RUN [--data=FILE ...] [--config.a.b=value ...] "
+        "[options]"
+    )
 
     def add(self, parser):
         parser.add_argument(
             "--workdir", type=path, help="run directory: config, logs, checkpoints"
         )
+        add_data(parser, "in place of the data of the config, train on this")
         parser.add_argument(
             "--dry-run",
             action="store_true",
@@ -75,16 +85,16 @@ class Command(Verb):
                 args.workdir,
                 index=args.sweep_index,
                 dry_run=args.dry_run,
-                flags=process_flags(args),
+                flags=[*process_flags(args), *(f"--data={p}" for p in args.data or ())],
                 say=distributed.print_once(args),
+                load=lambda own: trained_config(args, own),
             )
             return
-        from moex.runs.directory import given_config
         from moex.train.training import train
 
         if args.sweep_index is not None:
             raise ConfigError("--sweep-index: is for --sweep; give both.")
-        cfg = given_config(config_args)
+        cfg = trained_config(args, config_args, distributed.print_once(args))
         distributed.join(args, distributed.told(cfg, args))
         made = train(cfg, args.workdir, dry_run=args.dry_run, profile=args.profile)
         distributed.leave()

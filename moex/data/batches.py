@@ -29,6 +29,7 @@ class Reading(Config):
 
     threads: int = 1  # threads that build batches ahead; 0: build each when needed
     prefetch: int = 2  # batches built ahead, >= 1
+    given: tuple[str, ...] = ()  # the paths of `moex train --data`; (): none were given
 
     def validate(self, path: str) -> None:
         """Check both counts."""

@@ -25,6 +25,7 @@ from moex.json_files import digest, read_object
 from moex.progress import counted, phase
 
 STALE_S = 24 * 3600
+WHOLE = ("pairs", "chats")  # kinds of documents that are packed whole
 FORMAT = 2  # increase this when the meaning of cached files changes
 
 
@@ -45,6 +46,9 @@ def scan(source, where: str, say=None) -> dict[str, Any]:
     settings = to_dict(source)
     for name in ("weight", "name", "paths"):
         settings.pop(name, None)
+    for name in source.ADDED:
+        if not settings[name]:
+            del settings[name]
     return {
         "kind": settings.pop(TYPE_KEY),
         "settings": settings,
@@ -63,7 +67,7 @@ def prepared(
 ) -> tuple[Path, dict[str, Any]]:
     """Take the folder of a prepared source and its manifest, or make them now."""
     key = [FORMAT, scan["kind"], scan["sha256"], tokenizer.fingerprint]
-    if source.content() == "pairs":
+    if source.content() in WHOLE:
         key.append(seq_len)  # rows are packed on disk; windows are cut when read
     name = "".join(c if c.isalnum() else "_" for c in source.label())[:40]
     final = root / f"{name}-{digest(key)[:32]}"
@@ -106,7 +110,7 @@ def _make(source, scan, tokenizer, seq_len, out, where, log) -> dict[str, Any]:
     log(f"data: encoding {source.label()} ({scan['bytes'] / 1e6:.1f} MB)")
     with phase(f"encoding {source.label()}", scan["bytes"], "B") as at:
         made = write_source(source, tokenizer, out, where, at.add)
-    if source.content() == "pairs":
+    if source.content() in WHOLE:
         for split in SPLITS:
             pack_rows(out / split, seq_len, source.truncate, where)
     manifest = scan | made

@@ -15,21 +15,41 @@ import numpy as np
 
 from moex.config.base import Config, require
 from moex.data.encoding import Tokenizer
-from moex.data.files import File, find_files, unit_hash
+from moex.data.files import File, find_files, plain_name, unit_hash
 
 Say = Callable[[str], None]  # prints one line for people
 # A function that gives training texts of about this many bytes in all, and a digest.
 Corpus = tuple[Callable[[int], list[str]], str]
 
 
+class Part(NamedTuple):
+    """A part of a chat: a text, whether it is learned, and whether it is markup.
+
+    Markup comes from the chat's template: special tokens that are named in it, such as
+    <|im_end|>, are encoded as such. In all other text they stay text.
+    """
+
+    text: str
+    learned: bool
+    markup: bool
+
+
 class Document(NamedTuple):
-    """A document: a stable key, and its text, token ids or (prompt, response).
+    """A document: a stable key, and its text, token ids, (prompt, response) or parts.
 
     The value None means that the document could not be read; it is only counted.
     """
 
     key: str
-    value: str | np.ndarray | tuple[str, str] | None
+    value: str | np.ndarray | tuple[str, str] | tuple[Part, ...] | None
+
+
+def texts_of(value) -> tuple[str, ...]:
+    """The texts of a document's value, without markup; () for token ids and None."""
+    if isinstance(value, tuple):
+        parts = (p for p in value if not (isinstance(p, Part) and p.markup))
+        return tuple(p.text if isinstance(p, Part) else p for p in parts)
+    return (value,) if isinstance(value, str) else ()
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -37,6 +57,8 @@ class Source(Config, abc.ABC):
     """A source of documents: its share of the mixture, its name, its held-out part."""
 
     role: ClassVar[str] = "a kind of source, such as Text"
+    # Fields that came later. While one is false, data that was cached before is valid.
+    ADDED: ClassVar[tuple[str, ...]] = ()
 
     weight: float = 1.0  # share in the training mixture, in [1e-6, 1e6]
     name: str = ""  # name of the domain; "": the class name, or the stem of the file
@@ -58,7 +80,7 @@ class Source(Config, abc.ABC):
           say: called with one line for each kind of file that was left out.
 
         Raises:
-          ConfigError: for a path that matches no file, and if all files are empty.
+          ConfigError: for a path that matches no file.
         """
 
     @abc.abstractmethod
@@ -70,7 +92,10 @@ class Source(Config, abc.ABC):
         return self.name or type(self).__name__.lower()
 
     def content(self) -> str:
-        """The kind of content of the documents: `text`, `tokens` or `pairs`."""
+        """The kind of the documents: `text`, `tokens`, `pairs` or `chats`.
+
+        Pairs and chats are packed whole.
+        """
         return "text"
 
     def check_file(self, file: File, where: str) -> None:
@@ -98,12 +123,12 @@ class FileSource(Source):
     def label(self) -> str:
         """The name of the domain: `name`, or the stem of the only file."""
         if not self.name and len(self.paths) == 1 and not glob.has_magic(self.paths[0]):
-            return Path(self.paths[0]).stem
+            return Path(plain_name(self.paths[0])).stem
         return Source.label(self)
 
     def files(self, where: str, say: Say | None = None) -> list[File]:
-        """List the files that the paths name."""
-        return find_files(self.paths, f"{where}.paths", say)
+        """List the files that the paths name, without those that are empty."""
+        return find_files(self.paths, f"{where}.paths", say, may_be_empty=True)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

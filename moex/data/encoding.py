@@ -156,6 +156,27 @@ class Tokenizer:
         joined = [[next(parts) for _ in group] for group in pieces]
         return [g[0] if len(g) == 1 else np.concatenate(g) for g in joined]
 
+    def encode_markup(self, text: str) -> np.ndarray:
+        """Encode text of a chat template to int32[n] ids; it may name special tokens.
+
+        The document token is written as `DOC_TOKEN`, whatever its text is. The text
+        continues another one.
+        """
+        if self._model is None:
+            coded = [np.frombuffer(p.encode(), np.uint8) for p in text.split(DOC_TOKEN)]
+        else:
+            model = tokenizers.Tokenizer.from_str(self._inside.to_str())
+            model.encode_special_tokens = False
+            with self._errors():
+                coded = [
+                    np.array(model.encode(part, add_special_tokens=False).ids, int)
+                    for part in text.split(DOC_TOKEN)
+                ]
+        joined = [coded[0]]
+        for ids in coded[1:]:
+            joined += [np.array([self.doc_id]), ids]
+        return np.concatenate(joined).astype(np.int32)
+
     def _ids_by_words(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode to the same ids as `_model_ids`, in less time on few cores."""
         plain = [t.isascii() for t in texts]

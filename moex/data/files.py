@@ -8,16 +8,20 @@ import collections
 import contextlib
 import fcntl
 import glob
+import gzip
 import hashlib
+import io
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from os.path import islink
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from moex.config.base import ConfigError, require, require_path
 from moex.progress import phase
 
+LONG_LINE = 10_000  # bytes of a line; the rest of a longer one may be cut off
 BOM = b"\xef\xbb\xbf"  # some editors put this before UTF-8 text; it is not text
 
 
@@ -43,7 +47,11 @@ def unit_hash(key: str, salt: str) -> float:
 
 
 def find_files(
-    paths: tuple[str, ...], where: str, say: Callable[[str], None] | None = None
+    paths: tuple[str, ...],
+    where: str,
+    say: Callable[[str], None] | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> list[File]:
     """Find the files of `paths`, sorted: files, directories (recursive) or globs.
 
@@ -56,6 +64,7 @@ def find_files(
       paths: the paths of the config.
       where: the field, for error messages.
       say: called with one line for each kind of file that was left out.
+      may_be_empty: return no file if all are empty.
 
     Raises:
       ConfigError: for a path that leads to no file, and if all files are empty.
@@ -84,7 +93,7 @@ def find_files(
         ],
         "no file to read": nowhere,
     }
-    if not files:
+    if not files and not may_be_empty:
         first, *others = left_out["empty and left out"]
         if others:
             raise ConfigError(
@@ -177,9 +186,75 @@ def read_text(file: File, where: str) -> str:
     Raises:
       ConfigError: if it is not UTF-8.
     """
-    data = file.path.read_bytes()
+    with open_bytes(file, where) as stream:
+        data = stream.read()
     begin = len(BOM) if data.startswith(BOM) else 0
     return decode_utf8(data[begin:], file.path, where, begin)
+
+
+def plain_name(name: str) -> str:
+    """A name without the suffix of its compression: `a.txt` for `a.txt.gz`."""
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in COMPRESSED else name
+
+
+@contextlib.contextmanager
+def open_bytes(file: File, where: str) -> Iterator[BinaryIO]:
+    """Open a file for reading; `.gz` and `.zst` are decompressed while they are read.
+
+    Raises:
+      ConfigError: while a compressed file is read, if it is damaged.
+    """
+    suffix = file.path.suffix.lower()
+    if suffix not in COMPRESSED:
+        with open(file.path, "rb") as stream:
+            yield stream
+        return
+    try:
+        with COMPRESSED[suffix](file.path) as stream:
+            yield stream
+    except (EOFError, OSError, zlib.error) as e:
+        if getattr(e, "errno", None) is not None:
+            raise  # an error of the file system
+        raise ConfigError(f"{where}: {file.path} is damaged ({one_line(e)}).") from None
+
+
+def num_bytes(file: File, where: str) -> int:
+    """The bytes of a file once it is decompressed."""
+    if file.path.suffix.lower() not in COMPRESSED:
+        return file.path.stat().st_size
+    with open_bytes(file, where) as stream:
+        return sum(map(len, iter(lambda: stream.read(1 << 20), b"")))
+
+
+def read_lines(stream: BinaryIO, size: int) -> bytes:
+    """Read `size` bytes and the rest of the line; of a long line, whole characters."""
+    data = stream.read(size)
+    data += stream.readline(LONG_LINE)
+    for back in (1, 2, 3):  # a character has four bytes at most
+        first = data[-back:][:1]
+        if first >= b"\xc0":  # a character begins here
+            size = 2 + (first >= b"\xe0") + (first >= b"\xf0")
+            return data + stream.read(max(size - back, 0))
+        if first < b"\x80":
+            break
+    return data
+
+
+def _open_gz(path: Path) -> BinaryIO:
+    return gzip.GzipFile(path, "rb")  # type: ignore[return-value]
+
+
+def _open_zst(path: Path) -> BinaryIO:
+    import pyarrow  # late: it is large
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+
+
+COMPRESSED: dict[str, Callable] = {
+    ".gz": _open_gz,
+    ".zst": _open_zst,
+}
 
 
 def decode_utf8(data: bytes, file: Path | str, where: str, offset: int = 0) -> str:

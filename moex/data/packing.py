@@ -84,7 +84,8 @@ class Rows(Dataset):
     """Whole examples packed into sequences of `seq_len`; none is cut in two.
 
     An example is `[doc, prompt, response]` with targets `[prompt, response, doc]`;
-    loss_mask is 1 where the target belongs to the response or ends it.
+    loss_mask is 1 where the target belongs to the response or ends it, or where
+    `learned` of the stream says so.
 
     Args:
       stream: the tokens, a stream that has `prompts`.
@@ -125,8 +126,11 @@ class Rows(Dataset):
             row["num_bytes"][at:to] = stream.num_bytes(start + 1, stop + 1)
             row["segment"][at:to] = segment
             row["position"][at:to] = np.arange(to - at)
-            learned = 0 if stream.prompts is None else int(stream.prompts[example])
-            row["loss_mask"][at + learned : to] = 1
+            if stream.learned is not None:
+                row["loss_mask"][at:to] = stream.learned[start + 1 : stop + 1]
+            else:
+                first = 0 if stream.prompts is None else int(stream.prompts[example])
+                row["loss_mask"][at + first : to] = 1
             at = to
         return row
 

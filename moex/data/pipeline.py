@@ -7,13 +7,14 @@ Shapes: L length.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from moex.cache import root as cache_root
 from moex.config.base import ConfigError, check, require
 from moex.data import cache
 from moex.data.batches import Datasets, Reading
-from moex.data.contract import Source, TokenizerConfig
-from moex.data.files import unit_hash
+from moex.data.contract import Source, TokenizerConfig, texts_of
+from moex.data.files import find_files, unit_hash
 from moex.data.packing import Rows, Windows
 from moex.data.shared import check_shared
 from moex.data.sources import PythonStdlib
@@ -95,38 +96,54 @@ def prepare(
     scans = [cache.scan(source, here, log) for here, source in named]
     all_files = digest([s["sha256"] for s in scans])
     total = sum(s["bytes"] for s in scans)
+    if total == 0:
+        first = config.sources[0]
+        find_files(getattr(first, "paths", ()), f"{where}.sources[0].paths")
     corpus = (lambda limit: _sample(named, total, limit), all_files)
     tokenizer = config.tokenizer.make(f"{where}.tokenizer", corpus, root, log)
-    domains = tuple(s.label() for s in config.sources)
-    train_parts: list[Windows | Rows] = []
-    eval_parts: list[Windows | Rows] = []
+    pairs: list[list[Windows | Rows]] = []
     manifest = {}
     for i, ((here, source), scan) in enumerate(zip(named, scans, strict=True)):
         folder, manifest[source.label()] = cache.prepared(
             source, scan, tokenizer, seq_len, root, here, log
         )
         streams = [Stream(folder / s, tokenizer.token_bytes) for s in SPLITS]
-        if source.content() == "pairs":
+        if source.content() in cache.WHOLE:
             pair: list[Windows | Rows] = [Rows(s, seq_len, domain=i) for s in streams]
         else:
             scored = Windows(
                 streams[1], seq_len, overlap=overlap, domain=i, partial=True
             )
             pair = [Windows(streams[0], seq_len, domain=i), scored]
-        train, held_out = pair
-        _check_sizes(train, held_out, source, here, log, scoring)
-        _check_targets(train, held_out, source, here, log, scoring)
-        train_parts.append(train)
-        eval_parts.append(held_out)
-    return Prepared(
-        train=train_parts,
-        eval=eval_parts,
-        weights=tuple(s.weight if s.holdout < 1 else 0.0 for s in config.sources),
-        domains=domains,
+        pairs.append(pair)
+    has_text = [any(p.stream.counts["documents"] for p in pair) for pair in pairs]
+    for (here, source), pair, some in zip(named, pairs, has_text, strict=True):
+        if not some and any(has_text):
+            log(f"data: warning: {source.label()!r} has no text and is left out")
+            continue
+        _check_sizes(*pair, source, here, log, scoring)
+        _check_targets(*pair, source, here, log, scoring)
+    weights = tuple(
+        s.weight if s.holdout < 1 and some else 0.0
+        for s, some in zip(config.sources, has_text, strict=True)
+    )
+    if not scoring and not any(weights):
+        raise ConfigError(f"{where}.sources: no source to train on has any text.")
+    return dataclasses.replace(
+        unread(config, seq_len, tokenizer),
+        train=[train for train, _ in pairs],
+        eval=[held_out for _, held_out in pairs],
+        weights=weights,
+        domains=tuple(s.label() for s in config.sources),
         manifest=manifest,
-        config=config,
-        seq_len=seq_len,
-        tokenizer=tokenizer,
+    )
+
+
+def unread(config: Data, seq_len: int, tokenizer: Tokenizer) -> Prepared:
+    """Make data of which nothing was read, for a run that is only written."""
+    nothing: dict[str, Any] = {"train": [], "eval": [], "weights": (), "domains": ()}
+    return Prepared(
+        config=config, seq_len=seq_len, tokenizer=tokenizer, manifest={}, **nothing
     )
 
 
@@ -175,15 +192,19 @@ def _sample(named, total: int, limit: int) -> list[str]:
     """Draw training texts of about `limit` bytes in all by the hash of their key.
 
     A large document gives its beginning. The share is raised if files have less text
-    than their size suggests.
+    than their size suggests, and lowered if they have more, as compressed ones do.
     """
-    share = min(1.0, limit / total)
+    share, lowered = min(1.0, limit / total), False
     while True:
         with phase("drawing text for the tokenizer"):
             texts = list(_draw(named, share, limit))
-        if share == 1 or sum(map(len, texts)) >= limit // 2:
+        size = sum(map(len, texts))
+        if size >= 2 * limit and len(texts) > 1:
+            share, lowered = share / 4, True
+        elif share == 1 or size >= limit // 2 or lowered:
             return texts
-        share = min(1.0, 4 * share)
+        else:
+            share = min(1.0, 4 * share)
 
 
 def _draw(named, share: float, limit: int) -> Iterator[str]:
@@ -192,11 +213,13 @@ def _draw(named, share: float, limit: int) -> Iterator[str]:
         if source.content() == "tokens":
             continue
         for key, value in source.documents("train", where):
-            for text in value if isinstance(value, tuple) else (value or "",):
+            for text in texts_of(value):
                 if len(text) > limit // 8:
                     text = text[: int(share * len(text))]
                 elif unit_hash(key, "moex.sample") >= share:
                     continue
-                if taken < 2 * limit and text:
+                if text:
                     taken += len(text)
                     yield text
+                if taken >= 2 * limit:
+                    return

@@ -9,7 +9,7 @@ from moex.data.contract import Source
 from moex.data.files import File, and_more
 
 # These fields do not decide which text of a file is read.
-ASIDE = ("weight", "name", "paths", "holdout", "delimiter", "truncate")
+ASIDE = ("weight", "name", "paths", "holdout", "delimiter", "truncate", "holdout_ends")
 
 
 def check_shared(

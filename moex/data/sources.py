@@ -7,21 +7,37 @@ key only, so adding a document never moves another one between the splits.
 Not here: tokenizing (`encoding.py`), packing into sequences (`packing.py`).
 """
 
+import abc
 import dataclasses
+import itertools
 import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from moex.config.base import ConfigError, is_unicode, nearest, require_choice
+from moex.config.base import ConfigError, nearest, require, require_choice
 from moex.data import parquet
 from moex.data.contract import Document, FileSource, Say, Source
-from moex.data.files import BOM, File, content_key, decode_utf8, one_line, read_text
-from moex.json_files import parse_object
+from moex.data.files import (
+    BOM,
+    File,
+    content_key,
+    decode_utf8,
+    find_files,
+    num_bytes,
+    one_line,
+    open_bytes,
+    plain_name,
+    read_lines,
+    read_text,
+)
+from moex.data.records import read_records, saved_dataset, text_at
 
+END = " end"  # ends the keys of held-out parts
+PART_BYTES = 1_000_000
 TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 
 
@@ -69,20 +85,64 @@ class Text(FileSource):
 
     delimiter: str = ""  # text between two documents; "": each file is one document
 
+    # Hold out the last part of each file, a share of `holdout`, instead of documents.
+    # Files are then read in parts of about PART_BYTES, each a document.
+    holdout_ends: bool = False
+
+    ADDED: ClassVar[tuple[str, ...]] = ("holdout_ends",)
+
+    def validate(self, path: str) -> None:
+        """Check the fields."""
+        FileSource.validate(self, path)
+        ok = not (self.holdout_ends and self.delimiter)
+        require(ok, f"{path}.holdout_ends", True, "False with a delimiter")
+
+    def split(self, key: str) -> str:
+        """The split of a document; with `holdout_ends` its key says it."""
+        if self.holdout_ends:
+            return "eval" if key.endswith(END) else "train"
+        return FileSource.split(self, key)
+
+    def check_file(self, file: File, where: str) -> None:
+        """Check that a compressed file is one."""
+        with open_bytes(file, f"{where}.paths") as stream:
+            stream.read(1)
+
     def cut(self, file: File) -> str:
         """The delimiter: without one, the key of a document is the file's name."""
-        return self.delimiter or f"whole {file.name}"
+        if self.holdout_ends:
+            return "ends"
+        return self.delimiter or f"whole {plain_name(file.name)}"
 
     def read(self, where: str) -> Iterator[Document]:
         """Yield one document per file, or per delimited part."""
         for file in self.files(where):
+            if self.holdout_ends:
+                yield from self._parts(file, f"{where}.paths")
+                continue
             text = read_text(file, f"{where}.paths")
             if not self.delimiter:
-                yield Document(file.name, text)
+                yield Document(plain_name(file.name), text)
                 continue
             for part in text.split(self.delimiter):
                 if part:
                     yield Document(content_key(part.encode()), part)
+
+    def _parts(self, file: File, where: str) -> Iterator[Document]:
+        """Yield the parts of a file in order, cut after lines; the last is held out."""
+        name, at = plain_name(file.name), 0
+        cut = round(num_bytes(file, where) * (1 - self.holdout))
+        with open_bytes(file, where) as stream:
+            while True:
+                end = at >= cut
+                left = PART_BYTES if end else cut - at
+                raw = read_lines(stream, min(PART_BYTES, left))
+                if not raw:
+                    return
+                begin = len(BOM) if at == 0 and raw.startswith(BOM) else 0
+                text = decode_utf8(raw[begin:], file.path, where, at + begin)
+                yield Document(f"{name} {at}{END if end else ''}", text)
+                at += len(raw)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -213,8 +273,61 @@ def _records(file: File, where: str) -> Iterator[bytes]:
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class PromptResponse(FileSource):
-    """JSON lines with a prompt and a response; only the response is learned.
+class Records(FileSource):
+    """The base of sources of records: lines of JSON, or rows of Arrow and Parquet.
+
+    Paths may also be folders that Hugging Face `datasets.save_to_disk` wrote.
+    """
+
+    @abc.abstractmethod
+    def fields(self) -> dict[str, str]:
+        """The fields that are read: {field of this config: name in the records}."""
+
+    @abc.abstractmethod
+    def document(self, record: dict[str, Any], at: str, where: str) -> Document:
+        """Make a document of a record; `at` is its place, for error messages."""
+
+    def files(self, where: str, say: Say | None = None) -> list[File]:
+        """List the files that the paths name; of a saved dataset, those of its rows."""
+        found = (saved_dataset(p, f"{where}.paths") or (p,) for p in self.paths)
+        paths = tuple(itertools.chain.from_iterable(found))
+        return find_files(paths, f"{where}.paths", say, may_be_empty=True)
+
+    def check_file(self, file: File, where: str) -> None:
+        """Check that the first record can be read and has the fields."""
+        next(self._documents(file, where), None)
+
+    def read(self, where: str) -> Iterator[Document]:
+        """Yield one document per record."""
+        for file in self.files(where):
+            yield from self._documents(file, where)
+
+    def _documents(self, file: File, where: str) -> Iterator[Document]:
+        for at, record in read_records(file, self.fields(), where):
+            yield self.document(record, at, where)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class TextRecords(Records):
+    """Records with a text; a null in its place is counted as unreadable."""
+
+    field: str = "text"  # name of the field that holds the text
+
+    def fields(self) -> dict[str, str]:
+        """The field of the text."""
+        return {"field": self.field}
+
+    def document(self, record, at, where) -> Document:
+        """Make a document of a text."""
+        if record[self.field] is None:
+            return Document("null", None)
+        text = text_at(record[self.field], at, f"{where}.field = {self.field!r}")
+        return Document(content_key(text.encode()), text)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class PromptResponse(Records):
+    """Records with a prompt and a response; only the response is learned.
 
     Prompt and response are joined as they are: put separators into the texts. The
     prompt is encoded as in generation, and the response as a text that continues it.
@@ -229,42 +342,14 @@ class PromptResponse(FileSource):
         """The kind of content of the documents: `pairs` (prompt, response)."""
         return "pairs"
 
-    def check_file(self, file: File, where: str) -> None:
-        """Check that the first line is JSON and has both fields."""
-        next(self._read_file(file, where), None)
+    def fields(self) -> dict[str, str]:
+        """The fields of prompt and response."""
+        return {"prompt": self.prompt, "response": self.response}
 
-    def read(self, where: str) -> Iterator[Document]:
-        """Yield one (prompt, response) per line; the prompt alone decides the split."""
-        for file in self.files(where):
-            yield from self._read_file(file, where)
-
-    def _read_file(self, file: File, where: str) -> Iterator[Document]:
-        offset = 0
-        with open(file.path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                begin = len(BOM) if number == 1 and line.startswith(BOM) else 0
-                at = offset + begin
-                text = decode_utf8(line[begin:], file.path, f"{where}.paths", at)
-                offset += len(line)
-                if text.strip():
-                    yield self._document(text, f"{file.path}:{number}", where)
-
-    def _document(self, line: str, at: str, where: str) -> Document:
-        # Other fields are not used, so they may have NaN, which JSON does not know.
-        here = f"{where}.paths: {at}"
-        record = parse_object(line, here, nan=True)
-        parts = []
-        for field, name in (("prompt", self.prompt), ("response", self.response)):
-            if name not in record:
-                raise ConfigError(
-                    f"{where}.{field} = {name!r}: {at} has the fields "
-                    f"{', '.join(record)}.{nearest(name, record)}"
-                )
-            text = record[name]
-            if not isinstance(text, str) or not is_unicode(text):
-                raise ConfigError(
-                    f"{where}.{field} = {name!r}: {at} must have a string of valid "
-                    f"Unicode there, not {text!r:.40}."
-                )
-            parts.append(text)
-        return Document(content_key(parts[0].encode()), (parts[0], parts[1]))
+    def document(self, record, at, where) -> Document:
+        """Make a (prompt, response); the prompt alone decides the split."""
+        prompt, response = (
+            text_at(record[name], at, f"{where}.{field} = {name!r}")
+            for field, name in self.fields().items()
+        )
+        return Document(content_key(prompt.encode()), (prompt, response))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from moex.config.base import ConfigError
+from moex.data.contract import texts_of
 from moex.data.files import atomic_write, naming
 
 SPLITS = ("train", "eval")
@@ -30,13 +31,23 @@ class StreamWriter:
       vocab_size: ids are stored as uint16 if that is enough, or else as uint32.
       doc_id: the token put before each document and after the last.
       with_bytes: also store the number of bytes of each token, as no table gives it.
+      with_learned: also store which tokens are learned, where `prompts` cannot say it.
     """
 
-    def __init__(self, directory: Path, vocab_size: int, doc_id: int, with_bytes: bool):
+    def __init__(
+        self,
+        directory: Path,
+        vocab_size: int,
+        doc_id: int,
+        with_bytes: bool,
+        with_learned: bool = False,
+    ):
         self._dir, self._doc_id = directory, doc_id
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._tokens = open(directory / "tokens.bin", "wb")  # noqa: SIM115
         self._sizes = open(directory / "bytes.bin", "wb") if with_bytes else None  # noqa: SIM115
+        self._learned = open(directory / "learned.bin", "wb") if with_learned else None  # noqa: SIM115
+        self._end_learned = False
         self._starts: list[int] = []
         self._prompts: list[int] = []
         self._length = self._bytes = self._empty = self._skipped = 0
@@ -45,12 +56,17 @@ class StreamWriter:
         return self
 
     def __exit__(self, *error) -> None:
-        self._tokens.close()
-        if self._sizes:
-            self._sizes.close()
+        for file in (self._tokens, self._sizes, self._learned):
+            if file:
+                file.close()
 
     def add(
-        self, ids: np.ndarray, sizes: np.ndarray, text_bytes: int, prompt: int = 0
+        self,
+        ids: np.ndarray,
+        sizes: np.ndarray,
+        text_bytes: int,
+        prompt: int = 0,
+        learned: np.ndarray | None = None,
     ) -> None:
         """Append a document; a document without tokens is only counted.
 
@@ -59,30 +75,40 @@ class StreamWriter:
           sizes: int[n] number of bytes of each token.
           text_bytes: the number of bytes of the document.
           prompt: how many of the first tokens are not learned.
+          learned: bool[n + 1] which tokens are learned; the last is the document token
+            after them. Only for a writer `with_learned`.
         """
         if len(ids) == 0:
             self._empty += 1
             return
         self._starts.append(self._length)
         self._prompts.append(prompt)
-        self._put(np.r_[self._doc_id, ids], np.r_[0, sizes])
+        if learned is not None:
+            flags = np.r_[self._end_learned, learned[:-1]]
+            self._end_learned = bool(learned[-1])
+        else:
+            flags = None
+        self._put(np.r_[self._doc_id, ids], np.r_[0, sizes], flags)
         self._bytes += text_bytes
 
     def skip(self) -> None:
         """Count a document that could not be read."""
         self._skipped += 1
 
-    def _put(self, ids: np.ndarray, sizes: np.ndarray) -> None:
+    def _put(self, ids: np.ndarray, sizes: np.ndarray, learned=None) -> None:
         with naming(self._dir):
             self._tokens.write(ids.astype(self._dtype).tobytes())
             if self._sizes:
                 self._sizes.write(sizes.astype("<i4").tobytes())
+            if self._learned:
+                self._learned.write(learned.astype("u1").tobytes())
         self._length += len(ids)
 
     def close(self) -> dict[str, Any]:
         """Finish the files; returns the counts of this split."""
         if self._starts:
-            self._put(np.array([self._doc_id]), np.array([0]))
+            end = np.array([self._end_learned])
+            self._put(np.array([self._doc_id]), np.array([0]), end)
         with naming(self._dir):
             self.__exit__()
             np.save(self._dir / "starts.npy", np.array(self._starts, np.int64))
@@ -107,6 +133,7 @@ class Stream:
       tokens: uint16 or uint32[T], documents with a document token around each.
       starts: int64[documents] offsets of the document tokens before each document.
       prompts: int32[documents] numbers of leading tokens not learned, or None.
+      learned: uint8[T] 1 for tokens that are learned, or None: `prompts` says it.
     """
 
     def __init__(self, directory: Path, token_bytes: np.ndarray):
@@ -122,6 +149,8 @@ class Stream:
         if file.exists():
             self._sizes = _mapped(file, "<i4", meta["tokens"])
         self._table = token_bytes
+        file = directory / "learned.bin"
+        self.learned = _mapped(file, "u1", meta["tokens"]) if file.exists() else None
 
     def num_bytes(self, start: int, stop: int) -> np.ndarray:
         """The bytes of each token in a range of the stream, int32[stop - start]."""
@@ -151,13 +180,14 @@ def write_source(
     """
     with_bytes = not tokenizer.exact
     held_out = hashlib.sha256()
-    encode = {"text": _texts, "tokens": _tokens, "pairs": _pairs}[source.content()]
+    kinds = {"text": _texts, "tokens": _tokens, "pairs": _pairs, "chats": _chats}
+    encode, chats = kinds[source.content()], source.content() == "chats"
     with contextlib.ExitStack() as stack:
         writers = {}
         for split in SPLITS:
             (out / split).mkdir(parents=True)
             writer = StreamWriter(
-                out / split, tokenizer.vocab_size, tokenizer.doc_id, with_bytes
+                out / split, tokenizer.vocab_size, tokenizer.doc_id, with_bytes, chats
             )
             writers[split] = stack.enter_context(writer)
         for batch in _batches(source.read(where)):
@@ -182,15 +212,12 @@ def _batches(documents) -> Iterator[list]:
     for document in documents:
         batch.append(document)
         value = document.value
-        size += sum(map(len, value)) if isinstance(value, tuple) else _size(value)
+        texts = texts_of(value)
+        size += len(value) if isinstance(value, np.ndarray) else sum(map(len, texts))
         if size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0
     yield batch
-
-
-def _size(value) -> int:
-    return 0 if value is None else len(value)
 
 
 def _texts(texts: list[str], tokenizer, where: str) -> Iterator[tuple]:
@@ -211,6 +238,27 @@ def _pairs(pairs: list, tokenizer, where: str) -> Iterator[tuple]:
         second = second if pair[0] else next(begins)
         ids, sizes = (np.r_[a, b] for a, b in zip(first, second, strict=True))
         yield ids, sizes, sum(len(text.encode()) for text in pair), len(first[0])
+
+
+def _chats(chats: list, tokenizer, where: str) -> Iterator[tuple]:
+    """Yield the arguments of `StreamWriter.add` for each list of parts."""
+    said = [text for parts in chats for text in texts_of(parts)]
+    coded = iter(tokenizer.encode_with_bytes(said, inside=True))
+    markup: dict[str, tuple] = {}
+    for parts in chats:
+        own, flags = [], []
+        for part in parts:
+            if part.markup and part.text not in markup:
+                ids = tokenizer.encode_markup(part.text)
+                markup[part.text] = ids, tokenizer.bytes_of(ids)
+            own.append(markup[part.text] if part.markup else next(coded))
+            flags.append(np.full(len(own[-1][0]), part.learned))
+        ids, sizes = (np.concatenate(arrays) for arrays in zip(*own, strict=True))
+        learned = np.concatenate([*flags, [parts[-1].learned]])
+        if len(ids) and ids[-1] == tokenizer.doc_id:  # the writer adds one
+            ids, sizes, learned = ids[:-1], sizes[:-1], learned[:-1]
+        prompt = int(np.argmax(learned)) if learned.any() else len(ids) + 1
+        yield ids, sizes, int(sizes.sum()), prompt, learned
 
 
 def _tokens(documents: list, tokenizer, where: str) -> Iterator[tuple]:

@@ -19,7 +19,8 @@ from moex.data.files import atomic_write, locked
 from moex.json_files import read_object
 from moex.progress import phase
 
-BPE_SAMPLE_BYTES = 4_000_000
+# Bytes of text to train on: the first for this many tokens, for more in proportion.
+BPE_LEAST_BYTES, BPE_FEW_TOKENS, BPE_MOST_BYTES = 4_000_000, 4096, 256_000_000
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -49,33 +50,37 @@ class Bpe(TokenizerConfig):
     def make(self, where: str, corpus: Corpus, cache: Path, log=print) -> Tokenizer:
         """Train it, or read one that was trained before on the same text.
 
-        About 4 MB of text are enough: for 4096 tokens on the standard library, held-out
-        files have 3.58 bytes per token with all 10 MB, and 3.57 with 3 MB.
+        TODO
 
         Raises:
           ConfigError: if there is no text to train on.
         """
         sample, digest = corpus
+        amount = bpe_bytes(self.vocab)
         key = f"bpe-v2 {tokenizers.__version__} {self.vocab} {digest}"
+        key += f" {amount}" if amount > BPE_LEAST_BYTES else ""
         key = sha256(key)[:32]
         file = cache / f"bpe-{self.vocab}-{key}.json"
         with locked(file.with_suffix(".lock")):
             text = _kept(file)
             if text is None:
-                text = self._train(sample(BPE_SAMPLE_BYTES), where, log)
+                text = self._train(sample(amount), amount, where, log)
                 kept = {"sha256": sha256(text), "tokenizer": text}
                 atomic_write(file, json.dumps(kept) + "\n")
         model = tokenizers.Tokenizer.from_str(text)
         return Tokenizer(model, doc_id=0, vocab_size=self.vocab)
 
-    def _train(self, texts: list[str], where: str, log) -> str:
+    def _train(self, texts: list[str], amount: int, where: str, log) -> str:
         if not texts:
             raise ConfigError(
                 f"{where}: Bpe needs text to train on and no source has any in its "
                 "training split; for token ids use TokenizerFile(path=...)."
             )
-        size = sum(map(len, texts)) / 1e6
-        log(f"tokenizer: training BPE with {self.vocab} tokens on {size:.1f} MB")
+        size = sum(map(len, texts))
+        read = f"{size / 1e6:.1f} MB"
+        if size < amount // 2:
+            read += f", all that there is; {amount / 1e6:.1f} MB would fit its size"
+        log(f"tokenizer: training BPE with {self.vocab} tokens on {read}")
         with phase("training the tokenizer"):
             return train_bpe(texts, self.vocab).to_str()
 
@@ -140,6 +145,12 @@ class SavedTokenizer(TokenizerConfig):
           ConfigError: if there is none, or if it was changed after it was saved.
         """
         return Tokenizer.load(self.path)
+
+
+def bpe_bytes(vocab: int) -> int:
+    """The bytes of text that fit a vocabulary of `vocab` tokens."""
+    in_proportion = BPE_LEAST_BYTES * max(vocab, BPE_FEW_TOKENS) // BPE_FEW_TOKENS
+    return min(in_proportion, BPE_MOST_BYTES)
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> tokenizers.Tokenizer:

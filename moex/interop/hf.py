@@ -7,6 +7,7 @@ in `RUN/hf`, with the dtype of every tensor, so that an export gives back what c
 import itertools
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from moex.config.base import ConfigError, nearest, require
 from moex.config.flags import load_config as load_config_flags
 from moex.data.encoding import MODEL
 from moex.data.files import atomic_write
-from moex.data.pipeline import Data
+from moex.data.pipeline import Data, unread
 from moex.data.tokenizer import SavedTokenizer, TokenizerFile
 from moex.interop.arrays import load_array
 from moex.interop.dequantise import reader
@@ -260,7 +261,9 @@ def _run_config(model, where, config, config_args):
 def _prepare(cfg, say) -> tuple[Program, Any, Any]:
     """Check a config, and make its program, optimizer and data."""
     mesh = mesh_here(cfg)
-    data = cfg.task.prepare(cfg, log=say)
+    no_text = (lambda size: [], "")
+    tokenizer = cfg.data.tokenizer.make("config.data.tokenizer", no_text, Path())
+    data = unread(cfg.data, cfg.seq_len, tokenizer)
     spec = states.model_spec(cfg.model, mesh)
     program = Program(cfg=cfg, mesh=mesh, spec=spec)
     tx, _ = make_optimizer(cfg.optim, cfg.steps, spec.params, spec.info)

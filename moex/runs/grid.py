@@ -44,8 +44,15 @@ class Sweep:
     points: tuple[Point, ...]
 
 
-def make_sweep(texts: Sequence[str], config_args: list[str]) -> Sweep:
+def make_sweep(
+    texts: Sequence[str], config_args: list[str], load=given_config
+) -> Sweep:
     """Read the arguments of a sweep and check the config of every point.
+
+    Args:
+      texts: FIELD=V1,V2 each.
+      config_args: `--config...` arguments that all points share.
+      load: makes a config of such arguments.
 
     Raises:
       ConfigError: for a mistake in the grid, or in the config of any point.
@@ -59,15 +66,15 @@ def make_sweep(texts: Sequence[str], config_args: list[str]) -> Sweep:
     count = math.prod(map(len, grid.values()))
     require(count <= MOST_POINTS, "--sweep", count, f"at most {MOST_POINTS:,} runs")
     bases = {v: point_args(config_args, {CONFIG: v}) for v in grid.get(CONFIG, ())}
-    base = {value: to_dict(given_config(args)) for value, args in bases.items()}
-    base = base or to_dict(given_config(config_args))
+    base = {value: to_dict(load(args)) for value, args in bases.items()}
+    base = base or to_dict(load(config_args))
     points, seen = [], dict[str, str]()
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
         args = point_args(config_args, chosen)
         name = point_name(chosen)
         try:
-            cfg = given_config(args)
+            cfg = load(args)
             check_run(cfg)
             check_reopens(cfg)
         except ConfigError as e:

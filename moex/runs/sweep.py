@@ -19,7 +19,7 @@ from moex import hints, json_files
 from moex.config.base import ConfigError, flat, require
 from moex.data.files import atomic_write, locked
 from moex.process import fail, use_cpu
-from moex.runs.directory import RunDir
+from moex.runs.directory import RunDir, given_config
 from moex.runs.grid import CONFIG, Point, Sweep, make_sweep
 
 FILE = "sweep.json"
@@ -128,7 +128,17 @@ def choose(sweep: Sweep, index: int | None) -> tuple[Point, ...]:
     return (sweep.points[index],)
 
 
-def run(texts, config_args: list[str], workdir, *, index, dry_run, flags, say) -> None:
+def run(
+    texts,
+    config_args: list[str],
+    workdir,
+    *,
+    index,
+    dry_run,
+    flags,
+    say,
+    load=given_config,
+) -> None:
     """Train the points of a sweep, or with `dry_run` list them.
 
     Args:
@@ -136,13 +146,14 @@ def run(texts, config_args: list[str], workdir, *, index, dry_run, flags, say) -
       config_args: `--config...` arguments that all points share.
       workdir: the folder of the sweep.
       index: the index of the one point to train; None: train all.
+      load: as for `make_sweep`; `flags` repeat what it adds to a config.
 
     Raises:
       ConfigError: for a user's mistake.
       KeyboardInterrupt: after Ctrl-C.
     """
     use_cpu()  # the processes of the points need the accelerators
-    made = make_sweep(texts, config_args)
+    made = make_sweep(texts, config_args, load)
     points = choose(made, index)
     if dry_run:
         say("\n".join(list_lines(made, workdir)))

@@ -139,10 +139,25 @@ class Task(Config, abc.ABC):
           ConfigError: if the data cannot tell, or contradicts the config.
         """
 
-    def given(self, data, paths: list[str]):
-        """The config `data` with files from the command line, all of them held out."""
+    def given(self, data, paths: list[str], *, train: bool = False):
+        """The config `data` with files from the command line.
+
+        Args:
+          data: `config.data`.
+          paths: files, folders or globs.
+          train: train on them, but for a held-out share; else all of them are held out.
+        """
         name = type(self).__name__
         raise ConfigError(f"--data: {name} takes its data from --config.data.")
+
+    def resumed(self, data, run):
+        """The config `data` to prepare for a run that goes on.
+
+        Args:
+          data: `config.data`.
+          run: `RunDir` of that run.
+        """
+        return data
 
     # The task's files in a run directory (`RunDir`), besides its config.
 

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moex import hints
-from moex.config.base import ConfigError, require, short
+from moex.config.base import ConfigError, require, short, to_dict
+from moex.data.chat import saved_layout
 from moex.data.from_paths import given_sources
 from moex.data.pipeline import Data, Prepared, prepare
 from moex.data.report import compressor_bits_per_byte
-from moex.data.tokenizer import SavedTokenizer, Tokenizer
+from moex.data.tokenizer import Bpe, SavedTokenizer, Tokenizer
 from moex.model.decode import check_request, generate
 from moex.model.precision import compute_dtype
 from moex.moe.metrics import mean
@@ -78,8 +79,21 @@ class LanguageModelling(Task):
         )
         _check_samples(cfg, data.tokenizer)
 
-    def given(self, data, paths):
-        return dataclasses.replace(data, sources=given_sources(paths))
+    def given(self, data, paths, *, train=False):
+        layout = saved_layout(data.tokenizer)
+        sources = given_sources(paths, train=train, layout=layout)
+        return dataclasses.replace(data, sources=sources, given=tuple(paths))
+
+    def resumed(self, data, run):
+        """Use the run's own tokenizer, so that it is not trained again.
+
+        That would give another one if files have changed, or on more text.
+        """
+        trained = isinstance(data.tokenizer, Bpe)
+        if not trained or to_dict(run.config().data) != to_dict(data):
+            return data
+        saved = SavedTokenizer(path=str(run.tokenizer_folder))
+        return dataclasses.replace(data, tokenizer=saved)
 
     def save(self, data, run):
         """Write the tokenizer."""

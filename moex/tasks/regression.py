@@ -47,8 +47,9 @@ class Regression(Task):
             allowed = f"{numbers}, columns of the data times patch, or None to take it"
             require(given in (None, numbers), "config.model.numbers", given, allowed)
 
-    def given(self, data, paths):
-        return dataclasses.replace(data, paths=tuple(paths), holdout=1.0)
+    def given(self, data, paths, *, train=False):
+        own = {} if train else {"holdout": 1.0}
+        return dataclasses.replace(data, paths=tuple(paths), given=tuple(paths), **own)
 
     def fields(self, cfg):
         shape = (cfg.seq_len, cfg.data.patch, cfg.model.numbers // cfg.data.patch)

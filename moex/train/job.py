@@ -128,16 +128,25 @@ class Job(Training, Evaluated):
         )
 
 
-def make_job(cfg, *, log=print) -> Job:
+def make_job(cfg, *, log=print, resumed=None) -> Job:
     """Check a run config, prepare its data and build its abstract model.
 
     Fills in what the config leaves to the data, such as the vocabulary.
+
+    Args:
+      cfg: run config.
+      log: called with one line per step of the work.
+      resumed: a folder; if it holds a run, the job is to go on with that.
 
     Raises:
       ConfigError: for any mistake of the user, before anything is compiled.
     """
     mesh = mesh_here(cfg)  # this does not check the schedules; `train` does
+    given = cfg.data
+    if resumed is not None and resumed.is_run():
+        cfg.data = cfg.task.resumed(given, resumed)
     data = cfg.task.prepare(cfg, log=log)
+    cfg.data = given
     cfg.task.fill(cfg, data)
     cfg.task.check_fields(cfg, data)
     job = Job(cfg=cfg, mesh=mesh, spec=model_spec(cfg.model, mesh), data=data)

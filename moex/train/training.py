@@ -51,7 +51,7 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
     source = RunDir(cfg.init_from)
     if dry_run:
         folder = None if workdir is None else RunDir.of(workdir)
-        job = make_job(cfg, log=say)
+        job = make_job(cfg, log=say, resumed=folder)
         _compare(job, folder, source, say)
         job.trace_step()
         say("dry run: the config is good; nothing was trained")
@@ -59,7 +59,7 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
     require_path("--workdir", workdir)
     folder = RunDir.of(workdir)
     with said_where_it_stands(folder), claimed(folder, say) as lock:
-        job = make_job(cfg, log=say)
+        job = make_job(cfg, log=say, resumed=folder)
         cost = _compare(job, folder, source, say)
         checkpointer = Checkpointer(
             folder,

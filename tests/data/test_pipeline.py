@@ -1,6 +1,7 @@
 """Prepared data: the cache, the order of training, held-out batches, the report."""
 
 import dataclasses
+import gzip
 import itertools
 import json
 import multiprocessing
@@ -18,8 +19,9 @@ from moex.data.changes import changed_data, save_data
 from moex.data.files import unit_hash
 from moex.data.pipeline import Data, prepare
 from moex.data.report import compressor_bits_per_byte, inspect
-from moex.data.sources import PromptResponse, PythonStdlib, Text
+from moex.data.sources import PromptResponse, PythonStdlib, Text, TextRecords
 from moex.data.tokenizer import Bpe, Bytes, TokenizerFile
+from moex.json_files import digest
 
 L = 16
 
@@ -339,9 +341,79 @@ def test_a_source_without_text_cannot_be_scored(tmp_path):
         prepare(data(tmp_path, source), L, scoring=True, log=quiet)
 
 
+def test_a_source_without_text_is_left_out_while_others_have_some(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.jsonl").write_text("\n")
+    empty = Text(paths=(str(tmp_path / "empty.txt"),))
+    blank = PromptResponse(paths=(str(tmp_path / "blank.jsonl"),))
+    own, said = corpus(tmp_path, "a"), []
+    prepared = prepare(data(tmp_path, empty, own, blank), L, log=said.append)
+    assert prepared.domains == ("empty", "a", "blank")
+    assert prepared.weights == (0, 1, 0)
+    where = "data: data.sources[0].paths"
+    assert f"{where}: {tmp_path / 'empty.txt'}: empty and left out" in said
+    for name in ("empty", "blank"):
+        assert f"data: warning: {name!r} has no text and is left out" in said
+    alone = take(prepare(data(tmp_path, own), L, log=quiet), 5, batch_size=2, seed=1)
+    both = take(prepared, 5, batch_size=2, seed=0)  # each source has a seed of its own
+    for a, b in zip(alone, both, strict=True):
+        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+    with pytest.raises(ConfigError, match=r"paths: the file .*empty.txt is empty"):
+        prepare(data(tmp_path, empty), L, log=quiet)
+    own.holdout = 1.0
+    with pytest.raises(ConfigError, match="no source to train on has any text"):
+        prepare(data(tmp_path, empty, own), L, log=quiet)
+
+
+def test_what_was_cached_before_a_field_came_is_valid(tmp_path):
+    """The hash of a source is that of version 0.3, in which Text had five fields."""
+    source = corpus(tmp_path, "a", 3)
+    files = [["a.txt", *cache.size_and_hash(tmp_path / "a.txt")]]
+    made = cache.scan(source, "s")
+    assert made["sha256"] == digest([{"holdout": 0.3, "delimiter": "<|>"}, files])
+    source.delimiter, source.holdout_ends = "", True
+    assert cache.scan(source, "s")["settings"]["holdout_ends"]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "amount"),
+    [(300, 4_000_000), (4096, 4_000_000), (32_768, 32_000_000), (2**24, 256_000_000)],
+)
+def test_a_larger_vocabulary_is_trained_on_more_text(vocab, amount, tmp_path):
+    asked, said = [], []
+    corpus_of = (lambda size: asked.append(size) or ["some words"], "digest")
+    Bpe(vocab=vocab).make("t", corpus_of, tmp_path, said.append)
+    assert asked == [amount]
+    assert said == [
+        f"tokenizer: training BPE with {vocab} tokens on 0.0 MB, all that there is; "
+        f"{amount / 1e6:.1f} MB would fit its size"
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_sample_is_drawn_from_all_of_compressed_text(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "BPE_LEAST_BYTES", 20_000)
+    rows = "".join(
+        json.dumps({"text": f"{i:04} " + "ab " * 60}) + "\n" for i in range(4000)
+    )
+    file = tmp_path / f"a.jsonl{suffix}"
+    file.write_bytes((gzip.compress if suffix else bytes)(rows.encode()))
+    source = TextRecords(paths=(str(file),), holdout=0.0)
+    seen = []
+    monkeypatch.setattr(
+        tokenizer_module, "train_bpe", lambda texts, _: seen.extend(texts) or stop()
+    )
+    stop = Bytes  # its `to_str` does not exist: nothing is trained
+    with pytest.raises(AttributeError):
+        prepare(data(tmp_path, source, tokenizer=Bpe(vocab=300)), L, log=quiet)
+    assert 10_000 <= sum(map(len, seen)) <= 40_000
+    first = [int(text[:4]) for text in seen]
+    assert max(first) > 3500 and 1500 < np.mean(first) < 2500
+
+
 @pytest.mark.parametrize("delimiter", ["", " "])
 def test_bpe_learns_from_a_sample(delimiter, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "BPE_SAMPLE_BYTES", 1000)
+    monkeypatch.setattr(tokenizer_module, "BPE_LEAST_BYTES", 1000)
     (tmp_path / "a.txt").write_text(" ".join(f"word{i}" for i in range(5000)))
     path = str(tmp_path / "a.txt")
     source = Text(paths=(path,), delimiter=delimiter, holdout=0.0)

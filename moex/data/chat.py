@@ -1,0 +1,188 @@
+"""Chats: records with a list of messages, laid out by the template of a model.
+
+The template is one of Hugging Face transformers (Jinja). It is rendered with marks in
+place of the messages' contents, so that no content is ever taken for markup, and once
+for all chats with the same roles.
+"""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from moex.config.base import ConfigError
+from moex.data.contract import Document, Part
+from moex.data.encoding import DOC_TOKEN
+from moex.data.files import content_key, one_line
+from moex.data.records import text_at
+from moex.data.sources import Records
+from moex.data.tokenizer import SavedTokenizer
+from moex.json_files import read_object
+
+# A line with the role, the content on lines below; an answer ends with the document
+# token, as a text does. It names no special token, so any tokenizer has it.
+PLAIN = (
+    "{% for message in messages %}{{ message.role + ':\n' + message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+FIRST, LAST = "\ue000", "\ue001"  # private characters around the number of a message
+MARK = re.compile(f"{FIRST}([0-9]+){LAST}")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Chat(Records):
+    """Records with a list of messages, each with a role and a content.
+
+    The messages of one role are learned: their contents, and the markup that ends them
+    up to its last character that is not white space, such as <|im_end|>. A chat that
+    ends with such a message also learns the document token after it. Chats are packed
+    whole. The messages before the first one that is learned decide the split.
+    """
+
+    messages: str = "messages"  # name of the field with the messages
+    learned_role: str = "assistant"  # the role whose messages are learned
+    template: str = PLAIN  # a chat template: the Jinja text itself
+    bos_token: str = ""  # the template's variable of this name
+    eos_token: str = DOC_TOKEN  # the template's variable of this name
+    truncate: bool = False  # cut chats that are longer than a sequence
+
+    def content(self) -> str:
+        """The kind of content of the documents: `chats`."""
+        return "chats"
+
+    def fields(self) -> dict[str, str]:
+        """The field of the messages."""
+        return {"messages": self.messages}
+
+    def document(self, record, at, where) -> Document:
+        """Make a document of the parts of a chat."""
+        here = f"{where}.messages = {self.messages!r}"
+        said = [
+            _message(message, f"{at}, message {i}", here)
+            for i, message in enumerate(_list(record[self.messages], at, here), start=1)
+        ]
+        roles = tuple(role for role, _ in said)
+        if self.learned_role not in roles:
+            raise ConfigError(
+                f"{where}.learned_role = {self.learned_role!r}: {at} has no message of "
+                f"that role, but of {', '.join(dict.fromkeys(roles))}: nothing would "
+                "be learned."
+            )
+        try:
+            parts = layout(
+                self.template, self.bos_token, self.eos_token, roles, self.learned_role
+            )
+        except ConfigError as e:
+            raise ConfigError(f"{where}.template: {at}: {e}") from None
+        asked = said[: roles.index(self.learned_role)]
+        key = content_key("\0".join(text for _, text in asked).encode())
+        return Document(
+            key,
+            tuple(
+                Part(said[part][1], roles[part] == self.learned_role, False)
+                if isinstance(part, int)
+                else part
+                for part in parts
+            ),
+        )
+
+
+def _list(messages: Any, at: str, where: str) -> list:
+    if not isinstance(messages, list) or not messages:
+        raise ConfigError(
+            f"{where}: {at} must have a list of messages there, not {messages!r:.40}."
+        )
+    return messages
+
+
+def _message(message: Any, at: str, where: str) -> tuple[str, str]:
+    """Read (role, content) of a message."""
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        raise ConfigError(f"{where}: {at} must have a role and a content.")
+    if message.get("tool_calls"):
+        raise ConfigError(f"{where}: {at} has tool calls, which are not read.")
+    role, content = (text_at(message[n], at, where) for n in ("role", "content"))
+    return role, content
+
+
+@functools.lru_cache(maxsize=4096)
+def layout(
+    template: str, bos: str, eos: str, roles: tuple[str, ...], learned: str
+) -> tuple[Part | int, ...]:
+    """Lay out a chat of these roles: markup, and numbers of messages for contents.
+
+    Raises:
+      ConfigError: if the template cannot be rendered, or has not each content once.
+    """
+
+    def render(count: int) -> str:
+        said = [
+            {"role": role, "content": f"{FIRST}{i}{LAST}"}
+            for i, role in enumerate(roles[:count])
+        ]
+        try:
+            return _compiled(template).render(
+                messages=said,
+                add_generation_prompt=False,
+                bos_token=bos,
+                eos_token=eos,
+                raise_exception=_refuse,
+            )
+        except jinja2.TemplateError as e:
+            raise ConfigError(f"{one_line(e)}.") from None
+
+    pieces = MARK.split(render(len(roles)).rstrip())
+    if list(map(int, pieces[1::2])) != list(range(len(roles))):
+        raise ConfigError(
+            f"the template must write each of the {len(roles)} messages once, in order."
+        )
+    parts: list[Part | int] = [Part(pieces[0], False, True)]
+    for i, role in enumerate(roles):
+        parts.append(i)
+        after, end = pieces[2 * i + 2], 0
+        if role == learned:  # a chat that ends here shows which markup ends a message
+            ends = MARK.split(render(i + 1).rstrip())[-1]
+            end = len(ends) if after.startswith(ends) else 0
+        parts += [Part(after[:end], True, True), Part(after[end:], False, True)]
+    return tuple(part for part in parts if isinstance(part, int) or part.text)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(template: str) -> jinja2.Template:
+    options: Any = {"trim_blocks": True, "lstrip_blocks": True}  # as in transformers
+    environment = ImmutableSandboxedEnvironment(extensions=[loopcontrols], **options)
+    return environment.from_string(template)
+
+
+def _refuse(message: str):
+    raise jinja2.TemplateError(message)
+
+
+def saved_layout(tokenizer) -> dict[str, str]:
+    """The fields of `Chat` for the tokenizer of an imported run; {} for any other."""
+    if not isinstance(tokenizer, SavedTokenizer):
+        return {}
+    folder = Path(tokenizer.path).parent / "hf"  # `RunDir.imported`
+    file, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    about = read_object(file) if file.is_file() else {}
+    template = about.get("chat_template")
+    if own.is_file():
+        template = own.read_text(encoding="utf-8")
+    if isinstance(template, list):  # several, by name
+        named = {item["name"]: item["template"] for item in template}
+        template = named.get("default")
+    if not isinstance(template, str):
+        return {}
+    found = {"template": template}
+    for name in ("bos_token", "eos_token"):
+        token = about.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        found[name] = token if isinstance(token, str) else ""
+    return found
