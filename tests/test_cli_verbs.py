@@ -7,6 +7,7 @@ import pytest
 
 from moex import cli
 from moex.config import base as config
+from moex.runs import sweep
 from moex.runs.directory import RunDir
 from moex.runs.keys import RUN_KEYS
 from moex.runs.open import load_run
@@ -89,6 +90,45 @@ def test_the_saved_config_is_the_resolved_one(folder, trained):
 
 
 # data.
+
+
+def test_a_run_on_own_files_goes_on_with_them(moex, folder, tmp_path):
+    """By the same command, by its folder alone, and by its config without --data."""
+    own, run = runs.write_corpus(tmp_path / "own.txt", seed=1), tmp_path / "run"
+    config = f"--config={folder / 'tiny.py'}"
+    options = (f"--workdir={run}", "--config.data.sources.0.holdout=0.1")
+    flags = (config, f"--data={own}")
+    moex("train", *flags, *options, "--config.steps=1")
+    (source,) = RunDir(run).config().data.sources
+    assert (source.paths, source.holdout) == ((str(own),), 0.1)
+    for steps, given in enumerate([flags, (), (config,)], start=2):
+        kept = options if given == flags else options[:1]
+        said = moex("train", *given, *kept, f"--config.steps={steps}")
+        assert f"resuming {run} after step {steps - 1}" in said
+        assert "changed config: config.data" not in said
+        told = f"goes on with the data that it was started with: --data={own}"
+        assert (told in said) == (given == (config,))
+        assert RunDir(run).config().data.sources == (source,)
+    scored = json.loads(moex("eval", run, "--json"))
+    assert list(scored["domains"]) == ["own"] and scored["bytes"] > 500
+
+
+def test_a_sweep_on_own_files(moex, folder, tmp_path, monkeypatch):
+    """Its points get the flag, and its sweep.json has the files."""
+    own, made = runs.write_corpus(tmp_path / "own.txt"), tmp_path / "sweep"
+    commands = []
+    monkeypatch.setattr(
+        sweep.Runner, "run", lambda self, points, args: commands.append(args) or {}
+    )
+    config = f"--config={folder / 'tiny.py'}"
+    said = moex(
+        *("train", config, f"--data={own}", f"--workdir={made}", "--sweep", "seed=1,2")
+    )
+    ((first, *_, last),) = commands
+    assert (first, last) == (config, f"--data={own}")
+    assert f"--data={own}" in said
+    base = json.loads((made / "sweep.json").read_text())["config"]
+    assert base["data"]["given"] == [str(own)]
 
 
 def test_data_prepare_and_inspect(moex, folder):

@@ -101,6 +101,37 @@ def test_the_shards_of_a_folder_come_back(tmp_path):
     }
 
 
+@pytest.mark.parametrize("kind", ["messages", "pairs", "text"])
+def test_an_imported_run_is_trained_on_own_records(tmp_path, capsys, kind):
+    """As docs/interop.md says; importing alone encodes no text."""
+    said = " and ".join(["the cat sees the dog"] * 3)
+    record = {
+        "messages": {
+            "messages": [
+                {"role": "user", "content": "who?"},
+                {"role": "assistant", "content": said},
+            ]
+        },
+        "pairs": {"prompt": "who?", "response": said},
+        "text": {"text": said},
+    }[kind]
+    run, file = tmp_path / "run", tmp_path / "own.jsonl"
+    file.write_text("\n".join(json.dumps(record | {"id": i}) for i in range(40)))
+    with runs.one_device():
+        cli.main(["import-hf", str(parity.FIXTURES / "olmoe"), "--out", str(run)])
+        assert "data:" not in capsys.readouterr().out
+        cli.main(
+            [
+                *("train", f"--workdir={run}", f"--data={file}", "--config.steps=1"),
+                *("--config.seq_len=128", "--config.batch_size=2"),
+                *("--config.data.sources.0.truncate=True",)[: kind != "text"],
+                *("--config.data.sources.0.holdout=0", "--config.log.sample_tokens=0"),
+            ]
+        )
+    assert "training time" in capsys.readouterr().out
+    assert load_run(run).step == 1
+
+
 @pytest.mark.thorough
 def test_an_imported_run_writes_text_and_trains_on(tmp_path, capsys):
     """After a step another folder of the same names, router biases too."""
