@@ -143,11 +143,11 @@ def saved_dataset(path: str, where: str) -> tuple[str, ...] | None:
             f"{where}: {path} was saved by an old version of datasets, with a list of "
             "rows beside them; load and save it with a newer one."
         )
-    names = [
+    files = [
         field(item, "filename", str, str(state))
         for item in field(about, "_data_files", list[dict[str, Any]], str(state))
     ]
-    for name in names:
+    for name in files:
         if Path(name).name != name or not (folder / name).is_file():
             raise ConfigError(f"{where}: {state} names {name}, which is not there.")
-    return tuple(str(folder / name) for name in names)
+    return tuple(str(folder / name) for name in files)
