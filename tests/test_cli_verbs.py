@@ -98,10 +98,10 @@ def test_a_run_on_own_files_goes_on_with_them(moex, folder, tmp_path):
     config = f"--config={folder / 'tiny.py'}"
     options = (f"--workdir={run}", "--config.data.sources.0.holdout=0.1")
     flags = (config, f"--data={own}")
-    moex("train", *flags, *options, "--config.steps=1")
+    moex("train", *flags, *options, "--config.steps=2")
     (source,) = RunDir(run).config().data.sources
     assert (source.paths, source.holdout) == ((str(own),), 0.1)
-    for steps, given in enumerate([flags, (), (config,)], start=2):
+    for steps, given in enumerate([flags, (), (config,)], start=3):
         kept = options if given == flags else options[:1]
         said = moex("train", *given, *kept, f"--config.steps={steps}")
         assert f"resuming {run} after step {steps - 1}" in said

@@ -124,6 +124,7 @@ def test_an_imported_run_is_trained_on_own_records(tmp_path, capsys, kind):
             [
                 *("train", f"--workdir={run}", f"--data={file}", "--config.steps=1"),
                 *("--config.seq_len=128", "--config.batch_size=2"),
+                "--config.optim.warmup_steps=0",
                 *("--config.data.sources.0.truncate=True",)[: kind != "text"],
                 *("--config.data.sources.0.holdout=0", "--config.log.sample_tokens=0"),
             ]
