@@ -50,7 +50,10 @@ class Bpe(TokenizerConfig):
     def make(self, where: str, corpus: Corpus, cache: Path, log=print) -> Tokenizer:
         """Train it, or read one that was trained before on the same text.
 
-        TODO
+        It is trained on `bpe_bytes(vocab)` of text. For 4096 tokens 4 MB are enough:
+        held-out files of the standard library have 3.58 bytes per token with all
+        10 MB, and 3.57 with 3 MB. For 32,000 they are not: held-out files of installed
+        packages have 3.73 bytes per token with 4 MB, and 3.84 with 31 MB.
 
         Raises:
           ConfigError: if there is no text to train on.
