@@ -1,5 +1,6 @@
 """Every command that README, docs and help print is right as it stands."""
 
+import json
 import os
 import pathlib
 import random
@@ -163,7 +164,12 @@ class Reader:
 
     def write_data(self) -> None:
         """The files of their own that pages speak of."""
-        runs.write_corpus(self.folder / "web.txt")
+        for name in ("web.txt", "book.txt"):
+            runs.write_corpus(self.folder / name)
+        turns = (("user", "who sees?"), ("assistant", "the cat sees"))
+        chat = {"messages": [{"role": r, "content": text} for r, text in turns]}
+        lines = "".join(json.dumps(chat | {"id": i}) + "\n" for i in range(200))
+        (self.folder / "chats.jsonl").write_text(lines, encoding="utf-8")
         (self.folder / "code").mkdir()
         shutil.copy(printed.__file__, self.folder / "code" / "a.py")
         draws = random.Random(0)
