@@ -64,11 +64,12 @@ def test_what_is_said_of_a_new_folder(tmp_path):
 # A verb that keeps the main thread inside C, as a compiler does.
 INSIDE_C = """
 import hashlib
+import threading
 from moex import cli
 from moex.commands import params
 
 def command(self, args, config_args):
-    print("begun", flush=True)
+    threading.Timer(1, print, ["begun"], {"flush": True}).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 
 params.Command.run = command
