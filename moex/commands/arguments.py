@@ -109,6 +109,10 @@ def trained_config(args, config_args: list[str], say=print):
     return cfg
 
 
+# Seconds of the flags that have a default.
+TIMEOUTS = {"join-timeout": 300, "heartbeat-timeout": 100}
+
+
 def process_flags(args) -> list[str]:
     """Write `--project` and the `add_processes` arguments for a child process."""
     names = ("coordinator", "num-processes", "process-id", "join-timeout")
@@ -116,7 +120,7 @@ def process_flags(args) -> list[str]:
         (name, vars(args)[name.replace("-", "_")])
         for name in (*names, "heartbeat-timeout", "project")
     ]
-    flags = [f"--{name}={value}" for name, value in values if value is not None]
+    flags = [f"--{name}={v}" for name, v in values if v != TIMEOUTS.get(name)]
     if args.distributed is not None:
         flags.append("--distributed" if args.distributed else "--no-distributed")
     return flags
@@ -141,14 +145,14 @@ def add_processes(parser) -> None:
     many.add_argument(
         "--join-timeout",
         type=positive,
-        default=300,
+        default=TIMEOUTS["join-timeout"],
         metavar="SECONDS",
         help="how long to wait for the other processes (300)",
     )
     many.add_argument(
         "--heartbeat-timeout",
         type=positive,
-        default=100,
+        default=TIMEOUTS["heartbeat-timeout"],
         metavar="SECONDS",
         help="a host that is silent for this long ends the job (100)",
     )
