@@ -406,5 +406,5 @@ def test_a_sweep_is_trained_and_then_skipped(folder, tmp_path, capfd, monkeypatc
     ]
 
     row = out_of(*command[1:]).splitlines()[1].split()
-    assert row[0] == "2"  # seeds
+    assert row[:3] == ["seed=0,", "seed=1", "2"]  # runs, and their number
     assert row.count("±") >= 5  # of the losses
