@@ -121,12 +121,11 @@ def test_a_sweep_on_own_files(moex, folder, tmp_path, monkeypatch):
         sweep.Runner, "run", lambda self, points, flags: commands.append(flags) or {}
     )
     config = f"--config={folder / 'tiny.py'}"
-    said = moex(
+    moex(
         *("train", config, f"--data={own}", f"--workdir={made}", "--sweep", "seed=1,2")
     )
     ((*_, last),) = commands
     assert last == f"--data={own}"
-    assert f"--data={own}" in said
     base = json.loads((made / "sweep.json").read_text())["config"]
     assert base["data"]["given"] == [str(own)]
 

@@ -101,7 +101,7 @@ def prepare(
         find_files(getattr(first, "paths", ()), f"{where}.sources[0].paths")
     corpus = (lambda limit: _sample(named, total, limit), all_files)
     tokenizer = config.tokenizer.make(f"{where}.tokenizer", corpus, root, log)
-    pairs: list[list[Windows | Rows]] = []
+    pairs: list[tuple[Windows | Rows, Windows | Rows]] = []
     manifest = {}
     for i, ((here, source), scan) in enumerate(zip(named, scans, strict=True)):
         folder, manifest[source.label()] = cache.prepared(
@@ -115,14 +115,14 @@ def prepare(
                 streams[1], seq_len, overlap=overlap, domain=i, partial=True
             )
             pair = [Windows(streams[0], seq_len, domain=i), scored]
-        pairs.append(pair)
+        pairs.append((pair[0], pair[1]))
     has_text = [any(p.stream.counts["documents"] for p in pair) for pair in pairs]
-    for (here, source), pair, some in zip(named, pairs, has_text, strict=True):
+    for (here, source), both, some in zip(named, pairs, has_text, strict=True):
         if not some and any(has_text):
             log(f"data: warning: {source.label()!r} has no text and is left out")
             continue
-        _check_sizes(*pair, source, here, log, scoring)
-        _check_targets(*pair, source, here, log, scoring)
+        _check_sizes(*both, source, here, log, scoring)
+        _check_targets(*both, source, here, log, scoring)
     weights = tuple(
         s.weight if s.holdout < 1 and some else 0.0
         for s, some in zip(config.sources, has_text, strict=True)

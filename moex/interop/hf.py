@@ -17,6 +17,7 @@ import numpy as np
 
 from moex.config.base import ConfigError, nearest, require
 from moex.config.flags import load_config as load_config_flags
+from moex.data.contract import Corpus
 from moex.data.encoding import MODEL
 from moex.data.files import atomic_write
 from moex.data.pipeline import Data, unread
@@ -261,7 +262,7 @@ def _run_config(model, where, config, config_args):
 def _prepare(cfg, say) -> tuple[Program, Any, Any]:
     """Check a config, and make its program, optimizer and data."""
     mesh = mesh_here(cfg)
-    no_text = (lambda size: [], "")
+    no_text: Corpus = (lambda size: [], "")
     tokenizer = cfg.data.tokenizer.make("config.data.tokenizer", no_text, Path())
     data = unread(cfg.data, cfg.seq_len, tokenizer)
     spec = states.model_spec(cfg.model, mesh)
