@@ -534,7 +534,9 @@ def test_any_changed_byte_of_the_cache_is_seen(tmp_path):
             lines = []
             prepare(config, 40, log=lines.append)
             assert "made again" in lines[0], file
-            assert len(file.read_bytes()) == len(whole)
+            # The manifest says how many seconds were taken, in one digit or two.
+            slack = 2 if file.name == "manifest.json" else 0
+            assert abs(len(file.read_bytes()) - len(whole)) <= slack
 
 
 def test_a_file_that_two_sources_read(tmp_path):
