@@ -112,7 +112,8 @@ NEEDS = {
 # Every training is short.
 SHORT = (
     *("steps=4", "batch_size=2", "optim.warmup_steps=0"),
-    *("eval.sequences=4", "log.sample_tokens=4"),
+    *("eval.sequences=4", "eval.batch_size=32", "log.sample_tokens=4"),
+    "log.compressors=False",
 )
 SHORTER = {
     "--sweep seed=0,1,2": "--sweep seed=0",
