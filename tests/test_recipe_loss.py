@@ -24,7 +24,7 @@ from moex.config.base import ConfigError, check
 from moex.moe.metrics import documentation
 from moex.nn.stack import Segment
 from moex.runs.keys import Log, Loss
-from moex.train.tensorboard import layout
+from moex.train.charts import layout
 from tests.helpers import TASK, XLA, built, random_batch, tiny_lm, tiny_moe
 from tests.test_run import run_config
 

@@ -2,12 +2,7 @@
 
 from moex.cluster import distributed
 from moex.commands import Verb
-from moex.commands.arguments import (
-    add_data,
-    add_processes,
-    process_flags,
-    trained_config,
-)
+from moex.commands.arguments import add_data, add_processes, process_flags
 from moex.config.arguments import integer, path
 from moex.config.base import ConfigError
 
@@ -32,10 +27,7 @@ class Command(Verb):
 
     talks = True
     examples = EXAMPLES
-    usage = (
-        "--config=FILE[:arg] --workdir=RUN [--data=FILE ...] [--config.a.b=value ...] "
-        "[options]"
-    )
+    usage = "--config=FILE[:arg] --workdir=RUN [--config.a.b=value ...] [options]"
 
     def add(self, parser):
         parser.add_argument(
@@ -72,11 +64,13 @@ class Command(Verb):
         add_processes(parser)
 
     def run(self, args, config_args):
+        from moex.runs import sweep
+        from moex.runs.given import trained_config
+        from moex.train.training import train
+
         if args.workdir is None and not args.dry_run:
             raise ConfigError("--workdir: missing; give a folder, such as runs/first.")
         if args.sweep:
-            from moex.runs import sweep
-
             if args.profile is not None:
                 raise ConfigError("--profile: is for one run, not for a --sweep.")
             sweep.run(
@@ -90,8 +84,6 @@ class Command(Verb):
                 load=lambda own: trained_config(args, own),
             )
             return
-        from moex.train.training import train
-
         if args.sweep_index is not None:
             raise ConfigError("--sweep-index: is for --sweep; give both.")
         cfg = trained_config(args, config_args, distributed.print_once(args))

@@ -23,6 +23,7 @@ from moex.runs.checkpoint import Checkpointer
 from moex.runs.checksums import all_finite
 from moex.runs.consumed import Consumed
 from moex.runs.directory import RunDir
+from moex.runs.lines import read_metrics
 from moex.runs.lock import RunLock
 from moex.runs.score import eval_step, evaluate
 from moex.runs.write import about_step
@@ -91,6 +92,8 @@ class Run:
         self.logged = (self.step, self.consumed.targets)
         self.profiler.check_start(self.step)
         flight = Flight(self._look, self._is_logged)
+        if self._owes_evaluation():
+            self._aside(lambda: self._evaluate(cfg.eval.sequences))
         while self.step < cfg.steps and not self._should_stop():
             if self.lock is not None:
                 self.lock.check_told()
@@ -143,6 +146,13 @@ class Run:
         # it sends, does not stop the last evaluation.
         asked = self.interrupted or (self.stop_asked and self.step < self.job.cfg.steps)
         return asked and jax.process_count() == 1
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the run was stopped in the evaluation of the step it goes on from."""
+        begun = 0 < self.step < self.job.cfg.steps
+        if jax.process_count() > 1 or not begun or "eval" not in self._due():
+            return False
+        return self.step not in read_metrics(self.dir.metrics).get("eval", {})
 
     def _due(self) -> set[str]:
         """The tasks that are due after this step: "eval", "sample", "save"."""
