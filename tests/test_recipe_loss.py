@@ -108,7 +108,7 @@ def test_its_coefficient_is_checked(told):
 def test_it_has_a_chart_and_a_row_in_the_documentation(told):
     title = "Mutual-information loss"
     row = f"| `mutual_information` | {title} | before its coefficient |"
-    assert f"{title} (before its coefficient)" in told["charts"]
+    assert f"{title}, mean of layers (before its coefficient)" in told["charts"]
     assert row in told["table"]
 
 
