@@ -60,7 +60,7 @@ if PLATFORM == "cpu":
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile(
-    "moex", derandomize=True, deadline=None, max_examples=40, database=None
+    "moex", derandomize=True, deadline=None, max_examples=25, database=None
 )
 hypothesis.settings.load_profile("moex")
 

@@ -82,6 +82,7 @@ def run(project, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.thorough
 def test_it_trains_and_resumes_and_its_own_loss_is_logged(run):
     lines = runs.records(run)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]

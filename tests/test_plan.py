@@ -385,7 +385,7 @@ def test_advice_lists_what_fits(run_config, monkeypatch):
         assert float(line.split(": ")[1].split()[0]) <= 0.8 * peak / GIB + 0.05
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_advice_where_nothing_helps(run_config, monkeypatch):
     small_device(monkeypatch, 1e-6)
     cfg, where = run_config({"data": 8}), topology.parse("v5p:2x2x2")

@@ -17,8 +17,13 @@ def test_every_case_has_a_record():
     assert {path.stem for path in RECORDS.glob("*.json")} == {*CASES}
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if i else pytest.mark.thorough)
+        for i, name in enumerate(CASES)
+    ],
+)
 def test_the_plan_is_within_15_percent_of_the_compiler(name):
     made = json.loads((RECORDS / f"{name}.json").read_text())
     topology, flags = CASES[name]

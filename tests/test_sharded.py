@@ -61,7 +61,7 @@ def on_one_device(layer, **options):
                 *pair, options.get(pair[0], {}), id=" on ".join(pair), marks=mark
             )
             for pairs, options, mark in (
-                (THOROUGH, OPTIONS, pytest.mark.thorough),
+                (THOROUGH, OPTIONS, pytest.mark.slow),
                 (SLOW, OPTIONS, pytest.mark.slow),
                 (SLOWEST, SLOW_OPTIONS, pytest.mark.slow),
             )

@@ -90,6 +90,7 @@ def final_nll(workdir):
     return runs.records(workdir, "eval")[-1]["nll"]
 
 
+@pytest.mark.thorough
 def test_two_processes_end_like_one(folder, undisturbed, four_devices, expected_ids):
     said = []
     runs.train(folder, folder / "alone", *OVERRIDES, said=said)
@@ -144,7 +145,7 @@ def test_kill_9_of_one_and_a_damaged_checkpoint_then_a_restart(
     assert before[:at] + after == expected_ids
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_sigterm_to_one_saves_on_all(folder, undisturbed, four_devices, expected_ids):
     workdir = folder / "stopped"
     done = launch(folder, workdir, disturb=f"1 {signal.SIGTERM.value} 4")

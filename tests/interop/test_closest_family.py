@@ -61,7 +61,7 @@ def test_a_native_run_leaves_as_the_closest_family(tmp_path):
     np.testing.assert_array_equal(up.T, w_in[0, 3, :, 1])
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_dense_folder_leaves_as_one_of_experts(tmp_path):
     """Import, upcycle, export: of the dense model's logits; moved between all steps."""
 

@@ -204,7 +204,7 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mutant"), MUTATIONS.values(), ids=MUTATIONS)
 def test_mutants_are_caught(name, mutant, monkeypatch):
     monkeypatch.setattr(triton_tiles, name, mutant)
@@ -340,7 +340,7 @@ def test_layer_in_bfloat16_with_default_tiles(monkeypatch):
     check(actual, oracle_layer(*case, "silu"), "bfloat16")
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", ["one row too many", "remainders of K and N"])
 def test_mutants_of_the_layer_are_caught(mutation, monkeypatch):
     name, mutant = MUTATIONS[mutation]

@@ -114,7 +114,7 @@ def _named(tree):
     "loss",
     [
         pytest.param(TOKEN_ONLY, id="tokens", marks=pytest.mark.thorough),
-        pytest.param(BY_SEQUENCE, id="rows"),
+        pytest.param(BY_SEQUENCE, id="rows", marks=pytest.mark.thorough),
     ],
 )
 def test_microbatches_add_up_to_the_batch(loss):

@@ -100,7 +100,7 @@ def straight(folder, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_it_learns_and_every_layer_reports(straight):
     records = runs.records(straight)
     assert len(records) == STEPS
@@ -112,7 +112,7 @@ def test_it_learns_and_every_layer_reports(straight):
     assert records[-1]["moe/zero_frac"] > 0
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_resume_is_exact(folder, straight, tmp_path):
     """Controller, quantile bias, schedules and noise all go on where they were."""
     shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
@@ -125,7 +125,7 @@ def test_resume_is_exact(folder, straight, tmp_path):
     runs.assert_same_arrays(actual, expected)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_it_generates(straight):
     (text,) = write_text(straight, ["the cat"], max_new_tokens=6, seed=0)
     assert text.startswith("the cat")
