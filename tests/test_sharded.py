@@ -20,7 +20,7 @@ from moex.sharding import MeshConfig
 
 # Together every mesh once and a choice of routers and experts: not every kind is here,
 # and those that are stand on one mesh each. All are among all pairs.
-THOROUGH = [("latent", "2 fsdp, 2 expert, 2 seq, all_to_all")]
+TRAVELLING = [("latent", "2 fsdp, 2 expert, 2 seq, all_to_all")]
 SLOW = [
     ("glu with biases", "1 data, 4 expert, 2 tensor, all_to_all"),
     ("top-p, controlled", "fsdp 8"),
@@ -61,7 +61,7 @@ def on_one_device(layer, **options):
                 *pair, options.get(pair[0], {}), id=" on ".join(pair), marks=mark
             )
             for pairs, options, mark in (
-                (THOROUGH, OPTIONS, pytest.mark.slow),
+                (TRAVELLING, OPTIONS, pytest.mark.slow),
                 (SLOW, OPTIONS, pytest.mark.slow),
                 (SLOWEST, SLOW_OPTIONS, pytest.mark.slow),
             )
