@@ -84,7 +84,7 @@ def test_its_own_tests_pass(made, monkeypatch):
         test()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_it_trains_as_it_is_and_the_run_is_opened(made, tmp_path, capsys):
     with runs.one_device():
         for steps in (2, 3):
