@@ -8,10 +8,10 @@ WORKDIR ?= runs/quickstart
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install train test test-thorough durations test-slow test-hf test-browser lint types check bench clean
+.PHONY: help install train test test-thorough durations test-slow test-hf test-browser docs lint types check bench clean
 
 help:
-	@echo "make train | test | check (lint, types, more tests) | test-slow | test-hf | test-browser | bench"
+	@echo "make train | test | check (lint, types, more tests) | test-slow | test-hf | test-browser | docs | bench"
 
 install: $(STAMP)
 
@@ -54,6 +54,11 @@ test-hf: $(STAMP) constraints-hf.txt
 # Opens pages of `moex report` in a headless Chromium, which must be installed.
 test-browser: $(STAMP)
 	$(BIN)/python -m pytest -m browser
+
+# The API reference, made from docstrings; build/api/moex.html is its first page.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -W error docs/api build/api
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -190,6 +190,10 @@ def children(value: Any) -> list[tuple[str, Any]]:
 def check(config: Any, path: str = "config") -> None:
     """Check types and ranges of a whole config tree.
 
+    Args:
+      config: a config, or a `ConfigDict`, dict or tuple of them.
+      path: its name in errors.
+
     Raises:
       ConfigError: with the path of the field, its value and what is allowed.
     """

@@ -28,7 +28,9 @@ from moex.progress import phase
 class Data(Reading):
     """The text of a run: a mixture of sources, and a tokenizer."""
 
+    # What is read, each a domain of the held-out results; at least one.
     sources: tuple[Source, ...] = (PythonStdlib(),)
+    # How text becomes tokens, such as Bpe(vocab=4096).
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=Bpe)
     cache_dir: str | None = None  # None: $MOEX_CACHE, or else ~/.cache/moex
 

@@ -36,7 +36,9 @@ class Compute:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """A frozen pytree; the fields from `mode` on are static (they pick the program).
+    """The facts about a batch that layers may need, and how to compute.
+
+    It is a frozen pytree; the fields from `mode` on are static (they pick the program).
 
     Attributes:
       segment_BL: int32, document number within the row from 1; 0 is padding. Tokens

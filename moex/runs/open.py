@@ -36,9 +36,11 @@ def load_run(place: Place, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun
     """Read the newest intact parameters of a run directory, or those of one step.
 
     Args:
+      place: the run directory, a path or a `RunDir`.
       mesh_cfg: `MeshConfig`; None: that of the run where it fits the devices of this
         job, otherwise one that keeps a copy of the model on each device.
       warn: called with one line per damaged checkpoint, and if the mesh does not fit.
+      step: the step of the checkpoint; None: the newest that is intact.
 
     Raises:
       ConfigError: if it is not a run directory or has no (such) checkpoint.

@@ -21,8 +21,8 @@ class Hash(FixedK):
     needs_token_ids: ClassVar[bool] = True
 
     seed: int = 0  # seed of the hash
+    # False: layers of one seed hash alike, as in runs from before this field existed.
     by_layer: bool = dataclasses.field(default=True, metadata={ABSENT: False})
-    # False: layers of one seed hash alike, as in runs from before this field existed
 
     def validate(self, path):
         FixedK.validate(self, path)
