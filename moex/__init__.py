@@ -10,6 +10,7 @@ __version__ = "0.3.0"
 
 # The public names of each module.
 PUBLIC = {
+    "moex.adapters.lora": "LoRA",
     "moex.allocator": "keep_memory",
     "moex.cache": "keep_programs",
     "moex.config.base": "Config ConfigError check",
@@ -28,6 +29,7 @@ PUBLIC = {
     "moex.nn.mlp": "Dense",
     "moex.nn.model": "Model",
     "moex.nn.param": "param",
+    "moex.nn.projection": "Adapter AdapterConfig Matrix",
     "moex.nn.series": "SeriesModel",
     "moex.nn.stack": "Segment",
     "moex.moe.balance": "Controller",

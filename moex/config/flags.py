@@ -22,6 +22,7 @@ import ml_collections
 from absl import flags
 from ml_collections.config_flags import config_path, tuple_parser
 
+import moex
 from moex import project
 from moex.config import shipped as configs
 from moex.config.base import (
@@ -184,6 +185,9 @@ def _apply(cfg, path: str, text: str) -> None:
             f"such as --config.{whole}='{tuple(holder)!r}'."
         )
     annotation: Any = type(value)
+    if (made := _config_of(path, text)) is not None:
+        config_path.set_value(path, cfg, made)
+        return
     if isinstance(holder, Config):
         annotation = next(f.type for f in dataclasses.fields(holder) if f.name == name)
     is_union = isinstance(annotation, types.UnionType)
@@ -207,6 +211,58 @@ def _apply(cfg, path: str, text: str) -> None:
                 f"config.{path} = {text!r}: must be {type_name(annotation)}."
             ) from e
     config_path.set_value(path, cfg, new)
+
+
+def _config_of(path: str, text: str):
+    """The config that text such as `TopP(p=0.4)` makes; None if it is no such text.
+
+    The name is that of a class of moex or of the user's project that was imported.
+
+    Raises:
+      ConfigError: if there is no such class, or an argument does not fit.
+    """
+    try:
+        call = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError):
+        return None
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        return None
+    return _called(path, call)
+
+
+def _called(path: str, node: ast.expr):
+    """The value of an expression of literals and calls of config classes."""
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return tuple(_called(path, item) for item in node.elts)
+    if not isinstance(node, ast.Call):
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            told = f"config.{path} = {ast.unparse(node)!r}"
+            raise ConfigError(f"{told}: must be a literal or a config.") from None
+    name, written = ast.unparse(node.func), f"config.{path} = {ast.unparse(node)!r}"
+    if (kind := _config_class(name)) is None:
+        names = {*moex.MODULES, *(k.__name__ for k in _subclasses(Config))}
+        near = nearest(name, names)
+        raise ConfigError(f"{written}: there is no config {name!r}.{near}")
+    if node.args:
+        first = dataclasses.fields(kind)[0].name
+        told = f"give each field its name, such as {name}({first}=...)"
+        raise ConfigError(f"{written}: {told}.")
+    given = {str(k.arg): _called(path, k.value) for k in node.keywords}
+    try:
+        return kind(**given)
+    except TypeError as e:
+        raise ConfigError(f"config.{path}: {_reason(e)}") from None
+
+
+def _config_class(name: str) -> Any:
+    """The config class of a name: a public one, or one that was imported; or None."""
+    kind = getattr(moex, name) if name in moex.MODULES else None
+    if not (isinstance(kind, type) and issubclass(kind, Config)):
+        found = [k for k in _subclasses(Config) if k.__name__ == name]
+        kind = found[0] if found else None
+    return kind
 
 
 def _literal(path: str, text: str, annotation):

@@ -62,7 +62,10 @@ PEAK_TFLOPS = {
 }
 
 # Zero-computation experts are in "experts", projections and shared experts in "dense".
-GROUPS = ("embedding", "attention", "router", "experts", "dense", "norms", "logits")
+GROUPS = (
+    *("embedding", "attention", "router", "experts", "dense", "norms", "logits"),
+    "adapters",
+)
 # The names of parameters without a matmul (added, scaled with or looked up) begin so.
 NO_MATMUL = ("bias", "scale", "logit_scale", "w_embed", "sink")
 
@@ -198,6 +201,8 @@ def _by_group(sizes: dict[str, Any]) -> dict[str, Any]:
 def param_group(path: str) -> str:
     """The group of `GROUPS` that a parameter counts in, by its path."""
     *parts, name = path.split("/")
+    if "adapters" in parts:
+        return "adapters"
     if name == "w_embed_VD":
         return "embedding"
     if name == "w_logits_DV":
@@ -252,8 +257,11 @@ def local_bytes(tree) -> int:
 
 
 def train_state_bytes(spec, tx) -> int:
-    """The bytes of weights, gradients and optimizer state."""
-    return 2 * num_bytes(spec.params) + num_bytes(jax.eval_shape(tx.init, spec.params))
+    """The bytes of weights, of gradients of trained weights, and optimizer state."""
+    leaves = flat_paths(spec.params)
+    trained = [a for name, a in leaves.items() if not spec.info[name].frozen]
+    optimizer = num_bytes(jax.eval_shape(tx.init, spec.params))
+    return num_bytes(spec.params) + num_bytes(trained) + optimizer
 
 
 def model_table(cfg: Model, spec, tx, seq_len: int) -> str:

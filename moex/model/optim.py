@@ -178,10 +178,12 @@ def straight(first: float, last: float, steps: int):
     return value
 
 
-def path_factors(cfg: Optim, params, path: str = "config.optim") -> dict[str, Any]:
+def path_factors(
+    cfg: Optim, params, info, path: str = "config.optim"
+) -> dict[str, Any]:
     """The learning-rate factor of each parameter; the last matching pattern wins.
 
-    A factor is a float, or the points of a schedule.
+    A factor is a float, or the points of a schedule. It is 0 for the base of adapters.
 
     A pattern is a shell pattern against the whole path, or any part of it when it has
     no `*`: `router` matches every router, `segments/0/*` the first segment.
@@ -190,7 +192,7 @@ def path_factors(cfg: Optim, params, path: str = "config.optim") -> dict[str, An
       ConfigError: if a pattern matches no parameter.
     """
     names = list(flat_paths(params))
-    factors = dict.fromkeys(names, 1.0)
+    factors = {name: 0.0 if info[name].frozen else 1.0 for name in names}
     for pattern, factor in cfg.lr_factors:
         glob = pattern if "*" in pattern else f"*{pattern}*"
         matched = fnmatch.filter(names, glob)
@@ -257,7 +259,7 @@ def make_optimizer(cfg: Optim, steps: int, params, info, kernels=None):
     """
     frac = schedule_frac(cfg, steps)
     rule_cfg: Any = cfg.rule
-    factors = path_factors(cfg, params)
+    factors = path_factors(cfg, params, info)
     if isinstance(cfg.rule, Muon):
         rule = muon(
             lambda step: cfg.lr * frac(step),

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moex import sharding
+from moex.adapters.attach import make_model
 from moex.model.paths import flat_paths, path_name
 from moex.nn.model import Model
 from moex.nn.param import split_params
@@ -28,6 +29,7 @@ class ParamInfo:
     matrix: tuple | None = None  # (input dims, output dims) among `axes`, or None
     # Function that moves a state: `(value, stats, step) -> value`, or None.
     rule: Any = None
+    frozen: bool = False  # it belongs to the base of adapters, and is not trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ def model_spec(cfg: Model, mesh: Mesh | None = None) -> ModelSpec:
     Raises:
       ConfigError: if `mesh` does not divide a parameter that it splits.
     """
-    abstract = nnx.eval_shape(lambda: cfg.make(nnx.Rngs(params=0)), graph=False)
+    abstract = nnx.eval_shape(lambda: make_model(cfg, nnx.Rngs(params=0)), graph=False)
     graphdef, params, state = split_params(abstract)
     info = {}
     for tree in (params, state):
@@ -66,6 +68,7 @@ def model_spec(cfg: Model, mesh: Mesh | None = None) -> ModelSpec:
                 axes=metadata["axes"],
                 matrix=metadata.get("matrix"),
                 rule=metadata.get("rule"),
+                frozen=metadata.get("frozen", False),
             )
     spec = ModelSpec(graphdef, _pure(params), _pure(state), info)
     if mesh is not None:
@@ -86,7 +89,7 @@ def _string_keys(tree):
 
 def init_params(cfg: Model, key) -> tuple[dict, dict]:
     """Make fresh (params, state) of a config; jit it with `out_shardings`."""
-    _, params, state = split_params(cfg.make(nnx.Rngs(params=key)))
+    _, params, state = split_params(make_model(cfg, nnx.Rngs(params=key)))
     return _pure(params), _pure(state)
 
 

@@ -11,14 +11,16 @@ import abc
 import dataclasses
 from typing import ClassVar, Self
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas import combine, dispatch
 from moex.config.base import ConfigError, require
 from moex.config.schedule import Schedule
-from moex.moe.routing import Decision
+from moex.moe.routing import Decision, router_logits
 from moex.nn.contract import PartConfig
+from moex.nn.projection import Projector, adapted
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -66,8 +68,19 @@ class RouterConfig(PartConfig):
         raise ValueError(f"{type(self).__name__} cannot choose parts of experts.")
 
 
-class Router(nnx.Module):
-    """The module of a router."""
+class Router(Projector):
+    """The module of a router.
+
+    One that computes its logits with `logits` and a parameter w_DE [D, E] names it in
+    `PROJECTED`, so that adapters can change it.
+    """
+
+    w_DE: nnx.Param
+
+    def logits(self, x_TD, ctx) -> jax.Array:
+        """The router logits x W [T, E], float32."""
+        w_DE = self.w_DE[...]
+        return adapted(self, "w_DE", lambda x: router_logits(x, w_DE), x_TD, ctx)
 
     @abc.abstractmethod
     def __call__(self, x_TD, ctx) -> Decision:

@@ -22,7 +22,8 @@ from moex.config.base import MOST, require, require_choice
 from moex.nn.attention_blocks import FLOOR, attend_in_blocks, visible
 from moex.nn.contract import AttentionConfig, AttentionModule
 from moex.nn.norm import RMSNorm
-from moex.nn.param import param, project
+from moex.nn.param import param
+from moex.nn.projection import Projector, project
 from moex.nn.rope import Scaling, frequencies, rotary
 from moex.sharding import constrain, partition_spec
 
@@ -114,7 +115,7 @@ class Attention(AttentionConfig):
         return {"k_BSGA": jnp.zeros(shape, dtype), "v_BSGA": jnp.zeros(shape, dtype)}
 
 
-class AttentionLayer(AttentionModule):
+class AttentionLayer(AttentionModule, Projector):
     """softmax(q k^T / sqrt(A) + mask) v with rotary q and k.
 
     Parameters: w_q_DGRA [D, G, R, A], w_kv_D2GA [D, 2, G, A], w_out_GRAD [G, R, A, D];
@@ -123,6 +124,8 @@ class AttentionLayer(AttentionModule):
     Source: Ainslie et al. 2023, arXiv:2305.13245; sinks: Xiao et al. 2023,
     arXiv:2309.17453, as learned logits in GPT-OSS, arXiv:2508.10925.
     """
+
+    PROJECTED = ("w_q_DGRA", "w_kv_D2GA", "w_out_GRAD")
 
     def __init__(self, cfg, dim, rngs):
         A = cfg.width(dim)
@@ -168,7 +171,7 @@ class AttentionLayer(AttentionModule):
         dtype = x_BLD.dtype
         B, L, _ = x_BLD.shape
         _, G, R, A = self.w_q_DGRA[...].shape
-        q = project(x_BLD, self.w_q_DGRA, ctx)
+        q = project(self, "w_q_DGRA", x_BLD, ctx)
         k, v = self._keys_and_values(x_BLD, ctx)
         if self.bias_q_GRA is not None and self.bias_kv_2GA is not None:
             q += self.bias_q_GRA[...].astype(dtype)[None, None]
@@ -187,15 +190,18 @@ class AttentionLayer(AttentionModule):
 
     def _keys_and_values(self, x_BLD, ctx):
         """Compute keys and values [B, L, G, A], without biases."""
-        w_D2GA = self.w_kv_D2GA[...].astype(x_BLD.dtype)
         # The gradient of a split is one concatenation; that of slices is padding twice.
         # In C we split the weights, which are smaller than the product; but not in a
         # scan over layers, which would save both halves for the backward pass.
-        kernels = ctx.compute.kernels
-        if computes_in_c(x_BLD.dtype, kernels) and not ctx.compute.scan_layers:
+        how, adapted = ctx.compute, "w_kv_D2GA" in self.adapters
+        in_c = computes_in_c(x_BLD.dtype, how.kernels)
+        if in_c and not how.scan_layers and not adapted:
+            w_D2GA = self.w_kv_D2GA[...].astype(x_BLD.dtype)
             w_k, w_v = (jnp.squeeze(w, 1) for w in jnp.split(w_D2GA, 2, axis=1))
-            return tuple(matmul(x_BLD, w, implementation=kernels) for w in (w_k, w_v))
-        kv = matmul(x_BLD, w_D2GA, implementation=kernels)
+            return tuple(
+                matmul(x_BLD, w, implementation=how.kernels) for w in (w_k, w_v)
+            )
+        kv = project(self, "w_kv_D2GA", x_BLD, ctx)
         return tuple(jnp.squeeze(part, 2) for part in jnp.split(kv, 2, axis=2))
 
     def __call__(self, x_BLD, ctx, cache):
@@ -228,7 +234,8 @@ class AttentionLayer(AttentionModule):
             window=self.window,
             sink_H=sink_H,
         )
-        y = project(y_BLHA.reshape(B, L, G, R, A), self.w_out_GRAD, ctx, contract=3)
+        y_BLGRA = y_BLHA.reshape(B, L, G, R, A)
+        y = project(self, "w_out_GRAD", y_BLGRA, ctx, contract=3)
         if self.bias_out_D is not None:
             y += self.bias_out_D[...].astype(dtype)[None, None]
         return y, cache

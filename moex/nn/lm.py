@@ -11,6 +11,7 @@ from kernels_pallas import matmul
 from moex.config.base import require
 from moex.nn.model import Layers, Model
 from moex.nn.param import param
+from moex.nn.projection import Projector, look_up, project
 from moex.sharding import constrain
 
 
@@ -50,8 +51,10 @@ class LM(Model):
         ]
 
 
-class LanguageModel(Layers):
+class LanguageModel(Layers, Projector):
     """Parameters: w_embed_VD [V, D], those of `Layers`, w_logits_DV."""
+
+    PROJECTED = ("w_embed_VD", "w_logits_DV")
 
     def __init__(self, cfg: LM, rngs):
         D, V = cfg.dim, cfg.vocab
@@ -87,21 +90,21 @@ class LanguageModel(Layers):
 
     def _run(self, ctx, caches):
         # sqrt(D) brings the rows to unit scale; the tied matrix keeps logits small.
-        x_BLD = self.w_embed_VD[...].at[ctx.token_BL].get(mode="clip")
+        x_BLD = look_up(self, "w_embed_VD", ctx.token_BL, ctx)
         if self.scale_embeddings:
             x_BLD = x_BLD * x_BLD.shape[-1] ** 0.5
         return self.run(x_BLD, ctx, caches)
 
     def _logits(self, x_BLD, ctx):
         """Compute logits from the output of the layers, which `run` has normalised."""
-        if self.w_logits_DV is None:
-            w_DV = self.w_embed_VD[...].T
+        if self.w_logits_DV is not None:
+            f32 = jnp.float32
+            logits_BLV = project(self, "w_logits_DV", x_BLD, ctx, out_dtype=f32)
         else:
-            w_DV = self.w_logits_DV[...]
-        logits_BLV = matmul(
-            x_BLD,
-            w_DV.astype(ctx.compute.dtype),
-            implementation=ctx.compute.kernels,
-            out_dtype=jnp.float32,
-        )
+            logits_BLV = matmul(
+                x_BLD,
+                self.w_embed_VD[...].T.astype(x_BLD.dtype),
+                implementation=ctx.compute.kernels,
+                out_dtype=jnp.float32,
+            )
         return constrain(logits_BLV, "batch", "length", "vocab")

@@ -17,7 +17,8 @@ from moex.config.base import require
 from moex.nn.attention import attend, choose, extend, key_places, mean_visible
 from moex.nn.contract import AttentionConfig, AttentionModule
 from moex.nn.norm import RMSNorm
-from moex.nn.param import param, project
+from moex.nn.param import param
+from moex.nn.projection import Projector, project
 from moex.nn.rope import Scaling, frequencies, rotary
 from moex.sharding import constrain
 
@@ -75,7 +76,7 @@ class LatentAttention(AttentionConfig):
         }
 
 
-class LatentAttentionLayer(AttentionModule):
+class LatentAttentionLayer(AttentionModule, Projector):
     """c, p = x W_kva; k = [norm(c) W_k, rotate(p)]; v = norm(c) W_v.
 
     Parameters: w_kva_DC [D, Z + P], norm_kv, w_kvb_ZHC [Z, H, N + V],
@@ -83,6 +84,11 @@ class LatentAttentionLayer(AttentionModule):
 
     Source: DeepSeek-V2, arXiv:2405.04434, section 2.1 and appendix C.
     """
+
+    PROJECTED = (
+        *("w_q_DHC", "w_qa_DQ", "w_qb_QHC"),
+        *("w_kva_DC", "w_kvb_ZHC", "w_out_HVD"),
+    )
 
     def __init__(self, cfg, dim, rngs):
         H, Z, Q = cfg.heads, cfg.kv_latent, cfg.q_latent
@@ -118,7 +124,7 @@ class LatentAttentionLayer(AttentionModule):
         q_BLHC = self._queries(x_BLD, ctx)
         q_BLHC = constrain(q_BLHC, "batch", "length", "heads", None)
         q_rope = rotary(q_BLHC[..., N:], ctx.position_BL, *self.rope)
-        c_BLC = project(x_BLD, self.w_kva_DC, ctx)
+        c_BLC = project(self, "w_kva_DC", x_BLD, ctx)
         latent = self.norm_kv(c_BLC[..., :Z])
         k_rope = rotary(c_BLC[:, :, None, Z:], ctx.position_BL, *self.rope)[:, :, 0]
         # Where sequences are split, every device needs all keys of its rows.
@@ -129,24 +135,26 @@ class LatentAttentionLayer(AttentionModule):
         cached = cache is not None and ctx.key_segment_BS is not None
         if cached:
             latent, k_rope = (cache[n].astype(dtype) for n in new)
-        mix = self._absorbed if cached and x_BLD.shape[1] == 1 else self._grown
+        # An adapter may change w_kvb by its input, so nothing can be absorbed then.
+        plain = "w_kvb_ZHC" not in self.adapters
+        absorbs = cached and x_BLD.shape[1] == 1 and plain
+        mix = self._absorbed if absorbs else self._grown
         places = key_places(ctx)
         y_BLHV = mix(q_BLHC[..., :N], q_rope, latent, k_rope, places, ctx)
-        return project(y_BLHV, self.w_out_HVD, ctx, contract=2), cache
+        return project(self, "w_out_HVD", y_BLHV, ctx, contract=2), cache
 
     def _queries(self, x_BLD, ctx):
         if self.w_q_DHC is not None:
-            return project(x_BLD, self.w_q_DHC, ctx)
+            return project(self, "w_q_DHC", x_BLD, ctx)
         assert self.w_qa_DQ is not None and self.w_qb_QHC is not None
         assert self.norm_q is not None
-        return project(
-            self.norm_q(project(x_BLD, self.w_qa_DQ, ctx)), self.w_qb_QHC, ctx
-        )
+        latent = self.norm_q(project(self, "w_qa_DQ", x_BLD, ctx))
+        return project(self, "w_qb_QHC", latent, ctx)
 
     def _grown(self, q_nope, q_rope, latent_BSZ, k_rope_BSP, places, ctx):
         """Make keys and values of every head, then attend as usual."""
         N = self.nope_dim
-        kv_BSHC = project(latent_BSZ, self.w_kvb_ZHC, ctx)
+        kv_BSHC = project(self, "w_kvb_ZHC", latent_BSZ, ctx)
         kv_BSHC = constrain(kv_BSHC, "batch", None, "heads", None)
         k_rope = jnp.broadcast_to(
             k_rope_BSP[:, :, None], (*kv_BSHC.shape[:3], k_rope_BSP.shape[-1])

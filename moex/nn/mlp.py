@@ -10,7 +10,8 @@ import jax
 from moex.config.base import require
 from moex.nn.context import Context
 from moex.nn.contract import FeedForward, FeedForwardConfig
-from moex.nn.param import param, project
+from moex.nn.param import param
+from moex.nn.projection import Projector, project
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -26,13 +27,15 @@ class Dense(FeedForwardConfig):
         return DenseLayer(self, dim, rngs)
 
 
-class DenseLayer(FeedForward):
+class DenseLayer(FeedForward, Projector):
     """W_out (silu(W_gate x) * W_up x), no biases.
 
     Parameters: w_in_D2F [D, 2, F] (gate, up), w_out_FD [F, D].
 
     Source: Shazeer 2020, arXiv:2002.05202, equation 6 (SwiGLU).
     """
+
+    PROJECTED = ("w_in_D2F", "w_out_FD")
 
     def __init__(self, cfg, dim, rngs):
         F = cfg.hidden
@@ -49,6 +52,6 @@ class DenseLayer(FeedForward):
 
     def __call__(self, x_BLD, ctx=None):
         ctx = Context.of(x_BLD) if ctx is None else ctx
-        h_BL2F = project(x_BLD, self.w_in_D2F, ctx)
+        h_BL2F = project(self, "w_in_D2F", x_BLD, ctx)
         h_BLF = jax.nn.silu(h_BL2F[..., 0, :]) * h_BL2F[..., 1, :]
-        return project(h_BLF, self.w_out_FD, ctx), {}
+        return project(self, "w_out_FD", h_BLF, ctx), {}

@@ -16,6 +16,7 @@ from moex.config.base import MOST, Config, require
 from moex.nn.context import fold_key
 from moex.nn.contract import AttentionConfig
 from moex.nn.norm import RMSNorm
+from moex.nn.projection import AdapterConfig
 from moex.nn.stack import Segment
 from moex.sharding import constrain
 
@@ -35,6 +36,8 @@ class Model(Config, abc.ABC):
     attention: AttentionConfig  # for every block whose segment does not name its own
     layers: tuple[Segment, ...]  # at least one segment
     norm_eps: float = 1e-6  # added to mean squares, > 0
+    # Trainable parts added to the model, which stays fixed; None: all of it is trained.
+    adapter: AdapterConfig | None = None
 
     def validate(self, path):
         require(self.dim >= 1, f"{path}.dim", self.dim, "at least 1")

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas import matmul
-
 # Logical axes. `None` marks an axis that is never sharded.
 AXES = ("vocab", "embed", "heads", "head_dim", "mlp", "expert", "latent")
 
@@ -32,12 +30,6 @@ def split_params(module) -> tuple[Any, Any, Any]:
     nnx is in: a module that is reachable by two paths is an error.
     """
     return nnx.split(module, nnx.Param, ..., graph=False)  # type: ignore
-
-
-def project(x, weight, ctx, contract=1):
-    """Multiply the last `contract` axes of `x` by a parameter, in the dtype of `x`."""
-    w, kernels = weight[...].astype(x.dtype), ctx.compute.kernels
-    return matmul(x, w, contract=contract, implementation=kernels)
 
 
 def param(

@@ -95,7 +95,7 @@ class SegmentStack(nnx.Module):
         in_place = ctx.mode == "decode" and few and not on_a_mesh()
         paths = stack_readers(self.blocks) if in_place else set()
         graphdef, stacked, blocks = nnx.split(  # type: ignore
-            self.blocks, lambda path, _: path[:-1] in paths, ..., graph=False
+            self.blocks, lambda path, _: _is_inside(path, paths), ..., graph=False
         )
         outer = dataclasses.replace(ctx, forced=None, key=None, whole_stack=bool(paths))
 
@@ -146,6 +146,11 @@ def _unstacked(layers, repeat) -> list:
         for leaf in leaves
     ]
     return [jax.tree.unflatten(treedef, own) for own in zip(*parts, strict=True)]
+
+
+def _is_inside(path: tuple, modules: set[tuple]) -> bool:
+    """Whether a variable belongs to one of the modules, or to a part of one."""
+    return any(path[:n] in modules for n in range(len(path)))
 
 
 def stack_readers(blocks) -> set[tuple]:

@@ -47,6 +47,7 @@ class RunDir:
         self.tensorboard = path / "tb"
         self.profile = path / "profile"
         self.lock = path / "run.lock"  # who writes the run now
+        self.base = path / "base.json"  # the run whose parameters adapters change
         # Other commands add these.
         self.imported = path / "hf"  # files of the folder that was imported
         self.conversion = path / "convert.json"

@@ -12,6 +12,7 @@ from moex.config import base as configs
 from moex.config.base import ConfigError
 from moex.data.tokenizer import Tokenizer
 from moex.model.spec import ModelSpec, check_mesh, model_spec
+from moex.runs.base import Base, has_base, with_base
 from moex.runs.checkpoint import HOST_BYTES, Checkpointer
 from moex.runs.directory import Place, RunDir
 from moex.runs.program import Program
@@ -53,11 +54,46 @@ def load_run(place: Place, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun
     else:
         mesh = mesh_cfg.make()
         check_mesh(spec, mesh)
-    program = Program(cfg=cfg, mesh=mesh, spec=spec)
+    return _load(run, Program(cfg=cfg, mesh=mesh, spec=spec), warn, step)
+
+
+def base_params(run: RunDir, program: Program, warn=print) -> dict:
+    """Read the parameters of the base of a run with adapters, on the mesh of the run.
+
+    Raises:
+      ConfigError: if the base is not there, has changed, or is of another model.
+    """
+    base = Base.read(run)
+    cfg, spec = base.folder.config(), saved_spec(base.folder)
+    check_base(program.spec, spec, f"the base of {run}, {base.folder},")
+    other = Program(cfg=cfg, mesh=program.mesh, spec=spec)
+    return _load(base.folder, other, warn, base.step).params
+
+
+def check_base(own: ModelSpec, base: ModelSpec, where: str) -> None:
+    """Check that a base has all parameters that the adapters of a model leave to it.
+
+    Raises:
+      ConfigError: naming the first parameter that differs.
+    """
+    here = {
+        name: shape
+        for name, shape in own.shapes().items()
+        if name in base.shapes() or own.info[name].frozen
+    }
+    for name, mine, there in differences(here, base.shapes()):
+        raise ConfigError(
+            f"{where} has another architecture: {name} has shape {there} there, "
+            f"{mine} here (None: there is none)."
+        )
+
+
+def _load(run: RunDir, program: Program, warn, step) -> LoadedRun:
+    cfg = program.cfg
     nothing = ConfigError(f"{run}: the run has no checkpoint yet.")
     if not run.checkpoints.is_dir():
         raise nothing
-    abstract = program.abstract_state()
+    abstract = program.saved(program.abstract_state())
     # Orbax refuses an array above its limit, and may read all of it to get one part.
     largest = max(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract))
     limit = max(HOST_BYTES, 2 * largest)
@@ -74,6 +110,8 @@ def load_run(place: Place, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun
         raise nothing
     step, arrays, _, _ = found
     model = {name: arrays[name] for name in ("params", "state")}
+    if has_base(cfg):
+        model["params"] = with_base(model["params"], base_params(run, program, warn))
     return LoadedRun(**vars(program), folder=run, step=step, **model)
 
 

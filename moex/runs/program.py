@@ -23,6 +23,7 @@ from moex.model.precision import compute_dtype
 from moex.model.spec import ModelSpec, abstract_arrays
 from moex.nn.context import Compute
 from moex.progress import counted
+from moex.runs.base import has_base, trained_only
 from moex.runs.keys import check_run
 
 
@@ -55,6 +56,12 @@ class Program:
           {"params", "state", "guard"}.
         """
         return abstract_arrays(self.spec, self.mesh)
+
+    def saved(self, state: dict) -> dict:
+        """The part of a state that checkpoints of this run hold."""
+        if not has_base(self.cfg):
+            return state
+        return state | {"params": trained_only(self.spec, state["params"])}
 
 
 @dataclasses.dataclass(kw_only=True)

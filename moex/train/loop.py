@@ -307,7 +307,7 @@ class Run:
         identity = job.cfg.task.identity(job.data)
         self.checkpointer.save(
             self.step,
-            self.state,
+            job.saved(self.state),
             data=dataclasses.asdict(self.consumed),
             meta=about_step(self.step, job.cfg, identity, final),
             metrics={score: self.last_eval[1][score]} if scored else None,

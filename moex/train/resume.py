@@ -6,10 +6,18 @@ from moex.config import base as configs
 from moex.config.base import ConfigError
 from moex.data.batches import Datasets
 from moex.model.paths import path_name
+from moex.runs.base import Base, has_base, with_base
 from moex.runs.checkpoint import Checkpointer
 from moex.runs.consumed import Consumed
 from moex.runs.directory import RunDir
-from moex.runs.open import differences, load_run, saved_spec, saved_with
+from moex.runs.open import (
+    base_params,
+    check_base,
+    differences,
+    load_run,
+    saved_spec,
+    saved_with,
+)
 from moex.runs.record import check_may_begin
 from moex.train.job import Job
 
@@ -61,11 +69,7 @@ def check_init_from(job: Job, source: RunDir) -> None:
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from None
     task.check_same(job.data, source, where, resume=False)
-    for name, here, there in differences(job.spec.shapes(), spec.shapes()):
-        raise ConfigError(
-            f"{where}: has another architecture: {name} has shape {there} there, "
-            f"{here} here (None: there is none)."
-        )
+    check_base(job.spec, spec, f"{where}:")
 
 
 def starting_point(
@@ -78,7 +82,9 @@ def starting_point(
     """
     identity = job.cfg.task.identity(job.data)
     found = checkpointer.restore(
-        job.abstract_state(), warn=say, check=saved_with(job.cfg, identity)
+        job.saved(job.abstract_state()),
+        warn=say,
+        check=saved_with(job.cfg, identity),
     )
     final = None
     if found is not None:
@@ -86,6 +92,9 @@ def starting_point(
         final = meta["final"]
         say(f"resuming {folder} after step {step}")
         consumed = Consumed.of(data, job.cfg.seq_len)
+        if has_base(job.cfg):
+            base = base_params(folder, job, say)
+            state |= {"params": with_base(state["params"], base)}
     else:
         if folder.is_run():
             check_may_begin(folder, folder.config().checkpoint.every)
@@ -94,6 +103,8 @@ def starting_point(
         step, consumed, state = 0, Consumed(), job.init_state()
         if job.cfg.init_from:
             old = load_run(source, job.cfg.mesh, warn=say)
+            if has_base(job.cfg) and jax.process_index() == 0:
+                Base.of(source, old.step).save(folder)
             # State that depends on this run's own schedule or target starts afresh.
             fresh, info = state["state"], job.spec.info
             carried = jax.tree_util.tree_map_with_path(
@@ -101,7 +112,8 @@ def starting_point(
                 old.state,
                 fresh,
             )
-            state |= {"params": old.params, "state": carried}
+            params = with_base(old.params, state["params"])
+            state |= {"params": params, "state": carried}
             say(f"starting from the parameters of {source} at step {old.step}")
     return step, consumed, state, final
 

@@ -36,8 +36,11 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, co
       compute: `Compute`.
     """
 
-    def loss_fn(params, state, batch, key, counts, step, load_before):
-        model = spec.merge(params, state)
+    factors = path_factors(optim, spec.params, spec.info)
+    trains = {path: not is_always_zero(factor) for path, factor in factors.items()}
+
+    def loss_fn(trained, frozen, state, batch, key, counts, step, load_before):
+        model = spec.merge(together(trained, frozen), state)
         ctx = task.context(batch, step=step, key=key, mode="train", compute=compute)
         return task.loss(
             model,
@@ -52,10 +55,10 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, co
         )
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    factors = path_factors(optim, spec.params)
 
     def train_step(train_state, step, key, batch):
         params, state = train_state["params"], train_state["state"]
+        trained, frozen = apart(params, trains)
         counts = step_counts(batch)
         key = jax.random.fold_in(key, step)
 
@@ -67,18 +70,25 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, co
             if before is not None and coefs.balance_scope == "step":
                 (_, sums), _ = before
                 load_before = {k: v["load_E"] for k, v in sums["layers"].items()}
-            return grad_fn(params, state, microbatch, key_i, counts, step, load_before)
+            return grad_fn(
+                *(trained, frozen, state, microbatch),
+                *(key_i, counts, step, load_before),
+            )
 
         (loss, sums), grads = _accumulate(micro, batch, grad_accum)
-        # Frozen parameters do not count in the norm; XLA drops gradients of constants.
+        # A parameter whose schedule is at 0 does not count in the norm.
         grads = jax.tree_util.tree_map_with_path(
             lambda path, g: _unless_frozen(g, factors[path_name(path)], step), grads
         )
         with jax.named_scope("optimizer"):
             grad_norm, group_norms = gradient_norms(grads)
-            updates, opt = tx.update(grads, train_state["opt"], params)
+            # The optimizer has no state for frozen parameters, and ignores these zeros.
+            nothing = jax.tree.map(lambda _: jnp.zeros(()), frozen)
+            updates, opt = tx.update(
+                together(grads, nothing), train_state["opt"], together(trained, nothing)
+            )
             new = {
-                "params": optax.apply_updates(params, updates),
+                "params": optax.apply_updates(trained, apart(updates, trains)[0]),
                 "state": update_state(spec, state, sums["layers"], step),
                 "opt": opt,
             }
@@ -91,8 +101,9 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, co
                 lost,
                 sums[task.score] > 2 * sums["guess"],
             )
-            old = {k: train_state[k] for k in new}
+            old = {"params": trained, "state": state, "opt": train_state["opt"]}
             new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+            new["params"] = together(new["params"], frozen)
         figures = task.figures(sums)
         for name in {figure.name for figure in task.FIGURES} - set(figures):
             told = f"{type(task).__name__}.losses gave no sum {name!r}"
@@ -111,10 +122,29 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, co
     return train_step
 
 
+def apart(params, trains: dict[str, bool]) -> tuple[Any, Any]:
+    """Split parameters into (trained, frozen); None stands for those of the other."""
+
+    def those(wanted):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, a: a if trains[path_name(path)] == wanted else None, params
+        )
+
+    return those(True), those(False)
+
+
+def together(trained, frozen):
+    """Undo `apart`."""
+    return jax.tree.map(
+        lambda own, other: other if own is None else own,
+        trained,
+        frozen,
+        is_leaf=lambda a: a is None,
+    )
+
+
 def _unless_frozen(gradient, factor, step):
-    """The gradient, or 0 where the learning-rate factor is 0 always or at this step."""
-    if is_always_zero(factor):
-        return jnp.zeros_like(gradient)
+    """The gradient, or 0 where the learning-rate factor is 0 at this step."""
     if points_of(factor) is None:
         return gradient
     return jnp.where(value_at(factor, step) == 0, 0.0, gradient)

@@ -270,7 +270,7 @@ def test_a_scheduled_factor_freezes_for_a_while():
 
 def test_the_last_pattern_wins_and_globs_match_whole_paths():
     cfg = Optim(rule=AdamW(), lr=1.0, lr_factors=(("layer/*", 0.5), ("router", 0.1)))
-    assert path_factors(cfg, PARAMS) == {
+    assert path_factors(cfg, PARAMS, INFO) == {
         "layer/experts/w_EDF": 0.5,
         "layer/experts/w_ED2F": 0.5,
         "layer/router/w_DE": 0.1,

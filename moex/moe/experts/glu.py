@@ -4,16 +4,16 @@ T tokens · N routed rows · D model width · E experts · F expert width · K s
 """
 
 import dataclasses
-import functools
 
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas import ACTIVATIONS, grouped_glu, grouped_matmul
+from kernels_pallas import ACTIVATIONS, grouped_glu
 from moex.config.base import require, require_choice
 from moex.moe.contract import Experts, ExpertsConfig
 from moex.nn.contract import StackReader
 from moex.nn.param import param
+from moex.nn.projection import Projector, project_rows
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -45,13 +45,15 @@ class Glu(ExpertsConfig):
         return kind(self, dim, num_experts, rngs)
 
 
-class GluExperts(Experts, StackReader):
+class GluExperts(Experts, StackReader, Projector):
     """E experts W_out act(W_gate x + b_gate, W_up x + b_up) + b_out.
 
     Parameters: w_in_ED2F [E, D, 2, F] (gate, up), w_out_EFD [E, F, D]; with biases
     bias_in_E2F [E, 2, F] and bias_out_ED [E, D]. With `ctx.whole_stack` they have a
     leading dim [repeat]: then experts are counted through all copies of the layer.
     """
+
+    PROJECTED = ("w_in_ED2F", "w_out_EFD")
 
     def __init__(self, cfg, dim, num_experts, rngs):
         E, F = num_experts, cfg.hidden
@@ -80,19 +82,19 @@ class GluExperts(Experts, StackReader):
         )
 
     def __call__(self, x_ND, group_sizes_E, ctx):
-        w_in, w_out = self._weights(x_ND.dtype, ctx)
-        E, D, _, F = w_in.shape
-        matmul = functools.partial(grouped_matmul, implementation=ctx.compute.kernels)
-        a_NC = matmul(x_ND, w_in.reshape(E, D, 2 * F), group_sizes_E)
+        a_NC = project_rows(self, "w_in_ED2F", x_ND, group_sizes_E, ctx)
+        F = a_NC.shape[1] // 2
         if self.bias_in_E2F is not None:
-            bias_EC = self.bias_in_E2F[...].reshape(E, 2 * F)
+            bias_EC = self.bias_in_E2F[...].reshape(-1, 2 * F)
             a_NC += per_row(bias_EC, a_NC, group_sizes_E)
         a32_NC = a_NC.astype(jnp.float32)
         h_NF = ACTIVATIONS[self.activation].value(a32_NC[:, :F], a32_NC[:, F:])
         h_NF = h_NF.astype(x_ND.dtype)
-        y_ND = matmul(h_NF, w_out, group_sizes_E)
+        y_ND = project_rows(self, "w_out_EFD", h_NF, group_sizes_E, ctx)
         if self.bias_out_ED is not None:
-            bias_ED = ctx.tensor_share * self.bias_out_ED[...].reshape(E, D)
+            bias_ED = ctx.tensor_share * self.bias_out_ED[...].reshape(
+                -1, y_ND.shape[1]
+            )
             y_ND += per_row(bias_ED, y_ND, group_sizes_E)
         return y_ND
 
@@ -110,6 +112,8 @@ class FusedGluExperts(GluExperts):
     """Gated experts without biases: dispatch and combine are part of the kernel."""
 
     def sums(self, x_TD, gate_TK, plan, ctx, buffer_rows=None):
+        if self.adapters:  # they change what is inside of the fused kernel
+            return super().sums(x_TD, gate_TK, plan, ctx)
         w_in, w_out = self._weights(x_TD.dtype, ctx)
         return grouped_glu(
             x_TD,

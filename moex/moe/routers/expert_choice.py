@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from moex.config.base import caution, require
 from moex.moe.contract import Router, RouterConfig
-from moex.moe.routing import ExpertRouting, replayed, router_logits
+from moex.moe.routing import ExpertRouting, replayed
 from moex.nn.param import param
 from moex.numbers import exact
 
@@ -69,6 +69,8 @@ class ExpertChoiceRouter(Router):
     factor c.
     """
 
+    PROJECTED = ("w_DE",)
+
     def __init__(self, cfg, dim, num_experts, rngs):
         self.k = cfg.k
         self.w_DE = param(rngs, (dim, num_experts), ("embed", None), std=cfg.init_std)
@@ -79,7 +81,7 @@ class ExpertChoiceRouter(Router):
                 "ExpertChoice cannot decode: which tokens an expert takes depends on "
                 "tokens that are not there yet."
             )
-        logits_TE = router_logits(x_TD, self.w_DE[...])
+        logits_TE = self.logits(x_TD, ctx)
         probs_TE = jax.nn.softmax(logits_TE, axis=-1)
         T, E = logits_TE.shape
         k = exact(self.k)

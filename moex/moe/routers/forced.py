@@ -13,14 +13,7 @@ import jax.numpy as jnp
 
 from moex.config.base import require, require_choice
 from moex.moe.contract import FixedK, Router
-from moex.moe.routing import (
-    Routing,
-    replayed,
-    router_logits,
-    router_scores,
-    slot_gates,
-    top_k,
-)
+from moex.moe.routing import Routing, replayed, router_scores, slot_gates, top_k
 from moex.nn.param import param
 
 LOADS = ("balanced", "random", "skewed", "adversarial")
@@ -61,12 +54,14 @@ class ForcedRouter(Router):
     Source: the forced loads of Megatron Core and OLMo-core; "skewed" is ours.
     """
 
+    PROJECTED = ("w_DE",)
+
     def __init__(self, cfg, dim, num_experts, rngs):
         self.k, self.load, self.skew, self.seed = cfg.k, cfg.load, cfg.skew, cfg.seed
         self.w_DE = param(rngs, (dim, num_experts), ("embed", None), std=cfg.init_std)
 
     def __call__(self, x_TD, ctx) -> Routing:
-        logits_TE = router_logits(x_TD, self.w_DE[...])
+        logits_TE = self.logits(x_TD, ctx)
         scores = router_scores(logits_TE, "softmax")
         T, E = logits_TE.shape
         key = jax.random.fold_in(jax.random.key(self.seed), ctx.chain_round)

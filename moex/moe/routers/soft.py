@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from moex.config.base import require, require_choice
 from moex.moe.contract import Router, RouterConfig
-from moex.moe.routing import SCORES, Routing, replayed, router_logits, router_scores
+from moex.moe.routing import SCORES, Routing, replayed, router_scores
 from moex.nn.param import param
 
 
@@ -40,12 +40,14 @@ class SoftRouter(Router):
     LoRAMoE, arXiv:2312.09979.
     """
 
+    PROJECTED = ("w_DE",)
+
     def __init__(self, cfg, dim, num_experts, rngs):
         self.score = cfg.score
         self.w_DE = param(rngs, (dim, num_experts), ("embed", None), std=cfg.init_std)
 
     def __call__(self, x_TD, ctx) -> Routing:
-        logits_TE = router_logits(x_TD, self.w_DE[...])
+        logits_TE = self.logits(x_TD, ctx)
         probs_TE = router_scores(logits_TE, self.score).probs_TE
         T, E = logits_TE.shape
         expert_TK = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[None], (T, E))

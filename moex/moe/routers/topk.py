@@ -19,7 +19,6 @@ from moex.moe.routing import (
     SCORES,
     Routing,
     replayed,
-    router_logits,
     router_scores,
     slot_gates,
     top_k,
@@ -148,6 +147,8 @@ class TopKRouter(Router):
     arXiv:2101.03961; bias: Wang et al. 2024, arXiv:2408.15664.
     """
 
+    PROJECTED = ("w_DE",)
+
     def __init__(self, cfg, dim, num_experts, rngs):
         self.k = cfg.k
         self.score = cfg.score
@@ -175,7 +176,7 @@ class TopKRouter(Router):
         )
 
     def __call__(self, x_TD, ctx) -> Routing:
-        logits_TE = self._logits(x_TD)
+        logits_TE = self._logits(x_TD, ctx)
         scores = live = router_scores(logits_TE, self.score)
         noisy = self._noisy(x_TD, logits_TE, ctx)
         if noisy is not None:
@@ -201,8 +202,8 @@ class TopKRouter(Router):
             sums=self._margins(choice_TE, live.score_TE, ctx),
         )
 
-    def _logits(self, x_TD):
-        logits_TE = router_logits(x_TD, self.w_DE[...])
+    def _logits(self, x_TD, ctx):
+        logits_TE = self.logits(x_TD, ctx)
         if self.bias_logits_E is not None:
             logits_TE += self.bias_logits_E[...][None]
         return logits_TE
@@ -217,7 +218,7 @@ class TopKRouter(Router):
             x_TD *= jax.random.uniform(
                 for_jitter, x_TD.shape, minval=1 - self.jitter, maxval=1 + self.jitter
             )
-            logits_TE = self._logits(x_TD)
+            logits_TE = self._logits(x_TD, ctx)
         if self.noise > 0:
             noise_TE = jax.random.normal(for_noise, logits_TE.shape)
             logits_TE = logits_TE + self.noise * noise_TE

@@ -14,14 +14,7 @@ from moex.config.base import caution, require, require_choice
 from moex.config.schedule import Schedule, points_of, require_values, value_at
 from moex.moe.balance import Controller, ControlP, ScheduledValue
 from moex.moe.contract import Router, RouterConfig
-from moex.moe.routing import (
-    Routing,
-    replayed,
-    router_logits,
-    router_scores,
-    slot_gates,
-    top_k,
-)
+from moex.moe.routing import Routing, replayed, router_scores, slot_gates, top_k
 from moex.nn.param import RouterState, param
 from moex.numbers import exact
 
@@ -126,6 +119,8 @@ class TopPRouter(Router):
     normalised logits: after DTop-p, arXiv:2512.13996 (abstract).
     """
 
+    PROJECTED = ("w_DE",)
+
     def __init__(self, cfg, dim, num_experts, rngs):
         self.num_slots = cfg.slots(num_experts)
         self.k_min = cfg.k_min
@@ -156,7 +151,7 @@ class TopPRouter(Router):
         )
 
     def __call__(self, x_TD, ctx) -> Routing:
-        logits_TE = router_logits(x_TD, self.w_DE[...])
+        logits_TE = self.logits(x_TD, ctx)
         if self.logit_scale is not None:
             logits_TE = self.logit_scale[...] * standardize(logits_TE)
         scores = router_scores(logits_TE, "softmax")

@@ -1,0 +1,1 @@
+"""Adapters: trainable parts that are added to a trained model, which stays fixed."""

@@ -1,0 +1,127 @@
+"""Attaching: which matrices of a model get adapters, and what is trained."""
+
+import fnmatch
+import math
+from collections.abc import Iterable
+
+from flax import nnx
+
+from moex.config.base import ConfigError, nearest
+from moex.nn.model import Layers, Model
+from moex.nn.projection import AdapterConfig, Matrix, Projector
+
+
+def make_model(cfg: Model, rngs: nnx.Rngs) -> Layers:
+    """The module of a model config, with its adapters if it has any."""
+    model = cfg.make(rngs)
+    if cfg.adapter is not None:
+        attach(model, cfg.adapter, rngs)
+    return model
+
+
+def attach(model, cfg: AdapterConfig, rngs, path="config.model.adapter") -> None:
+    """Give matrices their adapters, and mark every other parameter as frozen.
+
+    Args:
+      model: module; its parameters may have leading dims [repeat].
+      cfg: kind of the adapters, and which matrices get one.
+      rngs: `nnx.Rngs` with a `params` stream.
+      path: names `cfg` in errors.
+
+    Raises:
+      ConfigError: for a pattern that matches no matrix, or one that takes no adapter.
+    """
+    owners = {
+        "/".join(map(str, where)): module
+        for where, module in nnx.iter_modules(model, graph=False)
+        if isinstance(module, Projector)
+    }
+    params = {
+        "/".join(map(str, where)): variable
+        for where, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+    adaptable = {
+        name: _matrix(name, variable)
+        for name, variable in params.items()
+        if name.rpartition("/")[0] in owners
+        and name.rpartition("/")[2] in owners[name.rpartition("/")[0]].PROJECTED
+    }
+    chosen: dict[str, Matrix] = {}
+    for pattern in cfg.targets:
+        found = _matching(pattern, params, f"{path}.targets")
+        _check_covered(pattern, found, params, adaptable, f"{path}.targets")
+        chosen |= {name: adaptable[name] for name in found if name in adaptable}
+    trained = {
+        name
+        for pattern in cfg.also_train
+        for name in _matching(pattern, params, f"{path}.also_train")
+    }
+    for name, variable in params.items():
+        if name not in trained:
+            variable.set_metadata(frozen=True)
+    by_owner: dict[str, dict] = {}
+    for name, matrix in chosen.items():
+        cfg.validate_matrix(matrix, path)
+        owner, _, own = name.rpartition("/")
+        by_owner.setdefault(owner, {})[own] = cfg.make(matrix, rngs)
+    for owner, adapters in by_owner.items():
+        owners[owner].adapters = nnx.Dict(adapters)
+
+
+def _matching(pattern: str, names: Iterable[str], where: str) -> list[str]:
+    """The names that a pattern matches: all of it, or a part where it has no `*`."""
+    names = list(names)
+    found = fnmatch.filter(names, pattern if "*" in pattern else f"*{pattern}*")
+    if not found:
+        parts = {part for name in names for part in name.split("/")}
+        raise ConfigError(
+            f"{where}: pattern {pattern!r} matches no parameter."
+            f"{nearest(pattern, parts)} Parameters are named like {names[0]!r}."
+        )
+    return found
+
+
+def _check_covered(pattern, found, params, adaptable, where) -> None:
+    """Check that a pattern means no matrix that would silently stay as it is."""
+    missed = [n for n in found if n not in adaptable and _is_matrix(params[n])]
+    if missed or not any(n in adaptable for n in found):
+        bad = missed[0] if missed else found[0]
+        can = ", ".join(sorted({n.rpartition("/")[2] for n in adaptable}))
+        raise ConfigError(
+            f"{where}: pattern {pattern!r} matches {bad!r}, which takes no adapter."
+            f"{nearest(bad, adaptable)} Matrices that take one are {can}."
+        )
+
+
+def _is_matrix(variable) -> bool:
+    return variable.get_metadata().get("matrix") is not None
+
+
+def _matrix(name: str, variable) -> Matrix:
+    """How an adapter sees a parameter: see `moex/nn/projection.py`."""
+    metadata = variable.get_metadata()
+    axes, rank = metadata["axes"], len(metadata["axes"])
+    shape = variable.shape[-rank:]
+    inputs, outputs = metadata.get("matrix") or ((0,), tuple(range(1, rank)))
+    between = [d for d in range(rank) if d not in (*inputs, *outputs)]
+    experts = shape[0] if axes[0] == "expert" else None
+    if experts is not None:  # gate and up are one part, as in the files of PEFT
+        outputs = (*(d for d in between if d != 0), *outputs)
+        between = []
+
+    def size(dims):
+        return math.prod(shape[d] for d in dims)
+
+    def axis(dims):
+        return next((axes[d] for d in dims if axes[d] is not None), None)
+
+    return Matrix(
+        path=name,
+        copies=tuple(variable.shape[:-rank]),
+        experts=experts,
+        inputs=size(inputs),
+        parts=size(between),
+        outputs=size(outputs),
+        input_axis=axis(inputs),
+        output_axis=axis(outputs),
+    )

@@ -1,0 +1,311 @@
+"""Projections: how a module multiplies by its matrices, and what may change the result.
+
+A module multiplies by a parameter with `project`, or with `project_rows` where each row
+has an expert of its own. Both look for an adapter of the parameter, which can change
+input and output: see `moex/adapters/`. So every kind of adapter works on every matrix
+that a module names in `PROJECTED`.
+
+In an adapter's view each matrix is [inputs I, parts N, outputs O], whatever its dims
+are: several input dims count as one. Parts are projections of the same input that stand
+in one array, such as keys and values, and each has an adapter of its own; gate and up
+of stacked experts count as one part, as in the files of PEFT.
+
+N parts · I inputs · O outputs · E experts
+"""
+
+import abc
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kernels_pallas import grouped_matmul, matmul
+from moex.config.base import Config
+from moex.nn.context import fold_key
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class AdapterConfig(Config, abc.ABC):
+    """A kind of adapter: trainable parts that are added to a model that stays fixed."""
+
+    role: ClassVar[str] = "an adapter config such as LoRA"
+
+    # Shell patterns of parameter paths, or parts of paths: the matrices to adapt.
+    targets: tuple[str, ...]
+    # Patterns of other parameters that are trained too, such as "router" or "norm".
+    also_train: tuple[str, ...] = ()
+
+    @abc.abstractmethod
+    def make(self, matrix: "Matrix", rngs: nnx.Rngs) -> "Adapter":
+        """The adapter of one matrix, with fresh parameters."""
+
+    def validate_matrix(self, matrix: "Matrix", path: str) -> None:
+        """Raise `ConfigError` for a matrix that this kind cannot adapt."""
+
+
+class Adapter(nnx.Module):
+    """The module that changes what one matrix computes.
+
+    Attributes:
+      parts: N of the matrix.
+      per_expert: whether its parameters have a leading dim [E], one for each expert.
+    """
+
+    def __init__(self, matrix: "Matrix", *, shared: bool = False):
+        self.parts = matrix.parts
+        self.per_expert = matrix.experts is not None and not shared
+
+    @abc.abstractmethod
+    def __call__(self, x, base: Callable, product: "Product", ctx) -> jax.Array:
+        """Compute the output of the adapted matrix, [..., N, O].
+
+        Args:
+          x: input [..., I].
+          base: the matrix itself, [..., I] -> [..., N, O].
+          product: multiplies by parameters of the adapter.
+          ctx: `Context`.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """The facts about a matrix that an adapter of it is made by.
+
+    Attributes:
+      path: path of the parameter in the model.
+      copies: leading dims of its array, such as (repeat,): copies of its layer.
+      experts: E, if each expert has a matrix of its own; else None.
+      inputs, parts, outputs: I, N and O.
+      input_axis, output_axis: logical axes that I and O are split along, or None.
+    """
+
+    path: str
+    copies: tuple[int, ...]
+    experts: int | None
+    inputs: int
+    parts: int
+    outputs: int
+    input_axis: str | None
+    output_axis: str | None
+
+    def array(self, rngs, shape, axes, make, *, matrix=None, shared=False) -> nnx.Param:
+        """Make a parameter of an adapter: one array for each copy and each expert.
+
+        Args:
+          rngs: `nnx.Rngs` with a `params` stream.
+          shape: that of one adapter.
+          axes: logical axes of `shape`.
+          make: `(key, shape) -> float32 array`, such as `jax.random.normal`.
+          matrix: (input dims, output dims) in `shape`, as in `param`.
+          shared: all experts use the same array.
+        """
+        if self.experts is not None and not shared:
+            shape, axes = (self.experts, *shape), ("expert", *axes)
+            matrix = matrix and tuple(tuple(d + 1 for d in dims) for dims in matrix)
+        array = make(rngs.params(), (*self.copies, *shape))
+        return nnx.Param(array, axes=tuple(axes), matrix=matrix)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """The product of rows with parameters of an adapter that are the same for all rows.
+
+    Attributes:
+      ctx: `Context`.
+    """
+
+    ctx: Any
+
+    def inward(self, x, a) -> jax.Array:
+        """Multiply [..., I] by a parameter [I, N, R]: returns [..., N, R]."""
+        return matmul(x, self._own(a, x.dtype), implementation=self._kernels)
+
+    def outward(self, z, b) -> jax.Array:
+        """Multiply [..., N, R] by a parameter [N, R, O]: returns [..., N, O]."""
+        own = self._own(b, z.dtype)
+        parts = [
+            matmul(z[..., n, :], own[n], implementation=self._kernels)
+            for n in range(len(own))
+        ]
+        return jnp.stack(parts, axis=-2)
+
+    def each(self, v, dtype) -> jax.Array:
+        """A parameter that is no matrix, as each row needs it: it broadcasts."""
+        return self._own(v, dtype)
+
+    @property
+    def _kernels(self):
+        return self.ctx.compute.kernels
+
+    def _own(self, parameter, dtype):
+        array = parameter[...]
+        if self.ctx.whole_stack:  # the parameters of all copies of the layer
+            array = jax.lax.dynamic_index_in_dim(array, self.ctx.layer, 0, False)
+        return array.astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowProduct(Product):
+    """The same for one-hot rows, which are given by the numbers of their ones."""
+
+    def inward(self, x, a):
+        return a[...].at[x].get(mode="clip")
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedProduct(Product):
+    """The same for rows sorted by expert, where each expert has parameters of its own.
+
+    Attributes:
+      group_sizes_E: int32, rows of each expert.
+      num_rows: the number of rows.
+    """
+
+    group_sizes_E: jax.Array
+    num_rows: int
+
+    def inward(self, x, a):
+        own = self._own(a, x.dtype)
+        z = self._grouped(x, own.reshape(*own.shape[:2], -1))
+        return z.reshape(-1, *own.shape[2:])
+
+    def outward(self, z, b):
+        own = self._own(b, z.dtype)
+        parts = [self._grouped(z[:, n], own[:, n]) for n in range(own.shape[1])]
+        return jnp.stack(parts, axis=1)
+
+    def each(self, v, dtype):
+        own = self._own(v, dtype)
+        end_E = jnp.cumsum(self.group_sizes_E)
+        expert_N = jnp.searchsorted(end_E, jnp.arange(self.num_rows), side="right")
+        # Rows past the last group have index E, which reads as 0 and has no gradient.
+        return own.at[expert_N].get(mode="fill", fill_value=0)
+
+    def _grouped(self, x, w):
+        return grouped_matmul(x, w, self.group_sizes_E, implementation=self._kernels)
+
+    def _own(self, parameter, dtype):
+        array = parameter[...].astype(dtype)
+        if self.ctx.whole_stack:  # experts are counted through all copies of the layer
+            array = array.reshape(-1, *array.shape[2:])
+        return array
+
+
+class Projector(nnx.Module):
+    """A module that multiplies by matrices which adapters can change.
+
+    Attributes:
+      PROJECTED: names of the parameters that it uses through `project` or
+        `project_rows` alone.
+      adapters: the adapter of each adapted parameter, by the parameter's name.
+    """
+
+    PROJECTED: ClassVar[tuple[str, ...]] = ()
+    adapters: Any = {}  # set by `moex.adapters.attach`
+
+
+def project(module: Projector, name: str, x, ctx, contract=1, out_dtype=None):
+    """Multiply the last `contract` axes of `x` by a parameter, in the dtype of `x`.
+
+    Args:
+      module: the module that has the parameter.
+      name: its name there.
+      x: [..., *inner].
+      ctx: `Context`.
+      contract: the number of dims that `x` and the first dims of the parameter share.
+      out_dtype: dtype of the result; None: that of `x`.
+
+    Returns:
+      [..., *outer], changed by the adapter of the parameter if there is one.
+    """
+    w = getattr(module, name)[...].astype(x.dtype)
+    kernels = ctx.compute.kernels
+
+    def base(x):
+        options = {"implementation": kernels, "out_dtype": out_dtype}
+        return matmul(x, w, contract=contract, **options)
+
+    return adapted(module, name, base, x, ctx, contract)
+
+
+def adapted(module: Projector, name: str, base: Callable, x, ctx, contract=1):
+    """The result of `base(x)`, changed by the adapter of a parameter if there is one.
+
+    Args:
+      base: multiplies [..., *inner] by the parameter: [..., *outer].
+      module, name, x, ctx, contract: as for `project`.
+    """
+    if name not in module.adapters:
+        return base(x)
+    adapter, shape = module.adapters[name], x.shape
+    batch = shape[: x.ndim - contract]
+    outer = jax.eval_shape(base, x).shape[len(batch) :]
+
+    def flat_base(x):
+        return base(x.reshape(shape)).reshape(*batch, adapter.parts, -1)
+
+    flat = x.reshape(*batch, math.prod(shape[len(batch) :]))
+    y = adapter(flat, flat_base, Product(ctx), _inside(ctx, name))
+    return y.reshape(*batch, *outer)
+
+
+def look_up(module: Projector, name: str, id_BL, ctx):
+    """The rows of a parameter [V, D] by their numbers, [B, L, D].
+
+    An adapter sees them as the product of one-hot rows with the parameter.
+
+    Args:
+      module, name, ctx: as for `project`.
+      id_BL: int32; those outside of the parameter count as the nearest.
+    """
+    array = getattr(module, name)
+
+    def base(id_BL):
+        return array[...].at[id_BL].get(mode="clip")
+
+    if name not in module.adapters:
+        return base(id_BL)
+    adapter, product = module.adapters[name], RowProduct(ctx)
+    inside = _inside(ctx, name)
+    return adapter(id_BL, lambda i: base(i)[..., None, :], product, inside)[..., 0, :]
+
+
+def project_rows(module: Projector, name: str, x_NC, group_sizes_E, ctx):
+    """Multiply each row by the matrix of its expert, in the dtype of the rows.
+
+    Args:
+      module: the experts that have the parameter [E, C, *outer].
+      name: its name there.
+      x_NC: rows sorted by expert.
+      group_sizes_E: int32, rows of each expert.
+      ctx: `Context`; with `whole_stack` the parameter is that of all copies.
+
+    Returns:
+      [N, prod(outer)], changed by the adapter of the parameter if there is one.
+    """
+    w = getattr(module, name)[...].astype(x_NC.dtype)
+    if ctx.whole_stack:
+        w = w.reshape(-1, *w.shape[2:])
+    w_ECO = w.reshape(*w.shape[:2], -1)
+
+    def base(x_NC):
+        kernels = ctx.compute.kernels
+        return grouped_matmul(x_NC, w_ECO, group_sizes_E, implementation=kernels)
+
+    if name not in module.adapters:
+        return base(x_NC)
+    adapter, product = module.adapters[name], Product(ctx)
+    if adapter.per_expert:
+        product = GroupedProduct(ctx, group_sizes_E, len(x_NC))
+    y = adapter(x_NC, lambda x: base(x)[:, None], product, _inside(ctx, name))
+    return y[:, 0]
+
+
+def _inside(ctx, name: str):
+    """The context of an adapter: a random key of its own."""
+    return dataclasses.replace(ctx, key=fold_key(ctx.key, zlib.crc32(name.encode())))

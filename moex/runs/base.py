@@ -1,0 +1,92 @@
+"""The base of a run with adapters: the run whose parameters it keeps as they are.
+
+Checkpoints of such a run hold the parameters that it trains, and `base.json` names the
+base with the step and the digest of its checkpoint. So a run with adapters takes
+megabytes, and opens only with the base that it was trained on.
+"""
+
+import dataclasses
+import os
+
+from moex.config.base import ConfigError
+from moex.data.files import atomic_write
+from moex.json_files import dump_json, field, read_object
+from moex.runs.directory import RunDir
+from moex.runs.record import read_record
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The base of a run: its folder, and the checkpoint that was used."""
+
+    folder: RunDir
+    step: int
+    digest: str | None  # of the checkpoint; None: from moex before version 0.2
+
+    @classmethod
+    def of(cls, folder: RunDir, step: int) -> "Base":
+        """The base that is the checkpoint of `step` of a run."""
+        return cls(folder, step, (read_record(folder) or {}).get(step))
+
+    def save(self, run: RunDir) -> None:
+        """Write it to the directory of the run that is trained on it."""
+        path = os.path.relpath(self.folder.path.absolute(), run.path.absolute())
+        facts = {"run": path, "step": self.step, "digest": self.digest}
+        atomic_write(run.base, dump_json(facts, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, run: RunDir) -> "Base":
+        """Read it again, and check that the checkpoint is still the same.
+
+        Raises:
+          ConfigError: if the base is not where it was, or has changed.
+        """
+        data, where = read_object(run.base), str(run.base)
+        path = field(data, "run", str, where)
+        folder = RunDir(os.path.normpath(run.path.absolute() / path))
+        step = field(data, "step", int, where)
+        told = f"{run}: the run has adapters on step {step} of {folder}"
+        if not folder.is_run():
+            raise ConfigError(
+                f"{told}, which is not there; put it back, or write its place into "
+                f"{run.base}, field 'run'."
+            )
+        now, then = cls.of(folder, step), field(data, "digest", str | None, where)
+        if step not in folder.saved_steps():
+            raise ConfigError(f"{told}, which has no such checkpoint any more.")
+        if now.digest != then:
+            raise ConfigError(f"{told}, whose parameters are not the same any more.")
+        return now
+
+
+def has_base(cfg) -> bool:
+    """Whether a run keeps only what it trains, and takes the rest from its base."""
+    return cfg.model.adapter is not None and bool(cfg.init_from)
+
+
+def trained_only(spec, params: dict) -> dict:
+    """The nested dicts of all parameters but those that the base has."""
+
+    def kept(tree, path):
+        found = {}
+        for name, value in tree.items():
+            here = f"{path}{name}"
+            if isinstance(value, dict):
+                value = kept(value, f"{here}/")
+                if value:
+                    found[name] = value
+            elif not spec.info[here].frozen:
+                found[name] = value
+        return found
+
+    return kept(params, "")
+
+
+def with_base(own: dict, base: dict) -> dict:
+    """All arrays of both nested dicts; where both have one, that of `own`."""
+    both = dict(base)
+    for name, value in own.items():
+        inner = base.get(name)
+        nested = isinstance(value, dict) and isinstance(inner, dict)
+        both[name] = with_base(value, inner) if nested else value
+    return both
