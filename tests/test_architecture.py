@@ -28,6 +28,7 @@ FLOORS = (
     {"data", "sharding"},
     {"nn"},
     {"moe"},
+    {"adapters"},
     {"model"},
     {"tasks"},
     {"runs"},
@@ -43,8 +44,8 @@ FLOORS = (
 RUN_UP: set[tuple[str, str]] = set()
 # What moex uses of nnx; transforms are JAX's own. See docs/decisions.
 NNX_NAMES = {
-    *("List", "Module", "Param", "Rngs", "Variable"),
-    *("eval_shape", "iter_modules", "merge", "split"),
+    *("Dict", "List", "Module", "Param", "Rngs", "Variable"),
+    *("eval_shape", "iter_modules", "merge", "split", "state"),
     *("to_flat_state", "to_pure_dict"),
 }
 TEXT = {"", ".cfg", ".html", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yml"}

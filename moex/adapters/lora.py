@@ -52,7 +52,8 @@ class LoRAModule(Adapter):
     def __call__(self, x, base, product, ctx):
         z = product.inward(dropped(x, self.dropout, ctx), self.a_INR)
         y = base(x)
-        return y + self.scale * product.outward(z, self.b_NRO).astype(y.dtype)
+        y += self.scale * product.outward(z, self.b_NRO).astype(y.dtype)
+        return y, None
 
 
 def low_rank(matrix: Matrix, rank: int, rngs, *, shared=False):

@@ -52,17 +52,21 @@ class Adapter(nnx.Module):
     """The module that changes what one matrix computes.
 
     Attributes:
+      path: path of the parameter in the model.
       parts: N of the matrix.
       per_expert: whether its parameters have a leading dim [E], one for each expert.
     """
 
     def __init__(self, matrix: "Matrix", *, shared: bool = False):
-        self.parts = matrix.parts
+        self.path, self.parts = matrix.path, matrix.parts
         self.per_expert = matrix.experts is not None and not shared
 
     @abc.abstractmethod
-    def __call__(self, x, base: Callable, product: "Product", ctx) -> jax.Array:
-        """Compute the output of the adapted matrix, [..., N, O].
+    def __call__(self, x, base: Callable, product: "Product", ctx) -> tuple[Any, Any]:
+        """Compute the pair (output of the adapted matrix [..., N, O], gates).
+
+        Gates are the weights of the experts inside of the adapter for each row,
+        [..., N, experts], for its figures and losses; None where there are none.
 
         Args:
           x: input [..., I].
@@ -250,7 +254,7 @@ def adapted(module: Projector, name: str, base: Callable, x, ctx, contract=1):
         return base(x.reshape(shape)).reshape(*batch, adapter.parts, -1)
 
     flat = x.reshape(*batch, math.prod(shape[len(batch) :]))
-    y = adapter(flat, flat_base, Product(ctx), _inside(ctx, name))
+    y, _ = adapter(flat, flat_base, Product(ctx), _inside(ctx, name))
     return y.reshape(*batch, *outer)
 
 
@@ -272,7 +276,8 @@ def look_up(module: Projector, name: str, id_BL, ctx):
         return base(id_BL)
     adapter, product = module.adapters[name], RowProduct(ctx)
     inside = _inside(ctx, name)
-    return adapter(id_BL, lambda i: base(i)[..., None, :], product, inside)[..., 0, :]
+    y, _ = adapter(id_BL, lambda i: base(i)[..., None, :], product, inside)
+    return y[..., 0, :]
 
 
 def project_rows(module: Projector, name: str, x_NC, group_sizes_E, ctx):
@@ -302,7 +307,7 @@ def project_rows(module: Projector, name: str, x_NC, group_sizes_E, ctx):
     adapter, product = module.adapters[name], Product(ctx)
     if adapter.per_expert:
         product = GroupedProduct(ctx, group_sizes_E, len(x_NC))
-    y = adapter(x_NC, lambda x: base(x)[:, None], product, _inside(ctx, name))
+    y, _ = adapter(x_NC, lambda x: base(x)[:, None], product, _inside(ctx, name))
     return y[:, 0]
 
 

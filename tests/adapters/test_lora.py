@@ -1,0 +1,165 @@
+"""LoRA on every matrix of a model, against the model whose matrices have the change."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moex.adapters.lora import LoRA
+from moex.config.base import ConfigError
+from moex.model.paths import flat_paths, path_name
+from moex.model.spec import init_params, model_spec
+from moex.nn.context import Compute, Context
+from tests.helpers import VOCAB, tiny_lm
+from tests.tolerances import assert_close
+
+EVERYTHING = (
+    *("*attention/w_*", "*ffn/w_*", "shared", "experts/w_"),
+    *("router/w_DE", "w_embed_VD", "w_logits_DV"),
+)
+
+
+def adapted_model(**fields):
+    """(base spec, adapted spec, adapted params with a random change, state)."""
+    base = tiny_lm()
+    lora = LoRA(**{"rank": 2, "alpha": 4.0, "targets": EVERYTHING} | fields)
+    cfg = dataclasses.replace(base, adapter=lora)
+    params, state = init_params(cfg, jax.random.key(0))
+    random = np.random.default_rng(0)
+
+    def changed(path, array):
+        if "adapters" not in path_name(path):
+            return array
+        return jnp.asarray(0.1 * random.normal(size=array.shape), array.dtype)
+
+    params = jax.tree_util.tree_map_with_path(changed, params)
+    return model_spec(base), model_spec(cfg), params, state
+
+
+def merged(params, shapes, scale):
+    """The parameters of the base with each change added, in float64."""
+    flat = flat_paths(params)
+    full = {n: np.asarray(a, np.float64) for n, a in flat.items() if n in shapes}
+    for name in flat:
+        if not name.endswith("/a_INR"):
+            continue
+        owner, _, own = name.removesuffix("/a_INR").rpartition("adapters/")
+        a, b = (np.asarray(flat[n], np.float64) for n in (name, name[:-5] + "b_NRO"))
+        change = scale * np.einsum("...inr,...nro->...ino", a, b)
+        target = f"{owner}{own}"
+        if change.ndim == full[target].ndim - 1 or change.shape[1] != shapes[target][1]:
+            pass
+        full[target] = full[target] + change.reshape(full[target].shape)
+    return full
+
+
+def nested(flat):
+    tree = {}
+    for name, value in flat.items():
+        node = tree
+        *parts, last = name.split("/")
+        for part in parts:
+            node = node.setdefault(part, {})
+        node[last] = jnp.asarray(value, jnp.float32)
+    return tree
+
+
+def tokens(rows=2, length=12):
+    return jax.random.randint(jax.random.key(1), (rows, length), 0, VOCAB)
+
+
+def context(token_BL, **compute):
+    B, L = token_BL.shape
+    return Context(
+        segment_BL=jnp.ones((B, L), jnp.int32),
+        position_BL=jnp.broadcast_to(jnp.arange(L), (B, L)),
+        token_BL=token_BL,
+        mode="eval",
+        compute=Compute(**compute),
+    )
+
+
+def logits(spec, params, state, **compute):
+    ctx = context(tokens(), **compute)
+    return jax.jit(lambda p: spec.merge(p, state)(ctx)[0])(params)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("kernels", [None, "xla"])
+def test_it_is_the_model_with_changed_matrices(scan_layers, kernels):
+    base, adapted, params, state = adapted_model()
+    full = nested(merged(params, base.shapes(), 2.0))
+    compute = {"scan_layers": scan_layers, "kernels": kernels}
+    own = logits(adapted, params, state, **compute)
+    assert_close(own, logits(base, full, state, **compute), "step")
+    plain = {n: a for n, a in flat_paths(params).items() if n in base.shapes()}
+    start = logits(base, nested(plain), state, **compute)
+    assert float(jnp.max(jnp.abs(own - start))) > 0.1
+
+
+def test_its_gradients_are_those_of_the_changed_matrices():
+    base, adapted, params, state = adapted_model()
+    full = nested(merged(params, base.shapes(), 2.0))
+    target = jax.random.normal(jax.random.key(2), logits(base, full, state).shape)
+
+    def loss(spec, params):
+        return jnp.vdot(spec.merge(params, state)(context(tokens()))[0], target)
+
+    own = flat_paths(jax.grad(lambda p: loss(adapted, p))(params))
+    of_full = flat_paths(jax.grad(lambda p: loss(base, p))(full))
+    flat = flat_paths(params)
+    for name in flat:
+        if not name.endswith("/a_INR"):
+            continue
+        owner, _, weight = name.removesuffix("/a_INR").rpartition("adapters/")
+        a, b = flat[name], flat[name[:-5] + "b_NRO"]
+        g = of_full[f"{owner}{weight}"].reshape(*a.shape[:-1], b.shape[-1])
+        expected_a = 2.0 * jnp.einsum("...ino,...nro->...inr", g, b)
+        expected_b = 2.0 * jnp.einsum("...ino,...inr->...nro", g, a)
+        if weight == "w_embed_VD":  # logits have a matrix of their own
+            assert base.info["w_logits_DV"] is not None
+        assert_close(own[name], expected_a, "step", name)
+        assert_close(own[name[:-5] + "b_NRO"], expected_b, "step", name)
+
+
+def test_at_the_start_it_is_the_base():
+    base = tiny_lm()
+    targets = tuple(t for t in EVERYTHING if t != "experts/w_")
+    lora = LoRA(rank=2, alpha=4.0, targets=targets, dropout=0.5)
+    cfg = dataclasses.replace(base, adapter=lora)
+    params, state = init_params(cfg, jax.random.key(0))
+    spec = model_spec(base)
+    plain = nested({n: a for n, a in flat_paths(params).items() if n in spec.shapes()})
+    own = logits(model_spec(cfg), params, state)
+    np.testing.assert_array_equal(own, logits(spec, plain, state))
+
+
+def test_only_adapters_and_what_is_asked_for_are_trained():
+    lora = LoRA(rank=2, alpha=4.0, targets=("attention",), also_train=("router",))
+    info = model_spec(dataclasses.replace(tiny_lm(), adapter=lora)).info
+    trained = {n for n, i in info.items() if not i.frozen and i.rule is None}
+    assert all("/adapters/" in n or "router/w_DE" in n for n in trained)
+    assert sum("router/w_DE" in n for n in trained) == 1
+    assert any("/attention/adapters/w_q_DGRA/" in n for n in trained)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"targets": ("atention",)}, "'atention' matches no .*Did you mean 'attention'"),
+        ({"targets": ("norm",)}, "'norm' matches .*scale_D.*takes no adapter"),
+        ({"rank": 0}, "rank = 0: must be at least 1"),
+        ({"rank": 99}, "rank = 99: must be at most 16"),
+        ({"alpha": 0.0}, "alpha = 0.0: must be above 0"),
+        ({"dropout": 1.0}, r"dropout = 1.0: must be in \[0, 1\)"),
+        ({"also_train": ("ruoter",)}, "'ruoter' matches no"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(fields, told):
+    fields = {"rank": 2, "alpha": 4.0, "targets": ("attention",)} | fields
+    lora = LoRA(**fields)
+    with pytest.raises(ConfigError, match=told):
+        lora.validate("config.model.adapter")
+        model_spec(dataclasses.replace(tiny_lm(), adapter=lora))
