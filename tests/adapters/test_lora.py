@@ -49,8 +49,6 @@ def merged(params, shapes, scale):
         a, b = (np.asarray(flat[n], np.float64) for n in (name, name[:-5] + "b_NRO"))
         change = scale * np.einsum("...inr,...nro->...ino", a, b)
         target = f"{owner}{own}"
-        if change.ndim == full[target].ndim - 1 or change.shape[1] != shapes[target][1]:
-            pass
         full[target] = full[target] + change.reshape(full[target].shape)
     return full
 
@@ -118,10 +116,12 @@ def test_its_gradients_are_those_of_the_changed_matrices():
         g = of_full[f"{owner}{weight}"].reshape(*a.shape[:-1], b.shape[-1])
         expected_a = 2.0 * jnp.einsum("...ino,...nro->...inr", g, b)
         expected_b = 2.0 * jnp.einsum("...ino,...inr->...nro", g, a)
-        if weight == "w_embed_VD":  # logits have a matrix of their own
-            assert base.info["w_logits_DV"] is not None
-        assert_close(own[name], expected_a, "step", name)
-        assert_close(own[name[:-5] + "b_NRO"], expected_b, "step", name)
+        for found, expected in (
+            (own[name], expected_a),
+            (own[name[:-5] + "b_NRO"], expected_b),
+        ):
+            largest = float(jnp.max(jnp.abs(expected)))
+            assert_close(found / largest, expected / largest, "step", name)
 
 
 def test_at_the_start_it_is_the_base():
@@ -148,7 +148,10 @@ def test_only_adapters_and_what_is_asked_for_are_trained():
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"targets": ("atention",)}, "'atention' matches no .*Did you mean 'attention'"),
+        (
+            {"targets": ("atention",)},
+            "'atention' matches no .*Did you mean 'attention'",
+        ),
         ({"targets": ("norm",)}, "'norm' matches .*scale_D.*takes no adapter"),
         ({"rank": 0}, "rank = 0: must be at least 1"),
         ({"rank": 99}, "rank = 99: must be at most 16"),
