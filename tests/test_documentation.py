@@ -75,6 +75,31 @@ def test_a_place_that_is_gone_is_seen():
     ]
 
 
+def headings(text: str) -> set[str]:
+    """The anchors of the headings of a page, as GitHub makes them."""
+    plain = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^#+ (.*)$", plain, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in found}
+
+
+def test_the_links_of_pages_lead_to_files_and_headings():
+    folders = ("docs", "benchmarks", "experiments", "launch", "configs")
+    inner = [page for name in folders for page in (ROOT / name).rglob("*.md")]
+    found = 0
+    for page in [*ROOT.glob("*.md"), *inner]:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)\s:]+)\)", text):  # no https:
+            name, _, heading = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), f"{page}: {link}"
+            if heading:
+                there = headings(target.read_text(encoding="utf-8"))
+                assert heading in there, f"{page}: {link}"
+            found += 1
+    assert found > 100
+    assert headings("# A: b-c\n```\n# no\n```\n") == {"a-b-c"}
+
+
 def test_the_map_has_the_floors_of_the_test_of_imports():
     table = ARCHITECTURE.split("| floor |")[1].split("\n\n")[0].splitlines()[2:]
     rows = [set(re.findall(r"`(\w+)`", row.split("|")[1])) for row in table]

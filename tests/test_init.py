@@ -39,12 +39,13 @@ def made(tmp_path, monkeypatch):
 
 def test_it_says_what_it_made_and_how_to_go_on(made, capsys):
     assert sorted(file.name for file in made.iterdir()) == sorted(shipped.TEMPLATE)
-    other = made / "other"
-    other.mkdir()
-    cli.main(["init", str(other)])
+    (made / "other").mkdir()
+    cli.main(["init", "other"])
     said = capsys.readouterr().out
-    assert said.startswith(f"{other}: made README.md, config.py")
-    assert f"cd '{other}'\n" in said and "--config=config.py" in said
+    assert said.startswith("other: made README.md, config.py")
+    first, second = said.partition("train it: ")[2].splitlines()
+    assert first == f"cd '{made / 'other'}'"  # good in any folder
+    assert second.endswith(" train --config=config.py --workdir=runs/first")
 
 
 @pytest.mark.parametrize("name", ["", "config.py"])

@@ -22,6 +22,7 @@ from experiments.monitoring.config import ROUTERS, get_config
 from moex.report.health import examine
 from moex.report.material import read
 from moex.report.write import write_report
+from moex.runs.directory import RunDir
 from moex.train import training
 from moex.train.job import Job
 
@@ -69,7 +70,7 @@ KINDS: dict[str, tuple[set, set]] = {
 def warnings(workdir: pathlib.Path) -> dict[str, list[str]]:
     """Write the report of a run; returns its warnings."""
     write_report(workdir)
-    return examine(read(workdir)).groups
+    return examine(read(RunDir(workdir))).groups
 
 
 def shows(case: str, figures: dict) -> bool:

@@ -34,6 +34,6 @@ class Command(Verb):
         for name in TEMPLATE:
             shutil.copyfile(FOLDER / "template" / name, folder / name)
         print(f"{folder}: made {', '.join(TEMPLATE)}")
-        print(f"train it: cd {shlex.quote(str(folder))}")
+        print(f"train it: cd {shlex.quote(str(folder.absolute()))}")
         words = ("train", "--config=config.py", "--workdir=runs/first")
         print(f"          {hints.command('moex', *words, folder=folder)}")
