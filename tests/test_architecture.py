@@ -45,7 +45,7 @@ RUN_UP: set[tuple[str, str]] = set()
 # What moex uses of nnx; transforms are JAX's own. See docs/decisions.
 NNX_NAMES = {
     *("Dict", "List", "Module", "Param", "Rngs", "Variable"),
-    *("eval_shape", "iter_modules", "merge", "split", "state"),
+    *("eval_shape", "iter_modules", "merge", "split", "split_state", "state"),
     *("to_flat_state", "to_pure_dict"),
 }
 TEXT = {"", ".cfg", ".html", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yml"}

@@ -9,6 +9,7 @@ from flax import nnx
 from moex.config.base import ConfigError, nearest
 from moex.nn.model import Layers, Model
 from moex.nn.projection import AdapterConfig, Matrix, Projector
+from moex.terminal import aligned
 
 
 def make_model(cfg: Model, rngs: nnx.Rngs) -> Layers:
@@ -19,25 +20,27 @@ def make_model(cfg: Model, rngs: nnx.Rngs) -> Layers:
     return model
 
 
-def attach(model, cfg: AdapterConfig, rngs, path="config.model.adapter") -> None:
+def attach(model, cfg: AdapterConfig, rngs, *, part: str = "") -> None:
     """Give matrices their adapters, and mark every other parameter as frozen.
 
     Args:
       model: module; its parameters may have leading dims [repeat].
       cfg: kind of the adapters, and which matrices get one.
       rngs: `nnx.Rngs` with a `params` stream.
-      path: names `cfg` in errors.
+      part: path of the module in the model, such as "segments/0/"; "": the whole
+        model. In a part of it a pattern need not match anything.
 
     Raises:
       ConfigError: for a pattern that matches no matrix, or one that takes no adapter.
     """
+    path = "config.model.adapter"
     owners = {
-        "/".join(map(str, where)): module
+        part + "/".join(map(str, where)): module
         for where, module in nnx.iter_modules(model, graph=False)
         if isinstance(module, Projector)
     }
     params = {
-        "/".join(map(str, where)): variable
+        part + "/".join(map(str, where)): variable
         for where, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
     adaptable = {
@@ -46,15 +49,17 @@ def attach(model, cfg: AdapterConfig, rngs, path="config.model.adapter") -> None
         if name.rpartition("/")[0] in owners
         and name.rpartition("/")[2] in owners[name.rpartition("/")[0]].PROJECTED
     }
+    whole = not part
     chosen: dict[str, Matrix] = {}
     for pattern in cfg.targets:
-        found = _matching(pattern, params, f"{path}.targets")
-        _check_covered(pattern, found, params, adaptable, f"{path}.targets")
+        found = _matching(pattern, params, f"{path}.targets", whole)
+        if whole:
+            _check_covered(pattern, found, params, adaptable, f"{path}.targets")
         chosen |= {name: adaptable[name] for name in found if name in adaptable}
     trained = {
         name
         for pattern in cfg.also_train
-        for name in _matching(pattern, params, f"{path}.also_train")
+        for name in _matching(pattern, params, f"{path}.also_train", whole)
     }
     for name, variable in params.items():
         if name not in trained:
@@ -68,11 +73,11 @@ def attach(model, cfg: AdapterConfig, rngs, path="config.model.adapter") -> None
         owners[owner].adapters = nnx.Dict(adapters)
 
 
-def _matching(pattern: str, names: Iterable[str], where: str) -> list[str]:
+def _matching(pattern: str, names: Iterable[str], where: str, must: bool) -> list[str]:
     """The names that a pattern matches: all of it, or a part where it has no `*`."""
     names = list(names)
     found = fnmatch.filter(names, pattern if "*" in pattern else f"*{pattern}*")
-    if not found:
+    if must and not found:
         parts = {part for name in names for part in name.split("/")}
         raise ConfigError(
             f"{where}: pattern {pattern!r} matches no parameter."
@@ -125,3 +130,32 @@ def _matrix(name: str, variable) -> Matrix:
         input_axis=axis(inputs),
         output_axis=axis(outputs),
     )
+
+
+def adapter_table(cfg: AdapterConfig, params: dict, info: dict) -> str:
+    """Which matrices a model's adapters change, and how much of it is trained.
+
+    Args:
+      cfg: `Model.adapter`.
+      params: `{path: array}` of the model; only shapes count.
+      info: `{path: ParamInfo}`.
+    """
+    sizes = {name: math.prod(array.shape) for name, array in params.items()}
+    own: dict[str, int] = {}
+    for name, size in sizes.items():
+        owner, found, rest = f"/{name}".rpartition("/adapters/")
+        if found:
+            matrix = f"{owner}/{rest.partition('/')[0]}".lstrip("/")
+            own[matrix] = own.get(matrix, 0) + size
+    lines = [("adapted matrix", "parameters", "added")]
+    lines += [(m, f"{sizes[m]:,}", f"{own[m]:,}") for m in own]
+    trained = {n: v for n, v in sizes.items() if not info[n].frozen}
+    also = [n for n in trained if "adapters" not in n.split("/")]
+    total, learned = sum(sizes.values()), sum(trained.values())
+    text = (
+        f"{type(cfg).__name__}: {learned:,} of {total:,} parameters are trained "
+        f"({100 * learned / total:.3g} %), {total - learned:,} are frozen"
+    )
+    if also:
+        text += f";\nbesides the adapters: {', '.join(also)}"
+    return f"{aligned(lines, (0,))}\n{text}"

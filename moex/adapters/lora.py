@@ -26,11 +26,6 @@ class LoRA(AdapterConfig):
         require(self.alpha > 0, f"{path}.alpha", self.alpha, "above 0")
         require(0 <= self.dropout < 1, f"{path}.dropout", self.dropout, "in [0, 1)")
 
-    def validate_matrix(self, matrix, path):
-        most = min(matrix.inputs, matrix.outputs)
-        allowed = f"at most {most}, the smaller side of {matrix.path}"
-        require(self.rank <= most, f"{path}.rank", self.rank, allowed)
-
     def make(self, matrix, rngs):
         return LoRAModule(self, matrix, rngs)
 

@@ -15,8 +15,10 @@ import jax
 from flax import nnx
 
 from kernels_pallas.device import platform
+from moex.adapters.attach import attach
 from moex.model.accounting import num_bytes
 from moex.model.losses import moe_layers
+from moex.model.paths import apart, together
 from moex.model.spec import ModelSpec
 from moex.nn.context import Context
 from moex.nn.model import Model
@@ -51,33 +53,44 @@ def _pattern_bytes(cfg, segment: Segment, pattern) -> float:
     Only arrays that scan stacks are counted: all copies share the others (masks, rotary
     angles). Batch sizes 1 and 2 tell activations from weights.
     """
-    model: Model = cfg.model
+    number = cfg.model.layers.index(segment)
     segment = dataclasses.replace(segment, pattern=tuple(pattern), repeat=1)
-    stack = nnx.eval_shape(
-        lambda: segment.make(
-            model.attention, model.dim, nnx.Rngs(params=0), norm_eps=model.norm_eps
-        ),
-        graph=False,
-    )
-    graphdef, params, state = split_params(stack)
+    make = functools.partial(_stack, cfg.model, segment, f"segments/{number}/")
+    graphdef, params, state = split_params(nnx.eval_shape(make, graph=False))
     params, state = _copies(params), _copies(state)
+    trained, frozen = nnx.split_state(params, _is_trained, ...)
 
-    def residuals(params, state, x_BLD, ctx):
-        def run(params, x_BLD):
-            y_BLD, aux, _ = nnx.merge(graphdef, params, state)(x_BLD, ctx, None)
+    def residuals(trained, frozen, state, x_BLD, ctx):
+        def run(trained, x_BLD):
+            stack = nnx.merge(graphdef, trained, frozen, state)
+            y_BLD, aux, _ = stack(x_BLD, ctx, None)
             return y_BLD, [layer["losses"] for _, layer in moe_layers(aux)]
 
-        return jax.vjp(run, params, x_BLD)[1]
+        return jax.vjp(run, trained, x_BLD)[1]
 
     def kept(batch_size: int) -> int:
         make_context = functools.partial(_context, cfg)
         ctx = jax.eval_shape(make_context, *_batch_and_key(cfg, batch_size))
-        shape = (batch_size, cfg.seq_len, model.dim)
+        shape = (batch_size, cfg.seq_len, cfg.model.dim)
         x_BLD = jax.ShapeDtypeStruct(shape, ctx.compute.dtype)
-        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, state, x_BLD, ctx))
-        return num_bytes([a for a in leaves if a.shape[:1] == (COPIES,)])
+        found = jax.eval_shape(residuals, trained, frozen, state, x_BLD, ctx)
+        stacked = [a for a in jax.tree.leaves(found) if a.shape[:1] == (COPIES,)]
+        return num_bytes(stacked)
 
     return (kept(2) - kept(1)) / COPIES / cfg.seq_len
+
+
+def _stack(model: Model, segment: Segment, path: str):
+    """The module of one segment, with the adapters that the model has there."""
+    rngs = nnx.Rngs(params=0)
+    stack = segment.make(model.attention, model.dim, rngs, norm_eps=model.norm_eps)
+    if model.adapter is not None:
+        attach(stack, model.adapter, rngs, part=path)
+    return stack
+
+
+def _is_trained(_, variable) -> bool:
+    return not variable.get_metadata().get("frozen", False)
 
 
 def _copies(tree):
@@ -97,7 +110,12 @@ def model_activation_bytes(cfg, spec: ModelSpec, sequences: int = 1) -> float:
 
     def kept(batch_size):
         def residuals(params, *rest):
-            return jax.vjp(lambda params: loss(params, *rest)[0], params)[1]
+            trained, frozen = apart(params, spec.trained())
+
+            def of_trained(trained):
+                return loss(together(trained, frozen), *rest)[0]
+
+            return jax.vjp(of_trained, trained)[1]
 
         return num_bytes(jax.eval_shape(residuals, *loss_args(cfg, spec, batch_size)))
 

@@ -69,27 +69,29 @@ def model_rows(cfg) -> list[Row]:
     tx, _ = make_optimizer(cfg.optim, cfg.steps, spec.params, spec.info)
     cost = model_cost(cfg.model, spec, cfg.seq_len)
     weights = _bytes_by_path(spec.params, spec)
+    gradients = {n: b for n, b in weights.items() if not spec.info[n].frozen}
     optimizer = _bytes_by_path(jax.eval_shape(tx.init, spec.params), spec)
     rows, kept = [], dict[str, float]()
     for site, block in zip(sites(cfg.model), cost.blocks, strict=True):
         segment = cfg.model.layers[site.segment]
-        forward = block.forward_flops()
-        held = [_below(site.path, b) / site.repeat for b in (weights, optimizer)]
+        held = [
+            _below(site.path, b) / site.repeat for b in (weights, gradients, optimizer)
+        ]
         before = segment.pattern[max(site.place - 1, 0) : site.place + 1]
         same = repr((segment.residual, before))
         if same not in kept:
             kept[same] = block_activation_bytes(cfg, segment, site.place)
         figures = (
             *(sum(block.total().values()), sum(block.active().values())),
-            *(forward, 2 * forward, held[0], held[0], held[1], kept[same]),
+            *(block.forward_flops(), block.backward_flops(), *held, kept[same]),
         )
         kind = site.ffn.describe()
         rows.append(Row("", kind, tuple(site.numbers), _named(figures)))
     in_layers = sum(r.copies * r.figures["activation_bytes"] for r in rows)
     rest = (
         *(sum(cost.outer.values()), sum(cost.outer.values())),
-        *(cost.outer_flops, 2 * cost.outer_flops),
-        *2 * (sum(weights.values()) - _below("segments", weights),),
+        *(cost.outer_flops, cost.outer_backward),
+        *(sum(b.values()) - _below("segments", b) for b in (weights, gradients)),
         sum(optimizer.values()) - _below("segments", optimizer),
         model_activation_bytes(cfg, spec) - in_layers,
     )

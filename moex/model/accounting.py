@@ -79,6 +79,7 @@ class BlockCost:
     repeat: int  # number of equal layers
     sizes: dict[str, int]  # numbers of one layer by path inside the block
     score_flops: float  # forward FLOPs per token of attention scores and values
+    frozen: frozenset[str] = frozenset()  # those of `sizes` that are not trained
 
     def total(self) -> dict[str, int]:
         """The parameters of one layer, by group."""
@@ -95,9 +96,20 @@ class BlockCost:
           experts_per_token: measured in this layer, one value or one per chain round;
             None: the number expected before training.
         """
-        times = {n: self._use(n, experts_per_token)[1] for n in self.sizes}
-        met = sum(v * times[n] for n, v in self.sizes.items() if _is_multiplied(n))
-        return 2 * met + self.score_flops
+        return self._flops(experts_per_token, lambda _: 1) + self.score_flops
+
+    def backward_flops(self, experts_per_token=None) -> float:
+        """The same of the backward pass; a frozen matrix has no gradient of its own."""
+        met = self._flops(experts_per_token, lambda n: 1 if n in self.frozen else 2)
+        return met + 2 * self.score_flops
+
+    def _flops(self, experts_per_token, products) -> float:
+        """The FLOPs of as many products as `products` says for each matrix."""
+        return 2 * sum(
+            size * self._use(name, experts_per_token)[1] * products(name)
+            for name, size in self.sizes.items()
+            if _is_multiplied(name)
+        )
 
     def _use(self, name: str, experts_per_token=None) -> tuple[float, float]:
         if name.startswith("ffn/"):
@@ -111,13 +123,15 @@ class Cost:
 
     A matrix counts 2 FLOPs per number each time it is applied. Attention scores and
     values count over the causal half of the sequence; elementwise work and embedding
-    look-ups count 0. A backward pass is twice a forward one; recomputation counts 0.
+    look-ups count 0. A backward pass is twice a forward one, less the gradients of
+    frozen matrices; recomputation counts 0.
     """
 
     # In order of depth, one per segment and place in its pattern.
     blocks: tuple[BlockCost, ...]
     outer: dict[str, int]  # numbers outside of the blocks, by path
     outer_flops: float  # their forward FLOPs per token
+    outer_backward: float  # those of the backward pass
 
     @property
     def total(self) -> dict[str, int]:
@@ -152,18 +166,20 @@ class Cost:
           layers: metrics by module path; "experts_per_token" is [repeat], or
             [repeat, C] for a chain. Layers without any count as expected.
         """
-        forward = self.outer_flops
+        flops = self.outer_flops + self.outer_backward
         for block in self.blocks:
+            passes = block.forward_flops, block.backward_flops
             measured = [
                 values["experts_per_token"]
                 for path, values in layers.items()
                 if path.startswith(f"{block.path}/")
             ]
             if measured:
-                forward += sum(map(block.forward_flops, np.asarray(measured[0])))
+                counts = np.asarray(measured[0])
+                flops += sum(one(count) for one in passes for count in counts)
             else:
-                forward += block.repeat * block.forward_flops()
-        return 3 * float(forward)
+                flops += block.repeat * sum(one() for one in passes)
+        return float(flops)
 
     def _sum(self, figure) -> dict:
         sums = _by_group(self.outer)
@@ -237,11 +253,16 @@ def model_cost(cfg: Model, spec, seq_len: int) -> Cost:
             for n, size in sizes.items()
             if n.startswith(f"{site.path}/")
         }
-        blocks.append(BlockCost(site.path, site.ffn, site.repeat, own, score_flops))
+        frozen = frozenset(n for n in own if spec.info[f"{site.path}/{n}"].frozen)
+        blocks.append(
+            BlockCost(site.path, site.ffn, site.repeat, own, score_flops, frozen)
+        )
     outer = {n: v for n, v in sizes.items() if not n.startswith("segments/")}
-    multiplied = sum(v for n, v in outer.items() if _is_multiplied(n))
-    multiplied += sum(outer[name] for name in cfg.used_again())
-    return Cost(tuple(blocks), outer, 2 * multiplied)
+    multiplied = {n: v for n, v in outer.items() if _is_multiplied(n)}
+    multiplied |= {name: outer[name] for name in cfg.used_again()}
+    trained = sum(v for n, v in multiplied.items() if not spec.info[n].frozen)
+    forward = 2 * sum(multiplied.values())
+    return Cost(tuple(blocks), outer, forward, forward + 2 * trained)
 
 
 def num_bytes(tree) -> int:

@@ -14,3 +14,24 @@ def flat_paths(tree) -> dict[str, Any]:
 def path_name(path) -> str:
     """Write a key path of nested dicts as `a/b/c`."""
     return "/".join(str(k.key) for k in path)
+
+
+def apart(params, trains: dict[str, bool]) -> tuple[Any, Any]:
+    """Split parameters into (trained, frozen); None stands for those of the other."""
+
+    def those(wanted):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, a: a if trains[path_name(path)] == wanted else None, params
+        )
+
+    return those(True), those(False)
+
+
+def together(trained, frozen):
+    """Undo `apart`."""
+    return jax.tree.map(
+        lambda own, other: other if own is None else own,
+        trained,
+        frozen,
+        is_leaf=lambda a: a is None,
+    )

@@ -46,6 +46,10 @@ class ModelSpec:
         """The module; use inside a trace."""
         return nnx.merge(self.graphdef, params, state)
 
+    def trained(self) -> dict[str, bool]:
+        """Whether each parameter is trained, as far as the model says, by path."""
+        return {path: not self.info[path].frozen for path in flat_paths(self.params)}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every array of `params` and `state` by its path."""
         arrays = flat_paths(self.params) | flat_paths(self.state)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from moex import sharding
 from moex.costs.residual_bytes import loss_args, model_activation_bytes, traced_loss
 from moex.model.accounting import local_bytes
-from moex.model.paths import path_name
+from moex.model.paths import apart, path_name, together
 from moex.model.precision import compute_dtype
 from moex.plan import liveness
 from moex.plan.topology import Topology, abstract_mesh
@@ -32,7 +32,7 @@ class Memory:
     optimizer: int
     other_state: int  # router state, and the counters of the update guard
     batch: int  # the token arrays of one step
-    # Those of the parameters; twice with microbatches: their sum is kept.
+    # Those of the trained parameters; twice with microbatches: their sum is kept.
     gradients: int
     # One layer's weights in the compute dtype, whole along `fsdp`, and their gradients;
     # of the embedding and logits if these are larger. Without recomputation the weights
@@ -65,6 +65,7 @@ def memory(program: Training, topology: Topology) -> Memory:
     """The memory of one device for a program. Call it under no other mesh."""
     state = program.abstract_state()
     params = local_bytes(state["params"])
+    trained = local_bytes(apart(state["params"], program.spec.trained())[0])
     batch = batch_arguments(program)
     kept, most = pass_bytes(program, topology)
     with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
@@ -74,7 +75,7 @@ def memory(program: Training, topology: Topology) -> Memory:
         optimizer=local_bytes(state["opt"]),
         other_state=local_bytes((state["state"], state["guard"])),
         batch=local_bytes(batch),
-        gradients=params * (2 if program.cfg.grad_accum > 1 else 1),
+        gradients=trained * (2 if program.cfg.grad_accum > 1 else 1),
         gathered=gathered,
         kept=min(kept, most),
         working=max(0.0, most - kept),
@@ -168,7 +169,16 @@ def tensor_local(program: Training) -> dict:
 
 def _gradient_graph(cfg, spec, batch_size) -> liveness.Graph:
     """The graph of the loss and its gradient for one microbatch."""
-    gradient = jax.grad(traced_loss(cfg, spec), has_aux=True)
+    loss = traced_loss(cfg, spec)
+
+    def gradient(params, *rest):
+        trained, frozen = apart(params, spec.trained())
+
+        def of_trained(trained):
+            return loss(together(trained, frozen), *rest)
+
+        return jax.grad(of_trained, has_aux=True)(trained)
+
     return liveness.graph(gradient, *loss_args(cfg, spec, batch_size))
 
 
@@ -181,6 +191,11 @@ def update_bytes(program: Training) -> float:
         lambda a: jax.ShapeDtypeStruct(local_shape(a), a.dtype),
         {k: program.abstract_state()[k] for k in ("params", "opt")},
     )
+
+    trains = program.spec.trained()
+    trained, frozen = apart(shapes["params"], trains)
+    nothing = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), frozen)
+    shapes["params"] = together(trained, nothing)
 
     def update(grads, opt, params):
         updates, opt = program.tx.update(grads, opt, params)

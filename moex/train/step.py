@@ -17,7 +17,7 @@ from moex.config.schedule import is_always_zero, points_of, value_at
 from moex.model.accounting import param_group
 from moex.model.losses import step_counts
 from moex.model.optim import path_factors
-from moex.model.paths import flat_paths, path_name
+from moex.model.paths import apart, flat_paths, path_name, together
 
 # This many updates must be accepted before a high norm can be called a spike.
 SPIKE_WARMUP = 50
@@ -120,27 +120,6 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, co
         return new | {"guard": guard}, metrics
 
     return train_step
-
-
-def apart(params, trains: dict[str, bool]) -> tuple[Any, Any]:
-    """Split parameters into (trained, frozen); None stands for those of the other."""
-
-    def those(wanted):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, a: a if trains[path_name(path)] == wanted else None, params
-        )
-
-    return those(True), those(False)
-
-
-def together(trained, frozen):
-    """Undo `apart`."""
-    return jax.tree.map(
-        lambda own, other: other if own is None else own,
-        trained,
-        frozen,
-        is_leaf=lambda a: a is None,
-    )
 
 
 def _unless_frozen(gradient, factor, step):

@@ -8,11 +8,13 @@ import sys
 
 import jax
 
+from moex.adapters.attach import adapter_table
 from moex.cluster import distributed
 from moex.config.base import require_path
 from moex.config.reopen import check_reopens
 from moex.data.changes import changed_data, save_data
 from moex.model import accounting
+from moex.model.paths import flat_paths
 from moex.runs.checkpoint import Checkpointer, CheckpointError
 from moex.runs.claim import claimed
 from moex.runs.directory import RunDir
@@ -92,6 +94,9 @@ def _compare(job: Job, folder: RunDir | None, source: RunDir, say) -> accounting
     cfg = job.cfg
     cost = accounting.model_cost(cfg.model, job.spec, cfg.seq_len)
     say(accounting.model_table(cfg.model, job.spec, job.tx, cfg.seq_len))
+    if cfg.model.adapter is not None:
+        params = flat_paths(job.spec.params)
+        say(adapter_table(cfg.model.adapter, params, job.spec.info))
     resuming = folder is not None and folder.is_run()
     distributed.agree(
         {

@@ -66,6 +66,7 @@ def test_parameters_by_hand():
         "dense": 3 * 8 * 7 + 2 * (3 * 8 * 5),  # and the shared experts
         "norms": 3 * (8 + 8 + 2 + 2) + 8,  # before both parts, of q and k; the last
         "logits": 8 * 10,
+        "adapters": 0,
     }
     assert cost.num_params == sum(cost.total.values())
 
