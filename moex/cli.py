@@ -87,9 +87,25 @@ def read_args(rest: list[str], config_args: list[str]) -> argparse.Namespace:
     near = nearest(name, verb._option_string_actions)
     if not near and name.startswith("--") and not args.verb.refuses_config:
         near = _field_meant(name.lstrip("-"), config_args)
+    if not name.startswith("-") and "run" not in args:
+        near = _flag_meant(args, unknown[0])
     raise ConfigError(
         f"{text}{near} See `{hints.command('moex', args.command, '--help')}`."
     )
+
+
+def _flag_meant(args: argparse.Namespace, name: str) -> str:
+    """Write ` Did you mean --config=...?` if a lone argument names a config or run."""
+    from moex.runs.directory import RunDir, given_config
+
+    if args.verb.refuses_config:
+        return ""
+    try:
+        given_config([f"--config={name}"])
+    except ConfigError:
+        return ""
+    goes_on = args.command == "train" and RunDir(name).is_run()
+    return f" Did you mean '--{'workdir' if goes_on else 'config'}={name}'?"
 
 
 def _field_meant(name: str, config_args: list[str]) -> str:

@@ -43,16 +43,25 @@ class Phase:
         self.done = self.initial = initial
         self.note = ""  # shown at the end of the line
         self.began = time.monotonic()
+        # The first amount is no part of the rate: it may have waited for a compiler.
+        self.first: tuple[float, float] | None = None  # when it was done, and how much
         self.due = self.began + PATIENCE_S if plain else math.inf  # of a plain line
 
     def add(self, amount=1) -> None:
         """Count work that was done."""
         self.done += amount
+        self.first = self.first or (time.monotonic(), self.done)
+
+    def rate(self) -> float:
+        """Units per second; if only one amount was counted, of the whole phase."""
+        since, before = self.first or (self.began, self.initial)
+        if before == self.done:
+            since, before = self.began, self.initial
+        return (self.done - before) / max(time.monotonic() - since, 1e-9)
 
     def seconds_left(self, done: float) -> float:
-        """The time until all is done, by the mean rate of this phase."""
-        per_unit = (time.monotonic() - self.began) / max(self.done - self.initial, 1)
-        return (self.total - done) * per_unit
+        """The time until all is done, by the rate of this phase."""
+        return (self.total - done) / max(self.rate(), 1e-9)
 
     def text(self, columns: int | None = None) -> str:
         """One line about the phase; `columns` of a terminal leave room for a bar."""
@@ -62,9 +71,8 @@ class Phase:
             return f"{doing} ... {clock(seconds)}"[:columns]
         known = self.total and self.done <= self.total
         done = self._amount(self.done, known)
-        rate = self._amount((self.done - self.initial) / max(seconds, 1e-9))
         told = f"{done} of {self._amount(self.total)}" if known else done
-        told += f", {rate}/s"
+        told += f", {self._amount(self.rate())}/s"
         if known:
             told += f", {clock(self.seconds_left(self.done))} left"
         if self.note:

@@ -313,6 +313,8 @@ LINES = [
     (("train", "--worksdir=x"), "--worksdir=x. Did you mean '--workdir'? See `moex"),
     (("train", "--steps=3"), "unrecognized arguments: --steps=3. See `moex train"),
     (("train", CFG, "--steps=3"), "--steps=3. Did you mean '--config.steps'? See"),
+    (("train", "quickstart"), "quickstart. Did you mean '--config=quickstart'? See"),
+    (("params", "nothing"), "unrecognized arguments: nothing. See `moex params"),
     (("train", CFG, "--lr=3"), "--lr=3. Did you mean '--config.optim.lr'? See"),
     (("eval", "/nowhere", CFG, "--zzz"), "unrecognized arguments: --zzz. See `moex"),
     (("train",), "--workdir: missing; give a folder, such as runs/first."),

@@ -129,7 +129,7 @@ def test_the_end_of_a_training_names_commands_that_are_right(
     for tensorboard in (False, True):
         cfg.log.tensorboard = tensorboard
         look, write = hinted(last_lines(cfg, RunDir(run), 60.0))
-        assert write == ["moex", "generate", run, "--prompt", "def "]
+        assert write == ["moex", "generate", run, "--prompt", cfg.log.sample_prompts[0]]
         if tensorboard:
             assert look[:2] == ["tensorboard", "--logdir"]
             assert pathlib.Path(run).is_relative_to(look[2]) or look[2] == f"{run}/tb"
@@ -141,5 +141,5 @@ def test_the_end_of_a_training_names_commands_that_are_right(
 
 def test_the_command_that_goes_on_training_is_right():
     words = shlex.split(train_on("my runs/a"))
-    assert words == ["moex", "train", "--config=my runs/a", "--workdir=my runs/a"]
+    assert words == ["moex", "train", "--workdir=my runs/a"]
     assert not printed.wrong(Printed("hint", train_on("runs/a")))

@@ -48,6 +48,15 @@ def test_a_phase_says_how_far_it_is_its_rate_and_the_time_that_is_left():
     assert begun(1.0, "a\x1b[2J").text() == "a\\x1b[2J ... 0:01"
 
 
+def test_the_first_amount_which_waits_for_a_compiler_is_no_part_of_the_rate():
+    scoring = begun(30.0, "scoring", 40, "batches")
+    scoring.add()
+    assert scoring.rate() == pytest.approx(1 / 30, rel=0.01)
+    scoring.first = (scoring.first[0] - 2.0, scoring.first[1])
+    scoring.add(10)
+    assert scoring.text() == "scoring: 11 of 40 batches, 5 batches/s, 0:06 left"
+
+
 def test_the_rate_does_not_count_what_was_done_before():
     resumed = begun(10.0, "training", 100, "steps", initial=50, done=10)
     assert resumed.text().endswith("60 of 100 steps, 1 steps/s, 0:40 left")

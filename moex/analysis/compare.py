@@ -204,7 +204,6 @@ def make_table(groups: Sequence[Group]) -> Table:
     text = [
         f"train, best, last: {score.unit} of the last training line, of the best and "
         f"the last evaluation{about}; time: of training steps alone.",
-        "± is half the 95 % interval over seeds (Student's t).",
         *notes(groups),
     ]
     return Table(("run", *(heads[i] for i in kept)), rows, shared, text)
@@ -259,6 +258,8 @@ def _wrapped(text: str, width: int | None) -> str:
 def notes(groups: Sequence[Group]) -> list[str]:
     """Remarks that a reader of the table needs and that its rows do not show."""
     found = []
+    if any(len(group.runs) > 1 for group in groups):
+        found.append("± is half the 95 % interval over seeds (Student's t).")
     if not all(group.has_flops for group in groups):
         found.append(
             "~: FLOPs as expected before training; the log does not say what they were."

@@ -13,6 +13,7 @@ import numpy as np
 from moex.config.base import ConfigError, nearest
 from moex.runs.directory import RunDir
 from moex.runs.lines import KINDS, read_metrics
+from moex.runs.sweep import FILE as SWEEP
 
 FLOPS = "perf/train_flops_per_token"
 # A training line of moex has all of these, and the figures of its task.
@@ -52,11 +53,12 @@ class Curve:
 
 
 def read_runs(paths: Sequence[pathlib.Path]) -> list[Run]:
-    """Read the runs of two or more directories.
+    """Read the runs of two or more directories; the folder of a sweep has its runs.
 
     Raises:
       ConfigError: for fewer, for one that is given twice or cannot be compared.
     """
+    paths = [run for path in paths for run in _runs_of(path)]
     if len(paths) < 2:
         raise ConfigError(f"compare: needs two runs or more; got {len(paths)}.")
     seen: dict[pathlib.Path, pathlib.Path] = {}
@@ -66,6 +68,12 @@ def read_runs(paths: Sequence[pathlib.Path]) -> list[Run]:
             raise ConfigError(f"{path}: is the same run as {other}; give it once.")
         seen[path.resolve()] = path
     return [read_run(path) for path in paths]
+
+
+def _runs_of(path: pathlib.Path) -> list[pathlib.Path]:
+    if RunDir(path).is_run() or not (path / SWEEP).is_file():
+        return [path]
+    return sorted(run for run in path.iterdir() if RunDir(run).is_run())
 
 
 def read_run(path: pathlib.Path) -> Run:

@@ -74,7 +74,7 @@ def scored_config(args, config_args: list[str]):
 
 def train_on(run) -> str:
     """The command that goes on training in a run directory."""
-    return hints.command("moex", "train", f"--config={run}", f"--workdir={run}")
+    return hints.command("moex", "train", f"--workdir={run}")
 
 
 # Seconds of the flags that have a default.

@@ -14,13 +14,14 @@ ENDINGS = (".html", ".png", ".csv", ".json")
 class Command(Verb):
     """Compare runs in a table: size, work, time and losses.
 
-    Runs whose configs differ only in the seed are one row, with 95 % intervals.
+    Runs whose configs differ only in the seed are one row, with 95 % intervals. The
+    folder of a sweep stands for its runs.
     """
 
     examples = """
     Examples:
       moex compare runs/quickstart runs/k4 --out=k4.html
-      moex compare runs/sweep/*/ --json
+      moex compare runs/sweep --json
       moex compare runs/first runs/again --assert-equal=1e-6
     """
     usage = "RUN RUN ... [options]"

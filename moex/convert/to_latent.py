@@ -17,7 +17,7 @@ from moex.convert.latent import Factoring, convert_experts
 from moex.model.layers import sites
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
-from moex.progress import counted
+from moex.progress import phase
 
 
 def latent_model(model, options: ToLatent):
@@ -62,32 +62,41 @@ def convert_params(params, model, options: ToLatent, moments):
     """
     errors = []
     found = [site for site in sites(model) if site.sparse is not None]
-    for site in counted(found, "factoring experts", len(found), "layers"):
-        path, latent = site.sparse.path.split("/"), site.sparse.moe.experts
-        assert isinstance(latent, Latent)
-        how = Factoring(
-            latent=latent.latent,
-            group=latent.group,
-            rank=options.rank,
-            refit=options.refit,
-        )
-        old = jax.device_get(at_path(params, path)["experts"])
-        moment_RDD = moments.get(site.sparse.path)
-        layers = []
-        for r in range(len(old["w_out_EFD"])):
-            weights = {name: value[r] for name, value in old.items()}
-            moment_DD = None if moment_RDD is None else moment_RDD[r]
-            made, lost = convert_experts(weights, latent.ops, how, moment_DD)
-            layers.append(made)
-            errors += [
-                {"layer": site.numbers[r], "op": op, "group": g}
-                | dataclasses.asdict(error)
-                for op, by_group in lost.items()
-                for g, error in enumerate(by_group)
-            ]
-        stacked = {name: np.stack([w[name] for w in layers]) for name in layers[0]}
-        params = with_path(params, (*path, "experts"), stacked)
+    total = sum(site.repeat for site in found)
+    with phase("factoring experts", total, "layers") as at:
+        for site in found:
+            path = (*site.sparse.path.split("/"), "experts")
+            old = jax.device_get(at_path(params, path))
+            moment_RDD = moments.get(site.sparse.path)
+            new, lost = _factored(site, old, options, moment_RDD, at.add)
+            params = with_path(params, path, new)
+            errors += lost
     return params, sorted(errors, key=lambda row: row["layer"])
+
+
+def _factored(site, old, options: ToLatent, moment_RDD, count):
+    """`(experts, errors)` of the layers of a site; `count` counts each."""
+    latent = site.sparse.moe.experts
+    assert isinstance(latent, Latent)
+    how = Factoring(
+        latent=latent.latent,
+        group=latent.group,
+        rank=options.rank,
+        refit=options.refit,
+    )
+    layers, errors = [], []
+    for r, number in enumerate(site.numbers):
+        weights = {name: value[r] for name, value in old.items()}
+        moment_DD = None if moment_RDD is None else moment_RDD[r]
+        made, lost = convert_experts(weights, latent.ops, how, moment_DD)
+        layers.append(made)
+        errors += [
+            {"layer": number, "op": op, "group": g} | dataclasses.asdict(error)
+            for op, by_group in lost.items()
+            for g, error in enumerate(by_group)
+        ]
+        count()
+    return {n: np.stack([w[n] for w in layers]) for n in layers[0]}, errors
 
 
 def at_path(tree, path):

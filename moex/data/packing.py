@@ -149,7 +149,7 @@ def pack_rows(directory: Path, seq_len: int, truncate: bool, where: str) -> None
         raise ConfigError(
             f"{where}: {int(long.sum())} of {len(lengths)} examples do not fit into "
             f"seq_len={seq_len} (the longest has {int(lengths.max())} tokens). Raise "
-            "seq_len, or cut them off with truncate=True."
+            f"config.seq_len, or cut them off with {where}.truncate=True."
         )
     rows: list[list[int]] = []
     room = np.zeros(0, np.int64)

@@ -106,9 +106,9 @@ def _facts(run: LoadedRun, lines: dict) -> Iterator[tuple[str, str]]:
     count = cfg.model.num_layers()
     yield "layers", f"{count} of width {cfg.model.dim}"
     yield "vocabulary", f"{cfg.model.vocab:,} tokens"
-    yield "training", f"{run.step:,} steps of {cfg.steps:,}"
     if run.step == 0:
         return
+    yield "training", f"{run.step:,} steps of {cfg.steps:,}"
     seen = [
         line["tokens_seen"]
         for step, line in lines.get("train", {}).items()

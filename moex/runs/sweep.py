@@ -112,6 +112,8 @@ def compare_line(sweep: Sweep, workdir: pathlib.Path) -> str:
     """The command that compares the finished points; empty for fewer than two."""
     runs = [(workdir / point.name, point.steps) for point in sweep.points]
     folders = [str(run) for run, steps in runs if is_finished(run, steps)]
+    if len(folders) == len(runs) > 1:
+        return hints.command("moex", "compare", workdir)
     return hints.command("moex", "compare", *folders) if len(folders) > 1 else ""
 
 

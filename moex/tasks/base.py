@@ -391,7 +391,7 @@ class Task(Config, abc.ABC):
         """Samples of the model as text, while it is trained; none by default."""
         return []
 
-    def use_lines(self, run) -> list[str]:
+    def use_lines(self, cfg, run) -> list[str]:
         """Lines at the end of training about what can be done with the run."""
         return []
 

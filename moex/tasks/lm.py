@@ -206,9 +206,10 @@ class LanguageModelling(Task):
             seed=program.cfg.seed,
         )
 
-    def use_lines(self, run):
-        prompt = hints.command("moex", "generate", run, "--prompt", "def ")
-        return [f"let it write: {prompt}"]
+    def use_lines(self, cfg, run):
+        prompt = next(iter(cfg.log.sample_prompts), "The ")
+        line = hints.command("moex", "generate", run, "--prompt", prompt)
+        return [f"let it write: {line}"]
 
 
 def token_losses(logits_BLV, targets_BL):

@@ -153,7 +153,7 @@ def last_lines(cfg, run: RunDir, seconds: float) -> str:
     lines = [
         f"training time {clock(seconds)}; run directory {run}",
         f"look at it:   {look}",
-        *cfg.task.use_lines(run),
+        *cfg.task.use_lines(cfg, run),
     ]
     return "\n".join(lines)
 

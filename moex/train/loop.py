@@ -171,7 +171,6 @@ class Run:
         """Compile the train step; the time is reported and not counted as training."""
         began = time.perf_counter()
         args = (self.state, np.int32(self.step), key, batch)
-        self.log.line("compiling the train step ...")
         with phase("compiling the train step"):
             compiled = self.job.train_step().lower(*args).compile()
         seconds = time.perf_counter() - began

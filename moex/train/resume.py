@@ -29,7 +29,8 @@ def check_resume(cfg, run: RunDir, data: Datasets) -> list[str]:
     """Compare a config with the one that a run was started with.
 
     Returns:
-      One line per changed field that may change.
+      One line per changed field that may change; where a kind changes, its fields
+      have none.
 
     Raises:
       ConfigError: if the directory holds a run of another task, architecture,
@@ -40,7 +41,12 @@ def check_resume(cfg, run: RunDir, data: Datasets) -> list[str]:
     _require_equal(changed, ("task",), run)
     cfg.task.check_same(data, run, str(run), resume=True)
     _require_equal(changed, (*FIXED_ON_RESUME, *cfg.task.FIXED), run)
-    return [f"config.{key}: {before!r} -> {new!r}" for key, new, before in changed]
+    inside = tuple(f"{key}." for key, *_ in changed)
+    return [
+        f"config.{key}: {before!r} -> {new!r}"
+        for key, new, before in changed
+        if not key.startswith(inside)
+    ]
 
 
 def _require_equal(changed, fixed: tuple[str, ...], run: RunDir) -> None:

@@ -21,6 +21,8 @@ from moex.runs.fields import named_fields
 from moex.train.charts import SLOT_SHARES, layer_series, series
 
 PREFIX = "moex:"  # begins the paths that `_EventFiles` opens
+# Fields of a run config that change what is watched and kept, and not what is learned.
+WATCHING = ("checkpoint.", "data.cache_dir", "data.given", "eval.", "log.")
 
 
 class _EventFile:
@@ -104,13 +106,16 @@ class Board:
                 self.writer.add_scalar(tag, value, step)
 
     def fields(self, name: str, cfg) -> None:
-        """Write a row of the page HPARAMS: all fields of the config, the run's name.
+        """Write a row of the page HPARAMS: the run's name, and what it learns and how.
 
+        Fields of `WATCHING` are left out: they would stand before the model's.
         TensorBoard adds the last value of every series. Without a list of columns,
         which the run that is read first would give to all, it makes its own of all
         runs, and begins with the fields that differ.
         """
-        values = {k: _cell(v) for k, v in named_fields(cfg).items() if v is not None}
+        fields = named_fields(cfg).items()
+        kept = {k: v for k, v in fields if not k.startswith(WATCHING) and v is not None}
+        values = {k: _cell(v) for k, v in kept.items()}
         _, start, _ = hparams(values | {"run": name}, {})
         self.writer.file_writer.add_summary(start)
 

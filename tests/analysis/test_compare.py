@@ -503,6 +503,15 @@ def test_points_and_figures_as_files(moex, four, tmp_path):
     assert figures.read_text() == moex(*four, "--json")
 
 
+def test_the_folder_of_a_sweep_stands_for_its_runs(write, tmp_path):
+    runs = [write("sweep/seed=0"), write("sweep/seed=1", "seed=1")]
+    other = write("other", "optim.lr=0.5")
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    (tmp_path / "sweep" / "notes").mkdir()
+    found = read_runs([tmp_path / "sweep", other])
+    assert [run.path for run in found] == [*runs, other]
+
+
 # Mistakes.
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import types
 
 import jax
 import numpy as np
@@ -12,8 +13,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moex.config.base import ConfigError
+from moex.data.sources import PythonStdlib
 from moex.runs.checkpoint import Checkpointer
-from moex.train import loop, training
+from moex.runs.directory import RunDir
+from moex.train import loop, resume, training
 from moex.train.charts import layout
 from moex.train.job import Job, make_job
 from tests import runs
@@ -279,6 +282,16 @@ def test_a_complete_run_goes_on_with_more_steps(train, straight, tmp_path):
     assert not any("changed data" in line for line in again)
     assert "resuming with a changed config: config.steps: 8 -> 10" in said
     assert [r["step"] for r in runs.records(workdir)] == list(range(1, 11))
+
+
+def test_where_a_kind_changes_its_fields_are_not_told(straight):
+    run = RunDir(straight[0])
+    cfg, data = run.config(), types.SimpleNamespace(tokenizer=run.tokenizer())
+    cfg.data.sources, cfg.steps = (PythonStdlib(),), 10
+    assert resume.check_resume(cfg, run, data) == [
+        "config.data.sources[0]: 'Text' -> 'PythonStdlib'",
+        "config.steps: 8 -> 10",
+    ]
 
 
 def test_init_from_takes_parameters_only(
