@@ -11,6 +11,7 @@ __version__ = "0.3.0"
 # The public names of each module.
 PUBLIC = {
     "moex.adapters.lora": "LoRA",
+    "moex.adapters.moram": "MoRAM",
     "moex.allocator": "keep_memory",
     "moex.cache": "keep_programs",
     "moex.config.base": "Config ConfigError check",

@@ -269,7 +269,8 @@ def _splits_rows(num_tokens: int) -> bool:
     """Whether the mesh in use splits this many tokens into parts of one size."""
     mesh = jax.sharding.get_abstract_mesh()
     parts = math.prod(mesh.shape.get(axis, 1) for axis in TOKEN_AXES)
-    return parts > 1 and num_tokens % parts == 0
+    # Inside of a shard_map the rows of a device are all on it.
+    return parts > 1 and num_tokens % parts == 0 and not mesh.manual_axes
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:

@@ -51,7 +51,7 @@ class LoRAModule(Adapter):
         return y, None
 
 
-def low_rank(matrix: Matrix, rank: int, rngs, *, shared=False):
+def low_rank(matrix: Matrix, rank: int, rngs, *, shared=False, frozen=False):
     """Make the pair (a_INR, b_NRO): a uniform within 1 / sqrt(I), b zeros."""
     a = matrix.array(
         rngs,
@@ -60,6 +60,7 @@ def low_rank(matrix: Matrix, rank: int, rngs, *, shared=False):
         uniform_of(matrix.inputs),
         matrix=((0,), (2,)),
         shared=shared,
+        frozen=frozen,
     )
     b = matrix.array(
         rngs,
@@ -68,6 +69,7 @@ def low_rank(matrix: Matrix, rank: int, rngs, *, shared=False):
         lambda _, shape: jnp.zeros(shape),
         matrix=((1,), (2,)),
         shared=shared,
+        frozen=frozen,
     )
     return a, b
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas import grouped_matmul, matmul
-from moex.config.base import Config
+from moex.config.base import Config, ConfigError
 from moex.nn.context import fold_key
 
 
@@ -46,6 +46,32 @@ class AdapterConfig(Config, abc.ABC):
 
     def validate_matrix(self, matrix: "Matrix", path: str) -> None:
         """Raise `ConfigError` for a matrix that this kind cannot adapt."""
+
+    def continued(
+        self, before: "AdapterConfig | None", params: dict, path: str
+    ) -> dict:
+        """The parameters that a run begins from, as a model with these adapters.
+
+        Args:
+          before: adapters of the run that it starts from; None: that has none, or
+            there is no such run.
+          params: nested dicts of that run's parameters.
+          path: names this config in errors.
+
+        Raises:
+          ConfigError: if these adapters cannot begin there.
+        """
+        if before is not None and type(before) is not type(self):
+            kind = type(before).__name__
+            raise ConfigError(
+                f"{path} = {type(self).__name__}(...): must be {kind}(...), for the "
+                f"run that this one starts from has {kind} adapters."
+            )
+        return params
+
+    def about(self) -> str:
+        """The words about its cost in a table; "" where there is nothing to say."""
+        return ""
 
 
 class Adapter(nnx.Module):
@@ -97,7 +123,9 @@ class Matrix:
     input_axis: str | None
     output_axis: str | None
 
-    def array(self, rngs, shape, axes, make, *, matrix=None, shared=False) -> nnx.Param:
+    def array(
+        self, rngs, shape, axes, make, *, matrix=None, shared=False, frozen=False
+    ) -> nnx.Param:
         """Make a parameter of an adapter: one array for each copy and each expert.
 
         Args:
@@ -107,12 +135,13 @@ class Matrix:
           make: `(key, shape) -> float32 array`, such as `jax.random.normal`.
           matrix: (input dims, output dims) in `shape`, as in `param`.
           shared: all experts use the same array.
+          frozen: it is not trained: the run that this one starts from has it.
         """
         if self.experts is not None and not shared:
             shape, axes = (self.experts, *shape), ("expert", *axes)
             matrix = matrix and tuple(tuple(d + 1 for d in dims) for dims in matrix)
         array = make(rngs.params(), (*self.copies, *shape))
-        return nnx.Param(array, axes=tuple(axes), matrix=matrix)
+        return nnx.Param(array, axes=tuple(axes), matrix=matrix, frozen=frozen)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,8 @@ from moex import sharding
 from moex.config import base as configs
 from moex.config.base import ConfigError
 from moex.data.tokenizer import Tokenizer
-from moex.model.spec import ModelSpec, check_mesh, model_spec
+from moex.model.paths import flat_paths, path_name
+from moex.model.spec import ModelSpec, check_mesh, model_spec, shardings
 from moex.runs.base import Base, has_base, with_base
 from moex.runs.checkpoint import HOST_BYTES, Checkpointer
 from moex.runs.directory import Place, RunDir
@@ -65,25 +66,58 @@ def base_params(run: RunDir, program: Program, warn=print) -> dict:
     """
     base = Base.read(run)
     cfg, spec = base.folder.config(), saved_spec(base.folder)
-    check_base(program.spec, spec, f"the base of {run}, {base.folder},")
+    check_base(program, cfg, spec, f"the base of {run}, {base.folder},")
     other = Program(cfg=cfg, mesh=program.mesh, spec=spec)
-    return _load(base.folder, other, warn, base.step).params
+    loaded = _load(base.folder, other, warn, base.step)
+    return continued(program, cfg, loaded.params)
 
 
-def check_base(own: ModelSpec, base: ModelSpec, where: str) -> None:
+def continued(program: Program, before, params: dict) -> dict:
+    """The parameters of a run as another run that begins from them has them.
+
+    Args:
+      program: the program of the run that begins.
+      before: config of the run that has the parameters.
+      params: nested dicts, on the mesh of the program.
+    """
+    params = _continued(program.cfg, before, params)
+    places, _ = shardings(program.spec, program.mesh)
+    flat = flat_paths(places)
+
+    def placed(path, array):  # arrays may be other ones now
+        place = flat.get(path_name(path))
+        return array if place is None else jax.device_put(array, place)
+
+    return jax.tree_util.tree_map_with_path(placed, params)
+
+
+def _continued(cfg, before, params: dict) -> dict:
+    if cfg.model.adapter is None:
+        return params
+    old = before.model.adapter
+    return cfg.model.adapter.continued(old, params, "config.model.adapter")
+
+
+def check_base(program: Program, before, spec: ModelSpec, where: str) -> None:
     """Check that a base has all parameters that the adapters of a model leave to it.
+
+    Args:
+      program: the program of the run that begins.
+      before: config of the base.
+      spec: that of the model of the base.
+      where: names the base in errors.
 
     Raises:
       ConfigError: naming the first parameter that differs.
     """
-    here = {
-        name: shape
-        for name, shape in own.shapes().items()
-        if name in base.shapes() or own.info[name].frozen
-    }
-    for name, mine, there in differences(here, base.shapes()):
+    own, here = program.spec, program.spec.shapes()
+    params = jax.eval_shape(lambda p: _continued(program.cfg, before, p), spec.params)
+    arrays = flat_paths(params) | flat_paths(spec.state)
+    there = {name: array.shape for name, array in arrays.items()}
+    kept = {n: v for n, v in here.items() if n in there or own.info[n].frozen}
+    for name, mine, its in differences(kept, there):
         raise ConfigError(
-            f"{where} has another architecture: {name} has shape {there} there, "
+            f"{where} has another architecture: {name} has shape {its} there, "
             f"{mine} here (None: there is none)."
         )
 

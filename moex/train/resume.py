@@ -13,6 +13,7 @@ from moex.runs.directory import RunDir
 from moex.runs.open import (
     base_params,
     check_base,
+    continued,
     differences,
     load_run,
     saved_spec,
@@ -75,7 +76,7 @@ def check_init_from(job: Job, source: RunDir) -> None:
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from None
     task.check_same(job.data, source, where, resume=False)
-    check_base(job.spec, spec, f"{where}:")
+    check_base(job, source.config(), spec, f"{where}:")
 
 
 def starting_point(
@@ -118,7 +119,8 @@ def starting_point(
                 old.state,
                 fresh,
             )
-            params = with_base(old.params, state["params"])
+            begun = continued(job, old.cfg, old.params)
+            params = with_base(begun, state["params"])
             state |= {"params": params, "state": carried}
             say(f"starting from the parameters of {source} at step {old.step}")
     return step, consumed, state, final
