@@ -30,6 +30,8 @@ SLOW = [
     ("low rank", "expert 8, gather"),
     ("top-k with capacity", "data 8"),
     ("chain", "2 data, 2 expert, 2 tensor, all_to_all"),
+    ("top-k, LoRA", "2 data, 2 expert, 2 tensor, all_to_all"),
+    ("top-k, LoRA", "2 fsdp, 2 expert, 2 seq, gather"),
 ]
 # These compile for a minute each.
 SLOWEST = [

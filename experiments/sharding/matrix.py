@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from moex.adapters.lora import LoRA
 from moex.model import spec as states
 from moex.model.optim import AdamW, Optim
 from moex.model.paths import flat_paths, path_name
@@ -120,6 +121,23 @@ LAYERS = {
     "top-k, balance of sequences": moe(TopK(k=2, init_std=0.7, bias_rate=0.1)),
     "top-k, balance of steps": moe(TopK(k=2, init_std=0.7, bias_rate=0.1)),
 }
+# Models with adapters on all of their matrices; all other parameters are trained too.
+ADAPTERS = {
+    "top-k, LoRA": LoRA(
+        rank=2,
+        alpha=4.0,
+        targets=(
+            "attention",
+            "experts",
+            "shared",
+            "router/w_DE",
+            "w_embed",
+            "w_logits",
+        ),
+        also_train=("*",),
+    ),
+}
+LAYERS["top-k, LoRA"] = moe(TopK(k=2, init_std=0.7), shared=Dense(hidden=8))
 # Layers with other fields of `Loss` or another number of microbatches.
 LOSSES = {
     "top-k, balance of sequences": {"balance_scope": "sequence"},
@@ -151,13 +169,14 @@ MESHES = {
 }
 
 
-def model(layer) -> LM:
+def model(layer, adapter=None) -> LM:
     """A model with two copies of `layer`."""
     return LM(
         dim=16,
         attention=Attention(heads=4, kv_heads=2, qk_norm=True),
         layers=(Segment(pattern=(layer,), repeat=2),),
         vocab=VOCAB,
+        adapter=adapter,
     )
 
 
@@ -211,7 +230,7 @@ def initial(name: str):
 
     Plain random numbers: the real initialisation takes seconds to compile.
     """
-    spec = states.model_spec(model(LAYERS[name]))
+    spec = states.model_spec(model(LAYERS[name], ADAPTERS.get(name)))
     rng = np.random.default_rng(1)
 
     def fill(path, leaf):

@@ -96,11 +96,13 @@ def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
     splits_width = mesh.shape["tensor"] > 1 and any("mlp" in a for a in axes.values())
     own_ctx = _for_experts(ctx, 1 / mesh.shape["tensor"] if splits_width else 1.0)
 
-    def body(weights, rest, x_tD, *slots):
+    def body(weights, rest, key, x_tD, *slots):
+        if key is not None:  # each device has rows of its own
+            key = jax.random.fold_in(key, lax.axis_index(TOKEN_AXES))
         weights = {k: _whole(w, specs[k], x_tD.dtype) for k, w in weights.items()}
         own = nnx.merge(graphdef, _nested(weights), rest)
         axis = _ExpertAxis(mesh.shape["expert"], num_experts, tokens == P(), rows)
-        y_tD, lost = axis.sums(own, x_tD, slots, own_ctx)
+        y_tD, lost = axis.sums(own, x_tD, slots, dataclasses.replace(own_ctx, key=key))
         if splits_width:
             y_tD = _sum_over(y_tD, "tensor")
         return y_tD, lax.psum(lost, TOKEN_AXES)
@@ -111,13 +113,13 @@ def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
         )
     run = jax.shard_map(
         body,
-        in_specs=(specs, P(), tokens, *(tokens for _ in slots)),
+        in_specs=(specs, P(), P(), tokens, *(tokens for _ in slots)),
         out_specs=(tokens, P()),
         # Kernels and their loops cannot say what varies over which axis. Without this
         # check a wrong sum would pass here: `tests/test_sharded.py` guards against it.
         check_vma=False,
     )
-    return run(weights, nnx.to_pure_dict(rest), x_TD, *slots)
+    return run(weights, nnx.to_pure_dict(rest), ctx.key, x_TD, *slots)
 
 
 def _in_stack(slots, num_experts, layer):

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from kernels_pallas.native import library
+from moex.adapters.lora import LoRA
 from moex.model import decode
 from moex.model.decode import generate, sample
 from moex.moe.experts.glu import Glu
@@ -45,6 +46,9 @@ MODELS = {
             ),
             repeat=2,
         )
+    ),
+    "adapters": tiny_lm(
+        adapter=LoRA(rank=2, alpha=2.0, targets=("attention", "experts", "w_embed"))
     ),
 }
 

@@ -1,0 +1,166 @@
+"""Runs with adapters: they train on a base, keep only their own, and open with it."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moex.adapters.lora import LoRA
+from moex.config.base import ConfigError
+from moex.model.optim import AdamW, Optim, make_optimizer
+from moex.model.paths import flat_paths
+from moex.model.spec import init_guard
+from moex.runs.directory import RunDir
+from moex.runs.keys import Loss
+from moex.runs.open import load_run
+from moex.train.step import make_train_step
+from tests import runs
+from tests.helpers import TASK, XLA, built, random_batch, tiny_lm
+
+LORA = "LoRA(rank=2, alpha=4.0, targets=('attention', 'experts'), dropout=0.1)"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def setting():
+    with runs.one_device():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    runs.train(folder, folder / "base", "steps=2")
+    return folder / "base"
+
+
+def adapt(folder, base, workdir, *overrides):
+    own = (f"init_from={base}", f"model.adapter={LORA}", *overrides)
+    return runs.train(folder, workdir, *own)
+
+
+@pytest.fixture(scope="module")
+def adapted(folder, base):
+    adapt(folder, base, folder / "adapted", "steps=4")
+    return folder / "adapted"
+
+
+def size(path):
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def test_the_base_stays_as_it_is_and_the_adapters_learn(base, adapted):
+    before, after = (flat_paths(load_run(run).params) for run in (base, adapted))
+    for name, array in before.items():
+        np.testing.assert_array_equal(array, after[name], err_msg=name)
+    own = {n: a for n, a in after.items() if n not in before}
+    assert own and all("/adapters/" in name for name in own)
+    assert all(bool(jnp.any(a != 0)) for n, a in own.items() if n.endswith("b_NRO"))
+
+
+def test_checkpoints_hold_only_what_is_trained(adapted):
+    arrays = json.loads((adapted / "checkpoints/4/meta/metadata").read_text())
+    names = arrays["covered"]["checksums"]["params"]
+    assert names and all("adapters" in name for name in names)
+
+
+@pytest.mark.thorough
+def test_a_run_goes_on_exactly(folder, base, adapted):
+    adapt(folder, base, folder / "twice", "steps=2")
+    adapt(folder, base, folder / "twice", "steps=4")
+    once, twice = (load_run(run) for run in (adapted, folder / "twice"))
+    runs.assert_same_arrays(twice.params, once.params)
+
+
+@pytest.mark.thorough
+def test_another_run_starts_from_a_run_with_adapters(folder, adapted):
+    run = folder / "third"
+    adapt(folder, adapted, run, "steps=2", "optim.lr=1e-9")
+    first, third = (flat_paths(load_run(r).params) for r in (adapted, run))
+    for name, array in first.items():
+        np.testing.assert_allclose(array, third[name], atol=1e-6, err_msg=name)
+
+
+@pytest.fixture
+def pair(tmp_path, base, adapted):
+    """Copies of base and adapted run, side by side as they were."""
+    return (
+        shutil.copytree(base, tmp_path / "base"),
+        shutil.copytree(adapted, tmp_path / "adapted"),
+    )
+
+
+def test_both_can_be_moved_together(pair):
+    assert load_run(pair[1]).step == 4
+
+
+def test_without_the_base_one_line_says_what_to_do(pair):
+    shutil.rmtree(pair[0])
+    with pytest.raises(ConfigError, match=r"adapters on step 2 of .*not there; put it"):
+        load_run(pair[1])
+
+
+def test_a_base_that_changed_is_refused(folder, pair):
+    record = RunDir(pair[0]).record
+    data = json.loads(record.read_text())
+    data["steps"]["2"] = "0" * 64
+    record.write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match="whose parameters are not the same any more"):
+        load_run(pair[1])
+
+
+def test_a_base_of_another_model_is_refused(folder, base):
+    with pytest.raises(
+        ConfigError, match=r"another architecture: .*shape \(32,\) there"
+    ):
+        adapt(folder, base, folder / "wrong", "steps=2", "model.dim=16")
+    assert not (folder / "wrong").exists() or not RunDir(folder / "wrong").is_run()
+
+
+def step_of(cfg, grad_accum):
+    spec, params, state = built(cfg)
+    optim = Optim(rule=AdamW(), lr=1e-2)
+    tx, _ = make_optimizer(optim, 10, spec.params, spec.info)
+    step = make_train_step(
+        *(TASK, spec, tx, Loss()),
+        grad_accum=grad_accum,
+        num_domains=2,
+        optim=optim,
+        compute=XLA,
+    )
+    own = {"params": params, "state": state, "opt": tx.init(params)}
+    return step, own | {"guard": init_guard()}
+
+
+@pytest.mark.parametrize("grad_accum", [1, 2])
+def test_frozen_parameters_have_no_gradient_and_no_moments(grad_accum):
+    """No array of the step has the shape of a frozen stack but the parameter itself."""
+    lora = LoRA(rank=2, alpha=4.0, targets=("attention",))
+    cfg = dataclasses.replace(tiny_lm(), adapter=lora)
+    step, train_state = step_of(cfg, grad_accum)
+    batch = random_batch(4, 8)
+    frozen = (2, 8, 16, 2, 8)  # both MoE layers, 8 experts: gate and up
+    assert (
+        train_state["params"]["segments"]["1"]["blocks"]["0"]["ffn"]["experts"][
+            "w_in_ED2F"
+        ].shape
+        == frozen
+    )
+    moments = [a.shape for a in jax.tree.leaves(train_state["opt"])]
+    assert frozen not in moments
+    args = (train_state, 0, jax.random.key(0), batch)
+    jaxpr = jax.make_jaxpr(step)(*args)
+    made = [v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars]
+    assert frozen not in made
+    new, _ = jax.jit(step)(*args)
+    before, after = (flat_paths(s["params"]) for s in (train_state, new))
+    for name in before:
+        same = bool(jnp.all(before[name] == after[name]))
+        assert same == ("/adapters/" not in name), name
