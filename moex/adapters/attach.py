@@ -120,15 +120,18 @@ def _matrix(name: str, variable) -> Matrix:
     def axis(dims):
         return next((axes[d] for d in dims if axes[d] is not None), None)
 
+    # Dims before the one that a mesh splits stay apart; those after it do not matter.
+    split = next((i for i, d in enumerate(outputs) if axes[d] is not None), 0)
+    groups = [*([d] for d in outputs[:split]), outputs[split:]]
     return Matrix(
         path=name,
         copies=tuple(variable.shape[:-rank]),
         experts=experts,
         inputs=size(inputs),
         parts=size(between),
-        outputs=size(outputs),
+        outer=tuple(map(size, groups)),
         input_axis=axis(inputs),
-        output_axis=axis(outputs),
+        outer_axes=tuple(map(axis, groups)),
     )
 
 

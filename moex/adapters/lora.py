@@ -33,8 +33,8 @@ class LoRA(AdapterConfig):
 class LoRAModule(Adapter):
     """base(x) + (alpha / R) B (A dropout(x)).
 
-    Parameters: a_INR [I, N, R], b_NRO [N, R, O]; for stacked experts they have a
-    leading dim [E] unless they are shared.
+    Parameters: a_INR [I, N, R], b_NRO [N, R, *outer], with outer as in `Matrix`; for
+    stacked experts they have a leading dim [E] unless they are shared.
 
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; initial values as in PEFT.
     """
@@ -64,10 +64,10 @@ def low_rank(matrix: Matrix, rank: int, rngs, *, shared=False, frozen=False):
     )
     b = matrix.array(
         rngs,
-        (matrix.parts, rank, matrix.outputs),
-        (None, None, matrix.output_axis),
+        (matrix.parts, rank, *matrix.outer),
+        (None, None, *matrix.outer_axes),
         lambda _, shape: jnp.zeros(shape),
-        matrix=((1,), (2,)),
+        matrix=((1,), tuple(range(2, 2 + len(matrix.outer)))),
         shared=shared,
         frozen=frozen,
     )

@@ -90,10 +90,11 @@ class MoRAMModule(Adapter):
     Among equal scores the first atoms are chosen, those of the bank before new ones.
     No gradient passes the choice and the threshold.
 
-    Parameters: a_INR [I, N, R], b_NRO [N, R, O]; frozen bank_a_INM [I, N, M] and
-    bank_b_NMO [N, M, O] if M > 0; for stacked experts with a leading dim [E] unless
-    they are shared. Without values (b = 0) new atoms still count in the norm and take
-    places among the k, so the first step of a task is not exactly the model before it.
+    Parameters: a_INR [I, N, R], b_NRO [N, R, *outer] with outer as in `Matrix`; frozen
+    bank_a_INM [I, N, M] and bank_b_NMO [N, M, *outer] if M > 0; for stacked experts with
+    a leading dim [E] unless they are shared. Without values (b = 0) new atoms still
+    count in the norm and take places among the k, so the first step of a task is not
+    exactly the model before it.
 
     Source: arXiv:2506.21035 ("Little By Little"), equations 2 to 8 of its page; its
     code for language models loses the scale of atoms in the bank, and adds random
@@ -180,5 +181,5 @@ def _in_bank(own: dict, scale: float) -> dict:
         a, b = [own["bank_a_INM"], *a], [own["bank_b_NMO"], *b]
     return {
         "bank_a_INM": jnp.concatenate(a, axis=-1),
-        "bank_b_NMO": jnp.concatenate(b, axis=-2),
+        "bank_b_NMO": jnp.concatenate(b, axis=a[0].ndim - 2),
     }

@@ -110,8 +110,11 @@ class Matrix:
       path: path of the parameter in the model.
       copies: leading dims of its array, such as (repeat,): copies of its layer.
       experts: E, if each expert has a matrix of its own; else None.
-      inputs, parts, outputs: I, N and O.
-      input_axis, output_axis: logical axes that I and O are split along, or None.
+      inputs, parts: I and N.
+      outer: dims whose product is O: those of gate and up, [2, F], stay apart, since a
+        mesh splits F.
+      input_axis: the logical axis that I is split along, or None.
+      outer_axes: the same for each of `outer`.
     """
 
     path: str
@@ -119,9 +122,14 @@ class Matrix:
     experts: int | None
     inputs: int
     parts: int
-    outputs: int
+    outer: tuple[int, ...]
     input_axis: str | None
-    output_axis: str | None
+    outer_axes: tuple[str | None, ...]
+
+    @property
+    def outputs(self) -> int:
+        """O."""
+        return math.prod(self.outer)
 
     def array(
         self, rngs, shape, axes, make, *, matrix=None, shared=False, frozen=False
@@ -150,17 +158,20 @@ class Product:
 
     Attributes:
       ctx: `Context`.
+      stacked: whether parameters are those of all copies of the layer.
     """
 
     ctx: Any
+    stacked: bool = False
 
     def inward(self, x, a) -> jax.Array:
         """Multiply [..., I] by a parameter [I, N, R]: returns [..., N, R]."""
         return matmul(x, self._own(a, x.dtype), implementation=self._kernels)
 
     def outward(self, z, b) -> jax.Array:
-        """Multiply [..., N, R] by a parameter [N, R, O]: returns [..., N, O]."""
+        """Multiply [..., N, R] by a parameter [N, R, *outer]: returns [..., N, O]."""
         own = self._own(b, z.dtype)
+        own = own.reshape(*own.shape[:2], -1)
         parts = [
             matmul(z[..., n, :], own[n], implementation=self._kernels)
             for n in range(len(own))
@@ -177,7 +188,7 @@ class Product:
 
     def _own(self, parameter, dtype):
         array = parameter[...]
-        if self.ctx.whole_stack:  # the parameters of all copies of the layer
+        if self.stacked:
             array = jax.lax.dynamic_index_in_dim(array, self.ctx.layer, 0, False)
         return array.astype(dtype)
 
@@ -199,8 +210,8 @@ class GroupedProduct(Product):
       num_rows: the number of rows.
     """
 
-    group_sizes_E: jax.Array
-    num_rows: int
+    group_sizes_E: Any = None
+    num_rows: int = 0
 
     def inward(self, x, a):
         own = self._own(a, x.dtype)
@@ -209,6 +220,7 @@ class GroupedProduct(Product):
 
     def outward(self, z, b):
         own = self._own(b, z.dtype)
+        own = own.reshape(*own.shape[:3], -1)
         parts = [self._grouped(z[:, n], own[:, n]) for n in range(own.shape[1])]
         return jnp.stack(parts, axis=1)
 
@@ -224,7 +236,7 @@ class GroupedProduct(Product):
 
     def _own(self, parameter, dtype):
         array = parameter[...].astype(dtype)
-        if self.ctx.whole_stack:  # experts are counted through all copies of the layer
+        if self.stacked:  # experts are counted through all copies of the layer
             array = array.reshape(-1, *array.shape[2:])
         return array
 
@@ -333,9 +345,9 @@ def project_rows(module: Projector, name: str, x_NC, group_sizes_E, ctx):
 
     if name not in module.adapters:
         return base(x_NC)
-    adapter, product = module.adapters[name], Product(ctx)
+    adapter, product = module.adapters[name], Product(ctx, ctx.whole_stack)
     if adapter.per_expert:
-        product = GroupedProduct(ctx, group_sizes_E, len(x_NC))
+        product = GroupedProduct(ctx, ctx.whole_stack, group_sizes_E, len(x_NC))
     y, _ = adapter(x_NC, lambda x: base(x)[:, None], product, _inside(ctx, name))
     return y[:, 0]
 

@@ -47,6 +47,7 @@ def merged(params, shapes, scale):
             continue
         owner, _, own = name.removesuffix("/a_INR").rpartition("adapters/")
         a, b = (np.asarray(flat[n], np.float64) for n in (name, name[:-5] + "b_NRO"))
+        b = b.reshape(*a.shape[:-3], *a.shape[-2:], -1)
         change = scale * np.einsum("...inr,...nro->...ino", a, b)
         target = f"{owner}{own}"
         full[target] = full[target] + change.reshape(full[target].shape)
@@ -113,12 +114,13 @@ def test_its_gradients_are_those_of_the_changed_matrices():
             continue
         owner, _, weight = name.removesuffix("/a_INR").rpartition("adapters/")
         a, b = flat[name], flat[name[:-5] + "b_NRO"]
+        shape, b = b.shape, b.reshape(*a.shape[:-3], *a.shape[-2:], -1)
         g = of_full[f"{owner}{weight}"].reshape(*a.shape[:-1], b.shape[-1])
         expected_a = 2.0 * jnp.einsum("...ino,...nro->...inr", g, b)
         expected_b = 2.0 * jnp.einsum("...ino,...inr->...nro", g, a)
         for found, expected in (
             (own[name], expected_a),
-            (own[name[:-5] + "b_NRO"], expected_b),
+            (own[name[:-5] + "b_NRO"], expected_b.reshape(shape)),
         ):
             largest = float(jnp.max(jnp.abs(expected)))
             assert_close(found / largest, expected / largest, "step", name)
