@@ -92,9 +92,9 @@ class MoRAMModule(Adapter):
 
     Parameters: a_INR [I, N, R], b_NRO [N, R, *outer] with outer as in `Matrix`; frozen
     bank_a_INM [I, N, M] and bank_b_NMO [N, M, *outer] if M > 0; for stacked experts
-    with a leading dim [E] unless they are shared. Without values (b = 0) new atoms still
-    count in the norm and take places among the k, so the first step of a task is not
-    exactly the model before it.
+    with a leading dim [E] unless they are shared. Without values (b = 0) new atoms
+    still count in the norm and take places among the k, so the first step of a task
+    is not exactly the model before it.
 
     Source: arXiv:2506.21035 ("Little By Little"), equations 2 to 8 of its page; its
     code for language models loses the scale of atoms in the bank, and adds random
