@@ -22,6 +22,12 @@ class Command(Verb):
             metavar="TEXT",
             help="text to continue; repeat it for a batch; default: standard input",
         )
+        parser.add_argument(
+            "--chat",
+            action="store_true",
+            help="a prompt is a user's message, laid out by the chat template of the "
+            "data or of the imported model; print the answer alone",
+        )
         parser.add_argument("--max-new-tokens", type=positive, default=128)
         parser.add_argument(
             "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
@@ -54,6 +60,7 @@ class Command(Verb):
         texts = write_text(
             args.run,
             prompts,
+            chat=args.chat,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_k=args.top_k,

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from moex.config import base as configs
-from moex.config.base import ConfigError, require
+from moex.config.base import require
 from moex.convert.base import Conversion
+from moex.data.chat import keep_layout
 from moex.data.files import atomic_write
 from moex.json_files import dump_json
 from moex.model import spec as states
 from moex.model.paths import flat_paths
-from moex.runs.claim import new_run
+from moex.runs.claim import new_folder, new_run
 from moex.runs.directory import Place, RunDir
 from moex.runs.keys import check_run
 from moex.runs.open import LoadedRun, load_run
@@ -52,10 +53,9 @@ def convert_run(
       ConfigError: for a user's mistake, before anything is computed.
       CheckpointError: if no checkpoint of `source` is intact.
     """
-    run, made = RunDir.of(source), RunDir.of(target)
-    cfg, path = run.config(), made.path
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"--workdir={made}: must be new or an empty folder.")
+    run, flag = RunDir.of(source), f"--workdir={RunDir.of(target)}"
+    cfg = run.config()
+    made = RunDir(new_folder(target, flag))
     require(sequences >= 0, "--sequences", sequences, ">= 0")
     report: dict[str, Any] = {"to": conversions[-1].kind, "from": str(run)}
     for conversion in conversions:
@@ -64,7 +64,7 @@ def convert_run(
         cfg.model = conversion.model(cfg.model)
     report |= {"sequences": sequences, "errors": []}
     check_run(cfg, to_train=False)
-    with new_run(made, f"--workdir={made}", say) as hidden:
+    with new_run(made, flag, say) as hidden:
         old = new = load_run(run, MeshConfig(), warn=say)  # for the job's devices
         job = _job(run, cfg, say)
         for conversion in conversions:
@@ -72,6 +72,7 @@ def convert_run(
             report |= found
         arrays = {"params": new.params, "state": new.state}
         write_run(hidden, cfg, job, job.tx, job.data, arrays)
+        keep_layout(run.imported, hidden.imported)
     report["step"] = old.step
     sizes = {"params": "", "expert_params": "experts"}
     report |= {

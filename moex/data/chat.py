@@ -7,7 +7,9 @@ for all chats with the same roles.
 
 import dataclasses
 import functools
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ PLAIN = (
     "{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
+FILES = ("tokenizer_config.json", "chat_template.jinja")  # of an imported model
 FIRST, LAST = "\ue000", "\ue001"  # private characters around the number of a message
 MARK = re.compile(f"{FIRST}([0-9]+){LAST}")
 
@@ -122,36 +125,48 @@ def layout(
       ConfigError: if the template cannot be rendered, or has not each content once.
     """
 
-    def render(count: int) -> str:
-        said = [
-            {"role": role, "content": f"{FIRST}{i}{LAST}"}
-            for i, role in enumerate(roles[:count])
-        ]
-        try:
-            return _compiled(template).render(
-                messages=said,
-                add_generation_prompt=False,
-                bos_token=bos,
-                eos_token=eos,
-                raise_exception=_refuse,
-            )
-        except jinja2.TemplateError as e:
-            raise ConfigError(f"{one_line(e)}.") from None
-
-    pieces = MARK.split(render(len(roles)).rstrip())
-    if list(map(int, pieces[1::2])) != list(range(len(roles))):
-        raise ConfigError(
-            f"the template must write each of the {len(roles)} messages once, in order."
-        )
+    pieces = _pieces(template, bos, eos, roles)
     parts: list[Part | int] = [Part(pieces[0], False, True)]
     for i, role in enumerate(roles):
         parts.append(i)
         after, end = pieces[2 * i + 2], 0
         if role == learned:  # a chat that ends here shows which markup ends a message
-            ends = MARK.split(render(i + 1).rstrip())[-1]
+            ends = _pieces(template, bos, eos, roles[: i + 1])[-1]
             end = len(ends) if after.startswith(ends) else 0
         parts += [Part(after[:end], True, True), Part(after[end:], False, True)]
     return tuple(part for part in parts if isinstance(part, int) or part.text)
+
+
+def _pieces(
+    template: str, bos: str, eos: str, roles: tuple[str, ...], answer: bool = False
+) -> list[str]:
+    """The markup around and between the messages of a chat, with their numbers.
+
+    Args:
+      answer: whether the chat goes on with an answer, whose beginning is written.
+
+    Raises:
+      ConfigError: as for `layout`.
+    """
+    said = [
+        {"role": role, "content": f"{FIRST}{i}{LAST}"} for i, role in enumerate(roles)
+    ]
+    try:
+        text = _compiled(template).render(
+            messages=said,
+            add_generation_prompt=answer,
+            bos_token=bos,
+            eos_token=eos,
+            raise_exception=_refuse,
+        )
+    except jinja2.TemplateError as e:
+        raise ConfigError(f"{one_line(e)}.") from None
+    pieces = MARK.split(text if answer else text.rstrip())
+    if list(map(int, pieces[1::2])) != list(range(len(roles))):
+        raise ConfigError(
+            f"the template must write each of the {len(roles)} messages once, in order."
+        )
+    return pieces
 
 
 @functools.lru_cache(maxsize=16)
@@ -165,12 +180,86 @@ def _refuse(message: str):
     raise jinja2.TemplateError(message)
 
 
+def question(tokenizer, text: str, *, template, bos_token, eos_token) -> list[int]:
+    """Encode a user's message, and the markup up to the first token of the answer.
+
+    As in training, the document token is in front where texts begin with it.
+
+    Args:
+      tokenizer: `data.encoding.Tokenizer`.
+      template, bos_token, eos_token: fields of `Chat`.
+
+    Raises:
+      ConfigError: if the template cannot be rendered.
+    """
+    before, _, after = _pieces(template, bos_token, eos_token, ("user",), answer=True)
+    begin, end = map(tokenizer.encode_markup, (before, after))
+    (own,) = tokenizer.encode_batch([text], inside=True)
+    front = [tokenizer.doc_id] if _lacks_begin(tokenizer, begin) else []
+    return [*front, *begin.tolist(), *own.tolist(), *end.tolist()]
+
+
+def _lacks_begin(tokenizer, begin_ids) -> bool:
+    """Whether texts begin with the document token, and a chat's markup does not."""
+    doc = tokenizer.doc_id
+    return tokenizer.begin_id == doc and list(begin_ids[:1]) != [doc]
+
+
+def template_file(tokenizer, doc: str, layout: dict[str, str], known: dict) -> str:
+    """Write a template as a file of transformers, with which chats begin as here.
+
+    Args:
+      tokenizer: `data.encoding.Tokenizer`.
+      doc: the text of its document token.
+      layout: the fields of `Chat`.
+      known: `bos_token` and `eos_token` as transformers sets them.
+    """
+    template, *tokens = (layout[n] for n in ("template", "bos_token", "eos_token"))
+    begin = tokenizer.encode_markup(_pieces(template, *tokens, ("user",))[0])
+    template = template.replace(DOC_TOKEN, doc)
+    named = zip(("bos_token", "eos_token"), tokens, strict=True)
+    own = {name: token.replace(DOC_TOKEN, doc) for name, token in named}
+    lacks = _lacks_begin(tokenizer, begin)
+    if not lacks and own == {name: known.get(name, "") for name in own}:
+        return template
+    front = f"{{{{ {json.dumps(doc)} }}}}" if lacks else ""
+    sets = "".join(f"{{% set {n} = {json.dumps(v)} %}}" for n, v in own.items())
+    return f"{front}{sets}\n{template}"  # a newline after a block is no text
+
+
+def keep_layout(source: Path, target: Path) -> None:
+    """Copy the chat template of an imported run, if it has one.
+
+    Args:
+      source, target: `RunDir.imported` of two runs.
+    """
+    for name in FILES:
+        if (source / name).is_file():
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def layout_of(data) -> dict[str, str]:
+    """The fields of `Chat` that lay out the chats of a run; {}: it knows no chats.
+
+    They are those of its data, or else of the model that was imported.
+
+    Args:
+      data: the run's `Data`.
+    """
+    for source in data.sources:
+        if isinstance(source, Chat):
+            names = ("template", "bos_token", "eos_token")
+            return {name: getattr(source, name) for name in names}
+    return saved_layout(data.tokenizer)
+
+
 def saved_layout(tokenizer) -> dict[str, str]:
     """The fields of `Chat` for the tokenizer of an imported run; {} for any other."""
     if not isinstance(tokenizer, SavedTokenizer):
         return {}
     folder = Path(tokenizer.path).parent / "hf"  # `RunDir.imported`
-    file, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    file, own = (folder / name for name in FILES)
     about = read_object(file) if file.is_file() else {}
     template = about.get("chat_template")
     if own.is_file():

@@ -120,13 +120,27 @@ class Text(FileSource):
             if self.holdout_ends:
                 yield from self._parts(file, f"{where}.paths")
                 continue
-            text = read_text(file, f"{where}.paths")
             if not self.delimiter:
+                text = read_text(file, f"{where}.paths")
                 yield Document(plain_name(file.name), text)
                 continue
-            for part in text.split(self.delimiter):
+            for part in self._delimited(file, f"{where}.paths"):
                 if part:
                     yield Document(content_key(part.encode()), part)
+
+    def _delimited(self, file: File, where: str) -> Iterator[str]:
+        """Yield the texts between delimiters; little more than one is in memory."""
+        rest, at = "", 0
+        with open_bytes(file, where) as stream:
+            while raw := read_lines(stream, PART_BYTES):
+                begin = len(BOM) if at == 0 and raw.startswith(BOM) else 0
+                seen = max(len(rest) - len(self.delimiter), 0)
+                rest += decode_utf8(raw[begin:], file.path, where, at + begin)
+                at += len(raw)
+                if rest.find(self.delimiter, seen) >= 0:
+                    *whole, rest = rest.split(self.delimiter)
+                    yield from whole
+        yield rest
 
     def _parts(self, file: File, where: str) -> Iterator[Document]:
         """Yield the parts of a file in order, cut after lines; the last is held out."""

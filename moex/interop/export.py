@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from moex.config.base import ConfigError, require
+from moex.data.chat import layout_of
 from moex.interop.arrays import tensor_of
 from moex.interop.card import CARD, model_card
 from moex.interop.closest_family import closest, inference
@@ -24,9 +25,10 @@ from moex.interop.folder import (
 from moex.interop.hf import RECORD
 from moex.interop.names import Piece, pieces
 from moex.interop.tokens import ends, first_token, generation, written
-from moex.interop.writing import Tensor, check_target, write
+from moex.interop.writing import Tensor, write
 from moex.json_files import field
 from moex.model.paths import flat_paths
+from moex.runs.claim import new_folder
 from moex.runs.directory import Place, RunDir
 from moex.runs.open import load_run
 from moex.tasks.base import require_token_ids
@@ -65,7 +67,8 @@ def _description(run: RunDir, cfg) -> tuple[dict, dict, dict, dict | None]:
         "eos_token_id": ends(own),
         "pad_token_id": None,
     }
-    return config, written(own, run.tokenizer_folder), {}, None
+    files = written(own, run.tokenizer_folder, layout_of(cfg.data))
+    return config, files, {}, None
 
 
 def export_hf(place: Place, out, *, dtype: str | None = None, say=print) -> dict:
@@ -94,7 +97,7 @@ def export_hf(place: Place, out, *, dtype: str | None = None, say=print) -> dict
         raise ConfigError(f"--dtype={dtype}: must be float32, bfloat16 or float16.")
     cfg = run.config()
     require_token_ids(cfg, "moex export-hf")
-    target = check_target(out)
+    target = new_folder(out, f"--out={out}")
     config, files, dtypes, index = _description(run, cfg)
     family = FAMILIES[config["model_type"]]
     wanted = list(pieces(cfg.model, family.names))

@@ -35,13 +35,12 @@ from moex.interop.tokens import (
     set_ends,
     tokenizer_file,
 )
-from moex.interop.writing import check_target
 from moex.model import spec as states
 from moex.model.accounting import num_bytes
 from moex.model.optim import AdamW, Optim, make_optimizer
 from moex.model.paths import path_name
 from moex.progress import phase
-from moex.runs.claim import new_run
+from moex.runs.claim import new_folder, new_run
 from moex.runs.directory import RunDir
 from moex.runs.keys import Checkpoint, Eval, Log, Loss, check_run
 from moex.runs.open import differences
@@ -89,7 +88,7 @@ def import_hf(
         raise ConfigError(
             "import-hf: runs in one process; a job of several reads its run directory."
         )
-    out = check_target(out)
+    out = new_folder(out, f"--out={out}")
     opened = Folder.open(folder)
     source = reader(opened)
     where = str(opened.path / CONFIG)

@@ -11,11 +11,13 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from moex.config.base import ConfigError, short
+from moex.data.chat import FILES as CHAT_FILES
+from moex.data.chat import template_file
 from moex.data.encoding import DOC_TOKEN, MODEL, Tokenizer, read_model, template_begin
 from moex.data.token_text import BYTE_OF
 from moex.json_files import field, read_object
 
-SETTINGS, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+(SETTINGS, TEMPLATE), SPECIAL = CHAT_FILES, "special_tokens_map.json"
 GENERATION = "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -122,12 +124,13 @@ def first_token(own: Tokenizer) -> int | None:
     return own.prefix_id if own.begin_id is None else own.begin_id
 
 
-def written(own: Tokenizer, folder: pathlib.Path) -> dict[str, str]:
+def written(own: Tokenizer, folder: pathlib.Path, chat=None) -> dict[str, str]:
     """The tokenizer files of an exported run: texts begin with them as they do here.
 
     Args:
       own: tokenizer of the run.
       folder: the folder that it was read from.
+      chat: the fields of `Chat` by which the run lays out chats, if it does.
 
     Returns:
       {file name: text}.
@@ -154,8 +157,13 @@ def written(own: Tokenizer, folder: pathlib.Path) -> dict[str, str]:
         "split_special_tokens": True,  # special tokens written in a text are plain text
     }
     settings = {key: value for key, value in settings.items() if value is not None}
+    files = {}
+    if chat:
+        # Special tokens of the template are such; those in a message too, sadly.
+        del settings["split_special_tokens"]
+        files[TEMPLATE] = template_file(own, settings["eos_token"], chat, settings)
     ids = dict(zip(IDS, (first, ends(own), own.doc_id), strict=True))
-    return {
+    return files | {
         MODEL: model.to_str(pretty=True) + "\n",
         SETTINGS: _text(settings),
         GENERATION: _text({name: i for name, i in ids.items() if i is not None}),

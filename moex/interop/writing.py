@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from moex.config.base import ConfigError
 from moex.data.files import naming
 from moex.interop.folder import DTYPES, INDEX, SINGLE
 from moex.progress import phase
+from moex.runs.claim import new_folder
 
 FORMAT = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -36,22 +36,6 @@ class Tensor:
     def nbytes(self) -> int:
         """Its size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def check_target(folder: str | os.PathLike[str]) -> Path:
-    """The folder that is written to, without symbolic links.
-
-    Raises:
-      ConfigError: if it is a file, is not empty or is the current folder.
-    """
-    target = Path(folder).expanduser().resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(
-            f"--out={folder}: exists already; must be new or an empty folder."
-        )
-    if target == Path.cwd():  # the new folder replaces it
-        raise ConfigError(f"--out={folder}: is the folder you are in; name another.")
-    return target
 
 
 def write(
@@ -75,10 +59,10 @@ def write(
       index: another folder's index; its files are used if the tensors are the same.
 
     Raises:
-      ConfigError: see `check_target`.
+      ConfigError: see `new_folder`.
       ValueError: for a `read` that returns another shape or type than was said.
     """
-    target = check_target(folder)
+    target = new_folder(folder, f"--out={folder}")
     if index is None or index["weight_map"].keys() != {t.name for t in tensors}:
         index = {}
     shards = _plan(tensors, max_shard_bytes, index.get("weight_map"))

@@ -5,7 +5,7 @@ slot of the cache. Slot s of a row with p slots of padding holds position s - p;
 mask follows from p and from how many slots are filled.
 
 B batch · L length of one call · P padded prompt length · S slots of the cache
-· N most new tokens · V vocabulary
+· N most new tokens · V vocabulary · K stop tokens
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from moex.progress import phase
 # Prompts are padded to a power of two of at least this many tokens, so that a session
 # of many prompts compiles few programs.
 SHORTEST_PROMPT = 16
+FEWEST_STOPS = 8  # so many stop tokens, or fewer, are one program
 MOST_NEW = 2**17  # the most new tokens of one call
 COLDEST, HOTTEST = 2.0**-126, 2.0**127  # the range that float32 can divide by
 
@@ -88,10 +89,10 @@ def generate(
             prompt_BP,
             num_padding_B,
             jax.random.key(seed),
+            _padded_stops(stop_tokens),
             graphdef=spec.graphdef,
             sampling=(float(temperature), int(top_k), float(top_p)),
             max_new_tokens=max_new_tokens,
-            stop_tokens=tuple(sorted({int(token) for token in stop_tokens})),
             compute=dataclasses.replace(compute, scan_layers=True),
         )
         new_BN, num_new_B = np.asarray(new_BN), np.asarray(num_new_B)
@@ -136,7 +137,6 @@ def sample(logits_BV, key, temperature, top_k=0, top_p=1.0) -> jax.Array:
         "graphdef",
         "sampling",
         "max_new_tokens",
-        "stop_tokens",
         "compute",
     ),
     donate_argnames="cache",
@@ -148,11 +148,11 @@ def _generate(
     prompt_BP,
     num_padding_B,
     key,
+    stop_K,
     *,
     graphdef,
     sampling,
     max_new_tokens,
-    stop_tokens,
     compute,
 ):
     """Returns (new_BN, num_new_B, cache); the cache only so that it can be donated."""
@@ -171,7 +171,6 @@ def _generate(
 
     def emit(i, logits_BV, stopped_B, new_BN):
         token_B = sample(logits_BV, jax.random.fold_in(key, i), *sampling)
-        stop_K = np.array(stop_tokens, np.int32)
         stopped_B = stopped_B | jnp.any(token_B[:, None] == stop_K[None], axis=1)
         column_B1 = jnp.where(stopped_B, 0, token_B)[:, None]
         new_BN = jax.lax.dynamic_update_slice_in_dim(new_BN, column_B1, i, axis=1)
@@ -195,6 +194,13 @@ def _generate(
     carry = (jnp.int32(1), stopped_B, num_new_B, new_BN, cache)
     _, _, num_new_B, new_BN, cache = jax.lax.while_loop(unfinished, step, carry)
     return new_BN, num_new_B, cache
+
+
+def _padded_stops(tokens: Collection[int]) -> np.ndarray:
+    """Stop tokens, and -1 up to a power of two: few sizes, so few programs."""
+    found = sorted({int(token) for token in tokens})
+    most = max(FEWEST_STOPS, 1 << max(len(found) - 1, 0).bit_length())
+    return np.array(found + [-1] * (most - len(found)), np.int32)
 
 
 def cast_experts(model, dtype) -> None:

@@ -52,6 +52,21 @@ class _Hold(policies.PreservationPolicy):
         return [self.active] * len(checkpoints)
 
 
+@contextlib.contextmanager
+def _unlogged(begin: str):
+    """Keep log lines of libraries that begin so from people, in scripts too."""
+    logger = logging.getLogger("absl")
+
+    def other(record) -> bool:
+        return not record.getMessage().startswith(begin)
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
 class Checkpointer:
     """The checkpoints of one run directory."""
 
@@ -99,6 +114,7 @@ class Checkpointer:
             best_mode="min",
             create=not read_only,
             read_only=read_only,
+            save_interval_steps=0 if read_only else 1,
             cleanup_tmp_directories=not read_only,
             lightweight_initialize=read_only,  # only a writer needs the scores
             async_options=ocp.AsyncOptions(
@@ -114,13 +130,14 @@ class Checkpointer:
                 save_device_host_concurrent_gb=host_gb
             )
             self._save_args = ocp.args.PyTreeSave
-        self.manager = ocp.CheckpointManager(
-            self.directory,
-            options=options,
-            item_handlers=handler
-            and dict.fromkeys(ARRAY_ITEMS, handler)
-            | {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")},
-        )
+        with _unlogged("Given directory is read only"):  # we asked for it
+            self.manager = ocp.CheckpointManager(
+                self.directory,
+                options=options,
+                item_handlers=handler
+                and dict.fromkeys(ARRAY_ITEMS, handler)
+                | {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")},
+            )
 
     def steps(self) -> list[int]:
         """The committed steps, ascending."""

@@ -44,6 +44,23 @@ def claimed(run: RunDir, say=print) -> Iterator[RunLock | None]:
         yield lock
 
 
+def new_folder(folder: Place, flag: str) -> pathlib.Path:
+    """The path of a folder that will be made, without symbolic links.
+
+    Args:
+      flag: names it in errors, such as "--out=runs/a".
+
+    Raises:
+      ConfigError: if it is a file, is not empty or is the current folder.
+    """
+    target = pathlib.Path(folder).expanduser().resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{flag}: exists already; must be new or an empty folder.")
+    if target == pathlib.Path.cwd():  # the new folder replaces it
+        raise ConfigError(f"{flag}: is the folder you are in; name another.")
+    return target
+
+
 @contextlib.contextmanager
 def new_run(target: Place, flag: str, say=print) -> Iterator[RunDir]:
     """Yield a hidden folder next to `target`; rename it to that if the block succeeds.

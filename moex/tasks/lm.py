@@ -13,7 +13,7 @@ import numpy as np
 
 from moex import hints
 from moex.config.base import ConfigError, require, short, to_dict
-from moex.data.chat import saved_layout
+from moex.data.chat import layout_of, question, saved_layout
 from moex.data.from_paths import given_sources
 from moex.data.pipeline import Data, Prepared, prepare
 from moex.data.report import compressor_bits_per_byte
@@ -207,8 +207,10 @@ class LanguageModelling(Task):
         )
 
     def use_lines(self, cfg, run):
-        prompt = next(iter(cfg.log.sample_prompts), "The ")
-        line = hints.command("moex", "generate", run, "--prompt", prompt)
+        prompt = [next(iter(cfg.log.sample_prompts), "The ")]
+        if layout_of(cfg.data):
+            prompt = ["Hello", "--chat"]
+        line = hints.command("moex", "generate", run, "--prompt", *prompt)
         return [f"let it write: {line}"]
 
 
@@ -219,27 +221,41 @@ def token_losses(logits_BLV, targets_BL):
     return lse_BL - target_BL, lse_BL**2
 
 
-def continue_texts(program, state, tokenizer, prompts, **sampling) -> list[str]:
+def continue_texts(
+    program, state, tokenizer, prompts, *, chat=None, **sampling
+) -> list[str]:
     """Continue each prompt, up to the first stop token; returns prompt and text.
+
+    With `chat`, each prompt is a user's message; returns the answers alone.
 
     Args:
       program: `Program`, for the model and how to compute.
       state: {"params", "state"}.
       tokenizer: the tokenizer of the run.
       prompts: texts.
+      chat: fields of `Chat`, from `layout_of`.
       **sampling: arguments of `model.decode.generate`.
     """
+    stops = tokenizer.stop_ids
+    if chat is None:
+        asked = [tokenizer.prompt(text) for text in prompts]
+    else:
+        asked = [question(tokenizer, text, **chat) for text in prompts]
+        end = tokenizer.encode_markup(chat["eos_token"])
+        stops = {*stops, *(end.tolist() if len(end) == 1 else ())}
     outputs = generate(
         program.spec,
         program.cfg.model,
         state["params"],
         state["state"],
-        [tokenizer.prompt(p) for p in prompts],
-        stop_tokens=tokenizer.stop_ids,
+        asked,
+        stop_tokens=stops,
         compute=program.compute(train=False),
         **sampling,
     )
-    return [tokenizer.continued(p, o) for p, o in zip(prompts, outputs, strict=True)]
+    whole = tokenizer.continued if chat is None else tokenizer.continuation
+    before = prompts if chat is None else asked
+    return [whole(b, o) for b, o in zip(before, outputs, strict=True)]
 
 
 def _fill_vocab(cfg) -> None:

@@ -131,7 +131,7 @@ def test_what_is_kept_and_what_is_written(moex, folder, tmp_path, monkeypatch):
     text = moex("convert", folder / "run", *CONVERT, *options, f"--workdir={new}")
     assert "    0 down      0   0." in text
     assert "held-out loss, nats per token: 2.0000 -> 2.0000 (5 tokens)" in text
-    assert f"moex train --config={new} --workdir={new}" in text
+    assert f"go on training: moex train --workdir={new}" in text
     assert not list(new.rglob("*.py"))  # nothing in a run directory is code
     old_run, new_run = load_run(folder / "run"), load_run(new)
     old, found = flat_paths(old_run.params), flat_paths(new_run.params)
@@ -276,7 +276,7 @@ def test_refusals(moex, folder, tmp_path, args, message):
 def test_folders_that_will_not_do(moex, folder, tmp_path):
     (tmp_path / "mine").write_text("x")
     said = moex("convert", folder / "run", *CONVERT, f"--workdir={tmp_path}")
-    assert f"--workdir={tmp_path}: must be new or an empty folder." in said
+    assert f"--workdir={tmp_path}: exists already; must be new or an empty" in said
     said = moex("convert", tmp_path, *CONVERT, f"--workdir={tmp_path / 'new'}")
     assert f"{tmp_path}: not a run directory" in said
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]

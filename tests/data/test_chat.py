@@ -8,7 +8,17 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from moex.config.base import ConfigError
-from moex.data.chat import Chat, saved_layout
+from moex.data.chat import (
+    PLAIN,
+    Chat,
+    _pieces,
+    keep_layout,
+    layout_of,
+    question,
+    saved_layout,
+    template_file,
+)
+from moex.data.encoding import DOC_TOKEN
 from moex.data.pipeline import Data, prepare
 from moex.data.tokenizer import Bytes, SavedTokenizer, TokenizerFile
 from tests.data.test_sources import fails
@@ -110,6 +120,70 @@ def test_the_layout_of_a_model_whose_answers_end_with_the_document_token(tmp_pat
     end = "<|endoftext|>"
     assert whole == f"<|im_start|>[INST] q [/INST]a{end}[INST] r [/INST]b{end}"
     assert learned == f"a{end}b{end}"
+
+
+LAYOUTS = {
+    "plain": {"template": PLAIN, "bos_token": "", "eos_token": DOC_TOKEN},
+    "chatml": {"template": CHATML, "bos_token": "", "eos_token": "<|im_end|>"},
+    "mistral": {
+        "template": MISTRAL,
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|endoftext|>",
+    },
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_question_ends_where_the_answer_of_training_begins(name, tmp_path):
+    layout = LAYOUTS[name]
+    made = source(tmp_path, chat("<|im_end|> q", "a"), **layout)
+    file = im_tokenizer(tmp_path)
+    ((whole, _),) = rows(tmp_path, made, file)
+    tokenizer = file.make("t", (None, ""), tmp_path)
+    ids = question(tokenizer, "<|im_end|> q", **layout)
+    assert ids[0] == tokenizer.doc_id  # in rows it is no target
+    text = "".join(tokenizer.pieces()[i] for i in ids[1:])
+    assert whole.startswith(f"{text}a")
+    end = tokenizer.encode_markup("<|im_end|>")[0]
+    assert ids.count(end) == (name == "chatml")  # the one of the message is text
+
+
+@pytest.mark.parametrize("begin", [True, False])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_template_of_an_export_begins_chats_as_here(name, begin, tmp_path):
+    layout = LAYOUTS[name]
+    tokenizer = im_tokenizer(tmp_path).make("t", (None, ""), tmp_path)
+    if not begin:
+        tokenizer.begin(None, tokenizer.doc_id)
+    for known in ({"eos_token": "<|endoftext|>"}, {"bos_token": "<|im_start|>"}):
+        text = template_file(tokenizer, "<|endoftext|>", layout, known)
+        tokens = (known.get("bos_token", ""), known.get("eos_token", ""))
+        before, _, after = _pieces(text, *tokens, ("user",), answer=True)
+        ids = tokenizer.encode_markup(f"{before}q{after}")
+        assert ids.tolist() == question(tokenizer, "q", **layout)
+
+
+def test_a_template_that_needs_nothing_more_leaves_as_it_came(tmp_path):
+    tokenizer = im_tokenizer(tmp_path).make("t", (None, ""), tmp_path)
+    tokenizer.begin(None, tokenizer.doc_id)
+    known = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    assert template_file(tokenizer, "d", LAYOUTS["chatml"], known) == CHATML
+
+
+def test_the_layout_of_a_run_is_that_of_its_chats():
+    layout = LAYOUTS["mistral"]
+    data = Data(sources=(Chat(paths=("a",), **layout),), tokenizer=Bytes())
+    assert layout_of(data) == layout
+    assert layout_of(Data(tokenizer=Bytes())) == {}
+
+
+def test_a_converted_run_keeps_the_template(tmp_path):
+    keep_layout(tmp_path / "none", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "chat_template.jinja").write_text(CHATML)
+    keep_layout(tmp_path / "a", tmp_path / "b" / "hf")
+    assert saved_layout(SavedTokenizer(path=str(tmp_path / "b" / "tokenizer")))
 
 
 def test_chats_are_cut_or_refused(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from moex.config.base import ConfigError, check, from_dict, to_dict
-from moex.data import cache
+from moex.data import cache, sources
 from moex.data.sources import (
     ArrayRecord,
     Parquet,
@@ -112,6 +112,26 @@ def test_more_holdout_never_moves_a_document_back(make, tmp_path):
     assert not kept[0]
     assert kept[0] <= kept[1] <= kept[2] <= kept[3] <= kept[4]
     assert kept[4] == {d.key for d in source.read("s")}
+
+
+@pytest.mark.parametrize("delimiter", ["<|>", "\n\n", "b\n\nb", "aaa", "\u00e9"])
+def test_a_delimited_file_is_read_in_pieces(delimiter, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    file = tmp_path / "a.txt"
+    for size in (1, 2, 7, 30):
+        monkeypatch.setattr(sources, "PART_BYTES", size)
+        letters = [*"ab\n\u00e9<|>", delimiter]
+        text = "".join(rng.choice(letters, 300))
+        file.write_text("\ufeff" + text, encoding="utf-8")
+        found = Text(paths=(str(file),), delimiter=delimiter).read("s")
+        whole = [part for part in text.split(delimiter) if part]
+        assert [document.value for document in found] == whole
+    file.write_text("a<|>" * 1000 + "\n")
+    documents = Text(paths=(str(file),), delimiter="<|>").read("s")
+    monkeypatch.setattr(sources, "read_lines", lambda stream, size: stream.read(4))
+    monkeypatch.setattr(sources, "decode_utf8", lambda raw, *at: next(pieces))
+    pieces = iter(["a<|>"])  # a second piece would be an error
+    assert next(documents).value == "a"
 
 
 def test_adding_a_document_moves_no_other(tmp_path):

@@ -23,6 +23,10 @@ from tests.helpers import tiny_lm, tiny_moe
 from tests.interop import parity
 from tests.interop.folders import SAY, import_fixture, tensors, train_on
 
+TEMPLATE = (
+    "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+)
+
 
 def test_layers_fold_into_few_segments():
     a, b, c = ((name, name) for name in "abc")
@@ -69,13 +73,18 @@ def test_a_dense_folder_leaves_as_one_of_experts(tmp_path):
         shutil.move(tmp_path / name, tmp_path / f"moved_{name}")
         return tmp_path / f"moved_{name}"
 
-    import_fixture("llama", tmp_path / "dense")
+    folder = tmp_path / "llama"
+    shutil.copytree(parity.FIXTURES / "llama", folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    import_fixture("llama", tmp_path / "dense", folder)
+    shutil.rmtree(folder)
     options = Upcycle(experts=4, k=2)
     with runs.one_device():
         convert_run(move("dense"), tmp_path / "sparse", [options], sequences=0, **SAY)
         run = move("sparse")
         config = export_hf(run, tmp_path / "folder", **SAY)
     assert (config["model_type"], config["num_local_experts"]) == ("mixtral", 4)
+    assert (tmp_path / "folder" / "chat_template.jinja").read_text() == TEMPLATE
     want = parity.expected("llama")
     _, spec, arrays, _ = parity.load(tmp_path / "folder")
     logits_BLV, _ = spec.merge(arrays["params"], arrays["state"])(parity.context(want))

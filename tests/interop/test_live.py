@@ -5,11 +5,13 @@ Random weights again, at other sizes and lengths than those of the fixtures.
 
 import dataclasses
 import functools
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moex.data.chat import Chat, layout_of, question
 from moex.data.tokenizer import Bpe, Bytes
 from moex.interop.export import export_hf
 from moex.interop.hf import import_hf
@@ -160,6 +162,39 @@ def test_a_native_run_writes_the_same_text_in_transformers(tmp_path, tokenizer):
     batch = names(prompts, return_tensors="pt", padding=True)
     made = model.generate(**batch, max_new_tokens=24)
     assert names.batch_decode(made, skip_special_tokens=True) == ours
+
+
+def test_a_run_of_chats_lays_them_out_as_in_transformers(tmp_path):
+    cfg = native(tmp_path, Bpe(vocab=300))
+    file = tmp_path / "chats.jsonl"
+    said = [{"role": r, "content": "a dog sees"} for r in ("user", "assistant")]
+    file.write_text(20 * (json.dumps({"messages": said}) + "\n"))
+    cfg.data.sources = (Chat(paths=(str(file),)),)
+    layout = layout_of(cfg.data)
+    with runs.one_device():
+        training.train(cfg, tmp_path / "run", **SAY)
+        export_hf(tmp_path / "run", tmp_path / "folder", **SAY)
+        run = load_run(tmp_path / "run")
+        arrays = {"params": run.params, "state": run.state}
+        (ours,) = continue_texts(
+            *(run, arrays, run.tokenizer, ["is it?"]),
+            chat=layout,
+            max_new_tokens=24,
+            temperature=0,
+        )
+    names, model = opened(tmp_path / "folder")
+
+    def laid_out(text):
+        asked = [{"role": "user", "content": text}]
+        return names.apply_chat_template(
+            asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+
+    inputs = laid_out("is it?")
+    (ids,) = inputs["input_ids"].tolist()
+    assert ids == question(run.tokenizer, "is it?", **layout)
+    (made,) = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    assert names.decode(made[len(ids) :], skip_special_tokens=True) == ours
 
 
 def test_a_text_ends_at_any_end_of_a_native_run(tmp_path):

@@ -11,7 +11,7 @@ from moex import cli
 from moex.config.base import ConfigError
 from moex.interop.folder import INDEX
 from moex.interop.hf import import_hf
-from moex.interop.writing import check_target
+from moex.runs.claim import new_folder
 from moex.runs.directory import RunDir
 from tests import runs
 from tests.interop import parity
@@ -230,13 +230,13 @@ def test_where_a_run_can_be_written(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match="is the folder you are in"):
             import_hf("nowhere", out, **SAY)  # before anything is looked at
         with pytest.raises(ConfigError, match="is the folder you are in"):
-            check_target(out)
+            new_folder(out, f"--out={out}")
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
     import_fixture("llama", "link")
     assert (tmp_path / "link").is_symlink()
     assert RunDir(tmp_path / "empty").config().seq_len == 32
-    assert check_target("~/new") == tmp_path / "new"
+    assert new_folder("~/new", "--out") == tmp_path / "new"
 
 
 @pytest.mark.parametrize("cut", [False, True])

@@ -108,6 +108,14 @@ def test_exported_files_begin_texts_as_the_run_does(tmp_path, kind):
         assert model.decode(ids) == own.decode(ids) == text
 
 
+def test_a_run_of_chats_leaves_with_its_template(tmp_path):
+    own, _ = write_files(tmp_path, False, BOS)
+    layout = {"template": "{{ messages[0].content }}", "bos_token": ""}
+    files = written(own, tmp_path, layout | {"eos_token": DOC_TOKEN})
+    assert "split_special_tokens" not in json.loads(files["tokenizer_config.json"])
+    assert files["chat_template.jinja"].endswith(layout["template"])
+
+
 def test_a_run_that_ends_at_several_tokens_says_all_of_them(tmp_path):
     own, id_of = write_files(tmp_path, False, BOS)
     own.stop_at([id_of("<s>")])

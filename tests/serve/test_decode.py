@@ -94,18 +94,12 @@ def test_a_row_does_not_see_the_rest_of_its_batch(model):
     "places",
     [pytest.param([(1, 2)], marks=pytest.mark.thorough), [(1, 2), (0, 4)]],
 )
-@pytest.mark.parametrize(  # every choice of stop tokens is compiled
-    "model",
-    [
-        pytest.param(name, marks=() if name == "dense" else pytest.mark.thorough)
-        for name in MODELS
-    ],
-    indirect=True,
-)
 def test_a_stopped_row_ends_before_a_stop_token_and_changes_no_other(model, places):
     args, prompts, ends = model
     stops = [ends[row][i] for row, i in places]
+    programs = decode._generate._cache_size()
     stopped = generate(*args, prompts, **GREEDY, stop_tokens=stops)
+    assert decode._generate._cache_size() == programs
     cut = [list(itertools.takewhile(lambda t: t not in stops, end)) for end in ends]
     assert stopped == cut
     assert sum(len(end) < NEW for end in cut) >= len(places)

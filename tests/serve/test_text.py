@@ -5,10 +5,16 @@ import types
 
 import pytest
 
+from moex.config.base import ConfigError
+from moex.data.chat import PLAIN
+from moex.data.tokenizer import Bytes
 from moex.nn.context import Compute
+from moex.runs.directory import RunDir
 from moex.serve import harness
 from moex.serve.harness import HarnessLM
+from moex.serve.text import write_text
 from moex.tasks import lm
+from tests import runs
 from tests.data import zoo
 from tests.helpers import tiny_lm
 
@@ -34,6 +40,37 @@ def test_a_sample_keeps_the_space_before_its_first_word(tokenizer, monkeypatch):
     state = {"params": None, "state": None}
     texts = lm.continue_texts(program, state, tokenizer, ["the cat"])
     assert texts == ["the cat sees the red"]
+
+
+def test_an_answer_of_a_chat_is_told_alone(monkeypatch):
+    asked = {}
+
+    def generate(spec, cfg, params, state, prompts, *, stop_tokens, **options):
+        asked.update(prompts=prompts, stops=stop_tokens)
+        return [list(b"Yes.")]
+
+    monkeypatch.setattr(lm, "generate", generate)
+    program = types.SimpleNamespace(
+        cfg=types.SimpleNamespace(model=None),
+        spec=None,
+        compute=lambda train: Compute(),
+    )
+    state = {"params": None, "state": None}
+    layout = {"template": PLAIN, "bos_token": "", "eos_token": "!"}
+    own = Bytes().make("t", (None, ""), None)
+    texts = lm.continue_texts(program, state, own, ["Is it?"], chat=layout)
+    assert texts == ["Yes."]
+    assert asked["prompts"] == [[256, *b"user:\nIs it?\n\nassistant:\n"]]
+    assert asked["stops"] == {256, ord("!")}
+
+
+def test_a_run_without_chats_has_no_layout_for_them(tmp_path):
+    cfg = runs.config(tmp_path, "model.vocab=257")
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.save_config(cfg)
+    with pytest.raises(ConfigError, match="--chat: .* has no chat template"):
+        write_text(run, ["a"], max_new_tokens=1, seed=0, chat=True)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ E experts · D, F widths
 """
 
 import json
+import logging
 import shutil
 
 import jax
@@ -470,7 +471,7 @@ def test_the_checksum_names_the_array(opened, saved, tmp_path):
     assert "checksum of params['experts']['w_EDF'] differs" in warnings[0]
 
 
-def test_a_reader_changes_nothing(opened, saved, tmp_path):
+def test_a_reader_changes_nothing_and_logs_nothing(opened, saved, tmp_path, caplog):
     workdir = tmp_path / "run"
     shutil.copytree(saved, workdir)
     runs.flip_bit(workdir / "checkpoints" / "3" / "params")
@@ -482,6 +483,9 @@ def test_a_reader_changes_nothing(opened, saved, tmp_path):
         *("checkpoints", "checkpoints.json")
     ]
     assert reader.steps() == [1, 2, 3]
+    assert not [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    logging.getLogger("absl").warning("another")
+    assert caplog.messages[-1] == "another"
 
 
 def test_set_aside_never_overwrites(opened, saved, tmp_path):
