@@ -10,11 +10,13 @@ import functools
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moex.config.base import ConfigError
@@ -37,6 +39,30 @@ PLAIN = (
 FILES = ("tokenizer_config.json", "chat_template.jinja")  # of an imported model
 FIRST, LAST = "\ue000", "\ue001"  # private characters around the number of a message
 MARK = re.compile(f"{FIRST}([0-9]+){LAST}")
+BEGIN, END = "\ue002", "\ue003"  # private characters around a block of {% generation %}
+
+
+class Content(NamedTuple):
+    """The place of a message's content in the layout of a chat."""
+
+    message: int
+    is_learned: bool
+
+
+class Generation(Extension):
+    """The tag {% generation %}, with which a template says what a model answers."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        """Write marks around the block."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        def mark(text):
+            return nodes.Output([nodes.TemplateData(text)], lineno=line)
+
+        return [mark(BEGIN), *body, mark(END)]
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -44,9 +70,10 @@ class Chat(Records):
     """Records with a list of messages, each with a role and a content.
 
     The messages of one role are learned: their contents, and the markup that ends them
-    up to its last character that is not white space, such as <|im_end|>. A chat that
-    ends with such a message also learns the document token after it. Chats are packed
-    whole. The messages before the first one that is learned decide the split.
+    up to its last character that is not white space, such as <|im_end|>. Where the
+    template has {% generation %}, what is inside of that is learned instead. A chat
+    that ends with such a message also learns the document token after it. Chats are
+    packed whole. The messages before the first one that is learned decide the split.
     """
 
     messages: str = "messages"  # name of the field with the messages
@@ -89,8 +116,8 @@ class Chat(Records):
         return Document(
             key,
             tuple(
-                Part(said[part][1], roles[part] == self.learned_role, False)
-                if isinstance(part, int)
+                Part(said[part.message][1], part.is_learned, False)
+                if isinstance(part, Content)
                 else part
                 for part in parts
             ),
@@ -118,23 +145,39 @@ def _message(message: Any, at: str, where: str) -> tuple[str, str]:
 @functools.lru_cache(maxsize=4096)
 def layout(
     template: str, bos: str, eos: str, roles: tuple[str, ...], learned: str
-) -> tuple[Part | int, ...]:
-    """Lay out a chat of these roles: markup, and numbers of messages for contents.
+) -> tuple[Part | Content, ...]:
+    """Lay out a chat of these roles: markup, and the places of the contents.
 
     Raises:
       ConfigError: if the template cannot be rendered, or has not each content once.
     """
 
     pieces = _pieces(template, bos, eos, roles)
-    parts: list[Part | int] = [Part(pieces[0], False, True)]
+    if BEGIN in "".join(pieces):
+        return tuple(_marked(pieces))
+    parts: list[Part | Content] = [Part(pieces[0], False, True)]
     for i, role in enumerate(roles):
-        parts.append(i)
+        parts.append(Content(i, role == learned))
         after, end = pieces[2 * i + 2], 0
         if role == learned:  # a chat that ends here shows which markup ends a message
             ends = _pieces(template, bos, eos, roles[: i + 1])[-1]
             end = len(ends) if after.startswith(ends) else 0
         parts += [Part(after[:end], True, True), Part(after[end:], False, True)]
-    return tuple(part for part in parts if isinstance(part, int) or part.text)
+    return tuple(part for part in parts if isinstance(part, Content) or part.text)
+
+
+def _marked(pieces: list[str]) -> Iterator[Part | Content]:
+    """The layout of a template that marks by itself what is learned."""
+    is_learned = False
+    for i, piece in enumerate(pieces):
+        if i % 2:
+            yield Content(int(piece), is_learned)
+            continue
+        for text in re.split(f"([{BEGIN}{END}])", piece):
+            if text in (BEGIN, END):
+                is_learned = text == BEGIN
+            elif text:
+                yield Part(text, is_learned, True)
 
 
 def _pieces(
@@ -161,6 +204,8 @@ def _pieces(
         )
     except jinja2.TemplateError as e:
         raise ConfigError(f"{one_line(e)}.") from None
+    if answer:
+        text = re.sub(f"[{BEGIN}{END}]", "", text)
     pieces = MARK.split(text if answer else text.rstrip())
     if list(map(int, pieces[1::2])) != list(range(len(roles))):
         raise ConfigError(
@@ -172,7 +217,8 @@ def _pieces(
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str) -> jinja2.Template:
     options: Any = {"trim_blocks": True, "lstrip_blocks": True}  # as in transformers
-    environment = ImmutableSandboxedEnvironment(extensions=[loopcontrols], **options)
+    own = [loopcontrols, Generation]
+    environment = ImmutableSandboxedEnvironment(extensions=own, **options)
     return environment.from_string(template)
 
 

@@ -184,6 +184,47 @@ def test_a_converted_run_keeps_the_template(tmp_path):
     (tmp_path / "a" / "chat_template.jinja").write_text(CHATML)
     keep_layout(tmp_path / "a", tmp_path / "b" / "hf")
     assert saved_layout(SavedTokenizer(path=str(tmp_path / "b" / "tokenizer")))
+GENERATION = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+TALK = chat("What is <|im_end|>?", "A token.", "And é?", "Two bytes:\n\n é")
+
+
+def test_a_template_may_mark_what_is_learned(tmp_path):
+    made = source(tmp_path, TALK, template=GENERATION)
+    ((whole, learned),) = rows(tmp_path, made, im_tokenizer(tmp_path))
+    first, last = "A token.<|im_end|>", "<|im_end|><|endoftext|>"
+    assert learned.startswith(f"{first}Two bytes:") and learned.endswith(last)
+    assert whole.endswith(learned[len(first) :])
+
+
+@pytest.mark.hf
+def test_what_is_learned_is_the_mask_of_transformers(tmp_path):
+    """Token by token; contents with markup are text here, and are left out."""
+    transformers = pytest.importorskip("transformers", "5.23", reason="needs >= 5.23")
+    tokenizer = im_tokenizer(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=tokenizer.path)
+    talk = chat("What is it?", *(message["content"] for message in TALK[1:]))
+    expected = theirs.apply_chat_template(
+        talk,
+        chat_template=GENERATION,
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    made = source(tmp_path, talk, template=GENERATION)
+    config = Data(sources=(made,), tokenizer=tokenizer, cache_dir=str(tmp_path / "c"))
+    row = prepare(config, 128, log=lambda line: None).train[0][0]
+    real = row["segment"] > 0
+    ids, mask = expected["input_ids"], expected["assistant_masks"]
+    assert sum(mask) > 20
+    # White space after the last message is left out; the document token follows.
+    count = np.sum(real) - 1
+    assert theirs.decode(ids[count:]) == "\n"
+    np.testing.assert_array_equal(row["targets"][real][:count], ids[:count])
+    np.testing.assert_array_equal(row["loss_mask"][real][:count], mask[:count])
 
 
 def test_chats_are_cut_or_refused(tmp_path):
