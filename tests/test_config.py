@@ -7,6 +7,7 @@ import ml_collections
 import pytest
 
 from moex import project
+from moex.adapters.lora import LoRA
 from moex.config.base import (
     MOVED,
     TYPE_KEY,
@@ -25,7 +26,8 @@ from moex.config.base import (
 from moex.config.flags import bracketed, load_config
 from moex.configs import quickstart
 from moex.interop.families import FAMILIES, find_family
-from moex.model.optim import AdamW, Optim
+from moex.model.optim import AdamW, Muon, Optim
+from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
 from moex.nn.lm import LM
@@ -52,6 +54,27 @@ def test_round_trip_through_json():
     assert isinstance(back.model.layers, tuple)
     assert json.dumps(to_dict(back)) == text
     check(back)
+
+
+def test_a_flag_may_choose_a_kind():
+    cfg = run_config()
+    where = "--config.model.layers.1.pattern.0"
+    load_config(
+        [
+            f"{where}.router=Soft(init_std=0.5)",
+            "--config.optim.rule=Muon(momentum=0.9, adam_lr=1e-3)",
+            f"{where}=MoE(num_experts=2, router=TopK(k=2), experts=Glu(hidden=4))",
+            "--config.model.adapter=LoRA(rank=2, alpha=4, targets=('attention',))",
+        ],
+        cfg,
+    )
+    check(cfg)
+    moe = cfg.model.layers[1].pattern[0]
+    assert moe == MoE(num_experts=2, router=TopK(k=2), experts=Glu(hidden=4))
+    assert cfg.optim.rule == Muon(momentum=0.9, adam_lr=1e-3)
+    assert cfg.model.adapter == LoRA(rank=2, alpha=4, targets=("attention",))
+    load_config(["--config.model.adapter=None"], cfg)
+    assert cfg.model.adapter is None
 
 
 def test_the_tag_names_the_class():
@@ -112,7 +135,7 @@ def test_nested_configs_are_copied():
 
 def test_unknown_fields_stop_at_assignment():
     with pytest.raises(AttributeError):
-        TopK(k=1).kk = 2
+        TopK(k=2).kk = 2
     with pytest.raises(TypeError):
         TopK(1)
 

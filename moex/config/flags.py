@@ -33,6 +33,7 @@ from moex.config.base import (
     fits,
     nearest,
     require_path,
+    short,
     type_name,
     walk,
 )
@@ -185,14 +186,15 @@ def _apply(cfg, path: str, text: str) -> None:
             f"such as --config.{whole}='{tuple(holder)!r}'."
         )
     annotation: Any = type(value)
-    if (made := _config_of(path, text)) is not None:
-        config_path.set_value(path, cfg, made)
-        return
     if isinstance(holder, Config):
         annotation = next(f.type for f in dataclasses.fields(holder) if f.name == name)
     is_union = isinstance(annotation, types.UnionType)
     kinds = set(typing.get_args(annotation) if is_union else [annotation])
     optional, kinds = type(None) in kinds, kinds - {type(None)}
+    is_config = any(isinstance(k, type) and issubclass(k, Config) for k in kinds)
+    if (is_branch or is_config) and (made := _config_of(path, text)) is not None:
+        _put(cfg, path, made)
+        return
     if len(kinds) > 1 and not is_branch:
         new = _literal(path, text, annotation)
     elif optional and text in NONE_WORDS:
@@ -205,12 +207,24 @@ def _apply(cfg, path: str, text: str) -> None:
             if is_branch:
                 raise ConfigError(
                     f"config.{path} = {text!r}: is a whole config; set one of its "
-                    "fields, or choose another kind in the config file."
+                    "fields, or write it as in a config file, such as "
+                    f"'{type(value).__name__}(...)'."
                 ) from None
             raise ConfigError(
                 f"config.{path} = {text!r}: must be {type_name(annotation)}."
             ) from e
     config_path.set_value(path, cfg, new)
+
+
+def _put(cfg, path: str, value) -> None:
+    """Set a field, or an entry of a tuple: then the tuple is made anew."""
+    holder, name = _find(cfg, path)
+    if isinstance(holder, (tuple, list)):
+        entries = [*holder]
+        entries[int(name)] = value
+        _put(cfg, path.rpartition("[")[0], type(holder)(entries))
+    else:
+        config_path.set_value(path, cfg, value)
 
 
 def _config_of(path: str, text: str):
@@ -223,11 +237,10 @@ def _config_of(path: str, text: str):
     """
     try:
         call = ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        return None
-    return _called(path, call)
+    is_call = isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+    return _called(path, call) if is_call or isinstance(call, ast.Tuple) else None
 
 
 def _called(path: str, node: ast.expr):
@@ -238,9 +251,12 @@ def _called(path: str, node: ast.expr):
         try:
             return ast.literal_eval(node)
         except ValueError:
-            told = f"config.{path} = {ast.unparse(node)!r}"
+            told = f"config.{path} = {short(ast.unparse(node))}"
             raise ConfigError(f"{told}: must be a literal or a config.") from None
-    name, written = ast.unparse(node.func), f"config.{path} = {ast.unparse(node)!r}"
+    name, written = (
+        ast.unparse(node.func),
+        f"config.{path} = {short(ast.unparse(node))}",
+    )
     if (kind := _config_class(name)) is None:
         names = {*moex.MODULES, *(k.__name__ for k in _subclasses(Config))}
         near = nearest(name, names)
