@@ -184,6 +184,8 @@ def test_a_converted_run_keeps_the_template(tmp_path):
     (tmp_path / "a" / "chat_template.jinja").write_text(CHATML)
     keep_layout(tmp_path / "a", tmp_path / "b" / "hf")
     assert saved_layout(SavedTokenizer(path=str(tmp_path / "b" / "tokenizer")))
+
+
 GENERATION = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
     "{% if message.role == 'assistant' %}"
