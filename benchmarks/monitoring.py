@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,6 +33,8 @@ from moex.cli import split_config_args
 from moex.config.base import ConfigError
 from moex.config.flags import load_config
 from moex.model import accounting
+from moex.runs.consumed import Consumed
+from moex.runs.directory import RunDir
 from moex.sharding import shard_batch
 from moex.train.job import make_job
 from moex.train.log import RunLog
@@ -111,7 +114,10 @@ def writing(job, metrics, repeats: int) -> dict[str, dict[str, float]]:
                 log = RunLog(folder, cfg, step=0, total_steps=cfg.steps)
                 log.line = lambda text: None  # type: ignore[method-assign]
                 own = dataclasses.replace(job, cfg=cfg)
-                run = Run(own, pathlib.Path(folder), None, cost, log, {}, 0, 0)
+                log.begin(0)
+                none: Any = None  # nothing is saved
+                place = RunDir(folder)
+                run = Run(own, place, none, cost, log, {}, 0, Consumed())
                 cfg.log.images_every = int(name == "image")
                 parts = dict.fromkeys(("step", "data", "dispatch", "wait", "other"), 1)
                 seconds = []
@@ -121,7 +127,7 @@ def writing(job, metrics, repeats: int) -> dict[str, dict[str, float]]:
                     began = time.perf_counter()
                     for leaf in jax.tree.leaves(fresh):
                         leaf.copy_to_host_async()
-                    run._log_step(i, jax.device_get(fresh), parts)
+                    run._log_step(i, jax.device_get(fresh), parts, 1)
                     seconds.append(time.perf_counter() - began)
                 log.close()
             found[detail][name] = statistics.median(seconds[1:])

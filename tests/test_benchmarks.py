@@ -48,6 +48,16 @@ def test_ratios_are_of_neighbours():
     assert spread["low"] < 1.1 < spread["high"]
 
 
+def test_the_cost_of_watching(run, tmp_path):
+    config = runs.write_config(tmp_path)
+    with runs.one_device():
+        figures = run(monitoring, f"--config={config}", "--repeats=1")
+    assert figures["counts"]["on"]["flops"] >= figures["counts"]["off"]["flops"] > 0
+    assert figures["host_s"].keys() == {"brief", "detailed"}
+    for row in figures["host_s"].values():
+        assert 0 < row["line"] < row["image"]
+
+
 def test_whole_layers_under_every_load(run, capsys):
     loads = ",".join(common.LOADS)
     figures = run(moe_layer, "--shape=32,2,8,16,8", f"--loads={loads}", "--repeats=1")
