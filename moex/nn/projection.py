@@ -295,9 +295,7 @@ def adapted(module: Projector, name: str, base: Callable, x, ctx, contract=1):
         return base(x.reshape(shape)).reshape(*batch, adapter.parts, -1)
 
     flat = x.reshape(*batch, math.prod(shape[len(batch) :]))
-    # Only experts hold the parameters of all copies of their layer.
-    inside = dataclasses.replace(_inside(ctx, name), whole_stack=False)
-    y, _ = adapter(flat, flat_base, Product(inside), inside)
+    y, _ = adapter(flat, flat_base, Product(ctx), _inside(ctx, name))
     return y.reshape(*batch, *outer)
 
 

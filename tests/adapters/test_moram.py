@@ -62,6 +62,7 @@ def atoms_of(own, e=None):
     a, b = [own["a_INR"]], [SCALE * own["b_NRO"]]
     if "bank_a_INM" in own:
         a, b = [own["bank_a_INM"], *a], [own["bank_b_NMO"], *b]
+    b = [values.reshape(*values.shape[:2], -1) for values in b]
     return np.concatenate(a, axis=-1), np.concatenate(b, axis=-2)
 
 
