@@ -8,6 +8,7 @@ I inputs · O outputs · N parts · R atoms of this task · M atoms of the bank
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from moex.sharding import by_rows
 @dataclasses.dataclass(kw_only=True, slots=True)
 class MoRAM(AdapterConfig):
     """W x + sum of w_i z_i B_i over the k of all atoms that answer x most."""
+
+    MIXES: ClassVar[bool] = True
 
     rank: int  # R, atoms of this task, >= 1
     alpha: float  # the change by new atoms is multiplied by alpha / rank, > 0
@@ -103,6 +106,7 @@ class MoRAMModule(Adapter):
 
     def __init__(self, cfg: MoRAM, matrix: Matrix, rngs):
         super().__init__(matrix, shared=cfg.shared)
+        self.num_gates = cfg.bank + cfg.rank
         self.scale, self.dropout = cfg.alpha / cfg.rank, cfg.dropout
         self.k, self.temperature = cfg.k, cfg.temperature
         self.threshold, self.eps, self.bank = cfg.threshold, cfg.eps, cfg.bank

@@ -17,8 +17,34 @@ def moe_layers(aux, path=()):
         yield path, aux
         return
     for key in sorted(aux, key=lambda k: (len(k), k)):
-        if isinstance(aux[key], dict):
+        if isinstance(aux[key], dict) and key != "adapters":
             yield from moe_layers(aux[key], (*path, key))
+
+
+def adapter_reports(aux) -> dict:
+    """The reports of all adapters in an aux tree, by the paths of their parameters."""
+    found = dict(aux.get("adapters", {}))
+    for key, value in aux.items():
+        if isinstance(value, dict) and key != "adapters":
+            found |= adapter_reports(value)
+    return found
+
+
+def adapter_losses(reports: dict, num_microbatches=1) -> dict:
+    """The part that a microbatch adds to the weighted losses of the adapters.
+
+    Args:
+      reports: those of `adapter_reports`.
+      num_microbatches: of the step; they have the same weight.
+
+    Returns:
+      float32 scalars by name, over all adapted matrices.
+    """
+    total: dict = {}
+    for report in reports.values():
+        for name, value in report["losses"].items():
+            total[name] = total.get(name, 0.0) + jnp.sum(value) / num_microbatches
+    return total
 
 
 def step_counts(batch) -> dict:

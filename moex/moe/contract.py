@@ -215,6 +215,9 @@ class Experts(nnx.Module):
     def sums(self, x_TD, gate_TK, plan, ctx, buffer_rows=None):
         """Sum gate * expert(x) over the kept slots of each token, [T, D].
 
+        Where adapters have gates, more columns come after these: for each token the
+        sums of the gates over its kept slots. `projection.tell_of_rows` takes them.
+
         Override it where dispatch and combine can be part of the computation.
 
         Args:
@@ -225,8 +228,15 @@ class Experts(nnx.Module):
           buffer_rows: rows that buffers are made for; if there are more, they are
             computed too. It is only given if `ExpertsConfig.takes_buffer_rows`.
         """
-        y_ND = self(dispatch(x_TD, plan), plan.group_sizes_E, ctx)
-        return combine(y_ND, gate_TK, plan)
+        rows = ctx.listening()
+        y_ND = self(dispatch(x_TD, plan), plan.group_sizes_E, rows)
+        y_TD = combine(y_ND, gate_TK, plan)
+        if not rows.told:
+            return y_TD
+        told = [gates_NE for _, gates_NE in sorted(rows.told.items())]
+        gates_NC = ctx.tensor_share * jnp.concatenate(told, axis=1)
+        gates_TC = combine(gates_NC, jnp.ones(gate_TK.shape), plan)
+        return jnp.concatenate([y_TD, gates_TC.astype(y_TD.dtype)], axis=1)
 
     def travel_form(self, num_slots: int, num_devices: int) -> "TravelForm":
         """The form in which tokens travel between `num_devices` that hold experts."""

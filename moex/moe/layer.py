@@ -20,6 +20,7 @@ from moex.moe.parallel import Rows, run_experts
 from moex.nn.context import Context
 from moex.nn.contract import FeedForward, FeedForwardConfig
 from moex.nn.param import param
+from moex.nn.projection import tell_of_rows
 from moex.sharding import constrain
 
 
@@ -210,7 +211,9 @@ class SparseLayer(FeedForward):
             routing = routing.without_padding(valid_T)
             load_BE, real_T = routing.loads((B, L), self.num_experts)
         sums = self._sums_of_experts if routing.experts_choose else self._sums
-        y_TD, num_kept, num_lost = sums(x_TD, routing, ctx)
+        y_TC, num_kept, num_lost = sums(x_TD, routing, ctx)
+        tell_of_rows(self.experts, y_TC[:, D:], ctx)
+        y_TD = y_TC[:, :D]
         stats = metrics.routing_stats(
             routing,
             ctx.valid_BL,
@@ -233,7 +236,7 @@ class SparseLayer(FeedForward):
         return y_TD.reshape(B, L, D), aux
 
     def _sums(self, x_TD, routing, ctx, per_expert=None):
-        """The triple (gated sums for each row of x, rows computed, rows lost)."""
+        """The triple (`Experts.sums` for each row of x, rows computed, rows lost)."""
         E = self.num_experts
         # Decoding drops nothing: else a row would depend on the rest of its batch.
         if self.capacity_factor is not None and ctx.mode != "decode":
@@ -242,12 +245,14 @@ class SparseLayer(FeedForward):
             capacity = expert_capacity(factor, num_slots, self.num_choices)
             routing = drop_over_capacity(routing, E, capacity)
         rows = Rows(self.buffer_slots, per_expert)
-        y_TD, num_lost = run_experts(self.experts, x_TD, routing, E, ctx, rows=rows)
+        y_TC, num_lost = run_experts(self.experts, x_TD, routing, E, ctx, rows=rows)
         if self.zero is not None:
             with jax.named_scope("zero"):
-                y_TD += self.zero(x_TD, routing.expert_TK, routing.gate_TK, E)
+                own_TD = self.zero(x_TD, routing.expert_TK, routing.gate_TK, E)
+                told = y_TC.shape[1] - x_TD.shape[1]  # columns with gates of adapters
+                y_TC += jnp.pad(own_TD, ((0, 0), (0, told)))
         computed_TK = routing.keep_TK & (routing.expert_TK < E)
-        return y_TD, jnp.sum(computed_TK, dtype=jnp.float32) - num_lost, num_lost
+        return y_TC, jnp.sum(computed_TK, dtype=jnp.float32) - num_lost, num_lost
 
     def _sums_of_experts(self, x_TD, routing, ctx):
         """The same as `_sums`, for a router in which experts choose."""
@@ -256,9 +261,10 @@ class SparseLayer(FeedForward):
             per_expert = routing.token_EC.shape[1]
             return self._sums(x_TD, routing.by_token(), ctx, per_expert)
         token_N, rows = routing.by_row()
-        y_ND, num_kept, num_lost = self._sums(x_TD[token_N], rows, ctx)
-        y32_TD = jnp.zeros(x_TD.shape).at[token_N].add(y_ND.astype(jnp.float32))
-        return y32_TD.astype(x_TD.dtype), num_kept, num_lost
+        y_NC, num_kept, num_lost = self._sums(x_TD[token_N], rows, ctx)
+        y32_TC = jnp.zeros((len(x_TD), y_NC.shape[1]))
+        y32_TC = y32_TC.at[token_N].add(y_NC.astype(jnp.float32))
+        return y32_TC.astype(x_TD.dtype), num_kept, num_lost
 
     def shared_output(self, x_BLD, ctx):
         """The output of the shared expert; call this only if there is one."""

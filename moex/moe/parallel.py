@@ -68,7 +68,8 @@ def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
       rows: limits on the rows to compute.
 
     Returns:
-      (sums [T, D] in x's dtype, float32 scalar: rows that found no room in a buffer).
+      (`Experts.sums` in x's dtype, float32 scalar: rows that found no room in a
+      buffer).
     """
     slots = (routing.expert_TK, routing.gate_TK, routing.keep_TK)
     if not on_a_mesh():
@@ -158,7 +159,7 @@ def _for_experts(ctx, share):
     """The context for the shard_map: how to compute, without any data of the batch."""
     names = (
         *("segment_BL", "position_BL", "token_BL", "step", "key", "forced"),
-        *("layer", "depth"),
+        *("layer", "depth", "domain_B", "scored_BL", "told"),
     )
     return dataclasses.replace(ctx, **dict.fromkeys(names), tensor_share=share)
 

@@ -26,7 +26,8 @@ class Block(nnx.Module):
     The pattern names the feed-forward; the segment or the model names the attention:
     see `nn/contract.py`.
 
-    Returns `(x_BLD, aux, cache)`; `aux` is under "ffn", the name of the module.
+    Returns `(x_BLD, aux, cache)`: that of the feed-forward is under "ffn", the name of
+    the module, and the reports of adapters are under "adapters".
     """
 
     def __init__(self, ffn, attention, dim, rngs, *, norm_eps, residual="prenorm"):
@@ -37,6 +38,7 @@ class Block(nnx.Module):
         self.ffn = ffn.make(dim, rngs)
 
     def __call__(self, x_BLD, ctx, cache):
+        ctx = ctx.listening()
         with jax.named_scope("attention"):
             y_BLD, cache = self.attention(self.norm_attention(x_BLD), ctx, cache)
         check_output(self.attention, y_BLD, x_BLD)
@@ -50,4 +52,4 @@ class Block(nnx.Module):
             y_BLD = h_BLD + y_BLD
         if self.residual in ("released", "both"):
             y_BLD = z_BLD + y_BLD
-        return y_BLD, {"ffn": aux}, cache
+        return y_BLD, {"ffn": aux} | ctx.reports(), cache

@@ -57,6 +57,11 @@ class Context:
         that of its first block. None outside a model.
       first_expert: int32 scalar, the id of the first expert of this device; set for
         the experts only. None: 0, all experts are here.
+      domain_B: int32, the domain of each sequence; None where it is not known, as in
+        decoding.
+      scored_BL: bool, the positions whose prediction is scored; None in decoding.
+      told: takes the reports of adapters by their paths, while the module that made the
+        dict is traced (see `listening`); None: nobody listens.
       mode: "train", "eval" or "decode".
       collect: return routing traces.
       chain_round: which round of a chain this is, from 0.
@@ -79,6 +84,9 @@ class Context:
     layer: jax.Array | None = None
     depth: jax.Array | int | None = None
     first_expert: jax.Array | None = None
+    domain_B: jax.Array | None = None
+    scored_BL: jax.Array | None = None
+    told: dict | None = None
     mode: str = dataclasses.field(default="train", metadata={"static": True})
     collect: bool = dataclasses.field(default=False, metadata={"static": True})
     chain_round: int = dataclasses.field(default=0, metadata={"static": True})
@@ -99,6 +107,19 @@ class Context:
         segment_BL = jnp.ones((B, L), jnp.int32)
         whole = cls(segment_BL=segment_BL, position_BL=position_BL, mode="eval")
         return dataclasses.replace(whole, **fields)
+
+    def listening(self) -> "Context":
+        """The same with a dict of its own for `told`; in decoding nobody listens.
+
+        A module that returns aux makes one, and puts it there: so reports are outputs
+        of its scan and its checkpoint, like everything else.
+        """
+        told: dict | None = None if self.mode == "decode" else {}
+        return dataclasses.replace(self, told=told)
+
+    def reports(self) -> dict:
+        """What was told, as the part of an aux that it is; {} if that is nothing."""
+        return {"adapters": self.told} if self.told else {}
 
     @property
     def valid_BL(self) -> jax.Array:

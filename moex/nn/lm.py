@@ -74,10 +74,12 @@ class LanguageModel(Layers, Projector):
           ctx: `Context`; its tokens are the input.
 
         Returns:
-          (logits_BLV float32, aux), aux as `Layers.run` gives it.
+          (logits_BLV float32, aux), aux as `Layers.run` gives it, with the reports of
+          the adapters of its own matrices.
         """
+        ctx = ctx.listening()
         x_BLD, aux, _ = self._run(ctx, None)
-        return self._logits(x_BLD, ctx), aux
+        return self._logits(x_BLD, ctx), aux | ctx.reports()
 
     def decode(self, ctx, cache):
         """Compute logits of the last tokens only, and the cache for later calls.

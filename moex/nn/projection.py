@@ -27,6 +27,7 @@ from flax import nnx
 from kernels_pallas import grouped_matmul, matmul
 from moex.config.base import Config, ConfigError
 from moex.nn.context import fold_key
+from moex.sharding import RULES
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -34,6 +35,7 @@ class AdapterConfig(Config, abc.ABC):
     """A kind of adapter: trainable parts that are added to a model that stays fixed."""
 
     role: ClassVar[str] = "an adapter config such as LoRA"
+    MIXES: ClassVar[bool] = False  # its adapters have experts, whose gates are logged
 
     # Shell patterns of parameter paths, or parts of paths: the matrices to adapt.
     targets: tuple[str, ...]
@@ -73,6 +75,9 @@ class AdapterConfig(Config, abc.ABC):
         """The words about its cost in a table; "" where there is nothing to say."""
         return ""
 
+    def validate_domains(self, domains: tuple[str, ...], path: str) -> None:
+        """Raise `ConfigError` for errors that only the domains of the data show."""
+
 
 class Adapter(nnx.Module):
     """The module that changes what one matrix computes.
@@ -80,11 +85,18 @@ class Adapter(nnx.Module):
     Attributes:
       path: path of the parameter in the model.
       parts: N of the matrix.
+      input_axis: the logical axis that I is split along, or None.
       per_expert: whether its parameters have a leading dim [E], one for each expert.
+      num_gates: the experts inside of it, for which it returns gates; 0: none.
+      num_types: the types of sequences that `types` tells apart.
     """
+
+    num_gates = 0
+    num_types = 1
 
     def __init__(self, matrix: "Matrix", *, shared: bool = False):
         self.path, self.parts = matrix.path, matrix.parts
+        self.input_axis = matrix.input_axis
         self.per_expert = matrix.experts is not None and not shared
 
     @abc.abstractmethod
@@ -92,7 +104,7 @@ class Adapter(nnx.Module):
         """Compute the pair (output of the adapted matrix [..., N, O], gates).
 
         Gates are the weights of the experts inside of the adapter for each row,
-        [..., N, experts], for its figures and losses; None where there are none.
+        [..., N, num_gates], for its figures and losses; None where there are none.
 
         Args:
           x: input [..., I].
@@ -100,6 +112,26 @@ class Adapter(nnx.Module):
           product: multiplies by parameters of the adapter.
           ctx: `Context`.
         """
+
+    def types(self, ctx) -> jax.Array | None:
+        """The type of each sequence, int32[B] below `num_types`; None: not known."""
+        return None
+
+    def counted(self, ctx) -> jax.Array:
+        """The positions that figures and losses are made of, bool[B, L]."""
+        return ctx.valid_BL
+
+    def losses(self, gates_BLNE, ctx) -> dict:
+        """The losses of the gates by name, float32 scalars with their coefficients.
+
+        Those of all matrices are added up; microbatches have the same weight.
+
+        Args:
+          gates_BLNE: as `__call__` returned them. Where each expert of an MoE layer has
+            the adapter, they are the sums over the experts of a token.
+          ctx: `Context`.
+        """
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +201,9 @@ class Product:
         return matmul(x, self._own(a, x.dtype), implementation=self._kernels)
 
     def outward(self, z, b) -> jax.Array:
-        """Multiply [..., N, R] by a parameter [N, R, *outer]: returns [..., N, O]."""
+        """Multiply [..., N, R] by a parameter [N, *R, *outer]: returns [..., N, O]."""
         own = self._own(b, z.dtype)
-        own = own.reshape(*own.shape[:2], -1)
+        own = own.reshape(len(own), z.shape[-1], -1)
         parts = [
             matmul(z[..., n, :], own[n], implementation=self._kernels)
             for n in range(len(own))
@@ -181,6 +213,24 @@ class Product:
     def each(self, v, dtype) -> jax.Array:
         """A parameter that is no matrix, as each row needs it: it broadcasts."""
         return self._own(v, dtype)
+
+    def whole(self, z, adapter: Adapter) -> jax.Array:
+        """The result of `inward` where a device may have a slice of each input only.
+
+        Everything that is not linear in it needs the sum over these devices.
+        """
+        return jax.lax.psum(z, "tensor") if self._in_slices(adapter) else z
+
+    def share(self, adapter: Adapter) -> float:
+        """The weight of an output that was made of `whole` results.
+
+        Where devices have slices of the input, their outputs are added.
+        """
+        return self.ctx.tensor_share if self._in_slices(adapter) else 1.0
+
+    def _in_slices(self, adapter):
+        split = RULES.get(adapter.input_axis or "") == "tensor"
+        return split and self.ctx.tensor_share < 1
 
     @property
     def _kernels(self):
@@ -220,7 +270,7 @@ class GroupedProduct(Product):
 
     def outward(self, z, b):
         own = self._own(b, z.dtype)
-        own = own.reshape(*own.shape[:3], -1)
+        own = own.reshape(*own.shape[:2], z.shape[-1], -1)
         parts = [self._grouped(z[:, n], own[:, n]) for n in range(own.shape[1])]
         return jnp.stack(parts, axis=1)
 
@@ -295,7 +345,8 @@ def adapted(module: Projector, name: str, base: Callable, x, ctx, contract=1):
         return base(x.reshape(shape)).reshape(*batch, adapter.parts, -1)
 
     flat = x.reshape(*batch, math.prod(shape[len(batch) :]))
-    y, _ = adapter(flat, flat_base, Product(ctx), _inside(ctx, name))
+    y, gates = adapter(flat, flat_base, Product(ctx), _inside(ctx, name))
+    _tell(adapter, gates, ctx)
     return y.reshape(*batch, *outer)
 
 
@@ -317,7 +368,8 @@ def look_up(module: Projector, name: str, id_BL, ctx):
         return base(id_BL)
     adapter, product = module.adapters[name], RowProduct(ctx)
     inside = _inside(ctx, name)
-    y, _ = adapter(id_BL, lambda i: base(i)[..., None, :], product, inside)
+    y, gates = adapter(id_BL, lambda i: base(i)[..., None, :], product, inside)
+    _tell(adapter, gates, ctx)
     return y[..., 0, :]
 
 
@@ -332,7 +384,8 @@ def project_rows(module: Projector, name: str, x_NC, group_sizes_E, ctx):
       ctx: `Context`; with `whole_stack` the parameter is that of all copies.
 
     Returns:
-      [N, prod(outer)], changed by the adapter of the parameter if there is one.
+      [N, prod(outer)], changed by the adapter of the parameter if there is one; its
+      gates for the rows are in `ctx.told` by the name of the parameter, [N, num_gates].
     """
     w = getattr(module, name)[...].astype(x_NC.dtype)
     if ctx.whole_stack:
@@ -348,8 +401,76 @@ def project_rows(module: Projector, name: str, x_NC, group_sizes_E, ctx):
     adapter, product = module.adapters[name], Product(ctx, ctx.whole_stack)
     if adapter.per_expert:
         product = GroupedProduct(ctx, ctx.whole_stack, group_sizes_E, len(x_NC))
-    y, _ = adapter(x_NC, lambda x: base(x)[:, None], product, _inside(ctx, name))
+    inside = _inside(ctx, name)
+    y, gates = adapter(x_NC, lambda x: base(x)[:, None], product, inside)
+    if gates is not None and ctx.told is not None:
+        ctx.told[name] = gates[:, 0]
     return y[:, 0]
+
+
+def tell_of_rows(module, gates_TC, ctx) -> None:
+    """Report the gates of the adapters of experts, summed over the rows of each token.
+
+    Args:
+      module: the experts.
+      gates_TC: those of all adapters that have any, in the order of their names.
+      ctx: `Context`.
+    """
+    if gates_TC.shape[1] == 0:
+        return
+    start = 0
+    for _, adapter in sorted(module.adapters.items()):
+        end = start + adapter.num_gates
+        _tell(adapter, gates_TC[:, None, start:end], ctx)
+        start = end
+
+
+def _tell(adapter: Adapter, gates, ctx) -> None:
+    """Put the report of an adapter into `ctx.told`; what it told before is added."""
+    if gates is None or ctx.told is None:
+        return
+    gates_BLNE = gates.reshape(*ctx.segment_BL.shape, *gates.shape[-2:])
+    own = {
+        "losses": adapter.losses(gates_BLNE, ctx),
+        "sums": gate_sums(adapter, gates_BLNE, ctx),
+    }
+    before = ctx.told.get(adapter.path)
+    ctx.told[adapter.path] = (
+        own if before is None else jax.tree.map(jnp.add, before, own)
+    )
+
+
+def gate_sums(adapter: Adapter, gates_BLNE, ctx) -> dict:
+    """The float32 sums that figures of gates are made of, by type Y of sequences.
+
+    They have no gradient. `moex/adapters/figures.py` makes the figures.
+    """
+    gates_BLNE = jax.lax.stop_gradient(gates_BLNE).astype(jnp.float32)
+    type_B = adapter.types(ctx)
+    if type_B is None:
+        type_B = jnp.zeros(len(gates_BLNE), jnp.int32)
+    type_BY = jax.nn.one_hot(type_B, adapter.num_types)
+    counted_BL = adapter.counted(ctx).astype(jnp.float32)
+    size_BLNE = jnp.abs(gates_BLNE)
+    share_BLNE = size_BLNE / jnp.maximum(size_BLNE.sum(-1, keepdims=True), 1e-30)
+    entropy_BLN = -jnp.sum(
+        share_BLNE * jnp.log(jnp.maximum(share_BLNE, 1e-30)), axis=-1
+    )
+    used_BLNE = (share_BLNE >= USED / gates_BLNE.shape[-1]).astype(jnp.float32)
+
+    def total(array):
+        return jnp.einsum("by,bl,bl...->y...", type_BY, counted_BL, array)
+
+    return {
+        "gate_sum_YNE": total(size_BLNE),
+        "used_sum_YNE": total(used_BLNE),
+        "entropy_sum_YN": total(entropy_BLN),
+        "tokens_Y": total(jnp.ones_like(counted_BL)),
+    }
+
+
+# A token uses an expert of an adapter whose gate is this part of an equal share.
+USED = 0.1
 
 
 def _inside(ctx, name: str):

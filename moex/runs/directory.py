@@ -43,6 +43,7 @@ class RunDir:
         # Training logs to these.
         self.metrics = path / "metrics.jsonl"
         self.routing = path / "routing.jsonl"  # figures of each MoE layer
+        self.adapters = path / "adapters.jsonl"  # figures of each adapted matrix
         self.environment = path / "environment.json"  # versions and machines
         self.tensorboard = path / "tb"
         self.profile = path / "profile"

@@ -46,7 +46,7 @@ def evaluate(
     limit: int | None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict | None:
-    """Compute the held-out figures: `Task.result`, the loss by domain, and routing.
+    """Compute the held-out figures: `Task.result`, the loss by domain, routing, gates.
 
     They are made of the sums of all batches, so the batch size does not change them. A
     mean over nothing is NaN.
@@ -82,6 +82,7 @@ def evaluate(
     return task.result(figures) | {
         "domains": domain_losses(program.data.domains, figures),
         "layers": figures["layers"],
+        "adapters": figures["adapters"],
     }
 
 
@@ -121,6 +122,7 @@ def score_run(place: Place, cfg, *, sequences=None) -> dict:
     if result["tokens"] == 0:
         raise ConfigError("config.data: what is held out has no target to score.")
     result.pop("layers")
+    result.pop("adapters")
     return {"step": run.step} | result
 
 

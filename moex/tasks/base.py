@@ -15,10 +15,17 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moex.adapters.figures import gate_figures
 from moex.config.base import Config, ConfigError, require, walk
 from moex.config.schedule import is_always_zero, value_at
 from moex.data.batches import Datasets, Reading
-from moex.model.losses import moe_layers, routing_losses, step_counts
+from moex.model.losses import (
+    adapter_losses,
+    adapter_reports,
+    moe_layers,
+    routing_losses,
+    step_counts,
+)
 from moex.moe.losses import own_losses
 from moex.moe.metrics import layer_metrics, mean
 from moex.nn.context import Context
@@ -232,6 +239,9 @@ class Task(Config, abc.ABC):
     def context(self, batch, **fields) -> Context:
         """The `Context` of a batch with its other fields."""
         segment_BL, position_BL = batch["segment"], batch["position"]
+        if fields.get("mode") != "decode":
+            fields["domain_B"] = batch["domain"]
+            fields["scored_BL"] = batch["loss_mask"] > 0
         return Context(segment_BL=segment_BL, position_BL=position_BL, **fields)
 
     def run(self, model, ctx: Context, batch) -> tuple[Any, dict]:
@@ -287,6 +297,7 @@ class Task(Config, abc.ABC):
                 domain_BX * jnp.sum(scored_BL, 1)[:, None], axis=0
             ),
             "layers": {"/".join(path): own["stats"] for path, own in moe_layers(aux)},
+            "adapters": adapter_reports(aux),
         }
 
     def loss(
@@ -333,11 +344,13 @@ class Task(Config, abc.ABC):
         )
         weighted = {k: value_at(getattr(coefs, k), step) * v for k, v in raw.items()}
         weighted |= own_losses(sums["layers"], counts["tokens"], coefs.over_layers)
+        weighted |= adapter_losses(sums["adapters"], num_microbatches)
         loss = sums[self.score] / counts["targets"] + sum(weighted.values())
         return loss, sums | {"weighted": weighted}
 
     def figures(self, sums) -> dict:
-        """The logged figures from sums: those of `FIGURES`, counts, routing per layer.
+        """The logged figures from sums: those of `FIGURES`, counts, routing per layer,
+        gates per adapted matrix.
 
         A mean over nothing is NaN. Counts stay as they are.
         """
@@ -352,6 +365,10 @@ class Task(Config, abc.ABC):
                 "domain_score": mean(sums["domain_score"], sums["domain_tokens"]),
                 "layers": {
                     path: layer_metrics(stats) for path, stats in sums["layers"].items()
+                },
+                "adapters": {
+                    path: gate_figures(report["sums"])
+                    for path, report in sums["adapters"].items()
                 },
             }
         )

@@ -6,6 +6,7 @@ come after them. Counts, and numbers that come once in a run, have no series; th
 in metrics.jsonl.
 """
 
+from moex.adapters import figures as gates
 from moex.model.layers import routers
 from moex.moe import metrics
 from moex.tasks.base import Task
@@ -43,6 +44,9 @@ def series(task: Task, kind: str, name: str) -> str | None:
             return None
         figure = rest.removesuffix(WORST)
         return of_layers(figure) + (MEAN if figure == rest else WORST)
+    if start == "adapters":
+        figure = rest.removesuffix(WORST)
+        return f"{name}{MEAN if figure == rest else ''}{held_out}"
     if held_out and name == EVALUATED:
         return of_layers(name) + MEAN + held_out
     if name == task.score:
@@ -76,6 +80,8 @@ def layout(cfg, num_domains: int) -> dict:
     }
     if any(routers(cfg.model)):
         pages |= _moe_pages(cfg)
+    if cfg.model.adapter is not None and cfg.model.adapter.MIXES:
+        pages["adapters"] = _gate_charts()
     if more := _more_scores(cfg.task, num_domains):
         pages["other scores"] = more
     for page, charts in CHARTS.items():
@@ -93,6 +99,19 @@ def _more_scores(task: Task, num_domains: int) -> dict[str, list]:
         if num_domains > 1:
             title = f"{which} loss by domain, {score.unit}"
             charts[title] = _chart(f"scores/{score.name}{end}/.*")
+    return charts
+
+
+def _gate_charts() -> dict[str, list]:
+    """The charts of the gates inside of adapters."""
+    charts = {}
+    for f in gates.FIGURES:
+        for which, end in (("training", ""), ("held-out", HELD_OUT)):
+            tag = f"adapters/{f.name}"
+            title = f"{which} {f.title.lower()}"
+            charts[f"{title}, mean ({f.unit})"] = _chart(f"{tag}{MEAN}{end}$")
+            if f.worst is not None:
+                charts[f"{title}, worst ({f.unit})"] = _chart(f"{tag}{WORST}{end}$")
     return charts
 
 

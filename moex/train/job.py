@@ -149,6 +149,8 @@ def make_job(cfg, *, log=print, resumed=None) -> Job:
     cfg.data = given
     cfg.task.fill(cfg, data)
     cfg.task.check_fields(cfg, data)
+    if cfg.model.adapter is not None:
+        cfg.model.adapter.validate_domains(data.domains, "config.model.adapter")
     job = Job(cfg=cfg, mesh=mesh, spec=model_spec(cfg.model, mesh), data=data)
     check_room(cfg, mesh, job.abstract_state())
     return job

@@ -6,6 +6,7 @@ import pathlib
 import jax
 
 from moex import hints
+from moex.adapters.figures import gate_summary
 from moex.config.schedule import is_always_zero
 from moex.model import accounting
 from moex.model.figures import layer_rows
@@ -47,6 +48,11 @@ def step_values(job: Job, metrics, consumed: Consumed) -> dict:
 def by_domain(task, losses: dict[str, float]) -> dict[str, float]:
     """The losses of domains by the names that they have in metrics.jsonl."""
     return {f"{task.score}/{name}": loss for name, loss in losses.items()}
+
+
+def gate_values(matrices: dict) -> dict[str, float]:
+    """The values of a line of metrics.jsonl about the gates inside of adapters."""
+    return {f"adapters/{k}": value for k, value in gate_summary(matrices).items()}
 
 
 def speed(

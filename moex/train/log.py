@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, routing.jsonl, TensorBoard and the terminal.
+"""The log of a run: metrics.jsonl and its like, TensorBoard and the terminal.
 
 Only process 0 writes. A terminal shows how far the training is; a plain line per
 logged step is printed everywhere.
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
+from moex.adapters.figures import gate_record
 from moex.model.figures import routing_record
 from moex.progress import phase
 from moex.runs.directory import Place, RunDir
@@ -32,10 +33,11 @@ class RunLog:
         self.bar: Any = None
         self.jsonl: Any = None
         self.routing: Any = None
+        self.adapters: Any = None
         if not self.active:
             return
         self.run = run = RunDir.of(place)
-        for log in (run.metrics, run.routing):
+        for log in (run.metrics, run.routing, run.adapters):
             damaged = trim(log, step)
             if damaged:
                 print(
@@ -92,6 +94,15 @@ class RunLog:
         if self.board is not None and kind == "train":
             self.board.layers(step, rows, image=image)
 
+    def gates(self, kind: str, step: int, matrices: dict) -> None:
+        """Write a line of adapters.jsonl."""
+        if not self.active or not matrices:
+            return
+        if self.adapters is None:
+            self.adapters = Lines(self.run.adapters)
+        line = {"kind": kind, "step": step, "matrices": gate_record(matrices)}
+        self.adapters.write(line)
+
     def text(self, tag: str, step: int, text: str) -> None:
         """Write text to TensorBoard, which shows it verbatim."""
         if self.tb is not None:
@@ -101,7 +112,7 @@ class RunLog:
     def close(self) -> None:
         """Flush and close everything."""
         self.shown.close()
-        for part in (self.tb, self.jsonl, self.routing):
+        for part in (self.tb, self.jsonl, self.routing, self.adapters):
             if part is not None:
                 part.close()
         if self.tb is not None and sys.exception() is None:

@@ -33,6 +33,7 @@ from moex.train.job import Job
 from moex.train.lines import (
     eval_line,
     eval_values,
+    gate_values,
     last_lines,
     load_lines,
     speed,
@@ -233,10 +234,12 @@ class Run:
         values |= speed(self.job, self.cost, metrics, seconds["step"], targets)
         values |= {f"perf/{name}_s": value for name, value in seconds.items()}
         values |= {f"moe/{name}": value for name, value in moe_summary(rows).items()}
+        values |= gate_values(metrics["adapters"])
         self.log.record("train", step, values)
         every = cfg.log.images_every
         image = step == cfg.steps or (every > 0 and step % every == 0)
         self.log.layers("train", step, rows, image=image)
+        self.log.gates("train", step, metrics["adapters"])
         self.last = values
         brief, left = cfg.task.brief(values), self.log.bar.seconds_left(step)
         columns = shutil.get_terminal_size().columns  # 80 where there is no terminal
@@ -284,8 +287,10 @@ class Run:
         rows = self._rows(result["layers"])
         if rows:
             values["max_violation"] = moe_summary(rows)["max_violation"]
+        values |= gate_values(result["adapters"])
         self.log.record("eval", self.step, values)
         self.log.layers("eval", self.step, rows)
+        self.log.gates("eval", self.step, result["adapters"])
         self.last_eval = (self.step, result)
         said = eval_line(task, result)
         self.log.line(f"held out at step {self.step}: {said}")
