@@ -170,7 +170,7 @@ def test_counts_of_an_evaluation_are_exact_above_what_float32_holds(model):
         mesh=mesh_of(1),
         data=types.SimpleNamespace(domains=("a",)),
     )
-    sums = {"nll": jnp.float32(8), "z": jnp.float32(8), "layers": {}}
+    sums = {"nll": jnp.float32(8), "z": jnp.float32(8), "layers": {}, "adapters": {}}
     sums |= {name: jnp.int32(2**30 + 1) for name in ("bytes", "tokens", "padding")}
     sums |= {"domain_score": jnp.ones(1), "domain_tokens": jnp.ones(1, jnp.int32)}
     state = {"params": None, "state": None}
