@@ -30,9 +30,7 @@ class LoRAMoE(AdapterConfig):
     experts: int  # E, even, >= 2
     rank: int  # R of each expert, >= 1
     alpha: float  # the change is multiplied by alpha / rank, > 0
-    dropout: float = (
-        0.0  # training: share of the inputs of each A that are 0, in [0, 1)
-    )
+    dropout: float = 0.0  # training: the share of inputs of A that are 0, in [0, 1)
     shared: bool = False  # the experts of an MoE layer share one adapter
     # The type of the sequences of each domain of the data, in its order: 1 for those
     # about knowledge, 0 for all others; (): there are no types.
@@ -79,8 +77,8 @@ class LoRAMoEModule(Adapter):
     its own, and the softmax is computed in float32.
 
     Parameters: r_INE [I, N, E], a_INER [I, N, E, R], b_NERO [N, E, R, *outer] with
-    outer as in `Matrix`; for the experts of an MoE layer they have a leading dim, unless
-    they are shared.
+    outer as in `Matrix`; for the experts of an MoE layer they have a leading dim,
+    unless they are shared.
 
     Source: Dou et al. 2023, arXiv:2312.09979, section 3, and its code
     (peft/tuners/lora.py); initial values as there.
