@@ -11,8 +11,11 @@ from moex.adapters.lora import LoRA
 from moex.config.base import ConfigError
 from moex.model.paths import flat_paths, path_name
 from moex.model.spec import init_params, model_spec
+from moex.moe.experts.glu import Glu
 from moex.nn.context import Compute, Context
-from tests.helpers import VOCAB, tiny_lm
+from moex.nn.mla import LatentAttention
+from moex.nn.stack import Segment
+from tests.helpers import VOCAB, tiny_lm, tiny_moe
 from tests.tolerances import assert_close
 
 EVERYTHING = (
@@ -21,9 +24,19 @@ EVERYTHING = (
 )
 
 
-def adapted_model(**fields):
+LATENT = {"heads": 2, "kv_latent": 8, "q_latent": 8, "nope_dim": 4, "rope_dim": 2}
+MODELS = {
+    "grouped queries": tiny_lm(),
+    "latent attention, biases": tiny_lm(
+        Segment(pattern=(tiny_moe(experts=Glu(hidden=8, bias=True)),), repeat=2),
+        attention=LatentAttention(**LATENT, v_dim=4),
+    ),
+}
+
+
+def adapted_model(base=None, **fields):
     """(base spec, adapted spec, adapted params with a random change, state)."""
-    base = tiny_lm()
+    base = base or MODELS["grouped queries"]
     lora = LoRA(**{"rank": 2, "alpha": 4.0, "targets": EVERYTHING} | fields)
     cfg = dataclasses.replace(base, adapter=lora)
     params, state = init_params(cfg, jax.random.key(0))
@@ -85,16 +98,39 @@ def logits(spec, params, state, **compute):
     return jax.jit(lambda p: spec.merge(p, state)(ctx)[0])(params)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("kernels", [None, "xla"])
-def test_it_is_the_model_with_changed_matrices(scan_layers, kernels):
-    base, adapted, params, state = adapted_model()
+COMPUTE = {
+    "unrolled": {"scan_layers": False},
+    "xla": {"kernels": "xla"},
+    "bfloat16": {"kernels": "xla", "dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "compute"),
+    [
+        ("grouped queries", "unrolled"),
+        *(
+            pytest.param(*case, marks=pytest.mark.thorough)
+            for case in (
+                ("grouped queries", "bfloat16"),
+                ("latent attention, biases", "xla"),
+            )
+        ),
+    ],
+)
+def test_it_is_the_model_with_changed_matrices(model, compute):
+    targets = tuple(
+        t for t in EVERYTHING if model == "grouped queries" or t != "*ffn/w_*"
+    )
+    base, adapted, params, state = adapted_model(MODELS[model], targets=targets)
     full = nested(merged(params, base.shapes(), 2.0))
-    compute = {"scan_layers": scan_layers, "kernels": kernels}
-    own = logits(adapted, params, state, **compute)
-    assert_close(own, logits(base, full, state, **compute), "step")
+    own = logits(adapted, params, state, **COMPUTE[compute])
+    kind = "bfloat16" if compute == "bfloat16" else "step"
+    whole = logits(base, full, state, **COMPUTE[compute])
+    largest = float(jnp.max(jnp.abs(whole)))
+    assert_close(own / largest, whole / largest, kind)
     plain = {n: a for n, a in flat_paths(params).items() if n in base.shapes()}
-    start = logits(base, nested(plain), state, **compute)
+    start = logits(base, nested(plain), state, **COMPUTE[compute])
     assert float(jnp.max(jnp.abs(own - start))) > 0.1
 
 
@@ -106,8 +142,8 @@ def test_its_gradients_are_those_of_the_changed_matrices():
     def loss(spec, params):
         return jnp.vdot(spec.merge(params, state)(context(tokens()))[0], target)
 
-    own = flat_paths(jax.grad(lambda p: loss(adapted, p))(params))
-    of_full = flat_paths(jax.grad(lambda p: loss(base, p))(full))
+    own = flat_paths(jax.jit(jax.grad(lambda p: loss(adapted, p)))(params))
+    of_full = flat_paths(jax.jit(jax.grad(lambda p: loss(base, p)))(full))
     flat = flat_paths(params)
     for name in flat:
         if not name.endswith("/a_INR"):

@@ -143,7 +143,13 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("family", parity.NAMES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(n, marks=() if n == "mixtral" else pytest.mark.thorough)
+        for n in parity.NAMES
+    ],
+)
 def test_a_field_of_any_value_is_read_or_refused_in_one_line(family):
     config = make_readings.base_of(family)
     names = {*DEFAULTS[family], *KNOWN, *make_readings.BESIDE} - {"own_rope"}

@@ -406,6 +406,7 @@ def test_there_are_many_cases():
     assert len(CASES) >= 200
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("attack", some(CASES, 8))
 def test_a_damaged_checkpoint_is_noticed_or_harmless(
     attack, folder, run, another, truth
