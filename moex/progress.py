@@ -72,8 +72,10 @@ class Phase:
         known = self.total and self.done <= self.total
         done = self._amount(self.done, known)
         told = f"{done} of {self._amount(self.total)}" if known else done
-        told += f", {self._amount(self.rate())}/s"
-        if known:
+        begun = self.first is None or self.done > self.first[1]  # there is a rate
+        if begun:
+            told += f", {self._amount(self.rate())}/s"
+        if known and begun:
             told += f", {clock(self.seconds_left(self.done))} left"
         if self.note:
             told += f", {self.note}"

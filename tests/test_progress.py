@@ -52,6 +52,7 @@ def test_the_first_amount_which_waits_for_a_compiler_is_no_part_of_the_rate():
     scoring = begun(30.0, "scoring", 40, "batches")
     scoring.add()
     assert scoring.rate() == pytest.approx(1 / 30, rel=0.01)
+    assert scoring.text() == "scoring: 1 of 40 batches"
     scoring.first = (scoring.first[0] - 2.0, scoring.first[1])
     scoring.add(10)
     assert scoring.text() == "scoring: 11 of 40 batches, 5 batches/s, 0:06 left"

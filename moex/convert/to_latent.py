@@ -61,22 +61,21 @@ def convert_params(params, model, options: ToLatent, moments):
       "group", "error", "tail", "output_error"}.
     """
     errors = []
-    found = [site for site in sites(model) if site.sparse is not None]
-    total = sum(site.repeat for site in found)
+    found = [(site, site.sparse) for site in sites(model) if site.sparse is not None]
+    total = sum(site.repeat for site, _ in found)
     with phase("factoring experts", total, "layers") as at:
-        for site in found:
-            path = (*site.sparse.path.split("/"), "experts")
+        for site, sparse in found:
+            path = (*sparse.path.split("/"), "experts")
             old = jax.device_get(at_path(params, path))
-            moment_RDD = moments.get(site.sparse.path)
-            new, lost = _factored(site, old, options, moment_RDD, at.add)
+            latent, moment_RDD = sparse.moe.experts, moments.get(sparse.path)
+            new, lost = _factored(site, latent, old, options, moment_RDD, at.add)
             params = with_path(params, path, new)
             errors += lost
     return params, sorted(errors, key=lambda row: row["layer"])
 
 
-def _factored(site, old, options: ToLatent, moment_RDD, count):
+def _factored(site, latent, old, options: ToLatent, moment_RDD, count):
     """`(experts, errors)` of the layers of a site; `count` counts each."""
-    latent = site.sparse.moe.experts
     assert isinstance(latent, Latent)
     how = Factoring(
         latent=latent.latent,

@@ -37,6 +37,7 @@ PLAIN = (
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
 FILES = ("tokenizer_config.json", "chat_template.jinja")  # of an imported model
+TOKENS = ("bos_token", "eos_token")  # variables of a template
 FIRST, LAST = "\ue000", "\ue001"  # private characters around the number of a message
 MARK = re.compile(f"{FIRST}([0-9]+){LAST}")
 BEGIN, END = "\ue002", "\ue003"  # private characters around a block of {% generation %}
@@ -251,22 +252,20 @@ def _lacks_begin(tokenizer, begin_ids) -> bool:
     return tokenizer.begin_id == doc and list(begin_ids[:1]) != [doc]
 
 
-def template_file(tokenizer, doc: str, layout: dict[str, str], known: dict) -> str:
+def template_file(tokenizer, layout: dict[str, str], settings: dict) -> str:
     """Write a template as a file of transformers, with which chats begin as here.
 
     Args:
       tokenizer: `data.encoding.Tokenizer`.
-      doc: the text of its document token.
       layout: the fields of `Chat`.
-      known: `bos_token` and `eos_token` as transformers sets them.
+      settings: the fields of the `tokenizer_config.json` beside it.
     """
-    template, *tokens = (layout[n] for n in ("template", "bos_token", "eos_token"))
-    begin = tokenizer.encode_markup(_pieces(template, *tokens, ("user",))[0])
+    template, bos, eos = (layout[name] for name in ("template", *TOKENS))
+    begin = tokenizer.encode_markup(_pieces(template, bos, eos, ("user",))[0])
+    doc, lacks = tokenizer.doc_token, _lacks_begin(tokenizer, begin)
     template = template.replace(DOC_TOKEN, doc)
-    named = zip(("bos_token", "eos_token"), tokens, strict=True)
-    own = {name: token.replace(DOC_TOKEN, doc) for name, token in named}
-    lacks = _lacks_begin(tokenizer, begin)
-    if not lacks and own == {name: known.get(name, "") for name in own}:
+    own = {name: layout[name].replace(DOC_TOKEN, doc) for name in TOKENS}
+    if not lacks and own == _tokens(settings):
         return template
     front = f"{{{{ {json.dumps(doc)} }}}}" if lacks else ""
     sets = "".join(f"{{% set {n} = {json.dumps(v)} %}}" for n, v in own.items())
@@ -295,8 +294,7 @@ def layout_of(data) -> dict[str, str]:
     """
     for source in data.sources:
         if isinstance(source, Chat):
-            names = ("template", "bos_token", "eos_token")
-            return {name: getattr(source, name) for name in names}
+            return {name: getattr(source, name) for name in ("template", *TOKENS)}
     return saved_layout(data.tokenizer)
 
 
@@ -315,9 +313,14 @@ def saved_layout(tokenizer) -> dict[str, str]:
         template = named.get("default")
     if not isinstance(template, str):
         return {}
-    found = {"template": template}
-    for name in ("bos_token", "eos_token"):
-        token = about.get(name)
+    return {"template": template} | _tokens(about)
+
+
+def _tokens(settings: dict) -> dict[str, str]:
+    """The values of `TOKENS` in a `tokenizer_config.json`, written in either form."""
+    found = {}
+    for name in TOKENS:
+        token = settings.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         found[name] = token if isinstance(token, str) else ""
     return found

@@ -108,6 +108,11 @@ class Tokenizer:
         identity = f"{self._spec} {self.doc_id} {self.vocab_size}"
         self.fingerprint = sha256(identity)
 
+    @property
+    def doc_token(self) -> str:
+        """The text of the document token."""
+        return self._model.id_to_token(self.doc_id) if self._model else DOC_TOKEN
+
     def begin(self, begin_id: int | None, prefix_id: int) -> "Tokenizer":
         """Let texts begin as in the training of an imported model."""
         self.begin_id, self.prefix_id = begin_id, prefix_id

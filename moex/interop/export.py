@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from moex.config.base import ConfigError, require
-from moex.data.chat import layout_of
+from moex.data.chat import layout_of, saved_layout
 from moex.interop.arrays import tensor_of
 from moex.interop.card import CARD, model_card
 from moex.interop.closest_family import closest, inference
@@ -24,7 +24,14 @@ from moex.interop.folder import (
 )
 from moex.interop.hf import RECORD
 from moex.interop.names import Piece, pieces
-from moex.interop.tokens import ends, first_token, generation, written
+from moex.interop.tokens import (
+    SETTINGS,
+    chat_files,
+    ends,
+    first_token,
+    generation,
+    written,
+)
 from moex.interop.writing import Tensor, write
 from moex.json_files import field
 from moex.model.paths import flat_paths
@@ -51,6 +58,10 @@ def _description(run: RunDir, cfg) -> tuple[dict, dict, dict, dict | None]:
             files: dict[str, Any] = {f.name: f for f in extra_files(kept)}
             if run.saved_steps() != [0]:
                 files |= generation(own, kept, config)
+            layout = layout_of(cfg.data)
+            if layout != saved_layout(cfg.data.tokenizer):
+                about = read_json(kept / SETTINGS) if SETTINGS in files else {}
+                files |= chat_files(own, about, layout)
             record, where = read_json(kept / RECORD), str(kept / RECORD)
             dtypes, index = field(record, "dtypes", dict[str, str], where), None
             for name, kind in dtypes.items():

@@ -157,17 +157,28 @@ def written(own: Tokenizer, folder: pathlib.Path, chat=None) -> dict[str, str]:
         "split_special_tokens": True,  # special tokens written in a text are plain text
     }
     settings = {key: value for key, value in settings.items() if value is not None}
-    files = {}
-    if chat:
-        # Special tokens of the template are such; those in a message too, sadly.
-        del settings["split_special_tokens"]
-        files[TEMPLATE] = template_file(own, settings["eos_token"], chat, settings)
     ids = dict(zip(IDS, (first, ends(own), own.doc_id), strict=True))
-    return files | {
+    return {
         MODEL: model.to_str(pretty=True) + "\n",
         SETTINGS: _text(settings),
+        **chat_files(own, settings, chat),
         GENERATION: _text({name: i for name, i in ids.items() if i is not None}),
     }
+
+
+def chat_files(own: Tokenizer, settings: dict, chat) -> dict[str, str]:
+    """The files of an export that lay out chats, {file name: text}; {} for no chats.
+
+    Args:
+      own: tokenizer of the run.
+      settings: the fields of its `tokenizer_config.json`.
+      chat: the fields of `Chat`, or {}.
+    """
+    if not chat:
+        return {}
+    # transformers reads special tokens in messages too, or else not in templates.
+    kept = {k: v for k, v in settings.items() if k != "split_special_tokens"}
+    return {TEMPLATE: template_file(own, chat, settings), SETTINGS: _text(kept)}
 
 
 def generation(own: Tokenizer, folder: pathlib.Path, config) -> dict[str, str]:

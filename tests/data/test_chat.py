@@ -156,7 +156,7 @@ def test_the_template_of_an_export_begins_chats_as_here(name, begin, tmp_path):
     if not begin:
         tokenizer.begin(None, tokenizer.doc_id)
     for known in ({"eos_token": "<|endoftext|>"}, {"bos_token": "<|im_start|>"}):
-        text = template_file(tokenizer, "<|endoftext|>", layout, known)
+        text = template_file(tokenizer, layout, known)
         tokens = (known.get("bos_token", ""), known.get("eos_token", ""))
         before, _, after = _pieces(text, *tokens, ("user",), answer=True)
         ids = tokenizer.encode_markup(f"{before}q{after}")
@@ -167,7 +167,7 @@ def test_a_template_that_needs_nothing_more_leaves_as_it_came(tmp_path):
     tokenizer = im_tokenizer(tmp_path).make("t", (None, ""), tmp_path)
     tokenizer.begin(None, tokenizer.doc_id)
     known = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    assert template_file(tokenizer, "d", LAYOUTS["chatml"], known) == CHATML
+    assert template_file(tokenizer, LAYOUTS["chatml"], known) == CHATML
 
 
 def test_the_layout_of_a_run_is_that_of_its_chats():

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from moex import cli
 from moex.data.tokenizer import Tokenizer
+from moex.interop import export
 from moex.interop.arrays import load_array, tensor_of
 from moex.interop.dequantise import reader
 from moex.interop.export import export_hf
@@ -131,6 +132,8 @@ def test_an_imported_run_is_trained_on_own_records(tmp_path, capsys, kind):
         )
     assert "training time" in capsys.readouterr().out
     assert load_run(run).step == 1
+    files = export._description(RunDir(run), RunDir(run).config())[1]
+    assert ("chat_template.jinja" in files) == (kind == "messages")
 
 
 @pytest.mark.thorough
