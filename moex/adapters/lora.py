@@ -51,6 +51,13 @@ class LoRAModule(Adapter):
         return y, None
 
 
+def factors(path: str) -> tuple[str, str]:
+    """The paths of the two arrays of the adapter of a parameter."""
+    owner, _, own = path.rpartition("/")
+    at = f"{owner}/adapters/{own}".removeprefix("/")
+    return f"{at}/a_INR", f"{at}/b_NRO"
+
+
 def low_rank(matrix: Matrix, rank: int, rngs, *, shared=False, frozen=False):
     """Make the pair (a_INR, b_NRO): a uniform within 1 / sqrt(I), b zeros."""
     a = matrix.array(

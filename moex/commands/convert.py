@@ -15,6 +15,7 @@ class Command(Verb):
       moex convert runs/dense --to=moe --experts=8 --k=1 --split=4 --layers=every:2 \\
         --workdir=runs/fine
       moex convert runs/moe --to=latent --group=8 --latent=64 --workdir=runs/latent
+      moex convert runs/lora --to=merged --workdir=runs/merged
     """
     refuses_config = "takes the config of the run"
 
@@ -26,11 +27,21 @@ class Command(Verb):
 
     def add(self, parser):
         add_run(parser)
-        parser.add_argument("--to", choices=tuple(kinds()), required=True)
+        to = parser.add_mutually_exclusive_group(required=True)
+        to.add_argument("--to", choices=tuple(kinds()))
+        to.add_argument(
+            "--merge-adapter",
+            dest="to",
+            action="store_const",
+            const="merged",
+            help="the same as --to=merged",
+        )
         parser.add_argument(
             "--workdir", type=path, required=True, help="the new run directory"
         )
         for name, kind in kinds().items():
+            if not kind.flags:
+                continue
             group = parser.add_argument_group(f"to {name}")
             for flag, how in kind.flags.items():
                 group.add_argument(option(flag), **({"default": None} | how))

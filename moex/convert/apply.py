@@ -6,6 +6,7 @@ so it can be scored, sampled and trained on like any other. A `Conversion`
 """
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from moex.data.files import atomic_write
 from moex.json_files import dump_json
 from moex.model import spec as states
 from moex.model.paths import flat_paths
+from moex.runs.base import Base, check_no_adapters, has_base
 from moex.runs.claim import new_folder, new_run
 from moex.runs.directory import Place, RunDir
 from moex.runs.keys import check_run
@@ -57,12 +59,16 @@ def convert_run(
     cfg = run.config()
     made = RunDir(new_folder(target, flag))
     require(sequences >= 0, "--sequences", sequences, ">= 0")
+    merges = all(conversion.of_adapters for conversion in conversions)
+    if not merges:
+        check_no_adapters(run, f"--to={conversions[-1].kind}")
     report: dict[str, Any] = {"to": conversions[-1].kind, "from": str(run)}
     for conversion in conversions:
         conversion.check()
         report |= dataclasses.asdict(conversion)
         cfg.model = conversion.model(cfg.model)
     report |= {"sequences": sequences, "errors": []}
+    cfg.init_from = ""  # the new run begins with its own parameters
     check_run(cfg, to_train=False)
     with new_run(made, flag, say) as hidden:
         old = new = load_run(run, MeshConfig(), warn=say)  # for the job's devices
@@ -72,6 +78,10 @@ def convert_run(
             report |= found
         arrays = {"params": new.params, "state": new.state}
         write_run(hidden, cfg, job, job.tx, job.data, arrays)
+        if merges:  # it leaves as the family that its base came as
+            base = Base.read(run).folder if has_base(run.config()) else run
+            if base.imported.is_dir():
+                shutil.copytree(base.imported, hidden.imported, dirs_exist_ok=True)
         keep_layout(run.imported, hidden.imported)
     report["step"] = old.step
     sizes = {"params": "", "expert_params": "experts"}

@@ -27,6 +27,8 @@ class Conversion(abc.ABC):
     # Kinds that one command may apply before this one: those of which it gives a flag,
     # in this order.
     may_follow: ClassVar[tuple[str, ...]] = ()
+    # Whether it takes runs with adapters, and leaves a model as their base is.
+    of_adapters: ClassVar[bool] = False
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> Self:

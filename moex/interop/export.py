@@ -35,6 +35,7 @@ from moex.interop.tokens import (
 from moex.interop.writing import Tensor, write
 from moex.json_files import field
 from moex.model.paths import flat_paths
+from moex.runs.base import check_no_adapters
 from moex.runs.claim import new_folder
 from moex.runs.directory import Place, RunDir
 from moex.runs.open import load_run
@@ -43,7 +44,7 @@ from moex.tasks.base import require_token_ids
 KINDS = {kind.name for kind in DTYPES.values()}
 
 
-def _description(run: RunDir, cfg) -> tuple[dict, dict, dict, dict | None]:
+def description(run: RunDir, cfg) -> tuple[dict, dict, dict, dict | None]:
     """(config.json, other files by name, dtype by tensor, index) of an export."""
     kept, own = run.imported, run.tokenizer()
     if (kept / RECORD).is_file():
@@ -108,8 +109,9 @@ def export_hf(place: Place, out, *, dtype: str | None = None, say=print) -> dict
         raise ConfigError(f"--dtype={dtype}: must be float32, bfloat16 or float16.")
     cfg = run.config()
     require_token_ids(cfg, "moex export-hf")
+    check_no_adapters(run, "moex export-hf", " (--adapter writes them alone)")
     target = new_folder(out, f"--out={out}")
-    config, files, dtypes, index = _description(run, cfg)
+    config, files, dtypes, index = description(run, cfg)
     family = FAMILIES[config["model_type"]]
     wanted = list(pieces(cfg.model, family.names))
     loaded = load_run(run, warn=say)

@@ -105,7 +105,7 @@ class Folder:
         files = sorted(set(weight_map.values())) if weight_map else [SINGLE]
         tensors: dict[str, Stored] = {}
         for file in files:
-            for name, tensor in _header(path / file).items():
+            for name, tensor in stored_tensors(path / file).items():
                 if name in tensors:
                     raise ConfigError(
                         f"{path}: the tensor {name!r} is in two shards, "
@@ -187,8 +187,12 @@ def read_index(file: Path) -> dict[str, Any]:
     return index
 
 
-def _header(file: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file."""
+def stored_tensors(file: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file, by name.
+
+    Raises:
+      ConfigError: if it is not one, or is broken.
+    """
     try:
         with open(file, "rb") as f:
             size = int.from_bytes(f.read(8), "little")

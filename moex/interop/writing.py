@@ -43,6 +43,7 @@ def write(
     tensors: Sequence[Tensor],
     *,
     max_shard_bytes: int = 1 << 30,
+    single: str = SINGLE,
     files: Mapping[str, str | Path] | None = None,
     index: Mapping[str, Any] | None = None,
 ) -> None:
@@ -55,6 +56,7 @@ def write(
       folder: where to; must be empty or not exist.
       tensors: what to write; names differ.
       max_shard_bytes: largest shard; a tensor above that has a shard of its own.
+      single: name of the file if there is one only.
       files: what else goes into the folder, by file name: a text, or a file to copy.
       index: another folder's index; its files are used if the tensors are the same.
 
@@ -65,7 +67,7 @@ def write(
     target = new_folder(folder, f"--out={folder}")
     if index is None or index["weight_map"].keys() != {t.name for t in tensors}:
         index = {}
-    shards = _plan(tensors, max_shard_bytes, index.get("weight_map"))
+    shards = _plan(tensors, max_shard_bytes, index.get("weight_map"), single)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -74,7 +76,7 @@ def write(
             for name, shard in shards.items():
                 _write_shard(temporary / name, shard, at.add)
         files = dict(files or {})
-        if list(shards) != [SINGLE]:
+        if list(shards) != [single]:
             files[INDEX] = json.dumps(_index(shards, index), indent=2) + "\n"
         for name, content in files.items():
             if isinstance(content, Path):
@@ -89,7 +91,10 @@ def write(
 
 
 def _plan(
-    tensors: Sequence[Tensor], most: int, file_of: Mapping[str, str] | None
+    tensors: Sequence[Tensor],
+    most: int,
+    file_of: Mapping[str, str] | None,
+    single: str,
 ) -> dict[str, list[Tensor]]:
     """Tensors by file: those of `file_of`, or of at most so many bytes."""
     shards: dict[str, list[Tensor]] = {}
@@ -107,7 +112,7 @@ def _plan(
         size += tensor.nbytes
     count = len(parts)
     names = (f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count))
-    return dict(zip(names if count > 1 else (SINGLE,), parts, strict=True))
+    return dict(zip(names if count > 1 else (single,), parts, strict=True))
 
 
 def _index(shards: dict[str, list[Tensor]], before: Mapping[str, Any]) -> dict:

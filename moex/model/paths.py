@@ -35,3 +35,15 @@ def together(trained, frozen):
         frozen,
         is_leaf=lambda a: a is None,
     )
+
+
+def nested(flat: dict[str, Any]) -> dict:
+    """Undo `flat_paths`."""
+    tree: dict = {}
+    for name, value in flat.items():
+        node = tree
+        *parts, last = name.split("/")
+        for part in parts:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree

@@ -10,7 +10,8 @@ import os
 
 from moex.config.base import ConfigError
 from moex.data.files import atomic_write
-from moex.json_files import dump_json, field, read_object
+from moex.json_files import digest, dump_json, field, read_object
+from moex.model.spec import model_spec
 from moex.runs.directory import RunDir
 from moex.runs.record import read_record
 
@@ -57,6 +58,33 @@ class Base:
         if now.digest != then:
             raise ConfigError(f"{told}, whose parameters are not the same any more.")
         return now
+
+
+def base_hash(model) -> str:
+    """The hash of names and shapes of a model config without its adapters.
+
+    Adapter files have it: they are for any base of these parameters.
+    """
+    shapes = model_spec(dataclasses.replace(model, adapter=None)).shapes()
+    return digest(shapes)
+
+
+def check_no_adapters(run: RunDir, where: str, also: str = "") -> None:
+    """Refuse a run with adapters, for what would overlook them.
+
+    Args:
+      run: the run directory.
+      where: begins the message.
+      also: what else could be done, in the message.
+
+    Raises:
+      ConfigError: if the run has adapters, with the command that merges them.
+    """
+    if run.config().model.adapter is not None:
+        raise ConfigError(
+            f"{where}: {run} has adapters{also}; fold them into the base first: moex "
+            f"convert {run} --to=merged --workdir=RUN"
+        )
 
 
 def has_base(cfg) -> bool:

@@ -34,7 +34,9 @@ class LoadedRun(Program):
         return self.folder.tokenizer()
 
 
-def load_run(place: Place, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun:
+def load_run(
+    place: Place, mesh_cfg=None, *, warn=print, step=None, whole=True
+) -> LoadedRun:
     """Read the newest intact parameters of a run directory, or those of one step.
 
     Args:
@@ -43,6 +45,7 @@ def load_run(place: Place, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun
         job, otherwise one that keeps a copy of the model on each device.
       warn: called with one line per damaged checkpoint, and if the mesh does not fit.
       step: the step of the checkpoint; None: the newest that is intact.
+      whole: False: of a run with adapters on a base, only what it keeps itself.
 
     Raises:
       ConfigError: if it is not a run directory or has no (such) checkpoint.
@@ -55,7 +58,7 @@ def load_run(place: Place, mesh_cfg=None, *, warn=print, step=None) -> LoadedRun
     else:
         mesh = mesh_cfg.make()
         check_mesh(spec, mesh)
-    return _load(run, Program(cfg=cfg, mesh=mesh, spec=spec), warn, step)
+    return _load(run, Program(cfg=cfg, mesh=mesh, spec=spec), warn, step, whole)
 
 
 def base_params(run: RunDir, program: Program, warn=print) -> dict:
@@ -122,7 +125,7 @@ def check_base(program: Program, before, spec: ModelSpec, where: str) -> None:
         )
 
 
-def _load(run: RunDir, program: Program, warn, step) -> LoadedRun:
+def _load(run: RunDir, program: Program, warn, step, whole=True) -> LoadedRun:
     cfg = program.cfg
     nothing = ConfigError(f"{run}: the run has no checkpoint yet.")
     if not run.checkpoints.is_dir():
@@ -144,7 +147,7 @@ def _load(run: RunDir, program: Program, warn, step) -> LoadedRun:
         raise nothing
     step, arrays, _, _ = found
     model = {name: arrays[name] for name in ("params", "state")}
-    if has_base(cfg):
+    if whole and has_base(cfg):
         model["params"] = with_base(model["params"], base_params(run, program, warn))
     return LoadedRun(**vars(program), folder=run, step=step, **model)
 

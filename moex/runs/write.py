@@ -69,7 +69,7 @@ def write_run(
     try:
         position = dataclasses.asdict(Consumed())
         meta = about_step(0, cfg, cfg.task.identity(data))
-        checkpointer.save(0, state, data=position, meta=meta)
+        checkpointer.save(0, program.saved(state), data=position, meta=meta)
         checkpointer.wait()
     finally:
         checkpointer.close()

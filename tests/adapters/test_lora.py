@@ -9,6 +9,7 @@ import pytest
 
 from moex.adapters.lora import LoRA
 from moex.config.base import ConfigError
+from moex.model import paths
 from moex.model.paths import flat_paths, path_name
 from moex.model.spec import init_params, model_spec
 from moex.moe.experts.glu import Glu
@@ -68,14 +69,7 @@ def merged(params, shapes, scale):
 
 
 def nested(flat):
-    tree = {}
-    for name, value in flat.items():
-        node = tree
-        *parts, last = name.split("/")
-        for part in parts:
-            node = node.setdefault(part, {})
-        node[last] = jnp.asarray(value, jnp.float32)
-    return tree
+    return paths.nested({n: jnp.asarray(v, jnp.float32) for n, v in flat.items()})
 
 
 def tokens(rows=2, length=12):

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from moex.data.sources import Text
-from moex.interop.folder import Folder
+from moex.interop.folder import Folder, stored_tensors
 from moex.interop.hf import import_hf
 from moex.interop.writing import Tensor, write
 from moex.runs.directory import given_config
@@ -28,6 +28,11 @@ def import_fixture(name, out, folder=None):
 def tensors(folder) -> dict:
     opened = Folder.open(folder)
     return {n: opened[n].read() for n in opened.names}
+
+
+def tensors_of_file(folder, name="adapter_model.safetensors") -> dict:
+    """The tensors of the only file of an adapter's folder."""
+    return {n: t.read() for n, t in stored_tensors(folder / name).items()}
 
 
 def same_tensors(a, b) -> None:

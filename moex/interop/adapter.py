@@ -1,0 +1,353 @@
+"""Adapters as folders apart from their base: `export-hf --adapter` and back.
+
+LoRA is written as PEFT does (`peft.py`); `moex_adapter.json` beside it has what PEFT
+has no field for. Any other kind is in a layout of our own: the same file, and
+`moex_adapter.safetensors` with our names. See docs/adapters.md.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moex.adapters.lora import LoRA, factors
+from moex.config import base as configs
+from moex.config.base import ConfigError, nearest
+from moex.config.flags import load_config
+from moex.data.chat import keep_layout
+from moex.data.files import atomic_write
+from moex.data.pipeline import unread
+from moex.data.tokenizer import SavedTokenizer
+from moex.interop import peft
+from moex.interop.card import CARD
+from moex.interop.export import description
+from moex.interop.families import FAMILIES
+from moex.interop.folder import stored_tensors
+from moex.interop.peft_names import Site, sites
+from moex.interop.writing import Tensor, write
+from moex.json_files import dump_json, field, read_object
+from moex.model.optim import make_optimizer
+from moex.model.paths import flat_paths, nested
+from moex.model.spec import ModelSpec, model_spec
+from moex.nn.projection import AdapterConfig
+from moex.runs.base import Base, base_hash, has_base, with_base
+from moex.runs.claim import new_folder, new_run
+from moex.runs.directory import Place, RunDir
+from moex.runs.keys import check_run
+from moex.runs.open import LoadedRun, differences, load_run
+from moex.runs.program import Program, mesh_here
+from moex.runs.write import write_run
+from moex.tasks.base import require_token_ids
+
+ABOUT = "moex_adapter.json"
+TENSORS = "moex_adapter.safetensors"
+FORMAT = 1
+RECORD = "adapter.json"  # in `RUN/hf`: the types of the tensors that came in
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter that was read from a folder, for one base."""
+
+    config: AdapterConfig
+    arrays: dict[str, np.ndarray]  # all that the run of it keeps, by path
+    dtypes: dict[str, str]  # {tensor of PEFT: its type}
+
+
+def export_adapter(place: Place, out, *, say=print) -> None:
+    """Write the adapters of a run as a folder, without its base.
+
+    Args:
+      place: run directory.
+      out: the folder; must not exist or be empty.
+      say: called with each line of news.
+
+    Raises:
+      ConfigError: if the run has no adapters, or PEFT has no form for its LoRA.
+    """
+    run = RunDir.of(place)
+    if jax.process_count() > 1:
+        raise ConfigError("export-hf: runs in one process; all shards must be here.")
+    cfg = run.config()
+    adapter = cfg.model.adapter
+    if adapter is None:
+        raise ConfigError(f"--adapter: {run} has no adapters; export it without.")
+    target = new_folder(out, f"--out={out}")
+    loaded = load_run(run, warn=say)
+    arrays = _own_arrays(loaded)
+    about = {
+        "format": FORMAT,
+        "adapter": configs.to_dict(adapter),
+        "base": base_hash(cfg.model),
+        "step": loaded.step,
+    }
+    files: dict[str, Any] = {ABOUT: dump_json(about, indent=1) + "\n"}
+    plain = isinstance(adapter, LoRA) and not adapter.also_train
+    if plain:
+        values, name = _peft_files(loaded, arrays, files), peft.TENSORS
+    else:
+        values, name = arrays, TENSORS
+
+    def tensor(key, value) -> Tensor:
+        return Tensor(key, value.shape, value.dtype, lambda: value)
+
+    made = [tensor(*item) for item in values.items()]
+    write(target, made, single=name, max_shard_bytes=1 << 62, files=files)
+    size = sum(math.prod(t.shape) for t in made)
+    form = "PEFT" if plain else "moex, as PEFT has no such adapter"
+    say(f"{out}: {len(made)} tensors, {size:,} parameters, in the layout of {form}")
+
+
+def _own_arrays(run: LoadedRun) -> dict[str, np.ndarray]:
+    """Arrays that a base has not, or not so: adapters, trained ones, router states."""
+    names, params = _beyond_base(run.spec, run.cfg.model), flat_paths(run.params)
+    trained = {name: np.asarray(params[name]) for name in sorted(names)}
+    if not has_base(run.cfg):
+        return trained
+    base = Base.read(run.folder)
+    before = load_run(base.folder, step=base.step, whole=False, warn=lambda line: None)
+    old, new = flat_paths(before.state), flat_paths(run.state)
+    moved = {
+        name: np.asarray(array)
+        for name, array in new.items()
+        if name not in old or not np.array_equal(array, old[name])
+    }
+    return trained | moved
+
+
+def _beyond_base(spec: ModelSpec, model) -> set[str]:
+    """The paths of parameters that are trained, or that the model alone has not."""
+    plain = flat_paths(model_spec(dataclasses.replace(model, adapter=None)).params)
+    kept = {name for name in plain if spec.info[name].frozen}
+    return flat_paths(spec.params).keys() - kept
+
+
+def _peft_files(run: LoadedRun, arrays, files: dict[str, Any]):
+    """The tensors of PEFT by name; its other files are added to `files`."""
+    base = Base.read(run.folder).folder if has_base(run.cfg) else run.folder
+    for name in sorted(arrays.keys() & flat_paths(run.spec.state).keys()):
+        raise ConfigError(
+            f"export-hf --adapter: training moved {name}, which files of PEFT cannot "
+            "hold; fold the adapters in (moex convert --to=merged) and export that."
+        )
+    every = family_sites(base, run.cfg.model)
+    values, adapted = peft.tensors_of(arrays, every)
+    kept, dtypes = run.folder.imported, {}
+    settings = peft.settings_of(run.cfg.model.adapter, adapted, every)
+    files[peft.SETTINGS] = json.dumps(settings, indent=2) + "\n"
+    if (kept / RECORD).is_file():
+        where = str(kept / RECORD)
+        dtypes = field(read_object(kept / RECORD), "dtypes", dict[str, str], where)
+        if dtypes.keys() == values.keys():
+            files[peft.SETTINGS] = kept / peft.SETTINGS
+            if run.step == 0 and (kept / CARD).is_file():
+                files[CARD] = kept / CARD
+    kinds = {name: np.dtype(dtypes.get(name, "float32")) for name in values}
+    return {name: value.astype(kinds[name]) for name, value in values.items()}
+
+
+def family_sites(base: RunDir, model) -> list[Site]:
+    """All that PEFT can adapt in a model whose base is a run.
+
+    Raises:
+      ConfigError: if no family of transformers has the base.
+    """
+    plain = dataclasses.replace(model, adapter=None)
+    config, *_ = description(base, _config_of(base, plain))
+    return list(sites(plain, FAMILIES[config["model_type"]].names))
+
+
+def _config_of(base: RunDir, model):
+    cfg = base.config()
+    cfg.model = model
+    return cfg
+
+
+def read_adapter(folder, base: RunDir) -> AdapterFiles:
+    """Read the folder of an adapter for a base.
+
+    Args:
+      folder: of PEFT, or as `export_adapter` writes it.
+      base: the run whose model it is for.
+
+    Raises:
+      ConfigError: if it is for another base, or is broken.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"--adapter={folder}: there is no such folder.")
+    model = base.config().model
+    if model.adapter is not None:
+        raise ConfigError(
+            f"{base}: has adapters itself; fold them in with moex convert {base} "
+            "--to=merged --workdir=RUN, and give that run."
+        )
+    about = {}
+    if (path / ABOUT).is_file():
+        about = _about(path / ABOUT, base, model)
+    if (path / peft.SETTINGS).is_file():
+        return _read_peft(path, base, model, about.get("adapter"))
+    if not about:
+        raise ConfigError(f"{path}: has neither {peft.SETTINGS} nor {ABOUT}.")
+    arrays, spec = {}, model_spec(dataclasses.replace(model, adapter=about["adapter"]))
+    stored = stored_tensors(path / TENSORS)
+    shapes = spec.shapes()
+    trained = _beyond_base(spec, model)
+    known = trained | flat_paths(spec.state).keys()
+    for name in sorted(stored.keys() - known):
+        told = f"{path / TENSORS}: tensor {name!r} is of no adapter of {ABOUT}."
+        raise ConfigError(f"{told}{nearest(name, known - stored.keys())}")
+    for name in sorted(trained | stored.keys()):
+        if name not in stored:
+            raise ConfigError(f"{path / TENSORS}: tensor {name!r} is missing.")
+        if stored[name].shape != shapes[name]:
+            raise ConfigError(
+                f"{path / TENSORS}: tensor {name!r} has shape "
+                f"{list(stored[name].shape)}; {ABOUT} makes it {list(shapes[name])}."
+            )
+        arrays[name] = stored[name].read()
+    return AdapterFiles(about["adapter"], arrays, {})
+
+
+def _about(file: Path, base: RunDir, model) -> dict[str, Any]:
+    """The fields of our JSON file, with the adapter as a config."""
+    data, where = read_object(file), str(file)
+    form = field(data, "format", int, where)
+    if form != FORMAT:
+        told = f"{where}: format = {form}: must be {FORMAT}; a newer moex wrote it."
+        raise ConfigError(told)
+    if field(data, "base", str, where) != base_hash(model):
+        raise ConfigError(
+            f"{where}: the adapter is for another base than {base}: names or shapes of "
+            "parameters differ."
+        )
+    adapter = configs.from_dict(
+        field(data, "adapter", dict, where), f"{where}: adapter"
+    )
+    if not isinstance(adapter, AdapterConfig):
+        raise ConfigError(
+            f"{where}: adapter is {type(adapter).__name__}, which is none."
+        )
+    return data | {"adapter": adapter}
+
+
+def _read_peft(path: Path, base: RunDir, model, given) -> AdapterFiles:
+    every = family_sites(base, model)
+    config, stored = peft.read_peft(path, every, base)
+    if isinstance(given, LoRA):  # its patterns, which PEFT has no place for
+        named = dataclasses.replace(given, shared=False)
+        if (named.rank, named.alpha) == (config.rank, config.alpha):
+            config = named
+    shapes = model_spec(dataclasses.replace(model, adapter=config)).shapes()
+    arrays = {
+        name: np.zeros(shape, np.float32)
+        for name, shape in shapes.items()
+        if "/adapters/" in f"/{name}"
+    }
+    for site, pair in stored.items():
+        a, b = (arrays[name] for name in factors(site.path))
+        site.fill(a, b, *(t.read().astype(np.float32) for t in pair))
+    adapted = {site.full for site in stored}
+    dtypes = {
+        name: tensor.dtype.name
+        for site, pair in stored.items()
+        for name, tensor in zip(peft.names_of(site, adapted), pair, strict=True)
+    }
+    return AdapterFiles(config, arrays, dtypes)
+
+
+def adapted_run(read: AdapterFiles, base: LoadedRun) -> LoadedRun:
+    """The model of a base with an adapter; arrays of the base are shared."""
+    cfg = configs.from_dict(configs.to_dict(base.cfg))
+    cfg.model = dataclasses.replace(cfg.model, adapter=read.config)
+    spec = model_spec(cfg.model, base.mesh)
+    own = {n: jnp.asarray(array) for n, array in read.arrays.items()}
+    params = nested({n: a for n, a in own.items() if n in flat_paths(spec.params)})
+    state = nested({n: a for n, a in own.items() if n in flat_paths(spec.state)})
+    return dataclasses.replace(
+        base,
+        cfg=cfg,
+        spec=spec,
+        params=with_base(params, base.params),
+        state=with_base(state, base.state),
+    )
+
+
+def import_adapter(
+    base_place: Place,
+    folder,
+    out,
+    config_args: list[str] = (),  # type: ignore[assignment]
+    *,
+    say=print,
+) -> None:
+    """Write a run that has the adapters of a folder on a base, at step 0.
+
+    Args:
+      base_place: run directory of the base, which the new run names as its own.
+      folder: of PEFT, or as `export_adapter` writes it.
+      out: the new run directory; must not exist or be empty.
+      config_args: `--config.a.b=value` on the run config, such as the learning rate.
+      say: called with each line of news.
+
+    Raises:
+      ConfigError: for a user's mistake or a folder that does not fit the base.
+    """
+    base, out = RunDir.of(base_place), new_folder(out, f"--out={out}")
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "import-hf: runs in one process; a job of several reads its run directory."
+        )
+    if any(base.path.glob("*.safetensors")):
+        raise ConfigError(
+            f"{base}: is a checkpoint folder; with --adapter it must be a run. Import "
+            f"it first: moex import-hf {base} --out RUN"
+        )
+    require_token_ids(base.config(), "moex import-hf")
+    read = read_adapter(folder, base)
+    cfg = base.config()
+    cfg.model = dataclasses.replace(cfg.model, adapter=read.config)
+    spec = model_spec(cfg.model)
+    shapes, frozen = spec.shapes(), {n for n, i in spec.info.items() if i.frozen}
+    cfg.init_from = str(base.path.absolute())
+    if frozen & read.arrays.keys():  # such as a bank of MoRAM, which no base has
+        cfg.init_from = ""
+        say(f"{out}: holds {base} too, as these adapters have frozen parameters")
+    cfg = load_config(list(config_args), base=cfg)
+    check_run(cfg)
+    for name, new, old in differences(model_spec(cfg.model).shapes(), shapes):
+        raise ConfigError(
+            f"--config.model...: changes {name}, of shape {old} in the folder, to {new}"
+            " (None: there is none)."
+        )
+    mesh = mesh_here(cfg)
+    program = Program(cfg=cfg, mesh=mesh, spec=model_spec(cfg.model, mesh))
+    loaded = load_run(base, cfg.mesh, warn=say)
+    whole = adapted_run(read, loaded)
+    tx, _ = make_optimizer(cfg.optim, cfg.steps, program.spec.params, program.spec.info)
+    data = unread(cfg.data, cfg.seq_len, base.tokenizer())
+    with new_run(out, f"--out={out}", say) as temporary:
+        if read.dtypes:
+            kept = temporary.imported
+            kept.mkdir(parents=True)
+            for name in (peft.SETTINGS, CARD):
+                if (Path(folder).expanduser() / name).is_file():
+                    shutil.copyfile(Path(folder).expanduser() / name, kept / name)
+            record = {"from": str(folder), "dtypes": read.dtypes}
+            atomic_write(kept / RECORD, json.dumps(record, indent=1) + "\n")
+        cfg.data = dataclasses.replace(
+            cfg.data, tokenizer=SavedTokenizer(path=str(RunDir(out).tokenizer_folder))
+        )
+        keep_layout(base.imported, temporary.imported)
+        if has_base(cfg):
+            Base.of(base, loaded.step).save(temporary)
+        arrays = {"params": whole.params, "state": whole.state}
+        write_run(temporary, cfg, program, tx, data, arrays)
+    size = sum(array.size for array in read.arrays.values())
+    say(f"{out}: adapters of {size:,} parameters on step {loaded.step} of {base}")
