@@ -13,6 +13,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from moex.config.flags import load_config
+from moex.data.sources import Parquet
+from moex.runs.keys import check_run
 from tests import printed, runs
 from tests.interop import parity
 from tests.printed import Printed
@@ -183,7 +186,9 @@ class Reader:
             table = pyarrow.table({"text": texts, "body": texts})
             pyarrow.parquet.write_table(table, self.folder / f"{name}.parquet")
         text = runs.CONFIG.replace("import Text", "import Parquet")
-        text = re.sub(r"Text\(.*\)", 'Parquet(paths=("a.parquet",), holdout=0.1)', text)
+        text = re.sub(
+            r"Text\(.*0\.1\)", 'Parquet(paths=("a.parquet",), holdout=0.1)', text
+        )
         (self.folder / "parquet.py").write_text(text, encoding="utf-8")
 
     def run(self, text: str) -> None:
@@ -242,6 +247,13 @@ class Reader:
         mine = {"PATH": path, "HOME": str(home), "MOEX_CACHE": str(home / "cache")}
         kept = runs.environment(**mine)
         return {k: v for k, v in kept.items() if not k.startswith("JAX_COMPILATION")}
+
+
+def test_the_config_file_of_a_reader_is_good(tmp_path):
+    folder = Reader(tmp_path / "reader").folder
+    cfg = load_config([f"--config={folder / 'parquet.py'}"])
+    check_run(cfg)
+    assert isinstance(cfg.data.sources[0], Parquet)
 
 
 @pytest.fixture(scope="module")
