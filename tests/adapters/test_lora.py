@@ -64,6 +64,8 @@ def merged(params, shapes, scale):
         b = b.reshape(*a.shape[:-3], *a.shape[-2:], -1)
         change = scale * np.einsum("...inr,...nro->...ino", a, b)
         target = f"{owner}{own}"
+        if "experts/" in target and change.ndim == 4:  # all experts share it
+            change = np.repeat(change[:, None], full[target].shape[1], axis=1)
         full[target] = full[target] + change.reshape(full[target].shape)
     return full
 
@@ -128,13 +130,27 @@ def test_it_is_the_model_with_changed_matrices(model, compute):
     assert float(jnp.max(jnp.abs(own - start))) > 0.1
 
 
+@pytest.mark.thorough
+def test_experts_may_share_a_change():
+    model = tiny_lm(Segment(pattern=(tiny_moe(),), repeat=2))
+    fields = {"targets": ("experts/w_",), "shared": True}
+    base, adapted, params, state = adapted_model(model, **fields)
+    full = nested(merged(params, base.shapes(), 2.0))
+    own, whole = (logits(*m, state) for m in ((adapted, params), (base, full)))
+    largest = float(jnp.max(jnp.abs(whole)))
+    assert_close(own / largest, whole / largest, "step")
+
+
 def test_its_gradients_are_those_of_the_changed_matrices():
-    base, adapted, params, state = adapted_model()
+    model = tiny_lm(Segment(pattern=(tiny_moe(),)))
+    targets = tuple(t for t in EVERYTHING if t != "*ffn/w_*")
+    base, adapted, params, state = adapted_model(model, targets=targets)
     full = nested(merged(params, base.shapes(), 2.0))
     target = jax.random.normal(jax.random.key(2), logits(base, full, state).shape)
 
     def loss(spec, params):
-        return jnp.vdot(spec.merge(params, state)(context(tokens()))[0], target)
+        ctx = context(tokens(), kernels="xla")
+        return jnp.vdot(spec.merge(params, state)(ctx)[0], target)
 
     own = flat_paths(jax.jit(jax.grad(lambda p: loss(adapted, p)))(params))
     of_full = flat_paths(jax.jit(jax.grad(lambda p: loss(base, p)))(full))
