@@ -114,7 +114,7 @@ NEEDS = {
 }
 # Every training is short.
 SHORT = (
-    *("steps=4", "batch_size=2", "optim.warmup_steps=0"),
+    *("steps=4", "batch_size=4", "optim.warmup_steps=0"),
     *("eval.sequences=4", "eval.batch_size=32", "log.sample_tokens=4"),
     "log.compressors=False",
 )
@@ -207,17 +207,16 @@ class Reader:
         for name in GIVEN:
             if re.search(rf"[ =]{name}\b", needed):
                 self.give(name)
-        if text.startswith("moex train"):
+        if text.startswith(("moex train", "python -m launch.local")):
             text += "".join(f" --config.{field}" for field in SHORT)
         if text.startswith("tensorboard"):  # it serves until it is ended
             text = f"timeout 20 {text} --port=0 || test $? = 124"
         done = subprocess.run(
-            ["bash", "-euc", text],
+            ["timeout", "900", "bash", "-euc", text],  # ends its children too
             cwd=self.folder,
             env=self.environment(),
             capture_output=True,
             text=True,
-            timeout=600,
         )
         told = f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         assert done.returncode == 0, told
