@@ -11,6 +11,8 @@ __version__ = "0.3.0"
 # The public names of each module.
 PUBLIC = {
     "moex.adapters.lora": "LoRA",
+    "moex.adapters.loramoe": "LoRAMoE",
+    "moex.adapters.moram": "MoRAM",
     "moex.adapters.moram": "MoRAM",
     "moex.allocator": "keep_memory",
     "moex.cache": "keep_programs",
