@@ -13,7 +13,6 @@ PUBLIC = {
     "moex.adapters.lora": "LoRA",
     "moex.adapters.loramoe": "LoRAMoE",
     "moex.adapters.moram": "MoRAM",
-    "moex.adapters.moram": "MoRAM",
     "moex.allocator": "keep_memory",
     "moex.cache": "keep_programs",
     "moex.config.base": "Config ConfigError check",
