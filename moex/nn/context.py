@@ -118,7 +118,7 @@ class Context:
         return dataclasses.replace(self, told=told)
 
     def reports(self) -> dict:
-        """What was told, as the part of an aux that it is; {} if that is nothing."""
+        """The part of an aux that was told; {} if nothing was."""
         return {"adapters": self.told} if self.told else {}
 
     @property
