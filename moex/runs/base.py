@@ -115,6 +115,7 @@ def with_base(own: dict, base: dict) -> dict:
     both = dict(base)
     for name, value in own.items():
         inner = base.get(name)
-        nested = isinstance(value, dict) and isinstance(inner, dict)
-        both[name] = with_base(value, inner) if nested else value
+        if isinstance(value, dict) and isinstance(inner, dict):
+            value = with_base(value, inner)
+        both[name] = value
     return both
