@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from tqdm import tqdm
-
 from moex.numbers import scaled
 from moex.terminal import clock, printable
 
@@ -81,6 +79,8 @@ class Phase:
             told += f", {self.note}"
         if columns is None or not known:
             return f"{doing}: {told}"[:columns]
+        from tqdm import tqdm  # late: it takes as long as all of `moex --help`
+
         return tqdm.format_meter(
             self.done,
             self.total,
