@@ -17,6 +17,7 @@ def make_model(cfg: Model, rngs: nnx.Rngs) -> Layers:
     model = cfg.make(rngs)
     if cfg.adapter is not None:
         attach(model, cfg.adapter, rngs)
+        cfg.adapter.extend(model, cfg, rngs, "config.model.adapter")
     return model
 
 
@@ -58,7 +59,7 @@ def attach(model, cfg: AdapterConfig, rngs, *, part: str = "") -> None:
         chosen |= {name: adaptable[name] for name in found if name in adaptable}
     trained = {
         name
-        for pattern in cfg.also_train
+        for pattern in cfg.trained_too()
         for name in _matching(pattern, params, f"{path}.also_train", whole)
     }
     for name, variable in params.items():
@@ -151,7 +152,8 @@ def adapter_table(cfg: AdapterConfig, params: dict, info: dict) -> str:
             matrix = f"{owner}/{rest.partition('/')[0]}".lstrip("/")
             own[matrix] = own.get(matrix, 0) + size
     lines = [("adapted matrix", "parameters", "added")]
-    lines += [(m, f"{sizes[m]:,}", f"{own[m]:,}") for m in own]
+    # Adapters of the whole model, such as prompts, change no matrix.
+    lines += [(m, f"{sizes.get(m, 0):,}", f"{own[m]:,}") for m in own]
     trained = {n: v for n, v in sizes.items() if not info[n].frozen}
     also = [n for n in trained if "adapters" not in n.split("/")]
     total, learned = sum(sizes.values()), sum(trained.values())

@@ -222,7 +222,7 @@ def _muon_dims(params, info):
 
 def decays(name: str, info) -> bool:
     """Whether this parameter has weight decay: matrices do, stacked vectors do not."""
-    is_vector = name.split("/")[-1].startswith(("bias", "v_", "sink"))
+    is_vector = name.split("/")[-1].startswith(("bias", "scale", "gate", "v_", "sink"))
     return len(info[name].axes) >= 2 and not is_vector
 
 

@@ -160,6 +160,7 @@ def _for_experts(ctx, share):
     names = (
         *("segment_BL", "position_BL", "token_BL", "step", "key", "forced"),
         *("layer", "depth", "domain_B", "scored_BL", "told"),
+        *("visual_BMC", "has_visual_B", "extra_keys"),
     )
     return dataclasses.replace(ctx, **dict.fromkeys(names), tensor_share=share)
 

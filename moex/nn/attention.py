@@ -21,6 +21,7 @@ from kernels_pallas.dense import computes_in_c
 from moex.config.base import MOST, require, require_choice
 from moex.nn.attention_blocks import FLOOR, attend_in_blocks, visible
 from moex.nn.contract import AttentionConfig, AttentionModule
+from moex.nn.extra_keys import add_extra_keys
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
 from moex.nn.projection import Projector, project
@@ -33,6 +34,8 @@ IMPLEMENTATIONS = ("einsum", "blocks", "native", "cudnn", "splash")
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Attention(AttentionConfig):
     """Grouped-query attention; `heads` query heads share `kv_heads` key/value heads."""
+
+    takes_extra_keys = True
 
     heads: int  # query heads H, >= 1
     kv_heads: int | None = None  # key/value heads G, divides heads; None: heads
@@ -166,29 +169,35 @@ class AttentionLayer(AttentionModule, Projector):
         self.bias_out_D = _zeros(rngs, (dim,), ("embed",), cfg.bias)
         self.sink_GR = _zeros(rngs, (G, R), ("heads", None), cfg.sinks)
 
-    def _project(self, x_BLD, ctx):
-        """Compute queries [B, L, H, A], keys and values [B, L, G, A], not rotated."""
-        dtype = x_BLD.dtype
+    def _queries(self, x_BLD, ctx):
+        """Compute queries [B, L, H, A], not rotated."""
         B, L, _ = x_BLD.shape
         _, G, R, A = self.w_q_DGRA[...].shape
         q = project(self, "w_q_DGRA", x_BLD, ctx)
-        k, v = self._keys_and_values(x_BLD, ctx)
-        if self.bias_q_GRA is not None and self.bias_kv_2GA is not None:
-            q += self.bias_q_GRA[...].astype(dtype)[None, None]
-            bias_k, bias_v = self.bias_kv_2GA[...].astype(dtype)[:, None, None]
-            k, v = k + bias_k, v + bias_v
+        if self.bias_q_GRA is not None:
+            q += self.bias_q_GRA[...].astype(q.dtype)[None, None]
         q_BLHA = constrain(q.reshape(B, L, G * R, A), "batch", "length", "heads", None)
-        if self.norm_q is not None and self.norm_k is not None:
-            if self.whole_norm:
-                q_BLHA = self.norm_q(q_BLHA.reshape(B, L, -1)).reshape(q_BLHA.shape)
-                k = self.norm_k(k.reshape(B, L, -1)).reshape(k.shape)
-            else:
-                q_BLHA, k = self.norm_q(q_BLHA), self.norm_k(k)
-        if self.clip is not None:
-            q_BLHA, k, v = (jnp.clip(a, -self.clip, self.clip) for a in (q_BLHA, k, v))
-        return q_BLHA, k, v
+        return self._clipped(self._normed(q_BLHA, self.norm_q))
 
     def _keys_and_values(self, x_BLD, ctx):
+        """Compute keys and values [B, L, G, A], not rotated."""
+        k, v = self._products(x_BLD, ctx)
+        if self.bias_kv_2GA is not None:
+            bias_k, bias_v = self.bias_kv_2GA[...].astype(k.dtype)[:, None, None]
+            k, v = k + bias_k, v + bias_v
+        return self._clipped(self._normed(k, self.norm_k)), self._clipped(v)
+
+    def _normed(self, x_BLHA, norm):
+        if norm is None:
+            return x_BLHA
+        if self.whole_norm:
+            return norm(x_BLHA.reshape(*x_BLHA.shape[:2], -1)).reshape(x_BLHA.shape)
+        return norm(x_BLHA)
+
+    def _clipped(self, x):
+        return x if self.clip is None else jnp.clip(x, -self.clip, self.clip)
+
+    def _products(self, x_BLD, ctx):
         """Compute keys and values [B, L, G, A], without biases."""
         # The gradient of a split is one concatenation; that of slices is padding twice.
         # In C we split the weights, which are smaller than the product; but not in a
@@ -209,8 +218,8 @@ class AttentionLayer(AttentionModule, Projector):
         dtype = x_BLD.dtype
         B, L, _ = x_BLD.shape
         _, G, R, A = self.w_q_DGRA[...].shape
-        q_BLHA, k, v = self._project(x_BLD, ctx)
-        q_BLHA = rotary(q_BLHA, ctx.position_BL, *self.rope)
+        q_BLHA = rotary(self._queries(x_BLD, ctx), ctx.position_BL, *self.rope)
+        k, v = self._keys_and_values(x_BLD, ctx)
         k = rotary(k, ctx.position_BL, *self.rope)
         # Where sequences are split, every device needs all keys of its rows.
         k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
@@ -234,6 +243,7 @@ class AttentionLayer(AttentionModule, Projector):
             window=self.window,
             sink_H=sink_H,
         )
+        y_BLHA = add_extra_keys(y_BLHA, q_BLHA, self._keys_and_values, A**-0.5, ctx)
         y_BLGRA = y_BLHA.reshape(B, L, G, R, A)
         y = project(self, "w_out_GRAD", y_BLGRA, ctx, contract=3)
         if self.bias_out_D is not None:

@@ -45,6 +45,9 @@ class Context:
         attend only inside their segment, and padding is not routed.
       position_BL: int32, position inside the segment, from 0.
       token_BL: int32 token ids; None where tokens have none.
+      visual_BMC: float32, M tokens of a frozen encoder for each sequence; None: none.
+      has_visual_B: bool, which sequences have them; None: all that `visual_BMC` has.
+      extra_keys: `ExtraKeys` of the adapters, which attentions attend to; or None.
       key_segment_BS, key_position_BS: the same for the keys of a decoding cache; None
         when the keys are the queries', and a cache is only written.
       cache_index: int32 scalar, where in the cache this call's keys are written.
@@ -75,6 +78,9 @@ class Context:
     segment_BL: jax.Array
     position_BL: jax.Array
     token_BL: jax.Array | None = None
+    visual_BMC: jax.Array | None = None
+    has_visual_B: jax.Array | None = None
+    extra_keys: tuple | None = None
     key_segment_BS: jax.Array | None = None
     key_position_BS: jax.Array | None = None
     cache_index: jax.Array | None = None

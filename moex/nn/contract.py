@@ -86,6 +86,8 @@ class AttentionConfig(PartConfig):
     """An attention: the first half of a block, with a cache for decoding."""
 
     role: ClassVar[str] = "an attention config such as Attention or LatentAttention"
+    # True: its module attends to the extra keys of adapters, see `nn/extra_keys.py`.
+    takes_extra_keys: ClassVar[bool] = False
 
     @abc.abstractmethod
     def make(self, dim: int, rngs: nnx.Rngs) -> "AttentionModule":

@@ -11,7 +11,7 @@ from kernels_pallas import matmul
 from moex.config.base import require
 from moex.nn.model import Layers, Model
 from moex.nn.param import param
-from moex.nn.projection import Projector, look_up, project
+from moex.nn.projection import look_up, project
 from moex.sharding import constrain
 
 
@@ -51,7 +51,7 @@ class LM(Model):
         ]
 
 
-class LanguageModel(Layers, Projector):
+class LanguageModel(Layers):
     """Parameters: w_embed_VD [V, D], those of `Layers`, w_logits_DV."""
 
     PROJECTED = ("w_embed_VD", "w_logits_DV")

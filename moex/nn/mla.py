@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from moex.config.base import require
 from moex.nn.attention import attend, choose, extend, key_places, mean_visible
 from moex.nn.contract import AttentionConfig, AttentionModule
+from moex.nn.extra_keys import add_extra_keys
 from moex.nn.norm import RMSNorm
 from moex.nn.param import param
 from moex.nn.projection import Projector, project
@@ -26,6 +27,8 @@ from moex.sharding import constrain
 @dataclasses.dataclass(kw_only=True, slots=True)
 class LatentAttention(AttentionConfig):
     """Multi-head latent attention of DeepSeek-V2 and V3."""
+
+    takes_extra_keys = True
 
     heads: int  # H, >= 1
     kv_latent: int  # width Z of the latent of keys and values, >= 1
@@ -141,6 +144,8 @@ class LatentAttentionLayer(AttentionModule, Projector):
         mix = self._absorbed if absorbs else self._grown
         places = key_places(ctx)
         y_BLHV = mix(q_BLHC[..., :N], q_rope, latent, k_rope, places, ctx)
+        q_BLHC = jnp.concatenate([q_BLHC[..., :N], q_rope], axis=-1)
+        y_BLHV = add_extra_keys(y_BLHV, q_BLHC, self._extra, self.scale, ctx)
         return project(self, "w_out_HVD", y_BLHV, ctx, contract=2), cache
 
     def _queries(self, x_BLD, ctx):
@@ -153,18 +158,29 @@ class LatentAttentionLayer(AttentionModule, Projector):
 
     def _grown(self, q_nope, q_rope, latent_BSZ, k_rope_BSP, places, ctx):
         """Make keys and values of every head, then attend as usual."""
+        q = jnp.concatenate([q_nope, q_rope], axis=-1)
+        k, v = self._keys_and_values(latent_BSZ, k_rope_BSP, ctx)
+        name = choose(ctx.compute.attention, q, cached=True, plain=False)
+        return attend(q, k, v, *places, implementation=name, scale=self.scale)
+
+    def _keys_and_values(self, latent_BSZ, k_rope_BSP, ctx):
         N = self.nope_dim
         kv_BSHC = project(self, "w_kvb_ZHC", latent_BSZ, ctx)
         kv_BSHC = constrain(kv_BSHC, "batch", None, "heads", None)
         k_rope = jnp.broadcast_to(
             k_rope_BSP[:, :, None], (*kv_BSHC.shape[:3], k_rope_BSP.shape[-1])
         )
-        q = jnp.concatenate([q_nope, q_rope], axis=-1)
-        k = jnp.concatenate([kv_BSHC[..., :N], k_rope], axis=-1)
-        name = choose(ctx.compute.attention, q, cached=True, plain=False)
-        return attend(
-            q, k, kv_BSHC[..., N:], *places, implementation=name, scale=self.scale
-        )
+        return jnp.concatenate([kv_BSHC[..., :N], k_rope], axis=-1), kv_BSHC[..., N:]
+
+    def _extra(self, x_BPD, ctx):
+        """Compute the keys and values of extra states, not rotated."""
+        Z, (frequency, _, interleaved) = self.kv_latent, self.rope
+        c_BPC = project(self, "w_kva_DC", x_BPD, ctx)
+        # Position 0 turns nothing, but puts the pairs where those of queries are.
+        still = jnp.zeros(x_BPD.shape[:2], jnp.int32)
+        k_rope = rotary(c_BPC[:, :, None, Z:], still, frequency, 1.0, interleaved)
+        latent = self.norm_kv(c_BPC[..., :Z])
+        return self._keys_and_values(latent, k_rope[:, :, 0], ctx)
 
     def _absorbed(self, q_nope, q_rope, latent_BSZ, k_rope_BSP, places, ctx):
         """Attend to one shared key of width Z + P, and mix latents, not values."""

@@ -15,8 +15,9 @@ from flax import nnx
 from moex.config.base import MOST, Config, require
 from moex.nn.context import fold_key
 from moex.nn.contract import AttentionConfig
+from moex.nn.extra_keys import with_extra_keys
 from moex.nn.norm import RMSNorm
-from moex.nn.projection import AdapterConfig
+from moex.nn.projection import AdapterConfig, Projector
 from moex.nn.stack import Segment
 from moex.sharding import constrain
 
@@ -70,7 +71,7 @@ class Model(Config, abc.ABC):
         return ()
 
 
-class Layers(nnx.Module):
+class Layers(Projector):
     """Parameters: the segments, the last norm. Subclasses add their own before it."""
 
     def __init__(self, cfg: Model, rngs):
@@ -95,6 +96,7 @@ class Layers(nnx.Module):
           aux["segments"]["0"]["blocks"]["1"]["ffn"].
         """
         x_BLD = constrain(x_BLD.astype(ctx.compute.dtype), "batch", "length", None)
+        ctx = with_extra_keys(self.adapters, ctx)
         aux, new_caches = {}, []
         caches = [None] * len(self.segments) if caches is None else caches
         for i, (segment, cache) in enumerate(zip(self.segments, caches, strict=True)):

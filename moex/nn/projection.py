@@ -78,6 +78,20 @@ class AdapterConfig(Config, abc.ABC):
     def validate_domains(self, domains: tuple[str, ...], path: str) -> None:
         """Raise `ConfigError` for errors that only the domains of the data show."""
 
+    def trained_too(self) -> tuple[str, ...]:
+        """The patterns of parameters of the model that are trained too."""
+        return self.also_train
+
+    def extend(self, model, cfg, rngs: nnx.Rngs, path: str) -> None:
+        """Add what belongs to the whole model, when its matrices have their adapters.
+
+        Args:
+          model: `Layers`.
+          cfg: `Model` that it was made from.
+          rngs: `nnx.Rngs` with a `params` stream.
+          path: names this config in errors.
+        """
+
 
 class Adapter(nnx.Module):
     """The module that changes what one matrix computes.
@@ -108,7 +122,8 @@ class Adapter(nnx.Module):
 
         Args:
           x: input [..., I].
-          base: the matrix itself, [..., I] -> [..., N, O].
+          base: the matrix itself, [..., I] -> [..., N, O]; where N > 1,
+            `base(x, part)` is one of its parts, [..., 1, O].
           product: multiplies by parameters of the adapter.
           ctx: `Context`.
         """
@@ -321,9 +336,10 @@ def project(module: Projector, name: str, x, ctx, contract=1, out_dtype=None):
     w = getattr(module, name)[...].astype(x.dtype)
     kernels = ctx.compute.kernels
 
-    def base(x):
+    def base(x, part=None):
+        own = w if part is None else w[*[slice(None)] * contract, part]
         options = {"implementation": kernels, "out_dtype": out_dtype}
-        return matmul(x, w, contract=contract, **options)
+        return matmul(x, own, contract=contract, **options)
 
     return adapted(module, name, base, x, ctx, contract)
 
@@ -332,7 +348,8 @@ def adapted(module: Projector, name: str, base: Callable, x, ctx, contract=1):
     """The result of `base(x)`, changed by the adapter of a parameter if there is one.
 
     Args:
-      base: multiplies [..., *inner] by the parameter: [..., *outer].
+      base: multiplies [..., *inner] by the parameter: [..., *outer]; if the parameter
+        has parts, `base(x, part)` does so by one of them.
       module, name, x, ctx, contract: as for `project`.
     """
     if name not in module.adapters:
@@ -341,8 +358,10 @@ def adapted(module: Projector, name: str, base: Callable, x, ctx, contract=1):
     batch = shape[: x.ndim - contract]
     outer = jax.eval_shape(base, x).shape[len(batch) :]
 
-    def flat_base(x):
-        return base(x.reshape(shape)).reshape(*batch, adapter.parts, -1)
+    def flat_base(x, *part):
+        return base(x.reshape(shape), *part).reshape(
+            *batch, 1 if part else adapter.parts, -1
+        )
 
     flat = x.reshape(*batch, math.prod(shape[len(batch) :]))
     y, gates = adapter(flat, flat_base, Product(ctx), _inside(ctx, name))

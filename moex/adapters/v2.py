@@ -1,0 +1,265 @@
+"""LLaMA-Adapter V2: biases, scales, free norms, and gated attention to prompts.
+
+Every adapted matrix gets a bias and a scale, every RMSNorm is trained, and the last
+layers attend to learned prompts. With `Visual` the first layers attend to tokens of a
+frozen vision encoder. All of it does nothing at first.
+
+B batch · M visual tokens · C width of a visual token · P prompt length · Y layers with
+extra keys · D model width · H query heads · I inputs · O outputs · N parts
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+
+from moex.config.base import Config, ConfigError, require
+from moex.nn.extra_keys import ExtraKeys, KeysAdapter
+from moex.nn.norm import RMSNorm
+from moex.nn.param import param
+from moex.nn.projection import Adapter, AdapterConfig, Matrix
+
+SIDES = ("input", "output", None)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Visual(Config):
+    """Early fusion: the first layers attend to visual tokens of the batch."""
+
+    width: int  # C, numbers of a visual token, >= 1
+    tokens: int = 1  # M, visual tokens of a sequence, >= 1
+    layers: int = 1  # how many of the first layers attend to them, >= 1
+    # A batch with visual tokens trains only what is visual, and any other the rest.
+    disjoint: bool = True
+
+    def validate(self, path):
+        for name in ("width", "tokens", "layers"):
+            require(
+                getattr(self, name) >= 1,
+                f"{path}.{name}",
+                getattr(self, name),
+                "at least 1, or visual=None for no visual tokens",
+            )
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class AdapterV2(AdapterConfig):
+    """Prompts for the last layers, a bias and a scale for every matrix, free norms."""
+
+    # All matrices of attentions and feed-forwards, but not those of routers.
+    targets: tuple[str, ...] = ("attention/w_", "*ffn*/w_[!D]*")
+    bias: bool = True  # b of s * (W x + b), or of W (s * x) + b
+    # Where the scale s is: "output" as in the paper, "input" as in its code, or None.
+    scale_side: str | None = "output"
+    norms: bool = True  # scales of all RMSNorms are trained
+    prompt_length: int | None = 10  # P, >= 1; None: no prompts
+    # How many of the last layers have prompts, >= 1; None: all without visual tokens.
+    layers: int | None = None
+    visual: Visual | None = None  # None: no visual tokens
+
+    def validate(self, path):
+        for name in ("prompt_length", "layers"):
+            value = getattr(self, name)
+            ok = value is None or value >= 1
+            allowed = "at least 1, or None"
+            if name == "layers":
+                allowed = "at least 1; prompt_length=None is for no prompts"
+            require(ok, f"{path}.{name}", value, allowed)
+        side = "input, output or None"
+        require(self.scale_side in SIDES, f"{path}.scale_side", self.scale_side, side)
+        for_matrices = self.bias or self.scale_side is not None
+        allowed = "() without bias and scale" if self.targets else "not empty"
+        ok = bool(self.targets) == for_matrices
+        require(ok, f"{path}.targets", self.targets, allowed)
+        if not (for_matrices or self.prompt_length or self.visual or self.norms):
+            raise ConfigError(f"{path}: nothing is trained; turn a part of it on.")
+
+    def validate_matrix(self, matrix, path):
+        looked_up = matrix.input_axis == "vocab"
+        allowed = f"'output' or None for {matrix.path}, whose rows are looked up"
+        ok = not (looked_up and self.scale_side == "input")
+        require(ok, f"{path}.scale_side", self.scale_side, allowed)
+
+    def trained_too(self):
+        return (*self.also_train, "norm") if self.norms else self.also_train
+
+    def make(self, matrix, rngs):
+        return BiasAndScale(self, matrix, rngs)
+
+    def extend(self, model, cfg, rngs, path):
+        """Add prompts and visual tokens; say which batches train which parameters."""
+        made = self.keys_adapters(cfg, rngs, path)
+        model.adapters = nnx.Dict({**model.adapters, **made})
+        if self.visual is None or not self.visual.disjoint:
+            return
+        for where, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+            kind = "visual" if where[:2] == ("adapters", "visual") else "text"
+            variable.set_metadata(trained_by=kind)
+
+    def keys_adapters(self, cfg, rngs, path) -> dict[str, KeysAdapter]:
+        """The adapters of the whole model, by name."""
+        total = cfg.num_layers()
+        early = 0 if self.visual is None else self.visual.layers
+        late = total - early if self.layers is None else self.layers
+        of_model = f"{total}, the layers of the model"
+        require(early <= total, f"{path}.visual.layers", early, f"at most {of_model}")
+        if early:
+            of_model = f"{total - early}, the layers without visual tokens"
+        made: dict[str, KeysAdapter] = {}
+        if self.prompt_length is not None:
+            ok = 1 <= late <= total - early
+            require(ok, f"{path}.layers", self.layers, f"at most {of_model}")
+            place = _Place.of(cfg, total - late, late, path)
+            made["prompts"] = Prompts(place, self.prompt_length, rngs)
+        if self.visual is not None:
+            place = _Place.of(cfg, 0, early, path)
+            made["visual"] = VisualTokens(place, self.visual, rngs)
+        return made
+
+
+class BiasAndScale(Adapter):
+    """s * (W x + b) or W (s * x) + b.
+
+    Parameters: bias_NO [N, O], scale_NO [N, O] or scale_NI [N, I]; for stacked experts
+    they have a leading dim [E].
+
+    Source: Gao et al. 2023, arXiv:2304.15010, section 4.1; the scale of the input is
+    that of its released code.
+    """
+
+    def __init__(self, cfg: AdapterV2, matrix: Matrix, rngs):
+        super().__init__(matrix)
+        self.on_input = cfg.scale_side == "input"
+        # Devices that split the inputs add their outputs up, so each adds its share.
+        self.adds_up = matrix.input_axis == "mlp"
+
+        def vector(wanted, value, *, inputs=False) -> nnx.Param | None:
+            size = matrix.inputs if inputs else matrix.outputs
+            axis = matrix.input_axis if inputs else matrix.output_axis
+            if not wanted:
+                return None
+            shape, axes = (matrix.parts, size), (None, axis)
+            return matrix.array(
+                rngs, shape, axes, lambda _, full: jnp.full(full, value, jnp.float32)
+            )
+
+        self.bias_NO = vector(cfg.bias, 0.0)
+        self.scale_NO = vector(cfg.scale_side == "output", 1.0)
+        self.scale_NI = vector(self.on_input, 1.0, inputs=True)
+
+    def __call__(self, x, base, product, ctx):
+        if self.scale_NI is None:
+            y = base(x)
+        else:
+            x = x[..., None, :]
+            x = x * _each(self.scale_NI, x, product)
+            y = base(x[..., 0, :]) if self.parts == 1 else _by_part(base, x)
+        if self.bias_NO is not None:
+            share = ctx.tensor_share if self.adds_up else 1.0
+            y += share * _each(self.bias_NO, y, product)
+        if self.scale_NO is not None:
+            y *= _each(self.scale_NO, y, product)
+        return y, None
+
+
+def _each(parameter, like, product):
+    """A parameter [N, C], or its rows [..., N, C], to go with `like` [..., N, C]."""
+    own = product.each(parameter, like.dtype)
+    return own.reshape((1,) * (like.ndim - own.ndim) + own.shape)
+
+
+def _by_part(base, x):
+    """The outputs of all parts, each with an input of its own: [..., N, I] -> O."""
+    parts = [base(x[..., n, :], n) for n in range(x.shape[-2])]
+    return jnp.concatenate(parts, axis=-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """The layers with extra keys."""
+
+    dim: int
+    heads: int
+    first: int  # depth of the first of them, from 0
+    layers: int  # how many there are
+    everywhere: bool  # these are all layers of the model
+
+    @classmethod
+    def of(cls, cfg, first: int, layers: int, path: str) -> "_Place":
+        """The `layers` layers of a model config from `first` on."""
+        attentions = [
+            attention
+            for segment in cfg.layers
+            for _ in range(segment.repeat)
+            for attention in segment.attentions(cfg.attention)
+        ][first : first + layers]
+        for attention in attentions:
+            if not attention.takes_extra_keys:
+                kind = type(attention).__name__
+                raise ConfigError(f"{path}: {kind} cannot attend to extra keys.")
+        heads = sorted({attention.score_heads() for attention in attentions})
+        allowed = "the same in all layers with extra keys"
+        require(len(heads) == 1, f"{path}: the number of heads", heads, allowed)
+        everywhere = layers == cfg.num_layers()
+        return cls(cfg.dim, heads[0], first, layers, everywhere)
+
+    def gate(self, rngs) -> nnx.Param:
+        """The gate of each head in each layer, 0 at first: [Y, H]."""
+        return param(rngs, (self.layers, self.heads), (None, "heads"), value=0.0)
+
+    def keys(self, x_YBPD, gate_YBH) -> ExtraKeys:
+        return ExtraKeys(
+            x_YBPD=x_YBPD,
+            gate_YBH=gate_YBH,
+            first=self.first,
+            everywhere=self.everywhere,
+        )
+
+
+class Prompts(KeysAdapter):
+    """Learned states that the last Y layers attend to, each its own.
+
+    Parameters: prompt_YPD [Y, P, D], gate_YH [Y, H], which a tanh limits.
+
+    Source: Zhang et al. 2023, arXiv:2303.16199, section 3.2; initial values as in its
+    released code.
+    """
+
+    def __init__(self, place: _Place, length: int, rngs):
+        self.place = place
+        shape, axes = (place.layers, length, place.dim), (None, None, "embed")
+        self.prompt_YPD = param(rngs, shape, axes, std=1.0)
+        self.gate_YH = place.gate(rngs)
+
+    def keys(self, ctx):
+        gate_YH = jnp.tanh(self.gate_YH[...])
+        return self.place.keys(self.prompt_YPD[...][:, None], gate_YH[:, None])
+
+
+class VisualTokens(KeysAdapter):
+    """norm(x W + b) of the visual tokens x, which the first Y layers attend to.
+
+    Parameters: w_CD [C, D], bias_D, norm, gate_YH [Y, H], which a tanh limits. A
+    sequence without visual tokens is not changed.
+
+    Source: Gao et al. 2023, arXiv:2304.15010, section 4.3 (early fusion).
+    """
+
+    def __init__(self, place: _Place, cfg: Visual, rngs):
+        self.place, (C, D) = place, (cfg.width, place.dim)
+        whole = ((0,), (1,))
+        self.w_CD = param(rngs, (C, D), (None, "embed"), fan_in=C, matrix=whole)
+        self.bias_D = param(rngs, (D,), ("embed",), value=0.0)
+        self.norm = RMSNorm(D, rngs, axis="embed")
+        self.gate_YH = place.gate(rngs)
+
+    def keys(self, ctx):
+        if ctx.visual_BMC is None:
+            return None
+        dtype = ctx.compute.dtype
+        x_BMD = ctx.visual_BMC.astype(dtype) @ self.w_CD[...].astype(dtype)
+        x_BMD = self.norm(x_BMD + self.bias_D[...].astype(dtype)[None, None])
+        gate_YBH = jnp.tanh(self.gate_YH[...])[:, None]
+        if ctx.has_visual_B is not None:
+            gate_YBH = gate_YBH * (ctx.has_visual_B > 0)[None, :, None]
+        return self.place.keys(x_BMD[None], gate_YBH)
