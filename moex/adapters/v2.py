@@ -83,6 +83,23 @@ class AdapterV2(AdapterConfig):
     def trained_too(self):
         return (*self.also_train, "norm") if self.norms else self.also_train
 
+    def fields(self):
+        if self.visual is None:
+            return {}
+        shape = (self.visual.tokens, self.visual.width)
+        return {"visual": (shape, "float32"), "has_visual": ((), "int32")}
+
+    def check_run(self, cfg, path):
+        if self.visual is None or not self.visual.disjoint:
+            return
+        why = f"with {path}.visual.disjoint, as "
+        one = cfg.data.one_source or cfg.task.num_domains(cfg) == 1
+        told = f"True {why}a batch trains what is visual, or the rest"
+        require(one, "config.data.one_source", cfg.data.one_source, told)
+        told = f"None {why}gradients of the two kinds have norms of their own"
+        factor = cfg.optim.spike_factor
+        require(factor is None, "config.optim.spike_factor", factor, told)
+
     def make(self, matrix, rngs):
         return BiasAndScale(self, matrix, rngs)
 
@@ -120,8 +137,8 @@ class AdapterV2(AdapterConfig):
 class BiasAndScale(Adapter):
     """s * (W x + b) or W (s * x) + b.
 
-    Parameters: bias_NO [N, O], scale_NO [N, O] or scale_NI [N, I]; for stacked experts
-    they have a leading dim [E].
+    Parameters: bias_NO and scale_NO, both [N, *outer] with outer as in `Matrix`, or
+    scale_NI [N, I] in place of the latter; for stacked experts with a leading dim [E].
 
     Source: Gao et al. 2023, arXiv:2304.15010, section 4.1; the scale of the input is
     that of its released code.
@@ -134,13 +151,16 @@ class BiasAndScale(Adapter):
         self.adds_up = matrix.input_axis == "mlp"
 
         def vector(wanted, value, *, inputs=False) -> nnx.Param | None:
-            size = matrix.inputs if inputs else matrix.outputs
-            axis = matrix.input_axis if inputs else matrix.output_axis
             if not wanted:
                 return None
-            shape, axes = (matrix.parts, size), (None, axis)
+            shape, axes = matrix.outer, matrix.outer_axes
+            if inputs:
+                shape, axes = (matrix.inputs,), (matrix.input_axis,)
             return matrix.array(
-                rngs, shape, axes, lambda _, full: jnp.full(full, value, jnp.float32)
+                rngs,
+                (matrix.parts, *shape),
+                (None, *axes),
+                lambda _, full: jnp.full(full, value, jnp.float32),
             )
 
         self.bias_NO = vector(cfg.bias, 0.0)
@@ -152,20 +172,20 @@ class BiasAndScale(Adapter):
             y = base(x)
         else:
             x = x[..., None, :]
-            x = x * _each(self.scale_NI, x, product)
+            x = x * self._each(self.scale_NI, x, product)
             y = base(x[..., 0, :]) if self.parts == 1 else _by_part(base, x)
         if self.bias_NO is not None:
             share = ctx.tensor_share if self.adds_up else 1.0
-            y += share * _each(self.bias_NO, y, product)
+            y += share * self._each(self.bias_NO, y, product)
         if self.scale_NO is not None:
-            y *= _each(self.scale_NO, y, product)
+            y *= self._each(self.scale_NO, y, product)
         return y, None
 
-
-def _each(parameter, like, product):
-    """A parameter [N, C], or its rows [..., N, C], to go with `like` [..., N, C]."""
-    own = product.each(parameter, like.dtype)
-    return own.reshape((1,) * (like.ndim - own.ndim) + own.shape)
+    def _each(self, parameter, like, product):
+        """A parameter for all rows, or one for each, to go with `like` [..., N, C]."""
+        own = product.each(parameter, like.dtype)
+        rows = own.shape[:1] if self.per_expert else (1,) * (like.ndim - 2)
+        return own.reshape(*rows, *like.shape[-2:])
 
 
 def _by_part(base, x):

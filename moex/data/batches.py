@@ -11,6 +11,7 @@ Shapes: B batch (of this process) · L length.
 
 import abc
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ class Reading(Config):
 
     threads: int = 1  # threads that build batches ahead; 0: build each when needed
     prefetch: int = 2  # batches built ahead, >= 1
+    one_source: bool = False  # all sequences of a training batch are of one source
     given: tuple[str, ...] = ()  # the paths of `moex train --data`; (): none were given
 
     def validate(self, path: str) -> None:
@@ -140,7 +142,14 @@ def train_iterator(
             part = grain.MapDataset.source(examples).seed(seed + i)
             parts.append(part.shuffle().repeat())
             weights.append(weight)
-    mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+    if len(parts) == 1:
+        mixed = parts[0]
+    elif data.config.one_source:
+        told = f"a multiple of batch_size = {batch_size}, as batches have one source"
+        require(start % batch_size == 0, "start", start, told)
+        mixed = grain.MapDataset.source(_Blocks(parts, weights, batch_size))
+    else:
+        mixed = grain.MapDataset.mix(parts, weights)
     local = mixed[start:]
     if len(rows) < batch_size:
         local = grain.MapDataset.source(_Rows(local, batch_size, rows))
@@ -171,6 +180,43 @@ class _Rows:
     def __getitem__(self, i):
         batch, row = divmod(i, len(self.rows))
         return self.examples[batch * self.batch_size + self.rows[row]]
+
+
+class _Blocks:
+    """A Grain source of `size` examples of one part, then `size` of one, and so on.
+
+    The parts take turns by their weights, as examples do in `MapDataset.mix`.
+    """
+
+    def __init__(self, parts, weights, size: int):
+        self.parts, self.size = parts, size
+        blocks = [
+            grain.MapDataset.source(_Numbers(i, len(part) // size))
+            for i, part in enumerate(parts)
+        ]
+        self.blocks = grain.MapDataset.mix(blocks, weights)
+
+    def __len__(self):
+        return min(len(self.blocks) * self.size, sys.maxsize)
+
+    def __getitem__(self, index):
+        block, row = divmod(index, self.size)
+        part, number = self.blocks[block]
+        return self.parts[part][number * self.size + row]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Numbers:
+    """A Grain source of the pairs (part, number) of all blocks of a part."""
+
+    part: int
+    length: int
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, number):
+        return self.part, number
 
 
 def _checked_rows(rows: Sequence[int] | None, batch_size: int) -> tuple[int, ...]:

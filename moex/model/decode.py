@@ -46,6 +46,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_tokens: Collection[int] = (),
+    visual=None,
     compute: Compute = Compute(),
 ) -> list[list[int]]:
     """The continuation of each prompt.
@@ -64,6 +65,8 @@ def generate(
       top_p: sample among the fewest tokens whose probability reaches this, in (0, 1].
       seed: seed of the random numbers.
       stop_tokens: a row ends before any of these.
+      visual: float32 [B, M, C], tokens of the vision encoder that a model with visual
+        tokens was adapted to; None: there are none.
       compute: how to compute; the cache has its dtype, and layers are always scanned.
 
     Returns:
@@ -75,6 +78,7 @@ def generate(
     _check(prompts, model_cfg.vocab, max_new_tokens, temperature, top_k, top_p)
     P = padded_prompt(prompts)
     _check_memory(model_cfg, len(prompts), P, max_new_tokens, compute.dtype)
+    _check_visual(model_cfg, len(prompts), visual)
     prompt_BP = np.zeros((len(prompts), P), np.int32)
     for row, prompt in zip(prompt_BP, prompts, strict=True):
         row[P - len(prompt) :] = prompt
@@ -90,6 +94,7 @@ def generate(
             num_padding_B,
             jax.random.key(seed),
             _padded_stops(stop_tokens),
+            visual,
             graphdef=spec.graphdef,
             sampling=(float(temperature), int(top_k), float(top_p)),
             max_new_tokens=max_new_tokens,
@@ -149,6 +154,7 @@ def _generate(
     num_padding_B,
     key,
     stop_K,
+    visual_BMC,
     *,
     graphdef,
     sampling,
@@ -166,6 +172,7 @@ def _generate(
     def run(token_BL, first_slot, stopped_B, cache):
         """Run `token_BL` into slots from `first_slot` on; return next-token logits."""
         ctx = _context(token_BL, first_slot, slots, num_padding_B, stopped_B, compute)
+        ctx = dataclasses.replace(ctx, visual_BMC=visual_BMC)
         model = nnx.merge(graphdef, arrays)
         return model.decode(ctx, cache)
 
@@ -295,6 +302,20 @@ def _check(prompts, vocab, max_new_tokens, temperature, top_k, top_p):
     if not 0 < top_p <= 1:
         raise ValueError(
             f"generate needs 0 < top_p <= 1; got {top_p}. 1 keeps every token."
+        )
+
+
+def _check_visual(model_cfg: LM, batch: int, visual) -> None:
+    if visual is None:
+        return
+    adapter = model_cfg.adapter
+    shape, _ = ({} if adapter is None else adapter.fields()).get("visual", (None, ""))
+    if shape is None:
+        raise ValueError("generate got visual tokens for a model that takes none.")
+    if np.shape(visual) != (batch, *shape):
+        raise ValueError(
+            f"generate needs visual tokens of shape {[batch, *shape]}; got "
+            f"{list(np.shape(visual))}."
         )
 
 

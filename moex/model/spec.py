@@ -30,6 +30,7 @@ class ParamInfo:
     # Function that moves a state: `(value, stats, step) -> value`, or None.
     rule: Any = None
     frozen: bool = False  # it belongs to the base of adapters, and is not trained
+    trained_by: str | None = None  # kind of batches that train it; None: all batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ def model_spec(cfg: Model, mesh: Mesh | None = None) -> ModelSpec:
                 matrix=metadata.get("matrix"),
                 rule=metadata.get("rule"),
                 frozen=metadata.get("frozen", False),
+                trained_by=metadata.get("trained_by"),
             )
     spec = ModelSpec(graphdef, _pure(params), _pure(state), info)
     if mesh is not None:

@@ -71,6 +71,9 @@ class AdapterConfig(Config, abc.ABC):
             )
         return params
 
+    def check_run(self, cfg, path: str) -> None:
+        """Raise `ConfigError` for a run config that cannot train these adapters."""
+
     def about(self) -> str:
         """The words about its cost in a table; "" where there is nothing to say."""
         return ""
@@ -81,6 +84,10 @@ class AdapterConfig(Config, abc.ABC):
     def trained_too(self) -> tuple[str, ...]:
         """The patterns of parameters of the model that are trained too."""
         return self.also_train
+
+    def fields(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """The fields of a sequence that they need, as `{name: (shape, dtype)}`."""
+        return {}
 
     def extend(self, model, cfg, rngs: nnx.Rngs, path: str) -> None:
         """Add what belongs to the whole model, when its matrices have their adapters.

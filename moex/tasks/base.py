@@ -200,7 +200,8 @@ class Task(Config, abc.ABC):
     def fields(self, cfg) -> dict[str, tuple[tuple[int, ...], str]]:
         """The fields of one sequence of the data, as `{name: (shape, dtype)}`."""
         own = ((cfg.seq_len,), "int32")
-        return {
+        adapter = cfg.model.adapter
+        return ({} if adapter is None else adapter.fields()) | {
             "segment": own,
             "position": own,
             "loss_mask": ((cfg.seq_len,), "float32"),
@@ -238,11 +239,24 @@ class Task(Config, abc.ABC):
 
     def context(self, batch, **fields) -> Context:
         """The `Context` of a batch with its other fields."""
-        segment_BL, position_BL = batch["segment"], batch["position"]
         if fields.get("mode") != "decode":
             fields["domain_B"] = batch["domain"]
             fields["scored_BL"] = batch["loss_mask"] > 0
-        return Context(segment_BL=segment_BL, position_BL=position_BL, **fields)
+        return Context(
+            segment_BL=batch["segment"],
+            position_BL=batch["position"],
+            visual_BMC=batch.get("visual"),
+            has_visual_B=batch.get("has_visual"),
+            **fields,
+        )
+
+    def kinds(self, batch) -> dict[str, Any]:
+        """Which kind of batch it is, for parameters that only one kind trains.
+
+        All sequences of a batch are of one kind: see `Reading.one_source`.
+        """
+        visual = jnp.any(batch["has_visual"] > 0)
+        return {"visual": visual, "text": ~visual}
 
     def run(self, model, ctx: Context, batch) -> tuple[Any, dict]:
         """Run the model on a batch: returns (outputs, aux)."""

@@ -39,6 +39,8 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, co
     factors = path_factors(optim, spec.params, spec.info)
     trains = {path: not is_always_zero(factor) for path, factor in factors.items()}
 
+    kinds = {path: i.trained_by for path, i in spec.info.items() if i.trained_by}
+
     def loss_fn(trained, frozen, state, batch, key, counts, step, load_before):
         model = spec.merge(together(trained, frozen), state)
         ctx = task.context(batch, step=step, key=key, mode="train", compute=compute)
@@ -80,6 +82,11 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, co
         grads = jax.tree_util.tree_map_with_path(
             lambda path, g: _unless_frozen(g, factors[path_name(path)], step), grads
         )
+        learns = {}
+        if kinds:
+            here = task.kinds(batch)
+            learns = {path: here[kind] for path, kind in kinds.items()}
+            grads = of_learning(grads, jax.tree.map(jnp.zeros_like, grads), learns)
         with jax.named_scope("optimizer"):
             grad_norm, group_norms = gradient_norms(grads)
             # The optimizer has no state for frozen parameters, and ignores these zeros.
@@ -102,6 +109,7 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, co
                 sums[task.score] > 2 * sums["guess"],
             )
             old = {"params": trained, "state": state, "opt": train_state["opt"]}
+            new = of_learning(new, old, learns)
             new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
             new["params"] = together(new["params"], frozen)
         figures = task.figures(sums)
@@ -120,6 +128,25 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, co
         return new | {"guard": guard}, metrics
 
     return train_step
+
+
+def of_learning(new, old, learns: dict[str, Any]):
+    """`new`, but `old` for all that belongs to a parameter which does not learn now.
+
+    Args:
+      new, old: equal trees; a leaf belongs to the parameter whose path ends its own.
+      learns: bool scalars by path; other parameters learn.
+    """
+    if not learns:
+        return new
+
+    def choose(path, n, o):
+        keys = [str(getattr(k, "key", "")) for k in path]
+        ends = ("/".join(keys[i:]) for i in range(len(keys)))
+        own = next((learns[end] for end in ends if end in learns), True)
+        return jnp.where(own, n, o)
+
+    return jax.tree_util.tree_map_with_path(choose, new, old)
 
 
 def _unless_frozen(gradient, factor, step):

@@ -14,8 +14,9 @@ import pytest
 from moex.adapters.v2 import AdapterV2, Visual
 from moex.config.base import ConfigError, check
 from moex.model.decode import generate
+from moex.model.optim import AdamW, Optim, make_optimizer
 from moex.model.paths import flat_paths, path_name
-from moex.model.spec import init_params, model_spec
+from moex.model.spec import init_guard, init_params, model_spec, shardings
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
@@ -25,11 +26,13 @@ from moex.nn.lm import LM
 from moex.nn.mla import LatentAttention
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
+from moex.runs.keys import Loss
+from moex.train.step import make_train_step
 from tests.adapters.test_lora import nested
-from tests.helpers import mesh_of
+from tests.helpers import TASK, mesh_of, random_batch
 from tests.tolerances import assert_close
 
-B, L, M, C, V = 2, 5, 2, 3, 11
+B, L, M, C, V = 2, 5, 2, 3, 12
 VISUAL = Visual(width=C, tokens=M, layers=1)
 MLA = LatentAttention(heads=4, kv_latent=6, q_latent=5, nope_dim=4, rope_dim=2, v_dim=3)
 FULL = Attention(heads=4, kv_heads=2, qk_norm=True, window=3, sinks=True)
@@ -94,11 +97,12 @@ def linear(p, owner, name, c, x_I):
     """One matrix times one vector, with bias and scale: [N, O]."""
     own = f"{owner}/adapters/{name}/"
     bias = p[own + "bias_NO"][c]
+    bias = bias.reshape(len(bias), -1)
     w = p[f"{owner}/{name}"][c].reshape(len(x_I), *bias.shape)
     if own + "scale_NI" in p:
         s = p[own + "scale_NI"][c]
         return np.stack([(s[n] * x_I) @ w[:, n] + bias[n] for n in range(len(bias))])
-    s = p[own + "scale_NO"][c]
+    s = p[own + "scale_NO"][c].reshape(bias.shape)
     return np.stack([s[n] * (x_I @ w[:, n] + bias[n]) for n in range(len(bias))])
 
 
@@ -119,7 +123,7 @@ def softmax(score, *others):
 
 
 def attention(p, owner, c, x_LD, extras, cfg):
-    """The output for each token of one sequence; extras: (states, gate of each head)."""
+    """The output for each token of a sequence; extras: (states, gate of each head)."""
     H, G = cfg.heads, cfg.kv_heads
 
     def keys(x_D):
@@ -210,15 +214,256 @@ def test_it_is_the_loop_over_tokens_and_so_are_all_gradients(side):
     gradients, y = jax.jit(jax.grad(loss, has_aux=True))(params)
     p = {n: np.float64(a) for n, a in flat_paths(params).items()}
     assert_close(y, loop_logits(p, cfg), "float32")
-    for name, gradient in flat_paths(gradients).items():
-        direction = random.normal(size=gradient.shape)
-        direction /= np.linalg.norm(direction)
-        step = 1e-5
-        up, down = (
-            np.vdot(loop_logits(p | {name: p[name] + s * direction}, cfg), target)
-            for s in (step, -step)
+    gradients = {n: np.float64(g) for n, g in flat_paths(gradients).items()}
+    own = [n for n in gradients if "adapters" in n or "norm" in n]
+    assert all(np.abs(gradients[name]).max() > 1e-3 for name in own)
+    for _ in range(3):  # along each, all parameters together, each with an equal part
+        found, direction = 0.0, {}
+        for name, gradient in gradients.items():
+            step = random.normal(size=gradient.shape)
+            direction[name] = step / max(np.linalg.norm(gradient), 1.0)
+            found += np.vdot(gradient, direction[name])
+        sides = [
+            np.vdot(loop_logits({n: p[n] + s * direction[n] for n in p}, cfg), target)
+            for s in (1e-5, -1e-5)
+        ]
+        assert_close(found, (sides[0] - sides[1]) / 2e-5, "difference")
+
+
+@pytest.mark.parametrize("kernels", ["xla", None])
+@pytest.mark.parametrize("attention", [FULL, MLA], ids=["full", "latent"])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_at_the_start_it_is_the_base_bit_for_bit(kernels, attention, side):
+    dense = (Segment(pattern=(Dense(hidden=24),), repeat=3),)
+    fields = {"attention": attention, "layers": dense, "dim": 32}
+    base, cfg = small(**fields), small(adapter=v2(scale_side=side), **fields)
+    params, state = init_params(cfg, jax.random.key(0))
+    spec = model_spec(base)
+    plain = {n: a for n, a in flat_paths(params).items() if n in spec.shapes()}
+    own = logits(model_spec(cfg), params, state, context(kernels=kernels))
+    want = logits(spec, nested(plain), state, context(kernels=kernels))
+    np.testing.assert_array_equal(own, want)
+
+
+@pytest.mark.parametrize(
+    ("dim", "hidden", "layers", "input_side", "output_side"),
+    [  # Llama 7B, 13B and 65B
+        (4096, 11008, 32, 2_764_800, 2_985_984),
+        (5120, 13824, 40, 4_326_400, 4_674_560),
+        (8192, 22016, 80, 13_811_712, 14_917_632),
+    ],
+)
+def test_it_has_as_many_parameters_as_the_formula_says(
+    dim, hidden, layers, input_side, output_side
+):
+    bias, norms = 5 * dim + 2 * hidden, 2 * dim
+    formula = {
+        "input": layers * (bias + 6 * dim + hidden + norms) + dim,
+        "output": layers * (bias + bias + norms) + dim,
+    }
+    assert formula == {"input": input_side, "output": output_side}
+    heads = dim // 128
+    for side, expected in formula.items():
+        adapter = AdapterV2(scale_side=side, prompt_length=20, layers=layers - 1)
+        stack = (Segment(pattern=(Dense(hidden=hidden),), repeat=layers),)
+        attention = Attention(heads=heads)
+        cfg = LM(
+            dim=dim, vocab=32000, attention=attention, layers=stack, adapter=adapter
         )
-        slope = (up - down) / (2 * step)
-        size = max(1.0, float(np.linalg.norm(gradient)))
-        found = np.vdot(np.float64(gradient), direction)
-        assert_close(found / size, slope / size, "difference", name)
+        spec = model_spec(cfg)
+        sizes = {
+            name: math.prod(a.shape)
+            for name, a in flat_paths(spec.params).items()
+            if not spec.info[name].frozen
+        }
+        prompts = sum(v for n, v in sizes.items() if "prompts" in n)
+        assert prompts == (layers - 1) * (20 * dim + heads)
+        assert sum(sizes.values()) - prompts == expected
+
+
+@pytest.mark.parametrize("attention", [FULL, MLA], ids=["full", "latent"])
+def test_decoding_sees_prompts_and_visual_tokens_as_the_whole_model_does(attention):
+    cfg, spec, params, state = started(attention)
+    params, rows = changed(params), TOKENS.tolist()
+    new = generate(
+        *(spec, cfg, params, state, rows),
+        max_new_tokens=4,
+        temperature=0.0,
+        visual=FEATURES,
+    )
+    for _ in range(4):
+        ctx = dataclasses.replace(context(np.array(rows)), has_visual_B=None)
+        best = np.argmax(logits(spec, params, state, ctx)[:, -1], axis=-1)
+        for row, token in zip(rows, best.tolist(), strict=True):
+            row.append(token)
+    assert new == [row[L:] for row in rows]
+    without = generate(
+        *(spec, cfg, params, state, TOKENS.tolist()), max_new_tokens=4, temperature=0.0
+    )
+    assert without != new
+
+
+def test_a_sequence_without_visual_tokens_is_not_changed_by_them():
+    _, spec, params, state = started()
+    params = changed(params)
+    both = logits(spec, params, state, context())
+    none = logits(spec, params, state, context(visual=False))
+    np.testing.assert_array_equal(both[1], none[1])
+    assert np.abs(both[0] - none[0]).max() > 1e-2
+
+
+def gradients_of(spec, params, state, ctx):
+    def loss(params):
+        y = spec.merge(params, state)(ctx)[0].astype(jnp.float32)
+        return jnp.sum(jnp.sin(3 * y))
+
+    return flat_paths(jax.jit(jax.grad(loss))(params))
+
+
+@pytest.mark.parametrize("attention", [FULL, MLA], ids=["full", "latent"])
+def test_it_is_the_same_without_a_scan_and_with_remat(attention):
+    _, spec, params, state = started(attention)
+    params = changed(params)
+    expected = gradients_of(spec, params, state, context())
+    for how in ({"scan_layers": False}, {"remat": "full"}):
+        found = gradients_of(spec, params, state, context(**how))
+        for name, want in expected.items():
+            size = max(1.0, float(jnp.max(jnp.abs(want))))
+            assert_close(found[name] / size, want / size, "step", name)
+
+
+def test_bfloat16_is_near_float32():
+    _, spec, params, state = started()
+    params = changed(params)
+    expected = logits(spec, params, state, context())
+    found = logits(spec, params, state, context(dtype="bfloat16"))
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 0 < error < 0.05
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "seq": 2, "tensor": 2}],
+    ids=str,
+)
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_on_eight_devices_it_is_as_on_one(sizes, side):
+    tokens = np.random.default_rng(1).integers(0, V, (4, 6)).astype(np.int32)
+    _, spec, params, state = started(scale_side=side)
+    params = changed(params)
+    ctx = dataclasses.replace(
+        context(tokens, mode="train"),
+        visual_BMC=jnp.tile(FEATURES, (2, 1, 1)),
+        has_visual_B=jnp.tile(HAS, 2),
+    )
+    expected = gradients_of(spec, params, state, ctx)
+    mesh = mesh_of(8, **sizes)
+    params, state = (
+        jax.tree.map(jax.device_put, tree, placed)
+        for tree, placed in zip((params, state), shardings(spec, mesh), strict=True)
+    )
+    with jax.set_mesh(mesh):
+        found = gradients_of(spec, params, state, ctx)
+    for name, want in expected.items():
+        size = max(1.0, float(jnp.max(jnp.abs(want))))
+        assert_close(found[name] / size, want / size, "step", name)
+
+
+def trained_steps(kinds):
+    """The parameters and moments before, and after each batch of the kinds."""
+    cfg, spec, params, state = started()
+    optim = Optim(rule=AdamW(), lr=1e-2, weight_decay=0.1, spike_factor=None)
+    tx, _ = make_optimizer(optim, 10, spec.params, spec.info)
+    step = jax.jit(
+        make_train_step(
+            *(TASK, spec, tx, Loss(load_balance=0.0)),
+            grad_accum=1,
+            num_domains=2,
+            optim=optim,
+            compute=Compute(kernels="xla"),
+        )
+    )
+    own = {"params": params, "opt": tx.init(params), "state": state}
+    states = [own | {"guard": init_guard()}]
+    for i, kind in enumerate(kinds):
+        batch = random_batch(B, L, vocab=V, seed=i)
+        visual = FEATURES if kind == "visual" else np.zeros_like(FEATURES)
+        has = np.full(B, kind == "visual", np.int32)
+        batch |= {"visual": visual, "has_visual": has}
+        states.append(step(states[-1], i, jax.random.key(0), batch)[0])
+    return spec, states
+
+
+def test_a_batch_of_one_kind_moves_only_its_own_parameters_and_their_moments():
+    order = ["visual", "visual", "text", "text", "visual"]
+    spec, states = trained_steps(order)
+    paths = {n: i.trained_by for n, i in spec.info.items() if not i.frozen}
+    assert set(paths.values()) == {"visual", "text"}
+    moved: dict[str, set] = {"visual": set(), "text": set()}
+    for kind, before, after in zip(order, states, states[1:], strict=False):
+        for tree in ("params", "opt"):
+            leaves = jax.tree_util.tree_leaves_with_path(before[tree])
+            new = jax.tree.leaves(after[tree])
+            for (path, old), now in zip(leaves, new, strict=True):
+                where = "/".join(str(getattr(k, "key", "")) for k in path)
+                owner = next((n for n in paths if where.endswith(n)), None)
+                same = np.array_equal(old, now)
+                if owner is not None and paths[owner] != kind:
+                    assert same, (kind, tree, where)
+                elif owner is not None and tree == "params" and not same:
+                    moved[kind].add(owner)
+    # A gate moves first; what is behind it has no gradient while it is 0.
+    assert moved["visual"] == {n for n, kind in paths.items() if kind == "visual"}
+    assert moved["text"] == {n for n, kind in paths.items() if kind == "text"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"prompt_length": 0}, "prompt_length = 0: must be at least 1, or None"),
+        ({"layers": 0}, "layers = 0: must be at least 1; prompt_length=None"),
+        ({"layers": 4}, "layers = 4: must be at most 3, the layers of the model"),
+        (
+            {"layers": 3, "visual": VISUAL},
+            "layers = 3: must be at most 2, the layers w",
+        ),
+        ({"scale_side": "left"}, "scale_side = 'left': must be input, output or None"),
+        ({"targets": ()}, r"targets = \(\): must be not empty"),
+        (
+            {"bias": False, "scale_side": None},
+            r"targets = .* must be \(\) without bias and scale",
+        ),
+        ({"targets": ("w_embed",), "scale_side": "input"}, "whose rows are looked up"),
+        ({"visual": Visual(width=0)}, "visual.width = 0: must be at least 1"),
+        ({"visual": Visual(width=1, layers=0)}, "visual.layers = 0: must be at least"),
+        ({"visual": Visual(width=1, layers=4)}, "visual.layers = 4: must be at most 3"),
+        ({"also_train": ("ruoter",)}, "'ruoter' matches no"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(fields, told):
+    cfg = small(adapter=AdapterV2(**fields))
+    with pytest.raises(ConfigError, match=told) as e:
+        check(cfg, "config.model")
+        model_spec(cfg)
+    assert "\n" not in str(e.value)
+
+
+def test_nothing_to_train_is_a_mistake():
+    off = {"bias": False, "scale_side": None, "norms": False, "prompt_length": None}
+    with pytest.raises(ConfigError, match="nothing is trained"):
+        check(small(adapter=AdapterV2(targets=(), **off)), "config.model")
+
+
+def test_an_attention_that_takes_no_extra_keys_is_refused(monkeypatch):
+    monkeypatch.setattr(Attention, "takes_extra_keys", False)
+    with pytest.raises(ConfigError, match="Attention cannot attend to extra keys"):
+        model_spec(small(adapter=v2()))
+
+
+def test_visual_tokens_of_another_shape_are_refused():
+    cfg, spec, params, state = started()
+    options = {"max_new_tokens": 1, "visual": FEATURES[:, :1]}
+    with pytest.raises(ValueError, match=r"visual tokens of shape \[2, 2, 3\]; got"):
+        generate(spec, cfg, params, state, TOKENS.tolist(), **options)
+    with pytest.raises(ValueError, match="for a model that takes none"):
+        generate(spec, small(), params, state, TOKENS.tolist(), **options)
