@@ -126,10 +126,10 @@ class AdapterV2(AdapterConfig):
         if self.prompt_length is not None:
             ok = 1 <= late <= total - early
             require(ok, f"{path}.layers", self.layers, f"at most {of_model}")
-            place = _Place.of(cfg, total - late, late, path)
+            place = LayerRange.of(cfg, total - late, late, path)
             made["prompts"] = Prompts(place, self.prompt_length, rngs)
         if self.visual is not None:
-            place = _Place.of(cfg, 0, early, path)
+            place = LayerRange.of(cfg, 0, early, path)
             made["visual"] = VisualTokens(place, self.visual, rngs)
         return made
 
@@ -185,7 +185,7 @@ class BiasAndScale(Adapter):
         """A parameter for all rows, or one for each, to go with `like` [..., N, C]."""
         own = product.each(parameter, like.dtype)
         rows = own.shape[:1] if self.per_expert else (1,) * (like.ndim - 2)
-        return own.reshape(*rows, *like.shape[-2:])
+        return own.reshape(*rows, self.parts, -1)
 
 
 def _by_part(base, x):
@@ -195,7 +195,7 @@ def _by_part(base, x):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class LayerRange:
     """The layers with extra keys."""
 
     dim: int
@@ -205,7 +205,7 @@ class _Place:
     everywhere: bool  # these are all layers of the model
 
     @classmethod
-    def of(cls, cfg, first: int, layers: int, path: str) -> "_Place":
+    def of(cls, cfg, first: int, layers: int, path: str) -> "LayerRange":
         """The `layers` layers of a model config from `first` on."""
         attentions = [
             attention
@@ -245,7 +245,7 @@ class Prompts(KeysAdapter):
     released code.
     """
 
-    def __init__(self, place: _Place, length: int, rngs):
+    def __init__(self, place: LayerRange, length: int, rngs):
         self.place = place
         shape, axes = (place.layers, length, place.dim), (None, None, "embed")
         self.prompt_YPD = param(rngs, shape, axes, std=1.0)
@@ -265,7 +265,7 @@ class VisualTokens(KeysAdapter):
     Source: Gao et al. 2023, arXiv:2304.15010, section 4.3 (early fusion).
     """
 
-    def __init__(self, place: _Place, cfg: Visual, rngs):
+    def __init__(self, place: LayerRange, cfg: Visual, rngs):
         self.place, (C, D) = place, (cfg.width, place.dim)
         whole = ((0,), (1,))
         self.w_CD = param(rngs, (C, D), (None, "embed"), fan_in=C, matrix=whole)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from moex.adapters.v2 import AdapterV2, Visual
 from moex.config.base import ConfigError, check
@@ -22,6 +23,7 @@ from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
 from moex.nn.context import Compute, Context
+from moex.nn.extra_keys import ExtraKeys
 from moex.nn.lm import LM
 from moex.nn.mla import LatentAttention
 from moex.nn.mlp import Dense
@@ -33,6 +35,7 @@ from tests.helpers import TASK, mesh_of, random_batch
 from tests.tolerances import assert_close
 
 B, L, M, C, V = 2, 5, 2, 3, 12
+SLOW = pytest.mark.slow
 VISUAL = Visual(width=C, tokens=M, layers=1)
 MLA = LatentAttention(heads=4, kv_latent=6, q_latent=5, nope_dim=4, rope_dim=2, v_dim=3)
 FULL = Attention(heads=4, kv_heads=2, qk_norm=True, window=3, sinks=True)
@@ -200,7 +203,7 @@ def loop_logits(p, cfg):
     return np.stack(out)
 
 
-@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("side", ["input", pytest.param("output", marks=SLOW)])
 def test_it_is_the_loop_over_tokens_and_so_are_all_gradients(side):
     cfg, spec, params, state = started(scale_side=side)
     params = changed(params)
@@ -230,19 +233,64 @@ def test_it_is_the_loop_over_tokens_and_so_are_all_gradients(side):
         assert_close(found, (sides[0] - sides[1]) / 2e-5, "difference")
 
 
-@pytest.mark.parametrize("kernels", ["xla", None])
-@pytest.mark.parametrize("attention", [FULL, MLA], ids=["full", "latent"])
-@pytest.mark.parametrize("side", ["input", "output"])
-def test_at_the_start_it_is_the_base_bit_for_bit(kernels, attention, side):
-    dense = (Segment(pattern=(Dense(hidden=24),), repeat=3),)
-    fields = {"attention": attention, "layers": dense, "dim": 32}
-    base, cfg = small(**fields), small(adapter=v2(scale_side=side), **fields)
+@pytest.mark.parametrize(
+    ("attention", "side"),
+    [
+        pytest.param(FULL, "input", id="full"),
+        pytest.param(MLA, "output", marks=SLOW, id="latent"),
+    ],
+)
+def test_at_the_start_it_is_the_base_bit_for_bit(attention, side):
+    """Operation by operation; compiled programs round in other orders (about 1e-6)."""
+    layers = (Segment(pattern=(Dense(hidden=12),), repeat=3),)
+    base = small(attention, layers=layers)
+    cfg = small(attention, v2(scale_side=side), layers=layers)
     params, state = init_params(cfg, jax.random.key(0))
-    spec = model_spec(base)
+    own, spec = model_spec(cfg), model_spec(base)
     plain = {n: a for n, a in flat_paths(params).items() if n in spec.shapes()}
-    own = logits(model_spec(cfg), params, state, context(kernels=kernels))
-    want = logits(spec, nested(plain), state, context(kernels=kernels))
-    np.testing.assert_array_equal(own, want)
+    with jax.disable_jit():
+        found = own.merge(params, state)(context())[0]
+        want = spec.merge(nested(plain), state)(context())[0]
+    np.testing.assert_array_equal(found, want)
+    assert_close(logits(own, params, state, context()), want, "order")
+
+
+def test_extra_keys_of_latent_attention_are_those_of_the_loop():
+    layer = MLA.make(8, nnx.Rngs(params=0))
+    random = np.random.default_rng(0)
+    x, states = random.normal(size=(B, L, 8)), random.normal(size=(1, 1, 3, 8))
+    gate = random.normal(size=(1, 1, 4))
+    extra = ExtraKeys(
+        x_YBPD=jnp.asarray(states, jnp.float32),
+        gate_YBH=jnp.asarray(gate, jnp.float32),
+        first=0,
+        everywhere=False,
+    )
+    x32, ctx = jnp.asarray(x, jnp.float32), context(visual=False)
+    plain, _ = layer(x32, ctx, None)
+    found, _ = layer(x32, dataclasses.replace(ctx, depth=0, extra_keys=(extra,)), None)
+    deeper, _ = layer(x32, dataclasses.replace(ctx, depth=1, extra_keys=(extra,)), None)
+    np.testing.assert_array_equal(deeper, plain)
+    names = ("w_qa_DQ", "w_qb_QHC", "w_kva_DC", "w_kvb_ZHC", "w_out_HVD")
+    p = {name: np.float64(getattr(layer, name)[...]) for name in names}
+    q = norm(np.float64(layer.norm_q.scale_D[...]), x @ p["w_qa_DQ"])
+    q = np.einsum("blq,qhc->blhc", q, p["w_qb_QHC"])
+    # Pairs (0, 1) of the part with position are turned; prompts are not.
+    angle = np.arange(L)[None, :, None]
+    turned = (q[..., 4] + 1j * q[..., 5]) * np.exp(1j * angle)
+    c = states[0, 0] @ p["w_kva_DC"]
+    kv = np.einsum(
+        "pz,zhc->phc",
+        norm(np.float64(layer.norm_kv.scale_D[...]), c[:, :6]),
+        p["w_kvb_ZHC"],
+    )
+    y = np.zeros((B, L, 4, 3))
+    for b, i, h in np.ndindex(B, L, 4):
+        place = [turned[b, i, h].real, turned[b, i, h].imag]
+        score = [q[b, i, h, :4] @ kv[n, h, :4] + place @ c[n, 6:] for n in range(3)]
+        y[b, i, h] = gate[0, 0, h] * softmax(np.array(score) / 6**0.5) @ kv[:, h, 4:]
+    want = np.einsum("blhv,hvd->bld", y, p["w_out_HVD"])
+    assert_close(found - plain, want, "float32")
 
 
 @pytest.mark.parametrize(
@@ -281,7 +329,10 @@ def test_it_has_as_many_parameters_as_the_formula_says(
         assert sum(sizes.values()) - prompts == expected
 
 
-@pytest.mark.parametrize("attention", [FULL, MLA], ids=["full", "latent"])
+@pytest.mark.parametrize(
+    "attention",
+    [pytest.param(FULL, id="full"), pytest.param(MLA, marks=SLOW, id="latent")],
+)
 def test_decoding_sees_prompts_and_visual_tokens_as_the_whole_model_does(attention):
     cfg, spec, params, state = started(attention)
     params, rows = changed(params), TOKENS.tolist()
@@ -308,7 +359,7 @@ def test_a_sequence_without_visual_tokens_is_not_changed_by_them():
     params = changed(params)
     both = logits(spec, params, state, context())
     none = logits(spec, params, state, context(visual=False))
-    np.testing.assert_array_equal(both[1], none[1])
+    assert_close(both[1], none[1], "order")
     assert np.abs(both[0] - none[0]).max() > 1e-2
 
 
@@ -320,6 +371,7 @@ def gradients_of(spec, params, state, ctx):
     return flat_paths(jax.jit(jax.grad(loss))(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [FULL, MLA], ids=["full", "latent"])
 def test_it_is_the_same_without_a_scan_and_with_remat(attention):
     _, spec, params, state = started(attention)
@@ -341,6 +393,7 @@ def test_bfloat16_is_near_float32():
     assert 0 < error < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [{"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "seq": 2, "tensor": 2}],
@@ -425,7 +478,7 @@ def test_a_batch_of_one_kind_moves_only_its_own_parameters_and_their_moments():
         ({"layers": 4}, "layers = 4: must be at most 3, the layers of the model"),
         (
             {"layers": 3, "visual": VISUAL},
-            "layers = 3: must be at most 2, the layers w",
+            "layers = 3: must be at most 2, the lay",
         ),
         ({"scale_side": "left"}, "scale_side = 'left': must be input, output or None"),
         ({"targets": ()}, r"targets = \(\): must be not empty"),
