@@ -234,25 +234,28 @@ def test_it_is_the_loop_over_tokens_and_so_are_all_gradients(side):
 
 
 @pytest.mark.parametrize(
-    ("attention", "side"),
-    [
-        pytest.param(FULL, "input", id="full"),
-        pytest.param(MLA, "output", marks=SLOW, id="latent"),
-    ],
+    "attention",
+    [pytest.param(FULL, id="full"), pytest.param(MLA, marks=SLOW, id="latent")],
 )
-def test_at_the_start_it_is_the_base_bit_for_bit(attention, side):
-    """Operation by operation; compiled programs round in other orders (about 1e-6)."""
+def test_at_the_start_it_is_the_base_bit_for_bit(attention):
+    """Operation by operation; a compiled program rounds in other orders.
+
+    So do scales of inputs: keys and values, gate and up are then products of their own.
+    """
     layers = (Segment(pattern=(Dense(hidden=12),), repeat=3),)
     base = small(attention, layers=layers)
-    cfg = small(attention, v2(scale_side=side), layers=layers)
-    params, state = init_params(cfg, jax.random.key(0))
-    own, spec = model_spec(cfg), model_spec(base)
-    plain = {n: a for n, a in flat_paths(params).items() if n in spec.shapes()}
-    with jax.disable_jit():
-        found = own.merge(params, state)(context())[0]
-        want = spec.merge(nested(plain), state)(context())[0]
-    np.testing.assert_array_equal(found, want)
-    assert_close(logits(own, params, state, context()), want, "order")
+    spec = model_spec(base)
+    for side in ("output", "input"):
+        cfg = small(attention, v2(scale_side=side), layers=layers)
+        params, state = init_params(cfg, jax.random.key(0))
+        own = model_spec(cfg)
+        plain = {n: a for n, a in flat_paths(params).items() if n in spec.shapes()}
+        if side == "output":
+            with jax.disable_jit():
+                found = own.merge(params, state)(context())[0]
+                want = spec.merge(nested(plain), state)(context())[0]
+            np.testing.assert_array_equal(found, want)
+        assert_close(logits(own, params, state, context()), want, "order")
 
 
 def test_extra_keys_of_latent_attention_are_those_of_the_loop():
