@@ -13,6 +13,7 @@ PUBLIC = {
     "moex.adapters.lora": "LoRA",
     "moex.adapters.loramoe": "LoRAMoE",
     "moex.adapters.moram": "MoRAM",
+    "moex.adapters.v2": "AdapterV2 Visual",
     "moex.allocator": "keep_memory",
     "moex.cache": "keep_programs",
     "moex.config.base": "Config ConfigError check",

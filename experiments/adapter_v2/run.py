@@ -1,10 +1,9 @@
 """Do disjoint parameters and early fusion keep captions from spoiling instructions?
 
-  python -m experiments.adapter_v2.run [--out=DIR] [--seeds=3]
+  python -m experiments.adapter_v2.run [--seeds=3]
 
 Trains a small model on text, then its adapters on instructions and captions in several
-ways. Runs that are already in --out are not repeated. Writes results.json, table.md and
-plot.png next to this file.
+ways. Writes results.json, table.md and plot.png next to this file.
 """
 
 import argparse
@@ -13,18 +12,27 @@ import pathlib
 import statistics
 
 import jax
+import jax.numpy as jnp
+import matplotlib
+import ml_collections
+from matplotlib import pyplot
 
-from experiments.adapter_v2.scenes import WIDTH, LateFusion, Reading64, Scenes
-from moex import LM, AdamW, Attention, Dense, Optim, Segment
+from experiments.adapter_v2.scenes import VOCAB, WIDTH, LateFusion, Made, Scenes
+from experiments.adapter_v2.scenes import SceneModelling as Task
+from moex import LM, AdamW, Attention, Compute, Dense, Loss, Optim, Segment
 from moex.adapters.v2 import AdapterV2, Visual
-from moex.configs import base
-from moex.runs.directory import RunDir
-from moex.runs.keys import Checkpoint, Eval, Log
-from moex.runs.score import score_run
-from moex.train.training import train
+from moex.data.batches import stack, train_iterator
+from moex.model.optim import make_optimizer
+from moex.model.spec import init_guard, init_params, model_spec
+from moex.runs.base import with_base
+from moex.runs.score import make_eval_step
+from moex.train.step import make_train_step
 
+matplotlib.use("Agg")
+TASK = Task()
 HERE = pathlib.Path(__file__).parent
 BASE_STEPS, STEPS, CAPTIONS = 400, 100, 10  # caption batches for each of instructions
+BATCH, LENGTH, LR = 8, 24, 3e-3
 ALONE, BOTH = (("instruction", 1.0),), (("instruction", 1.0), ("caption", CAPTIONS))
 VISUAL = Visual(width=WIDTH)
 OFF = {"bias": False, "scale_side": None, "norms": False, "targets": ()}
@@ -57,81 +65,97 @@ ARMS = {
 }
 
 
-def config(kinds, steps: int, seed: int):
-    cfg = base.get_config()
-    cfg.task, cfg.data = (
-        Reading64(),
-        Scenes(kinds=kinds, one_source=len(kinds) > 1, threads=0),
-    )
-    cfg.model = LM(
+def model(adapter=None) -> LM:
+    return LM(
         dim=32,
-        vocab=64,
+        vocab=VOCAB,
         attention=Attention(heads=4),
         layers=(Segment(pattern=(Dense(hidden=64),), repeat=4),),
+        adapter=adapter,
     )
-    cfg.steps, cfg.seed, cfg.batch_size, cfg.seq_len = steps, seed, 8, 24
-    cfg.kernels = "xla"
-    cfg.optim = Optim(rule=AdamW(), lr=3e-3, warmup_steps=20, spike_factor=None)
-    cfg.eval, cfg.checkpoint = Eval(every=0, sequences=None), Checkpoint(every=0)
-    cfg.log = Log(every=50, images_every=0, sample_tokens=0, tensorboard=False)
-    return cfg
 
 
-def trained(cfg, folder: pathlib.Path) -> dict:
-    """The held-out loss of each kind of sequence, nats per token of the answer."""
-    told = folder / "domains.json"
-    if not told.is_file():
-        train(cfg, folder, say=lambda line: None)
-        scored = score_run(folder, RunDir(folder).config())["domains"]
-        told.write_text(json.dumps(scored) + "\n", encoding="utf-8")
-    return json.loads(told.read_text(encoding="utf-8"))
+def batches(cfg: LM, kinds, steps: int, seed: int) -> dict:
+    """The batches of a run as `moex train` orders them, each array [steps, B, ...]."""
+    run = ml_collections.ConfigDict(type_safe=False, convert_dict=False)
+    data = Scenes(kinds=kinds, one_source=True, threads=0)
+    run.data, run.model, run.seq_len = data, cfg, LENGTH
+    made = TASK.prepare(run)
+    read = train_iterator(made, batch_size=BATCH, seed=seed)
+    return stack([next(read) for _ in range(steps)])
 
 
-def arms(seed: int, out: pathlib.Path) -> dict:
-    """The losses of all arms for one seed."""
-    start = out / f"base-{seed}"
-    found = {"base": trained(config((("text", 1.0),), BASE_STEPS, seed), start)}
-    for name, (adapter, kinds, steps) in ARMS.items():
-        cfg = config(kinds, steps, seed)
-        cfg.init_from, cfg.model.adapter = str(start), adapter
-        folder = out / f"{name.replace(' ', '-').replace(':', '')}-{seed}"
-        found[name] = trained(cfg, folder)
-        print(seed, name, found[name], flush=True)
-    return found
+def held_out(cfg: LM, kind: str) -> dict:
+    """All held-out sequences of a kind as one batch."""
+    made = Made(kind, 1, LENGTH, 0, bool(cfg.adapter and cfg.adapter.fields()))
+    return stack([made[i] for i in range(len(made))])
+
+
+def learn(cfg: LM, starts: dict, kinds, steps: int, seeds: int):
+    """Train from the parameters `starts`, stacked over seeds, all seeds at once.
+
+    The step is that of `moex train`; all steps of all seeds are one program.
+
+    Returns:
+      (parameters stacked over seeds, {kind: held-out loss of each seed}).
+    """
+    spec = model_spec(cfg)
+    optim = Optim(rule=AdamW(), lr=LR, warmup_steps=20, spike_factor=None)
+    tx, _ = make_optimizer(optim, steps, spec.params, spec.info)
+    how = Compute(kernels="xla")
+    step = make_train_step(
+        *(TASK, spec, tx, Loss()),
+        grad_accum=1,
+        num_domains=len(kinds),
+        optim=optim,
+        compute=how,
+    )
+
+    def one(start, key, batches):
+        params, state = init_params(cfg, key)
+        params = with_base(start, params)
+        own = {"params": params, "opt": tx.init(params), "state": state}
+
+        def advance(own, inputs):
+            return step(own, inputs[0], key, inputs[1])[0], None
+
+        inputs = (jnp.arange(steps), batches)
+        return jax.lax.scan(advance, own | {"guard": init_guard()}, inputs)[0]["params"]
+
+    keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
+    own = stack([batches(cfg, kinds, steps, seed) for seed in range(seeds)])
+    params = jax.jit(jax.vmap(one))(starts, keys, own)
+    score = make_eval_step(TASK, spec, num_domains=1, compute=how)
+
+    def loss(batch):
+        sums = jax.jit(jax.vmap(score, (0, None, None)))(params, spec.state, batch)
+        return (sums["nll"] / sums["tokens"]).tolist()
+
+    return params, {kind: loss(held_out(cfg, kind)) for kind, _ in kinds}
 
 
 def table(results: dict) -> str:
-    """The losses as Markdown: mean and the lowest and highest of the seeds."""
-    lines = [
-        "| adapters | steps | instructions | captions |",
-        "|---|---|---|---|",
-    ]
+    """The losses as Markdown: the mean, and the lowest and highest of the seeds."""
+    lines = ["| adapters | steps | instructions | captions |", "|---|---|---|---|"]
     for name, (_, _, steps) in ARMS.items():
         cells = [name, str(steps)]
         for kind in ("instruction", "caption"):
-            own = [run[name].get(kind) for run in results.values()]
-            if None in own:
-                cells.append("–")
-                continue
-            mean, low, high = statistics.mean(own), min(own), max(own)
-            cells.append(f"{mean:.4f} ({low:.4f} to {high:.4f})")
+            own = results[name].get(kind)
+            told = (
+                own and f"{statistics.mean(own):.4f} ({min(own):.4f} to {max(own):.4f})"
+            )
+            cells.append(told or "–")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def plot(results: dict, path: pathlib.Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.5), sharey=True)
     names = list(ARMS)[::-1]
     for axis, kind in zip(axes, ("instruction", "caption"), strict=True):
         for i, name in enumerate(names):
-            for run in results.values():
-                if kind in run[name]:
-                    axis.plot(run[name][kind], i, "o", color="C0", alpha=0.7)
+            own = results[name].get(kind, [])
+            axis.plot(own, [i] * len(own), "o", color="C0", alpha=0.7)
         axis.set_yticks(range(len(names)), names)
         axis.set_xlabel(f"held-out loss on {kind}s, nats per token")
         axis.grid(axis="x", alpha=0.3)
@@ -141,14 +165,16 @@ def plot(results: dict, path: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default="runs/adapter_v2")
     parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
-    out = args.out.absolute()
-    jax.config.update("jax_compilation_cache_dir", str(out / "programs"))
-    results = {str(seed): arms(seed, out) for seed in range(args.seeds)}
-    text = json.dumps({"losses": results}, indent=1) + "\n"
-    (HERE / "results.json").write_text(text, encoding="utf-8")
+    seeds = parser.parse_args().seeds
+    results = {}
+    base, results["base"] = learn(model(), {}, (("text", 1.0),), BASE_STEPS, seeds)
+    print("base", results["base"], flush=True)
+    for name, (adapter, kinds, steps) in ARMS.items():
+        _, results[name] = learn(model(adapter), base, kinds, steps, seeds)
+        print(name, results[name], flush=True)
+        text = json.dumps({"seeds": seeds, "losses": results}, indent=1) + "\n"
+        (HERE / "results.json").write_text(text, encoding="utf-8")
     (HERE / "table.md").write_text(table(results), encoding="utf-8")
     plot(results, HERE / "plot.png")
     print(table(results))

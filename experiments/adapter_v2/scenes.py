@@ -91,7 +91,7 @@ class Made(Dataset):
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Reading64(LanguageModelling):
+class SceneModelling(LanguageModelling):
     """Language modelling of `Scenes`, which needs no tokenizer."""
 
     DATA = Scenes
