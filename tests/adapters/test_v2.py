@@ -5,6 +5,7 @@ B batch · L length · M visual tokens · C their width · P prompt length · D 
 
 import dataclasses
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 
 from moex.adapters.v2 import AdapterV2, Visual
 from moex.config.base import ConfigError, check
+from moex.data.batches import Reading
 from moex.model.decode import generate
 from moex.model.optim import AdamW, Optim, make_optimizer
 from moex.model.paths import flat_paths, path_name
@@ -523,3 +525,27 @@ def test_visual_tokens_of_another_shape_are_refused():
         generate(spec, cfg, params, state, TOKENS.tolist(), **options)
     with pytest.raises(ValueError, match="for a model that takes none"):
         generate(spec, small(), params, state, TOKENS.tolist(), **options)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("data", Reading(), "config.data.one_source = False: must be True with "),
+        (
+            "optim",
+            Optim(rule=AdamW(), lr=1.0),
+            "spike_factor = 10.0: must be None",
+        ),
+    ],
+)
+def test_a_run_that_would_mix_kinds_of_batches_is_refused(key, value, told):
+    cfg = types.SimpleNamespace(
+        data=Reading(one_source=True),
+        optim=Optim(rule=AdamW(), lr=1.0, spike_factor=None),
+        task=types.SimpleNamespace(num_domains=lambda cfg: 2),
+    )
+    v2().check_run(cfg, "config.model.adapter")
+    setattr(cfg, key, value)
+    AdapterV2().check_run(cfg, "config.model.adapter")  # it has no visual tokens
+    with pytest.raises(ConfigError, match=told):
+        v2().check_run(cfg, "config.model.adapter")
