@@ -31,7 +31,7 @@ from moex.train.step import make_train_step
 matplotlib.use("Agg")
 TASK = Task()
 HERE = pathlib.Path(__file__).parent
-BASE_STEPS, STEPS, CAPTIONS = 400, 100, 10  # caption batches for each of instructions
+BASE_STEPS, STEPS, CAPTIONS = 500, 150, 10  # caption batches for each of instructions
 BATCH, LENGTH, LR = 8, 24, 3e-3
 ALONE, BOTH = (("instruction", 1.0),), (("instruction", 1.0), ("caption", CAPTIONS))
 VISUAL = Visual(width=WIDTH)

@@ -3,10 +3,12 @@
 Tokens are numbers below 64. All is made by fixed rules from a random number for each
 sequence, so that nothing is read.
 
-- text: a walk: each token is one of two that may follow the one before.
-- instruction: a name and three words; the answer counts on from each in turn.
-- caption: the answer, four words, is told by the visual vector of the sequence alone:
-  features of a frozen random network of the number of one of 32 scenes, and noise.
+- text: a walk: each token is one of the two that may follow the one before.
+- instruction: says which of the two it wants, and where the walk begins; the answer is
+  that walk.
+- caption: a walk of six tokens that always takes the first of the two. Where it begins
+  is told by the visual vector of the sequence alone: features of a frozen random
+  network of the number of one of 32 scenes, and noise.
 """
 
 import dataclasses
@@ -25,7 +27,7 @@ from moex.tasks.lm import LanguageModelling
 VOCAB, SCENES, WIDTH = 64, 32, 16
 HELD_OUT = 192  # sequences of each domain
 KINDS = ("text", "instruction", "caption")
-NAMED = {"text": 60, "instruction": 61, "caption": 62}  # first token of a sequence
+NAMED = {"text": 60, "instruction": 60, "caption": 63}  # first token of a sequence
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -49,7 +51,7 @@ class Made(Dataset):
         self.kind, self.split, self.seq_len, self.visual = kind, split, length, visual
         fixed = np.random.default_rng(0)
         self.follow = fixed.integers(0, 60, (60, 2))
-        self.words = fixed.integers(0, 60, (SCENES, 4))
+        self.begins = fixed.permutation(60)[:SCENES]
         self.encoder = fixed.normal(size=(SCENES, WIDTH))
 
     def sequence(self, index):
@@ -57,21 +59,19 @@ class Made(Dataset):
         tokens, features = [NAMED[self.kind]], np.zeros((1, WIDTH))
         if self.kind == "text":
             tokens.append(int(random.integers(60)))
-            while len(tokens) <= self.seq_len:
-                tokens.append(int(self.follow[tokens[-1], random.integers(2)]))
-            first = 0
+            first, choices = 0, random.integers(2, size=self.seq_len - 1)
         elif self.kind == "instruction":
-            words = random.integers(0, 60, 3)
-            tokens += words.tolist()
-            first = len(tokens) - 1
-            for step in range(1, (self.seq_len - 3) // 3 + 1):
-                tokens += ((words + step) % 60).tolist()
+            wanted = int(random.integers(2))
+            tokens += [61 + wanted, int(random.integers(60))]
+            first, choices = len(tokens) - 1, [wanted] * (self.seq_len - 2)
         else:
-            scene = random.integers(SCENES)
-            first = 0
-            tokens += self.words[scene].tolist()
+            scene = int(random.integers(SCENES))
+            tokens.append(int(self.begins[scene]))
+            first, choices = 0, [0] * 5
             features = np.tanh(self.encoder[scene])[None]
             features = features + 0.3 * random.normal(size=features.shape)
+        for choice in choices:
+            tokens.append(int(self.follow[tokens[-1], choice]))
         n, L = min(len(tokens) - 1, self.seq_len), self.seq_len
         place, real = np.arange(L), np.arange(L) < n
         row = np.zeros(L + 1, np.int32)
