@@ -6,10 +6,13 @@ from collections.abc import Iterable
 
 from flax import nnx
 
-from moex.config.base import ConfigError, nearest
+from moex.config.base import ConfigError, nearest, require_choice
+from moex.nn.lowered import lower, weight_sizes
 from moex.nn.model import Layers, Model
 from moex.nn.projection import AdapterConfig, Matrix, Projector
 from moex.terminal import aligned
+
+BASE_DTYPES = ("float32", "bfloat16", "int8")
 
 
 def make_model(cfg: Model, rngs: nnx.Rngs) -> Layers:
@@ -65,6 +68,13 @@ def attach(model, cfg: AdapterConfig, rngs, *, part: str = "") -> None:
     for name, variable in params.items():
         if name not in trained:
             variable.set_metadata(frozen=True)
+    require_choice(f"{path}.base_dtype", cfg.base_dtype, BASE_DTYPES)
+    if cfg.base_dtype != "float32":
+        for where, module in list(nnx.iter_modules(model, graph=False)):
+            here = part + "/".join(map(str, where))
+            for name in _weights(module, here, trained):
+                whole_use = f"{here}/{name}".lstrip("/") not in adaptable
+                lower(module, name, "bfloat16" if whole_use else cfg.base_dtype)
     by_owner: dict[str, dict] = {}
     for name, matrix in chosen.items():
         cfg.validate_matrix(matrix, path)
@@ -72,6 +82,18 @@ def attach(model, cfg: AdapterConfig, rngs, *, part: str = "") -> None:
         by_owner.setdefault(owner, {})[own] = cfg.make(matrix, rngs)
     for owner, adapters in by_owner.items():
         owners[owner].adapters = nnx.Dict(adapters)
+
+
+def _weights(module, path: str, trained: set[str]) -> list[str]:
+    """The names of a module's frozen weights; routers have none."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, nnx.Param)
+        and name.startswith("w_")
+        and "/router" not in f"/{path}"
+        and f"{path}/{name}".lstrip("/") not in trained
+    ]
 
 
 def _matching(pattern: str, names: Iterable[str], where: str, must: bool) -> list[str]:
@@ -144,7 +166,7 @@ def adapter_table(cfg: AdapterConfig, params: dict, info: dict) -> str:
       params: `{path: array}` of the model; only shapes count.
       info: `{path: ParamInfo}`.
     """
-    sizes = {name: math.prod(array.shape) for name, array in params.items()}
+    sizes = weight_sizes(params)
     own: dict[str, int] = {}
     for name, size in sizes.items():
         owner, found, rest = f"/{name}".rpartition("/adapters/")
@@ -154,7 +176,7 @@ def adapter_table(cfg: AdapterConfig, params: dict, info: dict) -> str:
     lines = [("adapted matrix", "parameters", "added")]
     # Adapters of the whole model, such as prompts, change no matrix.
     lines += [(m, f"{sizes.get(m, 0):,}", f"{own[m]:,}") for m in own]
-    trained = {n: v for n, v in sizes.items() if not info[n].frozen}
+    trained = {n: v for n, v in sizes.items() if n in info and not info[n].frozen}
     also = [n for n in trained if "adapters" not in n.split("/")]
     total, learned = sum(sizes.values()), sum(trained.values())
     text = (

@@ -28,6 +28,22 @@ class Command(Verb):
             help="a prompt is a user's message, laid out by the chat template of the "
             "data or of the imported model; print the answer alone",
         )
+        parser.add_argument(
+            "--adapter",
+            action="append",
+            metavar="[NAME=]FOLDER",
+            default=[],
+            help="a run with adapters on this run, or a folder of adapters for it; "
+            "repeat it for several. The run is loaded once",
+        )
+        parser.add_argument(
+            "--use",
+            action="append",
+            metavar="NAME",
+            default=[],
+            help="the adapter for all prompts, or once for each prompt in order; "
+            "'base': none; needed with several adapters",
+        )
         parser.add_argument("--max-new-tokens", type=positive, default=128)
         parser.add_argument(
             "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
@@ -61,6 +77,8 @@ class Command(Verb):
             args.run,
             prompts,
             chat=args.chat,
+            adapter=args.adapter,
+            use=args.use,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_k=args.top_k,

@@ -40,7 +40,7 @@ from moex.runs.base import Base, base_hash, has_base, with_base
 from moex.runs.claim import new_folder, new_run
 from moex.runs.directory import Place, RunDir
 from moex.runs.keys import check_run
-from moex.runs.open import LoadedRun, differences, load_run
+from moex.runs.open import LoadedRun, continued, differences, load_run
 from moex.runs.program import Program, mesh_here
 from moex.runs.write import write_run
 from moex.tasks.base import require_token_ids
@@ -124,8 +124,12 @@ def _own_arrays(run: LoadedRun) -> dict[str, np.ndarray]:
 def _beyond_base(spec: ModelSpec, model) -> set[str]:
     """The paths of parameters that are trained, or that the model alone has not."""
     plain = flat_paths(model_spec(dataclasses.replace(model, adapter=None)).params)
-    kept = {name for name in plain if spec.info[name].frozen}
-    return flat_paths(spec.params).keys() - kept
+
+    def is_base(name: str) -> bool:  # a weight in int8 has parts
+        own = name in plain or name.rpartition("/")[0] in plain
+        return own and spec.info[name].frozen
+
+    return {name for name in flat_paths(spec.params) if not is_base(name)}
 
 
 def _peft_files(run: LoadedRun, arrays, files: dict[str, Any]):
@@ -270,11 +274,12 @@ def adapted_run(read: AdapterFiles, base: LoadedRun) -> LoadedRun:
     own = {n: jnp.asarray(array) for n, array in read.arrays.items()}
     params = nested({n: a for n, a in own.items() if n in flat_paths(spec.params)})
     state = nested({n: a for n, a in own.items() if n in flat_paths(spec.state)})
+    program = Program(cfg=cfg, mesh=base.mesh, spec=spec)
     return dataclasses.replace(
         base,
         cfg=cfg,
         spec=spec,
-        params=with_base(params, base.params),
+        params=with_base(params, continued(program, base.cfg, base.params)),
         state=with_base(state, base.state),
     )
 

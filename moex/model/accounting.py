@@ -16,6 +16,7 @@ import numpy as np
 
 from moex.model.layers import sites
 from moex.model.paths import flat_paths
+from moex.nn.lowered import VALUES, weight_sizes
 from moex.nn.model import Model
 
 # Dense bfloat16 peak with float32 sums, 10^12 FLOP/s per device as JAX counts devices
@@ -242,7 +243,8 @@ def model_cost(cfg: Model, spec, seq_len: int) -> Cost:
       spec: `ModelSpec` of it.
       seq_len: tokens per sequence, for attention.
     """
-    sizes = {n: math.prod(leaf.shape) for n, leaf in flat_paths(spec.params).items()}
+    sizes = weight_sizes(flat_paths(spec.params))
+    still = {n.removesuffix(VALUES) for n, info in spec.info.items() if info.frozen}
     blocks = []
     for site in sites(cfg):
         # Scores and values take one multiplication and one addition per number and key.
@@ -253,14 +255,14 @@ def model_cost(cfg: Model, spec, seq_len: int) -> Cost:
             for n, size in sizes.items()
             if n.startswith(f"{site.path}/")
         }
-        frozen = frozenset(n for n in own if spec.info[f"{site.path}/{n}"].frozen)
+        frozen = frozenset(n for n in own if f"{site.path}/{n}" in still)
         blocks.append(
             BlockCost(site.path, site.ffn, site.repeat, own, score_flops, frozen)
         )
     outer = {n: v for n, v in sizes.items() if not n.startswith("segments/")}
     multiplied = {n: v for n, v in outer.items() if _is_multiplied(n)}
     multiplied |= {name: outer[name] for name in cfg.used_again()}
-    trained = sum(v for n, v in multiplied.items() if not spec.info[n].frozen)
+    trained = sum(v for n, v in multiplied.items() if n not in still)
     forward = 2 * sum(multiplied.values())
     return Cost(tuple(blocks), outer, forward, forward + 2 * trained)
 

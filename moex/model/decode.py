@@ -23,6 +23,7 @@ from moex.model.accounting import device_bytes, num_bytes
 from moex.nn.context import Compute, Context
 from moex.nn.contract import StackReader
 from moex.nn.lm import LM
+from moex.nn.lowered import Int8Weight
 from moex.progress import phase
 
 # Prompts are padded to a power of two of at least this many tokens, so that a session
@@ -214,12 +215,14 @@ def cast_experts(model, dtype) -> None:
     """Cast experts to the compute dtype once, instead of again for every token."""
     for _, module in nnx.iter_modules(model, graph=False):
         if isinstance(module, StackReader):
-            for weight in jax.tree.leaves(module, is_leaf=_is_param):
-                weight[...] = weight[...].astype(dtype)
+            for weight in jax.tree.leaves(module, is_leaf=_is_whole):
+                if isinstance(weight, nnx.Param):
+                    weight.set_value(weight[...].astype(dtype))
 
 
-def _is_param(leaf) -> bool:
-    return isinstance(leaf, nnx.Param)
+def _is_whole(leaf) -> bool:
+    """Whether a part is a parameter, or a weight in int8, which stays as it is."""
+    return isinstance(leaf, (nnx.Param, Int8Weight))
 
 
 def _context(token_BL, first_slot, slots, num_padding_B, stopped_B, compute) -> Context:

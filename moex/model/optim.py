@@ -183,7 +183,8 @@ def path_factors(
 ) -> dict[str, Any]:
     """The learning-rate factor of each parameter; the last matching pattern wins.
 
-    A factor is a float, or the points of a schedule. It is 0 for the base of adapters.
+    A factor is a float, or the points of a schedule. It is 0 for the base of adapters,
+    whatever the patterns are: `also_train` of the adapters trains parts of the base.
 
     A pattern is a shell pattern against the whole path, or any part of it when it has
     no `*`: `router` matches every router, `segments/0/*` the first segment.
@@ -202,7 +203,8 @@ def path_factors(
                 f"{path}.lr_factors: pattern {pattern!r} matches no parameter."
                 f"{nearest(pattern, parts)} Parameters are named like {names[0]!r}."
             )
-        factors.update(dict.fromkeys(matched, static_value(factor)))
+        trained = [name for name in matched if not info[name].frozen]
+        factors.update(dict.fromkeys(trained, static_value(factor)))
     return factors
 
 

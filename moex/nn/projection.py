@@ -41,6 +41,10 @@ class AdapterConfig(Config, abc.ABC):
     targets: tuple[str, ...]
     # Patterns of other parameters that are trained too, such as "router" or "norm".
     also_train: tuple[str, ...] = ()
+    # How frozen weights are kept: "float32", "bfloat16" or "int8" (blocks of at most
+    # 64 with a scale; embeddings and logits in bfloat16). Routers and norms stay
+    # float32, and so do adapters.
+    base_dtype: str = "float32"
 
     @abc.abstractmethod
     def make(self, matrix: "Matrix", rngs: nnx.Rngs) -> "Adapter":
@@ -377,7 +381,7 @@ def adapted(module: Projector, name: str, base: Callable, x, ctx, contract=1):
 
 
 def look_up(module: Projector, name: str, id_BL, ctx):
-    """The rows of a parameter [V, D] by their numbers, [B, L, D].
+    """The rows of a parameter [V, D] by their numbers: float32[B, L, D].
 
     An adapter sees them as the product of one-hot rows with the parameter.
 
@@ -388,7 +392,7 @@ def look_up(module: Projector, name: str, id_BL, ctx):
     array = getattr(module, name)
 
     def base(id_BL):
-        return array[...].at[id_BL].get(mode="clip")
+        return array[...].at[id_BL].get(mode="clip").astype(jnp.float32)
 
     if name not in module.adapters:
         return base(id_BL)

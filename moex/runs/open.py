@@ -11,8 +11,9 @@ from moex import sharding
 from moex.config import base as configs
 from moex.config.base import ConfigError
 from moex.data.tokenizer import Tokenizer
-from moex.model.paths import flat_paths, path_name
+from moex.model.paths import flat_paths, nested, path_name
 from moex.model.spec import ModelSpec, check_mesh, model_spec, shardings
+from moex.nn.lowered import lowered
 from moex.runs.base import Base, has_base, with_base
 from moex.runs.checkpoint import HOST_BYTES, Checkpointer
 from moex.runs.directory import Place, RunDir
@@ -61,6 +62,32 @@ def load_run(
     return _load(run, Program(cfg=cfg, mesh=mesh, spec=spec), warn, step, whole)
 
 
+def load_onto(base: LoadedRun, run: RunDir, where: str, *, warn=print) -> LoadedRun:
+    """Read a run with adapters whose base is loaded: they share the arrays of the base.
+
+    Args:
+      base: the run that `run` was trained on.
+      run: the run directory.
+      where: names it in errors.
+      warn: as for `load_run`.
+
+    Raises:
+      ConfigError: if it has another base.
+    """
+    own = Base.read(run)
+    same = own.folder.path.resolve() == base.folder.path.resolve()
+    if not same or own.step != base.step:
+        raise ConfigError(
+            f"{where}: its base is step {own.step} of {own.folder}, not step "
+            f"{base.step} of {base.folder}."
+        )
+    program = Program(cfg=run.config(), mesh=base.mesh, spec=saved_spec(run))
+    check_base(program, base.cfg, base.spec, f"{where}: the base")
+    loaded = _load(run, program, warn, None, whole=False)
+    rest = continued(program, base.cfg, base.params)
+    return dataclasses.replace(loaded, params=with_base(loaded.params, rest))
+
+
 def base_params(run: RunDir, program: Program, warn=print) -> dict:
     """Read the parameters of the base of a run with adapters, on the mesh of the run.
 
@@ -83,7 +110,7 @@ def continued(program: Program, before, params: dict) -> dict:
       before: config of the run that has the parameters.
       params: nested dicts, on the mesh of the program.
     """
-    params = _continued(program.cfg, before, params)
+    params = _continued(program, before, params)
     places, _ = shardings(program.spec, program.mesh)
     flat = flat_paths(places)
 
@@ -94,11 +121,13 @@ def continued(program: Program, before, params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(placed, params)
 
 
-def _continued(cfg, before, params: dict) -> dict:
-    if cfg.model.adapter is None:
+def _continued(program: Program, before, params: dict) -> dict:
+    adapter = program.cfg.model.adapter
+    if adapter is None:
         return params
     old = before.model.adapter
-    return cfg.model.adapter.continued(old, params, "config.model.adapter")
+    params = adapter.continued(old, params, "config.model.adapter")
+    return nested(lowered(flat_paths(params), flat_paths(program.spec.params)))
 
 
 def check_base(program: Program, before, spec: ModelSpec, where: str) -> None:
@@ -114,7 +143,7 @@ def check_base(program: Program, before, spec: ModelSpec, where: str) -> None:
       ConfigError: naming the first parameter that differs.
     """
     own, here = program.spec, program.spec.shapes()
-    params = jax.eval_shape(lambda p: _continued(program.cfg, before, p), spec.params)
+    params = jax.eval_shape(lambda p: _continued(program, before, p), spec.params)
     arrays = flat_paths(params) | flat_paths(spec.state)
     there = {name: array.shape for name, array in arrays.items()}
     kept = {n: v for n, v in here.items() if n in there or own.info[n].frozen}

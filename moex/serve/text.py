@@ -6,7 +6,8 @@ from moex.config.base import ConfigError, require
 from moex.data.chat import layout_of
 from moex.nn.contract import not_causal
 from moex.runs.directory import Place, RunDir
-from moex.runs.open import load_run
+from moex.runs.open import LoadedRun, load_run
+from moex.serve import adapters
 from moex.tasks.base import require_token_ids
 from moex.tasks.lm import continue_texts
 
@@ -18,12 +19,24 @@ def write_text(
     max_new_tokens,
     seed,
     chat=False,
+    adapter=(),
+    use=(),
     warn=print,
     **sampling,
 ) -> list[str]:
     """Continue each prompt; returns prompt + continuation as text.
 
     With `chat` each prompt is a user's message, and the answers alone are returned.
+    With adapters the run is their base; the prompts of one adapter are one batch.
+
+    Args:
+      place: run directory.
+      prompts: texts.
+      max_new_tokens, seed, sampling: as for `model.decode.generate`.
+      chat: see above.
+      adapter: folders of adapters, as NAME=FOLDER or FOLDER.
+      use: the name of the adapter for each prompt; see `adapters.chosen`.
+      warn: as for `load_run`.
 
     Raises:
       ConfigError: for a bad run directory or sampling parameter, or if there is no
@@ -31,12 +44,10 @@ def write_text(
     """
     require(len(prompts) >= 1, "--prompt", prompts, "given at least once")
     require_token_ids(RunDir.of(place).config(), "moex generate")
-    layout = layout_of(RunDir.of(place).config().data) if chat else None
-    if chat and not layout:
-        raise ConfigError(
-            f"--chat: {place} has no chat template: it was not trained on chats, and "
-            "no model with one was imported."
-        )
+    names = adapters.named(list(adapter))
+    if use and not names:
+        raise ConfigError("--use: needs --adapter, which gives the names.")
+    uses = adapters.chosen([*names], list(use), len(prompts)) if names else []
     run = load_run(place, warn=warn)
     where = not_causal(run.cfg.model)
     if where is not None:
@@ -44,11 +55,32 @@ def write_text(
             f"{place}: {where} is ExpertChoice, which chooses tokens by those that "
             "follow: the model cannot generate."
         )
+    sampling |= {"max_new_tokens": max_new_tokens, "seed": seed}
+    if not names:
+        return _texts(run, prompts, chat, sampling)
+    models = adapters.load_adapted(run, names, warn)
+    texts = [""] * len(prompts)
+    for name in dict.fromkeys(uses):
+        rows = [i for i, own in enumerate(uses) if own == name]
+        asked = [prompts[i] for i in rows]
+        made = _texts(models[name], asked, chat, sampling)
+        for i, text in zip(rows, made, strict=True):
+            texts[i] = text
+    return texts
+
+
+def _texts(run: LoadedRun, prompts: list[str], chat: bool, sampling) -> list[str]:
+    """Continue prompts with one model."""
+    layout = layout_of(run.cfg.data) if chat else None
+    if chat and not layout:
+        raise ConfigError(
+            f"--chat: {run.folder} has no chat template: it was not trained on chats, "
+            "and no model with one was imported."
+        )
     try:
         with jax.set_mesh(run.mesh):
             arrays = {"params": run.params, "state": run.state}
-            sampling |= {"max_new_tokens": max_new_tokens, "seed": seed}
-            sampling["chat"] = layout
-            return continue_texts(run, arrays, run.tokenizer, prompts, **sampling)
+            own = sampling | {"chat": layout}
+            return continue_texts(run, arrays, run.tokenizer, prompts, **own)
     except ValueError as e:
         raise ConfigError(str(e)) from None

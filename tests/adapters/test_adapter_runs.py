@@ -11,12 +11,14 @@ import pytest
 
 from moex.adapters.lora import LoRA
 from moex.config.base import ConfigError
+from moex.model.accounting import num_bytes
 from moex.model.optim import AdamW, Optim, make_optimizer
 from moex.model.paths import flat_paths
 from moex.model.spec import init_guard
 from moex.runs.directory import RunDir
 from moex.runs.keys import Loss
 from moex.runs.open import load_run
+from moex.serve.text import write_text
 from moex.train.step import make_train_step
 from tests import runs
 from tests.helpers import TASK, XLA, built, random_batch, tiny_lm
@@ -86,6 +88,26 @@ def test_another_run_starts_from_a_run_with_adapters(folder, adapted):
     first, third = (flat_paths(load_run(r).params) for r in (adapted, run))
     for name, array in first.items():
         np.testing.assert_allclose(array, third[name], atol=1e-6, err_msg=name)
+
+
+def test_a_base_in_int8_is_trained_on_and_opened(folder, base, adapted):
+    run = folder / "int8"
+    own = LORA.replace("dropout=0.1", "dropout=0.1, base_dtype='int8'")
+    runs.train(folder, run, f"init_from={base}", f"model.adapter={own}", "steps=4")
+    small, whole = load_run(run), load_run(adapted)
+    kinds = {n: a.dtype.name for n, a in flat_paths(small.params).items()}
+    assert kinds["segments/0/blocks/0/attention/w_q_DGRA/values"] == "int8"
+    assert num_bytes(small.params) < 0.5 * num_bytes(whole.params)
+    assert size(run / "checkpoints") < 1.1 * size(adapted / "checkpoints")
+    own, near = ([r["loss"] for r in runs.records(r)] for r in (run, adapted))
+    np.testing.assert_allclose(own, near, rtol=0, atol=0.02)
+    assert all(
+        bool(jnp.any(array != 0))
+        for name, array in flat_paths(small.params).items()
+        if name.endswith("b_NRO")
+    )
+    options = {"max_new_tokens": 6, "temperature": 0, "seed": 0}
+    assert write_text(run, ["the cat"], **options)
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ class Merged(Conversion):
         from moex.adapters.lora import factors
         from moex.model.paths import flat_paths, nested
         from moex.model.spec import model_spec
+        from moex.nn.lowered import SCALES, VALUES, from_int8
 
         scale = run.cfg.model.adapter.alpha / run.cfg.model.adapter.rank
         old, params = flat_paths(run.params), {}
@@ -50,9 +51,12 @@ class Merged(Conversion):
         merged = 0
         for name in names:
             a, b = factors(name)
-            params[name] = old[name]
+            if name in old:
+                params[name] = old[name].astype("float32")
+            else:
+                params[name] = from_int8(old[name + VALUES], old[name + SCALES])
             if a in old:
-                params[name] = _merged(old[name], old[a], old[b], scale)
+                params[name] = _merged(params[name], old[a], old[b], scale)
                 merged += 1
         say(f"merged the adapters of {merged} parameters")
         return nested(params), run.state, {"merged": merged}

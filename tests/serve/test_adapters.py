@@ -1,0 +1,96 @@
+"""Several adapters on one base: chosen by prompt, as each writes alone."""
+
+import pytest
+
+from moex.config.base import ConfigError
+from moex.interop.adapter import export_adapter
+from moex.model.paths import flat_paths
+from moex.runs.base import Base
+from moex.runs.directory import RunDir
+from moex.runs.open import load_run
+from moex.serve import adapters
+from moex.serve.text import write_text
+from moex.train.job import make_job
+from tests import runs
+from tests.helpers import built
+
+LORA = "LoRA(rank=2, alpha=8.0, targets=('attention', 'experts'))"
+OPTIONS = {"max_new_tokens": 12, "temperature": 0.9, "seed": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def setting():
+    with runs.one_device():
+        yield
+
+
+def written(folder, name, *overrides, base=None):
+    """A run that was not trained, with random parameters."""
+    router = "model.layers[1].pattern[0].router.bias_rate=0.0"
+    cfg = runs.config(folder, router, "model.attention.qk_norm=True", *overrides)
+    job = make_job(cfg, log=lambda line: None)
+    _, params, state = built(cfg.model, seed=len(name))
+    run = RunDir(folder / name)
+    if base is not None:
+        run.path.mkdir()
+        Base.of(RunDir(base), 0).save(run)
+    runs.write(job, {"params": params, "state": state}, run)
+    return run.path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a base, two runs on it, and one of them as a folder of PEFT."""
+    folder = tmp_path_factory.mktemp("served")
+    base = written(folder, "plain")
+    for name in ("first", "second"):
+        own = f"{LORA[:-1]}, base_dtype='bfloat16')" if name == "second" else LORA
+        fields = (f"init_from={base}", f"model.adapter={own}")
+        written(folder, name, *fields, base=base)
+    export_adapter(folder / "first", folder / "files", say=lambda line: None)
+    return folder
+
+
+def test_each_prompt_has_its_adapter_as_if_alone(folder):
+    prompts = ["the cat", "a dog", "our teacher", "hears"]
+    given = [f"{folder}/first", f"two={folder}/second", f"{folder}/files"]
+    use = ["first", "two", "first", "base"]
+    texts = write_text(folder / "plain", prompts, adapter=given, use=use, **OPTIONS)
+    first = write_text(folder / "first", [prompts[0], prompts[2]], **OPTIONS)
+    second = write_text(folder / "second", prompts[1:2], **OPTIONS)
+    plain = write_text(folder / "plain", prompts[3:], **OPTIONS)
+    assert texts == [first[0], *second, first[1], *plain]
+    one = given[2:]
+    pair = [prompts[0], prompts[2]]
+    assert write_text(folder / "plain", pair, adapter=one, **OPTIONS) == first
+    assert write_text(folder / "plain", pair, **OPTIONS) != first
+
+
+def test_the_arrays_of_the_base_are_shared(folder):
+    base = load_run(folder / "plain")
+    models = adapters.load_adapted(
+        base, {"a": folder / "first", "b": folder / "files"}, print
+    )
+    own = flat_paths(base.params)
+    for name in ("a", "b"):
+        other = flat_paths(models[name].params)
+        for path, array in own.items():
+            where = other[path].unsafe_buffer_pointer()
+            assert where == array.unsafe_buffer_pointer(), path
+
+
+def test_a_mistake_is_one_clear_line(folder, tmp_path):
+    run, first = folder / "plain", f"{folder}/first"
+
+    def told(match, adapter, use=(), prompts=("a", "b"), place=run):
+        with pytest.raises(ConfigError, match=match):
+            write_text(place, list(prompts), adapter=adapter, use=use, **OPTIONS)
+
+    told("--use: needs --adapter", [], ["first"])
+    told("the name 'first' is taken; write NAME=", [first, first])
+    told("the name 'base' is taken", [f"base={first}"])
+    told("--use: given 0 times for 2 prompts.*base, first, x", [first, f"x={first}"])
+    told("--use=frist: must be one of .*Did you mean 'first'", [first], ["frist"])
+    told("there is no such folder", [f"{folder}/gone"])
+    told("is no run with adapters on a base", [f"{folder}/plain"])
+    told("has adapters; fold them into the base", [first], place=folder / "second")
