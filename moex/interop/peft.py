@@ -66,7 +66,7 @@ def settings_of(lora: LoRA, adapted: list[Site], every: list[Site]) -> dict[str,
     """The fields of `adapter_config.json` for some sites of a model's `every` site."""
     full = {site.full for site in adapted}
     partly = {site.target for site in every if site.full not in full}
-    modules, parameters = set(), set()
+    modules, parameters = set[str](), set[str]()
     for site in adapted:
         name = site.full if site.target in partly else site.target
         (parameters if site.parameter else modules).add(name)

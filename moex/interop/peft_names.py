@@ -14,6 +14,7 @@ import numpy as np
 
 from moex.interop.names import Names, Piece, pieces
 from moex.model.layers import layers
+from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.nn.lm import LM
 
@@ -114,6 +115,7 @@ def sites(model: LM, names: Names) -> Iterator[Site]:
     for number, (site, copy) in enumerate(blocks):
         if not isinstance(site.ffn, MoE):
             continue
+        assert isinstance(site.ffn.experts, Glu)
         E, F, D = site.ffn.num_experts, site.ffn.experts.hidden, model.dim
         module = f"model.layers.{number}.mlp.experts"
         for parameter, own, inputs, outputs in (

@@ -48,6 +48,8 @@ def write_text(
     if use and not names:
         raise ConfigError("--use: needs --adapter, which gives the names.")
     uses = adapters.chosen([*names], list(use), len(prompts)) if names else []
+    if not names:  # before anything is read
+        _layout(RunDir.of(place).config(), place, chat)
     run = load_run(place, warn=warn)
     where = not_causal(run.cfg.model)
     if where is not None:
@@ -71,16 +73,21 @@ def write_text(
 
 def _texts(run: LoadedRun, prompts: list[str], chat: bool, sampling) -> list[str]:
     """Continue prompts with one model."""
-    layout = layout_of(run.cfg.data) if chat else None
-    if chat and not layout:
-        raise ConfigError(
-            f"--chat: {run.folder} has no chat template: it was not trained on chats, "
-            "and no model with one was imported."
-        )
     try:
         with jax.set_mesh(run.mesh):
             arrays = {"params": run.params, "state": run.state}
-            own = sampling | {"chat": layout}
+            own = sampling | {"chat": _layout(run.cfg, run.folder, chat)}
             return continue_texts(run, arrays, run.tokenizer, prompts, **own)
     except ValueError as e:
         raise ConfigError(str(e)) from None
+
+
+def _layout(cfg, place: Place, chat: bool) -> dict[str, str] | None:
+    """How a run lays out chats; None: prompts are no chats."""
+    layout = layout_of(cfg.data) if chat else None
+    if chat and not layout:
+        raise ConfigError(
+            f"--chat: {place} has no chat template: it was not trained on chats, and "
+            "no model with one was imported."
+        )
+    return layout
