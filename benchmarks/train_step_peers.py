@@ -53,13 +53,14 @@ ALONE = "matmuls alone (XLA)"
 PAUSE_S = 0.5  # torch's threads spin for a while after each step, on moex's cores
 
 
-def moex_job(E: int):
-    """The job whose step is timed, on a random batch."""
+def moex_job(E: int, adapter=None):
+    """The job whose step is timed, on a random batch; `adapter`: of its model."""
     K, F = SETTINGS[E]
     moe = MoE(num_experts=E, router=TopK(k=K), experts=Glu(hidden=F))
     layers = (Segment(pattern=(moe,), repeat=LAYERS),)
     cfg = base.get_config()
-    cfg.model = LM(dim=D, vocab=V, attention=Attention(heads=HEADS), layers=layers)
+    own = {"attention": Attention(heads=HEADS), "layers": layers, "adapter": adapter}
+    cfg.model = LM(dim=D, vocab=V, **own)
     cfg.batch_size, cfg.seq_len, cfg.precision = B, L, "float32"
     cfg.scan_layers = False  # torch unrolls the layers too
     rule = AdamW(b1=BETAS[0], b2=BETAS[1], eps=EPS)

@@ -107,6 +107,12 @@ def export_adapter(place: Place, out, *, say=print) -> None:
 def _own_arrays(run: LoadedRun) -> dict[str, np.ndarray]:
     """Arrays that a base has not, or not so: adapters, trained ones, router states."""
     names, params = _beyond_base(run.spec, run.cfg.model), flat_paths(run.params)
+    bank = [name for name in sorted(names) if run.spec.info[name].frozen]
+    if bank:
+        raise ConfigError(
+            f"export-hf --adapter: {bank[0]} is of earlier tasks: it is taken over "
+            "from the run before, so this adapter opens only as a run on that run."
+        )
     trained = {name: np.asarray(params[name]) for name in sorted(names)}
     if not has_base(run.cfg):
         return trained
@@ -318,12 +324,8 @@ def import_adapter(
     read = read_adapter(folder, base)
     cfg = base.config()
     cfg.model = dataclasses.replace(cfg.model, adapter=read.config)
-    spec = model_spec(cfg.model)
-    shapes, frozen = spec.shapes(), {n for n, i in spec.info.items() if i.frozen}
+    shapes = model_spec(cfg.model).shapes()
     cfg.init_from = str(base.path.absolute())
-    if frozen & read.arrays.keys():  # such as a bank of MoRAM, which no base has
-        cfg.init_from = ""
-        say(f"{out}: holds {base} too, as these adapters have frozen parameters")
     cfg = load_config(list(config_args), base=cfg)
     check_run(cfg)
     for name, new, old in differences(model_spec(cfg.model).shapes(), shapes):
@@ -350,8 +352,7 @@ def import_adapter(
             cfg.data, tokenizer=SavedTokenizer(path=str(RunDir(out).tokenizer_folder))
         )
         keep_layout(base.imported, temporary.imported)
-        if has_base(cfg):
-            Base.of(base, loaded.step).save(temporary)
+        Base.of(base, loaded.step).save(temporary)
         arrays = {"params": whole.params, "state": whole.state}
         write_run(temporary, cfg, program, tx, data, arrays)
     size = sum(array.size for array in read.arrays.values())

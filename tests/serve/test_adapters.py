@@ -1,9 +1,9 @@
-"""Several adapters on one base: chosen by prompt, as each writes alone."""
+"""Adapters of every kind on one base: from files, and chosen by prompt."""
 
 import pytest
 
 from moex.config.base import ConfigError
-from moex.interop.adapter import export_adapter
+from moex.interop.adapter import export_adapter, import_adapter
 from moex.model.paths import flat_paths
 from moex.runs.base import Base
 from moex.runs.directory import RunDir
@@ -64,6 +64,35 @@ def test_each_prompt_has_its_adapter_as_if_alone(folder):
     pair = [prompts[0], prompts[2]]
     assert write_text(folder / "plain", pair, adapter=one, **OPTIONS) == first
     assert write_text(folder / "plain", pair, **OPTIONS) != first
+
+
+KINDS = {
+    "loramoe": "LoRAMoE(experts=2, rank=2, alpha=4.0, targets=('attention', 'ffn'))",
+    "moram": "MoRAM(rank=4, k=2, alpha=4.0, targets=('attention',))",
+    "v2": "AdapterV2(prompt_length=3, layers=1)",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_come_back_from_files_of_our_own(folder, kind):
+    fields = (f"init_from={folder / 'plain'}", f"model.adapter={KINDS[kind]}")
+    run = written(folder, kind, *fields, base=folder / "plain")
+    quiet = {"say": lambda line: None}
+    export_adapter(run, folder / f"{kind}-files", **quiet)
+    files = folder / f"{kind}-files"
+    assert sorted(p.name for p in files.iterdir()) == [
+        "moex_adapter.json",
+        "moex_adapter.safetensors",
+    ]
+    import_adapter(folder / "plain", files, folder / f"{kind}-again", **quiet)
+    old, new = load_run(run), load_run(folder / f"{kind}-again")
+    assert new.cfg.model == old.cfg.model
+    before, after = flat_paths(old.params), flat_paths(new.params)
+    assert before.keys() == after.keys()
+    own = [n for n in before if "adapters" in n or not old.spec.info[n].frozen]
+    assert own
+    for name in own:
+        assert before[name].tobytes() == after[name].tobytes(), name
 
 
 def test_the_arrays_of_the_base_are_shared(folder):
