@@ -34,12 +34,8 @@ class Visual(Config):
 
     def validate(self, path):
         for name in ("width", "tokens", "layers"):
-            require(
-                getattr(self, name) >= 1,
-                f"{path}.{name}",
-                getattr(self, name),
-                "at least 1, or visual=None for no visual tokens",
-            )
+            value, allowed = getattr(self, name), "at least 1; visual=None is for none"
+            require(value >= 1, f"{path}.{name}", value, allowed)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -59,12 +55,10 @@ class AdapterV2(AdapterConfig):
 
     def validate(self, path):
         for name in ("prompt_length", "layers"):
-            value = getattr(self, name)
-            ok = value is None or value >= 1
-            allowed = "at least 1, or None"
+            value, allowed = getattr(self, name), "at least 1, or None"
             if name == "layers":
                 allowed = "at least 1; prompt_length=None is for no prompts"
-            require(ok, f"{path}.{name}", value, allowed)
+            require(value is None or value >= 1, f"{path}.{name}", value, allowed)
         side = "input, output or None"
         require(self.scale_side in SIDES, f"{path}.scale_side", self.scale_side, side)
         for_matrices = self.bias or self.scale_side is not None
@@ -146,7 +140,6 @@ class BiasAndScale(Adapter):
 
     def __init__(self, cfg: AdapterV2, matrix: Matrix, rngs):
         super().__init__(matrix)
-        self.on_input = cfg.scale_side == "input"
         # Devices that split the inputs add their outputs up, so each adds its share.
         self.adds_up = matrix.input_axis == "mlp"
 
@@ -165,7 +158,7 @@ class BiasAndScale(Adapter):
 
         self.bias_NO = vector(cfg.bias, 0.0)
         self.scale_NO = vector(cfg.scale_side == "output", 1.0)
-        self.scale_NI = vector(self.on_input, 1.0, inputs=True)
+        self.scale_NI = vector(cfg.scale_side == "input", 1.0, inputs=True)
 
     def __call__(self, x, base, product, ctx):
         if self.scale_NI is None:

@@ -191,6 +191,8 @@ def check_run(cfg: ml_collections.ConfigDict, *, to_train: bool = True) -> None:
     _check_values(cfg)
     if to_train:
         check_schedules(cfg)
+        if cfg.model.adapter is not None:
+            cfg.model.adapter.check_run(cfg, "config.model.adapter")
 
 
 def _check_values(cfg):
@@ -207,10 +209,8 @@ def _check_values(cfg):
     of = f"a multiple of grad_accum = {cfg.grad_accum}"
     require(size % cfg.grad_accum == 0, where, size, of)
     cfg.task.check_run(cfg)
-    if cfg.model.adapter is not None:
-        cfg.model.adapter.check_run(cfg, "config.model.adapter")
-        if not cfg.init_from:
-            cfg.model.adapter.continued(None, {}, "config.model.adapter")
+    if cfg.model.adapter is not None and not cfg.init_from:
+        cfg.model.adapter.continued(None, {}, "config.model.adapter")
     overlap, below = cfg.eval.overlap, f"below seq_len = {cfg.seq_len}"
     require(overlap < cfg.seq_len, "config.eval.overlap", overlap, below)
 
