@@ -262,10 +262,8 @@ def test_at_the_start_the_compiled_model_is_the_base(side, attention):
     spec = model_spec(small(attention))
     _, own, params, state = started(attention, scale_side=side)
     plain = {n: a for n, a in flat_paths(params).items() if n in spec.shapes()}
-    found, want = (
-        logits(*pair, state, context())
-        for pair in ((own, params), (spec, nested(plain)))
-    )
+    found = logits(own, params, state, context())
+    want = logits(spec, nested(plain), state, context())
     assert_close(found, want, "order")
 
 
