@@ -245,18 +245,8 @@ class Product:
 
         Everything that is not linear in it needs the sum over these devices.
         """
-        return jax.lax.psum(z, "tensor") if self._in_slices(adapter) else z
-
-    def share(self, adapter: Adapter) -> float:
-        """The weight of an output that was made of `whole` results.
-
-        Where devices have slices of the input, their outputs are added.
-        """
-        return self.ctx.tensor_share if self._in_slices(adapter) else 1.0
-
-    def _in_slices(self, adapter):
         split = RULES.get(adapter.input_axis or "") == "tensor"
-        return split and self.ctx.tensor_share < 1
+        return jax.lax.psum(z, "tensor") if split and self.ctx.tensor_share < 1 else z
 
     @property
     def _kernels(self):

@@ -4,6 +4,7 @@ T tokens · N parts · E experts of an adapter · R rank · I, O inputs and outp
 """
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -27,7 +28,9 @@ from moex.nn.context import Compute, Context
 from moex.nn.mlp import Dense
 from moex.nn.projection import Product, project, tell_of_rows
 from moex.runs.keys import Loss
+from moex.runs.lines import read_metrics
 from moex.sharding import MeshConfig, shard_batch
+from tests import runs
 from tests.helpers import TASK, VOCAB, XLA, random_batch, tiny_lm
 from tests.tolerances import TOLERANCE, assert_close
 
@@ -544,6 +547,35 @@ def test_a_mistake_is_one_clear_line(fields, told):
         cfg.validate("config.model.adapter")
         cfg.validate_domains(("a", "b"), "config.model.adapter")
         model_spec(dataclasses.replace(tiny_lm(), adapter=cfg))
+
+
+@pytest.mark.slow
+def test_a_run_logs_gates_and_the_constraint(tmp_path):
+    own = (
+        "LoRAMoE(experts=2, rank=2, alpha=4.0, targets=('attention', 'experts'), "
+        "types=(1,), beta=0.1)"
+    )
+    run = tmp_path / "run"
+    with runs.one_device():
+        runs.train(tmp_path, run, "steps=2", f"model.adapter={own}", "eval.every=2")
+    lines = read_metrics(run / "metrics.jsonl")
+    for kind in ("train", "eval"):
+        line = lines[kind][2]
+        assert 0 < line["adapters/entropy_worst"] <= line["adapters/entropy"]
+        assert line["adapters/entropy"] <= math.log(2) + 1e-6
+        assert line["adapters/dead_frac"] == 0
+    assert lines["train"][2]["loss/localized_balance"] > 0
+    logged = [json.loads(line) for line in (run / "adapters.jsonl").open()]
+    assert [(line["kind"], line["step"]) for line in logged] == [
+        *(("train", 1), ("train", 2), ("eval", 2)),
+        *([("eval", 2)] if len(logged) == 4 else []),
+    ]
+    matrices = logged[-1]["matrices"]
+    assert "segments/1/blocks/0/ffn/experts/w_in_ED2F[0]" in matrices
+    for own in matrices.values():
+        (load,) = [np.sum(of_type, -1) for of_type in own["load_frac_by_type"][1:]]
+        np.testing.assert_allclose(load, 1, rtol=1e-5)
+        assert own["load_frac_by_type"][0][0] == [None, None]
 
 
 def test_adapters_without_experts_tell_nothing():
