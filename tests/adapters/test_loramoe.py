@@ -566,10 +566,8 @@ def test_a_run_logs_gates_and_the_constraint(tmp_path):
         assert line["adapters/dead_frac"] == 0
     assert lines["train"][2]["loss/localized_balance"] > 0
     logged = [json.loads(line) for line in (run / "adapters.jsonl").open()]
-    assert [(line["kind"], line["step"]) for line in logged] == [
-        *(("train", 1), ("train", 2), ("eval", 2)),
-        *([("eval", 2)] if len(logged) == 4 else []),
-    ]
+    found = [(line["kind"], line["step"]) for line in logged]
+    assert found == [("train", 1), ("train", 2), ("eval", 2)]
     matrices = logged[-1]["matrices"]
     assert "segments/1/blocks/0/ffn/experts/w_in_ED2F[0]" in matrices
     for own in matrices.values():
