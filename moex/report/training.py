@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moex.adapters import figures as gates
 from moex.analysis.plotting import COLOURS
 from moex.moe.metrics import FIGURES, UNSCALED
 from moex.report import downsample
@@ -85,10 +86,21 @@ PANELS = (
 )
 
 
+def gate_panels(model) -> tuple[Panel, ...]:
+    """The plots of experts inside of adapters, for a model that has such."""
+    if model.adapter is None or not model.adapter.MIXES:
+        return ()
+    names = ((f, f"adapters/{f.name}") for f in gates.FIGURES)
+    return tuple(
+        Panel(f"{f.title} in adapters", f.unit, (name, f"{name}_worst"), BOTH)
+        for f, name in names
+    )
+
+
 def section(material: Material) -> Section:
     """Plots of all that was logged, and a line for what was not."""
     plots, missing = [], []
-    for panel in panels(material.cfg.task):
+    for panel in (*panels(material.cfg.task), *gate_panels(material.cfg.model)):
         plot = _plot(panel, material)
         if plot is None:
             missing.append(f"{panel.title} ({panel.missing})")

@@ -15,7 +15,7 @@ from flax import nnx
 
 from kernels_pallas import make_plan
 from moex.adapters.attach import attach
-from moex.adapters.figures import gate_figures, gate_record, gate_summary
+from moex.adapters.figures import FIGURES, gate_figures, gate_record, gate_summary
 from moex.adapters.lora import LoRA
 from moex.adapters.loramoe import LoRAMoE, localized_balance
 from moex.config.base import ConfigError
@@ -27,6 +27,9 @@ from moex.nn.attention import Attention
 from moex.nn.context import Compute, Context
 from moex.nn.mlp import Dense
 from moex.nn.projection import Product, project, tell_of_rows
+from moex.report import training as report_training
+from moex.report.material import read as read_material
+from moex.runs.directory import RunDir
 from moex.runs.keys import Loss
 from moex.runs.lines import read_metrics
 from moex.sharding import MeshConfig, shard_batch
@@ -279,6 +282,28 @@ def test_at_the_minimum_the_matched_half_has_less(kind):
     matched, other = [0.225] * 2, [0.275] * 2
     expected = matched + other if kind == 1 else other + matched
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_short_sequence_among_long_ones_is_pulled_the_other_way():
+    """One answer of 1 token of type 1, and nine of 3 tokens of type 0.
+
+    I * mass wants to be near its mean, 0.69: with more in the matched half the short
+    one comes nearer. 1.1 (1.1 a - 0.69) = 0.9 (0.9 (0.5 - a) - 0.69) has a = 0.269.
+    """
+    mass_B = jnp.asarray([1.0] + 9 * [3.0])
+    kind_B = jnp.asarray([1] + 9 * [0])
+
+    def loss(logits_BE):
+        mass = mass_B[:, None] * jax.nn.softmax(logits_BE)
+        return localized_balance(mass[:, None], kind_B, kind_B >= 0, 0.1)[0]
+
+    @jax.jit
+    def descend(logits):
+        return jax.lax.fori_loop(0, 3000, lambda _, v: v - jax.grad(loss)(v), logits)
+
+    found = jax.nn.softmax(descend(jnp.zeros((10, 4))))
+    np.testing.assert_allclose(found[1:, :2], 0.275, atol=2e-3)
+    np.testing.assert_allclose(found[0, :2], 0.269, atol=6e-3)
 
 
 def test_a_sequence_without_a_counted_position_does_not_count():
@@ -570,6 +595,9 @@ def test_a_run_logs_gates_and_the_constraint(tmp_path):
     assert found == [("train", 1), ("train", 2), ("eval", 2)]
     matrices = logged[-1]["matrices"]
     assert "segments/1/blocks/0/ffn/experts/w_in_ED2F[0]" in matrices
+    shown = report_training.section(read_material(RunDir(run)))
+    drawn = {plot.figure.layout.title.text for plot in shown.parts[0].plots}
+    assert {f"{figure.title} in adapters" for figure in FIGURES} <= drawn
     for own in matrices.values():
         (load,) = [np.sum(of_type, -1) for of_type in own["load_frac_by_type"][1:]]
         np.testing.assert_allclose(load, 1, rtol=1e-5)
