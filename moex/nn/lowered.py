@@ -23,7 +23,10 @@ class Int8Weight(nnx.Module):
     Attributes:
       values: int8, in the shape of the weight.
       scales: float32; the blocked dim has the number of blocks.
+      PARTS: their names; they are computed with in these types alone.
     """
+
+    PARTS = ("values", "scales")
 
     def __init__(self, variable: nnx.Param, dim: int):
         metadata = variable.get_metadata()
@@ -34,7 +37,9 @@ class Int8Weight(nnx.Module):
         shape[dim] = size // max(b for b in range(1, BLOCK + 1) if size % b == 0)
         values, scales = to_int8(variable[...], tuple(shape))
         own = dim - len(variable.shape) + len(axes)
-        parts = (*axes[:own], None, *axes[own + 1 :])
+        # Devices that split the inputs of experts have the blocks of theirs alone.
+        split = "mlp" if axes[own] == "mlp" else None
+        parts = (*axes[:own], split, *axes[own + 1 :])
         self.values = nnx.Param(values, axes=axes, frozen=True)
         self.scales = nnx.Param(scales, axes=parts, frozen=True)
 

@@ -11,12 +11,13 @@ from moex.adapters.lora import LoRA
 from moex.config.base import ConfigError
 from moex.model.accounting import model_cost, num_bytes
 from moex.model.paths import flat_paths, nested
-from moex.model.spec import init_params, model_spec
+from moex.model.spec import init_params, model_spec, shardings
+from moex.moe.experts.glu import Glu
 from moex.moe.routers.topk import TopK
 from moex.nn.lowered import from_int8, lowered, to_int8
 from moex.nn.stack import Segment
 from tests.adapters.test_lora import EVERYTHING, logits
-from tests.helpers import tiny_lm, tiny_moe
+from tests.helpers import built, mesh_of, tiny_lm, tiny_moe
 
 TARGETS = tuple(t for t in EVERYTHING if "*ffn" not in t)
 # A token uses all experts: with a choice, rounding changes who is chosen.
@@ -99,6 +100,26 @@ def test_it_is_the_model_with_rounded_weights(model, dtype, scan_layers):
     exact = logits(spec, nested(flat), state, **compute)
     apart = np.abs(own - exact).max() / np.abs(exact).max()
     assert 1e-5 < apart < 0.03, apart
+
+
+def test_a_mesh_splits_values_and_scales_alike():
+    """Experts are 128 wide: a tensor axis of two has a block on each of its devices."""
+    wide = tiny_moe(num_experts=4, experts=Glu(hidden=128), shared=None)
+    lora = LoRA(rank=2, alpha=4.0, targets=("experts",), base_dtype="int8")
+    cfg = tiny_lm(Segment(pattern=(wide,)), dim=32, adapter=lora)
+    plain = dataclasses.replace(lora, base_dtype="float32")
+    _, params, state = built(dataclasses.replace(cfg, adapter=plain))
+    spec = model_spec(cfg)
+    small = nested(lowered(flat_paths(params), flat_paths(spec.params)))
+    want = logits(spec, small, state, kernels="xla")
+    mesh = mesh_of(8, data=1, fsdp=2, expert=2, tensor=2)
+    placed = jax.device_put(small, shardings(spec, mesh)[0])
+    with jax.set_mesh(mesh):
+        own = logits(spec, placed, state, kernels="xla")
+    np.testing.assert_allclose(own, want, rtol=0, atol=2e-6 * np.abs(want).max())
+    scales = placed["segments"]["0"]["blocks"]["0"]["ffn"]["experts"]["w_out_EFD"]
+    assert scales["scales"].shape == (1, 4, 2, 32)
+    assert scales["scales"].addressable_shards[0].data.shape[2] == 1
 
 
 def test_gradients_reach_only_what_is_trained(model):
