@@ -175,7 +175,6 @@ def main() -> None:
         print(name, results[name], flush=True)
         text = json.dumps({"seeds": seeds, "losses": results}, indent=1) + "\n"
         (HERE / "results.json").write_text(text, encoding="utf-8")
-    (HERE / "table.md").write_text(table(results), encoding="utf-8")
     plot(results, HERE / "plot.png")
     print(table(results))
 
