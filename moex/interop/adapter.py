@@ -168,15 +168,10 @@ def family_sites(base: RunDir, model) -> list[Site]:
     Raises:
       ConfigError: if no family of transformers has the base.
     """
-    plain = dataclasses.replace(model, adapter=None)
-    config, *_ = description(base, _config_of(base, plain))
-    return list(sites(plain, FAMILIES[config["model_type"]].names))
-
-
-def _config_of(base: RunDir, model):
     cfg = base.config()
-    cfg.model = model
-    return cfg
+    cfg.model = dataclasses.replace(model, adapter=None)
+    config, *_ = description(base, cfg)
+    return list(sites(cfg.model, FAMILIES[config["model_type"]].names))
 
 
 def read_adapter(folder, base: RunDir) -> AdapterFiles:
