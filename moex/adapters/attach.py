@@ -9,6 +9,7 @@ from flax import nnx
 from moex.config.base import ConfigError, nearest, require_choice
 from moex.nn.lowered import lower, weight_sizes
 from moex.nn.model import Layers, Model
+from moex.nn.param import RouterState
 from moex.nn.projection import AdapterConfig, Matrix, Projector
 from moex.terminal import aligned
 
@@ -82,6 +83,11 @@ def attach(model, cfg: AdapterConfig, rngs, *, part: str = "") -> None:
         by_owner.setdefault(owner, {})[own] = cfg.make(matrix, rngs)
     for owner, adapters in by_owner.items():
         owners[owner].adapters = nnx.Dict(adapters)
+    # What a frozen router has learned by a rule, such as a bias, is of the base too.
+    learning = {name.rpartition("/")[0] for name in trained} | {*by_owner}
+    for where, state in nnx.to_flat_state(nnx.state(model, RouterState)):
+        is_fixed = part + "/".join(map(str, where[:-1])) not in learning
+        state.set_metadata(frozen=is_fixed and state.get_metadata()["rule"].keeps_value)
 
 
 def _weights(module, path: str, trained: set[str]) -> list[str]:

@@ -197,6 +197,8 @@ def update_state(spec, state, layers, step):
 
     def update(path, value):
         name = path_name(path)
+        if spec.info[name].frozen:
+            return value
         return spec.info[name].rule(value, router_sums(layers, name), step)
 
     return jax.tree_util.tree_map_with_path(update, state)

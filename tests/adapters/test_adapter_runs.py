@@ -59,7 +59,11 @@ def size(path):
 
 
 def test_the_base_stays_as_it_is_and_the_adapters_learn(base, adapted):
-    before, after = (flat_paths(load_run(run).params) for run in (base, adapted))
+    runs_ = [load_run(run) for run in (base, adapted)]
+    states = [flat_paths(run.state) for run in runs_]
+    assert any(bool(jnp.any(a != 0)) for a in states[0].values())  # router biases
+    runs.assert_same_arrays(*states)
+    before, after = (flat_paths(run.params) for run in runs_)
     for name, array in before.items():
         np.testing.assert_array_equal(array, after[name], err_msg=name)
     own = {n: a for n, a in after.items() if n not in before}
