@@ -191,4 +191,6 @@ def adapter_table(cfg: AdapterConfig, params: dict, info: dict) -> str:
     )
     if also:
         text += f";\nbesides the adapters: {', '.join(also)}"
+    if cfg.about():
+        text += f";\n{cfg.about()}"
     return f"{aligned(lines, (0,))}\n{text}"

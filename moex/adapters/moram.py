@@ -26,6 +26,8 @@ class MoRAM(AdapterConfig):
 
     MIXES: ClassVar[bool] = True
 
+    MIXES: ClassVar[bool] = True
+
     rank: int  # R, atoms of this task, >= 1
     alpha: float  # the change by new atoms is multiplied by alpha / rank, > 0
     k: int  # atoms that a token uses, in 2 to bank + rank
@@ -110,6 +112,7 @@ class MoRAMModule(Adapter):
         self.scale, self.dropout = cfg.alpha / cfg.rank, cfg.dropout
         self.k, self.temperature = cfg.k, cfg.temperature
         self.threshold, self.eps, self.bank = cfg.threshold, cfg.eps, cfg.bank
+        self.num_gates = cfg.bank + cfg.rank
         # Runs of a sequence may have equal seeds, but the keys of each are its own.
         rngs = nnx.Rngs(params=jax.random.fold_in(rngs.params(), cfg.bank))
         self.a_INR, self.b_NRO = low_rank(matrix, cfg.rank, rngs, shared=cfg.shared)
@@ -124,13 +127,14 @@ class MoRAMModule(Adapter):
         if M:
             z = jnp.concatenate([product.inward(own, self.bank_a_INM), z], axis=-1)
         threshold = None if ctx.mode == "train" else self.threshold
-        w = atom_weights(z, self.k, self.temperature, threshold, self.eps)
+        whole = product.whole(z, self)  # of the amplitudes, devices add their shares up
+        w = atom_weights(whole, self.k, self.temperature, threshold, self.eps)
         used = (w * z).astype(z.dtype)
         y = base(x)
         y += self.scale * product.outward(used[..., M:], self.b_NRO).astype(y.dtype)
         if M:
             y += product.outward(used[..., :M], self.bank_b_NMO).astype(y.dtype)
-        return y, w
+        return y, w.astype(y.dtype)
 
 
 def atom_weights(z, k: int, temperature: float, threshold: float | None, eps: float):

@@ -104,6 +104,10 @@ class BlockCost:
         met = self._flops(experts_per_token, lambda n: 1 if n in self.frozen else 2)
         return met + 2 * self.score_flops
 
+    def adapter_flops(self) -> float:
+        """The part of the forward FLOPs that adapters do."""
+        return self._flops(None, lambda n: param_group(n) == "adapters")
+
     def _flops(self, experts_per_token, products) -> float:
         """The FLOPs of as many products as `products` says for each matrix."""
         return 2 * sum(
@@ -181,6 +185,13 @@ class Cost:
             else:
                 flops += block.repeat * sum(one() for one in passes)
         return float(flops)
+
+    @property
+    def adapter_flops(self) -> float:
+        """The forward FLOPs per token of adapters, expected before training."""
+        own = {n: v for n, v in self.outer.items() if param_group(n) == "adapters"}
+        inside = sum(b.repeat * b.adapter_flops() for b in self.blocks)
+        return inside + 2 * sum(v for n, v in own.items() if _is_multiplied(n))
 
     def _sum(self, figure) -> dict:
         sums = _by_group(self.outer)
@@ -297,6 +308,11 @@ def model_table(cfg: Model, spec, tx, seq_len: int) -> str:
             rows.append(f"{group:<12}{total[group]:>16,}{round(active[group]):>16,}")
     rows.append(f"{'total':<12}{cost.num_params:>16,}{cost.num_active:>16,}")
     gib = train_state_bytes(spec, tx) / 2**30
+    if total["adapters"]:
+        rows.append(
+            f"adapters take {cost.adapter_flops / 1e9:.3g} GFLOP of the forward pass "
+            "of a token"
+        )
     rows.append(
         f"{cfg.num_layers()} layers, width {cfg.dim}, {cfg.about()};\n"
         f"{cost.train_flops / 1e9:.3g} GFLOP per trained token at length {seq_len};\n"

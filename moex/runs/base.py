@@ -92,8 +92,16 @@ def has_base(cfg) -> bool:
     return cfg.model.adapter is not None and bool(cfg.init_from)
 
 
-def trained_only(spec, params: dict) -> dict:
-    """The nested dicts of all parameters but those that the base has."""
+def of_adapter(path: str) -> bool:
+    """Whether a parameter is one of an adapter, by its path."""
+    return "adapters" in path.split("/")
+
+
+def without_base(spec, params: dict) -> dict:
+    """The nested dicts of the parameters that the base has not, or not so.
+
+    They are those of adapters, frozen or not, and those that are trained.
+    """
 
     def kept(tree, path):
         found = {}
@@ -103,7 +111,7 @@ def trained_only(spec, params: dict) -> dict:
                 value = kept(value, f"{here}/")
                 if value:
                     found[name] = value
-            elif not spec.info[here].frozen:
+            elif of_adapter(here) or not spec.info[here].frozen:
                 found[name] = value
         return found
 

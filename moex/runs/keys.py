@@ -209,8 +209,6 @@ def _check_values(cfg):
     of = f"a multiple of grad_accum = {cfg.grad_accum}"
     require(size % cfg.grad_accum == 0, where, size, of)
     cfg.task.check_run(cfg)
-    if cfg.model.adapter is not None and not cfg.init_from:
-        cfg.model.adapter.continued(None, {}, "config.model.adapter")
     overlap, below = cfg.eval.overlap, f"below seq_len = {cfg.seq_len}"
     require(overlap < cfg.seq_len, "config.eval.overlap", overlap, below)
 

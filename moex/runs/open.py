@@ -14,7 +14,7 @@ from moex.data.tokenizer import Tokenizer
 from moex.model.paths import flat_paths, nested, path_name
 from moex.model.spec import ModelSpec, check_mesh, model_spec, shardings
 from moex.nn.lowered import lowered
-from moex.runs.base import Base, has_base, with_base
+from moex.runs.base import Base, has_base, of_adapter, with_base
 from moex.runs.checkpoint import HOST_BYTES, Checkpointer
 from moex.runs.directory import Place, RunDir
 from moex.runs.program import Program
@@ -84,7 +84,7 @@ def load_onto(base: LoadedRun, run: RunDir, where: str, *, warn=print) -> Loaded
     program = Program(cfg=run.config(), mesh=base.mesh, spec=saved_spec(run))
     check_base(program, base.cfg, base.spec, f"{where}: the base")
     loaded = _load(run, program, warn, None, whole=False)
-    rest = continued(program, base.cfg, base.params)
+    rest = _placed(program, _fitted(program, base.params))
     return dataclasses.replace(loaded, params=with_base(loaded.params, rest))
 
 
@@ -99,7 +99,7 @@ def base_params(run: RunDir, program: Program, warn=print) -> dict:
     check_base(program, cfg, spec, f"the base of {run}, {base.folder},")
     other = Program(cfg=cfg, mesh=program.mesh, spec=spec)
     loaded = _load(base.folder, other, warn, base.step)
-    return continued(program, cfg, loaded.params)
+    return _placed(program, _fitted(program, loaded.params))
 
 
 def continued(program: Program, before, params: dict) -> dict:
@@ -110,7 +110,10 @@ def continued(program: Program, before, params: dict) -> dict:
       before: config of the run that has the parameters.
       params: nested dicts, on the mesh of the program.
     """
-    params = _continued(program, before, params)
+    return _placed(program, _continued(program, before, params))
+
+
+def _placed(program: Program, params: dict) -> dict:
     places, _ = shardings(program.spec, program.mesh)
     flat = flat_paths(places)
 
@@ -123,30 +126,50 @@ def continued(program: Program, before, params: dict) -> dict:
 
 def _continued(program: Program, before, params: dict) -> dict:
     adapter = program.cfg.model.adapter
-    if adapter is None:
+    if adapter is not None:
+        old = before.model.adapter
+        params = adapter.continued(old, params, "config.model.adapter")
+    return _fitted(program, params)
+
+
+def _fitted(program: Program, params: dict) -> dict:
+    """The parameters of a base in the types that a model has them in."""
+    if program.cfg.model.adapter is None:
         return params
-    old = before.model.adapter
-    params = adapter.continued(old, params, "config.model.adapter")
     return nested(lowered(flat_paths(params), flat_paths(program.spec.params)))
 
 
-def check_base(program: Program, before, spec: ModelSpec, where: str) -> None:
+def check_base(
+    program: Program, before, spec: ModelSpec, where: str, *, begins: bool = False
+) -> None:
     """Check that a base has all parameters that the adapters of a model leave to it.
 
     Args:
-      program: the program of the run that begins.
+      program: the program of the run that has the base.
       before: config of the base.
       spec: that of the model of the base.
       where: names the base in errors.
+      begins: the run begins, and its adapters go on from those of the base; else it
+        has all of its adapters itself.
 
     Raises:
       ConfigError: naming the first parameter that differs.
     """
-    own, here = program.spec, program.spec.shapes()
-    params = jax.eval_shape(lambda p: _continued(program, before, p), spec.params)
+
+    def carried(params):
+        if begins:
+            return _continued(program, before, params)
+        return _fitted(program, params)
+
+    own, params = program.spec, jax.eval_shape(carried, spec.params)
     arrays = flat_paths(params) | flat_paths(spec.state)
-    there = {name: array.shape for name, array in arrays.items()}
-    kept = {n: v for n, v in here.items() if n in there or own.info[n].frozen}
+    counts = {n for n in {**arrays, **own.shapes()} if begins or not of_adapter(n)}
+    there = {name: array.shape for name, array in arrays.items() if name in counts}
+    kept = {
+        name: shape
+        for name, shape in own.shapes().items()
+        if name in there or (name in counts and own.info[name].frozen)
+    }
     for name, mine, its in differences(kept, there):
         raise ConfigError(
             f"{where} has another architecture: {name} has shape {its} there, "

@@ -23,7 +23,7 @@ from moex.model.precision import compute_dtype
 from moex.model.spec import ModelSpec, abstract_arrays
 from moex.nn.context import Compute
 from moex.progress import counted
-from moex.runs.base import has_base, trained_only
+from moex.runs.base import has_base, without_base
 from moex.runs.keys import check_run
 
 
@@ -61,7 +61,7 @@ class Program:
         """The part of a state that checkpoints of this run hold."""
         if not has_base(self.cfg):
             return state
-        return state | {"params": trained_only(self.spec, state["params"])}
+        return state | {"params": without_base(self.spec, state["params"])}
 
 
 @dataclasses.dataclass(kw_only=True)

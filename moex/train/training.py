@@ -24,7 +24,12 @@ from moex.train.job import Job, make_job
 from moex.train.log import RunLog
 from moex.train.loop import Run
 from moex.train.profiler import Profiler, profile_steps
-from moex.train.resume import check_init_from, check_resume, starting_point
+from moex.train.resume import (
+    check_init_from,
+    check_resume,
+    check_starts_alone,
+    starting_point,
+)
 from moex.train.stop import said_where_it_stands, stop_on_signals
 
 
@@ -112,6 +117,8 @@ def _compare(job: Job, folder: RunDir | None, source: RunDir, say) -> accounting
             say(f"resuming with a changed config: {change}")
     elif cfg.init_from:
         check_init_from(job, source)
+    elif not resuming:
+        check_starts_alone(job)
     if not job.holds_out:
         say("no data is held out: nothing will be evaluated")
     return cost

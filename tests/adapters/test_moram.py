@@ -15,12 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moex.adapters import moram
-from moex.adapters.attach import attach
+from moex.adapters.attach import adapter_table, attach
 from moex.adapters.lora import LoRA
 from moex.adapters.moram import MoRAM, atom_weights, consolidated
 from moex.config.base import ConfigError
+from moex.model.accounting import model_cost
 from moex.model.decode import generate
 from moex.model.paths import flat_paths
+from moex.model.spec import model_spec
 from moex.moe.experts.glu import Glu
 from moex.nn.attention import Attention
 from moex.nn.context import Compute
@@ -393,6 +395,21 @@ def test_the_bank_is_frozen_and_the_new_atoms_are_trained(model):
         own = "adapters" in name.split("/")
         bank = name.rpartition("/")[2].startswith("bank_")
         assert spec.info[name].frozen == (bank or not own), name
+
+
+def test_the_cost_of_scoring_all_atoms_is_told():
+    adapter = moram_of(targets=("w_q", "experts/w_in"))
+    cfg = dataclasses.replace(tiny_lm(), adapter=adapter)
+    spec = model_spec(cfg)
+    query, expert = ([16, M + R], [M + R, 16]), ([16, M + R], [M + R, 2 * 8])
+    flops = [2 * sum(map(np.prod, shapes)) for shapes in (query, expert)]
+    # Three layers have attention; two have experts, of which a token uses two.
+    expected = 3 * flops[0] + 2 * 2 * flops[1]
+    cost = model_cost(cfg, spec, 32)
+    assert cost.adapter_flops == expected
+    assert cost.total["adapters"] == (3 * flops[0] + 2 * 8 * flops[1]) / 2
+    table = adapter_table(adapter, flat_paths(spec.params), spec.info)
+    assert "scores 7 atoms at each adapted matrix (4 in the bank, 3 new)" in table
 
 
 def test_tasks_of_one_seed_have_keys_of_their_own():

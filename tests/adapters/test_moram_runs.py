@@ -6,6 +6,7 @@ import pytest
 
 from moex.adapters.moram import consolidated
 from moex.config.base import ConfigError
+from moex.interop.adapter import export_adapter, import_adapter
 from moex.json_files import read_object
 from moex.model.paths import flat_paths
 from moex.runs.open import load_run
@@ -54,11 +55,19 @@ def test_a_task_takes_over_the_atoms_before_it_and_leaves_them(sequence):
     assert all(np.any(after[n]) for n in fresh if n.endswith("b_NRO"))
 
 
-def test_checkpoints_hold_the_new_atoms_alone(sequence):
+def test_checkpoints_hold_all_atoms_and_nothing_else(sequence):
     (facts,) = (sequence[3] / "checkpoints" / str(STEPS)).rglob("params/_METADATA")
     names = read_object(facts)["tree_metadata"]
-    assert len(names) == 10
-    assert all("_INR" in name or "_NRO" in name for name in names)
+    assert len(names) == 20
+    assert all("'adapters'" in name for name in names)
+
+
+def test_atoms_travel_to_another_run_of_the_base(sequence, tmp_path):
+    _, base, _, second = sequence
+    export_adapter(second, tmp_path / "atoms", say=lambda line: None)
+    run = tmp_path / "run"
+    import_adapter(base, tmp_path / "atoms", run, say=lambda line: None)
+    runs.assert_same_arrays(params(run), params(second))
 
 
 def test_a_stopped_task_goes_on_as_if_it_had_not_stopped(sequence, tmp_path):
