@@ -70,28 +70,28 @@ def made(adapter, seed):
     return graphdef, nnx.to_pure_dict(params)
 
 
-def make_tasks(seed):
-    """(own subspaces [T, D, OWN], common one [T, D, COMMON], changes [T, D, O])."""
-    rng = np.random.default_rng(seed)
-    own_TDC = np.linalg.qr(rng.normal(size=(TASKS, D, OWN)))[0]
-    common_DC = np.linalg.qr(rng.normal(size=(D, COMMON)))[0]
-    left_TDR = rng.normal(size=(TASKS, D, RANK)) / D**0.5
-    right_TRO = rng.normal(size=(TASKS, RANK, O)) / RANK**0.5
-    common_TDC = np.broadcast_to(common_DC, (TASKS, D, COMMON))
-    return own_TDC, common_TDC, left_TDR @ right_TRO
+class Task:
+    """The tasks of one seed: numpy arrays, equal for all arms."""
+
+    def __init__(self, seed):
+        self.rng = np.random.default_rng(seed)
+        self.own_TDC = np.linalg.qr(self.rng.normal(size=(TASKS, D, OWN)))[0]
+        self.common_DC = np.linalg.qr(self.rng.normal(size=(D, COMMON)))[0]
+        left_TDR = self.rng.normal(size=(TASKS, D, RANK)) / D**0.5
+        right_TRO = self.rng.normal(size=(TASKS, RANK, O)) / RANK**0.5
+        self.change_TDO = left_TDR @ right_TRO
+
+    def batches(self, number, size):
+        """(inputs [T, number, B, D], the changes of their outputs [..., O])."""
+        at = (TASKS, number * size)
+        x_TBD = self.rng.normal(size=(*at, OWN)) @ np.swapaxes(self.own_TDC, 1, 2)
+        x_TBD += SHARE * self.rng.normal(size=(*at, COMMON)) @ self.common_DC.T
+        y_TBO = x_TBD @ self.change_TDO
+        return [np.float32(a.reshape(TASKS, number, size, -1)) for a in (x_TBD, y_TBO)]
 
 
 def stacked(trees):
-    return jax.tree.map(lambda *a: jnp.stack(a).astype(jnp.float32), *trees)
-
-
-def batch(task, key, size):
-    """(inputs [B, D], the change that the task makes to their outputs [B, O])."""
-    own_DC, common_DC, change_DO = task
-    keys = jax.random.split(key)
-    x_BD = jax.random.normal(keys[0], (size, OWN)) @ own_DC.T
-    x_BD += SHARE * jax.random.normal(keys[1], (size, COMMON)) @ common_DC.T
-    return x_BD, x_BD @ change_DO
+    return jax.tree.map(lambda *a: jnp.stack(a), *trees)
 
 
 def change_of(graphdef, params, w_DO, x_BD, mode):
@@ -101,17 +101,17 @@ def change_of(graphdef, params, w_DO, x_BD, mode):
     return y_BLO[0] - x_BD @ w_DO
 
 
-def learn(graphdef, params, w_DO, task, key):
-    """Train the new parameters of the adapter on one task."""
+def learn(graphdef, params, w_DO, batches):
+    """Train the new parameters of the adapter on the batches of one task."""
     adapter = params["adapters"]["w_DO"]
     tx = optax.adamw(optax.cosine_decay_schedule(LR, STEPS), weight_decay=0.0)
 
     def merged(own):
         return params | {"adapters": {"w_DO": adapter | own}}
 
-    def step(carry, key):
+    def step(carry, batch):
         own, opt = carry
-        x_BD, target_BO = batch(task, key, BATCH)
+        x_BD, target_BO = batch
 
         def loss(own):
             y_BO = change_of(graphdef, merged(own), w_DO, x_BD, "train")
@@ -121,13 +121,12 @@ def learn(graphdef, params, w_DO, task, key):
         return (optax.apply_updates(own, updates), opt), None
 
     own = {name: adapter[name] for name in ("a_INR", "b_NRO")}
-    (own, _), _ = jax.lax.scan(step, (own, tx.init(own)), jax.random.split(key, STEPS))
+    (own, _), _ = jax.lax.scan(step, (own, tx.init(own)), batches)
     return merged(own)
 
 
-def score(graphdef, params, w_DO, task, key):
+def score(graphdef, params, w_DO, x_BD, target_BO):
     """1 - the squared error over that of no change at all: 1 is perfect."""
-    x_BD, target_BO = batch(task, key, HELD_OUT)
     y_BO = change_of(graphdef, params, w_DO, x_BD, "eval")
     return 1 - jnp.sum((y_BO - target_BO) ** 2) / jnp.sum(target_BO**2)
 
@@ -146,10 +145,13 @@ def next_start(how, adapter, params, fresh):
     return {"w_DO": params["w_DO"], "adapters": {"w_DO": own}}
 
 
-def scores(adapter, how) -> np.ndarray:
-    """The scores of one arm after each task, on each task, [S, T, J]."""
-    tasks_S = stacked(map(make_tasks, range(SEEDS)))
-    keys_S = jax.random.split(jax.random.key(0), SEEDS)
+def scores(adapter, how, learned_S, scored_S) -> np.ndarray:
+    """The scores of one arm after each task, on each task, [S, T, J].
+
+    Args:
+      adapter, how: as in `ARMS`.
+      learned_S, scored_S: batches of `Task` for all seeds.
+    """
     params_S, rows = None, []
     for t in range(TASKS):
         if how == "bank":
@@ -164,14 +166,13 @@ def scores(adapter, how) -> np.ndarray:
             start = functools.partial(next_start, how, adapter)
             params_S = jax.vmap(start)(params_S, fresh_S)
 
-        def task(params, w_DO, tasks, key, graphdef=graphdefs[0], t=t):
-            own = jax.tree.map(lambda a: a[t], tasks)
-            keys = jax.random.split(jax.random.fold_in(key, t))
-            params = learn(graphdef, params, w_DO, own, keys[0])
-            score_of = functools.partial(score, graphdef, params, w_DO, key=keys[1])
-            return params, jax.vmap(score_of)(tasks)
+        def task(params, w_DO, own, scored, graphdef=graphdefs[0]):
+            params = learn(graphdef, params, w_DO, own)
+            score_of = functools.partial(score, graphdef, params, w_DO)
+            return params, jax.vmap(score_of)(*scored)
 
-        params_S, row_SJ = jax.jit(jax.vmap(task))(params_S, w_S, tasks_S, keys_S)
+        own_S = [a[:, t] for a in learned_S]
+        params_S, row_SJ = jax.jit(jax.vmap(task))(params_S, w_S, own_S, scored_S)
         rows.append(np.asarray(row_SJ))
     return np.stack(rows, axis=1)
 
@@ -203,8 +204,12 @@ def plot(curves: dict) -> None:
 
 def main() -> None:
     arms, curves = {}, {}
+    tasks = [Task(seed) for seed in range(SEEDS)]
+    learned_S = stacked([task.batches(STEPS, BATCH) for task in tasks])
+    scored_S = stacked([task.batches(1, HELD_OUT) for task in tasks])
+    scored_S = [a[:, :, 0] for a in scored_S]
     for name, (adapter, how) in ARMS.items():
-        score_STJ = scores(adapter, how)
+        score_STJ = scores(adapter, how, learned_S, scored_S)
         found = [figures(score_TJ) for score_TJ in score_STJ]
         arms[name] = {key: [round(one[key], 4) for one in found] for key in found[0]}
         mean_TJ = score_STJ.mean(axis=0)
