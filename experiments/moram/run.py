@@ -40,9 +40,12 @@ def moram(**fields):
 
 
 LORA = LoRA(rank=RANK, alpha=RANK, targets=("w_DO",))
+# As many parameters as MoRAM has after all tasks.
+WIDE = dataclasses.replace(LORA, rank=TASKS * RANK, alpha=TASKS * RANK)
 # name: (adapter of a task, the state of a task -> that in which the next one begins)
 ARMS = {
     "one LoRA, reused": (LORA, "kept"),
+    "one LoRA of rank 20, reused": (WIDE, "kept"),
     "a LoRA per task, summed": (LORA, "summed"),
     "MoRAM, k 4": (moram(), "bank"),
     "MoRAM, k 2": (moram(k=2), "bank"),

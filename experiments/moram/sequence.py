@@ -28,8 +28,8 @@ from moex.runs.score import score_run
 from moex.train.training import train
 
 HERE = pathlib.Path(__file__).parent
-TASKS, WORDS, RANK = 4, 12, 8
-BASE_STEPS, STEPS, SEQUENCES = 400, 200, 64
+TASKS, WORDS, RANK = 3, 12, 8
+BASE_STEPS, STEPS = 300, 150
 TARGETS = ("attention", "experts/w_")
 LORA = LoRA(rank=RANK, alpha=2 * RANK, targets=TARGETS)
 MORAM = MoRAM(
@@ -76,9 +76,9 @@ def data(*paths) -> Data:
 def base_config(seed: int):
     cfg = quickstart.get_config()
     moe = MoE(num_experts=4, router=TopK(k=2), experts=Glu(hidden=64))
-    cfg.model.dim, cfg.model.layers = 64, (Segment(pattern=(moe,), repeat=2),)
+    cfg.model.dim, cfg.model.layers = 64, (Segment(pattern=(moe,)),)
     cfg.seed, cfg.steps, cfg.batch_size, cfg.seq_len = seed, BASE_STEPS, 16, 96
-    cfg.eval = Eval(every=0, sequences=SEQUENCES, batch_size=16)
+    cfg.eval = Eval(every=0, sequences=None, batch_size=16)
     cfg.checkpoint.every, cfg.log.sample_tokens = 0, 0
     cfg.log.tensorboard = cfg.log.compressors = False
     return cfg
