@@ -2,7 +2,8 @@
 
   python -m experiments.moram.sequence [--out=runs/moram]
 
-A base learns single words; each task is an order of a few words. A run of a task begins
+A base learns single words; each task is the order of a few of them, which 85 % of
+them keep. A run of a task begins
 from the run of the task before it (`init_from`). Runs that are already in --out are not
 repeated. Writes sequence.json next to this file.
 """
@@ -54,7 +55,8 @@ def write_texts(folder: pathlib.Path, seed: int) -> list[pathlib.Path]:
         text = []
         for _ in range(24):
             text.append(kind[at])
-            at = order[at] if order else rng.randrange(WORDS)
+            follows = order and rng.random() < 0.85
+            at = order[at] if follows else rng.randrange(WORDS)
         return " ".join(text)
 
     paths = []

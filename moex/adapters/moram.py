@@ -26,8 +26,6 @@ class MoRAM(AdapterConfig):
 
     MIXES: ClassVar[bool] = True
 
-    MIXES: ClassVar[bool] = True
-
     rank: int  # R, atoms of this task, >= 1
     alpha: float  # the change by new atoms is multiplied by alpha / rank, > 0
     k: int  # atoms that a token uses, in 2 to bank + rank

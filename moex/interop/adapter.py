@@ -40,7 +40,7 @@ from moex.runs.base import Base, base_hash, has_base, with_base
 from moex.runs.claim import new_folder, new_run
 from moex.runs.directory import Place, RunDir
 from moex.runs.keys import check_run
-from moex.runs.open import LoadedRun, continued, differences, load_run
+from moex.runs.open import LoadedRun, as_base, differences, load_run
 from moex.runs.program import Program, mesh_here
 from moex.runs.write import write_run
 from moex.tasks.base import require_token_ids
@@ -280,7 +280,7 @@ def adapted_run(read: AdapterFiles, base: LoadedRun) -> LoadedRun:
         base,
         cfg=cfg,
         spec=spec,
-        params=with_base(params, continued(program, base.cfg, base.params)),
+        params=with_base(params, as_base(program, base.params)),
         state=with_base(state, base.state),
     )
 

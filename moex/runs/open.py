@@ -84,7 +84,7 @@ def load_onto(base: LoadedRun, run: RunDir, where: str, *, warn=print) -> Loaded
     program = Program(cfg=run.config(), mesh=base.mesh, spec=saved_spec(run))
     check_base(program, base.cfg, base.spec, f"{where}: the base")
     loaded = _load(run, program, warn, None, whole=False)
-    rest = _placed(program, _fitted(program, base.params))
+    rest = as_base(program, base.params)
     return dataclasses.replace(loaded, params=with_base(loaded.params, rest))
 
 
@@ -99,7 +99,7 @@ def base_params(run: RunDir, program: Program, warn=print) -> dict:
     check_base(program, cfg, spec, f"the base of {run}, {base.folder},")
     other = Program(cfg=cfg, mesh=program.mesh, spec=spec)
     loaded = _load(base.folder, other, warn, base.step)
-    return _placed(program, _fitted(program, loaded.params))
+    return as_base(program, loaded.params)
 
 
 def continued(program: Program, before, params: dict) -> dict:
@@ -111,6 +111,16 @@ def continued(program: Program, before, params: dict) -> dict:
       params: nested dicts, on the mesh of the program.
     """
     return _placed(program, _continued(program, before, params))
+
+
+def as_base(program: Program, params: dict) -> dict:
+    """The parameters of the base of a run as the run has them.
+
+    Args:
+      program: that of the run, which has all of its adapters itself.
+      params: nested dicts, on the mesh of the program.
+    """
+    return _placed(program, _fitted(program, params))
 
 
 def _placed(program: Program, params: dict) -> dict:

@@ -5,7 +5,7 @@ import jax
 from moex.config import base as configs
 from moex.config.base import ConfigError
 from moex.data.batches import Datasets
-from moex.model.paths import flat_paths, path_name
+from moex.model.paths import path_name
 from moex.runs.base import Base, has_base, with_base
 from moex.runs.checkpoint import Checkpointer
 from moex.runs.consumed import Consumed
@@ -13,6 +13,7 @@ from moex.runs.directory import RunDir
 from moex.runs.open import (
     base_params,
     check_base,
+    continued,
     differences,
     load_run,
     saved_spec,
@@ -75,20 +76,7 @@ def check_init_from(job: Job, source: RunDir) -> None:
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from None
     task.check_same(job.data, source, where, resume=False)
-    params = jax.eval_shape(lambda p: _continued(job, source, p), spec.params)
-    arrays = flat_paths(params) | flat_paths(spec.state)
-    shapes = {name: array.shape for name, array in arrays.items()}
-    frozen = {name for name, info in job.spec.info.items() if info.frozen}
-    check_base(job.spec, frozen, shapes, f"{where}:")
-
-
-def _continued(job: Job, source: RunDir | None, params: dict) -> dict:
-    """The parameters of a run as those that a new run begins from has them."""
-    adapter = job.cfg.model.adapter
-    if adapter is None:
-        return params
-    before = None if source is None else source.config().model.adapter
-    return adapter.continued(before, params, "config.model.adapter")
+    check_base(job, source.config(), spec, f"{where}:", begins=True)
 
 
 def check_starts_alone(job: Job) -> None:
@@ -97,7 +85,8 @@ def check_starts_alone(job: Job) -> None:
     Raises:
       ConfigError: if its adapters go on from others.
     """
-    _continued(job, None, {})
+    if job.cfg.model.adapter is not None:
+        job.cfg.model.adapter.continued(None, {}, "config.model.adapter")
 
 
 def starting_point(
@@ -140,9 +129,9 @@ def starting_point(
                 old.state,
                 fresh,
             )
-            params = with_base(_continued(job, source, old.params), state["params"])
-            places = jax.tree.map(lambda a: a.sharding, state["params"])
-            state |= {"params": jax.device_put(params, places), "state": carried}
+            begun = continued(job, old.cfg, old.params)
+            params = with_base(begun, state["params"])
+            state |= {"params": params, "state": carried}
             say(f"starting from the parameters of {source} at step {old.step}")
     return step, consumed, state, final
 
