@@ -2,10 +2,9 @@
 
   python -m experiments.moram.sequence [--out=runs/moram]
 
-A base learns single words; each task is the order of a few of them, which 85 % of
-them keep. A run of a task begins
-from the run of the task before it (`init_from`). Runs that are already in --out are not
-repeated. Writes sequence.json next to this file.
+A base learns single words; each task is an order of a few of them, which 85 % of the
+words keep. The run of a task begins from the run of the task before it (`init_from`).
+Runs that are already in --out are not repeated. Writes sequence.json next to this file.
 """
 
 import argparse
@@ -144,7 +143,7 @@ def main() -> None:
     results = {"seed": args.seed, "base": scores(base, texts), "kinds": {}}
     for kind in ("lora", "merged", "moram"):
         results["kinds"][kind] = sequence(kind, base, out, texts)
-        print(kind, results["kinds"][kind]["figures"], flush=True)
+        print(kind, results["kinds"][kind], flush=True)
     text = json.dumps(results, indent=1) + "\n"
     (HERE / "sequence.json").write_text(text, encoding="utf-8")
 
