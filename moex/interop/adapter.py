@@ -107,12 +107,6 @@ def export_adapter(place: Place, out, *, say=print) -> None:
 def _own_arrays(run: LoadedRun) -> dict[str, np.ndarray]:
     """Arrays that a base has not, or not so: adapters, trained ones, router states."""
     names, params = _beyond_base(run.spec, run.cfg.model), flat_paths(run.params)
-    bank = [name for name in sorted(names) if run.spec.info[name].frozen]
-    if bank:
-        raise ConfigError(
-            f"export-hf --adapter: {bank[0]} is of earlier tasks: it is taken over "
-            "from the run before, so this adapter opens only as a run on that run."
-        )
     trained = {name: np.asarray(params[name]) for name in sorted(names)}
     if not has_base(run.cfg):
         return trained

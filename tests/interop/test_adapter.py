@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from moex import cli
-from moex.adapters.moram import MoRAM
 from moex.config.base import ConfigError
 from moex.convert.apply import convert_run
 from moex.convert.kinds.merged import Merged
@@ -21,9 +20,8 @@ from moex.interop.export import export_hf
 from moex.interop.writing import Tensor, write
 from moex.model.paths import flat_paths
 from moex.runs.directory import RunDir
-from moex.runs.open import LoadedRun, load_run
+from moex.runs.open import load_run
 from tests import runs
-from tests.helpers import built
 from tests.interop import parity
 from tests.interop.folders import SAY, import_fixture, tensors, tensors_of_file
 
@@ -111,17 +109,6 @@ def test_a_kind_that_peft_lacks_comes_back(base, adapted, tmp_path):
     assert sum(name.endswith("router/w_DE") for name in stored) == 1
     assert a.cfg.model == b.cfg.model
     runs.assert_same_arrays(a.params, b.params)
-
-
-def test_a_bank_of_moram_is_refused(base):
-    bank = MoRAM(rank=2, bank=2, k=2, alpha=2.0, targets=("attention",))
-    cfg = base.config()
-    cfg.model = dataclasses.replace(cfg.model, adapter=bank)
-    spec, params, state = built(cfg.model)
-    fields = {"cfg": cfg, "mesh": None, "spec": spec, "folder": base, "step": 0}
-    run = LoadedRun(params=params, state=state, **fields)
-    with pytest.raises(ConfigError, match="is of earlier tasks: it is taken over"):
-        files._own_arrays(run)
 
 
 def drop(end):
