@@ -39,6 +39,7 @@ def moex(tmp_path_factory):
     (built,) = place.glob("*.whl")
     python = str(place / "venv/bin/python")
     install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
+    install.append("--ignore-installed")  # that of the checkout is seen, but not here
     subprocess.run([*install, str(built)], check=True)
     return place / "venv/bin/moex"
 
@@ -71,7 +72,8 @@ def call(moex, home):
 
 def environment(home):
     kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-    return kept | {"HOME": str(home), "JAX_PLATFORMS": "cpu"}
+    own = {"HOME": str(home), "JAX_PLATFORMS": "cpu", "MOEX_PROGRESS": "0"}
+    return kept | own
 
 
 @pytest.fixture(scope="module")
