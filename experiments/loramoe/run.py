@@ -284,6 +284,7 @@ def plot(results: dict) -> None:
                 for row in zip(*runs, strict=True)
             ]
             samples = [row["samples"] for row in runs[0]]
+            axis.set_xticks(samples)
             axis.plot(samples, means, marker="o", label=ARMS[name].title)
     axes[0].set(title="facts recalled", xlabel="samples seen", ylabel="%")
     axes[1].set(title="new task, exact answers", xlabel="samples seen", ylabel="%")
