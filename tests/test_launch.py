@@ -50,7 +50,8 @@ def pretend(folder, **programs):
     for name, body in programs.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        token = 'echo "$MOEX_JOB_TOKEN" >>"$CALLS.tokens"'
+        token = 'echo "NAME $MOEX_JOB_TOKEN" >>"$CALLS.tokens"'
+        token = token.replace("NAME", name)  # in one line: programs run at once
         text = f'#!/bin/bash\necho {name} "$@" >>"$CALLS"\n{token}\n{body}\n'
         path.write_text(text, encoding="utf-8")
         path.chmod(0o755)
@@ -66,18 +67,21 @@ def calls(folder):
     return (folder / "calls").read_text().splitlines()
 
 
+def tokens(folder):
+    """The name of each program that ran, and the secret that it was given."""
+    lines = (folder / "calls.tokens").read_text(encoding="utf-8").splitlines()
+    return [tuple(line.split(" ")) for line in lines]
+
+
 def has_a_secret(folder, *programs):
     """Whether the processes of moex that were started had one secret, and no other."""
-    names = [call.split()[0] for call in calls(folder)]
-    tokens = (folder / "calls.tokens").read_text(encoding="utf-8").splitlines()
-    pairs = zip(names, tokens, strict=True)
-    (token,) = {token for name, token in pairs if name in programs}
+    (token,) = {token for name, token in tokens(folder) if name in programs}
     return re.fullmatch("[0-9a-f]{32}", token) is not None
 
 
 def token_in(folder):
-    """The secret of a job: the last word that a program was given."""
-    return (folder / "calls.tokens").read_text(encoding="utf-8").split()[-1]
+    """The secret of a job: the last one that a program was given."""
+    return [token for _, token in tokens(folder) if token][-1]
 
 
 @pytest.mark.parametrize(

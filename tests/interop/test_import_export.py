@@ -132,7 +132,7 @@ def test_an_imported_run_is_trained_on_own_records(tmp_path, capsys, kind):
         )
     assert "training time" in capsys.readouterr().out
     assert load_run(run).step == 1
-    files = export._description(RunDir(run), RunDir(run).config())[1]
+    files = export.description(RunDir(run), RunDir(run).config())[1]
     assert ("chat_template.jinja" in files) == (kind == "messages")
 
 

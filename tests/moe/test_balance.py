@@ -161,7 +161,7 @@ def test_sums_go_to_the_router_they_belong_to():
     np.testing.assert_array_equal(shared["load_E"], [[6, 9], [24, 27]])
 
     class Info:
-        rule = SignBias(1.0)
+        rule, frozen = SignBias(1.0), False
 
     class Spec:
         info = {"b/ffn/router/bias_E": Info}

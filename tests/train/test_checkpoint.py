@@ -471,12 +471,17 @@ def test_the_checksum_names_the_array(opened, saved, tmp_path):
     assert "checksum of params['experts']['w_EDF'] differs" in warnings[0]
 
 
-def test_a_reader_changes_nothing_and_logs_nothing(opened, saved, tmp_path, caplog):
+def test_a_reader_changes_nothing_and_logs_nothing(
+    opened, saved, tmp_path, caplog, request
+):
     workdir = tmp_path / "run"
     shutil.copytree(saved, workdir)
     runs.flip_bit(workdir / "checkpoints" / "3" / "params")
     warnings = []
     reader = opened(workdir, read_only=True)
+    absl_logger = logging.getLogger("absl")
+    absl_logger.addHandler(caplog.handler)  # other tests may have cut it off
+    request.addfinalizer(lambda: absl_logger.removeHandler(caplog.handler))
     assert reader.restore(abstract(STATE), warn=warnings.append)[0] == 2
     assert len(warnings) == 1
     assert sorted(p.name for p in workdir.iterdir()) == [
@@ -484,7 +489,7 @@ def test_a_reader_changes_nothing_and_logs_nothing(opened, saved, tmp_path, capl
     ]
     assert reader.steps() == [1, 2, 3]
     assert not [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    logging.getLogger("absl").warning("another")
+    absl_logger.warning("another")
     assert caplog.messages[-1] == "another"
 
 
