@@ -23,6 +23,8 @@ from moex.train.step import make_train_step
 from tests import runs
 from tests.helpers import TASK, XLA, built, random_batch, tiny_lm
 
+pytestmark = pytest.mark.thorough  # each has runs to train
+
 LORA = "LoRA(rank=2, alpha=4.0, targets=('attention', 'experts'), dropout=0.1)"
 
 
@@ -77,7 +79,6 @@ def test_checkpoints_hold_only_what_is_trained(adapted):
     assert names and all("adapters" in name for name in names)
 
 
-@pytest.mark.thorough
 def test_a_run_goes_on_exactly(folder, base, adapted):
     adapt(folder, base, folder / "twice", "steps=2")
     adapt(folder, base, folder / "twice", "steps=4")
@@ -85,7 +86,6 @@ def test_a_run_goes_on_exactly(folder, base, adapted):
     runs.assert_same_arrays(twice.params, once.params)
 
 
-@pytest.mark.thorough
 def test_another_run_starts_from_a_run_with_adapters(folder, adapted):
     run = folder / "third"
     adapt(folder, adapted, run, "steps=2", "optim.lr=1e-9")

@@ -141,6 +141,7 @@ def test_experts_may_share_a_change():
     assert_close(own / largest, whole / largest, "step")
 
 
+@pytest.mark.thorough
 def test_its_gradients_are_those_of_the_changed_matrices():
     model = tiny_lm(Segment(pattern=(tiny_moe(),)))
     targets = tuple(t for t in EVERYTHING if t != "*ffn/w_*")

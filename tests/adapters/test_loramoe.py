@@ -379,6 +379,7 @@ def product_of(adapter, x, ctx):
     return Product(ctx).inward(x, adapter.a_INER)
 
 
+@pytest.mark.thorough
 def test_bfloat16_is_near():
     cfg = LoRAMoE(**BALANCED)
     graphdef, flat = filled(Dense(hidden=6).make(D, nnx.Rngs(params=0)), cfg)
@@ -467,6 +468,7 @@ def test_a_loop_instead_of_a_scan_changes_nothing():
     assert_same(outcome(*made, batch, loop), expected)
 
 
+@pytest.mark.thorough
 def test_decoding_is_the_whole_forward_pass():
     spec, params, state = model_with()
     token_BL = jax.random.randint(jax.random.key(1), (2, 6), 0, VOCAB)
@@ -517,6 +519,7 @@ def test_losses_of_microbatches_are_averaged():
     assert adapter_losses(reports, 2) == {"x": 1.5}
 
 
+@pytest.mark.thorough
 def test_figures_by_type():
     """Type 0 uses expert 0 alone, type 1 all alike; expert 3 is dead in type 0."""
     sums = {

@@ -64,6 +64,7 @@ def test_no_number_moves_by_more_than_half_a_scale(shape, scales):
     assert not np.any(found[-1])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_only_frozen_weights_are_lowered(model, dtype):
     spec = model_spec(adapted(dtype, also_train=("shared",)))
@@ -79,6 +80,7 @@ def test_only_frozen_weights_are_lowered(model, dtype):
     assert all(spec.info[n].frozen for n, kind in kinds.items() if kind != "float32")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("dtype", "scan_layers"), [("bfloat16", True), ("int8", True), ("int8", False)]
 )
@@ -102,6 +104,7 @@ def test_it_is_the_model_with_rounded_weights(model, dtype, scan_layers):
     assert 1e-5 < apart < 0.03, apart
 
 
+@pytest.mark.thorough
 def test_a_mesh_splits_values_and_scales_alike():
     """Experts are 128 wide: a tensor axis of two has a block on each of its devices."""
     wide = tiny_moe(num_experts=4, experts=Glu(hidden=128), shared=None)
@@ -122,6 +125,7 @@ def test_a_mesh_splits_values_and_scales_alike():
     assert scales["scales"].addressable_shards[0].data.shape[2] == 1
 
 
+@pytest.mark.thorough
 def test_gradients_reach_only_what_is_trained(model):
     spec, flat, state = model
     low = model_spec(adapted("int8"))

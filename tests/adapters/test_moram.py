@@ -312,6 +312,7 @@ def test_the_highest_signed_scores_are_chosen_not_the_largest():
     np.testing.assert_array_equal(np.flatnonzero(w), [1, 2])
 
 
+@pytest.mark.thorough
 @settings(max_examples=60, deadline=None)
 @given(
     z=arrays.arrays(
@@ -356,6 +357,7 @@ def logits(model, **compute):
     return jax.jit(lambda p: spec.merge(p, state)(ctx)[0])(params)
 
 
+@pytest.mark.thorough
 def test_every_matrix_of_a_model_is_adapted_by_the_rule(model, monkeypatch):
     """The rule of the loop, patched in, with layers that are not scanned."""
     plain = np.asarray(logits(model))
@@ -378,6 +380,7 @@ def test_every_matrix_of_a_model_is_adapted_by_the_rule(model, monkeypatch):
     assert {shape[-1] for shape in seen} == {M + R}
 
 
+@pytest.mark.thorough
 def test_generation_is_the_full_forward_pass(model):
     cfg, spec, params, state = model
     prompt = [3, 1, 4, 1, 5]

@@ -13,6 +13,8 @@ from moex.runs.open import load_run
 from moex.train.job import make_job
 from tests import runs
 
+pytestmark = pytest.mark.thorough  # each has runs to train
+
 STEPS = 4
 MORAM = "MoRAM(rank=2, alpha=4.0, k=2, bank={}, targets=('attention', 'experts'))"
 QUICK = (f"steps={STEPS}", "checkpoint.every=2", "eval.every=0")

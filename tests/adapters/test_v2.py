@@ -205,6 +205,7 @@ def loop_logits(p, cfg):
     return np.stack(out)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("side", ["input", pytest.param("output", marks=SLOW)])
 def test_it_is_the_loop_over_tokens_and_so_are_all_gradients(side):
     cfg, spec, params, state = started(scale_side=side)
@@ -267,6 +268,7 @@ def test_at_the_start_the_compiled_model_is_the_base(side, attention):
     assert_close(found, want, "order")
 
 
+@pytest.mark.thorough
 def test_extra_keys_of_latent_attention_are_those_of_the_loop():
     layer = MLA.make(8, nnx.Rngs(params=0))
     random = np.random.default_rng(0)
@@ -341,6 +343,7 @@ def test_it_has_as_many_parameters_as_the_formula_says(
         assert sum(sizes.values()) - prompts == expected
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "attention",
     [pytest.param(FULL, id="full"), pytest.param(MLA, marks=SLOW, id="latent")],
@@ -360,6 +363,7 @@ def test_decoding_sees_prompts_and_visual_tokens_as_the_whole_model_does(attenti
     assert new == best[:, L - 1 : -1].tolist()
 
 
+@pytest.mark.thorough
 def test_a_sequence_without_visual_tokens_is_not_changed_by_them():
     _, spec, params, state = started()
     params = changed(params)
@@ -454,6 +458,7 @@ def trained_steps(kinds):
     return spec, states
 
 
+@pytest.mark.thorough
 def test_a_batch_of_one_kind_moves_only_its_own_parameters_and_their_moments():
     order = ["visual", "visual", "text", "text", "visual"]
     spec, states = trained_steps(order)

@@ -14,6 +14,8 @@ from moex.train.job import make_job
 from tests import runs
 from tests.helpers import built
 
+pytestmark = pytest.mark.thorough  # each has runs to train
+
 LORA = "LoRA(rank=2, alpha=8.0, targets=('attention', 'experts'))"
 OPTIONS = {"max_new_tokens": 12, "temperature": 0.9, "seed": 3}
 
