@@ -376,7 +376,7 @@ def test_a_dense_run_becomes_one_of_experts_and_trains_on(moex, folder, tmp_path
     assert "dense layers that became MoE layers: 1\n" in text
     assert "6 experts, each 1/2 of a copy; 4 per token\n" in text
     assert f"parameters of the experts: 0 -> {3 * 3 * 32 * 64:,}\n" in text
-    assert f"moex train --config={new} --workdir={new}" in text
+    assert f"moex train --workdir={new}" in text
     assert (report["to"], report["upcycled"]) == ("moe", [1])
     assert (report["experts"], report["k"], report["split"]) == (3, 2, 2)
     cfg = RunDir(new).config()

@@ -481,6 +481,7 @@ def test_a_reader_changes_nothing_and_logs_nothing(
     reader = opened(workdir, read_only=True)
     absl_logger = logging.getLogger("absl")
     absl_logger.addHandler(caplog.handler)  # other tests may have cut it off
+    caplog.set_level(logging.WARNING, "absl")
     request.addfinalizer(lambda: absl_logger.removeHandler(caplog.handler))
     assert reader.restore(abstract(STATE), warn=warnings.append)[0] == 2
     assert len(warnings) == 1
