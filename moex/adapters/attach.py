@@ -10,7 +10,7 @@ from moex.config.base import ConfigError, nearest, require_choice
 from moex.nn.lowered import lower, weight_sizes
 from moex.nn.model import Layers, Model
 from moex.nn.param import RouterState
-from moex.nn.projection import AdapterConfig, Matrix, Projector
+from moex.nn.projection import AdapterConfig, Matrix, Projector, of_adapter
 from moex.terminal import aligned
 
 BASE_DTYPES = ("float32", "bfloat16", "int8")
@@ -183,7 +183,7 @@ def adapter_table(cfg: AdapterConfig, params: dict, info: dict) -> str:
     # Adapters of the whole model, such as prompts, change no matrix.
     lines += [(m, f"{sizes.get(m, 0):,}", f"{own[m]:,}") for m in own]
     trained = {n: v for n, v in sizes.items() if n in info and not info[n].frozen}
-    also = [n for n in trained if "adapters" not in n.split("/")]
+    also = [n for n in trained if not of_adapter(n)]
     total, learned = sum(sizes.values()), sum(trained.values())
     text = (
         f"{type(cfg).__name__}: {learned:,} of {total:,} parameters are trained "

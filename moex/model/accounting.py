@@ -18,6 +18,7 @@ from moex.model.layers import sites
 from moex.model.paths import flat_paths
 from moex.nn.lowered import VALUES, weight_sizes
 from moex.nn.model import Model
+from moex.nn.projection import of_adapter
 
 # Dense bfloat16 peak with float32 sums, 10^12 FLOP/s per device as JAX counts devices
 # (half a chip of TPU v2, v3 and TPU7x). The key is all of `device_kind`: other devices
@@ -229,7 +230,7 @@ def _by_group(sizes: dict[str, Any]) -> dict[str, Any]:
 def param_group(path: str) -> str:
     """The group of `GROUPS` that a parameter counts in, by its path."""
     *parts, name = path.split("/")
-    if "adapters" in parts:
+    if of_adapter(path):
         return "adapters"
     if name == "w_embed_VD":
         return "embedding"

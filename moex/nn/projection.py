@@ -320,6 +320,11 @@ class Projector(nnx.Module):
     adapters: Any = {}  # set by `moex.adapters.attach`
 
 
+def of_adapter(path: str) -> bool:
+    """Whether a parameter is one of an adapter, by its path in the model."""
+    return "adapters" in path.split("/")
+
+
 def project(module: Projector, name: str, x, ctx, contract=1, out_dtype=None):
     """Multiply the last `contract` axes of `x` by a parameter, in the dtype of `x`.
 

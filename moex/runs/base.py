@@ -12,6 +12,7 @@ from moex.config.base import ConfigError
 from moex.data.files import atomic_write
 from moex.json_files import digest, dump_json, field, read_object
 from moex.model.spec import model_spec
+from moex.nn.projection import of_adapter
 from moex.runs.directory import RunDir
 from moex.runs.record import read_record
 
@@ -90,11 +91,6 @@ def check_no_adapters(run: RunDir, where: str, also: str = "") -> None:
 def has_base(cfg) -> bool:
     """Whether a run keeps only what it trains, and takes the rest from its base."""
     return cfg.model.adapter is not None and bool(cfg.init_from)
-
-
-def of_adapter(path: str) -> bool:
-    """Whether a parameter is one of an adapter, by its path."""
-    return "adapters" in path.split("/")
 
 
 def without_base(spec, params: dict) -> dict:

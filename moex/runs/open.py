@@ -14,7 +14,8 @@ from moex.data.tokenizer import Tokenizer
 from moex.model.paths import flat_paths, nested, path_name
 from moex.model.spec import ModelSpec, check_mesh, model_spec, shardings
 from moex.nn.lowered import lowered
-from moex.runs.base import Base, has_base, of_adapter, with_base
+from moex.nn.projection import of_adapter
+from moex.runs.base import Base, has_base, with_base
 from moex.runs.checkpoint import HOST_BYTES, Checkpointer
 from moex.runs.directory import Place, RunDir
 from moex.runs.program import Program
