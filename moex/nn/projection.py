@@ -291,11 +291,7 @@ class GroupedProduct(Product):
         return jnp.stack(parts, axis=1)
 
     def each(self, v, dtype):
-        own = self._own(v, dtype)
-        end_E = jnp.cumsum(self.group_sizes_E)
-        expert_N = jnp.searchsorted(end_E, jnp.arange(self.num_rows), side="right")
-        # Rows past the last group have index E, which reads as 0 and has no gradient.
-        return own.at[expert_N].get(mode="fill", fill_value=0)
+        return per_row(self._own(v, dtype), self.group_sizes_E, self.num_rows)
 
     def _grouped(self, x, w):
         return grouped_matmul(x, w, self.group_sizes_E, implementation=self._kernels)
@@ -305,6 +301,20 @@ class GroupedProduct(Product):
         if self.stacked:  # experts are counted through all copies of the layer
             array = array.reshape(-1, *array.shape[2:])
         return array
+
+
+def per_row(own_EC, group_sizes_E, num_rows: int) -> jax.Array:
+    """The values of each row's expert, [num_rows, ...]; 0 past the groups.
+
+    Args:
+      own_EC: values of each expert, [E, ...].
+      group_sizes_E: int32, rows of each expert; rows are sorted by expert.
+      num_rows: the number of rows.
+    """
+    end_E = jnp.cumsum(group_sizes_E)
+    expert_N = jnp.searchsorted(end_E, jnp.arange(num_rows), side="right")
+    # Rows past the last group have index E, which reads as 0 and has no gradient.
+    return own_EC.at[expert_N].get(mode="fill", fill_value=0)
 
 
 class Projector(nnx.Module):

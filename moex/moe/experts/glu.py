@@ -13,7 +13,7 @@ from moex.config.base import require, require_choice
 from moex.moe.contract import Experts, ExpertsConfig
 from moex.nn.contract import StackReader
 from moex.nn.param import param
-from moex.nn.projection import Projector, project_rows
+from moex.nn.projection import Projector, per_row, project_rows
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -86,7 +86,7 @@ class GluExperts(Experts, StackReader, Projector):
         F = a_NC.shape[1] // 2
         if self.bias_in_E2F is not None:
             bias_EC = self.bias_in_E2F[...].reshape(-1, 2 * F)
-            a_NC += per_row(bias_EC, a_NC, group_sizes_E)
+            a_NC += per_row(bias_EC.astype(a_NC.dtype), group_sizes_E, len(a_NC))
         a32_NC = a_NC.astype(jnp.float32)
         h_NF = ACTIVATIONS[self.activation].value(a32_NC[:, :F], a32_NC[:, F:])
         h_NF = h_NF.astype(x_ND.dtype)
@@ -95,7 +95,7 @@ class GluExperts(Experts, StackReader, Projector):
             bias_ED = ctx.tensor_share * self.bias_out_ED[...].reshape(
                 -1, y_ND.shape[1]
             )
-            y_ND += per_row(bias_ED, y_ND, group_sizes_E)
+            y_ND += per_row(bias_ED.astype(y_ND.dtype), group_sizes_E, len(y_ND))
         return y_ND
 
     def num_copies(self) -> int:
@@ -125,12 +125,3 @@ class FusedGluExperts(GluExperts):
             buffer_rows=buffer_rows,
             implementation=ctx.compute.kernels,
         )
-
-
-def per_row(bias_EC, like_NC, group_sizes_E):
-    """The bias of each row's expert, in the dtype of `like_NC`; 0 past the groups."""
-    N = like_NC.shape[0]
-    end_E = jnp.cumsum(group_sizes_E)
-    expert_N = jnp.searchsorted(end_E, jnp.arange(N), side="right")
-    # Rows past the last group have index E, which reads as 0 and has no gradient.
-    return bias_EC.astype(like_NC.dtype).at[expert_N].get(mode="fill", fill_value=0)
