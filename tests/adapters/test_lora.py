@@ -10,7 +10,7 @@ import pytest
 from moex.adapters.lora import LoRA
 from moex.config.base import ConfigError
 from moex.model import paths
-from moex.model.paths import flat_paths, path_name
+from moex.model.paths import flat_paths, nested, path_name
 from moex.model.spec import init_params, model_spec
 from moex.moe.experts.glu import Glu
 from moex.nn.context import Compute, Context
@@ -70,8 +70,8 @@ def merged(params, shapes, scale):
     return full
 
 
-def nested(flat):
-    return paths.nested({n: jnp.asarray(v, jnp.float32) for n, v in flat.items()})
+def as_params(flat):
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), nested(flat))
 
 
 def tokens(rows=2, length=12):
@@ -119,14 +119,14 @@ def test_it_is_the_model_with_changed_matrices(model, compute):
         t for t in EVERYTHING if model == "grouped queries" or t != "*ffn/w_*"
     )
     base, adapted, params, state = adapted_model(MODELS[model], targets=targets)
-    full = nested(merged(params, base.shapes(), 2.0))
+    full = as_params(merged(params, base.shapes(), 2.0))
     own = logits(adapted, params, state, **COMPUTE[compute])
     kind = "bfloat16" if compute == "bfloat16" else "step"
     whole = logits(base, full, state, **COMPUTE[compute])
     largest = float(jnp.max(jnp.abs(whole)))
     assert_close(own / largest, whole / largest, kind)
     plain = {n: a for n, a in flat_paths(params).items() if n in base.shapes()}
-    start = logits(base, nested(plain), state, **COMPUTE[compute])
+    start = logits(base, as_params(plain), state, **COMPUTE[compute])
     assert float(jnp.max(jnp.abs(own - start))) > 0.1
 
 
@@ -135,7 +135,7 @@ def test_experts_may_share_a_change():
     model = tiny_lm(Segment(pattern=(tiny_moe(),), repeat=2))
     fields = {"targets": ("experts/w_",), "shared": True}
     base, adapted, params, state = adapted_model(model, **fields)
-    full = nested(merged(params, base.shapes(), 2.0))
+    full = as_params(merged(params, base.shapes(), 2.0))
     own, whole = (logits(*m, state) for m in ((adapted, params), (base, full)))
     largest = float(jnp.max(jnp.abs(whole)))
     assert_close(own / largest, whole / largest, "step")
@@ -146,7 +146,7 @@ def test_its_gradients_are_those_of_the_changed_matrices():
     model = tiny_lm(Segment(pattern=(tiny_moe(),)))
     targets = tuple(t for t in EVERYTHING if t != "*ffn/w_*")
     base, adapted, params, state = adapted_model(model, targets=targets)
-    full = nested(merged(params, base.shapes(), 2.0))
+    full = as_params(merged(params, base.shapes(), 2.0))
     target = jax.random.normal(jax.random.key(2), logits(base, full, state).shape)
 
     def loss(spec, params):
@@ -180,7 +180,9 @@ def test_at_the_start_it_is_the_base():
     cfg = dataclasses.replace(base, adapter=lora)
     params, state = init_params(cfg, jax.random.key(0))
     spec = model_spec(base)
-    plain = nested({n: a for n, a in flat_paths(params).items() if n in spec.shapes()})
+    plain = as_params(
+        {n: a for n, a in flat_paths(params).items() if n in spec.shapes()}
+    )
     own = logits(model_spec(cfg), params, state)
     np.testing.assert_array_equal(own, logits(spec, plain, state))
 
