@@ -40,7 +40,7 @@ def moram(**fields):
 
 
 LORA = LoRA(rank=RANK, alpha=RANK, targets=("w_DO",))
-# As many parameters as MoRAM has after all tasks.
+# The rank of a LoRA with as many parameters as MoRAM has after all tasks.
 WIDE = dataclasses.replace(LORA, rank=TASKS * RANK, alpha=TASKS * RANK)
 # name: (adapter of a task, the state of a task -> that in which the next one begins)
 ARMS = {

@@ -83,7 +83,7 @@ def attach(model, cfg: AdapterConfig, rngs, *, part: str = "") -> None:
         by_owner.setdefault(owner, {})[own] = cfg.make(matrix, rngs)
     for owner, adapters in by_owner.items():
         owners[owner].adapters = nnx.Dict(adapters)
-    # What a frozen router has learned by a rule, such as a bias, is of the base too.
+    # A bias that a rule has moved belongs to its router, so it is frozen with it.
     learning = {name.rpartition("/")[0] for name in trained} | {*by_owner}
     for where, state in nnx.to_flat_state(nnx.state(model, RouterState)):
         is_fixed = part + "/".join(map(str, where[:-1])) not in learning
@@ -165,7 +165,7 @@ def _matrix(name: str, variable) -> Matrix:
 
 
 def adapter_table(cfg: AdapterConfig, params: dict, info: dict) -> str:
-    """Which matrices a model's adapters change, and how much of it is trained.
+    """The table of the matrices that adapters change, and the share that is trained.
 
     Args:
       cfg: `Model.adapter`.

@@ -247,7 +247,7 @@ def question(tokenizer, text: str, *, template, bos_token, eos_token) -> list[in
 
 
 def _lacks_begin(tokenizer, begin_ids) -> bool:
-    """Whether texts begin with the document token, and a chat's markup does not."""
+    """Tell whether texts begin with the document token where chats do not."""
     doc = tokenizer.doc_id
     return tokenizer.begin_id == doc and list(begin_ids[:1]) != [doc]
 

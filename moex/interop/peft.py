@@ -190,7 +190,7 @@ def _check(file, name: str, stored: dict[str, Stored], shape, base) -> None:
 
 
 def _targeted(settings: dict[str, Any], site: Site, where: str) -> bool:
-    """Whether PEFT adapts a site: see its `check_target_module_exists`."""
+    """Tell whether PEFT adapts a site, as its `check_target_module_exists` does."""
     modules = field(settings, "target_modules", str | list[str] | None, where, None)
     parameters = field(settings, "target_parameters", list[str] | None, where, None)
     excluded = field(settings, "exclude_modules", str | list[str] | None, where, None)

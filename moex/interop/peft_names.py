@@ -1,4 +1,4 @@
-"""Which modules of PEFT are which parts of our adapters.
+"""The names that the parts of our adapters have in PEFT.
 
 PEFT adapts a module (`q_proj`), or a parameter of a module (its form for stacked
 experts and routers). Ours adapt a parameter, which may be stacked over layers and may

@@ -221,7 +221,7 @@ def cast_experts(model, dtype) -> None:
 
 
 def _is_whole(leaf) -> bool:
-    """Whether a part is a parameter, or a weight in int8, which stays as it is."""
+    """Tell whether the walk ends here: at a parameter, or at a whole int8 weight."""
     return isinstance(leaf, (nnx.Param, Int8Weight))
 
 

@@ -48,7 +48,7 @@ class ModelSpec:
         return nnx.merge(self.graphdef, params, state)
 
     def trained(self) -> dict[str, bool]:
-        """Whether each parameter is trained, as far as the model says, by path."""
+        """The answer for each path whether the model lets its parameter be trained."""
         return {path: not self.info[path].frozen for path in flat_paths(self.params)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

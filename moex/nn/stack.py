@@ -149,7 +149,7 @@ def _unstacked(layers, repeat) -> list:
 
 
 def _is_inside(path: tuple, modules: set[tuple]) -> bool:
-    """Whether a variable belongs to one of the modules, or to a part of one."""
+    """Tell whether a variable belongs to one of the modules, or to a part of one."""
     return any(path[:n] in modules for n in range(len(path)))
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from moex.adapters.lora import LoRA
 from moex.config.base import ConfigError
-from moex.model import paths
 from moex.model.paths import flat_paths, nested, path_name
 from moex.model.spec import init_params, model_spec
 from moex.moe.experts.glu import Glu
