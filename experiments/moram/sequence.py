@@ -20,7 +20,7 @@ from moex import Bytes, Data, Eval, Glu, LoRA, MoE, MoRAM, Segment, Text, TopK
 from moex.analysis.continual import figures
 from moex.configs import quickstart
 from moex.convert.apply import convert_run
-from moex.convert.kinds.merged import Merged
+from moex.convert.kinds.folded import Folded
 from moex.model.accounting import model_cost
 from moex.model.spec import model_spec
 from moex.runs.directory import RunDir
@@ -124,7 +124,7 @@ def sequence(kind: str, base: pathlib.Path, out: pathlib.Path, texts) -> dict:
         if kind == "merged":
             start = out / f"{kind}{t}-whole"
             if not RunDir(start).is_run():
-                convert_run(run, start, [Merged()], sequences=0)
+                convert_run(run, start, [Folded()], sequences=0)
     return {"scores": rows, "figures": figures(rows), "adapters of each task": costs}
 
 

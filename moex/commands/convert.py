@@ -15,7 +15,7 @@ class Command(Verb):
       moex convert runs/dense --to=moe --experts=8 --k=1 --split=4 --layers=every:2 \\
         --workdir=runs/fine
       moex convert runs/moe --to=latent --group=8 --latent=64 --workdir=runs/latent
-      moex convert runs/lora --to=merged --workdir=runs/merged
+      moex convert runs/lora --to=folded --workdir=runs/folded
     """
     refuses_config = "takes the config of the run"
 
@@ -33,8 +33,8 @@ class Command(Verb):
             "--merge-adapter",
             dest="to",
             action="store_const",
-            const="merged",
-            help="the same as --to=merged",
+            const="folded",
+            help="the same as --to=folded",
         )
         parser.add_argument(
             "--workdir", type=path, required=True, help="the new run directory"

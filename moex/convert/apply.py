@@ -59,8 +59,8 @@ def convert_run(
     cfg = run.config()
     made = RunDir(new_folder(target, flag))
     require(sequences >= 0, "--sequences", sequences, ">= 0")
-    merges = all(conversion.of_adapters for conversion in conversions)
-    if not merges:
+    folds = all(conversion.of_adapters for conversion in conversions)
+    if not folds:
         check_no_adapters(run, f"--to={conversions[-1].kind}")
     report: dict[str, Any] = {"to": conversions[-1].kind, "from": str(run)}
     for conversion in conversions:
@@ -78,7 +78,7 @@ def convert_run(
             report |= found
         arrays = {"params": new.params, "state": new.state}
         write_run(hidden, cfg, job, job.tx, job.data, arrays)
-        if merges:  # it leaves as the family that its base came as
+        if folds:  # it leaves as the family that its base came as
             base = Base.read(run).folder if has_base(run.config()) else run
             if base.imported.is_dir():
                 shutil.copytree(base.imported, hidden.imported, dirs_exist_ok=True)

@@ -138,7 +138,7 @@ def _peft_files(run: LoadedRun, arrays, files: dict[str, Any]):
     for name in sorted(arrays.keys() & flat_paths(run.spec.state).keys()):
         raise ConfigError(
             f"export-hf --adapter: training moved {name}, which files of PEFT cannot "
-            "hold; fold the adapters in (moex convert --to=merged) and export that."
+            "hold; fold the adapters in (moex convert --to=folded) and export that."
         )
     every = family_sites(base, run.cfg.model)
     values, adapted = peft.tensors_of(arrays, every)
@@ -185,7 +185,7 @@ def read_adapter(folder, base: RunDir) -> AdapterFiles:
     if model.adapter is not None:
         raise ConfigError(
             f"{base}: has adapters itself; fold them in with moex convert {base} "
-            "--to=merged --workdir=RUN, and give that run."
+            "--to=folded --workdir=RUN, and give that run."
         )
     about = {}
     if (path / ABOUT).is_file():

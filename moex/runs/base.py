@@ -79,12 +79,12 @@ def check_no_adapters(run: RunDir, where: str, also: str = "") -> None:
       also: what else could be done, in the message.
 
     Raises:
-      ConfigError: if the run has adapters, with the command that merges them.
+      ConfigError: if the run has adapters, with the command that folds them in.
     """
     if run.config().model.adapter is not None:
         raise ConfigError(
             f"{where}: {run} has adapters{also}; fold them into the base first: moex "
-            f"convert {run} --to=merged --workdir=RUN"
+            f"convert {run} --to=folded --workdir=RUN"
         )
 
 

@@ -235,7 +235,7 @@ def test_a_new_kind_is_one_file(moex, folder, tmp_path, monkeypatch, capsys):
         cli.main(["convert", "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "fewer: the first experts of every MoE layer stay. merged: LoRA" in text
+    assert "fewer: the first experts of every MoE layer stay. folded: LoRA" in text
     assert "to fewer: --keep KEEP experts that stay; needed" in text
     assert "--keep: missing; how many experts stay?" in moex(*to, "--to=fewer")
     assert "--keep = 1: must be at least 2." in moex(*to, "--to=fewer", "--keep=1")

@@ -1,4 +1,4 @@
-"""Adapters as folders of their own: in, out, merged, and what is refused."""
+"""Adapters as folders of their own: in, out, folded in, and what is refused."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import pytest
 from moex import cli
 from moex.config.base import ConfigError
 from moex.convert.apply import convert_run
-from moex.convert.kinds.merged import Merged
+from moex.convert.kinds.folded import Folded
 from moex.interop import adapter as files
 from moex.interop import peft
 from moex.interop.adapter import export_adapter, import_adapter
@@ -186,12 +186,12 @@ def test_another_base_is_refused(base, adapted, tmp_path):
         import_adapter(run, folder, tmp_path / "run", **SAY)
 
 
-def test_merged_it_has_the_same_logits(base, adapted):
+def test_folded_in_it_has_the_same_logits(base, adapted):
     _, run = adapted
     with runs.one_device():
         old, before = load_run(run), load_run(base)
-        params, state, _ = Merged().arrays(old, None, **SAY)
-    assert Merged().model(old.cfg.model) == before.cfg.model
+        params, state, _ = Folded().arrays(old, None, **SAY)
+    assert Folded().model(old.cfg.model) == before.cfg.model
     want = logits(old)
     scale = np.abs(want).max()
     new = dataclasses.replace(before, params=params, state=state)
@@ -200,21 +200,21 @@ def test_merged_it_has_the_same_logits(base, adapted):
 
 
 @pytest.mark.slow  # it reads the data of the run, as every conversion
-def test_merged_it_is_an_ordinary_run(base, adapted, tmp_path):
+def test_folded_in_it_is_an_ordinary_run(base, adapted, tmp_path):
     _, run = adapted
     with runs.one_device():
-        convert_run(run, tmp_path / "merged", [Merged()], sequences=0, **SAY)
-        new = load_run(tmp_path / "merged")
-        export_hf(tmp_path / "merged", tmp_path / "back", dtype="float32", **SAY)
+        convert_run(run, tmp_path / "folded", [Folded()], sequences=0, **SAY)
+        new = load_run(tmp_path / "folded")
+        export_hf(tmp_path / "folded", tmp_path / "back", dtype="float32", **SAY)
     assert new.cfg.model == base.config().model and not new.cfg.init_from
-    assert not RunDir(tmp_path / "merged").base.exists()
+    assert not RunDir(tmp_path / "folded").base.exists()
     before, after = tensors(parity.FIXTURES / "mixtral"), tensors(tmp_path / "back")
     same = {n for n, value in before.items() if np.array_equal(value, after[n])}
     assert {n for n in before if n.endswith("k_proj.weight")} <= same
     assert not {n for n in before if n.endswith("v_proj.weight")} & same
 
 
-def test_what_would_overlook_adapters_says_to_merge(adapted, tmp_path, capsys):
+def test_what_would_overlook_adapters_says_to_fold_them_in(adapted, tmp_path, capsys):
     _, run = adapted
     where = f"--workdir={tmp_path}/new"
     verbs = (
@@ -226,22 +226,22 @@ def test_what_would_overlook_adapters_says_to_merge(adapted, tmp_path, capsys):
         with runs.one_device(), pytest.raises(SystemExit) as stop:
             cli.main(verb)
         told = capsys.readouterr().err
-        assert stop.value.code == 2 and "has adapters" in told and "--to=merged" in told
+        assert stop.value.code == 2 and "has adapters" in told and "--to=folded" in told
         assert not (tmp_path / "new").exists()
 
 
-def test_only_lora_is_merged_and_only_where_that_is_exact(base):
+def test_only_lora_is_folded_in_and_only_where_that_is_exact(base):
     model = base.config().model
     with pytest.raises(ConfigError, match="the run has no adapters"):
-        Merged().model(model)
+        Folded().model(model)
     lora = files.LoRA(rank=2, alpha=2.0, targets=("w_embed_VD",))
     tied = dataclasses.replace(model, tied_embeddings=True, adapter=lora)
     with pytest.raises(ConfigError, match="one matrix cannot do both"):
-        Merged().model(tied)
+        Folded().model(tied)
 
     class Mixed(files.LoRA):
         pass
 
     other = Mixed(rank=2, alpha=2.0, targets=("attention",))
     with pytest.raises(ConfigError, match="Mixed adds depends on the input"):
-        Merged().model(dataclasses.replace(model, adapter=other))
+        Folded().model(dataclasses.replace(model, adapter=other))

@@ -1,4 +1,4 @@
-"""Merging: the changes of LoRA become part of the matrices that they change."""
+"""Folding in: the changes of LoRA become part of the matrices that they change."""
 
 import dataclasses
 
@@ -7,10 +7,10 @@ from moex.convert.base import Conversion
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Merged(Conversion):
+class Folded(Conversion):
     """W + (alpha / rank) A B in place of W and its adapter, in float32."""
 
-    kind = "merged"
+    kind = "folded"
     about = "LoRA adapters become part of the matrices of their base"
     of_adapters = True
 
@@ -23,17 +23,17 @@ class Merged(Conversion):
 
         adapter = model.adapter
         if adapter is None:
-            raise ConfigError("--to=merged: the run has no adapters.")
+            raise ConfigError("--to=folded: the run has no adapters.")
         if type(adapter) is not LoRA:
             raise ConfigError(
-                f"--to=merged: what {type(adapter).__name__} adds depends on the "
-                "input, so no matrix does the same; only LoRA can be merged."
+                f"--to=folded: what {type(adapter).__name__} adds depends on the "
+                "input, so no matrix does the same; only LoRA can be folded in."
             )
         tied = model.used_again()
         for name in model_spec(model).shapes():
             if any(name.startswith(f"adapters/{own}/") for own in tied):
                 raise ConfigError(
-                    f"--to=merged: {name} changes the embeddings, but not the logits, "
+                    f"--to=folded: {name} changes the embeddings, but not the logits, "
                     "which are of the same matrix (tied_embeddings); one matrix "
                     "cannot do both."
                 )
@@ -48,7 +48,7 @@ class Merged(Conversion):
         scale = run.cfg.model.adapter.alpha / run.cfg.model.adapter.rank
         old, params = flat_paths(run.params), {}
         names = flat_paths(model_spec(self.model(run.cfg.model)).params)
-        merged = 0
+        folded = 0
         for name in names:
             a, b = factors(name)
             if name in old:
@@ -56,13 +56,13 @@ class Merged(Conversion):
             else:
                 params[name] = from_int8(old[name + VALUES], old[name + SCALES])
             if a in old:
-                params[name] = _merged(params[name], old[a], old[b], scale)
-                merged += 1
-        say(f"merged the adapters of {merged} parameters")
-        return nested(params), run.state, {"merged": merged}
+                params[name] = _changed(params[name], old[a], old[b], scale)
+                folded += 1
+        say(f"folded in the adapters of {folded} parameters")
+        return nested(params), run.state, {"folded": folded}
 
 
-def _merged(w, a, b, scale):
+def _changed(w, a, b, scale):
     """A matrix, or a stack of them, with the change of its adapter."""
     import jax.numpy as jnp
 
