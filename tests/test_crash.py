@@ -115,7 +115,7 @@ def test_sigterm_then_a_full_disk_then_the_end(undisturbed, command, tmp_path):
     assert not (tmp_path / "corrupt").exists()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_second_process_is_refused_and_ctrl_c_saves(undisturbed, command, tmp_path):
     first = kill9.start(command(tmp_path), runs.environment())
     for line in first.stdout:
@@ -186,6 +186,7 @@ def test_ctrl_c_in_a_callback_is_not_lost():
     )
 
 
+@pytest.mark.thorough
 def test_a_reader_that_has_enough_is_no_error():
     shell = f"{sys.executable} -m moex.cli config --config=configs/quickstart.py | true"
     done = subprocess.run(
@@ -215,6 +216,7 @@ cli.main()
 """
 
 
+@pytest.mark.thorough
 def test_ctrl_c_in_an_evaluation_is_one_line(undisturbed, folder):
     process = subprocess.Popen(
         [sys.executable, "-c", ENDLESS, "eval", folder / "undisturbed"],

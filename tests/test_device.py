@@ -33,6 +33,7 @@ def result(folder, step):
     return json.loads((folder / f"{step}.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.thorough
 def test_the_dry_run_does_every_step_and_its_results_make_rows(tmp_path):
     """In one process, which saves the imports; the kill below has one for each step."""
     process = start("--dry-run", "--in-process", f"--out={tmp_path}")

@@ -75,6 +75,7 @@ def test_its_config_is_good_and_is_found_again(made):
     assert to_dict(from_dict(saved)) == saved
 
 
+@pytest.mark.thorough
 def test_its_own_tests_pass(made, monkeypatch):
     monkeypatch.syspath_prepend(made)
     import test_router  # the one in the folder

@@ -93,6 +93,7 @@ def test_it_trains_and_resumes_and_its_own_loss_is_logged(run):
     assert json.loads(routing[-1])["layers"]["002"]["l1_loss"] > 0
 
 
+@pytest.mark.thorough
 def test_the_functions_of_the_page_look_into_a_run_and_change_it(
     run, project, monkeypatch, tmp_path
 ):
@@ -123,7 +124,7 @@ def test_its_own_loss_has_a_chart(project):
     ]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::moex.config.base.ConfigWarning")
 def test_trace_report_convert_and_generate_find_the_kinds(
     run, project, monkeypatch, tmp_path, capsys

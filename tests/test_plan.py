@@ -191,6 +191,7 @@ def test_state_bytes_are_those_of_real_arrays(run_config, mesh):
     assert memory.gradients == memory.params
 
 
+@pytest.mark.thorough
 def test_microbatches_keep_their_sum_of_gradients(by_microbatches):
     one, two = by_microbatches[1].memory, by_microbatches[2].memory
     assert two.gradients == 2 * one.gradients
@@ -371,7 +372,7 @@ def small_device(monkeypatch, gib):
     monkeypatch.setitem(topology.CHIPS, "v5p", chip)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_advice_lists_what_fits(run_config, monkeypatch):
     where = topology.parse("v5p:2x2x2")
     cfg = run_config({"data": 8})
@@ -447,7 +448,7 @@ def test_the_command(moex, monkeypatch):
     assert data["step_seconds"][0] <= data["step_seconds"][1]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_gpus_without_cudnn(moex):
     """Attention on a GPU is cuDNN's, which is not asked for here."""
     args = ("--config.batch_size=16", "--config.mesh.data=2", "--config.mesh.fsdp=8")
@@ -456,14 +457,14 @@ def test_gpus_without_cudnn(moex):
     assert {row["axis"] for row in data["traffic"]} == {"data", "fsdp"}
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_cpu_has_no_published_speed(moex):
     text = moex("--topology=cpu:4")
     assert "not known" in text
     assert json.loads(moex("--topology=cpu:4", "--json"))["mfu"] is None
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_plan_is_printed_if_the_compiler_finds_no_room(
     moex, folder, monkeypatch, capsys
 ):

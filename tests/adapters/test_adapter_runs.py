@@ -94,6 +94,7 @@ def test_another_run_starts_from_a_run_with_adapters(folder, adapted):
         np.testing.assert_allclose(array, third[name], atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_base_in_int8_is_trained_on_and_opened(folder, base, adapted):
     run = folder / "int8"
     own = LORA.replace("dropout=0.1", "dropout=0.1, base_dtype='int8'")

@@ -103,14 +103,12 @@ COMPUTE = {
 @pytest.mark.parametrize(
     ("model", "compute"),
     [
-        ("grouped queries", "unrolled"),
-        *(
-            pytest.param(*case, marks=pytest.mark.thorough)
-            for case in (
-                ("grouped queries", "bfloat16"),
-                ("latent attention, biases", "xla"),
-            )
-        ),
+        pytest.param(*case, marks=pytest.mark.thorough)
+        for case in (
+            ("grouped queries", "unrolled"),
+            ("grouped queries", "bfloat16"),
+            ("latent attention, biases", "xla"),
+        )
     ],
 )
 def test_it_is_the_model_with_changed_matrices(model, compute):

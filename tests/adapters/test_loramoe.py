@@ -158,8 +158,17 @@ def told_loss(ctx):
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [("w_kv_D2GA", "code"), ("w_kv_D2GA", "paper")]
-    + [("w_out_GRAD", "code"), ("w_out_FD", "code")],
+    [
+        ("w_kv_D2GA", "code"),
+        *(
+            pytest.param(*case, marks=pytest.mark.thorough)
+            for case in (
+                ("w_kv_D2GA", "paper"),
+                ("w_out_GRAD", "code"),
+                ("w_out_FD", "code"),
+            )
+        ),
+    ],
 )
 def test_a_matrix_is_the_reference_with_its_gradients_and_its_constraint(name, form):
     layer, contract, inner = MATRICES[name]
@@ -350,6 +359,7 @@ def test_without_known_types_there_is_no_constraint():
     assert adapter_of(beta=0.0).losses(gates, some_context()) == {}
 
 
+@pytest.mark.thorough
 def test_experts_have_masks_of_their_own_and_the_router_sees_all():
     layer = Dense(hidden=6).make(32, nnx.Rngs(params=0))
     attach(layer, LoRAMoE(**FIELDS | {"dropout": 0.5}), nnx.Rngs(params=0))
@@ -607,6 +617,7 @@ def test_a_run_logs_gates_and_the_constraint(tmp_path):
         assert own["load_frac_by_type"][0][0] == [None, None]
 
 
+@pytest.mark.thorough
 def test_adapters_without_experts_tell_nothing():
     lora = LoRA(rank=2, alpha=4.0, targets=("w_",))
     graphdef, flat = filled(Dense(hidden=6).make(D, nnx.Rngs(params=0)), lora)

@@ -30,6 +30,7 @@ from moex.nn.lm import LM
 from moex.nn.mlp import Dense
 from moex.nn.projection import look_up, project, project_rows
 from tests.helpers import VOCAB, XLA, built, context, split_module, tiny_lm
+from tests.marks import thorough_but_for
 from tests.tolerances import assert_close
 
 D, M, R, K, TAU, DELTA, SCALE = 6, 4, 3, 4, 0.3, 0.2, 2.0
@@ -167,7 +168,9 @@ def float32(tree):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", thorough_but_for(KINDS, "attention, two parts", "experts in")
+)
 def test_values_and_all_gradients_are_those_of_a_loop(kind, mode):
     run, base_TNO, x, own = adapted(kind)
     delta = None if mode == "train" else DELTA

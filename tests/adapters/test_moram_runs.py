@@ -43,6 +43,7 @@ def params(run):
     return jax.tree.map(np.asarray, load_run(run).params)
 
 
+@pytest.mark.slow
 def test_a_task_takes_over_the_atoms_before_it_and_leaves_them(sequence):
     _, base, first, second = sequence
     before, after = params(first), flat_paths(params(second))

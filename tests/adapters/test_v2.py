@@ -238,7 +238,10 @@ def test_it_is_the_loop_over_tokens_and_so_are_all_gradients(side):
 
 @pytest.mark.parametrize(
     "attention",
-    [pytest.param(FULL, id="full"), pytest.param(MLA, marks=SLOW, id="latent")],
+    [
+        pytest.param(FULL, marks=pytest.mark.thorough, id="full"),
+        pytest.param(MLA, marks=SLOW, id="latent"),
+    ],
 )
 def test_at_the_start_it_is_the_base_bit_for_bit(attention):
     """Operation by operation; a compiled program rounds in other orders.

@@ -217,6 +217,7 @@ def test_the_verb_traces_every_held_out_token(trained, capsys):
     assert chunk.layers["001"].keep_NK.all()
 
 
+@pytest.mark.thorough
 def test_a_mesh_gives_the_same_trace(trained, tmp_path):
     """On 8 devices, experts split: the same tokens, the same experts."""
     run, path = trained

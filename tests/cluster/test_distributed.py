@@ -113,7 +113,7 @@ def test_two_processes_end_like_one(folder, undisturbed, four_devices, expected_
     assert recorded.read(undisturbed, 0, 2) == expected_ids
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_kill_9_of_one_and_a_damaged_checkpoint_then_a_restart(
     folder, undisturbed, expected_ids
 ):

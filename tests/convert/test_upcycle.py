@@ -261,7 +261,7 @@ def logits(cfg, params, state):
     return run(params, state)[batch["segment"] > 0]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_model_of_which_some_layers_change():
     """Its segments are cut; order, router state and own attention stay."""
     moe = tiny_moe(4, shared=None)
@@ -396,7 +396,7 @@ def test_a_dense_run_becomes_one_of_experts_and_trains_on(moex, folder, tmp_path
     assert first["nll"] == pytest.approx(loss["before"], rel=0.05)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_dense_run_becomes_one_of_latent_experts(moex, folder, tmp_path):
     """All copies are one: groups of one copy lose alike, at full width nothing."""
     new = tmp_path / "new"

@@ -59,6 +59,7 @@ def moex(capsys):
 # Activations. D = 16, 4 query and 2 key/value heads of 4, a dense layer of width 24.
 
 
+@pytest.mark.thorough
 def test_kept_by_full_recomputation(run_config):
     """The input of each layer, and nothing else."""
     segment = Segment(pattern=(tiny_moe(),), repeat=3)
@@ -88,6 +89,7 @@ def test_kept_by_a_pattern_is_kept_by_its_layers(run_config, remat, second):
     assert sum(layers) == residual_bytes._pattern_bytes(cfg, pair, pair.pattern)
 
 
+@pytest.mark.thorough
 def test_kept_grows_with_rounds(run_config):
     """Not with experts: a token has two slots among 8 as among 16."""
 

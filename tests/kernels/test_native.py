@@ -165,6 +165,7 @@ print("equal")
     assert done.stdout == "equal\n", done
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "environment, said",
     [

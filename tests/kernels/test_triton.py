@@ -26,6 +26,7 @@ from kernels_pallas.grouped_matmul import vjp as matmul_vjp
 from kernels_pallas.grouped_matmul.shapes import REAL, LayerShape
 from kernels_pallas.implementations import Request
 from kernels_pallas.triton_tiles import Tiling
+from tests.marks import thorough_but_for
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
@@ -151,6 +152,7 @@ def test_nan_of_one_group_stays_there():
     assert np.isnan(actual[2][1]).all() and np.isnan(actual[3][1]).all()
 
 
+@pytest.mark.thorough
 def test_sums_in_float32_with_default_tiles():
     # 1 + 256 * 2**-8 = 2 exactly; a bfloat16 sum that meets 1 first stays at 1.
     lhs_MK = jnp.full((1, 257), 2.0**-8, jnp.bfloat16).at[0, 0].set(1)
@@ -323,7 +325,7 @@ def layer(x, w_in, w_out, gate, dy, expert_TK, keep_TK, activation, rows=None):
 quick_layer = jax.jit(layer, static_argnums=(7, 8), compiler_options=QUICK)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", thorough_but_for(ACTIVATIONS, "silu"))
 def test_layer_equals_the_loop(activation):
     for keep in (0.8, 1.0, 0.0) if activation == "silu" else (0.8,):
         case = draw_layer(keep=keep)
@@ -331,6 +333,7 @@ def test_layer_equals_the_loop(activation):
         check(quick_layer(*case, activation), expected)
 
 
+@pytest.mark.thorough
 def test_layer_in_bfloat16_with_default_tiles(monkeypatch):
     run = Kernels(*(partial(kernel, interpret=True) for kernel in glu.KERNELS))
     monkeypatch.setattr(f"{__name__}.KERNELS", run)

@@ -81,6 +81,7 @@ def lower(function, arguments):
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", list(REAL)[-3:])
 @pytest.mark.parametrize("dtype", matmul.DTYPES)
 def test_product_lowers_for_an_h100(name, dtype):

@@ -84,6 +84,7 @@ def test_muon_equals_optax_over_steps_in_updates_and_state(kernels):
             np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.thorough
 @NATIVE
 def test_a_matrix_too_large_for_one_thread_is_left_to_optax(monkeypatch):
     monkeypatch.setattr(muon, "LARGEST", 100)

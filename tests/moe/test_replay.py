@@ -49,7 +49,7 @@ def loads(aux):
     return {"/".join(path): np.asarray(a["load"]) for path, a in moe_layers(aux)}
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_replay_repeats_every_layer_with_live_gates_under_remat(model):
     forward, gradient, params, forced = model
     other = jax.tree.map(lambda a: -a, params)

@@ -26,6 +26,7 @@ from moex.nn.mla import LatentAttention
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from tests.helpers import VOCAB, XLA, built, context, split_module, tiny_lm, tiny_moe
+from tests.marks import thorough_but_for
 from tests.tolerances import assert_close
 
 PROMPT_LENGTHS = (1, 5, 16)
@@ -53,7 +54,10 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+QUICK_MODELS = [name for name in MODELS if name != "adapters"]
+
+
+@pytest.fixture(scope="module", params=thorough_but_for(MODELS, *QUICK_MODELS))
 def model(request):
     """(cfg, arguments of `generate` that come first, prompts, their greedy ends)."""
     cfg = MODELS[request.param]

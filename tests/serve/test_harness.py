@@ -163,6 +163,7 @@ def test_nothing_to_score(run):
     assert continuation_scores(run, [([DOC], []), ([1, 2], [])]) == [(0.0, True)] * 2
 
 
+@pytest.mark.thorough
 def test_on_a_mesh(tmp_path, run, next_logits):
     pairs = pairs_of(next_logits)
     meshed = loaded(tmp_path, mesh=mesh_of(4, data=2, seq=2))

@@ -123,6 +123,7 @@ def model():
     return spec, {"params": params, "state": state}, step
 
 
+@pytest.mark.thorough
 def test_the_batch_of_an_evaluation_changes_no_figure(model):
     """The last batch of four holds one blank row, that of seventeen ten."""
     _, state, step = model

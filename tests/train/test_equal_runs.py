@@ -24,6 +24,7 @@ def trained(tmp_path_factory):
     return {name: folder / name for name in ("one", "again", "seed", "mesh")}
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_is_equal_in_every_bit(trained):
     said = assert_equal([trained["one"], trained["again"]], Tolerance())
     assert "are equal exactly" in said and "at 3 steps" in said

@@ -140,7 +140,7 @@ def test_rows_that_find_no_room_name_the_field(train, tmp_path, monkeypatch, cap
     assert len(found) >= 2 and all(int(rows) > 0 for rows, _ in found)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_parameters_that_a_schedule_unfreezes_are_trained(folder, tmp_path):
     """The router alone at first, whose norm is a fortieth: a few skips, then all."""
     cfg = runs.config(folder, "steps=72", "eval.every=0", "checkpoint.every=0")

@@ -121,6 +121,7 @@ def test_the_number_of_a_dead_process_may_be_that_of_another(tmp_path, monkeypat
     assert len(take(tmp_path)) == 1
 
 
+@pytest.mark.thorough
 def test_a_process_on_another_host_is_seen_to_live(tmp_path, holder, other_host):
     process = holder(host="a")
     said = []

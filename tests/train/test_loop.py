@@ -360,6 +360,7 @@ def test_a_dry_run_writes_nothing(train, tmp_path, monkeypatch):
     assert said[-1] == "dry run: the config is good; nothing was trained"
 
 
+@pytest.mark.thorough
 def test_text_without_a_held_out_part_trains(train, tmp_path, capsys):
     said = []
     result = train(
@@ -373,6 +374,7 @@ def test_text_without_a_held_out_part_trains(train, tmp_path, capsys):
     watch.close()
 
 
+@pytest.mark.thorough
 def test_a_profile_of_some_steps(train, tmp_path, capsys):
     result = train(tmp_path, "steps=4", "eval.every=0", profile="1:3")
     assert result["step"] == 4

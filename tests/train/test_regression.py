@@ -101,6 +101,7 @@ def moex(capsys):
     return moex
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder, straight):
     workdir = folder / "interrupted"
     with pytest.MonkeyPatch.context() as patch:
@@ -204,6 +205,7 @@ def test_traces_of_other_series_are_not_compared(straight, traced, moex, folder)
     assert code == 2 and "traces of other data; their config.data differ" in error
 
 
+@pytest.mark.thorough
 def test_params_compare_and_report_show_it(straight, moex, folder, traced):
     workdir, _ = straight
     code, out, _ = moex("params", f"--config={folder / 'waves.py'}")
@@ -289,6 +291,7 @@ def test_the_score_of_a_task_is_its_first_figure(folder):
     assert task.brief({"mse": math.nan}) == "no target"
 
 
+@pytest.mark.thorough
 def test_the_task_of_the_documentation_trains_and_is_scored(folder, tmp_path, moex):
     """A loss of one's own, in a folder of one's own."""
     code = documented.files()["robust.py"]

@@ -410,6 +410,7 @@ def assert_replicas_agree(path, array):
         np.testing.assert_array_equal(shard.data, first, err_msg=path)
 
 
+@pytest.mark.thorough
 def test_parameters_are_made_in_their_places():
     spec = states.model_spec(SMALL)
     mesh = mesh_of(8, data=2, fsdp=2, tensor=2)

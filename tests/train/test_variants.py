@@ -131,7 +131,7 @@ def test_it_generates(straight):
     assert text.startswith("the cat")
 
 
-def test_expert_choice_is_not_asked_to_generate(folder, straight, monkeypatch):
+def test_expert_choice_is_not_asked_to_generate(folder):
     cfg = config(folder)
     cfg.model.layers[0].pattern[0].router = ExpertChoice(k=1.0)
     where = "config.model.layers[0].pattern[0].router"
