@@ -4,19 +4,14 @@ D domains · E experts
 """
 
 import dataclasses
-import pathlib
-import zipfile
-import zlib
-from typing import Any
 
 import numpy as np
 
 from moex.analysis import statistics as stats
+from moex.analysis.archive import Archive, write_archive
 from moex.analysis.header import read_layer
 from moex.analysis.summary import Analysis, LayerAnalysis, Step
-from moex.config.base import ConfigError
-from moex.data.files import naming
-from moex.json_files import dump_json, field, parse_object
+from moex.json_files import field
 
 ARRAYS = ("tokens_D", "tokens_P", "tokens_V", "marker_ids")
 
@@ -142,11 +137,7 @@ def save(analysis: Analysis, path) -> None:
     about["layers"] = [dataclasses.asdict(v.info) for v in analysis.layers.values()]
     names = ("source", "target", "kind")
     about["steps"] = [{n: getattr(step, n) for n in names} for step in analysis.steps]
-    text = np.frombuffer(dump_json(about).encode(), np.uint8)
-    partial = pathlib.Path(path).with_name(pathlib.Path(path).name + ".partial")
-    with naming(partial), partial.open("wb") as file:
-        np.savez_compressed(file, about=text, **arrays)
-    partial.rename(path)
+    write_archive(path, about, arrays)
 
 
 def load(path) -> Analysis:
@@ -155,44 +146,22 @@ def load(path) -> Analysis:
     Raises:
       ConfigError: if it is no such file.
     """
-    where = str(path)
-    try:
-        with np.load(path) as file:
-            data = dict(file)
-        text = data.pop("about").tobytes()
-    except (*UNREADABLE, KeyError) as e:
-        raise ConfigError(f"{path}: not an analysis of moex ({e}).") from None
-    about = parse_object(text, where, nan=True)
+    archive = Archive(path, "an analysis")
+    about, where = archive.about, archive.where
     layers = {}
     for i, fields in enumerate(field(about, "layers", list[dict], where)):
         info = read_layer(fields, f"{where}: layer {i}")
-        arrays = _under(data, f"layers/{info.label}", LayerAnalysis, where)
+        arrays = archive.under(f"layers/{info.label}", LayerAnalysis)
         layers[info.label] = LayerAnalysis(info=info, **arrays)
     steps = []
     for i, names in enumerate(field(about, "steps", list[dict], where)):
         plain = {n: field(names, n, str, where) for n in ("source", "target", "kind")}
-        steps.append(Step(**plain, **_under(data, f"steps/{i}", Step, where)))
+        steps.append(Step(**plain, **archive.under(f"steps/{i}", Step)))
     plain = {
         f.name: field(about, f.name, f.type, where)
         for f in dataclasses.fields(Analysis)
         if f.name not in (*ARRAYS, "layers", "steps")
     }
     tuples = {k: tuple(v) for k, v in plain.items() if isinstance(v, list)}
-    arrays = {name: _array(data, name, where) for name in ARRAYS}
+    arrays = {name: archive.array(name) for name in ARRAYS}
     return Analysis(**plain | tuples | arrays, layers=layers, steps=steps)
-
-
-# Numpy raises these for a file that is no archive, or a damaged one.
-UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
-
-
-def _under(data: dict, start: str, owner: Any, where: str) -> dict[str, Any]:
-    """The arrays of one layer or step: the fields of `owner` that are arrays."""
-    names = [f.name for f in dataclasses.fields(owner) if f.type is np.ndarray]
-    return {name: _array(data, f"{start}/{name}", where) for name in names}
-
-
-def _array(data: dict, name: str, where: str) -> np.ndarray:
-    if name not in data or data[name].dtype.kind not in "iuf":
-        raise ConfigError(f"{where}: has no array of numbers {name!r}.")
-    return data[name]

@@ -49,6 +49,12 @@ def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -
       CheckpointError: if no checkpoint is intact.
     """
     out = check_new(out)
+    run, program = open_traced(place, cfg, step)
+    return write_trace(run, program, out, tokens=tokens, logits=logits)
+
+
+def open_traced(place: Place, cfg, step) -> tuple[LoadedRun, Evaluated]:
+    """Load a run and held-out data, each token of it once, as for `trace_run`."""
     if jax.process_count() > 1:
         raise ConfigError("moex trace: runs in one process; start it on one host.")
     folder = RunDir.of(place)
@@ -58,8 +64,14 @@ def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -
     run, program = run_with_data(folder, cfg, step=step)
     if not program.holds_out:
         raise ConfigError("config.data: no data is held out; raise holdout.")
+    return run, program
+
+
+def write_trace(run: LoadedRun, program: Evaluated, out, *, tokens, logits) -> dict:
+    """Write the trace of a loaded run; see `trace_run`."""
+    cfg = program.cfg
     limit = None if tokens is None else -(-tokens // cfg.seq_len)
-    header = _header(run, folder, cfg, program.data.domains, logits=logits)
+    header = _header(run, cfg, program.data.domains, logits=logits)
     routed = jax.jit(_routed_step(program, logits))
     counter = TokenCounter(tokens, token_ids=cfg.task.TOKEN_IDS)
     written = 0
@@ -102,26 +114,31 @@ def _info(routed: Routed) -> LayerInfo:
     )
 
 
-def _header(run: LoadedRun, folder: RunDir, cfg, domains, *, logits: bool) -> Header:
+def _header(run: LoadedRun, cfg, domains, *, logits: bool) -> Header:
     tokenizer = run.tokenizer if run.cfg.task.TOKEN_IDS else None
     told = None
     if tokenizer is not None:
         told = {"fingerprint": tokenizer.fingerprint, "doc_id": tokenizer.doc_id}
     return Header(
-        run=str(folder),
+        run=str(run.folder),
         step=run.step,
         layers=layer_infos(run.cfg.model),
         tokenizer=told,
         vocabulary=() if tokenizer is None else tuple(tokenizer.pieces()),
         domains=tuple(domains),
-        data={
-            "split": "held out",
-            "seq_len": cfg.seq_len,
-            "batch_size": cfg.eval.batch_size,
-            "config": configs.to_dict(cfg.data),
-        },
+        data=read_data(cfg),
         logits=logits,
     )
+
+
+def read_data(cfg) -> dict:
+    """Plain data on the held-out data that a config reads."""
+    return {
+        "split": "held out",
+        "seq_len": cfg.seq_len,
+        "batch_size": cfg.eval.batch_size,
+        "config": configs.to_dict(cfg.data),
+    }
 
 
 def _routed_step(program: Evaluated, logits: bool):

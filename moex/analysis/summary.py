@@ -14,8 +14,9 @@ import numpy as np
 from moex.analysis import scores
 from moex.analysis import statistics as stats
 from moex.analysis.header import LayerInfo
+from moex.analysis.markers import token_ids
 from moex.analysis.trace import Chunk, Slots, Tokens, Trace
-from moex.config.base import ConfigError, nearest
+from moex.config.base import ConfigError
 
 MOST_IDS = 8192  # most frequent token ids, whose experts are counted one by one
 BUCKETS = 33  # buckets of positions, enough for 32 bits
@@ -112,7 +113,7 @@ def analyse(
     """
     if trace.num_tokens == 0:
         raise ConfigError(f"{trace.path}: the trace has no tokens.")
-    marker_ids = find_markers(trace, markers)
+    marker_ids = token_ids(markers, trace.vocabulary, trace.path)
     _check_pool(trace, pool)
     _check_room(trace, len(markers))
     first = _FirstPass(trace, pool)
@@ -167,25 +168,6 @@ def analyse(
         layers=layers,
         steps=steps,
     )
-
-
-def find_markers(trace: Trace, markers: Sequence[str]) -> np.ndarray:
-    """int64[M] token ids of texts that are one token of the vocabulary each.
-
-    Raises:
-      ConfigError: for another text.
-    """
-    if markers and not trace.vocabulary:
-        raise ConfigError(f"{markers[0]!r}: the tokens of {trace.path} have no text.")
-    index = {piece: i for i, piece in reversed(list(enumerate(trace.vocabulary)))}
-    for marker in markers:
-        if marker not in index or not marker:
-            known = [piece for piece in index if piece]
-            raise ConfigError(
-                f"{marker!r}: not one token of the vocabulary of {trace.path}."
-                f"{nearest(marker, known)}"
-            )
-    return np.array([index[marker] for marker in markers], np.int64)
 
 
 def _check_pool(trace: Trace, pool: int | None) -> None:

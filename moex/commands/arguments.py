@@ -52,6 +52,36 @@ def add_data(parser, use: str) -> None:
     )
 
 
+def add_markers(parser, name: str, use: str) -> None:
+    """Add `--NAME` for tokens and `--NAME-span` for spans; `markers_of` reads them."""
+    parser.add_argument(
+        f"--{name}",
+        action="append",
+        metavar="TEXT",
+        default=[],
+        help=f"{use}, such as '<think>', or '#12' for the token 12; repeat it",
+    )
+    parser.add_argument(
+        f"--{name}-span",
+        action="append",
+        metavar=("BEGIN", "END"),
+        nargs=2,
+        default=[],
+        help="the same for all positions between two tokens; repeat it",
+    )
+
+
+def markers_of(args, name: str) -> tuple:
+    """The `Marker`s of the flags that `add_markers` added, tokens first."""
+    from moex.analysis.markers import Marker
+
+    spans = getattr(args, f"{name}_span".replace("-", "_"))
+    return (
+        *map(Marker, getattr(args, name.replace("-", "_"))),
+        *(Marker(begin, end) for begin, end in spans),
+    )
+
+
 def scored_config(args, config_args: list[str]):
     """The config of `args.run` with changes by `config_args`, or with `--data`.
 

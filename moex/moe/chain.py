@@ -148,13 +148,14 @@ class ChainLayer(SparseLayer):
 
 
 def stack_rounds(rounds: list[dict]) -> dict:
-    """The aux of all rounds with a leading dim [C]; traces stay apart, by round.
+    """The aux of all rounds with a leading dim [C]; traces and answers stay apart.
 
     Sums and losses that only some routers report are 0 for the others, and the
     histograms of slots are as long as the longest.
     """
-    traces = {
-        str(t): aux.pop("trace") for t, aux in enumerate(rounds) if "trace" in aux
+    apart = {
+        name: {str(t): aux.pop(name) for t, aux in enumerate(rounds) if name in aux}
+        for name in ("trace", "answers")
     }
     for part in ("stats", "losses"):
         names: dict[str, Any] = {}
@@ -168,4 +169,4 @@ def stack_rounds(rounds: list[dict]) -> dict:
         slots_S = aux["stats"]["slots_S"]
         aux["stats"]["slots_S"] = jnp.pad(slots_S, (0, longest - len(slots_S)))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rounds)
-    return stacked | ({"trace": traces} if traces else {})
+    return stacked | {name: own for name, own in apart.items() if own}

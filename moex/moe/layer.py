@@ -210,8 +210,9 @@ class SparseLayer(FeedForward):
             check_decision(router, routing, x_TD, self.num_choices, loss_weights)
             routing = routing.without_padding(valid_T)
             load_BE, real_T = routing.loads((B, L), self.num_experts)
+        kept = self._within_capacity(routing, ctx)
         sums = self._sums_of_experts if routing.experts_choose else self._sums
-        y_TC, num_kept, num_lost = sums(x_TD, routing, ctx)
+        y_TC, num_kept, num_lost = sums(x_TD, kept, ctx)
         tell_of_rows(self.experts, y_TC[:, D:], ctx)
         y_TD = y_TC[:, :D]
         stats = metrics.routing_stats(
@@ -233,17 +234,55 @@ class SparseLayer(FeedForward):
             aux["trace"] = routing.trace()
             aux["scores"] = {"logits": routing.logits_TE, "probs": routing.probs_TE}
             aux["inputs"] = x_BLD
+        if ctx.measure:
+            aux["answers"] = self._answers(x_TD, routing, kept, ctx)
         return y_TD.reshape(B, L, D), aux
+
+    def _within_capacity(self, routing, ctx):
+        """The routing without the slots that a capacity drops."""
+        # Decoding drops nothing: else a row would depend on the rest of its batch.
+        if self.capacity_factor is None or ctx.mode == "decode":
+            return routing
+        num_slots = routing.expert_TK.size
+        capacity = expert_capacity(self.capacity_factor, num_slots, self.num_choices)
+        return drop_over_capacity(routing, self.num_experts, capacity)
+
+    def _answers(self, x_TD, routing, kept, ctx) -> dict:
+        """The slots that are computed, and the norms of what their experts answer.
+
+        It computes the layer once more, slot by slot: so this holds for every kind of
+        experts, on every mesh.
+
+        Returns:
+          {"expert", "keep", "gate", "norm": [T, K], "chosen_T": int32 slots before a
+          capacity, "sum_ED": float32, sum of the answers of each expert}.
+        """
+        if kept.experts_choose:
+            routing = kept = kept.by_token()
+        expert_E, D = jnp.arange(self.num_choices, dtype=jnp.int32), x_TD.shape[1]
+
+        def answer(sum_ED, slot):
+            expert_T1, keep_T1 = (column[:, None] for column in slot)
+            own = {"expert_TK": expert_T1, "keep_TK": keep_T1}
+            own["gate_TK"] = keep_T1.astype(jnp.float32)
+            y_TC, *_ = self._sums(x_TD, dataclasses.replace(kept, **own), ctx)
+            y_TD = y_TC[:, :D].astype(jnp.float32)
+            of_TE = ((expert_T1 == expert_E[None]) & keep_T1).astype(jnp.float32)
+            sum_ED += jnp.dot(of_TE.T, y_TD, precision=jax.lax.Precision.HIGHEST)
+            return sum_ED, jnp.linalg.norm(y_TD, axis=1)
+
+        zeros_ED = jnp.zeros((self.num_choices, D))
+        slots = (kept.expert_TK.T, kept.keep_TK.T)
+        sum_ED, norm_KT = jax.lax.scan(answer, zeros_ED, slots)
+        return kept.trace() | {
+            "norm": norm_KT.T,
+            "chosen_T": jnp.sum(routing.keep_TK, axis=1, dtype=jnp.int32),
+            "sum_ED": sum_ED,
+        }
 
     def _sums(self, x_TD, routing, ctx, per_expert=None):
         """The triple (`Experts.sums` for each row of x, rows computed, rows lost)."""
         E = self.num_experts
-        # Decoding drops nothing: else a row would depend on the rest of its batch.
-        if self.capacity_factor is not None and ctx.mode != "decode":
-            num_slots = routing.expert_TK.size
-            factor = self.capacity_factor
-            capacity = expert_capacity(factor, num_slots, self.num_choices)
-            routing = drop_over_capacity(routing, E, capacity)
         rows = Rows(self.buffer_slots, per_expert)
         y_TC, num_lost = run_experts(self.experts, x_TD, routing, E, ctx, rows=rows)
         if self.zero is not None:

@@ -67,6 +67,8 @@ class Context:
         dict is traced (see `listening`); None: nobody listens.
       mode: "train", "eval" or "decode".
       collect: return routing traces.
+      measure: return the norms of what experts answer to their tokens; use it with
+        `collect`.
       chain_round: which round of a chain this is, from 0.
       whole_stack: experts that can (`StackReader`) hold the weights of all copies of
         their layer, [repeat, E, ...], and use those of copy `layer`.
@@ -95,6 +97,7 @@ class Context:
     told: dict | None = None
     mode: str = dataclasses.field(default="train", metadata={"static": True})
     collect: bool = dataclasses.field(default=False, metadata={"static": True})
+    measure: bool = dataclasses.field(default=False, metadata={"static": True})
     chain_round: int = dataclasses.field(default=0, metadata={"static": True})
     whole_stack: bool = dataclasses.field(default=False, metadata={"static": True})
     tensor_share: float = dataclasses.field(default=1.0, metadata={"static": True})
