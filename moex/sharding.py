@@ -197,7 +197,7 @@ def check_divides(leaves, sizes: dict[str, int]) -> None:
 
 
 WHAT_AXES_ARE = {
-    "expert": "num_experts",
+    "expert": "num_experts, or stored_experts",
     "embed": "model width, or the width of a head or a latent space",
     "heads": "key/value heads",
     "mlp": "hidden width",

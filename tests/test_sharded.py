@@ -28,6 +28,8 @@ SLOW = [
     ("expert choice", "2 data, 2 expert, 2 tensor, gather"),
     ("zero, shared, gated", "2 fsdp, 2 expert, 2 seq, gather"),
     ("low rank", "expert 8, gather"),
+    ("shared weights", "expert 8, all_to_all"),
+    ("expert choice, shared weights", "2 data, 2 expert, 2 tensor, gather"),
     ("top-k with capacity", "data 8"),
     ("chain", "2 data, 2 expert, 2 tensor, all_to_all"),
     ("top-k, LoRA", "2 data, 2 expert, 2 tensor, all_to_all"),

@@ -104,7 +104,8 @@ def test_an_axis_that_does_not_divide_is_named_with_the_parameter():
     leaf = ("segments/0/w_in", (5, 12, 6, 8), ("expert", "embed", "mlp"))
     message = (
         r"config.mesh.expert = 8: must divide the 'expert' dim of every parameter; "
-        r"that of segments/0/w_in is 12 \(num_experts; its shape is \(12, 6, 8\)"
+        r"that of segments/0/w_in is 12 \(num_experts, or stored_experts; its shape is "
+        r"\(12, 6, 8\)"
     )
     with pytest.raises(ConfigError, match=message):
         check_divides([leaf], sizes)

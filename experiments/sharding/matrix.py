@@ -117,6 +117,12 @@ LAYERS = {
         routers="shared",
         shared_once=True,
     ),
+    "shared weights": dataclasses.replace(
+        moe(ROUTED_THRICE), num_experts=16, stored_experts=8
+    ),
+    "expert choice, shared weights": dataclasses.replace(
+        moe(ExpertChoice(k=2.0, init_std=0.7)), num_experts=16, stored_experts=8
+    ),
     "narrow": Narrow(latent=8, inner=moe()),
     "top-k, balance of sequences": moe(TopK(k=2, init_std=0.7, bias_rate=0.1)),
     "top-k, balance of steps": moe(TopK(k=2, init_std=0.7, bias_rate=0.1)),

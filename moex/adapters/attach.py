@@ -87,7 +87,9 @@ def attach(model, cfg: AdapterConfig, rngs, *, part: str = "") -> None:
     learning = {name.rpartition("/")[0] for name in trained} | {*by_owner}
     for where, state in nnx.to_flat_state(nnx.state(model, RouterState)):
         is_fixed = part + "/".join(map(str, where[:-1])) not in learning
-        state.set_metadata(frozen=is_fixed and state.get_metadata()["rule"].keeps_value)
+        rule = state.get_metadata()["rule"]
+        keeps = rule is None or rule.keeps_value
+        state.set_metadata(frozen=is_fixed and keeps)
 
 
 def _weights(module, path: str, trained: set[str]) -> list[str]:

@@ -101,7 +101,7 @@ _DEFAULTS = {"weights": lambda count: [1.0] * count, "scores": lambda count: Non
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What becomes of the experts of each layer of a run."""
+    """A plan: for some layers of a run, the experts that merge or stay."""
 
     VERSION: ClassVar[int] = 1
 

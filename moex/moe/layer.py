@@ -17,6 +17,7 @@ from moex.moe.capacity import drop_over_capacity, expert_capacity
 from moex.moe.contract import ExpertsConfig, RouterConfig, check_decision
 from moex.moe.experts.zero import Zero
 from moex.moe.parallel import Rows, run_experts
+from moex.moe.stored import stored_state, to_stored
 from moex.nn.context import Context
 from moex.nn.contract import FeedForward, FeedForwardConfig
 from moex.nn.param import param
@@ -40,6 +41,9 @@ class MoE(FeedForwardConfig):
     buffer_slots: float | None = (
         None  # kept slots per token that buffers are made for; None: all there are
     )
+    stored_experts: int | None = (
+        None  # sets of weights that the experts share, 1 to E; None: one for each
+    )
 
     def validate(self, path):
         require(
@@ -50,6 +54,12 @@ class MoE(FeedForwardConfig):
             f"{path}.capacity_factor",
             self.capacity_factor,
             "above 0, or None for dropless",
+        )
+        require(
+            1 <= self.num_stored() <= self.num_experts,
+            f"{path}.stored_experts",
+            self.stored_experts,
+            f"from 1 to num_experts = {self.num_experts}, or None",
         )
         check_router(self.router, self.num_choices(), f"{path}.router")
         check_capacity(self, self.router, f"{path}.capacity_factor")
@@ -81,7 +91,7 @@ class MoE(FeedForwardConfig):
         )
 
     def validate_dim(self, dim, path):
-        self.experts.validate_sizes(self.num_experts, dim, f"{path}.experts")
+        self.experts.validate_sizes(self.num_stored(), dim, f"{path}.experts")
         if self.shared is not None:
             self.shared.validate_dim(dim, f"{path}.shared")
 
@@ -91,6 +101,10 @@ class MoE(FeedForwardConfig):
     def num_choices(self) -> int:
         """The number of choices of a router: experts and zero-computation experts."""
         return self.num_experts + (self.zero.count() if self.zero else 0)
+
+    def num_stored(self) -> int:
+        """The number of sets of weights G that the experts have."""
+        return self.num_experts if self.stored_experts is None else self.stored_experts
 
     def expected_experts(self) -> float:
         """The number of experts that compute for a token before anything is trained.
@@ -110,13 +124,16 @@ class MoE(FeedForwardConfig):
         return self.expert_use(name, [float(experts_per_token)])
 
     def expert_use(self, name, rounds: list[float]) -> tuple[float, float]:
-        """The `param_use` of the experts when each of `rounds` uses this many slots."""
-        E, last = self.num_experts, name.split("/")[-1]
+        """The `param_use` of the experts when each of `rounds` uses this many slots.
+
+        Slots are counted as if no two of a token met in one set of weights.
+        """
+        G, last = self.num_stored(), name.split("/")[-1]
 
         def frac(slots):
-            return self.experts.expert_frac(E, slots, last)
+            return self.experts.expert_frac(G, slots, last)
 
-        return frac(min(sum(rounds), E)), sum(map(frac, rounds))
+        return frac(min(sum(rounds), G)), sum(map(frac, rounds))
 
     def describe(self):
         kinds = (type(self.router).__name__, type(self.experts).__name__)
@@ -168,6 +185,7 @@ def split_experts(moe: MoE, parts: int) -> MoE:
     return dataclasses.replace(
         moe,
         num_experts=moe.num_experts * parts,
+        stored_experts=moe.stored_experts and moe.stored_experts * parts,
         router=moe.router.split(parts),
         experts=moe.experts.split(parts),
     )
@@ -180,7 +198,13 @@ class SparseLayer(FeedForward):
         self.num_experts, self.num_choices = cfg.num_experts, cfg.num_choices()
         self.capacity_factor = cfg.capacity_factor
         self.buffer_slots = cfg.buffer_slots
-        self.experts = cfg.experts.make(dim, cfg.num_experts, rngs)
+        self.num_stored = cfg.num_stored()
+        self.experts = cfg.experts.make(dim, self.num_stored, rngs)
+        self.stored_E = (
+            None
+            if cfg.stored_experts is None
+            else stored_state(cfg.num_experts, cfg.stored_experts)
+        )
         self.zero = None if cfg.zero is None else cfg.zero.make(dim, rngs)
         self.shared = None if cfg.shared is None else cfg.shared.make(dim, rngs)
         self.w_shared_gate_D1: nnx.Param | None = (
@@ -283,8 +307,12 @@ class SparseLayer(FeedForward):
     def _sums(self, x_TD, routing, ctx, per_expert=None):
         """The triple (`Experts.sums` for each row of x, rows computed, rows lost)."""
         E = self.num_experts
-        rows = Rows(self.buffer_slots, per_expert)
-        y_TC, num_lost = run_experts(self.experts, x_TD, routing, E, ctx, rows=rows)
+        rows, own, G = Rows(self.buffer_slots, per_expert), routing, self.num_stored
+        if self.stored_E is not None:
+            own = to_stored(routing, self.stored_E[...], G)
+            if per_expert is not None:
+                rows = Rows(self.buffer_slots, in_all=E * per_expert)
+        y_TC, num_lost = run_experts(self.experts, x_TD, own, G, ctx, rows=rows)
         if self.zero is not None:
             with jax.named_scope("zero"):
                 own_TD = self.zero(x_TD, routing.expert_TK, routing.gate_TK, E)
@@ -321,10 +349,11 @@ class MoELayer(SparseLayer):
 
     1. The router turns tokens into a `Routing` (float32), or an `ExpertRouting`.
     2. Padding is not routed; a capacity, if set, drops slots, and they are counted.
-    3. One sort puts the kept slots in expert order (`Plan`); on a mesh, tokens first
+    3. Where experts share weights (`stored_experts`), slots get the ids of the sets.
+    4. One sort puts the kept slots in expert order (`Plan`); on a mesh, tokens first
        travel to the devices of their experts (`moe/parallel.py`).
-    4. The experts compute their rows; dropped slots cost nothing.
-    5. Rows come back to their tokens, weighted by the gates; zero-computation experts
+    5. The experts compute their rows; dropped slots cost nothing.
+    6. Rows come back to their tokens, weighted by the gates; zero-computation experts
        are added.
 
     Returns (y_BLD, aux) with aux = {losses, load, stats}, unscaled float32, and trace,

@@ -46,6 +46,7 @@ class Rows:
     buffer_slots: float | None = None
     # Most slots that any expert was given. None: as many as tokens.
     per_expert: int | None = None
+    in_all: int | None = None  # most slots of all experts together; None: not known
 
     def limits(self, num_tokens, num_seen, num_experts) -> dict:
         """The arguments of `local_sums` that say how many rows a device must hold."""
@@ -54,6 +55,8 @@ class Rows:
             limits["buffer_rows"] = math.ceil(exact(self.buffer_slots) * num_tokens)
         if self.per_expert is not None:
             limits["max_rows"] = num_experts * min(self.per_expert, num_seen)
+        if self.in_all is not None:
+            limits["max_rows"] = min(self.in_all, num_experts * num_seen)
         return limits
 
 

@@ -19,7 +19,8 @@ class RouterState(nnx.Variable):
     """State of a router that no gradient moves, such as its selection bias.
 
     Its metadata are `axes`, as for parameters, and `rule`: a hashable callable
-    `(value, stats, step) -> value` that the train step applies (`moe/balance.py`).
+    `(value, stats, step) -> value` that the train step applies (`moe/balance.py`), or
+    None for state that does not move.
     """
 
 

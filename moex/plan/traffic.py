@@ -164,7 +164,7 @@ def _one_exchange(program: Training, moe, width, passes) -> list[Traffic]:
     ids = SLOT_BYTES * K
     if chosen == "all_to_all":
         rows = tokens * mean_devices(moe, n) * _share(n)
-        there, back = moe.experts.travel_widths(moe.num_experts, width, K, n)
+        there, back = moe.experts.travel_widths(moe.num_stored(), width, K, n)
         received = rows * ((there + back) * itemsize + ids)
         return [Traffic("expert", "tokens to experts", passes * received, True)]
     received = tokens * (n - 1) * (2 * width * itemsize + ids)
@@ -181,11 +181,11 @@ def mean_devices(moe, n: int) -> float:
 
     A device holds none of a token's K distinct experts with the probability that all K
     are on other devices; with group-limited routing only experts of the groups kept
-    count.
+    count. Where experts share weights, slots are counted as drawn one by one.
     """
     E, K = moe.num_experts, expected_slots(moe)
     groups = moe.router.groups_kept()
-    if int(K) != K or K > E:
+    if int(K) != K or K > E or moe.stored_experts is not None:
         return n * (1 - (1 - 1 / n) ** K)
     if groups is None:
         return n * (1 - _none(E, E // n, int(K)))

@@ -138,4 +138,5 @@ def starting_point(
 
 def keeps_value(info, path) -> bool:
     """Whether a router state keeps its meaning in another run, as biases do."""
-    return info[path_name(path)].rule.keeps_value
+    rule = info[path_name(path)].rule
+    return rule is None or rule.keeps_value

@@ -197,9 +197,10 @@ def update_state(spec, state, layers, step):
 
     def update(path, value):
         name = path_name(path)
-        if spec.info[name].frozen:
+        info = spec.info[name]
+        if info.frozen or info.rule is None:
             return value
-        return spec.info[name].rule(value, router_sums(layers, name), step)
+        return info.rule(value, router_sums(layers, name), step)
 
     return jax.tree_util.tree_map_with_path(update, state)
 

@@ -310,12 +310,13 @@ def routed(
         token_T=token_T,
     )
     kept = gates if capacity is None else keep_within(capacity, gates, E)
+    stored_E = range(E) if cfg.stored_experts is None else state["stored_E"]
     y_TD = np.zeros_like(x_TD)
     for t, chosen in enumerate(kept):
         for e, gate in chosen.items():
             if e < E:
                 one = EXPERTS[type(cfg.experts).__name__]
-                y_TD[t] += gate * one(cfg.experts, x_TD[t], weights, e)
+                y_TD[t] += gate * one(cfg.experts, x_TD[t], weights, int(stored_E[e]))
             else:
                 w = as_float64(params.get("zero", {}))
                 y_TD[t] += gate * zero_expert(cfg.zero, x_TD[t], w, e - E)

@@ -50,6 +50,7 @@ class Case:
     shape: tuple[int, int] = (3, 7)
     num_padding: int = 0
     bias: tuple[float, ...] | None = None
+    stored: tuple[int, ...] | None = None  # the set of weights of each expert
     kernels: str | None = "xla"
 
     __hash__ = object.__hash__
@@ -113,6 +114,29 @@ CASES = {
     "expert choice, zero, low rank": Case(
         moe=other(ExpertChoice(k=2.0, init_std=0.7), LowRank(rank=2), zero=Zero(copy=1))
     ),
+    "shared weights": Case(
+        moe=other(
+            TopK(k=3, init_std=0.7),
+            num_experts=7,
+            stored_experts=4,
+            shared=Dense(hidden=2),
+            capacity_factor=0.8,
+        ),
+        num_padding=2,
+        stored=(0, 2, 1, 1, 0, 2, 0),  # nobody uses the last one
+    ),
+    "fewer sets of weights than slots, zero": Case(
+        moe=other(
+            TopP(p=0.7, k_max=4, init_std=0.7), stored_experts=2, zero=Zero(copy=1)
+        ),
+        stored=(0, 1, 1, 0),
+        kernels=None,
+    ),
+    "expert choice, shared weights": Case(
+        moe=other(ExpertChoice(k=1.5, init_std=0.7), stored_experts=2),
+        num_padding=1,
+        stored=(1, 1, 0, 1),
+    ),
     "hash, biases": Case(
         moe=other(Hash(k=2), Glu(hidden=3, activation="gelu", bias=True)),
         num_padding=1,
@@ -125,6 +149,8 @@ def inputs(case, dtype="float32"):
     graphdef, params, state = split_module(case.moe.make(D, nnx.Rngs(params=0)))
     if case.bias is not None:
         state = {"router": {"bias_E": jnp.array(case.bias, jnp.float32)}}
+    if case.stored is not None:
+        state |= {"stored_E": jnp.array(case.stored, jnp.int32)}
     for leaf, value in params["experts"].items():
         if leaf.startswith("bias"):
             params["experts"][leaf] = jax.random.normal(jax.random.key(7), value.shape)
@@ -168,7 +194,11 @@ def truth(case, x_TD, params):
         shape=case.shape,
         valid_T=np.arange(len(x_TD)) % case.shape[1] < case.shape[1] - case.num_padding,
         token_T=np.arange(len(x_TD)),
-        state=None if case.bias is None else {"bias_E": case.bias},
+        state={
+            name: value
+            for name, value in (("bias_E", case.bias), ("stored_E", case.stored))
+            if value is not None
+        },
         capacity=capacity,
     )
 

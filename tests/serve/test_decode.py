@@ -43,7 +43,12 @@ MODELS = {
         Segment(
             pattern=(
                 tiny_moe(experts=Glu(hidden=8, bias=True), zero=Zero(null=1, copy=1)),
-                tiny_moe(5, experts=Latent(hidden=8, latent=4, group=2), shared=None),
+                tiny_moe(
+                    5,
+                    experts=Latent(hidden=8, latent=4, group=2),
+                    stored_experts=3,
+                    shared=None,
+                ),
             ),
             repeat=2,
         )
