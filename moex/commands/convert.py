@@ -36,23 +36,40 @@ class Command(Verb):
             const="folded",
             help="the same as --to=folded",
         )
-        parser.add_argument(
-            "--workdir", type=path, required=True, help="the new run directory"
+        target = parser.add_mutually_exclusive_group(required=True)
+        target.add_argument("--workdir", type=path, help="the new run directory")
+        target.add_argument(
+            "--write-plan",
+            type=path,
+            metavar="FILE",
+            help="write the plan of the conversion, to read and edit; convert nothing",
         )
+        owners: dict[str, list[str]] = {}
         for name, kind in kinds().items():
-            if not kind.flags:
-                continue
-            group = parser.add_argument_group(f"to {name}")
-            for flag, how in kind.flags.items():
-                group.add_argument(option(flag), **({"default": None} | how))
+            for flag in kind.flags:
+                owners.setdefault(flag, []).append(name)
+        groups = {}
+        for flag, names in sorted(owners.items(), key=lambda own: len(own[1])):
+            title = f"to {' and '.join(names)}"
+            if title not in groups:
+                groups[title] = parser.add_argument_group(title)
+            how = kinds()[names[0]].flags[flag]
+            groups[title].add_argument(option(flag), **({"default": None} | how))
 
     def output(self, args):
-        return args.workdir
+        return args.workdir or args.write_plan
 
     def run(self, args, config_args):
-        from moex.convert.apply import convert_run, report_text
+        from moex.analysis.writer import check_new
+        from moex.convert.apply import convert_run, plan_run, report_text
 
         conversions = asked_for(args.to, vars(args))
+        if args.write_plan is not None:
+            check_new(args.write_plan)
+            plan = plan_run(args.run, conversions)
+            plan.save(args.write_plan)
+            print(f"{args.write_plan}: a plan for {len(plan.layers)} layers")
+            return
         report = convert_run(args.run, args.workdir, conversions)
         print(report_text(report, conversions))
         print(f"go on training: {train_on(args.workdir)}")

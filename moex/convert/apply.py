@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from moex.config import base as configs
-from moex.config.base import require
+from moex.config.base import ConfigError, require
 from moex.convert.base import Conversion
+from moex.convert.planned import Planned
+from moex.convert.plans import Plan
+from moex.convert.source import Source
 from moex.data.chat import keep_layout
 from moex.data.files import atomic_write
 from moex.json_files import dump_json
@@ -22,11 +25,10 @@ from moex.runs.base import Base, check_no_adapters, has_base
 from moex.runs.claim import new_folder, new_run
 from moex.runs.directory import Place, RunDir
 from moex.runs.keys import check_run
-from moex.runs.open import LoadedRun, load_run
+from moex.runs.open import LoadedRun
 from moex.runs.score import score_run
 from moex.runs.write import write_run
-from moex.sharding import MeshConfig
-from moex.train.job import Job, make_job
+from moex.train.job import Job
 
 
 def convert_run(
@@ -56,23 +58,21 @@ def convert_run(
       CheckpointError: if no checkpoint of `source` is intact.
     """
     run, flag = RunDir.of(source), f"--workdir={RunDir.of(target)}"
-    cfg = run.config()
+    cfg, source = run.config(), Source(run, say)
     made = RunDir(new_folder(target, flag))
     require(sequences >= 0, "--sequences", sequences, ">= 0")
     folds = all(conversion.of_adapters for conversion in conversions)
-    if not folds:
-        check_no_adapters(run, f"--to={conversions[-1].kind}")
+    conversions = _ready(source, conversions)
     report: dict[str, Any] = {"to": conversions[-1].kind, "from": str(run)}
     for conversion in conversions:
-        conversion.check()
-        report |= dataclasses.asdict(conversion)
+        report |= conversion.options()
         cfg.model = conversion.model(cfg.model)
     report |= {"sequences": sequences, "errors": []}
     cfg.init_from = ""  # the new run begins with its own parameters
     check_run(cfg, to_train=False)
     with new_run(made, flag, say) as hidden:
-        old = new = load_run(run, MeshConfig(), warn=say)  # for the job's devices
-        job = _job(run, cfg, say)
+        old = new = source.loaded  # on the job's devices
+        job = source.job(cfg)
         for conversion in conversions:
             new, found = _applied(conversion, new, job, say)
             report |= found
@@ -83,6 +83,8 @@ def convert_run(
             if base.imported.is_dir():
                 shutil.copytree(base.imported, hidden.imported, dirs_exist_ok=True)
         keep_layout(run.imported, hidden.imported)
+        for conversion in conversions:
+            conversion.write(hidden)
     report["step"] = old.step
     sizes = {"params": "", "expert_params": "experts"}
     report |= {
@@ -94,6 +96,29 @@ def convert_run(
     return report
 
 
+def plan_run(place: Place, conversions: Sequence[Conversion], *, say=print) -> Plan:
+    """The plan by which a conversion would change a run; nothing is converted.
+
+    Raises:
+      ConfigError: if the conversion has no plan, or for a user's mistake.
+    """
+    conversion = conversions[-1]
+    if len(conversions) > 1 or not isinstance(conversion, Planned):
+        raise ConfigError(f"--write-plan: --to={conversion.kind} has no plan.")
+    (conversion,) = _ready(Source(RunDir.of(place), say), conversions)
+    assert conversion.plan is not None
+    return conversion.plan
+
+
+def _ready(source: Source, conversions: Sequence[Conversion]) -> list:
+    """Check conversions, and let them look at the run."""
+    if not all(conversion.of_adapters for conversion in conversions):
+        check_no_adapters(source.folder, f"--to={conversions[-1].kind}")
+    for conversion in conversions:
+        conversion.check()
+    return [conversion.ready(source) for conversion in conversions]
+
+
 def _applied(conversion, run: LoadedRun, job: Job, say) -> tuple[LoadedRun, dict]:
     """Apply a conversion: the new model, and what the conversion reports."""
     params, state, found = conversion.arrays(run, job, say)
@@ -102,14 +127,6 @@ def _applied(conversion, run: LoadedRun, job: Job, say) -> tuple[LoadedRun, dict
     spec = states.model_spec(cfg.model)
     new = dataclasses.replace(run, cfg=cfg, spec=spec, params=params, state=state)
     return new, found
-
-
-def _job(run: RunDir, cfg, say) -> Job:
-    """The new run's job here: on the devices that there are, with the old data."""
-    cfg = configs.from_dict(configs.to_dict(cfg))
-    cfg.mesh = MeshConfig()
-    cfg.task.like(cfg, run)
-    return make_job(cfg, log=say)
 
 
 def _size(spec, part="") -> int:

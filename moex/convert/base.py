@@ -10,8 +10,20 @@ import importlib
 import pkgutil
 from typing import Any, ClassVar, Self
 
+from moex.config.arguments import integer, positive
 from moex.config.base import ConfigError
 from moex.convert import kinds as folder
+
+# Flags that several kinds have: a flag of one name is the same for all of them.
+SHARED: dict[str, dict[str, Any]] = {
+    "seed": dict(type=integer, help="of random numbers; default: 0"),
+    "calibration": dict(
+        type=positive,
+        metavar="SEQUENCES",
+        help="training sequences to look at, with --whiten or where a plan is made "
+        "without --sums; default: 256",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,8 +32,7 @@ class Conversion(abc.ABC):
 
     kind: ClassVar[str]  # the name for `moex convert --to=KIND`
     about: ClassVar[str]  # what it does, for the help, from "KIND: " on
-    # {name: keywords of `add_argument`} of its options; no two kinds have a flag of one
-    # name.
+    # {name: keywords of `add_argument`} of its options; see `SHARED`.
     flags: ClassVar[dict[str, dict[str, Any]]] = {}
     needed: ClassVar[dict[str, str]] = {}  # {flag that must be given: why}
     # Kinds that one command may apply before this one: those of which it gives a flag,
@@ -38,6 +49,25 @@ class Conversion(abc.ABC):
     @abc.abstractmethod
     def check(self) -> None:
         """Raise `ConfigError` if an option is out of range, whatever the model."""
+
+    def ready(self, source) -> Self:
+        """The conversion with all that it has to know of the run; called after `check`.
+
+        Args:
+          source: `moex.convert.source.Source`: the run as it is.
+
+        Raises:
+          ConfigError: if an option does not fit the run.
+        """
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """The options, for `convert.json`."""
+        return dataclasses.asdict(self)
+
+    def write(self, run) -> None:
+        """Write files of its own to the `RunDir` of the new run."""
+        return
 
     @abc.abstractmethod
     def model(self, model):
@@ -98,9 +128,10 @@ def asked_for(to: str, flags: dict[str, Any]) -> list[Conversion]:
         for name, kind in every.items()
     }
     order = (*every[to].may_follow, to)
-    for name in every.keys() - set(order):
-        if given[name]:
-            raise ConfigError(f"{option(min(given[name]))}: is for --to={name}.")
+    known = {flag for name in order for flag in every[name].flags}
+    for name in sorted(every.keys() - set(order)):
+        for flag in sorted(given[name].keys() - known):
+            raise ConfigError(f"{option(flag)}: is for --to={name}.")
     made = []
     for name in order:
         if name != to and not given[name]:

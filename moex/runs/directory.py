@@ -52,6 +52,7 @@ class RunDir:
         # Other commands add these.
         self.imported = path / "hf"  # files of the folder that was imported
         self.conversion = path / "convert.json"
+        self.plan = path / "plan.json"  # which experts a conversion merged or kept
         self.report = path / "report.html"
         self.harness = path / "harness.jsonl"  # results of tasks
 

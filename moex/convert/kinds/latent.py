@@ -8,7 +8,7 @@ import dataclasses
 
 from moex.config.arguments import positive
 from moex.config.base import ConfigError, require
-from moex.convert.base import Conversion
+from moex.convert.base import SHARED, Conversion
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,7 @@ class ToLatent(Conversion):
             action="store_true",
             help="keep what matters on training data, not for inputs of all directions",
         ),
-        "calibration": dict(
-            type=positive,
-            metavar="SEQUENCES",
-            help="training sequences that --whiten looks at; default: 256",
-        ),
+        "calibration": SHARED["calibration"],
     }
     needed = {"group": "how many experts share a projection?"}
     may_follow = ("moe",)

@@ -7,9 +7,9 @@ layer is in `upcycle.py`.
 import dataclasses
 import math
 
-from moex.config.arguments import integer, positive
+from moex.config.arguments import positive
 from moex.config.base import require, require_choice
-from moex.convert.base import Conversion
+from moex.convert.base import SHARED, Conversion
 
 SCALES = ("gates", "weights")
 
@@ -47,7 +47,7 @@ class Upcycle(Conversion):
         "layers": dict(
             help="all, every:N, last:N or numbers such as 0,3; default: all"
         ),
-        "seed": dict(type=integer, help="default: 0"),
+        "seed": SHARED["seed"],
     }
     needed = dict.fromkeys(("experts", "k"), "dense layers need it.")
 

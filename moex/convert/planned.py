@@ -1,0 +1,85 @@
+"""Conversions by a plan, which is given as a file or made from sums of the run."""
+
+import abc
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from moex.config.arguments import path
+from moex.config.base import ConfigError
+from moex.convert.base import SHARED, Conversion
+
+if TYPE_CHECKING:  # --help does not need JAX
+    from moex.analysis.sums import Sums
+    from moex.convert.plans import Plan
+
+# The flags that all of them have; `--write-plan` is of the verb.
+PLAN_FLAGS: dict[str, dict[str, Any]] = {
+    "plan": dict(
+        type=path, metavar="FILE", help="convert by this plan, and make none (JSON)"
+    ),
+    "sums": dict(
+        type=path,
+        metavar="FILE",
+        help="make the plan from these sums (moex trace --sums); default: from "
+        "training data of the run",
+    ),
+    "calibration": SHARED["calibration"],
+}
+CALIBRATION = 256  # sequences, if nothing else is said
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned(Conversion):
+    """A conversion that a `Plan` describes."""
+
+    plan_kind: ClassVar[str]  # of its plans
+
+    plan: "Plan | None" = None  # None: it is made
+    sums: "Sums | None" = None  # to make it from; None: of training data
+    calibration: int = CALIBRATION  # training sequences, where there are no sums
+
+    @classmethod
+    def from_flags(cls, given):
+        from moex.analysis.sums import Sums
+        from moex.convert.plans import Plan
+
+        given = dict(given)
+        if "plan" in given:
+            for flag in sorted(given.keys() - {"plan"}):
+                told = f"--{flag.replace('_', '-')}: is for making a plan"
+                raise ConfigError(f"{told}; --plan={given['plan']} is one.")
+            given["plan"] = Plan.read(given["plan"], cls.plan_kind)
+        if "sums" in given:
+            if "calibration" in given:
+                raise ConfigError("--calibration: is for a plan without --sums.")
+            given["sums"] = Sums.read(given["sums"])
+        return cls(**given)
+
+    def ready(self, source) -> Self:
+        plan = self.plan
+        if plan is None:
+            sums = self.sums or self.recorded(source)
+            if sums.base != source.base:
+                raise ConfigError(
+                    f"--sums: they are of another model ({sums.run}): names or shapes "
+                    "of parameters differ."
+                )
+            plan = self.make_plan(source, sums)
+        plan.check(source.model, "--plan" if self.plan else "the plan")
+        return dataclasses.replace(self, plan=plan)
+
+    def recorded(self, source) -> "Sums":
+        """The sums of training data of the run that `make_plan` needs."""
+        return source.sums(self.calibration)
+
+    @abc.abstractmethod
+    def make_plan(self, source, sums: "Sums") -> "Plan":
+        """The plan for a run with these sums; `source` is a `Source`."""
+
+    def options(self):
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: v for k, v in own.items() if k not in ("plan", "sums")}
+
+    def write(self, run):
+        assert self.plan is not None
+        self.plan.save(run.plan)
