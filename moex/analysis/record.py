@@ -18,16 +18,19 @@ from moex.config.base import ConfigError
 from moex.data.files import naming
 from moex.model.layers import Routed, label, routers, site_at, sites
 from moex.model.losses import moe_layers
+from moex.model.steering import Steering
 from moex.moe.routing import ExpertRouting
 from moex.progress import phase
 from moex.runs.directory import Place, RunDir
 from moex.runs.open import LoadedRun
 from moex.runs.program import Evaluated
-from moex.runs.score import run_with_data
+from moex.runs.score import run_with_data, steering_for
 from moex.sharding import shard_batch
 
 
-def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -> dict:
+def trace_run(
+    place: Place, cfg, out, *, tokens=None, step=None, logits=False, steering=None
+) -> dict:
     """Write the routing of held-out data by a trained model to `out`.
 
     The model computes as in `moex eval`: no noise, and a layer with a capacity drops
@@ -39,6 +42,7 @@ def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -
       out: the file; must not exist.
       tokens: the most tokens to trace, from sequences of all sources; None: all.
       logits: record the logits of all experts, not of the chosen ones only.
+      steering: `Steering`: how experts are steered; None: as trained.
 
     Returns:
       {"tokens", "layers", "step", "bytes"}: what was written.
@@ -50,7 +54,9 @@ def trace_run(place: Place, cfg, out, *, tokens=None, step=None, logits=False) -
     """
     out = check_new(out)
     run, program = open_traced(place, cfg, step)
-    return write_trace(run, program, out, tokens=tokens, logits=logits)
+    return write_trace(
+        run, program, out, tokens=tokens, logits=logits, steering=steering
+    )
 
 
 def open_traced(place: Place, cfg, step) -> tuple[LoadedRun, Evaluated]:
@@ -67,11 +73,13 @@ def open_traced(place: Place, cfg, step) -> tuple[LoadedRun, Evaluated]:
     return run, program
 
 
-def write_trace(run: LoadedRun, program: Evaluated, out, *, tokens, logits) -> dict:
+def write_trace(
+    run: LoadedRun, program: Evaluated, out, *, tokens, logits, steering
+) -> dict:
     """Write the trace of a loaded run; see `trace_run`."""
-    cfg = program.cfg
+    cfg, steer = program.cfg, steering_for(run.folder, steering)
     limit = None if tokens is None else -(-tokens // cfg.seq_len)
-    header = _header(run, cfg, program.data.domains, logits=logits)
+    header = _header(run, cfg, program.data.domains, logits, steering)
     routed = jax.jit(_routed_step(program, logits))
     counter = TokenCounter(tokens, token_ids=cfg.task.TOKEN_IDS)
     written = 0
@@ -79,7 +87,7 @@ def write_trace(run: LoadedRun, program: Evaluated, out, *, tokens, logits) -> d
         for batch in program.eval_batches(limit, "tracing"):
             shards = shard_batch(batch, run.mesh)
             with phase("compiling the trace") if not written else nullcontext():
-                arrays = jax.device_get(routed(run.params, run.state, shards))
+                arrays = jax.device_get(routed(run.params, run.state, shards, steer))
             valid_T, found = counter(batch)
             with naming(out):
                 writer.write(found, slots_by_layer(run.cfg.model, arrays, valid_T))
@@ -114,7 +122,7 @@ def _info(routed: Routed) -> LayerInfo:
     )
 
 
-def _header(run: LoadedRun, cfg, domains, *, logits: bool) -> Header:
+def _header(run: LoadedRun, cfg, domains, logits: bool, steering) -> Header:
     tokenizer = run.tokenizer if run.cfg.task.TOKEN_IDS else None
     told = None
     if tokenizer is not None:
@@ -126,14 +134,15 @@ def _header(run: LoadedRun, cfg, domains, *, logits: bool) -> Header:
         tokenizer=told,
         vocabulary=() if tokenizer is None else tuple(tokenizer.pieces()),
         domains=tuple(domains),
-        data=read_data(cfg),
+        data=read_data(cfg, steering),
         logits=logits,
     )
 
 
-def read_data(cfg) -> dict:
-    """Plain data on the held-out data that a config reads."""
-    return {
+def read_data(cfg, steering: Steering | None) -> dict:
+    """Plain data on the held-out data that a config reads, and how it is read."""
+    steered = {} if steering is None else {"steering": steering.where}
+    return steered | {
         "split": "held out",
         "seq_len": cfg.seq_len,
         "batch_size": cfg.eval.batch_size,
@@ -142,12 +151,14 @@ def read_data(cfg) -> dict:
 
 
 def _routed_step(program: Evaluated, logits: bool):
-    """`(params, state, batch) -> {path: {round: arrays}}`, of `routed_layers`."""
+    """`(params, state, batch, steer) -> {path: {round: arrays}}`: `routed_layers`."""
 
     task, compute = program.cfg.task, program.compute(train=False)
 
-    def step(params, state, batch):
-        ctx = task.context(batch, mode="eval", collect=True, compute=compute)
+    def step(params, state, batch, steer):
+        ctx = task.context(
+            batch, mode="eval", collect=True, compute=compute, steer=steer
+        )
         _, aux = task.run(program.spec.merge(params, state), ctx, batch)
         return routed_layers(aux, logits=logits)
 

@@ -31,9 +31,11 @@ from moex.analysis.writer import check_new
 from moex.config.base import ConfigError
 from moex.model.layers import label, site_at, sites
 from moex.model.losses import moe_layers
+from moex.model.steering import Steering
 from moex.runs.base import Base, base_hash
 from moex.runs.directory import Place
 from moex.runs.open import LoadedRun
+from moex.runs.score import steering_for
 from moex.sharding import shard_batch
 
 Batches = Callable[[], Iterable[Mapping[str, np.ndarray]]]
@@ -58,6 +60,7 @@ def record_sums(
     domains: Sequence[str],
     data: dict[str, Any],
     tokens: int | None = None,
+    steer: dict | None = None,
     recorded: Recorded = Recorded(),
 ) -> Sums:
     """The sums of a text in a trained model, which computes as in `moex eval`.
@@ -69,6 +72,7 @@ def record_sums(
       domains: names of the domains of the batches.
       data: plain data on what they are.
       tokens: the most tokens to count; None: all.
+      steer: `Context.steer`.
       recorded: what is added up.
 
     Raises:
@@ -88,10 +92,10 @@ def record_sums(
     groups = 1 + (len(domains) if recorded.by_domain else 0)
     step = _Step(run, {info.label: info.slots for info in infos}, groups, recorded.pool)
     with jax.set_mesh(run.mesh):
-        first = _added(reader, step.first, run)
+        first = _added(reader, step.first, run, steer)
         count_G = np.maximum(first.pop("tokens_G"), 1)
         threshold = {name: total_G / count_G for name, total_G in first.items()}
-        found = _added(reader, step.second, run, threshold)
+        found = _added(reader, step.second, run, steer, threshold)
     tokens_G = found.pop("tokens_G")
     markers_RG = found.pop("markers_RG")
     for marker, total in zip(recorded.markers, markers_RG[:, 0], strict=True):
@@ -138,6 +142,7 @@ def trace_with_sums(
     tokens: int | None = None,
     step: int | None = None,
     logits: bool = False,
+    steering: Steering | None = None,
     recorded: Recorded = Recorded(),
 ) -> tuple[dict | None, pathlib.Path, Sums]:
     """Write the sums of held-out data, and before that a trace of it.
@@ -147,7 +152,7 @@ def trace_with_sums(
         it is that of the sums.
       trace: whether a trace is written.
       recorded: what is added up.
-      place, cfg, tokens, step, logits: as for `record.trace_run`.
+      place, cfg, tokens, step, logits, steering: as for `record.trace_run`.
 
     Returns:
       (what `trace_run` returns, or None; the file of the sums; the sums).
@@ -157,14 +162,16 @@ def trace_with_sums(
     run, program = open_traced(place, cfg, step)
     made = None
     if trace:
-        made = write_trace(run, program, out, tokens=tokens, logits=logits)
+        options = {"tokens": tokens, "logits": logits, "steering": steering}
+        made = write_trace(run, program, out, **options)
     limit = None if tokens is None else -(-tokens // cfg.seq_len)
     sums = record_sums(
         run,
         lambda: program.eval_batches(limit, "adding up"),
         domains=program.data.domains,
-        data=read_data(program.cfg),
+        data=read_data(program.cfg, steering),
         tokens=tokens,
+        steer=steering_for(place, steering),
         recorded=recorded,
     )
     sums.save(file)
@@ -240,7 +247,9 @@ class _Step:
         self.first = jax.jit(self._first, **options)
         self.second = jax.jit(self._second, **options)
 
-    def _routers(self, params, state, batch, *, measure: bool) -> dict[str, dict]:
+    def _routers(
+        self, params, state, batch, steer, *, measure: bool
+    ) -> dict[str, dict]:
         """The arrays of every router, by label and in the order of the model."""
         run = self._run
         ctx = run.cfg.task.context(
@@ -248,6 +257,7 @@ class _Step:
             mode="eval",
             collect=True,
             measure=measure,
+            steer=steer,
             compute=run.compute(train=False),
         )
         _, aux = run.cfg.task.run(run.spec.merge(params, state), ctx, batch)
@@ -274,11 +284,11 @@ class _Step:
         members_GBL = of_GB1 & (batch["segment"] > 0)[None]
         return members_GBL.reshape(self._groups, -1).astype(jnp.float32)
 
-    def _first(self, params, state, batch):
+    def _first(self, params, state, batch, steer):
         """Tokens of each group, and by router the sums of the greatest probability."""
         member_GT = self._members(batch)
         sums = {"tokens_G": jnp.sum(member_GT, axis=1)}
-        routers = self._routers(params, state, batch, measure=False)
+        routers = self._routers(params, state, batch, steer, measure=False)
         for name, own in routers.items():
             chosen_T = _chosen(own, own["logits"])
             picked = _pool(own["logits"], chosen_T, self._slots[name], self._pool)
@@ -286,12 +296,12 @@ class _Step:
             sums[name] = jnp.dot(member_GT, top_T, precision=EXACT)
         return sums
 
-    def _second(self, params, state, batch, threshold):
+    def _second(self, params, state, batch, steer, threshold):
         """The sums of `LayerSums` by router, [G, ...] where they are by group."""
         member_GT = self._members(batch)
         marked_TR = batch["markers"].reshape(member_GT.shape[1], -1)
         marked_RT = marked_TR.T.astype(jnp.float32)
-        routers = self._routers(params, state, batch, measure=True)
+        routers = self._routers(params, state, batch, steer, measure=True)
         found: dict[str, Any] = {"tokens_G": jnp.sum(member_GT, axis=1)}
         found["markers_RG"] = jnp.dot(marked_RT, member_GT.T, precision=EXACT)
         tops: dict[str, Any] = {}

@@ -1,12 +1,17 @@
-"""Which experts matter: for a task (PreMoe), and for given tokens (RICE).
+"""Which experts matter: for a task (PreMoe, REAP), and for given tokens (RICE).
 
 N tokens · K slots per token · P experts of a token's pool · E experts · G tasks ·
-M marker tokens
+M markers
 """
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from moex.analysis.sums import LayerSums
 from moex.analysis.trace import Slots
+from moex.config.base import ConfigError
 
 
 def pool(slots: Slots, size: int | None = None) -> tuple[np.ndarray, ...]:
@@ -132,3 +137,100 @@ def npmi(hits_ME, markers_M, load_E, tokens: int) -> np.ndarray:
     # If both occur at every token, -log P(both) is 0, and nPMI would be 0 / 0.
     out_ME = np.where(hits_ME == tokens, 1.0, out_ME)
     return np.where(markers_M1 == 0, np.nan, np.clip(out_ME, -1.0, 1.0))
+
+
+def combined_npmi(
+    hits_ME,
+    markers_M,
+    load_E,
+    tokens: int,
+    *,
+    weight_M: Sequence[float],
+    support_M: Sequence[float],
+) -> np.ndarray:
+    """float64[E]: the weighted sum of `npmi` over markers.
+
+    It is -inf for an expert that has less than `support_M` of the occurrences of a
+    marker with a weight above 0: it may have fired there once, by luck.
+
+    Args:
+      hits_ME, markers_M, load_E, tokens: as for `npmi`; every marker occurs.
+      weight_M: such as 1 for "<think>" and -1 for "</think>".
+      support_M: shares in [0, 1].
+
+    Source: RICE, arXiv:2505.14681; the support is ours.
+    """
+    weight_M1 = np.asarray(weight_M, np.float64)[:, None]
+    total_E = np.sum(weight_M1 * npmi(hits_ME, markers_M, load_E, tokens), axis=0)
+    needed_M1 = (np.asarray(support_M) * np.asarray(markers_M))[:, None]
+    lacks_ME = (np.asarray(hits_ME) < needed_M1) & (weight_M1 > 0)
+    return np.where(lacks_ME.any(axis=0), -np.inf, total_E)
+
+
+def risk_difference(load_E, tokens: int, other_E, other_tokens: int) -> np.ndarray:
+    """float64[E]: the share of tokens that have an expert, less that in another text.
+
+    The texts are prompts in pairs, with and without a behaviour: an expert above 0 goes
+    with it, one below 0 with its absence.
+
+    Source: SteerMoE, arXiv:2509.09660.
+    """
+    return np.asarray(load_E) / max(tokens, 1) - np.asarray(other_E) / max(
+        other_tokens, 1
+    )
+
+
+class Ranked(NamedTuple):
+    """An expert and its score."""
+
+    layer: int
+    expert: int
+    score: float
+
+
+def best(score_by_layer: Mapping[int, np.ndarray], count: int) -> list[Ranked]:
+    """The `count` experts of highest score in all layers; of equals the first.
+
+    Raises:
+      ConfigError: if so few experts have a finite score.
+    """
+    every = [
+        Ranked(layer, e, float(score))
+        for layer, score_E in sorted(score_by_layer.items())
+        for e, score in enumerate(score_E)
+        if np.isfinite(score)
+    ]
+    if count > len(every):
+        raise ConfigError(
+            f"{count} experts are asked for, and {len(every)} have a score: lower the "
+            "support that is asked for, or their number."
+        )
+    return sorted(every, key=lambda one: -one.score)[:count]
+
+
+def _frequency(sums: LayerSums) -> np.ndarray:
+    return sums.count_E / max(sums.slots, 1)
+
+
+def _reap(sums: LayerSums) -> np.ndarray:
+    return sums.gate_norm_E / np.maximum(sums.count_E, 1)
+
+
+def _mean(name: str) -> Callable[[LayerSums], np.ndarray]:
+    return lambda sums: getattr(sums, name) / max(sums.tokens, 1)
+
+
+# Scores of the experts of a layer from its sums, float64[E]; the higher, the more an
+# expert matters.
+#   frequency: its share of the kept slots.
+#   tcess, peu: PreMoe, see `score_sums`.
+#   all_logits: its mean logit.
+#   reap: the mean of gate times norm of its answer, over the tokens that have it; gates
+#     are divided by their sum (REAP, arXiv:2510.13999, and its note of 2026-03).
+SCORES: dict[str, Callable[[LayerSums], np.ndarray]] = {
+    "frequency": _frequency,
+    "tcess": _mean("tcess_E"),
+    "peu": _mean("peu_E"),
+    "all_logits": _mean("logit_E"),
+    "reap": _reap,
+}

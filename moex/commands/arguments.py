@@ -52,6 +52,24 @@ def add_data(parser, use: str) -> None:
     )
 
 
+def add_steer(parser) -> None:
+    """Add `--steer`; `steering_of` reads the file."""
+    parser.add_argument(
+        "--steer",
+        type=path,
+        metavar="FILE",
+        help="scale, force or ban experts as this file says (docs/steering.md); a plan "
+        "of kept experts bans the others",
+    )
+
+
+def steering_of(args):
+    """The `Steering` of `--steer`, or None."""
+    from moex.model.steering import Steering
+
+    return None if args.steer is None else Steering.read(args.steer)
+
+
 def add_markers(parser, name: str, use: str) -> None:
     """Add `--NAME` for tokens and `--NAME-span` for spans; `markers_of` reads them."""
     parser.add_argument(

@@ -1,7 +1,14 @@
 """`moex eval`, on held-out data or on tasks of the lm_eval harness."""
 
 from moex.commands import Verb
-from moex.commands.arguments import add_data, add_json, add_run, scored_config
+from moex.commands.arguments import (
+    add_data,
+    add_json,
+    add_run,
+    add_steer,
+    scored_config,
+    steering_of,
+)
 from moex.config.arguments import integer, path, positive
 from moex.config.base import ConfigError
 from moex.json_files import dump_json
@@ -27,6 +34,7 @@ class Command(Verb):
             "--sequences", type=positive, help="score at most this many sequences"
         )
         add_data(parser, "score all of this")
+        add_steer(parser)
         tasks = parser.add_argument_group(
             "tasks of the lm_eval harness (extra `eval`)", "Instead of held-out data."
         )
@@ -61,7 +69,8 @@ def _held_out(args, config_args):
     from moex.runs.score import score_run, score_text
 
     cfg = scored_config(args, config_args)
-    result = score_run(args.run, cfg, sequences=args.sequences)
+    steering = steering_of(args)
+    result = score_run(args.run, cfg, sequences=args.sequences, steering=steering)
     what = f"tokens of {', '.join(args.data)}" if args.data else "held-out tokens"
     return result, f", {result['tokens']:,} {what}", score_text(cfg.task, result)
 
@@ -80,6 +89,7 @@ def _tasks(args, config_args):
         include_path=args.include_path and str(args.include_path),
         limit=args.limit,
         num_fewshot=args.num_fewshot,
+        steering=steering_of(args),
     )
     figures = ((t, *row) for t, own in result["tasks"].items() for row in own.items())
     return result, "", [f"  {t:<24} {name:<24} {v:.4f}" for t, name, v in figures]

@@ -4,7 +4,7 @@ import sys
 
 from moex import progress
 from moex.commands import Verb
-from moex.commands.arguments import add_run
+from moex.commands.arguments import add_run, add_steer, steering_of
 from moex.config.arguments import integer, positive
 from moex.config.base import require
 
@@ -44,6 +44,7 @@ class Command(Verb):
             help="the adapter for all prompts, or once for each prompt in order; "
             "'base': none; needed with several adapters",
         )
+        add_steer(parser)
         parser.add_argument("--max-new-tokens", type=positive, default=128)
         parser.add_argument(
             "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
@@ -79,6 +80,7 @@ class Command(Verb):
             chat=args.chat,
             adapter=args.adapter,
             use=args.use,
+            steering=steering_of(args),
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_k=args.top_k,

@@ -5,8 +5,10 @@ from moex.commands.arguments import (
     add_data,
     add_markers,
     add_run,
+    add_steer,
     markers_of,
     scored_config,
+    steering_of,
 )
 from moex.config.arguments import integer, path, positive
 from moex.config.base import ConfigError
@@ -46,6 +48,7 @@ class Command(Verb):
             action="store_true",
             help="also the router logits of the experts that were not chosen",
         )
+        add_steer(parser)
         sums = parser.add_argument_group("sums (docs/traces.md)")
         only = sums.add_mutually_exclusive_group()
         only.add_argument(
@@ -87,6 +90,7 @@ class Command(Verb):
                 tokens=args.tokens,
                 step=args.step,
                 logits=args.logits,
+                steering=steering_of(args),
             )
         if made is None:
             return
@@ -107,6 +111,7 @@ class Command(Verb):
             tokens=args.tokens,
             step=args.step,
             logits=args.logits,
+            steering=steering_of(args),
             recorded=Recorded(
                 markers=markers_of(args, "marker"),
                 by_domain=args.by_domain,

@@ -11,7 +11,7 @@ B batch · L length of one call · P padded prompt length · S slots of the cach
 import dataclasses
 import functools
 import operator
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,8 @@ def generate(
     seed: int = 0,
     stop_tokens: Collection[int] = (),
     visual=None,
+    steer: dict | None = None,
+    on_peak: Callable[[float], None] | None = None,
     compute: Compute = Compute(),
 ) -> list[list[int]]:
     """The continuation of each prompt.
@@ -68,6 +70,9 @@ def generate(
       stop_tokens: a row ends before any of these.
       visual: float32 [B, M, C], tokens of the vision encoder that a model with visual
         tokens was adapted to; None: there are none.
+      steer: `Context.steer`: which experts are used, and how much; None: as trained.
+      on_peak: called with the greatest absolute number in the residual stream of the
+        steered model.
       compute: how to compute; the cache has its dtype, and layers are always scanned.
 
     Returns:
@@ -87,7 +92,7 @@ def generate(
     # The last token is not fed back, so it needs no slot.
     slots = P + max_new_tokens - 1
     with phase(f"writing at most {max_new_tokens:,} tokens"):
-        new_BN, num_new_B, _ = _generate(
+        new_BN, num_new_B, peak, _ = _generate(
             params,
             state,
             model_cfg.init_cache(len(prompts), slots, jnp.dtype(compute.dtype)),
@@ -96,12 +101,15 @@ def generate(
             jax.random.key(seed),
             _padded_stops(stop_tokens),
             visual,
+            steer,
             graphdef=spec.graphdef,
             sampling=(float(temperature), int(top_k), float(top_p)),
             max_new_tokens=max_new_tokens,
             compute=dataclasses.replace(compute, scan_layers=True),
         )
         new_BN, num_new_B = np.asarray(new_BN), np.asarray(num_new_B)
+    if on_peak is not None and peak is not None:
+        on_peak(float(peak))
     return [row[:n].tolist() for row, n in zip(new_BN, num_new_B, strict=True)]
 
 
@@ -156,13 +164,17 @@ def _generate(
     key,
     stop_K,
     visual_BMC,
+    steer,
     *,
     graphdef,
     sampling,
     max_new_tokens,
     compute,
 ):
-    """Returns (new_BN, num_new_B, cache); the cache only so that it can be donated."""
+    """Returns (new_BN, num_new_B, greatest residual or None, cache).
+
+    The cache is there only so that it can be donated.
+    """
     B, P = prompt_BP.shape
     N = max_new_tokens
     slots = P + N - 1
@@ -173,9 +185,10 @@ def _generate(
     def run(token_BL, first_slot, stopped_B, cache):
         """Run `token_BL` into slots from `first_slot` on; return next-token logits."""
         ctx = _context(token_BL, first_slot, slots, num_padding_B, stopped_B, compute)
-        ctx = dataclasses.replace(ctx, visual_BMC=visual_BMC)
+        ctx = dataclasses.replace(ctx, visual_BMC=visual_BMC, steer=steer)
         model = nnx.merge(graphdef, arrays)
-        return model.decode(ctx, cache)
+        logits_BV, aux, cache = model.decode(ctx, cache)
+        return logits_BV, aux.get("peak"), cache
 
     def emit(i, logits_BV, stopped_B, new_BN):
         token_B = sample(logits_BV, jax.random.fold_in(key, i), *sampling)
@@ -189,19 +202,20 @@ def _generate(
         return (i < N) & ~jnp.all(stopped_B)
 
     def step(carry):
-        i, stopped_B, num_new_B, new_BN, cache = carry
+        i, stopped_B, num_new_B, new_BN, most, cache = carry
         token_B1 = jax.lax.dynamic_slice_in_dim(new_BN, i - 1, 1, axis=1)
-        logits_BV, cache = run(token_B1, P + i - 1, stopped_B, cache)
+        logits_BV, peak, cache = run(token_B1, P + i - 1, stopped_B, cache)
+        most = None if most is None else jnp.maximum(most, peak)
         stopped_B, new_BN = emit(i, logits_BV, stopped_B, new_BN)
-        return i + 1, stopped_B, num_new_B + ~stopped_B, new_BN, cache
+        return i + 1, stopped_B, num_new_B + ~stopped_B, new_BN, most, cache
 
     stopped_B = jnp.zeros(B, bool)
-    logits_BV, cache = run(prompt_BP, jnp.int32(0), stopped_B, cache)
+    logits_BV, most, cache = run(prompt_BP, jnp.int32(0), stopped_B, cache)
     stopped_B, new_BN = emit(0, logits_BV, stopped_B, jnp.zeros((B, N), jnp.int32))
     num_new_B = (~stopped_B).astype(jnp.int32)
-    carry = (jnp.int32(1), stopped_B, num_new_B, new_BN, cache)
-    _, _, num_new_B, new_BN, cache = jax.lax.while_loop(unfinished, step, carry)
-    return new_BN, num_new_B, cache
+    carry = (jnp.int32(1), stopped_B, num_new_B, new_BN, most, cache)
+    *_, num_new_B, new_BN, most, cache = jax.lax.while_loop(unfinished, step, carry)
+    return new_BN, num_new_B, most, cache
 
 
 def _padded_stops(tokens: Collection[int]) -> np.ndarray:

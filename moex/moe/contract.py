@@ -29,6 +29,9 @@ class RouterConfig(PartConfig):
 
     role: ClassVar[str] = "a router config such as TopK"
     experts_choose: ClassVar[bool] = False  # as in `Decision`
+    # Whether the module heeds the bans and the forced experts of `Context.steer`.
+    takes_bans: ClassVar[bool] = False
+    takes_forces: ClassVar[bool] = False
 
     @abc.abstractmethod
     def make(self, dim: int, num_experts: int, rngs: nnx.Rngs) -> "Router":
@@ -88,7 +91,8 @@ class Router(Projector):
 
         Args:
           x_TD: the input of the layer.
-          ctx: `Context`; `routing.replayed` gives a recorded decision instead.
+          ctx: `Context`; `routing.replayed` gives a recorded decision instead, and
+            `moe/steering.py` bans and forces experts.
         """
 
 

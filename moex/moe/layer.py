@@ -12,7 +12,7 @@ from flax import nnx
 from kernels_pallas.device import on_a_mesh
 from moex.config.base import require, walk
 from moex.config.schedule import static_value
-from moex.moe import losses, metrics
+from moex.moe import losses, metrics, steering
 from moex.moe.capacity import drop_over_capacity, expert_capacity
 from moex.moe.contract import ExpertsConfig, RouterConfig, check_decision
 from moex.moe.experts.zero import Zero
@@ -232,6 +232,7 @@ class SparseLayer(FeedForward):
         with jax.named_scope("router"):
             routing = router(x_TD, ctx)
             check_decision(router, routing, x_TD, self.num_choices, loss_weights)
+            routing = steering.scaled(routing, ctx.steer)
             routing = routing.without_padding(valid_T)
             load_BE, real_T = routing.loads((B, L), self.num_experts)
         kept = self._within_capacity(routing, ctx)

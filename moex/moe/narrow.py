@@ -73,8 +73,7 @@ class NarrowLayer(FeedForward):
     def __call__(self, x_BLD, ctx=None):
         ctx = Context.of(x_BLD) if ctx is None else ctx
         dtype = x_BLD.dtype
-        if ctx.forced is not None:
-            ctx = dataclasses.replace(ctx, forced=ctx.forced.get("inner"))
-        y_BLZ, aux = self.inner(x_BLD @ self.w_down_DZ[...].astype(dtype), ctx)
+        z_BLZ = x_BLD @ self.w_down_DZ[...].astype(dtype)
+        y_BLZ, aux = self.inner(z_BLZ, ctx.inside("inner"))
         y_BLD = y_BLZ @ self.w_up_ZD[...].astype(dtype)
         return y_BLD, {"inner": aux} if aux else {}

@@ -198,6 +198,14 @@ class Scores(NamedTuple):
     score_TE: jax.Array
     probs_TE: jax.Array
 
+    @classmethod
+    def of(cls, log_TE, score) -> "Scores":
+        """The scores of one kind of `SCORES` with these logarithms."""
+        probs_TE = jax.nn.softmax(log_TE, axis=-1)
+        if score == "softmax":
+            return cls(log_TE, probs_TE, probs_TE)
+        return cls(log_TE, jnp.exp(log_TE), probs_TE)
+
 
 def router_scores(logits_TE, score) -> Scores:
     """The `Scores` of one kind of `SCORES`.
@@ -207,15 +215,14 @@ def router_scores(logits_TE, score) -> Scores:
     (NVIDIA/Megatron-LM#1545) and the root of a softplus has no finite gradient.
     """
     if score == "softmax":
-        probs_TE = jax.nn.softmax(logits_TE, axis=-1)
-        return Scores(logits_TE, probs_TE, probs_TE)
-    if score == "sigmoid":
+        log_TE = logits_TE
+    elif score == "sigmoid":
         log_TE = jax.nn.log_sigmoid(logits_TE)
     else:
         low_TE = logits_TE < -20.0  # there softplus(x) = exp(x) in float32
         softplus_TE = jax.nn.softplus(jnp.where(low_TE, 0.0, logits_TE))
         log_TE = 0.5 * jnp.where(low_TE, logits_TE, jnp.log(softplus_TE))
-    return Scores(log_TE, jnp.exp(log_TE), jax.nn.softmax(log_TE, axis=-1))
+    return Scores.of(log_TE, score)
 
 
 def slot_gates(scores: Scores, expert_TK, keep_TK, normalize) -> jax.Array:

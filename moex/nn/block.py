@@ -3,8 +3,6 @@
 B batch · L length · D model width
 """
 
-import dataclasses
-
 import jax
 from flax import nnx
 
@@ -44,9 +42,7 @@ class Block(nnx.Module):
         check_output(self.attention, y_BLD, x_BLD)
         h_BLD = x_BLD + y_BLD
         z_BLD = self.norm_ffn(h_BLD)
-        if ctx.forced is not None:
-            ctx = dataclasses.replace(ctx, forced=ctx.forced.get("ffn"))
-        y_BLD, aux = self.ffn(z_BLD, ctx)
+        y_BLD, aux = self.ffn(z_BLD, ctx.inside("ffn"))
         check_output(self.ffn, y_BLD, z_BLD)
         if self.residual in ("prenorm", "both"):
             y_BLD = h_BLD + y_BLD

@@ -55,6 +55,8 @@ class Context:
         None where nothing is trained.
       key: random key for router noise, or None for no noise; every layer gets its own.
       forced: a recorded assignment to replay (`moe/replay.py`), or None.
+      steer: how experts are steered (`moe/steering.py`), or None. Like `forced` it is
+        nested as the modules are, and each sees its own part.
       layer: int32 scalar, which copy of its segment a layer is; None outside a stack.
       depth: int32 scalar, the number of the block in the model, from 0; a segment gets
         that of its first block. None outside a model.
@@ -89,6 +91,7 @@ class Context:
     step: jax.Array | int | None = None
     key: jax.Array | None = None
     forced: dict | None = None
+    steer: dict | None = None
     layer: jax.Array | None = None
     depth: jax.Array | int | None = None
     first_expert: jax.Array | None = None
@@ -116,6 +119,12 @@ class Context:
         segment_BL = jnp.ones((B, L), jnp.int32)
         whole = cls(segment_BL=segment_BL, position_BL=position_BL, mode="eval")
         return dataclasses.replace(whole, **fields)
+
+    def inside(self, name: str) -> "Context":
+        """The context of a module inside, with its part of a replay and of steering."""
+        forced = None if self.forced is None else self.forced.get(name)
+        steer = None if self.steer is None else self.steer.get(name)
+        return dataclasses.replace(self, forced=forced, steer=steer)
 
     def listening(self) -> "Context":
         """The same with a dict of its own for `told`; in decoding nobody listens.

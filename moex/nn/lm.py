@@ -85,10 +85,10 @@ class LanguageModel(Layers):
         """Compute logits of the last tokens only, and the cache for later calls.
 
         Returns:
-          (logits_BV float32, cache with this call's keys and values written).
+          (logits_BV float32, aux, cache with this call's keys and values written).
         """
-        x_BLD, _, cache = self._run(ctx, cache)
-        return self._logits(x_BLD[:, -1:], ctx)[:, 0], cache
+        x_BLD, aux, cache = self._run(ctx, cache)
+        return self._logits(x_BLD[:, -1:], ctx)[:, 0], aux, cache
 
     def _run(self, ctx, caches):
         # sqrt(D) brings the rows to unit scale; the tied matrix keeps logits small.

@@ -10,6 +10,7 @@ import abc
 import dataclasses
 from typing import ClassVar
 
+import jax.numpy as jnp
 from flax import nnx
 
 from moex.config.base import MOST, Config, require
@@ -93,7 +94,8 @@ class Layers(Projector):
 
         Returns:
           (x_BLD, aux, caches), aux mirroring the module path:
-          aux["segments"]["0"]["blocks"]["1"]["ffn"].
+          aux["segments"]["0"]["blocks"]["1"]["ffn"]. Where the model is steered,
+          aux["peak"] is the greatest absolute number in the residual stream.
         """
         x_BLD = constrain(x_BLD.astype(ctx.compute.dtype), "batch", "length", None)
         ctx = with_extra_keys(self.adapters, ctx)
@@ -103,11 +105,14 @@ class Layers(Projector):
             own = dataclasses.replace(_inside(ctx, i), depth=self.first_blocks[i])
             x_BLD, aux[str(i)], cache = segment(x_BLD, own, cache)
             new_caches.append(cache)
-        return self.norm(x_BLD), {"segments": aux}, new_caches
+        told = {"segments": aux}
+        if ctx.steer is not None:
+            peaks = [jnp.max(own.pop("peak")) for own in aux.values() if "peak" in own]
+            told["peak"] = jnp.max(jnp.stack(peaks))
+        return self.norm(x_BLD), told, new_caches
 
 
 def _inside(ctx, i):
-    """The context of segment `i`, with its own random key and part of a replay."""
-    key = fold_key(ctx.key, i)
-    forced = None if ctx.forced is None else ctx.forced["segments"].get(str(i))
-    return dataclasses.replace(ctx, key=key, forced=forced)
+    """The context of segment `i`, with its own random key."""
+    own = ctx.inside("segments").inside(str(i))
+    return dataclasses.replace(own, key=fold_key(ctx.key, i))

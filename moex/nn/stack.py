@@ -97,13 +97,12 @@ class SegmentStack(nnx.Module):
         graphdef, stacked, blocks = nnx.split(  # type: ignore
             self.blocks, lambda path, _: _is_inside(path, paths), ..., graph=False
         )
-        outer = dataclasses.replace(ctx, forced=None, key=None, whole_stack=bool(paths))
-
+        outer = dataclasses.replace(ctx, key=None, whole_stack=bool(paths))
         first = 0 if ctx.depth is None else ctx.depth
 
         def body(x_BLD, layer):
-            blocks, block_caches, number, forced = layer
-            aux, caches = {}, []
+            blocks, block_caches, number, parts = layer
+            aux, caches, peak = {}, [], jnp.zeros(())
             for i, block in enumerate(nnx.merge(graphdef, stacked, blocks)):
                 block_cache = None if cache is None else block_caches[i]
                 own = dataclasses.replace(
@@ -111,18 +110,22 @@ class SegmentStack(nnx.Module):
                     layer=number,
                     depth=first + number * len(blocks) + i,
                     key=fold_key(ctx.key, number * len(blocks) + i),
-                    forced=None if forced is None else forced.get(str(i)),
+                    **parts,
                 )
-                x_BLD, aux[str(i)], new = block(x_BLD, own, block_cache)
+                x_BLD, aux[str(i)], new = block(x_BLD, own.inside(str(i)), block_cache)
                 x_BLD = constrain(x_BLD, "batch", "length", None)
                 caches.append(new)
-            return x_BLD, ({"blocks": aux}, None if cache is None else caches)
+                if ctx.steer is not None:
+                    peak = jnp.maximum(peak, peak_of(x_BLD, ctx.valid_BL))
+            told = {"blocks": aux} | ({} if ctx.steer is None else {"peak": peak})
+            return x_BLD, (told, None if cache is None else caches)
 
         repeat = jax.tree.leaves(self.blocks)[0].shape[0]
         numbers = jnp.arange(repeat, dtype=jnp.int32)
-        forced = None if ctx.forced is None else ctx.forced["blocks"]
         body = checkpointed(body, ctx.compute)
-        layers = (blocks, cache, numbers, forced)
+        inside = ctx.inside("blocks")
+        parts = {"forced": inside.forced, "steer": inside.steer}
+        layers = (blocks, cache, numbers, parts)
         if ctx.compute.scan_layers:
             x_BLD, (aux, cache) = jax.lax.scan(body, x_BLD, layers)
             return x_BLD, aux, cache
@@ -133,6 +136,12 @@ class SegmentStack(nnx.Module):
             outs.append(out)
         aux, cache = jax.tree.map(lambda *a: jnp.stack(a), *outs)
         return x_BLD, aux, cache
+
+
+def peak_of(x_BLD, valid_BL):
+    """The greatest absolute number of the valid tokens, float32; NaN if one is NaN."""
+    size_BLD = jnp.abs(x_BLD.astype(jnp.float32))
+    return jnp.max(jnp.where(valid_BL[..., None], size_BLD, 0.0))
 
 
 def _unstacked(layers, repeat) -> list:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from moex.config.base import ConfigError
+from moex.model.steering import Steering
 from moex.progress import phase, tell
 from moex.runs.directory import Place, RunDir
 from moex.runs.keys import check_run
@@ -29,10 +30,13 @@ def eval_step(program: Program):
 
 
 def make_eval_step(task, spec, *, num_domains, compute):
-    """Make `(params, state, batch) -> sums`; `task.figures` takes their total."""
+    """Make `(params, state, batch) -> sums`; `task.figures` takes their total.
 
-    def step(params, state, batch):
-        ctx = task.context(batch, mode="eval", compute=compute)
+    The step takes `Context.steer` too, as a fourth argument.
+    """
+
+    def step(params, state, batch, steer=None):
+        ctx = task.context(batch, mode="eval", compute=compute, steer=steer)
         model = spec.merge(params, state)
         return task.sums(model, ctx, batch, num_domains=num_domains)
 
@@ -45,6 +49,7 @@ def evaluate(
     step,
     limit: int | None,
     stop: Callable[[], bool] = lambda: False,
+    steer: dict | None = None,
 ) -> dict | None:
     """Compute the held-out figures: `Task.result`, the loss by domain, routing, gates.
 
@@ -55,6 +60,7 @@ def evaluate(
       step: the result of `eval_step`.
       limit: sequences to score; None: all.
       stop: asked before every batch whether to give up.
+      steer: `Context.steer`.
 
     Returns:
       The figures; None if `stop` said so.
@@ -73,7 +79,7 @@ def evaluate(
         total = _add(total, running)
         compiles = phase("compiling the evaluation")
         with compiles if running is None else contextlib.nullcontext():
-            running = step(state["params"], state["state"], batch)
+            running = step(state["params"], state["state"], batch, steer)
     total = _add(total, running)
     if total is None:
         raise ConfigError("config.data: no data is held out; raise holdout.")
@@ -103,27 +109,42 @@ def domain_losses(domains, metrics) -> dict[str, float]:
     return {name: float(score) for name, score, tokens in named if tokens > 0}
 
 
-def score_run(place: Place, cfg, *, sequences=None) -> dict:
+def score_run(
+    place: Place, cfg, *, sequences=None, steering: Steering | None = None
+) -> dict:
     """Score a run on the held-out data of `cfg`, as its task does.
 
     Args:
       cfg: as `run_with_data` takes it.
       sequences: score at most this many held-out sequences; None: all.
+      steering: how experts are steered; None: as trained.
 
     Raises:
       ConfigError: for a bad run directory or bad data.
       CheckpointError: if no checkpoint is intact.
     """
+    steer = steering_for(place, steering)
     run, program = run_with_data(place, cfg)
     state = {"params": run.params, "state": run.state}
     with jax.set_mesh(run.mesh):
-        result = evaluate(program, state, eval_step(program), sequences)
+        step = eval_step(program)
+        result = evaluate(program, state, step, sequences, steer=steer)
     assert result is not None
     if result["tokens"] == 0:
         raise ConfigError("config.data: what is held out has no target to score.")
     result.pop("layers")
     result.pop("adapters")
     return {"step": run.step} | result
+
+
+def steering_for(place: Place, steering: Steering | None) -> dict | None:
+    """`Context.steer` for the model of a run; before anything of it is read.
+
+    Raises:
+      ConfigError: if the steering is not for this model.
+    """
+    model = RunDir.of(place).config().model
+    return None if steering is None else steering.arrays(model)
 
 
 def score_text(task, result: dict) -> list[str]:

@@ -17,11 +17,13 @@ from moex import hints
 from moex.config.base import ConfigError, nearest, require
 from moex.json_files import dump_json
 from moex.model.decode import generate
+from moex.model.steering import Steering
 from moex.nn.contract import not_causal
 from moex.progress import tell
 from moex.runs.directory import Place, RunDir
 from moex.runs.open import LoadedRun, load_run
 from moex.runs.program import eval_batch_size
+from moex.runs.score import steering_for
 from moex.serve.likelihood import chunks, continuation_scores, padded_length
 from moex.tasks.base import require_token_ids
 
@@ -45,12 +47,13 @@ class HarnessLM(TemplateLM):
 
     Args:
       run: the result of `load_run`.
+      steer: `Context.steer`; None: as trained.
 
     Raises:
       ConfigError: without the package `lm_eval`, or if the model looks at later tokens.
     """
 
-    def __init__(self, run: LoadedRun):
+    def __init__(self, run: LoadedRun, steer: dict | None = None):
         _need_harness()
         where = not_causal(run.cfg.model)
         if where is not None:
@@ -58,7 +61,7 @@ class HarnessLM(TemplateLM):
                 f"{where}: tokens are chosen by those that follow; no score is fair."
             )
         super().__init__()
-        self.run = run
+        self.run, self.steer = run, steer
 
     @property
     def eot_token_id(self) -> int:
@@ -87,7 +90,8 @@ class HarnessLM(TemplateLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
         """Score (texts, context, continuation) of any length; `continuation_scores`."""
         pieces = [self._windows(before, after) for _, before, after in requests]
-        scores = iter(continuation_scores(self.run, [*chain.from_iterable(pieces)]))
+        pairs = [*chain.from_iterable(pieces)]
+        scores = iter(continuation_scores(self.run, pairs, self.steer))
         own = [[next(scores) for _ in some] for some in pieces]
         return [(sum(s for s, _ in some), all(g for _, g in some)) for some in own]
 
@@ -137,6 +141,7 @@ class HarnessLM(TemplateLM):
                         *(run.spec, run.cfg.model, run.params, run.state),
                         prompts + prompts[-1:] * (rows - len(some)),
                         stop_tokens=run.tokenizer.stop_ids,
+                        steer=self.steer,
                         compute=compute,
                         **dict(chosen),
                     )
@@ -168,7 +173,13 @@ class HarnessLM(TemplateLM):
 
 
 def score_tasks(
-    place: Place, tasks: list[str], *, include_path=None, limit=None, num_fewshot=None
+    place: Place,
+    tasks: list[str],
+    *,
+    include_path=None,
+    limit=None,
+    num_fewshot=None,
+    steering: Steering | None = None,
 ) -> dict:
     """Evaluate tasks of the harness on the newest checkpoint of a run.
 
@@ -178,10 +189,12 @@ def score_tasks(
       include_path: folder of more tasks, by name.
       limit: documents per task, or below 1 a share of them; None: all.
       num_fewshot: examples before each question; None: the number of the task.
+      steering: how experts are steered; None: as trained.
 
     Returns:
       {"step", "lm_eval": its version, "limit", "num_fewshot": {task: examples},
-      "tasks": {task: figures}}, as the harness names them.
+      "tasks": {task: figures}}, as the harness names them; with "steering", its file,
+      where the model is steered.
 
     Raises:
       ConfigError: without the package `lm_eval`, for a task that is not there, or a bad
@@ -193,6 +206,7 @@ def score_tasks(
     import lm_eval
     from lm_eval.tasks import TaskManager
 
+    steer = steering_for(place, steering)
     if num_fewshot is not None:
         require(num_fewshot >= 0, "--num-fewshot", num_fewshot, "at least 0")
     if limit is not None:
@@ -211,7 +225,7 @@ def score_tasks(
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout is for results
         found = lm_eval.simple_evaluate(
-            model=HarnessLM(run),
+            model=HarnessLM(run, steer),
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,
@@ -229,6 +243,8 @@ def score_tasks(
             for task, values in found["results"].items()
         },
     }
+    if steering is not None:
+        result["steering"] = steering.where
     with open(RunDir.of(place).harness, "a", encoding="utf-8") as f:
         f.write(dump_json(result) + "\n")
     return result

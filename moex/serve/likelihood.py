@@ -23,7 +23,9 @@ from moex.tasks.lm import token_losses
 
 
 def continuation_scores(
-    run: LoadedRun, pairs: list[tuple[list[int], list[int]]]
+    run: LoadedRun,
+    pairs: list[tuple[list[int], list[int]]],
+    steer: dict | None = None,
 ) -> list[tuple[float, bool]]:
     """Score how likely each continuation is after its context.
 
@@ -33,6 +35,7 @@ def continuation_scores(
     Args:
       run: the model; rows are at most `run.cfg.seq_len` long.
       pairs: (context, at least one token; continuation, at most seq_len tokens).
+      steer: `Context.steer`.
 
     Returns:
       Per pair the sum of log-probabilities in nats, and whether every token of the
@@ -60,7 +63,8 @@ def continuation_scores(
                 batch = _batch([pairs[i] for i in some], _num_rows(run, L), L)
                 batch = shard_batch(batch, run.mesh)
                 # In mode "eval" a capacity would let rows of a batch change each other.
-                ctx = run.cfg.task.context(batch, mode="decode", compute=compute)
+                task = run.cfg.task
+                ctx = task.context(batch, mode="decode", compute=compute, steer=steer)
                 sum_B, greedy_B = _scores(
                     *(run.params, run.state, ctx, batch["targets"], batch["scored"]),
                     graphdef=run.spec.graphdef,

@@ -1,12 +1,17 @@
 """Generating text with a trained model: `moex generate`."""
 
+import math
+
 import jax
 
 from moex.config.base import ConfigError, require
 from moex.data.chat import layout_of
+from moex.model.steering import Steering
 from moex.nn.contract import not_causal
+from moex.progress import tell
 from moex.runs.directory import Place, RunDir
 from moex.runs.open import LoadedRun, load_run
+from moex.runs.score import steering_for
 from moex.serve import adapters
 from moex.tasks.base import require_token_ids
 from moex.tasks.lm import continue_texts
@@ -21,6 +26,7 @@ def write_text(
     chat=False,
     adapter=(),
     use=(),
+    steering: Steering | None = None,
     warn=print,
     **sampling,
 ) -> list[str]:
@@ -36,6 +42,7 @@ def write_text(
       chat: see above.
       adapter: folders of adapters, as NAME=FOLDER or FOLDER.
       use: the name of the adapter for each prompt; see `adapters.chosen`.
+      steering: how experts are steered; the largest residual is told then.
       warn: as for `load_run`.
 
     Raises:
@@ -50,6 +57,8 @@ def write_text(
     uses = adapters.chosen([*names], list(use), len(prompts)) if names else []
     if not names:  # before anything is read
         _layout(RunDir.of(place).config(), place, chat)
+    if steering is not None:
+        sampling |= {"steer": steering_for(place, steering), "on_peak": _tell_peak}
     run = load_run(place, warn=warn)
     where = not_causal(run.cfg.model)
     if where is not None:
@@ -69,6 +78,13 @@ def write_text(
         for i, text in zip(rows, made, strict=True):
             texts[i] = text
     return texts
+
+
+def _tell_peak(peak: float) -> None:
+    text = f"largest |residual| of the steered model: {peak:.4g}"
+    if not math.isfinite(peak):
+        text += "; it overflowed: lower the scale in the steering file"
+    tell(text)
 
 
 def _texts(run: LoadedRun, prompts: list[str], chat: bool, sampling) -> list[str]:

@@ -506,7 +506,7 @@ def test_decoding_is_the_whole_forward_pass():
     expected = whole(params)
     cache = tiny_lm().init_cache(2, 6, jnp.float32)
     for t in range(6):
-        found, cache = step(params, cache, token_BL[:, t : t + 1], jnp.int32(t))
+        found, _, cache = step(params, cache, token_BL[:, t : t + 1], jnp.int32(t))
         assert_close(found, expected[:, t], "step", f"token {t}")
 
 

@@ -194,10 +194,10 @@ def test_a_prompt_is_what_its_tokens_are_one_by_one(attention):
         return spec.merge(params, state).decode(ctx, cache)
 
     empty = cfg.init_cache(2, slots, jnp.float32)
-    whole_BV, whole = run(empty, token_BP, jnp.int32(0))
+    whole_BV, _, whole = run(empty, token_BP, jnp.int32(0))
     cache = empty
     for i in range(P):
-        one_BV, cache = run(cache, token_BP[:, i : i + 1], jnp.int32(i))
+        one_BV, _, cache = run(cache, token_BP[:, i : i + 1], jnp.int32(i))
     assert_close(whole_BV, one_BV, "step")
     real_BS = (np.arange(slots) >= padding_B[:, None]) & (np.arange(slots) < P)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cache), strict=True):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moex.config.base import caution, require
+from moex.moe import steering
 from moex.moe.contract import Router, RouterConfig
 from moex.moe.routing import ExpertRouting, replayed
 from moex.nn.param import param
@@ -30,6 +31,7 @@ class ExpertChoice(RouterConfig):
 
     causal = False
     experts_choose = True
+    takes_bans = True
 
     def validate(self, path):
         require(self.k > 0, f"{path}.k", self.k, "above 0")
@@ -83,11 +85,12 @@ class ExpertChoiceRouter(Router):
             )
         logits_TE = self.logits(x_TD, ctx)
         probs_TE = jax.nn.softmax(logits_TE, axis=-1)
+        live_TE = jax.nn.softmax(steering.allowed(logits_TE, ctx.steer), axis=-1)
         T, E = logits_TE.shape
         k = exact(self.k)
         C = min(math.ceil(k * T / E), T)
         valid_T = ctx.valid_BL.reshape(-1)
-        wanted_TE = jnp.where(valid_T[:, None], jax.lax.stop_gradient(probs_TE), -1.0)
+        wanted_TE = jnp.where(valid_T[:, None], jax.lax.stop_gradient(live_TE), -1.0)
         _, token_EC = jax.lax.top_k(wanted_TE.T, C)
         token_EC = token_EC.astype(jnp.int32)
         # Padding takes no share: an expert keeps ceil(k n / E) of its C slots.
@@ -95,8 +98,10 @@ class ExpertChoiceRouter(Router):
         most_C = [c * E * k.denominator // k.numerator for c in range(C)]
         in_share_C = jnp.sum(valid_T) > jnp.array(most_C, jnp.int32)
         keep_EC = valid_T[token_EC] & in_share_C[None]
+        if ctx.steer is not None:
+            keep_EC &= ~ctx.steer["ban_E"][:, None]
         token_EC, keep_EC = replayed(ctx, "token", token_EC, keep_EC)
-        gate_EC = jnp.take_along_axis(probs_TE.T, token_EC, axis=1)
+        gate_EC = jnp.take_along_axis(live_TE.T, token_EC, axis=1)
         return ExpertRouting(
             token_EC=token_EC,
             gate_EC=jnp.where(keep_EC, gate_EC, 0.0),

@@ -8,6 +8,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from moex.config.base import require, require_choice
+from moex.moe import steering
 from moex.moe.contract import Router, RouterConfig
 from moex.moe.routing import SCORES, Routing, replayed, router_scores
 from moex.nn.param import param
@@ -16,6 +17,8 @@ from moex.nn.param import param
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Soft(RouterConfig):
     """The dense mixture: no selection, no savings; gates sum to 1."""
+
+    takes_bans = True
 
     score: str = "softmax"  # "softmax", "sigmoid" or "sqrt_softplus" of the logits
     init_std: float = 0.02  # standard deviation of the initial router weights
@@ -48,11 +51,14 @@ class SoftRouter(Router):
 
     def __call__(self, x_TD, ctx) -> Routing:
         logits_TE = self.logits(x_TD, ctx)
-        probs_TE = router_scores(logits_TE, self.score).probs_TE
+        scores = router_scores(logits_TE, self.score)
+        probs_TE = scores.probs_TE
+        scores = steering.steered_scores(scores, self.score, ctx.steer)
         T, E = logits_TE.shape
         expert_TK = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[None], (T, E))
-        expert_TK, keep_TK = replayed(ctx, "expert", expert_TK, jnp.ones((T, E), bool))
-        gate_TK = jnp.take_along_axis(probs_TE, expert_TK, axis=-1)
+        keep_TK = steering.kept(jnp.ones((T, E), bool), expert_TK, ctx.steer)
+        expert_TK, keep_TK = replayed(ctx, "expert", expert_TK, keep_TK)
+        gate_TK = jnp.take_along_axis(scores.probs_TE, expert_TK, axis=-1)
         return Routing(
             expert_TK=expert_TK,
             gate_TK=jnp.where(keep_TK, gate_TK, 0.0),

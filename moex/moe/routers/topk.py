@@ -11,6 +11,7 @@ from flax import nnx
 
 from moex.config.base import Config, caution, require, require_choice
 from moex.config.schedule import Schedule, is_always_zero, require_values
+from moex.moe import steering
 from moex.moe.balance import BIAS_RULES, bias_rule
 from moex.moe.contract import FixedK, Router
 from moex.moe.quantile import SPAN, margin_counts
@@ -78,6 +79,8 @@ class Groups(Config):
 @dataclasses.dataclass(kw_only=True, slots=True)
 class TopK(FixedK):
     """Each token goes to its k best experts."""
+
+    takes_bans = takes_forces = True
 
     score: str = "softmax"  # "softmax", "sigmoid" or "sqrt_softplus" of the logits
     normalize: str = "after"  # gates sum to 1 "after" or "before" selection, or "none"
@@ -181,14 +184,15 @@ class TopKRouter(Router):
         noisy = self._noisy(x_TD, logits_TE, ctx)
         if noisy is not None:
             live = router_scores(noisy, self.score)
+        live = steering.steered_scores(live, self.score, ctx.steer)
         choice_TE = jax.lax.stop_gradient(live.score_TE)
         if self.bias_E is not None:
             choice_TE = choice_TE + self.bias_E[...][None]
-        allowed_TE = choice_TE
+        allowed_TE = steering.allowed(choice_TE, ctx.steer)
         if self.groups is not None:
-            allowed_TE = limit_to_groups(choice_TE, *self.groups)
-        _, expert_TK = top_k(allowed_TE, self.k)
-        keep_TK = jnp.ones(expert_TK.shape, bool)
+            allowed_TE = limit_to_groups(allowed_TE, *self.groups)
+        _, expert_TK = top_k(steering.forced_first(allowed_TE, ctx.steer), self.k)
+        keep_TK = steering.kept(jnp.ones(expert_TK.shape, bool), expert_TK, ctx.steer)
         expert_TK, keep_TK = replayed(
             ctx, "expert", expert_TK.astype(jnp.int32), keep_TK
         )
@@ -241,6 +245,10 @@ def limit_to_groups(choice_TE, num_groups, keep, score):
     T, E = choice_TE.shape
     by_group_TGE = choice_TE.reshape(T, num_groups, E // num_groups)
     best, _ = top_k(by_group_TGE, 2 if score == "top2" else 1)
+    # A group whose experts are all banned comes last, and one with a single expert left
+    # is not all banned.
+    some = jnp.isfinite(best)
+    best = jnp.where(some, best, jnp.where(some[..., :1], 0.0, -jnp.inf))
     _, group_TJ = top_k(jnp.sum(best, axis=-1), keep)
     kept_TG = jnp.any(
         group_TJ[:, :, None] == jnp.arange(num_groups)[None, None], axis=1

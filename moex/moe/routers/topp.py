@@ -12,6 +12,7 @@ from flax import nnx
 
 from moex.config.base import caution, require, require_choice
 from moex.config.schedule import Schedule, points_of, require_values, value_at
+from moex.moe import steering
 from moex.moe.balance import Controller, ControlP, ScheduledValue
 from moex.moe.contract import Router, RouterConfig
 from moex.moe.routing import Routing, replayed, router_scores, slot_gates, top_k
@@ -22,6 +23,8 @@ from moex.numbers import exact
 @dataclasses.dataclass(kw_only=True, slots=True)
 class TopP(RouterConfig):
     """Each token goes to its best experts until their probability exceeds p."""
+
+    takes_bans = takes_forces = True
 
     p: float | tuple[float, ...] | Schedule  # in (0, 1]; a tuple: per segment copy
     k_max: int | None = None  # most experts of a token; None: all of them
@@ -156,8 +159,11 @@ class TopPRouter(Router):
             logits_TE = self.logit_scale[...] * standardize(logits_TE)
         scores = router_scores(logits_TE, "softmax")
         probs_TE = scores.probs_TE
-        choice_TK, expert_TK = top_k(jax.lax.stop_gradient(probs_TE), self.num_slots)
+        scores = steering.steered_scores(scores, "softmax", ctx.steer)
+        choice_TE = jax.lax.stop_gradient(scores.probs_TE)
+        choice_TK, expert_TK = top_k(choice_TE, self.num_slots)
         keep_TK = keep_until(choice_TK, self._p(ctx), self.k_min)
+        keep_TK = steering.kept(keep_TK, expert_TK, ctx.steer)
         expert_TK, keep_TK = replayed(
             ctx, "expert", expert_TK.astype(jnp.int32), keep_TK
         )
