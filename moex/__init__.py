@@ -55,6 +55,7 @@ PUBLIC = {
     "moex.model.optim": "AdamW Muon Optim",
     "moex.runs.keys": "Checkpoint Eval Log Loss",
     "moex.runs.open": "load_run",
+    "moex.tasks.distillation": "Distillation",
     "moex.tasks.lm": "LanguageModelling",
     "moex.tasks.regression": "Regression",
     "moex.convert.base": "Conversion",

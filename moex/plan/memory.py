@@ -97,7 +97,7 @@ def batch_arguments(program: Training) -> dict:
             a.shape, a.dtype, sharding=sharding.batch_sharding(program.mesh, a.ndim)
         )
         for name, a in arrays.items()
-    }
+    } | program.abstract_teacher()
 
 
 def gathered_bytes(program: Training) -> int:

@@ -7,6 +7,8 @@ megabytes, and opens only with the base that it was trained on.
 
 import dataclasses
 import os
+import pathlib
+from typing import ClassVar, Self
 
 from moex.config.base import ConfigError
 from moex.data.files import atomic_write
@@ -21,12 +23,19 @@ from moex.runs.record import read_record
 class Base:
     """The base of a run: its folder, and the checkpoint that was used."""
 
+    TOLD: ClassVar[str] = "has adapters on"
+
     folder: RunDir
     step: int
     digest: str | None  # of the checkpoint; None: from moex before version 0.2
 
+    @staticmethod
+    def file(run: RunDir) -> pathlib.Path:
+        """The file of the run directory `run` that names its base."""
+        return run.base
+
     @classmethod
-    def of(cls, folder: RunDir, step: int) -> "Base":
+    def of(cls, folder: RunDir, step: int) -> Self:
         """The base that is the checkpoint of `step` of a run."""
         return cls(folder, step, (read_record(folder) or {}).get(step))
 
@@ -34,24 +43,24 @@ class Base:
         """Write it to the directory of the run that is trained on it."""
         path = os.path.relpath(self.folder.path.absolute(), run.path.absolute())
         facts = {"run": path, "step": self.step, "digest": self.digest}
-        atomic_write(run.base, dump_json(facts, indent=1) + "\n")
+        atomic_write(self.file(run), dump_json(facts, indent=1) + "\n")
 
     @classmethod
-    def read(cls, run: RunDir) -> "Base":
+    def read(cls, run: RunDir) -> Self:
         """Read it again, and check that the checkpoint is still the same.
 
         Raises:
           ConfigError: if the base is not where it was, or has changed.
         """
-        data, where = read_object(run.base), str(run.base)
+        data, where = read_object(cls.file(run)), str(cls.file(run))
         path = field(data, "run", str, where)
         folder = RunDir(os.path.normpath(run.path.absolute() / path))
         step = field(data, "step", int, where)
-        told = f"{run}: the run has adapters on step {step} of {folder}"
+        told = f"{run}: the run {cls.TOLD} step {step} of {folder}"
         if not folder.is_run():
             raise ConfigError(
                 f"{told}, which is not there; put it back, or write its place into "
-                f"{run.base}, field 'run'."
+                f"{where}, field 'run'."
             )
         now, then = cls.of(folder, step), field(data, "digest", str | None, where)
         if step not in folder.saved_steps():
@@ -59,6 +68,16 @@ class Base:
         if now.digest != then:
             raise ConfigError(f"{told}, whose parameters are not the same any more.")
         return now
+
+
+class Teacher(Base):
+    """The run that a distillation learns from, in the same words and the same way."""
+
+    TOLD = "learns from"
+
+    @staticmethod
+    def file(run: RunDir) -> pathlib.Path:
+        return run.teacher
 
 
 def base_hash(model) -> str:

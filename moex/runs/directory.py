@@ -49,6 +49,7 @@ class RunDir:
         self.profile = path / "profile"
         self.lock = path / "run.lock"  # who writes the run now
         self.base = path / "base.json"  # the run whose parameters adapters change
+        self.teacher = path / "teacher.json"  # the run that a distillation learns from
         # Other commands add these.
         self.imported = path / "hf"  # files of the folder that was imported
         self.conversion = path / "convert.json"

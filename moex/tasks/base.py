@@ -250,6 +250,13 @@ class Task(Config, abc.ABC):
             **fields,
         )
 
+    def teacher_run(self) -> str:
+        """The directory of a run whose model training needs too; "": none.
+
+        Then `loss` gets its module as `teacher`.
+        """
+        return ""
+
     def kinds(self, batch) -> dict[str, Any]:
         """Which kind of batch it is, for parameters that only one kind trains.
 

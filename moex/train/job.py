@@ -15,6 +15,7 @@ from moex.progress import phase
 from moex.runs.program import Evaluated, Program, mesh_here
 from moex.runs.room import check_room
 from moex.train import step as steps
+from moex.train.teacher import find_teacher
 
 # Options for a program that runs once: of the 10 s for the quickstart's first state,
 # LLVM took 7 to optimise; the arrays are the same to the bit (2 cores, JAX 0.10.2).
@@ -37,9 +38,12 @@ class Training(Program):
 
     tx: Any = dataclasses.field(init=False)  # optax transformation
     learning_rate: Any = dataclasses.field(init=False)  # of the optimizer step
+    # The program of the run that the task learns from, or None.
+    teacher: Program | None = dataclasses.field(init=False)
 
     def __post_init__(self):
         """Make the optimizer; a ConfigError if it does not fit the parameters."""
+        self.teacher = find_teacher(self.cfg, self.mesh)
         kernels = None if self.cfg.kernels == "auto" else self.cfg.kernels
         self.tx, self.learning_rate = optim.make_optimizer(
             self.cfg.optim, self.cfg.steps, self.spec.params, self.spec.info, kernels
@@ -56,16 +60,19 @@ class Training(Program):
             num_domains=self.num_domains,
             optim=self.cfg.optim,
             compute=self.compute(train=True),
+            teacher=None if self.teacher is None else self.teacher.spec,
         )
 
         def with_rate(train_state, number, key, batch):
             """Do a step and return its learning rate too, so that nobody waits for it.
 
             If the batch has `stop_N` (from `told_by_each`), "stop" tells all processes
-            whether any of them was asked to stop.
+            whether any of them was asked to stop. "teacher" are the arrays of the
+            teacher, where there is one.
             """
-            rows = {name: a for name, a in batch.items() if name != "stop_N"}
-            new, metrics = step(train_state, number, key, rows)
+            rows = {k: a for k, a in batch.items() if k not in ("stop_N", "teacher")}
+            taught = batch.get("teacher")
+            new, metrics = step(train_state, number, key, rows, taught)
             metrics["lr"] = jnp.float32(self.learning_rate(number))
             if "stop_N" in batch:
                 metrics["stop"] = jnp.max(batch["stop_N"])
@@ -99,6 +106,13 @@ class Training(Program):
         with phase("making the first parameters"):
             return init(jax.random.key(self.cfg.seed))
 
+    def abstract_teacher(self) -> dict:
+        """The part of a batch that the teacher is, as abstract arrays; {} for none."""
+        if self.teacher is None:
+            return {}
+        arrays = self.teacher.abstract_state()
+        return {"teacher": {name: arrays[name] for name in ("params", "state")}}
+
     def abstract_state(self) -> dict:
         """The train state as `ShapeDtypeStruct`s with shardings, for restoring."""
         opt = abstract_opt(self.tx, self.spec, self.mesh)
@@ -113,6 +127,7 @@ class Job(Training, Evaluated):
         """Trace the training step without compiling it, so that its errors show."""
         key = jax.eval_shape(lambda: jax.random.key(0))
         batch = self.cfg.task.batch_shapes(self.cfg, self.cfg.batch_size)
+        batch |= self.abstract_teacher()
         number = jax.ShapeDtypeStruct((), jnp.int32)
         with jax.set_mesh(self.mesh), phase("tracing the train step"):
             jax.eval_shape(self.train_step(), self.abstract_state(), number, key, batch)
@@ -152,5 +167,5 @@ def make_job(cfg, *, log=print, resumed=None) -> Job:
     if cfg.model.adapter is not None:
         cfg.model.adapter.validate_domains(data.domains, "config.model.adapter")
     job = Job(cfg=cfg, mesh=mesh, spec=model_spec(cfg.model, mesh), data=data)
-    check_room(cfg, mesh, job.abstract_state())
+    check_room(cfg, mesh, job.abstract_state() | job.abstract_teacher())
     return job

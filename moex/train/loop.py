@@ -75,6 +75,7 @@ class Run:
     last_eval: Any = None  # (step, figures) of the newest evaluation
     last: Any = dataclasses.field(default_factory=dict)
     profiler: Any = None
+    teacher: dict | None = None  # arrays of the model that the task learns from
 
     def loop(self) -> dict:
         """Train to the last step; returns the last figures."""
@@ -100,6 +101,8 @@ class Run:
                 self.lock.check_told()
             with self.watch.part("data"), TraceAnnotation("data"):
                 batch = shard_batch(next(batches), self.job.mesh)
+                if self.teacher is not None:
+                    batch["teacher"] = self.teacher
                 if jax.process_count() > 1:
                     asked = int(self.stop_asked)
                     batch["stop_N"] = told_by_each(asked, self.job.mesh)

@@ -26,14 +26,19 @@ GRAD_NORM_DECAY = 0.99
 SPIKES_IN_ROW = 3
 
 
-def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, compute):
+def make_train_step(
+    task, spec, tx, coefs, *, grad_accum, num_domains, optim, compute, teacher=None
+):
     """Make `(train_state, step, key, batch) -> (train_state, metrics)` to be jitted.
+
+    With a teacher the function takes its arrays, {"params", "state"}, after the batch.
 
     Args:
       coefs: `run.Loss`.
       grad_accum: microbatches per step.
       optim: `Optim`; its `spike_factor` guards the update.
       compute: `Compute`.
+      teacher: `ModelSpec` of the model that the task learns from, or None.
     """
 
     factors = path_factors(optim, spec.params, spec.info)
@@ -41,7 +46,8 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, co
 
     kinds = {path: i.trained_by for path, i in spec.info.items() if i.trained_by}
 
-    def loss_fn(trained, frozen, state, batch, key, counts, step, load_before):
+    def loss_fn(trained, frozen, state, batch, key, counts, step, load_before, taught):
+        extra = {} if teacher is None else {"teacher": teacher.merge(**taught)}
         model = spec.merge(together(trained, frozen), state)
         ctx = task.context(batch, step=step, key=key, mode="train", compute=compute)
         return task.loss(
@@ -54,11 +60,12 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, co
             num_microbatches=grad_accum,
             num_domains=num_domains,
             load_before=load_before,
+            **extra,
         )
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def train_step(train_state, step, key, batch):
+    def train_step(train_state, step, key, batch, taught=None):
         params, state = train_state["params"], train_state["state"]
         trained, frozen = apart(params, trains)
         counts = step_counts(batch)
@@ -74,7 +81,7 @@ def make_train_step(task, spec, tx, coefs, *, grad_accum, num_domains, optim, co
                 load_before = {k: v["load_E"] for k, v in sums["layers"].items()}
             return grad_fn(
                 *(trained, frozen, state, microbatch),
-                *(key_i, counts, step, load_before),
+                *(key_i, counts, step, load_before, taught),
             )
 
         (loss, sums), grads = _accumulate(micro, batch, grad_accum)

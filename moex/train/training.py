@@ -31,6 +31,7 @@ from moex.train.resume import (
     starting_point,
 )
 from moex.train.stop import said_where_it_stands, stop_on_signals
+from moex.train.teacher import load_teacher
 
 
 def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
@@ -150,4 +151,5 @@ def _start(job: Job, folder: RunDir, source: RunDir, checkpointer, cost, say) ->
     )
     run = Run(job, folder, checkpointer, cost, log, state, step, consumed, final)
     run.in_row = int(state["guard"]["skipped_in_row"])
+    run.teacher = load_teacher(job, folder, say)
     return run
