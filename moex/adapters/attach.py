@@ -25,27 +25,25 @@ def make_model(cfg: Model, rngs: nnx.Rngs) -> Layers:
     return model
 
 
-def attach(model, cfg: AdapterConfig, rngs, *, part: str = "") -> None:
+def attach(model, cfg: AdapterConfig, rngs) -> None:
     """Give matrices their adapters, and mark every other parameter as frozen.
 
     Args:
       model: module; its parameters may have leading dims [repeat].
       cfg: kind of the adapters, and which matrices get one.
       rngs: `nnx.Rngs` with a `params` stream.
-      part: path of the module in the model, such as "segments/0/"; "": the whole
-        model. In a part of it a pattern need not match anything.
 
     Raises:
       ConfigError: for a pattern that matches no matrix, or one that takes no adapter.
     """
     path = "config.model.adapter"
     owners = {
-        part + "/".join(map(str, where)): module
+        "/".join(map(str, where)): module
         for where, module in nnx.iter_modules(model, graph=False)
         if isinstance(module, Projector)
     }
     params = {
-        part + "/".join(map(str, where)): variable
+        "/".join(map(str, where)): variable
         for where, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
     adaptable = {
@@ -54,17 +52,15 @@ def attach(model, cfg: AdapterConfig, rngs, *, part: str = "") -> None:
         if name.rpartition("/")[0] in owners
         and name.rpartition("/")[2] in owners[name.rpartition("/")[0]].PROJECTED
     }
-    whole = not part
     chosen: dict[str, Matrix] = {}
     for pattern in cfg.targets:
-        found = _matching(pattern, params, f"{path}.targets", whole)
-        if whole:
-            _check_covered(pattern, found, params, adaptable, f"{path}.targets")
+        found = _matching(pattern, params, f"{path}.targets")
+        _check_covered(pattern, found, params, adaptable, f"{path}.targets")
         chosen |= {name: adaptable[name] for name in found if name in adaptable}
     trained = {
         name
         for pattern in cfg.trained_too()
-        for name in _matching(pattern, params, f"{path}.also_train", whole)
+        for name in _matching(pattern, params, f"{path}.also_train")
     }
     for name, variable in params.items():
         if name not in trained:
@@ -72,7 +68,7 @@ def attach(model, cfg: AdapterConfig, rngs, *, part: str = "") -> None:
     require_choice(f"{path}.base_dtype", cfg.base_dtype, BASE_DTYPES)
     if cfg.base_dtype != "float32":
         for where, module in list(nnx.iter_modules(model, graph=False)):
-            here = part + "/".join(map(str, where))
+            here = "/".join(map(str, where))
             for name in _weights(module, here, trained):
                 whole_use = f"{here}/{name}".lstrip("/") not in adaptable
                 lower(module, name, "bfloat16" if whole_use else cfg.base_dtype)
@@ -86,7 +82,7 @@ def attach(model, cfg: AdapterConfig, rngs, *, part: str = "") -> None:
     # A bias that a rule has moved belongs to its router, so it is frozen with it.
     learning = {name.rpartition("/")[0] for name in trained} | {*by_owner}
     for where, state in nnx.to_flat_state(nnx.state(model, RouterState)):
-        is_fixed = part + "/".join(map(str, where[:-1])) not in learning
+        is_fixed = "/".join(map(str, where[:-1])) not in learning
         rule = state.get_metadata()["rule"]
         keeps = rule is None or rule.keeps_value
         state.set_metadata(frozen=is_fixed and keeps)
@@ -104,11 +100,11 @@ def _weights(module, path: str, trained: set[str]) -> list[str]:
     ]
 
 
-def _matching(pattern: str, names: Iterable[str], where: str, must: bool) -> list[str]:
+def _matching(pattern: str, names: Iterable[str], where: str) -> list[str]:
     """The names that a pattern matches: all of it, or a part where it has no `*`."""
     names = list(names)
     found = fnmatch.filter(names, pattern if "*" in pattern else f"*{pattern}*")
-    if must and not found:
+    if not found:
         parts = {part for name in names for part in name.split("/")}
         raise ConfigError(
             f"{where}: pattern {pattern!r} matches no parameter."

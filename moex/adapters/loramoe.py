@@ -56,11 +56,6 @@ class LoRAMoE(AdapterConfig):
         needs = f"0 without {path}.types, a type for each domain of the data"
         require(self.beta == 0 or bool(self.types), f"{path}.beta", self.beta, needs)
 
-    def validate_matrix(self, matrix, path):
-        most = min(matrix.inputs, matrix.outputs)
-        allowed = f"at most {most}, the smaller side of {matrix.path}"
-        require(self.rank <= most, f"{path}.rank", self.rank, allowed)
-
     def validate_domains(self, domains, path):
         allowed = f"a type for each of the {len(domains)} domains of the data"
         fits = len(self.types) in (0, len(domains))

@@ -107,11 +107,24 @@ class AdapterV2(AdapterConfig):
             kind = "visual" if where[:2] == ("adapters", "visual") else "text"
             variable.set_metadata(trained_by=kind)
 
+    def extra_keys(self, cfg, number):
+        early, late = self._early_and_late(cfg)
+        keys = 0
+        if self.visual is not None and number < early:
+            keys += self.visual.tokens
+        if self.prompt_length is not None and number >= cfg.num_layers() - late:
+            keys += self.prompt_length
+        return keys
+
+    def _early_and_late(self, cfg) -> tuple[int, int]:
+        """The layers that see visual tokens, and those that would have prompts."""
+        early = 0 if self.visual is None else self.visual.layers
+        late = cfg.num_layers() - early if self.layers is None else self.layers
+        return early, late
+
     def keys_adapters(self, cfg, rngs, path) -> dict[str, KeysAdapter]:
         """The adapters of the whole model, by name."""
-        total = cfg.num_layers()
-        early = 0 if self.visual is None else self.visual.layers
-        late = total - early if self.layers is None else self.layers
+        total, (early, late) = cfg.num_layers(), self._early_and_late(cfg)
         of_model = f"{total}, the layers of the model"
         require(early <= total, f"{path}.visual.layers", early, f"at most {of_model}")
         if early:

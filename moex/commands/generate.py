@@ -45,6 +45,12 @@ class Command(Verb):
             "'base': none; needed with several adapters",
         )
         add_steer(parser)
+        parser.add_argument(
+            "--visual",
+            metavar="FILE.npy",
+            help="visual tokens for a model with AdapterV2(visual=...): numbers "
+            "[tokens, width], or [prompts, tokens, width]",
+        )
         parser.add_argument("--max-new-tokens", type=positive, default=128)
         parser.add_argument(
             "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
@@ -81,6 +87,7 @@ class Command(Verb):
             adapter=args.adapter,
             use=args.use,
             steering=steering_of(args),
+            visual=args.visual,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_k=args.top_k,

@@ -15,89 +15,97 @@ import jax
 from flax import nnx
 
 from kernels_pallas.device import platform
-from moex.adapters.attach import attach
 from moex.model.accounting import num_bytes
+from moex.model.layers import Site
 from moex.model.losses import moe_layers
-from moex.model.paths import apart, together
+from moex.model.paths import of_trained
 from moex.model.spec import ModelSpec
 from moex.nn.context import Context
-from moex.nn.model import Model
-from moex.nn.param import split_params
-from moex.nn.stack import Segment
+from moex.nn.extra_keys import with_extra_keys
 from moex.runs.program import compute_of
 
 # Copies of an abstract segment: a large prime, so that no other dim is equal to it.
 COPIES = 1_000_003
+# The parameters after the layers begin so.
+HEAD = ("norm/", "w_logits", "w_out", "adapters/w_logits", "adapters/w_out")
 
 
-def block_activation_bytes(cfg, segment: Segment, place: int) -> float:
+def block_activation_bytes(cfg, spec: ModelSpec, site: Site) -> float:
     """Bytes per token that one layer keeps from its forward to its backward pass.
 
     Args:
       cfg: run config, for the sequence length and how to compute.
-      segment: where the layer is.
-      place: which of its pattern it is; the others matter under recomputation, which
-        keeps the input of a pattern and not those of the blocks inside it.
+      spec: that of its model.
+      site: where the layer is; the layer before it in the pattern matters under
+        recomputation, which keeps the input of a pattern and not those of the blocks
+        inside it.
     """
-    one = segment.pattern[place : place + 1]
-    before = segment.pattern[max(place - 1, 0) : place]
+    one = (site.place,)
+    before = tuple(range(max(site.place - 1, 0), site.place))
     if cfg.remat == "none" or not before:
-        return _pattern_bytes(cfg, segment, one)
-    with_one = _pattern_bytes(cfg, segment, before + one)
-    return with_one - _pattern_bytes(cfg, segment, before)
+        return _pattern_bytes(cfg, spec, site.segment, one)
+    with_one = _pattern_bytes(cfg, spec, site.segment, before + one)
+    return with_one - _pattern_bytes(cfg, spec, site.segment, before)
 
 
-def _pattern_bytes(cfg, segment: Segment, pattern) -> float:
-    """Bytes per token that one copy of a pattern keeps.
+def _pattern_bytes(cfg, spec: ModelSpec, segment: int, places) -> float:
+    """Bytes per token that one copy of a part of a segment's pattern keeps.
 
     Only arrays that scan stacks are counted: all copies share the others (masks, rotary
     angles). Batch sizes 1 and 2 tell activations from weights.
-    """
-    number = cfg.model.layers.index(segment)
-    segment = dataclasses.replace(segment, pattern=tuple(pattern), repeat=1)
-    make = functools.partial(_stack, cfg.model, segment, f"segments/{number}/")
-    graphdef, params, state = split_params(nnx.eval_shape(make, graph=False))
-    params, state = _copies(params), _copies(state)
-    trained, frozen = nnx.split_state(params, _is_trained, ...)
 
-    def residuals(trained, frozen, state, x_BLD, ctx):
-        def run(trained, x_BLD):
-            stack = nnx.merge(graphdef, trained, frozen, state)
-            y_BLD, aux, _ = stack(x_BLD, ctx, None)
+    Args:
+      cfg, spec: as for `block_activation_bytes`.
+      segment: number of the segment in the model.
+      places: the numbers of the blocks in its pattern, in order.
+    """
+    params, state = (_copies(tree, segment) for tree in (spec.params, spec.state))
+
+    def residuals(params, state, x_BLD, ctx):
+        def run(params, x_BLD):
+            model = spec.merge(params, state)
+            stack = model.segments[segment]
+            stack.blocks = nnx.List(stack.blocks[i] for i in places)
+            own = with_extra_keys(model.adapters, ctx)
+            y_BLD, aux, _ = stack(x_BLD, own, None)
             return y_BLD, [layer["losses"] for _, layer in moe_layers(aux)]
 
-        return jax.vjp(run, trained, x_BLD)[1]
+        own, trained = of_trained(run, params, spec.trained())
+        if needs_gradient(spec, segment):
+            return jax.vjp(own, trained, x_BLD)[1]
+        return jax.vjp(lambda trained: own(trained, x_BLD), trained)[1]
 
     def kept(batch_size: int) -> int:
         make_context = functools.partial(_context, cfg)
         ctx = jax.eval_shape(make_context, *_batch_and_key(cfg, batch_size))
         shape = (batch_size, cfg.seq_len, cfg.model.dim)
         x_BLD = jax.ShapeDtypeStruct(shape, ctx.compute.dtype)
-        found = jax.eval_shape(residuals, trained, frozen, state, x_BLD, ctx)
+        found = jax.eval_shape(residuals, params, state, x_BLD, ctx)
         stacked = [a for a in jax.tree.leaves(found) if a.shape[:1] == (COPIES,)]
         return num_bytes(stacked)
 
     return (kept(2) - kept(1)) / COPIES / cfg.seq_len
 
 
-def _stack(model: Model, segment: Segment, path: str):
-    """The module of one segment, with the adapters that the model has there."""
-    rngs = nnx.Rngs(params=0)
-    stack = segment.make(model.attention, model.dim, rngs, norm_eps=model.norm_eps)
-    if model.adapter is not None:
-        attach(stack, model.adapter, rngs, part=path)
-    return stack
+def needs_gradient(spec: ModelSpec, segment: int) -> bool:
+    """Whether anything is trained in a segment or before it."""
+    for name, is_trained in spec.trained().items():
+        before = not name.startswith(HEAD)
+        if name.startswith("segments/"):
+            before = int(name.split("/")[1]) <= segment
+        if is_trained and before:
+            return True
+    return False
 
 
-def _is_trained(_, variable) -> bool:
-    return not variable.get_metadata().get("frozen", False)
-
-
-def _copies(tree):
-    """The abstract parameters of a segment with `COPIES` copies, from those of one."""
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((COPIES, *a.shape[1:]), a.dtype), tree
+def _copies(tree: dict, segment: int) -> dict:
+    """The abstract arrays of a model, where a segment has `COPIES` copies."""
+    of_segments = tree.get("segments", {})
+    more = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((COPIES, *a.shape[1:]), a.dtype),
+        of_segments.get(str(segment), {}),
     )
+    return tree | {"segments": of_segments | {str(segment): more}}
 
 
 def model_activation_bytes(cfg, spec: ModelSpec, sequences: int = 1) -> float:
@@ -110,12 +118,8 @@ def model_activation_bytes(cfg, spec: ModelSpec, sequences: int = 1) -> float:
 
     def kept(batch_size):
         def residuals(params, *rest):
-            trained, frozen = apart(params, spec.trained())
-
-            def of_trained(trained):
-                return loss(together(trained, frozen), *rest)[0]
-
-            return jax.vjp(of_trained, trained)[1]
+            own, trained = of_trained(loss, params, spec.trained())
+            return jax.vjp(lambda trained: own(trained, *rest)[0], trained)[1]
 
         return num_bytes(jax.eval_shape(residuals, *loss_args(cfg, spec, batch_size)))
 

@@ -11,9 +11,13 @@ from typing import Any
 import jax
 
 from moex.costs.matching import match
-from moex.costs.residual_bytes import block_activation_bytes, model_activation_bytes
+from moex.costs.residual_bytes import (
+    block_activation_bytes,
+    model_activation_bytes,
+    needs_gradient,
+)
 from moex.model.accounting import model_cost, num_bytes
-from moex.model.layers import sites
+from moex.model.layers import Site, sites
 from moex.model.optim import make_optimizer
 from moex.model.paths import flat_paths
 from moex.model.precision import compute_dtype
@@ -71,16 +75,14 @@ def model_rows(cfg) -> list[Row]:
     weights = _bytes_by_path(spec.params, spec)
     gradients = {n: b for n, b in weights.items() if not spec.info[n].frozen}
     optimizer = _bytes_by_path(jax.eval_shape(tx.init, spec.params), spec)
-    rows, kept = [], dict[str, float]()
+    rows, kept = [], dict[Any, float]()
     for site, block in zip(sites(cfg.model), cost.blocks, strict=True):
-        segment = cfg.model.layers[site.segment]
         held = [
             _below(site.path, b) / site.repeat for b in (weights, gradients, optimizer)
         ]
-        before = segment.pattern[max(site.place - 1, 0) : site.place + 1]
-        same = repr((segment.residual, before))
+        same = _alike(cfg.model, spec, site)
         if same not in kept:
-            kept[same] = block_activation_bytes(cfg, segment, site.place)
+            kept[same] = block_activation_bytes(cfg, spec, site)
         figures = (
             *(sum(block.total().values()), sum(block.active().values())),
             *(block.forward_flops(), block.backward_flops(), *held, kept[same]),
@@ -98,6 +100,27 @@ def model_rows(cfg) -> list[Row]:
     return merged(rows) + [
         Row("rest", "embedding, last norm, logits, loss", (), _named(rest))
     ]
+
+
+def _alike(model, spec: ModelSpec, site: Site):
+    """A key that is the same for layers which keep as many bytes.
+
+    It has the configs of a layer and of the one before it, what is trained there, and
+    whether gradients pass through.
+    """
+    segment = model.layers[site.segment]
+    places = range(max(site.place - 1, 0), site.place + 1)
+    attentions = segment.attentions(model.attention)
+    configs = [(segment.pattern[i], attentions[i]) for i in places]
+    blocks = f"segments/{site.segment}/blocks/"
+    own = sorted(
+        (i - site.place, name.removeprefix(f"{blocks}{i}/"), trained)
+        for i in places
+        for name, trained in spec.trained().items()
+        if name.startswith(f"{blocks}{i}/")
+    )
+    passes = needs_gradient(spec, site.segment)
+    return repr((segment.residual, configs)), passes, *own
 
 
 def _named(figures) -> dict[str, float]:

@@ -45,10 +45,14 @@ class Dataset(abc.ABC):
     Args:
       length: number of sequences.
       domain: index of the source, copied into every example.
+
+    Attributes:
+      defaults: the fields of all sequences that have none of their own.
     """
 
     def __init__(self, length: int, domain: int):
         self._length, self.domain = length, domain
+        self.defaults: Example = {}
 
     @abc.abstractmethod
     def sequence(self, index: int) -> Example:
@@ -66,7 +70,7 @@ class Dataset(abc.ABC):
         if not 0 <= index < self._length:
             raise IndexError(index)
         common = {"domain": np.int32(self.domain), "example_id": np.int32(index)}
-        return self.sequence(int(index)) | common
+        return self.defaults | self.sequence(int(index)) | common
 
 
 def count_windows(targets: int, window: int, stride: int, partial: bool) -> int:

@@ -38,10 +38,12 @@ class Document(NamedTuple):
     """A document: a stable key, and its text, token ids, (prompt, response) or parts.
 
     The value None means that the document could not be read; it is only counted.
+    Visual tokens, float32 [tokens, width], are those that belong to the document.
     """
 
     key: str
     value: str | np.ndarray | tuple[str, str] | tuple[Part, ...] | None
+    visual: np.ndarray | None = None
 
 
 def texts_of(value) -> tuple[str, ...]:

@@ -132,6 +132,9 @@ class Rows(Dataset):
                 first = 0 if stream.prompts is None else int(stream.prompts[example])
                 row["loss_mask"][at + first : to] = 1
             at = to
+        if stream.visual is not None:  # each such example has a sequence of its own
+            row["visual"] = np.array(stream.visual[members[0]])
+            row["has_visual"] = np.int32(1)
         return row
 
 
@@ -155,7 +158,7 @@ def pack_rows(directory: Path, seq_len: int, truncate: bool, where: str) -> None
     room = np.zeros(0, np.int64)
     for i, length in enumerate(np.minimum(lengths, seq_len)):
         fits = np.flatnonzero(room[-OPEN_ROWS:] >= length)
-        if len(fits):
+        if len(fits) and "visual" not in meta:
             row = max(len(room) - OPEN_ROWS, 0) + int(fits[0])
             rows[row].append(i)
             room[row] -= length

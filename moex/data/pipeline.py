@@ -214,7 +214,7 @@ def _draw(named, share: float, limit: int) -> Iterator[str]:
     for where, source in named:
         if source.content() == "tokens":
             continue
-        for key, value in source.documents("train", where):
+        for key, value, _ in source.documents("train", where):
             for text in texts_of(value):
                 if len(text) > limit // 8:
                     text = text[: int(share * len(text))]

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moex.config.base import ConfigError, is_unicode, nearest
 from moex.data import parquet
 from moex.data.files import BOM, File, decode_utf8, one_line, open_bytes
@@ -66,6 +68,33 @@ def text_at(text: Any, at: str, where: str) -> str:
             f"{text!r:.40}."
         )
     return text
+
+
+def visual_at(numbers: Any, at: str, where: str) -> np.ndarray:
+    """Check that a value in a record is the visual tokens of one image.
+
+    Args:
+      numbers: a list of numbers for each token, or one list for one token.
+      at: the place of the record.
+      where: the field of the config and its value, such as "s.visual = 'features'".
+
+    Returns:
+      float32 [tokens, width].
+
+    Raises:
+      ConfigError: if it is anything else, or a number is not finite.
+    """
+    try:
+        array = np.asarray(numbers, np.float32)
+    except (ValueError, TypeError, OverflowError):
+        array = np.zeros(0, np.float32)
+    array = array[None] if array.ndim == 1 else array
+    if array.ndim != 2 or array.size == 0 or not np.all(np.isfinite(array)):
+        raise ConfigError(
+            f"{where}: {at} must have a list of finite numbers there, or one for each "
+            f"visual token, all of one length, not {numbers!r:.40}."
+        )
+    return array
 
 
 def _lines(file: File, names, where: str) -> Iterator[tuple[str, Record]]:

@@ -34,7 +34,7 @@ from moex.data.files import (
     read_lines,
     read_text,
 )
-from moex.data.records import read_records, saved_dataset, text_at
+from moex.data.records import read_records, saved_dataset, text_at, visual_at
 
 END = " end"  # ends the keys of held-out parts
 PART_BYTES = 1_000_000
@@ -345,25 +345,35 @@ class PromptResponse(Records):
 
     Prompt and response are joined as they are: put separators into the texts. The
     prompt is encoded as in generation, and the response as a text that continues it.
-    Examples are packed whole; the token that ends a response is learned too.
+    Examples are packed whole; the token that ends a response is learned too. Those with
+    visual tokens have a sequence each.
     """
 
     prompt: str = "prompt"  # name of the field that is only read
     response: str = "response"  # name of the field that is learned
     truncate: bool = False  # cut examples that are longer than a sequence
+    visual: str = ""  # name of the field with the visual tokens; "": there are none
+
+    ADDED: ClassVar[tuple[str, ...]] = ("visual",)
 
     def content(self) -> str:
         """The kind of content of the documents: `pairs` (prompt, response)."""
         return "pairs"
 
     def fields(self) -> dict[str, str]:
-        """The fields of prompt and response."""
-        return {"prompt": self.prompt, "response": self.response}
+        """The fields of prompt and response, and that of visual tokens."""
+        return {"prompt": self.prompt, "response": self.response} | self._visual()
+
+    def _visual(self) -> dict[str, str]:
+        return {"visual": self.visual} if self.visual else {}
 
     def document(self, record, at, where) -> Document:
         """Make a (prompt, response); the prompt alone decides the split."""
-        prompt, response = (
-            text_at(record[name], at, f"{where}.{field} = {name!r}")
-            for field, name in self.fields().items()
-        )
-        return Document(content_key(prompt.encode()), (prompt, response))
+        named = {f: f"{where}.{f} = {name!r}" for f, name in self.fields().items()}
+        prompt = text_at(record[self.prompt], at, named["prompt"])
+        response = text_at(record[self.response], at, named["response"])
+        told, visual = prompt.encode(), None
+        if self.visual:
+            visual = visual_at(record[self.visual], at, named["visual"])
+            told += visual.tobytes()  # images with one prompt are other documents
+        return Document(content_key(told), (prompt, response), visual)

@@ -9,6 +9,7 @@ Not here: cutting streams into sequences (`packing.py`), the cache (`cache.py`).
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class StreamWriter:
         self._tokens = open(directory / "tokens.bin", "wb")  # noqa: SIM115
         self._sizes = open(directory / "bytes.bin", "wb") if with_bytes else None  # noqa: SIM115
         self._learned = open(directory / "learned.bin", "wb") if with_learned else None  # noqa: SIM115
+        self._visual: Any = None
+        self._visual_shape: tuple[int, ...] | None = None
         self._end_learned = False
         self._starts: list[int] = []
         self._prompts: list[int] = []
@@ -56,7 +59,7 @@ class StreamWriter:
         return self
 
     def __exit__(self, *error) -> None:
-        for file in (self._tokens, self._sizes, self._learned):
+        for file in (self._tokens, self._sizes, self._learned, self._visual):
             if file:
                 file.close()
 
@@ -67,6 +70,8 @@ class StreamWriter:
         text_bytes: int,
         prompt: int = 0,
         learned: np.ndarray | None = None,
+        *,
+        visual: np.ndarray | None = None,
     ) -> None:
         """Append a document; a document without tokens is only counted.
 
@@ -77,10 +82,13 @@ class StreamWriter:
           prompt: how many of the first tokens are not learned.
           learned: bool[n + 1] which tokens are learned; the last is the document token
             after them. Only for a writer `with_learned`.
+          visual: float32 [tokens, width]; the same shape for all documents.
         """
         if len(ids) == 0:
             self._empty += 1
             return
+        if visual is not None:
+            self._put_visual(visual)
         self._starts.append(self._length)
         self._prompts.append(prompt)
         if learned is not None:
@@ -104,6 +112,19 @@ class StreamWriter:
                 self._learned.write(learned.astype("u1").tobytes())
         self._length += len(ids)
 
+    def _put_visual(self, visual: np.ndarray) -> None:
+        if self._visual is None:
+            self._visual = open(self._dir / "visual.bin", "wb")  # noqa: SIM115
+            self._visual_shape = visual.shape
+        if visual.shape != self._visual_shape:
+            given = list(visual.shape)
+            raise ConfigError(
+                f"visual tokens must all be of one shape, [tokens, width]; the first "
+                f"are {list(self._visual_shape or ())}, others {given}."
+            )
+        with naming(self._dir):
+            self._visual.write(visual.astype("<f4").tobytes())
+
     def close(self) -> dict[str, Any]:
         """Finish the files; returns the counts of this split."""
         if self._starts:
@@ -121,7 +142,9 @@ class StreamWriter:
             "empty_documents": self._empty,
             "unreadable_documents": self._skipped,
         }
-        meta = counts | {"dtype": self._dtype.str}
+        meta: dict[str, Any] = counts | {"dtype": self._dtype.str}
+        if self._visual_shape:
+            meta["visual"] = list(self._visual_shape)
         atomic_write(self._dir / "meta.json", json.dumps(meta, indent=2) + "\n")
         return counts
 
@@ -134,12 +157,13 @@ class Stream:
       starts: int64[documents] offsets of the document tokens before each document.
       prompts: int32[documents] numbers of leading tokens not learned, or None.
       learned: uint8[T] 1 for tokens that are learned, or None: `prompts` says it.
+      visual: float32[documents, tokens, width] the visual tokens of each, or None.
     """
 
     def __init__(self, directory: Path, token_bytes: np.ndarray):
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         self.directory = directory
-        self.counts = {k: v for k, v in meta.items() if k != "dtype"}
+        self.counts = {k: v for k, v in meta.items() if k not in ("dtype", "visual")}
         self.tokens = _mapped(directory / "tokens.bin", meta["dtype"], meta["tokens"])
         self.starts = np.load(directory / "starts.npy")
         file = directory / "prompts.npy"
@@ -151,6 +175,13 @@ class Stream:
         self._table = token_bytes
         file = directory / "learned.bin"
         self.learned = _mapped(file, "u1", meta["tokens"]) if file.exists() else None
+
+        shape = (len(self.starts), *meta.get("visual", (0, 0)))
+        file = directory / "visual.bin"
+        self.visual = None
+        if file.exists():
+            numbers = _mapped(file, "<f4", math.prod(shape))
+            self.visual = numbers.reshape(shape)
 
     def num_bytes(self, start: int, stop: int) -> np.ndarray:
         """The bytes of each token in a range of the stream, int32[stop - start]."""
@@ -191,14 +222,17 @@ def write_source(
             )
             writers[split] = stack.enter_context(writer)
         for batch in _batches(source.read(where)):
-            for key, value in batch:
+            for key, value, _ in batch:
                 if value is None:
                     writers[source.split(key)].skip()
             batch = [d for d in batch if d.value is not None]
             added = encode([d.value for d in batch], tokenizer, where)
-            for (key, _), document in zip(batch, added, strict=True):
+            for (key, _, visual), document in zip(batch, added, strict=True):
                 split = source.split(key)
-                writers[split].add(*document)
+                try:
+                    writers[split].add(*document, visual=visual)
+                except ConfigError as e:
+                    raise ConfigError(f"{where}: {e}") from None
                 count(document[2])
                 if split == "eval":
                     held_out.update(key.encode(errors="surrogateescape") + b"\n")

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moex.model.layers import sites
+from moex.model.layers import Site, sites
 from moex.model.paths import flat_paths
 from moex.nn.lowered import VALUES, weight_sizes
 from moex.nn.model import Model
@@ -82,6 +82,9 @@ class BlockCost:
     sizes: dict[str, int]  # numbers of one layer by path inside the block
     score_flops: float  # forward FLOPs per token of attention scores and values
     frozen: frozenset[str] = frozenset()  # those of `sizes` that are not trained
+    # Parameters that all experts share, with the number of experts.
+    shared: dict[str, int] = dataclasses.field(default_factory=dict)
+    extra_flops: float = 0.0  # those of `score_flops` for the extra keys of adapters
 
     def total(self) -> dict[str, int]:
         """The parameters of one layer, by group."""
@@ -107,7 +110,8 @@ class BlockCost:
 
     def adapter_flops(self) -> float:
         """The part of the forward FLOPs that adapters do."""
-        return self._flops(None, lambda n: param_group(n) == "adapters")
+        own = self._flops(None, lambda n: param_group(n) == "adapters")
+        return own + self.extra_flops
 
     def _flops(self, experts_per_token, products) -> float:
         """The FLOPs of as many products as `products` says for each matrix."""
@@ -118,9 +122,11 @@ class BlockCost:
         )
 
     def _use(self, name: str, experts_per_token=None) -> tuple[float, float]:
-        if name.startswith("ffn/"):
-            return self.ffn.param_use(name.removeprefix("ffn/"), experts_per_token)
-        return 1.0, 1.0
+        if not name.startswith("ffn/"):
+            return 1.0, 1.0
+        use = self.ffn.param_use(name.removeprefix("ffn/"), experts_per_token)
+        # Each slot uses all of a parameter that the experts share.
+        return (1.0, use[1] * self.shared[name]) if name in self.shared else use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +134,10 @@ class Cost:
     """Size of a model and its work per token.
 
     A matrix counts 2 FLOPs per number each time it is applied. Attention scores and
-    values count over the causal half of the sequence; elementwise work and embedding
-    look-ups count 0. A backward pass is twice a forward one, less the gradients of
-    frozen matrices; recomputation counts 0.
+    values count over the causal half of the sequence; elementwise work, embedding
+    look-ups and what is done once for a sequence, such as keys of prompts, count 0. A
+    backward pass is twice a forward one, less the gradients of frozen matrices;
+    recomputation counts 0.
     """
 
     # In order of depth, one per segment and place in its pattern.
@@ -244,7 +251,15 @@ def param_group(path: str) -> str:
 
 
 def _is_multiplied(path: str) -> bool:
-    return not path.split("/")[-1].startswith(NO_MATMUL)
+    """Whether a token is multiplied by a parameter."""
+    *owners, name = path.split("/")
+    if of_adapter(path):
+        matrix = owners[-1]  # an embedding is looked up, and with it the inputs' side
+        inputs_first = name.rpartition("_")[2].startswith("I")
+        looked_up = matrix.startswith("w_embed") and inputs_first
+        if looked_up or not matrix.startswith("w_"):  # or it is of the whole model
+            return False
+    return not name.startswith(NO_MATMUL)
 
 
 def model_cost(cfg: Model, spec, seq_len: int) -> Cost:
@@ -261,22 +276,45 @@ def model_cost(cfg: Model, spec, seq_len: int) -> Cost:
     for site in sites(cfg):
         # Scores and values take one multiplication and one addition per number and key.
         keys = site.attention.visible_keys(seq_len)
-        score_flops = 2 * site.attention.score_width(cfg.dim) * keys
+        per_key = 2 * site.attention.score_width(cfg.dim)
+        extra_flops = per_key * _extra_keys(cfg, site)
         own = {
             n.removeprefix(f"{site.path}/"): size // site.repeat
             for n, size in sizes.items()
             if n.startswith(f"{site.path}/")
         }
         frozen = frozenset(n for n in own if f"{site.path}/{n}" in still)
-        blocks.append(
-            BlockCost(site.path, site.ffn, site.repeat, own, score_flops, frozen)
+        block = BlockCost(
+            *(site.path, site.ffn, site.repeat, own, per_key * keys + extra_flops),
+            frozen=frozen,
+            shared=_shared_by_experts(site, own, spec.info),
+            extra_flops=extra_flops,
         )
+        blocks.append(block)
     outer = {n: v for n, v in sizes.items() if not n.startswith("segments/")}
     multiplied = {n: v for n, v in outer.items() if _is_multiplied(n)}
     multiplied |= {name: outer[name] for name in cfg.used_again()}
     trained = sum(v for n, v in multiplied.items() if n not in still)
     forward = 2 * sum(multiplied.values())
     return Cost(tuple(blocks), outer, forward, forward + 2 * trained)
+
+
+def _extra_keys(cfg: Model, site: Site) -> float:
+    """The keys that a query sees by adapters, the mean over the layers of a site."""
+    if cfg.adapter is None:
+        return 0.0
+    return sum(cfg.adapter.extra_keys(cfg, n) for n in site.numbers) / site.repeat
+
+
+def _shared_by_experts(site: Site, names, info) -> dict[str, int]:
+    """The parameters of adapters that the experts of a site share: {name: experts}."""
+    return {
+        name: site.sparse.moe.num_experts
+        for name in names
+        if site.sparse is not None
+        and "/experts/adapters/" in name
+        and "expert" not in info[f"{site.path}/{name}"].axes
+    }
 
 
 def num_bytes(tree) -> int:

@@ -37,6 +37,25 @@ def together(trained, frozen):
     )
 
 
+def of_trained(loss, params, trains: dict[str, bool]):
+    """A loss as a function of what is trained, to be differentiated; and that part.
+
+    Args:
+      loss: `(params, *rest) -> result`.
+      params: nested dicts of all parameters.
+      trains: the answer for each path whether it is trained.
+
+    Returns:
+      (`(trained, *rest) -> result`, trained), trained as `apart` makes it.
+    """
+    trained, frozen = apart(params, trains)
+
+    def own(trained, *rest):
+        return loss(together(trained, frozen), *rest)
+
+    return own, trained
+
+
 def nested(flat: dict[str, Any]) -> dict:
     """Undo `flat_paths`."""
     tree: dict = {}

@@ -243,7 +243,9 @@ class AttentionLayer(AttentionModule, Projector):
             window=self.window,
             sink_H=sink_H,
         )
-        y_BLHA = add_extra_keys(y_BLHA, q_BLHA, self._keys_and_values, A**-0.5, ctx)
+        y_BLHA, cache = add_extra_keys(
+            y_BLHA, q_BLHA, self._keys_and_values, A**-0.5, ctx, cache
+        )
         y_BLGRA = y_BLHA.reshape(B, L, G, R, A)
         y = project(self, "w_out_GRAD", y_BLGRA, ctx, contract=3)
         if self.bias_out_D is not None:
@@ -264,11 +266,11 @@ def mean_visible(seq_len, window=None) -> float:
 
 def extend(cache: dict, new: dict, index) -> dict:
     """Write `new` into a cache at `index` of each array's second axis."""
-    return {
+    return cache | {
         name: jax.lax.dynamic_update_slice_in_dim(
-            old, new[name].astype(old.dtype), start_index=index, axis=1
+            cache[name], array.astype(cache[name].dtype), start_index=index, axis=1
         )
-        for name, old in cache.items()
+        for name, array in new.items()
     }
 
 

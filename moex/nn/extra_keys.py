@@ -50,7 +50,7 @@ def with_extra_keys(adapters, ctx):
     return dataclasses.replace(ctx, extra_keys=made) if made else ctx
 
 
-def add_extra_keys(y_BLHA, q_BLHA, keys_and_values, scale, ctx):
+def add_extra_keys(y_BLHA, q_BLHA, keys_and_values, scale, ctx, cache):
     """Add what the heads of a layer find among extra keys to what they have found.
 
     Args:
@@ -59,24 +59,41 @@ def add_extra_keys(y_BLHA, q_BLHA, keys_and_values, scale, ctx):
       keys_and_values: `(x_BPD, ctx) -> (k_BPGA, v_BPGA)` of the layer, not rotated.
       scale: factor on the scores.
       ctx: `Context`.
+      cache: that of the layer in decoding; None: there is none.
+
+    Returns:
+      (y_BLHA, cache). The first call of a generation puts the keys and values of the
+      extra keys into the cache, and later ones take them from there.
     """
-    for extra in ctx.extra_keys or ():
-        found = functools.partial(_found, extra, q_BLHA, keys_and_values, scale, ctx)
-        if extra.everywhere:
-            y_BLHA += found(y_BLHA)
-            continue
-        at = ctx.depth - extra.first
-        here = (at >= 0) & (at < len(extra.gate_YBH))
-        y_BLHA += jax.lax.cond(here, found, jnp.zeros_like, y_BLHA)
-    return y_BLHA
+    for number, extra in enumerate(ctx.extra_keys or ()):
+        at, name = ctx.depth - extra.first, f"extra_{number}"
+        here = True if extra.everywhere else (at >= 0) & (at < len(extra.gate_YBH))
+
+        def make(extra=extra, at=at):
+            x_BPD = _of_layer(extra.x_YBPD, at).astype(q_BLHA.dtype)
+            return keys_and_values(x_BPD, ctx)
+
+        if cache is not None and name not in cache:
+            cache = cache | {name: _where(here, make)}
+        made = make if cache is None else functools.partial(cache.get, name)
+        gate_BH = functools.partial(_of_layer, extra.gate_YBH, at)
+        found = functools.partial(_found, q_BLHA, made, gate_BH, scale, y_BLHA.dtype)
+        y_BLHA += _where(here, found)
+    return y_BLHA, cache
 
 
-def _found(extra, q_BLHA, keys_and_values, scale, ctx, like_BLHA):
-    at = ctx.depth - extra.first
-    x_BPD, gate_BH = (_of_layer(a, at) for a in (extra.x_YBPD, extra.gate_YBH))
-    k, v = keys_and_values(x_BPD.astype(q_BLHA.dtype), ctx)
-    found_BLHA = _attend(q_BLHA, k, v, scale).astype(jnp.float32)
-    return (gate_BH[:, None, :, None] * found_BLHA).astype(like_BLHA.dtype)
+def _where(here, function):
+    """The result of a function, or zeros; it is computed only where it is needed."""
+    if here is True:
+        return function()
+    shapes = jax.eval_shape(function)
+    nothing = functools.partial(jax.tree.map, lambda a: jnp.zeros(a.shape, a.dtype))
+    return jax.lax.cond(here, function, lambda: nothing(shapes))
+
+
+def _found(q_BLHA, made, gate_BH, scale, dtype):
+    found_BLHA = _attend(q_BLHA, *made(), scale).astype(jnp.float32)
+    return (gate_BH()[:, None, :, None] * found_BLHA).astype(dtype)
 
 
 def _of_layer(array, at):

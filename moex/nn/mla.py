@@ -145,7 +145,9 @@ class LatentAttentionLayer(AttentionModule, Projector):
         places = key_places(ctx)
         y_BLHV = mix(q_BLHC[..., :N], q_rope, latent, k_rope, places, ctx)
         q_BLHC = jnp.concatenate([q_BLHC[..., :N], q_rope], axis=-1)
-        y_BLHV = add_extra_keys(y_BLHV, q_BLHC, self._extra, self.scale, ctx)
+        y_BLHV, cache = add_extra_keys(
+            y_BLHV, q_BLHC, self._extra, self.scale, ctx, cache
+        )
         return project(self, "w_out_HVD", y_BLHV, ctx, contract=2), cache
 
     def _queries(self, x_BLD, ctx):

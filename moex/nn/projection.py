@@ -89,6 +89,15 @@ class AdapterConfig(Config, abc.ABC):
         """The patterns of parameters of the model that are trained too."""
         return self.also_train
 
+    def extra_keys(self, cfg, number: int) -> int:
+        """The keys that a layer attends to besides those of the tokens.
+
+        Args:
+          cfg: `Model` that has these adapters.
+          number: that of the layer, from 0.
+        """
+        return 0
+
     def fields(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """The fields of a sequence that they need, as `{name: (shape, dtype)}`."""
         return {}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from moex import sharding
 from moex.costs.residual_bytes import loss_args, model_activation_bytes, traced_loss
 from moex.model.accounting import local_bytes
-from moex.model.paths import apart, path_name, together
+from moex.model.paths import apart, of_trained, path_name, together
 from moex.model.precision import compute_dtype
 from moex.plan import liveness
 from moex.plan.topology import Topology, abstract_mesh
@@ -172,12 +172,8 @@ def _gradient_graph(cfg, spec, batch_size) -> liveness.Graph:
     loss = traced_loss(cfg, spec)
 
     def gradient(params, *rest):
-        trained, frozen = apart(params, spec.trained())
-
-        def of_trained(trained):
-            return loss(together(trained, frozen), *rest)
-
-        return jax.grad(of_trained, has_aux=True)(trained)
+        own, trained = of_trained(loss, params, spec.trained())
+        return jax.grad(own, has_aux=True)(trained, *rest)
 
     return liveness.graph(gradient, *loss_args(cfg, spec, batch_size))
 

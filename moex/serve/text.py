@@ -1,8 +1,10 @@
 """Generating text with a trained model: `moex generate`."""
 
 import math
+from pathlib import Path
 
 import jax
+import numpy as np
 
 from moex.config.base import ConfigError, require
 from moex.data.chat import layout_of
@@ -27,6 +29,7 @@ def write_text(
     adapter=(),
     use=(),
     steering: Steering | None = None,
+    visual=None,
     warn=print,
     **sampling,
 ) -> list[str]:
@@ -43,6 +46,7 @@ def write_text(
       adapter: folders of adapters, as NAME=FOLDER or FOLDER.
       use: the name of the adapter for each prompt; see `adapters.chosen`.
       steering: how experts are steered; the largest residual is told then.
+      visual: a file of visual tokens; see `read_visual`.
       warn: as for `load_run`.
 
     Raises:
@@ -55,6 +59,7 @@ def write_text(
     if use and not names:
         raise ConfigError("--use: needs --adapter, which gives the names.")
     uses = adapters.chosen([*names], list(use), len(prompts)) if names else []
+    features = read_visual(visual, len(prompts)) if visual else None
     if not names:  # before anything is read
         _layout(RunDir.of(place).config(), place, chat)
     if steering is not None:
@@ -68,13 +73,14 @@ def write_text(
         )
     sampling |= {"max_new_tokens": max_new_tokens, "seed": seed}
     if not names:
-        return _texts(run, prompts, chat, sampling)
+        return _texts(run, prompts, chat, sampling | {"visual": features})
     models = adapters.load_adapted(run, names, warn)
     texts = [""] * len(prompts)
     for name in dict.fromkeys(uses):
         rows = [i for i, own in enumerate(uses) if own == name]
         asked = [prompts[i] for i in rows]
-        made = _texts(models[name], asked, chat, sampling)
+        own = {"visual": None if features is None else features[rows]}
+        made = _texts(models[name], asked, chat, sampling | own)
         for i, text in zip(rows, made, strict=True):
             texts[i] = text
     return texts
@@ -85,6 +91,34 @@ def _tell_peak(peak: float) -> None:
     if not math.isfinite(peak):
         text += "; it overflowed: lower the scale in the steering file"
     tell(text)
+
+
+def read_visual(file, prompts: int) -> np.ndarray:
+    """Read visual tokens from a .npy file: float32 [prompts, tokens, width].
+
+    Args:
+      file: numbers of this shape, or [tokens, width] for all prompts.
+      prompts: the number of prompts.
+
+    Raises:
+      ConfigError: if they are anything else.
+    """
+    where = f"--visual={file}"
+    try:
+        array = np.load(Path(file).expanduser(), allow_pickle=False)
+        array = array.astype(np.float32)
+    except (OSError, ValueError, TypeError, EOFError, AttributeError) as e:
+        told = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ConfigError(f"{where}: is no .npy file of numbers ({told}).") from None
+    array = np.stack([array] * prompts) if array.ndim == 2 else array
+    if array.ndim != 3 or len(array) != prompts:
+        raise ConfigError(
+            f"{where}: has the shape {list(array.shape)}; it must be [tokens, width] "
+            f"for all prompts, or [{prompts}, tokens, width] for each."
+        )
+    if not np.all(np.isfinite(array)):
+        raise ConfigError(f"{where}: has a number that is not finite.")
+    return array
 
 
 def _texts(run: LoadedRun, prompts: list[str], chat: bool, sampling) -> list[str]:

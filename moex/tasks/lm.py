@@ -58,7 +58,18 @@ class LanguageModelling(Task):
 
     def prepare(self, cfg, *, log=print, scoring=False) -> Prepared:
         options = {"overlap": cfg.eval.overlap, "scoring": scoring, "log": log}
-        return prepare(cfg.data, cfg.seq_len, where="config.data", **options)
+        data = prepare(cfg.data, cfg.seq_len, where="config.data", **options)
+        adapter = cfg.model.adapter
+        fields = {} if adapter is None else adapter.fields()
+        given = [len(e) and fields.keys() <= e.sequence(0).keys() for e in data.train]
+        if not scoring and not any(given):
+            names = ", ".join(fields)
+            log(f"data: warning: no source has {names}, which the adapter trains with")
+        for examples in (*data.train, *data.eval):  # text has no visual tokens
+            examples.defaults = {
+                name: np.zeros(shape, dtype) for name, (shape, dtype) in fields.items()
+            }
+        return data
 
     def num_domains(self, cfg):
         return len(cfg.data.sources)

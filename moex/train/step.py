@@ -17,7 +17,7 @@ from moex.config.schedule import is_always_zero, points_of, value_at
 from moex.model.accounting import param_group
 from moex.model.losses import step_counts
 from moex.model.optim import path_factors
-from moex.model.paths import apart, flat_paths, path_name, together
+from moex.model.paths import apart, flat_paths, of_trained, path_name, together
 
 # This many updates must be accepted before a high norm can be called a spike.
 SPIKE_WARMUP = 50
@@ -40,15 +40,14 @@ def make_train_step(
       compute: `Compute`.
       teacher: `ModelSpec` of the model that the task learns from, or None.
     """
-
     factors = path_factors(optim, spec.params, spec.info)
     trains = {path: not is_always_zero(factor) for path, factor in factors.items()}
-
     kinds = {path: i.trained_by for path, i in spec.info.items() if i.trained_by}
+    update = make_update(task, spec, tx, trains, optim.spike_factor)
 
-    def loss_fn(trained, frozen, state, batch, key, counts, step, load_before, taught):
+    def loss_fn(params, state, batch, key, counts, step, load_before, taught):
         extra = {} if teacher is None else {"teacher": teacher.merge(**taught)}
-        model = spec.merge(together(trained, frozen), state)
+        model = spec.merge(params, state)
         ctx = task.context(batch, step=step, key=key, mode="train", compute=compute)
         return task.loss(
             model,
@@ -63,11 +62,9 @@ def make_train_step(
             **extra,
         )
 
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-
     def train_step(train_state, step, key, batch, taught=None):
-        params, state = train_state["params"], train_state["state"]
-        trained, frozen = apart(params, trains)
+        own_loss, trained = of_trained(loss_fn, train_state["params"], trains)
+        grad_fn = jax.value_and_grad(own_loss, has_aux=True)
         counts = step_counts(batch)
         key = jax.random.fold_in(key, step)
 
@@ -80,7 +77,7 @@ def make_train_step(
                 (_, sums), _ = before
                 load_before = {k: v["load_E"] for k, v in sums["layers"].items()}
             return grad_fn(
-                *(trained, frozen, state, microbatch),
+                *(trained, train_state["state"], microbatch),
                 *(key_i, counts, step, load_before, taught),
             )
 
@@ -95,46 +92,64 @@ def make_train_step(
             learns = {path: here[kind] for path, kind in kinds.items()}
             grads = of_learning(grads, jax.tree.map(jnp.zeros_like, grads), learns)
         with jax.named_scope("optimizer"):
-            grad_norm, group_norms = gradient_norms(grads)
-            # The optimizer has no state for frozen parameters, and ignores these zeros.
-            nothing = jax.tree.map(lambda _: jnp.zeros(()), frozen)
-            updates, opt = tx.update(
-                together(grads, nothing), train_state["opt"], together(trained, nothing)
-            )
-            new = {
-                "params": optax.apply_updates(trained, apart(updates, trains)[0]),
-                "state": update_state(spec, state, sums["layers"], step),
-                "opt": opt,
-            }
-            lost = lost_rows(sums["layers"])
-            ok, guard = guard_update(
-                train_state["guard"],
-                loss,
-                grad_norm,
-                optim.spike_factor,
-                lost,
-                sums[task.score] > 2 * sums["guess"],
-            )
-            old = {"params": trained, "state": state, "opt": train_state["opt"]}
-            new = of_learning(new, old, learns)
-            new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
-            new["params"] = together(new["params"], frozen)
+            new, taken = update(train_state, step, grads, loss, sums, learns)
         figures = task.figures(sums)
         for name in {figure.name for figure in task.FIGURES} - set(figures):
             told = f"{type(task).__name__}.losses gave no sum {name!r}"
             raise ConfigError(f"{told}, which its FIGURES name.")
-        metrics = figures | {
-            "loss": loss,
-            "weighted": sums["weighted"],
+        return new, figures | {"loss": loss, "weighted": sums["weighted"]} | taken
+
+    return train_step
+
+
+def make_update(task, spec, tx, trains: dict[str, bool], spike_factor):
+    """Make the second half of a step: from gradients to the next train state.
+
+    Args:
+      task, spec, tx: as for `make_train_step`.
+      trains: the answer for each path of a parameter whether it is trained.
+      spike_factor: `Optim.spike_factor`.
+
+    Returns:
+      `(train_state, step, grads, loss, sums, learns) -> (train_state, metrics)`, with
+      the gradients, the loss and the sums of the whole step; learns: see `of_learning`.
+    """
+
+    def update(train_state, step, grads, loss, sums, learns):
+        trained, frozen = apart(train_state["params"], trains)
+        grad_norm, group_norms = gradient_norms(grads)
+        # The optimizer has no state for frozen parameters, and ignores these zeros.
+        nothing = jax.tree.map(lambda _: jnp.zeros(()), frozen)
+        updates, opt = tx.update(
+            together(grads, nothing), train_state["opt"], together(trained, nothing)
+        )
+        new = {
+            "params": optax.apply_updates(trained, apart(updates, trains)[0]),
+            "state": update_state(spec, train_state["state"], sums["layers"], step),
+            "opt": opt,
+        }
+        lost = lost_rows(sums["layers"])
+        ok, guard = guard_update(
+            train_state["guard"],
+            loss,
+            grad_norm,
+            spike_factor,
+            lost,
+            sums[task.score] > 2 * sums["guess"],
+        )
+        old = {name: train_state[name] for name in new} | {"params": trained}
+        new = of_learning(new, old, learns)
+        new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+        new["params"] = together(new["params"], frozen)
+        return new | {"guard": guard}, {
             "grad_norm": grad_norm,
             "grad_norms": group_norms,
             "lost_rows": lost,
             "skipped": guard["skipped"],
             "skipped_in_row": guard["skipped_in_row"],
         }
-        return new | {"guard": guard}, metrics
 
-    return train_step
+    return update
 
 
 def of_learning(new, old, learns: dict[str, Any]):

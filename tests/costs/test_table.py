@@ -6,11 +6,14 @@ import jax
 import pytest
 
 from moex import cli
+from moex.adapters.lora import LoRA
+from moex.adapters.v2 import AdapterV2
 from moex.config.base import ConfigError
 from moex.config.flags import load_config
 from moex.costs import residual_bytes, table
 from moex.data.tokenizer import Bytes, TokenizerFile
 from moex.model.accounting import model_cost, num_bytes
+from moex.model.layers import sites
 from moex.model.optim import AdamW, Muon, make_optimizer
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
@@ -59,23 +62,27 @@ def moex(capsys):
 # Activations. D = 16, 4 query and 2 key/value heads of 4, a dense layer of width 24.
 
 
+def kept(cfg, place=0):
+    """Bytes per token that a layer of the first segment keeps."""
+    spec = model_spec(cfg.model)
+    return residual_bytes.block_activation_bytes(cfg, spec, sites(cfg.model)[place])
+
+
 @pytest.mark.thorough
 def test_kept_by_full_recomputation(run_config):
     """The input of each layer, and nothing else."""
-    segment = Segment(pattern=(tiny_moe(),), repeat=3)
-    cfg = run_config(segment, remat="full")
-    assert residual_bytes.block_activation_bytes(cfg, segment, 0) == 4 * 16
+    cfg = run_config(Segment(pattern=(tiny_moe(),), repeat=3), remat="full")
+    assert kept(cfg) == 4 * 16
     cfg.precision = "bfloat16"
-    assert residual_bytes.block_activation_bytes(cfg, segment, 0) == 2 * 16
+    assert kept(cfg) == 2 * 16
 
 
 def test_kept_when_matmuls_are_kept(run_config):
-    segment = Segment(pattern=(Dense(hidden=24),))
-    cfg = run_config(segment, remat="dots")
+    cfg = run_config(Segment(pattern=(Dense(hidden=24),)), remat="dots")
     # The input, queries, keys and values, attention's output, and both halves of the
     # hidden layer; the last matmul is only added to something.
     floats = 16 + 16 + (8 + 8) + 16 + 2 * 24
-    assert residual_bytes.block_activation_bytes(cfg, segment, 0) == 4 * floats
+    assert kept(cfg) == 4 * floats
 
 
 @pytest.mark.parametrize(
@@ -84,22 +91,57 @@ def test_kept_when_matmuls_are_kept(run_config):
 def test_kept_by_a_pattern_is_kept_by_its_layers(run_config, remat, second):
     pair = Segment(pattern=(Dense(hidden=24), second))
     cfg = run_config(pair, remat=remat)
-    layers = [residual_bytes.block_activation_bytes(cfg, pair, i) for i in (0, 1)]
-
-    assert sum(layers) == residual_bytes._pattern_bytes(cfg, pair, pair.pattern)
+    both = residual_bytes._pattern_bytes(cfg, model_spec(cfg.model), 0, (0, 1))
+    assert kept(cfg, 0) + kept(cfg, 1) == both
 
 
 @pytest.mark.thorough
 def test_kept_grows_with_rounds(run_config):
     """Not with experts: a token has two slots among 8 as among 16."""
 
-    def kept(ffn):
-        segment = Segment(pattern=(ffn,))
-        return residual_bytes.block_activation_bytes(run_config(segment), segment, 0)
+    def of(ffn):
+        return kept(run_config(Segment(pattern=(ffn,))))
 
-    plain, twice = kept(tiny_moe()), kept(Chain(moe=tiny_moe(), iterations=2))
+    plain, twice = of(tiny_moe()), of(Chain(moe=tiny_moe(), iterations=2))
     assert twice > plain + 4 * 2 * (2 * 8)  # float32 pre-activations of two slots
-    assert kept(tiny_moe(16)) < 1.3 * plain
+    assert of(tiny_moe(16)) < 1.3 * plain
+
+
+@pytest.mark.thorough
+def test_equal_segments_with_other_adapters_keep_their_own(run_config):
+    """Three equal layers of which the second is adapted, in a segment each."""
+    segments = [Segment(pattern=(Dense(hidden=24),)) for _ in range(3)]
+
+    def of(*targets):
+        cfg = run_config(*segments)
+        cfg.model.adapter = LoRA(rank=2, alpha=2.0, targets=targets)
+        rows = table.model_rows(cfg)
+        found = {n: r.figures["activation_bytes"] for r in rows for n in r.layers}
+        return [found[n] for n in range(3)], rows[-1].figures["activation_bytes"]
+
+    one, rest = of("segments/1/*/w_out_FD")
+    every, rest_of_every = of("*/w_out_FD")
+    # Nothing before the adapter needs a gradient; what is after it passes one on.
+    assert one[0] == 0 < one[2] < one[1] == every[1]
+    assert len(set(every)) == 1
+    # They begin to need a gradient in another layer, whose input is kept or not.
+    assert min(rest, rest_of_every) > 0 and abs(rest - rest_of_every) <= 4 * 16
+
+
+@pytest.mark.thorough
+def test_layers_keep_what_their_attention_to_prompts_needs(run_config):
+    """For each token and head the weights of the prompts, at least."""
+    own = {"targets": (), "bias": False, "scale_side": None, "norms": False}
+
+    def of(length):
+        cfg = run_config(Segment(pattern=(Dense(hidden=24),), repeat=2))
+        cfg.model.adapter = AdapterV2(prompt_length=length, layers=1, **own)
+        rows = table.model_rows(cfg)
+        return [row.figures["activation_bytes"] for row in rows]
+
+    (layer, rest), (longer, same) = of(4), of(12)
+    assert longer - layer >= 8 * 4 * 4
+    assert rest == same > 0
 
 
 # Rows.

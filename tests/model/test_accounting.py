@@ -7,6 +7,8 @@ import numpy as np
 import optax
 import pytest
 
+from moex.adapters.lora import LoRA
+from moex.adapters.v2 import AdapterV2, Visual
 from moex.model import accounting
 from moex.model.accounting import device_peak_flops, model_cost, model_table
 from moex.model.losses import moe_layers
@@ -336,3 +338,39 @@ def test_training_flops_by_experts_really_used():
 def test_peaks_of_devices(kind, tera):
     peak = device_peak_flops(types.SimpleNamespace(device_kind=kind))
     assert peak == (None if tera is None else pytest.approx(tera * 1e12))
+
+
+def adapted(adapter):
+    """The cost of three layers whose MoE has `adapter`."""
+    return cost_of(
+        LM(
+            dim=D,
+            vocab=V,
+            attention=Attention(heads=2),
+            layers=(Segment(pattern=(moe(),), repeat=3),),
+            adapter=adapter,
+        )
+    )
+
+
+def test_adapters_cost_as_often_as_a_token_meets_them():
+    """A shared one is used by both slots; rows of an embedding are looked up."""
+    lora = {"rank": 2, "alpha": 2.0}
+    own = D * 2 + 2 * (2 * 3)  # A and B of gate and up
+    one_each = adapted(LoRA(targets=("experts/w_in",), **lora))
+    assert one_each.active["adapters"] == 3 * 2 * own
+    assert one_each.adapter_flops == 2 * 3 * 2 * own
+    shared = adapted(LoRA(targets=("experts/w_in",), shared=True, **lora))
+    assert shared.total["adapters"] == shared.active["adapters"] == 3 * own
+    assert shared.adapter_flops == one_each.adapter_flops
+    ends = adapted(LoRA(targets=("w_embed", "w_logits"), **lora))
+    assert ends.total["adapters"] == 2 * (V * 2 + 2 * D)
+    assert ends.adapter_flops == 2 * (2 * D) + 2 * (V * 2 + 2 * D)
+
+
+def test_prompts_cost_what_their_scores_do():
+    """In two of three layers: 2 FLOPs for each number of a query's keys and values."""
+    off = {"targets": (), "bias": False, "scale_side": None, "norms": False}
+    visual = Visual(width=7, tokens=3, layers=1)
+    cost = adapted(AdapterV2(prompt_length=5, layers=2, visual=visual, **off))
+    assert cost.adapter_flops == 2 * (2 * D) * (2 * 5 + 3)
