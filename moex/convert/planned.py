@@ -59,7 +59,7 @@ class Planned(Conversion):
         plan = self.plan
         if plan is None:
             sums = self.sums or self.recorded(source)
-            if sums.base != source.base:
+            if sums is not None and sums.base != source.base:
                 raise ConfigError(
                     f"--sums: they are of another model ({sums.run}): names or shapes "
                     "of parameters differ."
@@ -68,17 +68,17 @@ class Planned(Conversion):
         plan.check(source.model, "--plan" if self.plan else "the plan")
         return dataclasses.replace(self, plan=plan)
 
-    def recorded(self, source) -> "Sums":
-        """The sums of training data of the run that `make_plan` needs."""
+    def recorded(self, source) -> "Sums | None":
+        """The sums of training data of the run that `make_plan` needs; None: none."""
         return source.sums(self.calibration)
 
     @abc.abstractmethod
-    def make_plan(self, source, sums: "Sums") -> "Plan":
-        """The plan for a run with these sums; `source` is a `Source`."""
+    def make_plan(self, source, sums: "Sums | None") -> "Plan":
+        """The plan for a run with the sums of `recorded`; `source` is a `Source`."""
 
     def options(self):
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: v for k, v in own.items() if k not in ("plan", "sums")}
+        assert self.plan is not None
+        return {"how": self.plan.how}
 
     def write(self, run):
         assert self.plan is not None

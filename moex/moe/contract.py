@@ -70,6 +70,19 @@ class RouterConfig(PartConfig):
         """
         raise ValueError(f"{type(self).__name__} cannot choose parts of experts.")
 
+    def keep_experts(self, keep: list[int], num_experts: int) -> Self:
+        """The router among the experts `keep`, rising, of `num_experts`.
+
+        A token gets as many experts as before, or all where there are fewer.
+
+        Raises:
+          ValueError: if there is none.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot choose among fewer experts than it was "
+            "trained with."
+        )
+
 
 class Router(Projector):
     """The module of a router.
@@ -183,6 +196,18 @@ class ExpertsConfig(PartConfig):
     def expert_frac(self, num_experts: int, slots: float, name: str) -> float:
         """The share of the parameter `name` that a token with `slots` experts uses."""
         return slots / num_experts
+
+    def kept_evenly(self, num_experts: int) -> int:
+        """The size of the parts of which equally many experts must stay, if some go."""
+        return num_experts
+
+    def keep_experts(self, keep: list[int], num_experts: int) -> Self:
+        """The kind of the experts `keep`, rising, of `num_experts`.
+
+        Raises:
+          ValueError: if the others are needed.
+        """
+        return dataclasses.replace(self)
 
     def takes_buffer_rows(self) -> bool:
         """Whether `Experts.sums` takes `buffer_rows`: see `MoE.buffer_slots`."""

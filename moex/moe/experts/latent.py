@@ -70,6 +70,22 @@ class Latent(ExpertsConfig):
             return min(slots, num_groups) / num_groups
         return slots / num_experts
 
+    def kept_evenly(self, num_experts):
+        return self.group
+
+    def keep_experts(self, keep, num_experts):
+        num_groups = -(-num_experts // self.group)
+        counts = [0] * num_groups
+        for e in keep:
+            counts[e // self.group] += 1
+        *whole, last = counts
+        if len({*whole, max(counts)}) > 1 or last < 1:
+            raise ValueError(
+                f"its {num_groups} groups of experts that share projections keep "
+                f"{counts} of them: each must keep as many."
+            )
+        return dataclasses.replace(self, group=max(counts))
+
     def travel_widths(self, num_experts, dim, num_slots, num_devices):
         sizes = (num_experts, dim, self.group, self.latent)
         if not latents_travel(sizes, self.ops, num_slots, num_devices):

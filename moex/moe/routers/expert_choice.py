@@ -55,6 +55,9 @@ class ExpertChoice(RouterConfig):
     def split(self, parts):
         return dataclasses.replace(self, k=self.k * parts)
 
+    def keep_experts(self, keep, num_experts):
+        return dataclasses.replace(self, k=min(self.k, len(keep)))
+
     def make(self, dim, num_experts, rngs):
         return ExpertChoiceRouter(self, dim, num_experts, rngs)
 

@@ -30,6 +30,9 @@ class Soft(RouterConfig):
     def expected_slots(self, num_experts) -> float:
         return num_experts
 
+    def keep_experts(self, keep, num_experts):
+        return dataclasses.replace(self)
+
     def make(self, dim, num_experts, rngs):
         return SoftRouter(self, dim, num_experts, rngs)
 

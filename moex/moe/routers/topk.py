@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moex.config.base import Config, caution, require, require_choice
@@ -126,6 +127,20 @@ class TopK(FixedK):
         FixedK.validate_experts(self, num_experts, path)
         if self.groups is not None:
             self.groups.validate_experts(num_experts, self.k, f"{path}.groups")
+
+    def keep_experts(self, keep, num_experts):
+        k = min(self.k, len(keep))
+        if self.groups is not None:
+            num = self.groups.num
+            counts = np.bincount(np.array(keep) * num // num_experts, minlength=num)
+            if len(set(counts)) > 1 or (self.groups.score == "top2" and counts[0] < 2):
+                least = 2 if self.groups.score == "top2" else 1
+                raise ValueError(
+                    f"its {num} groups keep {counts.tolist()} experts: each must keep "
+                    f"as many, at least {least}."
+                )
+            k = min(k, self.groups.keep * int(counts[0]))
+        return dataclasses.replace(self, k=k)
 
     def groups_kept(self):
         return self.groups and (self.groups.num, self.groups.keep)

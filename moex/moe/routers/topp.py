@@ -102,6 +102,15 @@ class TopP(RouterConfig):
         counts = [math.floor(exact(p) * num_experts) + 1 for p in last]
         return sum(min(max(n, self.k_min), K) for n in counts) / len(counts)
 
+    def keep_experts(self, keep, num_experts):
+        most, control = len(keep), self.control
+        if control is not None:
+            target = min(control.target, most)
+            control = dataclasses.replace(control, target=target)
+        k_max = self.k_max and min(self.k_max, most)
+        least = min(self.k_min, most)
+        return dataclasses.replace(self, k_min=least, k_max=k_max, control=control)
+
     def make(self, dim, num_experts, rngs):
         return TopPRouter(self, dim, num_experts, rngs)
 

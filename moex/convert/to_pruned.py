@@ -1,0 +1,202 @@
+"""Fewer experts in a model: its config, and the parameters of those that stay.
+
+Which ones stay: `prune.py`.
+
+R copies of a block in a segment
+"""
+
+import copy
+import dataclasses
+import re
+
+import jax
+import numpy as np
+
+from moex.config.base import ConfigError, walk
+from moex.convert.plans import Keep, Plan
+from moex.convert.segments import Piece, cut, cut_arrays, cut_model
+from moex.model.layers import layers as layers_of
+from moex.model.paths import flat_paths
+from moex.model.spec import model_spec
+from moex.moe.chain import Chain
+from moex.moe.layer import MoE
+
+
+def parts_of(sparse) -> int:
+    """Parts of a layer of which equally many experts must stay; 1: any may stay.
+
+    They are the groups of its routers, and the groups of experts that share a
+    projection. A finer one is a part of a coarser one.
+
+    Raises:
+      ConfigError: if they are not, or do not divide the experts.
+    """
+    moe, E = sparse.moe, sparse.moe.num_experts
+    sizes = {moe.experts.kept_evenly(E)}
+    for router in sparse.routers:
+        if router.groups_kept() is not None:
+            num, _ = router.groups_kept()
+            if moe.zero is not None:
+                raise ConfigError(
+                    f"{sparse.where}: its router chooses groups in which there are "
+                    "zero-computation experts; experts cannot go."
+                )
+            sizes.add(E // num)
+    size = min(sizes)
+    if any(other % size for other in sizes) or E % size:
+        raise ConfigError(
+            f"{sparse.where}: {E} experts in parts of {sorted(sizes)}, of which "
+            "equally many must stay, do not fit into each other."
+        )
+    return E // size
+
+
+def pruned_ffn(ffn, plan: Keep, where: str):
+    """The config of a feed-forward that keeps the experts of a plan.
+
+    Raises:
+      ConfigError: if its router or its experts cannot do without the others.
+    """
+    ffn = copy.deepcopy(ffn)
+    keep, E = sorted(plan.keep), plan.experts
+    for path, node in walk(ffn, where):
+        if isinstance(node, MoE):
+            if node.stored_experts is not None:
+                raise ConfigError(
+                    f"{path}: its experts share weights (stored_experts = "
+                    f"{node.stored_experts}); prune it before they are merged."
+                )
+            choices = node.num_choices()
+            chosen = [*keep, *range(E, choices)]
+            node.router = _told(node.router, chosen, choices, f"{path}.router")
+            node.experts = _told(node.experts, keep, E, f"{path}.experts")
+            node.num_experts = len(keep)
+        elif isinstance(node, Chain) and not isinstance(node.routers, str):
+            choices = node.moe.num_choices()
+            chosen = [*keep, *range(E, choices)]
+            node.routers = tuple(
+                _told(router, chosen, choices, f"{path}.routers[{t}]")
+                for t, router in enumerate(node.routers)
+            )
+    return ffn
+
+
+def _told(part, keep: list[int], num_experts: int, where: str):
+    """A router or experts with those alone; a `ConfigError` says why they cannot."""
+    if len(keep) == num_experts:
+        return part
+    try:
+        return part.keep_experts(keep, num_experts)
+    except ValueError as e:
+        raise ConfigError(f"{where}: {e}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned:
+    """How a model is pruned: its new config, and where arrays of the old one go."""
+
+    plan: Plan
+    old: object  # `Model` config before
+    model: object  # and after
+    found: list[Piece]
+    clipped: list[str]  # lines on layers whose tokens get fewer experts than before
+
+    @classmethod
+    def of(cls, model, plan: Plan) -> "Pruned":
+        """How a plan prunes a `Model` config.
+
+        Raises:
+          ConfigError: naming the layer that cannot be.
+        """
+        plans = plan.by_layer()
+        labels, clipped = {}, []
+        for number, (site, _) in enumerate(layers_of(model)):
+            own = plans.get(number)
+            if own is None or len(own.keep) == own.experts:
+                continue
+            labels[number] = pruned_ffn(site.ffn, own, f"layer {number}: {site.where}")
+            clipped += _clipped(number, site.sparse, labels[number])
+
+        def change(ffn, label, where):
+            return ffn if label is None else label
+
+        found = cut(model, labels)
+        made = cut_model(model, found, change)
+        return cls(plan, model, made, found, clipped)
+
+    def arrays(self, tree) -> dict:
+        """Parameters or state of the pruned model.
+
+        Args:
+          tree: nested dict of arrays of the old model; not changed.
+        """
+        plans = self.plan.by_layer()
+        tree = cut_arrays(tree, self.found, self.old)
+        for i, piece in enumerate(self.found):
+            blocks = tree.get("segments", {}).get(str(i), {}).get("blocks", {})
+            for block, label in enumerate(piece.labels):
+                values = blocks.get(str(block), {}).get("ffn")
+                if label is None or values is None:
+                    continue
+                own = [plans[piece.layer(block, r)] for r in range(piece.repeat)]
+                blocks[str(block)] = blocks[str(block)] | {"ffn": _gather(values, own)}
+        self._check(tree)
+        return tree
+
+    def _check(self, tree) -> None:
+        """Check the shapes: a module of a user may have arrays that we do not know."""
+        wanted = model_spec(self.model).shapes()
+        for name, array in flat_paths(tree).items():
+            shape = tuple(array.shape)
+            if wanted.get(name, shape) != shape:
+                raise ConfigError(
+                    f"{name}: has shape {shape} and not {wanted[name]} after pruning; "
+                    "the name of an array must end in a letter for each dim, E for "
+                    "experts, such as w_DE."
+                )
+
+
+def _gather(values, plans: list[Keep]) -> dict:
+    """The arrays of a feed-forward of R copies for the experts that each keeps."""
+
+    def gather(path, array):
+        names = [str(getattr(key, "key", key)) for key in path]
+        axis = expert_axis(names[-1])
+        routed = any(name in ("router", "routers") for name in names[:-1])
+        if axis is None or not (routed or "experts" in names[:-1]):
+            return array
+        array = np.asarray(jax.device_get(array))
+        count = array.shape[axis]  # of a router: with zero-computation experts
+        rows = [
+            np.take(one, [*sorted(own.keep), *range(own.experts, count)], axis)
+            for one, own in zip(array, plans, strict=True)
+        ]
+        return np.stack(rows)
+
+    return jax.tree_util.tree_map_with_path(gather, values)
+
+
+def expert_axis(name: str) -> int | None:
+    """The dim of the experts in an array, from the end; None: it has none.
+
+    The name ends in a letter (or number) for each dim of one copy: w_in_ED2F.
+    """
+    found = re.search(r"_([A-Z0-9]+)$", name)
+    if found is None or "E" not in found[1]:
+        return None
+    return found[1].index("E") - len(found[1])
+
+
+def _clipped(number: int, before, ffn) -> list[str]:
+    """A line if tokens of a layer get fewer experts, as there are no more."""
+    moes = [node for _, node in walk(ffn, "") if isinstance(node, (MoE, Chain))]
+    routers = moes[0].rounds() if isinstance(moes[0], Chain) else [moes[0].router]
+    moe = next(node for node in moes if isinstance(node, MoE))
+    was = max(own.slots(before.moe.num_choices()) for own in before.routers)
+    now = max(own.slots(moe.num_choices()) for own in routers)
+    if now == was or was == before.moe.num_choices():
+        return []
+    return [
+        f"layer {number}: {moe.num_experts} experts stay, so a token gets {now} of "
+        f"them at most, and not {was}"
+    ]
