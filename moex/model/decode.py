@@ -20,6 +20,7 @@ from flax import nnx
 
 from kernels_pallas.device import platform
 from moex.model.accounting import device_bytes, num_bytes
+from moex.model.spec import merged
 from moex.nn.context import Compute, Context
 from moex.nn.contract import StackReader
 from moex.nn.lm import LM
@@ -178,7 +179,7 @@ def _generate(
     B, P = prompt_BP.shape
     N = max_new_tokens
     slots = P + N - 1
-    model = nnx.merge(graphdef, params, state)
+    model = merged(graphdef, params, state)
     cast_experts(model, compute.dtype)
     graphdef, arrays = nnx.split(model, graph=False)
 

@@ -1,7 +1,7 @@
 """The training state: plain nested dicts of arrays, and how they are made.
 
 Modules exist only inside a trace: `nnx.split` at construction gives a graph definition
-and dicts, `nnx.merge` inside the step gives the module back. Optimizer, checkpoints and
+and dicts, `merged` inside the step gives the module back. Optimizer, checkpoints and
 tests see dicts whose paths are the module paths.
 """
 
@@ -37,7 +37,7 @@ class ParamInfo:
 class ModelSpec:
     """A model without its arrays: made once per run by `model_spec`."""
 
-    graphdef: Any  # for `nnx.merge(graphdef, params, state)`
+    graphdef: Any  # for `merged`
     # params, state: nested dicts of `ShapeDtypeStruct`: learned by gradient, or not.
     params: dict
     state: dict
@@ -45,7 +45,7 @@ class ModelSpec:
 
     def merge(self, params, state):
         """The module; use inside a trace."""
-        return nnx.merge(self.graphdef, params, state)
+        return merged(self.graphdef, params, state)
 
     def trained(self) -> dict[str, bool]:
         """The answer for each path whether the model lets its parameter be trained."""
@@ -90,6 +90,20 @@ def _pure(state) -> dict:
 def _string_keys(tree):
     if isinstance(tree, dict):
         return {str(k): _string_keys(v) for k, v in tree.items()}
+    return tree
+
+
+def merged(graphdef, params, state):
+    """The module of a `ModelSpec.graphdef` and nested dicts; use inside a trace."""
+    return nnx.merge(graphdef, _positions(params), _positions(state))
+
+
+def _positions(tree):
+    """Undo `_string_keys`: nnx sorts keys, and the text "10" comes before "2"."""
+    if isinstance(tree, dict):
+        return {
+            int(k) if str(k).isdecimal() else k: _positions(v) for k, v in tree.items()
+        }
     return tree
 
 

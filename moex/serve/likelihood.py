@@ -12,9 +12,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from moex.model.decode import SHORTEST_PROMPT
+from moex.model.spec import merged
 from moex.progress import phase
 from moex.runs.open import LoadedRun
 from moex.runs.program import eval_batch_size
@@ -79,7 +79,7 @@ def continuation_scores(
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _scores(params, state, ctx, target_BL, scored_BL, *, graphdef):
     """Sum log-probabilities, float32[B]; whether all tokens are likeliest, bool[B]."""
-    model = nnx.merge(graphdef, params, state)
+    model = merged(graphdef, params, state)
     logits_BLV, _ = model(ctx)
     nll_BL, _ = token_losses(logits_BLV, target_BL)
     best_BL = jnp.argmax(logits_BLV, axis=-1) == target_BL

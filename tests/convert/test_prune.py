@@ -20,8 +20,10 @@ from moex.convert.kinds.pruned import Pruned, checked
 from moex.convert.plans import Keep, Plan
 from moex.convert.prune import by_layer, kept, permutations, ranked, scores
 from moex.convert.to_pruned import Pruned as Applied
+from moex.model.losses import moe_layers
 from moex.model.paths import flat_paths
 from moex.model.spec import model_spec
+from moex.model.steering import Steering
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent
@@ -39,6 +41,7 @@ from moex.runs.open import load_run
 from moex.train.job import make_job
 from tests import runs
 from tests.helpers import TASK, XLA, built, random_batch, tiny_lm, tiny_moe
+from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::moex.config.base.ConfigWarning")
 
@@ -197,6 +200,47 @@ def test_layers_may_keep_other_numbers_and_routers_are_clipped():
     old = params["segments"]["0"]["blocks"]["1"]["ffn"]["router"]["w_DE"]
     new = made["segments/1/blocks/1/ffn/router/w_DE"]
     np.testing.assert_array_equal(new[1], old[2][:, 4:])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("top-k", "groups", "top-p"),
+        pytest.param(tuple(LAYERS), marks=pytest.mark.thorough),
+    ],
+    ids=["some kinds", "all kinds"],
+)
+def test_a_pruned_model_is_the_whole_one_with_the_others_banned(names, tmp_path):
+    """The last layer keeps one expert, where tokens had two."""
+    model = tiny_lm(Segment(pattern=(*(LAYERS[n] for n in names), tiny_moe())))
+    spec, params, state = built(model)
+    rng = np.random.default_rng(3)
+    state = jax.tree.map(lambda a: jnp.float32(rng.normal(size=a.shape)) / 4, state)
+    keeps = [*(KEEPS[n % 2] for n in range(len(names))), (5,)]
+    plan = plan_for(model, *keeps)
+    plan.save(tmp_path / "plan.json")
+    steer = Steering.read(tmp_path / "plan.json").arrays(model)
+    pruned = Applied.of(model, plan)
+    small = model_spec(pruned.model)
+    batch = random_batch(2, 16)
+
+    @jax.jit
+    def both(params, state, kept, kept_state, steer):
+        ctx = TASK.context(batch, mode="eval", compute=XLA)
+        masked = dataclasses.replace(ctx, steer=steer)
+        return spec.merge(params, state)(masked), small.merge(kept, kept_state)(ctx)
+
+    masked, compact = both(
+        params, state, pruned.arrays(params), pruned.arrays(state), steer
+    )
+    assert_close(compact[0], masked[0], "float32")
+    without = dict(moe_layers(compact[1]))
+    for path, with_bans in moe_layers(masked[1]):
+        keep = keeps[int(path[3])]  # segments/0/blocks/N
+        load = np.asarray(with_bans["stats"]["load_E"])
+        ids = [*keep, *range(8, load.shape[-1])]
+        assert load.sum() == load[..., ids].sum(), path
+        np.testing.assert_array_equal(load[..., ids], without[path]["stats"]["load_E"])
 
 
 BAD = {

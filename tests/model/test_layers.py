@@ -86,3 +86,18 @@ def test_routers_have_labels_by_layer_and_round():
 def test_no_site_holds_the_path_of_another_segment():
     with pytest.raises(KeyError):
         site_at(sites(MODEL), "segments/10/blocks/0/ffn")
+
+
+def test_the_places_of_more_than_ten_blocks_and_segments_are_kept():
+    """As text, 10 comes before 2: arrays must not go to the wrong module."""
+    ffns = tuple(Dense(hidden=4 + i) for i in range(12))
+    alone = tuple(Segment(pattern=(ffn,)) for ffn in ffns)
+    for segments in ((Segment(pattern=ffns),), alone):
+        spec = model_spec(tiny_lm(*segments))
+        model = spec.merge(spec.params, spec.state)
+        found = [
+            block.ffn.w_out_FD.get_value().shape
+            for segment in model.segments
+            for block in segment.blocks
+        ]
+        assert found == [(1, 4 + i, 16) for i in range(12)]
