@@ -69,6 +69,7 @@ def convert_run(
         cfg.model = conversion.model(cfg.model)
     report |= {"sequences": sequences, "errors": []}
     cfg.init_from = ""  # the new run begins with its own parameters
+    cfg.optim = dataclasses.replace(cfg.optim, prune=None)  # it may have other matrices
     check_run(cfg, to_train=False)
     with new_run(made, flag, say) as hidden:
         old = new = source.loaded  # on the job's devices

@@ -23,6 +23,7 @@ from moex.config.schedule import (
 )
 from moex.model.muon import muon
 from moex.model.paths import flat_paths, path_name
+from moex.model.pruning import PruneRows, prune_rows
 from moex.numbers import exact
 
 
@@ -84,6 +85,7 @@ class Optim(Config):
     spike_factor: float | None = 10.0  # skip updates of norm > factor * mean; None: off
     # (path pattern, learning-rate factor); 0 freezes, a Schedule may do so for a while.
     lr_factors: tuple[tuple[str, float | Schedule], ...] = ()
+    prune: PruneRows | None = None  # set rows of some matrices to 0 while training
 
     def validate(self, path):
         require(
@@ -140,6 +142,8 @@ class Optim(Config):
             self.warmup_steps,
             f"at most {why}",
         )
+        if self.prune is not None:
+            self.prune.validate_steps(steps, f"{path}.prune")
 
 
 def schedule_frac(cfg: Optim, steps: int):
@@ -295,4 +299,8 @@ def make_optimizer(cfg: Optim, steps: int, params, info, kernels=None):
             params,
         )
         tx = optax.partition({"train": tx, "freeze": optax.set_to_zero()}, labels)
+    if cfg.prune is not None:
+        frozen = {path for path, factor in factors.items() if is_always_zero(factor)}
+        where = "config.optim.prune"
+        tx = prune_rows(tx, cfg.prune, steps, params, info, frozen, where)
     return tx, lambda step: cfg.lr * frac(step)

@@ -218,7 +218,32 @@ def lowrank_expert(cfg, x_D, w, e):
     return scale * (x_D @ w["a_EDR"][e] @ w["b_ERD"][e])
 
 
-EXPERTS = {"Glu": glu_expert, "Latent": latent_expert, "LowRank": lowrank_expert}
+def lowrank_glu_expert(cfg, x_D, w, e):
+    """U V + S of gate, up and down; stored rows are the first ones."""
+    F, parts = cfg.hidden, []
+    for i in range(2):
+        matrix_DF = w["a_in_ED2R"][e][:, i] @ w["b_in_E2RF"][e][i]
+        if cfg.rows is None:
+            matrix_DF = matrix_DF + w["residual_in_ED2F"][e][:, i]
+        else:
+            for j in range(cfg.rows[0]):
+                if j // F == i:
+                    matrix_DF[:, j % F] += w["rows_in_EDI"][e][:, j]
+        parts.append(x_D @ matrix_DF)
+    out_FD = w["a_out_EFR"][e] @ w["b_out_ERD"][e]
+    if cfg.rows is None:
+        out_FD = out_FD + w["residual_out_EFD"][e]
+    else:
+        out_FD[:, : cfg.rows[1]] += w["rows_out_EFO"][e]
+    return (silu(parts[0]) * parts[1]) @ out_FD
+
+
+EXPERTS = {
+    "Glu": glu_expert,
+    "Latent": latent_expert,
+    "LowRank": lowrank_expert,
+    "LowRankGlu": lowrank_glu_expert,
+}
 
 
 def zero_expert(cfg, x_D, w, z):

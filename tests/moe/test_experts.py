@@ -16,6 +16,7 @@ from moex.config.base import ConfigError, ConfigWarning, check
 from moex.moe.experts.glu import Glu
 from moex.moe.experts.latent import Latent, latent_ratio
 from moex.moe.experts.lowrank import LowRank
+from moex.moe.experts.lowrank_glu import LowRankGlu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
 from moex.nn.context import Compute
@@ -38,13 +39,16 @@ EXPERTS = {
     "latent, up, own": Latent(hidden=3, latent=3, group=1, ops=("up",)),
     "lowrank": LowRank(rank=2, alpha=3.0),
     "rank one": LowRank(rank=1),
+    "residual": LowRankGlu(hidden=3, rank=2),
+    "stored rows": LowRankGlu(hidden=3, rank=2, rows=(4, 2)),
 }
 T, K, D, E = 9, 2, 5, 4
 
 experts = pytest.mark.parametrize("name", EXPERTS)
 # The default kernels are compiled once; the others are quicker to compile.
 KERNELS = dict.fromkeys(EXPERTS, "xla") | {"glu": None}
-FUSED = [n for n, cfg in EXPERTS.items() if n == "glu" or isinstance(cfg, Latent)]
+FUSED = ["glu", "residual"]
+FUSED += [name for name, cfg in EXPERTS.items() if isinstance(cfg, Latent)]
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +68,11 @@ def inputs():
 
 
 def built(name):
-    """(graphdef, params, state), biases not 0."""
+    """(graphdef, params, state), with nothing at 0."""
     graphdef, params, state = split_module(EXPERTS[name].make(D, E, nnx.Rngs(params=0)))
     rng = np.random.default_rng(4)
     for leaf, value in params.items():
-        if leaf.startswith("bias"):
+        if leaf.startswith(("bias", "residual", "rows")):
             params[leaf] = jnp.asarray(rng.normal(size=value.shape), jnp.float32)
     return graphdef, params, state
 
