@@ -128,24 +128,46 @@ def sequence(kind: str, base: pathlib.Path, out: pathlib.Path, texts) -> dict:
     return {"scores": rows, "figures": figures(rows), "adapters of each task": costs}
 
 
+def of_seed(seed: int, out: pathlib.Path) -> dict:
+    """The results of one seed, whose runs are in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    words, *texts = write_texts(out, seed)
+    base, cfg = out / "base", base_config(seed)
+    cfg.data = data(words)
+    train(cfg, base)
+    results = {"base": scores(base, texts), "kinds": {}}
+    for kind in ("lora", "merged", "moram"):
+        results["kinds"][kind] = sequence(kind, base, out, texts)
+        print(seed, kind, results["kinds"][kind], flush=True)
+    return results
+
+
+def table(results: list[dict]) -> str:
+    """The figures in Markdown: mean ± standard deviation over seeds."""
+    columns = ("learned", "last", "forgetting", "transfer", "average", "bwt")
+    lines = [f"| kind | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for kind in results[0]["kinds"]:
+        own = [one["kinds"][kind]["figures"] for one in results]
+        cells = (np.array([figures[c] for figures in own]) for c in columns)
+        told = " | ".join(f"{cell.mean():.3f} ± {cell.std():.3f}" for cell in cells)
+        lines.append(f"| {kind} | {told} |")
+    base = np.array([one["base"] for one in results]).mean(axis=1)
+    lines.append(f"The base scores {base.mean():.3f} ± {base.std():.3f} on all tasks.")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/moram"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    out = args.out.absolute() / f"seed{args.seed}"
-    out.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(out / "programs"))
-    words, *texts = write_texts(out, args.seed)
-    base, cfg = out / "base", base_config(args.seed)
-    cfg.data = data(words)
-    train(cfg, base)
-    results = {"seed": args.seed, "base": scores(base, texts), "kinds": {}}
-    for kind in ("lora", "merged", "moram"):
-        results["kinds"][kind] = sequence(kind, base, out, texts)
-        print(kind, results["kinds"][kind], flush=True)
+    jax.config.update("jax_compilation_cache_dir", str(args.out / "programs"))
+    results = {}
+    for seed in range(args.seeds):
+        results[f"seed {seed}"] = of_seed(seed, args.out.absolute() / f"seed{seed}")
     text = json.dumps(results, indent=1) + "\n"
     (HERE / "sequence.json").write_text(text, encoding="utf-8")
+    print(table(list(results.values())))
 
 
 if __name__ == "__main__":
