@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moex.adapters.figures import gate_figures, gate_record
 from moex.analysis.header import Header, LayerInfo
 from moex.analysis.trace import Slots, Tokens
 from moex.analysis.writer import TraceWriter, check_new
@@ -17,7 +18,7 @@ from moex.config import base as configs
 from moex.config.base import ConfigError
 from moex.data.files import naming
 from moex.model.layers import Routed, label, routers, site_at, sites
-from moex.model.losses import moe_layers
+from moex.model.losses import adapter_reports, moe_layers
 from moex.model.steering import Steering
 from moex.moe.routing import ExpertRouting
 from moex.progress import phase
@@ -82,16 +83,22 @@ def write_trace(
     header = _header(run, cfg, program.data.domains, logits, steering)
     routed = jax.jit(_routed_step(program, logits))
     counter = TokenCounter(tokens, token_ids=cfg.task.TOKEN_IDS)
-    written = 0
+    written, gates = 0, None
     with jax.set_mesh(run.mesh), TraceWriter(out, header) as writer:
         for batch in program.eval_batches(limit, "tracing"):
             shards = shard_batch(batch, run.mesh)
             with phase("compiling the trace") if not written else nullcontext():
                 arrays = jax.device_get(routed(run.params, run.state, shards, steer))
+            arrays, sums = arrays
+            if gates is not None:
+                sums = jax.tree.map(np.add, gates, sums)
+            gates = sums
             valid_T, found = counter(batch)
             with naming(out):
                 writer.write(found, slots_by_layer(run.cfg.model, arrays, valid_T))
             written += len(found)
+        own = {path: gate_figures(sums) for path, sums in (gates or {}).items()}
+        writer.gates = gate_record(jax.device_get(own))
     return {
         "tokens": written,
         "layers": len(header.layers),
@@ -160,7 +167,9 @@ def _routed_step(program: Evaluated, logits: bool):
             batch, mode="eval", collect=True, compute=compute, steer=steer
         )
         _, aux = task.run(program.spec.merge(params, state), ctx, batch)
-        return routed_layers(aux, logits=logits)
+        reports = adapter_reports(aux)
+        gates = {path: report["sums"] for path, report in reports.items()}
+        return routed_layers(aux, logits=logits), gates
 
     return step
 

@@ -20,11 +20,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moex.analysis.gates import gates_of
 from moex.analysis.header import Header, LayerInfo
 from moex.config.base import ConfigError, nearest, short
+from moex.json_files import parse_object
 from moex.progress import counted
 
 KEY = b"moex.trace"  # key of the header in the metadata of the file
+GATES = b"moex.trace.adapters"  # key of the records of the gates of adapters
 BLOCK = 16384  # tokens of a row group; the last one has what is left
 SHARED = ("example", "position", "document", "token", "domain")
 VALUES = ("gate", "logit", "prob")
@@ -80,6 +83,7 @@ class Trace:
       path: path of the file.
       header: `Header`.
       num_tokens: tokens of the trace, each counted once.
+      gates: the gates of the traced model's adapters by matrix.
     """
 
     def __init__(self, path: pathlib.Path, file: pq.ParquetFile, header: Header):
@@ -93,6 +97,8 @@ class Trace:
                 "wrote the file anew."
             )
         self.num_tokens = sum(self._sizes)
+        told, where = file.metadata.metadata.get(GATES, b"{}"), f"{path}, gates"
+        self.gates = gates_of(parse_object(told, where), where)
         self._check_columns()
 
     def _check_columns(self) -> None:

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moex.analysis.header import Header
-from moex.analysis.trace import BLOCK, KEY, SHARED, VALUES, Chunk, Slots, Tokens
+from moex.analysis.trace import BLOCK, GATES, KEY, SHARED, VALUES, Chunk, Slots, Tokens
 from moex.config.base import ConfigError, require
+from moex.json_files import dump_json
 
 
 class TraceWriter:
@@ -21,6 +22,9 @@ class TraceWriter:
 
     The file has its name only once it is whole: until then it is `FILE.partial`, which
     is removed if the block is left by an exception.
+
+    Attributes:
+      gates: records of the gates of adapters by matrix; they may be set in the block.
 
     Raises:
       ConfigError: if the file exists already, or has no folder to lie in.
@@ -31,6 +35,7 @@ class TraceWriter:
         self.header = header
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._schema = _schema(header)
+        self.gates: dict[str, Any] = {}
         self._waiting: list[Chunk] = []
         self._writer: Any = None
 
@@ -53,6 +58,9 @@ class TraceWriter:
         try:
             if kind is None:
                 self._flush(last=True)
+                if self.gates:
+                    told = {GATES.decode(): dump_json(self.gates)}
+                    self._writer.add_key_value_metadata(told)
             self._writer.close()
             if kind is None:
                 self._partial.rename(self.path)

@@ -37,6 +37,8 @@ class Command(Verb):
 
     def run(self, args, config_args):
         from moex.analysis import output
+        from moex.analysis.gates import by_type as of_types
+        from moex.analysis.gates import table as gate_table
         from moex.analysis.statistics import saturation
         from moex.analysis.summary import analyse, compare
         from moex.analysis.trace import Trace
@@ -49,7 +51,7 @@ class Command(Verb):
             if args.compare is not None:
                 with Trace.open(args.compare) as other:
                     sums = compare(trace, other)
-            found = analyse(trace, markers=args.token or ())
+            found, gates = analyse(trace, markers=args.token or ()), trace.gates
         rows = output.figures(found)
         for label, sums_D2 in sums.items():
             total_D2 = sums_D2.sum(axis=0)[None]
@@ -57,10 +59,16 @@ class Command(Verb):
         if args.out is not None:
             output.save(found, args.out)
         if args.json:
-            print(dump_json({"run": found.run, "step": found.step, "layers": rows}))
+            told = {"run": found.run, "step": found.step, "layers": rows}
+            if gates:
+                by_type = {k: v.tolist() for k, v in of_types(gates).items()}
+                told |= {"adapters_by_type": by_type}
+            print(dump_json(told))
             return
         print(f"{found.run} at step {found.step}, {found.num_tokens:,} tokens:")
         print(output.table(rows))
         for marker, lines in output.marker_lines(found).items():
             print(f"experts of {marker!r} (nPMI, share of its tokens): {lines}")
         print(f"\n{output.legend(rows)}")
+        if gates:
+            print(f"\n{gate_table(gates)}")

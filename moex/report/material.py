@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moex.analysis.gates import GateLog, read_gates
 from moex.config.base import ConfigError
 from moex.model.accounting import Cost, model_cost
 from moex.model.spec import model_spec
@@ -29,6 +30,7 @@ class Material:
     lines: dict[str, dict[int, dict]]
     # Figures by kind, "train" and "eval", of the kinds that were logged.
     routing: dict[str, Routing]
+    gates: dict[str, GateLog]  # of experts inside of adapters, likewise
     environment: list[dict]  # one entry per start of the run
 
     def series(self, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -56,6 +58,7 @@ def read(run: RunDir) -> Material:
         cost=_cost(cfg),
         lines=read_metrics(run.metrics),
         routing=read_routing(run.routing),
+        gates=read_gates(run.adapters),
         environment=read_environment(run),
     )
 

@@ -7,7 +7,7 @@ from moex.analysis.summary import analyse, compare
 from moex.analysis.trace import Trace
 from moex.config.base import ConfigError
 from moex.data.files import atomic_write
-from moex.report import about, routing, tracing, training
+from moex.report import about, gates, routing, tracing, training
 from moex.report.health import examine
 from moex.report.material import read
 from moex.report.page import render
@@ -42,6 +42,7 @@ def write_report(
     sections = [
         training.section(material),
         *routing.sections(material),
+        *gates.sections(material),
         *tracing.sections(found, overlap, whose),
         about.samples(material),
         about.config(material),

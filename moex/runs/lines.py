@@ -107,7 +107,7 @@ def read_metrics(file: pathlib.Path) -> dict[str, dict[int, dict]]:
 
 
 def _checked(line: dict, where: str) -> dict:
-    kind, step = _kind_and_step(line, where)
+    kind, step = kind_and_step(line, where)
     if kind == "sample":
         field(line, "texts", list[str], where)
     if kind not in KINDS:
@@ -127,7 +127,8 @@ def _checked(line: dict, where: str) -> dict:
     return found
 
 
-def _kind_and_step(line: dict, where: str) -> tuple[str, int]:
+def kind_and_step(line: dict, where: str) -> tuple[str, int]:
+    """The kind and the step of a line."""
     kind, step = field(line, "kind", str, where), field(line, "step", int, where)
     require(0 <= step <= LARGEST, f"{where}: step", step, f"in 0 to {LARGEST:,}")
     return kind, step
@@ -178,7 +179,7 @@ def _head(where: str, raw: bytes) -> tuple[str, int]:
     """The kind and the step of a line, without parsing all of it."""
     end = raw.find(b'"layers"')
     text = raw[:end].rstrip().rstrip(b",") + b"}" if end > 0 else raw
-    return _kind_and_step(parse_object(text, where), where)
+    return kind_and_step(parse_object(text, where), where)
 
 
 def _read_kind(file, opened, places: dict, most: int) -> Routing:
