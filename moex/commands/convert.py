@@ -15,6 +15,9 @@ class Command(Verb):
       moex convert runs/dense --to=moe --experts=8 --k=1 --split=4 --layers=every:2 \\
         --workdir=runs/fine
       moex convert runs/moe --to=latent --group=8 --latent=64 --workdir=runs/latent
+      moex convert runs/moe --to=merged --groups=8 --workdir=runs/half
+      moex convert runs/moe --to=merged --groups=8 --write-plan=plan.json
+      moex convert runs/moe --to=merged --plan=plan.json --workdir=runs/half
       moex convert runs/lora --to=folded --workdir=runs/folded
     """
     refuses_config = "takes the config of the run"

@@ -15,7 +15,6 @@ from scipy.optimize import linear_sum_assignment
 
 from moex.convert.plans import Merge
 
-ALIGN = ("dominant", "first", "none")
 # The dim of the hidden units in the parameters of one expert.
 HIDDEN = {"w_in_ED2F": 2, "w_out_EFD": 0, "bias_in_E2F": 1}
 

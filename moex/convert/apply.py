@@ -61,7 +61,6 @@ def convert_run(
     cfg, source = run.config(), Source(run, say)
     made = RunDir(new_folder(target, flag))
     require(sequences >= 0, "--sequences", sequences, ">= 0")
-    folds = all(conversion.of_adapters for conversion in conversions)
     conversions = _ready(source, conversions)
     report: dict[str, Any] = {"to": conversions[-1].kind, "from": str(run)}
     for conversion in conversions:
@@ -79,7 +78,7 @@ def convert_run(
             report |= found
         arrays = {"params": new.params, "state": new.state}
         write_run(hidden, cfg, job, job.tx, job.data, arrays)
-        if folds:  # it leaves as the family that its base came as
+        if all(conversion.keeps_family for conversion in conversions):
             base = Base.read(run).folder if has_base(run.config()) else run
             if base.imported.is_dir():
                 shutil.copytree(base.imported, hidden.imported, dirs_exist_ok=True)

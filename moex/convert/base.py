@@ -16,6 +16,10 @@ from moex.convert import kinds as folder
 
 # Flags that several kinds have: a flag of one name is the same for all of them.
 SHARED: dict[str, dict[str, Any]] = {
+    "layers": dict(
+        help="all, every:N, last:N or numbers such as 0,3, of the layers that can be "
+        "converted; default: all"
+    ),
     "seed": dict(type=integer, help="of random numbers; default: 0"),
     "calibration": dict(
         type=positive,
@@ -40,6 +44,8 @@ class Conversion(abc.ABC):
     may_follow: ClassVar[tuple[str, ...]] = ()
     # Whether it takes runs with adapters, and leaves a model as their base is.
     of_adapters: ClassVar[bool] = False
+    # Whether an imported model stays one of its family.
+    keeps_family: ClassVar[bool] = False
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> Self:

@@ -9,11 +9,36 @@ Jha et al. 2026, arXiv:2604.04356 (REAM), and its code (ream.py).
 L layers · E experts of a layer, which may differ between layers
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 EPS = 1e-7  # the least norm of a vector in a cosine: that of zeros is 0 with all others
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Used:
+    """How the experts of a layer are used: sums over tokens, and rounds of a chain."""
+
+    tokens: int  # that the sums are over
+    count_E: np.ndarray  # slots of each expert
+    gram_EE: np.ndarray  # sums of z z^T of the raw router logits z
+    # Sums of gate * |f_e(x)| over the tokens of each expert, gates divided by their sum
+    # over the slots of a token.
+    gate_norm_E: np.ndarray
+    # Products of the outputs of every two experts: means of f_i(x) f_j(x) over the
+    # same tokens; from a file of sums those of the mean outputs.
+    output_gram_EE: np.ndarray
+    # Sums of g g^T of the gates g, 0 where not chosen; None: from a file of sums.
+    gate_gram_EE: np.ndarray | None = None
+
+    def reap(self) -> np.ndarray:
+        """The mean of gate * |f_e(x)| over the tokens of each expert; 0 for none.
+
+        Source: Lasby et al. 2025, arXiv:2510.13999.
+        """
+        return self.gate_norm_E / np.maximum(self.count_E, 1)
 
 
 def usage(count_E) -> np.ndarray:

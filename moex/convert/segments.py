@@ -14,9 +14,43 @@ from typing import Any
 
 import jax
 
-from moex.config.base import walk
+from moex.config.base import ConfigError, require, walk
 from moex.model.layers import sites
 from moex.moe.contract import RouterConfig
+
+
+def chosen_layers(layers: str, able: list[int], kind: str) -> list[int]:
+    """Numbers of the layers that `--layers` names.
+
+    Args:
+      layers: "all"; "every:N", the N-th of the layers that can be converted and every
+        N-th after it; "last:N", the last N of them; or numbers between commas, counted
+        from 0 over all layers of the model.
+      able: numbers of the layers that can be converted, rising.
+      kind: what these are, such as "dense", for messages.
+
+    Raises:
+      ConfigError: if it is none of these, or names another layer.
+    """
+    how, _, count = layers.partition(":")
+    if layers == "all":
+        return able
+    if how in ("every", "last"):
+        fits = count.isdecimal() and 1 <= int(count) <= len(able)
+        allowed = f"{how}:N with N in [1, {len(able)}], the number of {kind} layers"
+        require(fits, "--layers", layers, allowed)
+        n = int(count)
+        return able[n - 1 :: n] if how == "every" else able[-n:]
+    parts = layers.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(
+            f"--layers = {layers!r}: must be all, every:N, last:N or numbers of layers "
+            "such as 0,3."
+        )
+    for number in map(int, parts):
+        allowed = f"among the {kind} layers, " + ", ".join(map(str, able))
+        require(number in able, "--layers", number, allowed)
+    return sorted(set(map(int, parts)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 
 from moex.config.base import ConfigError
 from moex.convert.kinds.moe import Upcycle
-from moex.convert.segments import Piece, cut, cut_arrays, cut_model
-from moex.convert.upcycle import chosen_layers, layer_of_dense, moe_of_dense
+from moex.convert.segments import Piece, chosen_layers, cut, cut_arrays, cut_model
+from moex.convert.upcycle import layer_of_dense, moe_of_dense
 from moex.model.layers import layers as layers_of
 from moex.nn.mlp import Dense
 from moex.progress import phase
@@ -27,7 +27,7 @@ def pieces(model, layers: str) -> list[Piece]:
     ]
     if not dense:
         raise ConfigError("config.model: has no dense layer; there is none to upcycle.")
-    return cut(model, dict.fromkeys(chosen_layers(layers, dense), True))
+    return cut(model, dict.fromkeys(chosen_layers(layers, dense, "dense"), True))
 
 
 def moe_model(model, options: Upcycle):

@@ -9,46 +9,13 @@ F hidden width, of one expert F / g
 
 import numpy as np
 
-from moex.config.base import ConfigError, require
+from moex.config.base import require
 from moex.convert.kinds.moe import Upcycle
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE, split_experts
 from moex.moe.routers.topk import TopK
 from moex.nn.mlp import Dense
 from moex.numbers import exact
-
-
-def chosen_layers(layers: str, dense: list[int]) -> list[int]:
-    """Numbers of the layers that become MoE layers.
-
-    Args:
-      layers: "all"; "every:N", the N-th dense layer and every N-th after it; "last:N",
-        the last N dense layers; or numbers between commas, counted from 0 over all
-        layers of the model.
-      dense: numbers of the dense layers, rising.
-
-    Raises:
-      ConfigError: if it is none of these, or names a layer that is not dense.
-    """
-    kind, _, count = layers.partition(":")
-    if layers == "all":
-        return dense
-    if kind in ("every", "last"):
-        fits = count.isdecimal() and 1 <= int(count) <= len(dense)
-        allowed = f"{kind}:N with N in [1, {len(dense)}], the number of dense layers"
-        require(fits, "--layers", layers, allowed)
-        n = int(count)
-        return dense[n - 1 :: n] if kind == "every" else dense[-n:]
-    parts = layers.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise ConfigError(
-            f"--layers = {layers!r}: must be all, every:N, last:N or numbers of layers "
-            "such as 0,3."
-        )
-    for number in map(int, parts):
-        allowed = "among the dense layers, " + ", ".join(map(str, dense))
-        require(number in dense, "--layers", number, allowed)
-    return sorted(set(map(int, parts)))
 
 
 def moe_of_dense(dense: Dense, options: Upcycle, where: str) -> MoE:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moex.convert.align import ALIGN, matching, mean, merged, one_expert, reordered
+from moex.convert.align import matching, mean, merged, one_expert, reordered
+from moex.convert.kinds.merged import ALIGN
 from moex.convert.merge import (
     adaptive_groups,
     error_bound,

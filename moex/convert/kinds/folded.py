@@ -12,7 +12,7 @@ class Folded(Conversion):
 
     kind = "folded"
     about = "LoRA adapters become part of the matrices of their base"
-    of_adapters = True
+    of_adapters = keeps_family = True
 
     def check(self):
         pass  # it has no options

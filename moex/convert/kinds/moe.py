@@ -44,9 +44,7 @@ class Upcycle(Conversion):
             help="what makes up for the gates of --split: gates or weights; default: "
             "gates"
         ),
-        "layers": dict(
-            help="all, every:N, last:N or numbers such as 0,3; default: all"
-        ),
+        "layers": SHARED["layers"],
         "seed": SHARED["seed"],
     }
     needed = dict.fromkeys(("experts", "k"), "dense layers need it.")

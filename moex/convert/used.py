@@ -1,0 +1,197 @@
+"""How the experts of a trained model are used: `merge.Used` of every MoE layer.
+
+Either from training batches, or from a file of `moex trace --sums`.
+
+B batch · L length · T = B * L tokens · S sampled tokens · R copies of a layer · C chain
+rounds · E experts · D width
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moex.analysis.sums import Sums
+from moex.config.base import ConfigError
+from moex.convert.merge import Used
+from moex.model.layers import sites
+from moex.model.losses import moe_layers
+from moex.moe.parallel import Rows, run_experts
+from moex.moe.routing import Routing
+from moex.progress import counted
+from moex.runs.base import base_hash
+from moex.runs.open import LoadedRun
+from moex.sharding import shard_batch
+from moex.train.job import Job
+
+SAMPLED = 1024  # tokens of a batch for which all experts are computed
+EXACT = jax.lax.Precision.HIGHEST
+
+
+class Counter:
+    """Reads training batches, and adds up how a model uses its experts.
+
+    Args:
+      run: the model; `used` takes other parameters for it.
+      job: for its training batches, from the first on, and how to compute.
+      sequences: the least number of sequences to read, in whole batches.
+    """
+
+    def __init__(self, run: LoadedRun, job: Job, sequences: int):
+        self._run, self._job = run, job
+        self._num_batches = -(-sequences // job.cfg.batch_size)
+        self._sites = [site for site in sites(run.cfg.model) if site.sparse is not None]
+        self._step = jax.jit(self._sums)
+
+    def used(self, params) -> dict[int, Used]:
+        """The sums of every MoE layer, by its number."""
+        total: dict = {}
+        with jax.set_mesh(self._job.mesh):
+            batches = itertools.islice(self._job.batches(0), self._num_batches)
+            doing = "reading training sequences"
+            for batch in counted(batches, doing, self._num_batches, "batches"):
+                batch = shard_batch(batch, self._job.mesh)
+                sums = jax.device_get(self._step(params, self._run.state, batch))
+                sums = jax.tree.map(np.float64, sums)
+                total = jax.tree.map(np.add, total, sums) if total else sums
+        found = {}
+        for site in self._sites:
+            for r, number in enumerate(site.numbers):
+                own = {k: v[r] for k, v in total[site.sparse.path].items()}
+                _check_finite(own, number)
+                own["output_gram_EE"] /= max(own.pop("sampled"), 1.0)
+                tokens = round(float(own.pop("tokens")))
+                own["count_E"] = np.rint(own["count_E"])
+                found[number] = Used(tokens=tokens, **own)
+        return found
+
+    def _sums(self, params, state, batch):
+        task, run = self._job.cfg.task, self._run
+        how = self._job.compute(train=False)
+        ctx = task.context(batch, mode="eval", collect=True, compute=how)
+        model = run.spec.merge(params, state)
+        _, aux = task.run(model, ctx, batch)
+        layers = {"/".join(path): layer for path, layer in moe_layers(aux)}
+        found = {}
+        for site in self._sites:
+            path = site.sparse.path
+            stack = _module(model, path).experts
+            E, copies = site.sparse.moe.num_experts, []
+            for r in range(site.repeat):
+                experts = jax.tree.map(lambda a, r=r: a[r], stack)
+                own = jax.tree.map(lambda a, r=r: a[r], layers[path])
+                rounds = [_of_round(own, t) for t in range(len(site.sparse.routers))]
+                sums = [_layer_sums(experts, one, E, ctx) for one in rounds]
+                copies.append(jax.tree.map(lambda *a: sum(a), *sums))
+            found[path] = jax.tree.map(lambda *a: jnp.stack(a), *copies)
+        return found
+
+
+def _module(model, path: str):
+    for name in path.split("/"):
+        model = model[int(name)] if name.isdecimal() else getattr(model, name)
+    return model
+
+
+def _of_round(layer: dict, t: int) -> tuple:
+    """(trace, logits, input) of a round; a layer without a chain has one."""
+    if str(t) in layer["trace"]:
+        return layer["trace"][str(t)], layer["scores"]["logits"][t], layer["inputs"][t]
+    return layer["trace"], layer["scores"]["logits"], layer["inputs"]
+
+
+def _layer_sums(experts, of_round, E, ctx) -> dict:
+    """The sums of one router over a batch, float32."""
+    trace, logits_TX, x_BLD = of_round
+    valid_T = ctx.valid_BL.reshape(-1)
+    gate_TE = _gates(trace, logits_TX.shape)[:, :E]
+    logits_TE = jnp.where(valid_T[:, None], logits_TX[:, :E], 0.0)
+    total_T1 = jnp.sum(gate_TE, axis=1, keepdims=True)
+    share_TE = gate_TE / jnp.where(total_T1 > 0, total_T1, 1.0)
+    stride = -(-valid_T.size // SAMPLED)  # every device keeps its rows
+    seen = jnp.zeros(ctx.valid_BL.shape, bool).at[:, ::stride].set(True)
+    x_SD = x_BLD[:, ::stride].reshape(-1, x_BLD.shape[-1])
+    seen_S = ctx.valid_BL[:, ::stride].reshape(-1)
+    share_SE = share_TE.reshape(*seen.shape, E)[:, ::stride].reshape(-1, E)
+    y_ESD = jnp.where(seen_S[None, :, None], _outputs(experts, x_SD, E, ctx), 0.0)
+    norm_SE = jnp.linalg.norm(y_ESD, axis=2).T
+    # The norms are known for some of the tokens: their sum stands for all of them.
+    count_E = jnp.sum(gate_TE > 0, axis=0, dtype=jnp.float32)
+    found_E = jnp.sum(share_SE > 0, axis=0, dtype=jnp.float32)
+    scale_E = count_E / jnp.maximum(found_E, 1.0)
+    return {
+        "tokens": jnp.sum(valid_T, dtype=jnp.float32),
+        "sampled": jnp.sum(seen_S, dtype=jnp.float32),
+        "count_E": count_E,
+        "gram_EE": jnp.dot(logits_TE.T, logits_TE, precision=EXACT),
+        "gate_norm_E": jnp.sum(share_SE * norm_SE, axis=0) * scale_E,
+        "gate_gram_EE": jnp.dot(gate_TE.T, gate_TE, precision=EXACT),
+        "output_gram_EE": jnp.einsum("esd,fsd->ef", y_ESD, y_ESD, precision=EXACT),
+    }
+
+
+def _gates(trace, shape):
+    """The gate of every token and expert, 0 where it is not chosen: float32[T, E]."""
+    gate = jnp.where(trace["keep"], trace["gate"], 0.0)
+    rows, columns = (jnp.arange(n)[:, None] for n in shape)
+    at = (rows, trace["expert"]) if "expert" in trace else (trace["token"], columns)
+    return jnp.zeros(shape).at[at].add(gate)
+
+
+def _outputs(experts, x_SD, E, ctx):
+    """The outputs of every expert for all tokens, float32[E, S, D]."""
+    S = len(x_SD)
+
+    def outputs(e):
+        one = Routing(
+            expert_TK=jnp.full((S, 1), e, jnp.int32),
+            gate_TK=jnp.ones((S, 1)),
+            keep_TK=jnp.ones((S, 1), bool),
+            logits_TE=jnp.zeros((S, E)),
+            probs_TE=jnp.zeros((S, E)),
+        )
+        y_SD, _ = run_experts(experts, x_SD, one, E, ctx, rows=Rows())
+        return y_SD.astype(jnp.float32)
+
+    return jax.lax.map(outputs, jnp.arange(E, dtype=jnp.int32))
+
+
+def used_of_sums(sums: Sums, model, where: str) -> dict[int, Used]:
+    """The same from recorded sums, without the gates of pairs.
+
+    Outputs are compared by the mean of each expert over its own tokens.
+
+    Raises:
+      ConfigError: if they are of another model.
+    """
+    if sums.base != base_hash(model):
+        raise ConfigError(
+            f"{where}: the sums are of another model ({sums.run}): names or shapes of "
+            "parameters differ."
+        )
+    parts: dict[int, dict] = {}
+    tokens: dict[int, int] = {}
+    for own in sums.layers.values():
+        E = own.info.num_experts
+        assert own.gram_EE is not None and own.output_ED is not None
+        one = {"count_E": own.count_E[:E], "gate_norm_E": own.gate_norm_E[:E]}
+        one |= {"gram_EE": own.gram_EE[:E, :E], "output_ED": own.output_ED[:E]}
+        before = parts.get(own.layer)  # another round of a chain
+        parts[own.layer] = one if before is None else jax.tree.map(np.add, one, before)
+        tokens[own.layer] = own.tokens
+    found = {}
+    for number, one in parts.items():
+        _check_finite(one, number)
+        mean_ED = one.pop("output_ED") / np.maximum(one["count_E"], 1)[:, None]
+        gram_EE = mean_ED @ mean_ED.T
+        found[number] = Used(tokens=tokens[number], output_gram_EE=gram_EE, **one)
+    return found
+
+
+def _check_finite(parts: dict, number: int) -> None:
+    for name, value in parts.items():
+        if not np.isfinite(value).all():
+            raise ConfigError(
+                f"layer {number}: {name} is not finite: has the run diverged?"
+            )
