@@ -24,6 +24,7 @@ from moex.interop.folder import (
 )
 from moex.interop.hf import RECORD
 from moex.interop.names import Piece, pieces
+from moex.interop.stored import Copies, written_out
 from moex.interop.tokens import (
     SETTINGS,
     chat_files,
@@ -88,6 +89,7 @@ def export_hf(place: Place, out, *, dtype: str | None = None, say=print) -> dict
 
     An imported run leaves as its family, each tensor in the dtype and the file it came
     in. Any other run leaves as the closest family, or is refused with the reason.
+    Experts that share weights are written out for each choice.
 
     Args:
       place: run directory.
@@ -111,12 +113,18 @@ def export_hf(place: Place, out, *, dtype: str | None = None, say=print) -> dict
     require_token_ids(cfg, "moex export-hf")
     check_no_adapters(run, "moex export-hf", " (--adapter writes them alone)")
     target = new_folder(out, f"--out={out}")
+    cfg.model = written_out(cfg.model)
     config, files, dtypes, index = description(run, cfg)
     family = FAMILIES[config["model_type"]]
     wanted = list(pieces(cfg.model, family.names))
     loaded = load_run(run, warn=say)
     state = flat_paths(loaded.state)
-    arrays = flat_paths(loaded.params) | state
+    copies = Copies(loaded.cfg.model, flat_paths(loaded.params) | state)
+    if copies:
+        say(
+            "experts that share weights are written out for each choice: the folder is "
+            "not smaller than without sharing"
+        )
     before = config.pop("torch_dtype", None)  # its name up to transformers 4
     config["dtype"] = dtype or config.get("dtype") or before or "float32"
 
@@ -128,7 +136,7 @@ def export_hf(place: Place, out, *, dtype: str | None = None, say=print) -> dict
             piece.name,
             piece.shape,
             kind,
-            lambda: tensor_of(piece, arrays[piece.path], kind),
+            lambda: tensor_of(*copies.of(piece), kind),
         )
 
     files["config.json"] = json.dumps(config, indent=2) + "\n"
