@@ -81,7 +81,7 @@ def make_plan(run, counter, used, options: Merged) -> Plan:
             [usage(used[n].count_E) for n in places], options.groups
         )
         counts = dict(zip(places, found, strict=True))
-    params, plans = run.params, []
+    params, plans, first = run.params, [], used
     with phase("grouping experts", len(places), "layers") as at:
         for number, (site, r) in places.items():
             if options.method == "ream" and counter is not None and plans:
@@ -94,6 +94,7 @@ def make_plan(run, counter, used, options: Merged) -> Plan:
                 params = _with_copies(params, site, r, plans[-1], options.align)
             at.add(1)
     how = {name: getattr(options, name) for name in options.HOW}
+    how["pairs"] = bounds(plans, first)
     return Plan(
         kind="merge",
         run=str(run.folder),
@@ -260,12 +261,12 @@ def _with_new(tree: dict, path: tuple[str, ...], value):
     return tree | {path[0]: _with_new(tree.get(path[0], {}), path[1:], value)}
 
 
-def bounds(plan: Plan, used: dict[int, Used]) -> list[dict]:
+def bounds(plans: list[Merge], used: dict[int, Used]) -> list[dict]:
     """The least error of each merged pair, of an expert and its dominant one."""
     rows = []
-    for own in plan.layers:
-        seen = used.get(own.layer)
-        if seen is None or seen.gate_gram_EE is None:
+    for own in plans:
+        seen = used[own.layer]
+        if seen.gate_gram_EE is None:
             continue
         sums = (seen.gate_gram_EE, seen.output_gram_EE, seen.tokens)
         rows += [
@@ -273,7 +274,7 @@ def bounds(plan: Plan, used: dict[int, Used]) -> list[dict]:
                 "layer": own.layer,
                 "dominant": dominant,
                 "expert": e,
-                "bound": error_bound(dominant, e, *sums),
+                "bound": float(f"{error_bound(dominant, e, *sums):.6g}"),
             }
             for group, dominant in zip(own.groups, own.dominant, strict=True)
             for e in group

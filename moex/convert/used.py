@@ -20,7 +20,6 @@ from moex.model.losses import moe_layers
 from moex.moe.parallel import Rows, run_experts
 from moex.moe.routing import Routing
 from moex.progress import counted
-from moex.runs.base import base_hash
 from moex.runs.open import LoadedRun
 from moex.sharding import shard_batch
 from moex.train.job import Job
@@ -157,19 +156,14 @@ def _outputs(experts, x_SD, E, ctx):
     return jax.lax.map(outputs, jnp.arange(E, dtype=jnp.int32))
 
 
-def used_of_sums(sums: Sums, model, where: str) -> dict[int, Used]:
+def used_of_sums(sums: Sums) -> dict[int, Used]:
     """The same from recorded sums, without the gates of pairs.
 
     Outputs are compared by the mean of each expert over its own tokens.
 
     Raises:
-      ConfigError: if they are of another model.
+      ConfigError: if a sum is not finite.
     """
-    if sums.base != base_hash(model):
-        raise ConfigError(
-            f"{where}: the sums are of another model ({sums.run}): names or shapes of "
-            "parameters differ."
-        )
     parts: dict[int, dict] = {}
     tokens: dict[int, int] = {}
     for own in sums.layers.values():

@@ -20,7 +20,6 @@ from moex.convert.kinds.merged import Merged
 from moex.convert.merge import Used, error_bound
 from moex.convert.plans import Merge, Plan
 from moex.convert.to_merged import (
-    bounds,
     make_plan,
     mergeable,
     merged_arrays,
@@ -245,7 +244,7 @@ MISTAKES = {
     },
     "--align = 'all': must be one of": {"groups": 2, "align": "all"},
     "--method = 'reap': must be one of": {"groups": 2, "method": "reap"},
-    "--budget = 'adaptive': must be uniform in REAM": {
+    "--budget = 'adaptive': must be uniform with --method=ream": {
         "groups": 2,
         "method": "ream",
         "budget": "adaptive",
@@ -256,7 +255,7 @@ MISTAKES = {
         "budget": "uniform",
     },
     "--layers = 1: must be among the MoE layers, 0, 2": {"groups": 2, "layers": "1"},
-    "--groups: makes a plan; omit it with --plan": {"groups": 2, "plan": "p.json"},
+    "--groups: is for making a plan": {"groups": 2, "plan": "p.json"},
 }
 
 
@@ -302,15 +301,14 @@ def test_a_plan_has_all_layers_and_how_it_was_made():
     assert [len(own.groups) for own in plan.layers] == [3, 3]
     assert plan.how["groups"] == 3 and plan.how["budget"] == "adaptive"
     plan.check(model, "here")
-    found = bounds(plan, even)
+    found = plan.how["pairs"]
     assert len(found) == 2 * 3
     row = found[0]
     sums = (even[0].gate_gram_EE, even[0].output_gram_EE, 30)
-    assert row["bound"] == error_bound(row["dominant"], row["expert"], *sums)
-    nothing = {
-        n: dataclasses.replace(own, gate_gram_EE=None) for n, own in even.items()
-    }
-    assert bounds(plan, nothing) == []
+    bound = error_bound(row["dominant"], row["expert"], *sums)
+    assert row["bound"] == pytest.approx(bound, rel=1e-5)
+    blind = {n: dataclasses.replace(u, gate_gram_EE=None) for n, u in even.items()}
+    assert make_plan(run, None, blind, options(groups=3)).how["pairs"] == []
 
 
 def test_recorded_sums_tell_the_same_for_all_rounds_of_a_chain():
@@ -333,18 +331,17 @@ def test_recorded_sums_tell_the_same_for_all_rounds_of_a_chain():
         rounds[info.label] = LayerSums(info=info, tokens=20, threshold=0.5, **sums)
     facts = {"run": "a", "step": 1, "digest": None, "data": {}, "domains": ()}
     facts |= {"markers": (), "pool": None, "by_domain": {}, "layers": rounds}
-    own = used_of_sums(Sums(base=base_hash(model), **facts), model, "sums")[0]
+    sums = Sums(base=base_hash(model), **facts)
+    own = used_of_sums(sums)[0]
     one, two = rounds.values()
     np.testing.assert_array_equal(own.count_E, one.count_E + two.count_E)
     np.testing.assert_array_equal(own.gram_EE, one.gram_EE + two.gram_EE)
     mean_ED = (one.output_ED + two.output_ED) / own.count_E[:, None]
     np.testing.assert_allclose(own.output_gram_EE, mean_ED @ mean_ED.T)
     assert own.gate_gram_EE is None
-    with pytest.raises(ConfigError, match=r"sums: the sums are of another model \(a\)"):
-        used_of_sums(Sums(base="0", **facts), model, "sums")
     one.gram_EE[0, 0] = np.nan
     with pytest.raises(ConfigError, match="layer 0: gram_EE is not finite"):
-        used_of_sums(Sums(base=base_hash(model), **facts), model, "sums")
+        used_of_sums(sums)
 
 
 @pytest.mark.thorough

@@ -1,5 +1,7 @@
 """Segments that are cut compute the same, to the bit."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -14,6 +16,8 @@ MODEL = tiny_lm(
     Segment(pattern=(tiny_moe(4, shared=None), Dense(hidden=8)), repeat=3),
     Segment(pattern=(tiny_moe(3, shared=None),), repeat=2),
 )
+# XLA fuses the body of a loop in other ways than that of a layer without a loop.
+UNROLLED = dataclasses.replace(XLA, scan_layers=False)
 CUT = {0: "a", 4: "b", 6: "a", 7: "a"}
 
 
@@ -34,7 +38,7 @@ def test_a_model_that_is_cut_computes_the_same_to_the_bit():
 
         @jax.jit
         def run(params, state):
-            ctx = TASK.context(batch, mode="eval", compute=XLA)
+            ctx = TASK.context(batch, mode="eval", compute=UNROLLED)
             return spec.merge(params, state)(ctx)[0]
 
         return np.asarray(run(params, state))
