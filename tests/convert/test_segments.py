@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from moex.convert.segments import cut, cut_arrays, cut_model
 from moex.model.paths import flat_paths
@@ -29,6 +30,7 @@ def test_equal_neighbours_stay_in_one_segment():
     assert [s.repeat for s in cut_model(MODEL, cut(MODEL, even)).layers] == [3, 2]
 
 
+@pytest.mark.thorough
 def test_a_model_that_is_cut_computes_the_same_to_the_bit():
     _, params, state = built(MODEL)
     batch = random_batch(2, 16)
