@@ -56,12 +56,20 @@ class MarkerFinder:
     Args:
       markers: the markers.
       vocabulary, where: as for `token_ids`.
+      start: the text of a token: what stands before the first of them in a document is
+        its prompt, and does not count; None: all tokens count.
 
     Raises:
       ConfigError: for a marker that is no token.
     """
 
-    def __init__(self, markers: Sequence[Marker], vocabulary: Sequence[str], where):
+    def __init__(
+        self,
+        markers: Sequence[Marker],
+        vocabulary: Sequence[str],
+        where,
+        start: str | None = None,
+    ):
         self.markers = tuple(markers)
         begins = [marker.begin for marker in markers]
         self._begin_R = token_ids(begins, vocabulary, where)
@@ -69,14 +77,15 @@ class MarkerFinder:
         self._end_R = token_ids(ends, vocabulary, where)
         for marker, begin, end in zip(markers, self._begin_R, self._end_R, strict=True):
             if marker.end is not None and begin == end:
-                raise ConfigError(
-                    f"{str(marker)!r}: a span must begin and end with different tokens."
-                )
+                told = "a span must begin and end with different tokens"
+                raise ConfigError(f"{str(marker)!r}: {told}.")
+        starts = [] if start is None else [start]
+        self._start = [int(i) for i in token_ids(starts, vocabulary, where)]
         self._open_R = np.zeros(len(begins), bool)
-        self._document = -1
+        self._started, self._document = False, -1
 
-    def __call__(self, token_N, document_N) -> np.ndarray:
-        """bool[R, N]: the positions of each marker in the next piece.
+    def __call__(self, token_N, document_N) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of each marker, bool[R, N], and those that count, bool[N].
 
         Args:
           token_N: token ids.
@@ -84,25 +93,28 @@ class MarkerFinder:
             together, and one that goes on in the next piece keeps its number.
         """
         found_RN = np.zeros((len(self.markers), len(token_N)), bool)
+        counted_N = np.ones(len(token_N), bool)
         if len(token_N) == 0:
-            return found_RN
+            return found_RN, counted_N
         first_N = np.diff(document_N, prepend=self._document) != 0
         for r, marker in enumerate(self.markers):
+            begins_N = token_N == self._begin_R[r]
             if marker.end is None:
-                found_RN[r] = token_N == self._begin_R[r]
-            else:
-                found_RN[r] = self._span(r, token_N, first_N)
+                found_RN[r] = begins_N
+                continue
+            ends_N = first_N | (token_N == self._end_R[r])
+            inside_N = _inside(begins_N, ends_N, self._open_R[r])
+            found_RN[r], self._open_R[r] = inside_N & ~begins_N, inside_N[-1]
+        for token in self._start:
+            counted_N = _inside(token_N == token, first_N, self._started)
+            self._started = bool(counted_N[-1])
         self._document = int(document_N[-1])
-        return found_RN
+        return found_RN & counted_N, counted_N
 
-    def _span(self, r: int, token_N, first_N) -> np.ndarray:
-        begins_N = token_N == self._begin_R[r]
-        ends_N = token_N == self._end_R[r]
-        # The last of these events before a token, or at it, says whether it is inside.
-        event_N = np.where(begins_N, 1, np.where(ends_N | first_N, 0, -1))
-        place_N = np.maximum.accumulate(
-            np.where(event_N >= 0, np.arange(len(event_N)), -1)
-        )
-        open_N = np.where(place_N >= 0, event_N[place_N] == 1, self._open_R[r])
-        self._open_R[r] = open_N[-1]
-        return open_N & ~begins_N
+
+def _inside(begins_N, ends_N, is_open: bool) -> np.ndarray:
+    """bool[N]: whether the last event up to here is a begin; `is_open`: before all."""
+    event_N = np.where(begins_N, 1, np.where(ends_N, 0, -1))
+    place_N = np.where(event_N >= 0, np.arange(len(event_N)), -1)
+    place_N = np.maximum.accumulate(place_N)
+    return np.where(place_N >= 0, event_N[place_N] == 1, is_open)

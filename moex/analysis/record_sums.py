@@ -203,7 +203,7 @@ class _Reader:
         for batch in self._batches():
             valid_T, found = counter(batch)
             marked_TR = np.zeros((len(valid_T), len(self._markers)), bool)
-            marked_TR[valid_T] = finder(found.token_N, found.document_N).T
+            marked_TR[valid_T] = finder(found.token_N, found.document_N)[0].T
             segment_BL = np.where(
                 valid_T.reshape(batch["segment"].shape), batch["segment"], 0
             )

@@ -141,15 +141,30 @@ def test_markers_are_found_across_pieces_and_end_with_their_document():
     for cut in range(len(text) + 1):
         finder = MarkerFinder((token, span), VOCABULARY, "t")
         parts = [slice(0, cut), slice(cut, None)]
-        found_RN = np.concatenate([finder(token_N[p], document_N[p]) for p in parts], 1)
+        pieces = [finder(token_N[p], document_N[p])[0] for p in parts]
+        found_RN = np.concatenate(pieces, axis=1)
         for marked_N, row in zip(found_RN, want, strict=True):
             told = [c if m else "." for c, m in zip(text, marked_N, strict=True)]
             assert "".join(told) == row, cut
 
 
+def test_what_stands_before_the_start_of_a_document_does_not_count():
+    token_N = np.array([0, 2, 1, 3, 0, 1, 2, 1])
+    document_N = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    for cut in range(9):
+        finder = MarkerFinder([Marker("b")], VOCABULARY, "t", start="<")
+        parts = [slice(0, cut), slice(cut, None)]
+        pieces = [finder(token_N[p], document_N[p]) for p in parts]
+        found_RN, counted_N = (
+            np.concatenate(own, axis=-1) for own in zip(*pieces, strict=True)
+        )
+        assert np.flatnonzero(counted_N).tolist() == [1, 2, 3, 6, 7], cut
+        assert np.flatnonzero(found_RN[0]).tolist() == [2, 7], cut
+
+
 def test_a_marker_is_a_token_or_its_number():
     finder = MarkerFinder([Marker("#3")], VOCABULARY, "t")
-    assert finder(np.array([3, 2]), np.zeros(2, int)).tolist() == [[True, False]]
+    assert finder(np.array([3, 2]), np.zeros(2, int))[0].tolist() == [[True, False]]
     for text in ("", "c", "#5", "#x"):
         with pytest.raises(ConfigError, match="not one token of the vocabulary of t"):
             MarkerFinder([Marker(text)], VOCABULARY, "t")
