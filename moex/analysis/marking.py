@@ -12,9 +12,9 @@ from moex.analysis import scores
 from moex.analysis import statistics as stats
 from moex.analysis.header import LayerInfo
 from moex.analysis.markers import Marker, MarkerFinder
-from moex.analysis.sums import LayerSums
-from moex.analysis.trace import Chunk
-from moex.config.base import ConfigError
+from moex.analysis.sums import LayerSums, Sums
+from moex.analysis.trace import Chunk, Trace
+from moex.config.base import ConfigError, nearest
 from moex.model.steering import LayerSteering, Steering
 
 # The share of a marker's positions that an expert must have, where its weight is above
@@ -35,6 +35,47 @@ class Counts:
         """Add the counts of another text, or of another round."""
         for f in dataclasses.fields(self):
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+
+def read_counts(
+    path, markers: Sequence[Marker], start: str | None
+) -> dict[int, Counts]:
+    """The counts of each layer, by its number, from a trace or from sums (.npz).
+
+    Args:
+      path: the file.
+      markers: tokens and spans; sums have those that were recorded.
+      start: as for `MarkerFinder`; for traces.
+
+    Raises:
+      ConfigError: if it is neither, or does not have these markers.
+    """
+    if str(path).endswith(".npz"):
+        return _recorded(Sums.read(path), path, markers, start)
+    with Trace.open(path) as trace:
+        finder = MarkerFinder(markers, trace.vocabulary, path, start)
+        found = count_chunks(trace.layers.values(), trace.chunks(values=()), finder)
+    if not any(own.tokens for own in found.values()):
+        missing = "no tokens" if start is None else f"no token {start!r}"
+        raise ConfigError(f"{path}: the trace has {missing}.")
+    return found
+
+
+def _recorded(sums: Sums, path, markers, start) -> dict[int, Counts]:
+    if start is not None:
+        raise ConfigError(f"{path}: sums count all tokens; --from is for traces.")
+    known = [str(marker) for marker in sums.markers]
+    for marker in map(str, markers):
+        if marker not in known:
+            raise ConfigError(
+                f"{path}: the sums do not count {marker!r}.{nearest(marker, known)} "
+                "`moex trace --sums --marker` says which markers are counted."
+            )
+    rows = [known.index(str(marker)) for marker in markers]
+    found = count_sums(sums.layers)
+    for own in found.values():
+        own.hits_RE, own.total_R = own.hits_RE[rows], own.total_R[rows]
+    return found
 
 
 def count_chunks(

@@ -8,6 +8,8 @@ import math
 
 import numpy as np
 
+from moex.analysis.markers import Marker
+from moex.analysis.sums import LayerSums, Sums
 from moex.analysis.trace import Header, LayerInfo, Slots, Tokens
 from moex.analysis.writer import TraceWriter
 
@@ -82,6 +84,64 @@ def write(path, chunks, **fields):
 def random_chunk(rng, n, *, logits=False):
     layers = {i.label: random_slots(rng, n, i, logits=logits) for i in INFOS}
     return random_tokens(rng, n), layers
+
+
+# Sums.
+
+SUMMED = {"001": 4, "002.1": 6, "002.2": 6}
+
+
+def layer_sums(label: str, after: int | None, rng, *, whole=True) -> LayerSums:
+    """Random sums of 50 tokens, for a layer of width 3 and two markers."""
+    number, _, chain_round = label.partition(".")
+    E = SUMMED[label]
+    info = LayerInfo(
+        layer=int(number),
+        round=int(chain_round or 0),
+        num_experts=4,
+        num_choices=E,
+        slots=2,
+        router="TopK",
+    )
+    floats = ("gate_E", "norm_E", "gate_norm_E", "logit_E", "tcess_E", "peu_E")
+    own: dict = {name: rng.normal(size=E) for name in floats}
+    if whole:
+        own |= {
+            "gram_EE": rng.normal(size=(E, E)),
+            "output_ED": rng.normal(size=(E, 3)),
+        }
+        if after is not None:
+            own["transitions_AB"] = rng.integers(0, 9, (E, after))
+    return LayerSums(
+        info=info,
+        tokens=50,
+        count_E=rng.integers(0, 50, E),
+        marker_count_RE=rng.integers(0, 9, (2, E)),
+        marker_total_R=np.array([9, 10]),
+        threshold=0.75,
+        **own,
+    )
+
+
+def random_sums(seed=0) -> Sums:
+    rng = np.random.default_rng(seed)
+    following = dict(zip(SUMMED, [6, 6, None], strict=True))
+
+    def every(**options):
+        return {n: layer_sums(n, k, rng, **options) for n, k in following.items()}
+
+    return Sums(
+        run="runs/a",
+        step=7,
+        digest=None,
+        base="abc",
+        data={"seq_len": 8},
+        domains=("web", "code/*.py"),
+        markers=(Marker("<think>"), Marker("<think>", "</think>")),
+        pool=None,
+        layers=every(),
+        by_domain={name: every(whole=False) for name in ("web", "code/*.py")},
+    )
 
 
 # One list of (expert, gate, logit) for each token; what follows is plain loops.

@@ -6,65 +6,10 @@ import numpy as np
 import pytest
 
 from moex.analysis.archive import write_archive
-from moex.analysis.header import LayerInfo
 from moex.analysis.markers import Marker, MarkerFinder
-from moex.analysis.sums import LayerSums, Sums
+from moex.analysis.sums import Sums
 from moex.config.base import ConfigError
-
-SIZES = {"001": 4, "002.1": 6, "002.2": 6}
-
-
-def layer_sums(label: str, after: int | None, rng, *, whole=True) -> LayerSums:
-    """Random sums of 50 tokens, for a layer of width 3 and two markers."""
-    number, _, chain_round = label.partition(".")
-    E = SIZES[label]
-    info = LayerInfo(
-        layer=int(number),
-        round=int(chain_round or 0),
-        num_experts=4,
-        num_choices=E,
-        slots=2,
-        router="TopK",
-    )
-    floats = ("gate_E", "norm_E", "gate_norm_E", "logit_E", "tcess_E", "peu_E")
-    own: dict = {name: rng.normal(size=E) for name in floats}
-    if whole:
-        own |= {
-            "gram_EE": rng.normal(size=(E, E)),
-            "output_ED": rng.normal(size=(E, 3)),
-        }
-        if after is not None:
-            own["transitions_AB"] = rng.integers(0, 9, (E, after))
-    return LayerSums(
-        info=info,
-        tokens=50,
-        count_E=rng.integers(0, 50, E),
-        marker_count_RE=rng.integers(0, 9, (2, E)),
-        marker_total_R=np.array([9, 10]),
-        threshold=0.75,
-        **own,
-    )
-
-
-def sums(seed=0) -> Sums:
-    rng = np.random.default_rng(seed)
-    following = dict(zip(SIZES, [6, 6, None], strict=True))
-
-    def every(**options):
-        return {n: layer_sums(n, k, rng, **options) for n, k in following.items()}
-
-    return Sums(
-        run="runs/a",
-        step=7,
-        digest=None,
-        base="abc",
-        data={"seq_len": 8},
-        domains=("web", "code/*.py"),
-        markers=(Marker("<think>"), Marker("<think>", "</think>")),
-        pool=None,
-        layers=every(),
-        by_domain={name: every(whole=False) for name in ("web", "code/*.py")},
-    )
+from tests.analysis.oracle import random_sums
 
 
 def assert_same(actual: Sums, expected: Sums):
@@ -83,7 +28,7 @@ def assert_same(actual: Sums, expected: Sums):
 
 
 def test_sums_come_back_as_they_were_written(tmp_path):
-    path, written = tmp_path / "a.npz", sums()
+    path, written = tmp_path / "a.npz", random_sums()
     written.save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
     read = Sums.read(path)
@@ -96,7 +41,7 @@ def test_sums_come_back_as_they_were_written(tmp_path):
 
 
 def test_sums_of_a_domain_are_found_by_its_name():
-    written = sums()
+    written = random_sums()
     assert written.of(None) is written.layers
     assert written.of("web") is written.by_domain["web"]
     with pytest.raises(ConfigError, match="Did you mean 'web'"):
@@ -109,7 +54,7 @@ def test_sums_of_a_domain_are_found_by_its_name():
 def test_damaged_sums_are_one_line(tmp_path):
     def refused(match, **changes):
         path = tmp_path / "a.npz"
-        sums().save(path)
+        random_sums().save(path)
         with np.load(path) as file:
             arrays = dict(file) | changes
         np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
