@@ -96,12 +96,13 @@ class Steering:
     def arrays(self, model) -> dict:
         """The arrays of `Context.steer` for a `Model` config.
 
-        They have the same shapes whatever is steered, and so need one program.
+        All files that only scale need one program, and all others another.
 
         Raises:
           ConfigError: if the file is not for this model.
         """
         own = {one.layer: one for one in self.layers}
+        chooses = any(one.force or one.ban for one in self.layers)
         tree: dict[str, Any] = {}
         for site, copy in layers(model):
             if site.sparse is None:
@@ -112,13 +113,15 @@ class Steering:
             if not leaf:
                 shape = (site.repeat, site.sparse.moe.num_choices())
                 leaf["scale_E"] = np.ones(shape, np.float32)
-                leaf["force_E"], leaf["ban_E"] = np.zeros((2, *shape), bool)
+                if chooses:
+                    leaf["force_E"], leaf["ban_E"] = np.zeros((2, *shape), bool)
             one = own.pop(site.numbers[copy], None)
             if one is not None:
                 _check(one, site, f"{self.where}: layer {one.layer}")
                 leaf["scale_E"][copy, list(one.scale)] = list(one.scale.values())
-                leaf["force_E"][copy, list(one.force)] = True
-                leaf["ban_E"][copy, list(one.ban)] = True
+                if chooses:
+                    leaf["force_E"][copy, list(one.force)] = True
+                    leaf["ban_E"][copy, list(one.ban)] = True
         for number in own:
             routed = [n for s, r in layers(model) if s.sparse for n in [s.numbers[r]]]
             raise ConfigError(

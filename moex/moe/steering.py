@@ -6,6 +6,9 @@
   force_E: bool, experts that every token gets.
   ban_E: bool, experts that no token gets.
 
+The last two are there together or not at all: without them a factor of 1 leaves every
+bit as it is, whatever a compiler makes of where others could be chosen.
+
 A forced expert gets the highest log-score of the token, and a little more (SteerMoE); a
 banned one has none, neither where experts are chosen nor where scores are normalised,
 as if it were not there. SteerMoE gives it the lowest one instead: that is the same
@@ -37,9 +40,14 @@ def scaled(routing, steer):
     return dataclasses.replace(routing, **gates)
 
 
+def chooses(steer) -> bool:
+    """Whether experts may be forced or banned, and not only scaled."""
+    return steer is not None and "ban_E" in steer
+
+
 def steered_scores(scores: Scores, score: str, steer) -> Scores:
     """The scores of experts where some are forced or banned."""
-    if steer is None:
+    if not chooses(steer):
         return scores
     log_TE = scores.log_TE
     top_T1 = jnp.max(log_TE, axis=-1, keepdims=True)
@@ -49,14 +57,14 @@ def steered_scores(scores: Scores, score: str, steer) -> Scores:
 
 def allowed(choice_TE, steer):
     """The values that select experts, without those of banned ones."""
-    if steer is None:
+    if not chooses(steer):
         return choice_TE
     return jnp.where(steer["ban_E"][None], -jnp.inf, choice_TE)
 
 
 def forced_first(choice_TE, steer):
     """The values that select experts; those of forced ones are the highest."""
-    if steer is None:
+    if not chooses(steer):
         return choice_TE
     top_T1 = jnp.max(choice_TE, axis=-1, keepdims=True)
     return jnp.where(steer["force_E"][None], top_T1 + 1, choice_TE)
@@ -64,7 +72,7 @@ def forced_first(choice_TE, steer):
 
 def kept(keep_TK, expert_TK, steer):
     """The slots to keep: those of forced experts, and none of banned ones."""
-    if steer is None:
+    if not chooses(steer):
         return keep_TK
     keep_TK = keep_TK | steer["force_E"][expert_TK]
     return keep_TK & ~steer["ban_E"][expert_TK]

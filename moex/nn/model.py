@@ -19,7 +19,7 @@ from moex.nn.contract import AttentionConfig
 from moex.nn.extra_keys import with_extra_keys
 from moex.nn.norm import RMSNorm
 from moex.nn.projection import AdapterConfig, Projector
-from moex.nn.stack import Segment
+from moex.nn.stack import Segment, peak_of
 from moex.sharding import constrain
 
 
@@ -108,7 +108,8 @@ class Layers(Projector):
         told = {"segments": aux}
         if ctx.steer is not None:
             peaks = [jnp.max(own.pop("peak")) for own in aux.values() if "peak" in own]
-            told["peak"] = jnp.max(jnp.stack(peaks))
+            last = peak_of(x_BLD, ctx.valid_BL)
+            told["peak"] = jnp.max(jnp.stack([*peaks, last]))
         return self.norm(x_BLD), told, new_caches
 
 

@@ -102,7 +102,8 @@ class SegmentStack(nnx.Module):
 
         def body(x_BLD, layer):
             blocks, block_caches, number, parts = layer
-            aux, caches, peak = {}, [], jnp.zeros(())
+            aux, caches = {}, []
+            told = {} if ctx.steer is None else {"peak": peak_of(x_BLD, ctx.valid_BL)}
             for i, block in enumerate(nnx.merge(graphdef, stacked, blocks)):
                 block_cache = None if cache is None else block_caches[i]
                 own = dataclasses.replace(
@@ -115,10 +116,7 @@ class SegmentStack(nnx.Module):
                 x_BLD, aux[str(i)], new = block(x_BLD, own.inside(str(i)), block_cache)
                 x_BLD = constrain(x_BLD, "batch", "length", None)
                 caches.append(new)
-                if ctx.steer is not None:
-                    peak = jnp.maximum(peak, peak_of(x_BLD, ctx.valid_BL))
-            told = {"blocks": aux} | ({} if ctx.steer is None else {"peak": peak})
-            return x_BLD, (told, None if cache is None else caches)
+            return x_BLD, (told | {"blocks": aux}, None if cache is None else caches)
 
         repeat = jax.tree.leaves(self.blocks)[0].shape[0]
         numbers = jnp.arange(repeat, dtype=jnp.int32)
@@ -139,7 +137,11 @@ class SegmentStack(nnx.Module):
 
 
 def peak_of(x_BLD, valid_BL):
-    """The greatest absolute number of the valid tokens, float32; NaN if one is NaN."""
+    """The greatest absolute number of the valid tokens, float32; NaN if one is NaN.
+
+    The barrier keeps it out of the computation of the model, whose bits stay the same.
+    """
+    x_BLD = jax.lax.optimization_barrier(x_BLD)
     size_BLD = jnp.abs(x_BLD.astype(jnp.float32))
     return jnp.max(jnp.where(valid_BL[..., None], size_BLD, 0.0))
 

@@ -101,7 +101,7 @@ class ExpertChoiceRouter(Router):
         most_C = [c * E * k.denominator // k.numerator for c in range(C)]
         in_share_C = jnp.sum(valid_T) > jnp.array(most_C, jnp.int32)
         keep_EC = valid_T[token_EC] & in_share_C[None]
-        if ctx.steer is not None:
+        if steering.chooses(ctx.steer):
             keep_EC &= ~ctx.steer["ban_E"][:, None]
         token_EC, keep_EC = replayed(ctx, "token", token_EC, keep_EC)
         gate_EC = jnp.take_along_axis(live_TE.T, token_EC, axis=1)
