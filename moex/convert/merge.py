@@ -108,7 +108,8 @@ def nearest_groups(
     groups = [[dominant] for dominant in order[:num_groups]]
     for expert in order[num_groups:]:
         room = [g for g in groups if largest is None or len(g) < largest]
-        max(room, key=lambda g: similarity_EE[expert, g[0]]).append(expert)
+        near = [similarity_EE[expert, g[0]] for g in room]
+        room[int(np.argmax(near))].append(expert)
     return groups
 
 
@@ -124,9 +125,9 @@ def greedy_groups(
     groups = [[dominant] for dominant in order[:num_groups]]
     rest = sorted(order[num_groups:])
     for group in groups:
-        rest.sort(key=lambda e, to=group[0]: (-similarity_EE[to, e], e))
-        group += rest[: largest - 1]
-        rest = sorted(rest[largest - 1 :])
+        nearest = by_rank([similarity_EE[group[0], e] for e in rest])
+        group += [rest[i] for i in nearest[: largest - 1]]
+        rest = [rest[i] for i in sorted(nearest[largest - 1 :])]
     assert not rest, "too small groups: check num_groups * largest first"
     return groups
 

@@ -26,29 +26,29 @@ from moex.convert.merge import (
 from moex.convert.plans import Merge, Plan
 from moex.convert.segments import chosen_layers, cut, cut_arrays, cut_model
 from moex.convert.to_latent import at_path, with_path
-from moex.model.layers import layers, sites
+from moex.model.layers import Sparse, layers, sites
 from moex.model.paths import flat_paths
 from moex.moe.experts.glu import Glu
 from moex.progress import phase
 from moex.runs.base import base_hash
 
 
-def mergeable(model, options: Merged) -> dict[int, tuple]:
-    """The layers to merge: {number: (site, its copy)}.
+def mergeable(model, options: Merged) -> dict[int, tuple[Sparse, int]]:
+    """The layers to merge: {number: (its MoE, which copy of it)}.
 
     Raises:
       ConfigError: if there is no MoE layer, or the experts of one cannot be merged.
     """
     found = {
-        number: place
-        for number, place in enumerate(layers(model))
-        if place[0].sparse is not None
+        number: (site.sparse, r)
+        for number, (site, r) in enumerate(layers(model))
+        if site.sparse is not None
     }
     if not found:
         raise ConfigError("config.model: has no MoE layer; there is nothing to merge.")
     chosen = chosen_layers(options.layers, list(found), "MoE")
     for number in chosen:
-        sparse = found[number][0].sparse
+        sparse = found[number][0]
         if not isinstance(sparse.moe.experts, Glu):
             kind = type(sparse.moe.experts).__name__
             raise ConfigError(
@@ -71,7 +71,7 @@ def make_plan(run, counter, used, options: Merged) -> Plan:
       options: the flags.
     """
     places = mergeable(run.cfg.model, options)
-    sizes = {n: site.sparse.moe.num_experts for n, (site, _) in places.items()}
+    sizes = {n: sparse.moe.num_experts for n, (sparse, _) in places.items()}
     most = max(sizes.values())
     allowed = f"below the {most} experts of a layer"
     require(options.groups < most, "--groups", options.groups, allowed)
@@ -81,17 +81,18 @@ def make_plan(run, counter, used, options: Merged) -> Plan:
             [usage(used[n].count_E) for n in places], options.groups
         )
         counts = dict(zip(places, found, strict=True))
-    params, plans, first = run.params, [], used
+    params, first = run.params, used
+    plans: list[Merge] = []
     with phase("grouping experts", len(places), "layers") as at:
-        for number, (site, r) in places.items():
+        for number, (sparse, r) in places.items():
             if options.method == "ream" and counter is not None and plans:
                 used = counter.used(params)
-            weights = _weights(params, site, r)
-            routers = _router_rows(params, site, r)
+            weights = _weights(params, sparse, r)
+            routers = _router_rows(params, sparse, r)
             args = (used[number], weights, routers, counts[number], options)
             plans.append(plan_layer(number, *args))
             if options.method == "ream" and counter is not None:
-                params = _with_copies(params, site, r, plans[-1], options.align)
+                params = _with_copies(params, sparse, r, plans[-1], options.align)
             at.add(1)
     how = {name: getattr(options, name) for name in options.HOW}
     how["pairs"] = bounds(plans, first)
@@ -165,7 +166,8 @@ def _router_gram(routers, number):
         raise ConfigError(
             f"--similarity = 'router': the router of layer {number} has no weights."
         )
-    return sum(np.float64(w_DE).T @ np.float64(w_DE) for w_DE in routers)
+    columns = np.concatenate([np.asarray(w_DE, np.float64) for w_DE in routers])
+    return columns.T @ columns
 
 
 def _random(E, seed, number):
@@ -173,15 +175,15 @@ def _random(E, seed, number):
     return np.maximum(value_EE, value_EE.T)
 
 
-def _weights(params, site, r) -> dict:
-    path = (*site.sparse.path.split("/"), "experts")
+def _weights(params, sparse: Sparse, r) -> dict:
+    path = (*sparse.path.split("/"), "experts")
     return {k: jax.device_get(v[r]) for k, v in at_path(params, path).items()}
 
 
-def _router_rows(params, site, r) -> list:
+def _router_rows(params, sparse: Sparse, r) -> list:
     """The matrices of the routers of a layer, without zero-computation experts."""
-    own = flat_paths(at_path(params, site.sparse.path.split("/")))
-    E = site.sparse.moe.num_experts
+    own = flat_paths(at_path(params, sparse.path.split("/")))
+    E = sparse.moe.num_experts
     return [
         jax.device_get(value[r])[:, :E]
         for name, value in own.items()
@@ -189,9 +191,9 @@ def _router_rows(params, site, r) -> list:
     ]
 
 
-def _with_copies(params, site, r, plan: Merge, align: str):
+def _with_copies(params, sparse: Sparse, r, plan: Merge, align: str):
     """The parameters with a copy of its group's merged expert for each expert."""
-    path = (*site.sparse.path.split("/"), "experts")
+    path = (*sparse.path.split("/"), "experts")
     old = at_path(params, path)
     own = merged({k: jax.device_get(v[r]) for k, v in old.items()}, plan, align)
     stored_E = stored(plan)
@@ -212,7 +214,8 @@ def stored(plan: Merge) -> np.ndarray:
 
 def _labels(plan: Plan) -> dict[int, int]:
     """The groups of each layer in which experts merge."""
-    return {p.layer: len(p.groups) for p in plan.layers if len(p.groups) < p.experts}
+    groups = {number: len(own.groups) for number, own in plan.by_layer().items()}
+    return {n: g for n, g in groups.items() if g < plan.by_layer()[n].experts}
 
 
 def merged_model(model, plan: Plan):
@@ -220,7 +223,7 @@ def merged_model(model, plan: Plan):
     labels = _labels(plan)
     model = copy.deepcopy(cut_model(model, cut(model, labels)))
     for site in sites(model):
-        if site.number in labels:
+        if site.sparse is not None and site.number in labels:
             site.sparse.moe.stored_experts = labels[site.number]
     return model
 
@@ -238,7 +241,7 @@ def merged_arrays(params, state, model, plan: Plan, align: str):
     params, state = (cut_arrays(tree, found, model) for tree in (params, state))
     with phase("merging experts", len(labels), "layers") as at:
         for site in sites(cut_model(model, found)):
-            if site.number not in labels:
+            if site.sparse is None or site.number not in labels:
                 continue
             path = tuple(site.sparse.path.split("/"))
             old = jax.device_get(at_path(params, (*path, "experts")))

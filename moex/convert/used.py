@@ -40,7 +40,11 @@ class Counter:
     def __init__(self, run: LoadedRun, job: Job, sequences: int):
         self._run, self._job = run, job
         self._num_batches = -(-sequences // job.cfg.batch_size)
-        self._sites = [site for site in sites(run.cfg.model) if site.sparse is not None]
+        self._sites = [
+            (site, site.sparse)
+            for site in sites(run.cfg.model)
+            if site.sparse is not None
+        ]
         self._step = jax.jit(self._sums)
 
     def used(self, params) -> dict[int, Used]:
@@ -55,9 +59,9 @@ class Counter:
                 sums = jax.tree.map(np.float64, sums)
                 total = jax.tree.map(np.add, total, sums) if total else sums
         found = {}
-        for site in self._sites:
+        for site, sparse in self._sites:
             for r, number in enumerate(site.numbers):
-                own = {k: v[r] for k, v in total[site.sparse.path].items()}
+                own = {k: v[r] for k, v in total[sparse.path].items()}
                 _check_finite(own, number)
                 own["output_gram_EE"] /= max(own.pop("sampled"), 1.0)
                 tokens = round(float(own.pop("tokens")))
@@ -73,14 +77,14 @@ class Counter:
         _, aux = task.run(model, ctx, batch)
         layers = {"/".join(path): layer for path, layer in moe_layers(aux)}
         found = {}
-        for site in self._sites:
-            path = site.sparse.path
+        for site, sparse in self._sites:
+            path = sparse.path
             stack = _module(model, path).experts
-            E, copies = site.sparse.moe.num_experts, []
+            E, copies = sparse.moe.num_experts, []
             for r in range(site.repeat):
                 experts = jax.tree.map(lambda a, r=r: a[r], stack)
                 own = jax.tree.map(lambda a, r=r: a[r], layers[path])
-                rounds = [_of_round(own, t) for t in range(len(site.sparse.routers))]
+                rounds = [_of_round(own, t) for t in range(len(sparse.routers))]
                 sums = [_layer_sums(experts, one, E, ctx) for one in rounds]
                 copies.append(jax.tree.map(lambda *a: sum(a), *sums))
             found[path] = jax.tree.map(lambda *a: jnp.stack(a), *copies)

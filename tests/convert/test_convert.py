@@ -236,15 +236,15 @@ def test_a_new_kind_is_one_file(moex, folder, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "fewer: the first experts of every MoE layer stay. folded: LoRA" in text
-    assert "to fewer: --keep KEEP experts that stay; needed" in text
-    assert "--keep: missing; how many experts stay?" in moex(*to, "--to=fewer")
-    assert "--keep = 1: must be at least 2." in moex(*to, "--to=fewer", "--keep=1")
-    said = moex(*to, "--to=latent", "--group=2", "--keep=2")
-    assert "--keep: is for --to=fewer." in said
+    assert "to fewer: --stay STAY experts that stay; needed" in text
+    assert "--stay: missing; how many experts stay?" in moex(*to, "--to=fewer")
+    assert "--stay = 1: must be at least 2." in moex(*to, "--to=fewer", "--stay=1")
+    said = moex(*to, "--to=latent", "--group=2", "--stay=2")
+    assert "--stay: is for --to=fewer." in said
     assert not new.exists()
-    assert "experts that stay: 2\n" in moex(*to, "--to=fewer", "--keep=2")
+    assert "experts that stay: 2\n" in moex(*to, "--to=fewer", "--stay=2")
     report = json.loads((new / "convert.json").read_text())
-    assert (report["to"], report["keep"], report["errors"]) == ("fewer", 2, [])
+    assert (report["to"], report["stay"], report["errors"]) == ("fewer", 2, [])
     old, made = (flat_paths(load_run(run).params) for run in (folder / "run", new))
     name = "segments/0/blocks/0/ffn/experts/w_out_EFD"
     np.testing.assert_array_equal(made[name], old[name][:, :2])

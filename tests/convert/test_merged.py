@@ -96,8 +96,8 @@ def with_equal_groups(params, plan, rng):
     flat = flat_paths(params)
     places = mergeable(MODEL, Merged(groups=1))
     for own in plan.layers:
-        site, r = places[own.layer]
-        start = f"{site.sparse.path}/experts/"
+        sparse, r = places[own.layer]
+        start = f"{sparse.path}/experts/"
         for group in own.groups:
             weights = {
                 name.removeprefix(start): np.asarray(value[r])
@@ -461,8 +461,7 @@ def test_a_merged_run_is_an_ordinary_run(tmp_path, moex):
 def test_a_folder_has_the_weights_of_each_choice(name):
     model, _, arrays, wanted = parity.load(name)
     sizes = {
-        n: place[0].sparse.moe.num_experts
-        for n, place in mergeable(model, options()).items()
+        n: place[0].moe.num_experts for n, place in mergeable(model, options()).items()
     }
     groups = {
         n: (tuple(range(0, size, 2)), tuple(range(1, size, 2)))

@@ -93,8 +93,8 @@ class Merged(Planned):
         return dataclasses.replace(made, **rest)
 
     def check(self):
-        for name, allowed in CHOICES.items():
-            require_choice(f"--{name}", getattr(self, name), allowed)
+        for name, choices in CHOICES.items():
+            require_choice(f"--{name}", getattr(self, name), choices)
         if self.plan is None:
             require(self.groups >= 1, "--groups", self.groups, "at least 1")
         require(self.seed >= 0, "--seed", self.seed, ">= 0")
@@ -132,6 +132,7 @@ class Merged(Planned):
     def model(self, model):
         from moex.convert.to_merged import merged_model
 
+        assert self.plan is not None
         return merged_model(model, self.plan)
 
     def arrays(self, run, job, say):
@@ -140,7 +141,8 @@ class Merged(Planned):
         assert self.plan is not None
         args = (run.params, run.state, run.cfg.model, self.plan)
         params, state = merged_arrays(*args, self.align)
-        groups = {str(own.layer): len(own.groups) for own in self.plan.layers}
+        plans = self.plan.by_layer()
+        groups = {str(n): len(own.groups) for n, own in plans.items()}
         pairs = self.plan.how.get("pairs", [])
         return params, state, {"layer_groups": groups, "pairs": pairs}
 
