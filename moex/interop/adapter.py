@@ -35,6 +35,7 @@ from moex.json_files import dump_json, field, read_object
 from moex.model.optim import make_optimizer
 from moex.model.paths import flat_paths, nested
 from moex.model.spec import ModelSpec, model_spec
+from moex.nn.lowered import SCALES, VALUES
 from moex.nn.projection import AdapterConfig
 from moex.runs.base import Base, base_hash, has_base, with_base
 from moex.runs.claim import new_folder, new_run
@@ -81,6 +82,7 @@ def export_adapter(place: Place, out, *, say=print) -> None:
     target = new_folder(out, f"--out={out}")
     loaded = load_run(run, warn=say)
     arrays = _own_arrays(loaded)
+    adapter = _with_trained_before(loaded, arrays, say)
     about = {
         "format": FORMAT,
         "adapter": configs.to_dict(adapter),
@@ -105,20 +107,52 @@ def export_adapter(place: Place, out, *, say=print) -> None:
 
 
 def _own_arrays(run: LoadedRun) -> dict[str, np.ndarray]:
-    """Arrays that a base has not, or not so: adapters, trained ones, router states."""
+    """Arrays that a base has not, or not so: adapters, trained ones, router states.
+
+    The base is the first of the runs that the run goes on from: each of them may have
+    trained other parameters.
+    """
     names, params = _beyond_base(run.spec, run.cfg.model), flat_paths(run.params)
     trained = {name: np.asarray(params[name]) for name in sorted(names)}
     if not has_base(run.cfg):
         return trained
-    base = Base.read(run.folder)
-    before = load_run(base.folder, step=base.step, whole=False, warn=lambda line: None)
-    old, new = flat_paths(before.state), flat_paths(run.state)
+    base = _first_base(run.folder)
+    before = load_run(base.folder, step=base.step, warn=lambda line: None)
+    old = flat_paths(as_base(run, before.params)) | flat_paths(before.state)
     moved = {
         name: np.asarray(array)
-        for name, array in new.items()
+        for name, array in (params | flat_paths(run.state)).items()
         if name not in old or not np.array_equal(array, old[name])
     }
     return trained | moved
+
+
+def _with_trained_before(run: LoadedRun, arrays, say) -> AdapterConfig:
+    """The adapters of a run as a run of all of its arrays would have them.
+
+    It trains too what a run before trained: so these arrays are its own.
+    """
+    adapter, ours = run.cfg.model.adapter, _beyond_base(run.spec, run.cfg.model)
+    more = sorted(arrays.keys() - ours - flat_paths(run.spec.state).keys())
+    for name in more:
+        if name.endswith((VALUES, SCALES)):
+            raise ConfigError(
+                f"export-hf --adapter: a run before trained {name.rpartition('/')[0]}, "
+                "which this one has in int8: it would lose it."
+            )
+        arrays[name] = arrays[name].astype(np.float32)
+        say(f"trained by a run before, so trained by a run of the folder: {name}")
+    if not more:
+        return adapter
+    return dataclasses.replace(adapter, also_train=(*adapter.also_train, *more))
+
+
+def _first_base(run: RunDir) -> Base:
+    """The base of a run, or of the first of the runs with adapters before it."""
+    base = Base.read(run)
+    while has_base(base.folder.config()):
+        base = Base.read(base.folder)
+    return base
 
 
 def _beyond_base(spec: ModelSpec, model) -> set[str]:
@@ -134,7 +168,7 @@ def _beyond_base(spec: ModelSpec, model) -> set[str]:
 
 def _peft_files(run: LoadedRun, arrays, files: dict[str, Any]):
     """The tensors of PEFT by name; its other files are added to `files`."""
-    base = Base.read(run.folder).folder if has_base(run.cfg) else run.folder
+    base = _first_base(run.folder).folder if has_base(run.cfg) else run.folder
     for name in sorted(arrays.keys() & flat_paths(run.spec.state).keys()):
         raise ConfigError(
             f"export-hf --adapter: training moved {name}, which files of PEFT cannot "

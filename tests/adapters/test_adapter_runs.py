@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from moex.adapters.lora import LoRA
+from moex.adapters.moram import consolidated
 from moex.config.base import ConfigError
+from moex.interop.adapter import export_adapter, import_adapter
 from moex.model.accounting import num_bytes
 from moex.model.optim import AdamW, Optim, make_optimizer
 from moex.model.paths import flat_paths
@@ -192,3 +195,70 @@ def test_frozen_parameters_have_no_gradient_and_no_moments(grad_accum):
     for name in before:
         same = bool(jnp.all(before[name] == after[name]))
         assert same == ("/adapters/" not in name), name
+
+
+def chain(folder, base, name, adapters):
+    """Run directories of runs that each go on from the one before, from `base` on."""
+    found = [base]
+    for number, adapter in enumerate(adapters):
+        run = folder / f"{name}{number}"
+        own = (f"init_from={found[-1]}", f"model.adapter={adapter}", "steps=3")
+        runs.train(folder, run, *own, "eval.every=0")
+        found.append(run)
+    return found
+
+
+def kept(run):
+    return flat_paths(jax.tree.map(np.asarray, load_run(run).params))
+
+
+@pytest.mark.slow
+def test_three_runs_that_train_other_parameters_keep_those_of_the_runs_before(
+    folder, base, tmp_path
+):
+    own = "LoRA(rank=2, alpha=4.0, targets=('attention',), also_train={})"
+    adapters = [own.format(also) for also in ("('router',)", "('norm_ffn',)", "()")]
+    found = chain(folder, base, "also", adapters)
+    for number, trained in enumerate(("router", "norm_ffn", "adapters")):
+        before, after = kept(found[number]), kept(found[number + 1])
+        changed = {n for n in before if not np.array_equal(before[n], after[n])}
+        assert any(trained in name for name in changed), trained
+        assert all(trained in n or "adapters" in n for n in changed), changed
+    said = []
+    export_adapter(found[3], tmp_path / "files", say=said.append)
+    assert sum("trained by a run before" in line for line in said) >= 2
+    import_adapter(base, tmp_path / "files", tmp_path / "run", say=said.append)
+    again, last = kept(tmp_path / "run"), kept(found[3])
+    assert again.keys() == last.keys()
+    for name, array in last.items():
+        np.testing.assert_array_equal(again[name], array, err_msg=name)
+
+
+@pytest.mark.slow
+def test_three_tasks_of_atoms_on_a_base_in_int8(folder, base, tmp_path):
+    own = (
+        "MoRAM(rank=2, alpha=4.0, k=2, bank={}, base_dtype='int8', "
+        "targets=('attention', 'experts'))"
+    )
+    found = chain(folder, base, "int8bank", [own.format(bank) for bank in (0, 2, 4)])
+    first, last = kept(found[1]), kept(found[3])
+    small = [name for name in last if name.endswith("/values")]
+    assert small and all(last[name].dtype == np.int8 for name in small)
+    for name in {*first} - {n for n in first if "adapters" in n}:
+        np.testing.assert_array_equal(last[name], first[name], err_msg=name)
+    for before, after in pairwise(found[1:]):
+        atoms = flat_paths(consolidated(load_run(before).params, 2.0))
+        now = kept(after)
+        for name in (n for n in atoms if "bank_" in n):
+            np.testing.assert_array_equal(now[name], atoms[name], err_msg=name)
+    assert any(last[n].shape[-1] == 4 for n in last if n.endswith("bank_a_INM"))
+    export_adapter(found[3], tmp_path / "files", say=lambda line: None)
+    run = tmp_path / "run"
+    import_adapter(base, tmp_path / "files", run, say=lambda line: None)
+    again = kept(run)
+    for name, array in last.items():
+        np.testing.assert_array_equal(again[name], array, err_msg=name)
+    options = {"max_new_tokens": 6, "temperature": 0, "seed": 0}
+    assert write_text(run, ["the cat"], **options) == write_text(
+        found[3], ["the cat"], **options
+    )
