@@ -37,9 +37,7 @@ def texts(rng, domain: str, count: int, next_CCS) -> list[str]:
     for _ in range(LENGTH - 4):
         which = rng.choice(len(CHANCES), count, p=CHANCES)
         letters.append(next_CCS[letters[-2], letters[-1], which])
-    return [
-        domain + "".join(LETTERS[i] for i in row) for row in np.stack(letters, 1)
-    ]
+    return [domain + "".join(LETTERS[i] for i in row) for row in np.stack(letters, 1)]
 
 
 def write_texts(folder: pathlib.Path, seed: int) -> list[pathlib.Path]:

@@ -7,16 +7,16 @@ R copies of a block in a segment
 
 import copy
 import dataclasses
-import re
+import functools
 
 import jax
 import numpy as np
 
 from moex.config.base import ConfigError, walk
 from moex.convert.plans import Keep, Plan
-from moex.convert.segments import Piece, cut, cut_arrays, cut_model
+from moex.convert.segments import Piece, cut, cut_model
 from moex.model.layers import layers as layers_of
-from moex.model.paths import flat_paths
+from moex.model.paths import expert_axis, flat_paths, nested
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.layer import MoE
@@ -130,61 +130,82 @@ class Pruned:
         Args:
           tree: nested dict of arrays of the old model; not changed.
         """
-        plans = self.plan.by_layer()
-        tree = cut_arrays(tree, self.found, self.old)
-        for i, piece in enumerate(self.found):
-            blocks = tree.get("segments", {}).get(str(i), {}).get("blocks", {})
-            for block, label in enumerate(piece.labels):
-                values = blocks.get(str(block), {}).get("ffn")
-                if label is None or values is None:
-                    continue
-                own = [plans[piece.layer(block, r)] for r in range(piece.repeat)]
-                blocks[str(block)] = blocks[str(block)] | {"ffn": _gather(values, own)}
-        self._check(tree)
-        return tree
+        old, new = flat_paths(tree), {}
+        for path in self.shapes:
+            part = self.part(path)
+            if part.path in old:
+                new[path] = part.of(old[part.path])
+        return nested(new)
 
-    def _check(self, tree) -> None:
-        """Check the shapes: a module of a user may have arrays that we do not know."""
-        wanted = model_spec(self.model).shapes()
-        for name, array in flat_paths(tree).items():
-            shape = tuple(array.shape)
-            if wanted.get(name, shape) != shape:
-                raise ConfigError(
-                    f"{name}: has shape {shape} and not {wanted[name]} after pruning; "
-                    "the name of an array must end in a letter for each dim, E for "
-                    "experts, such as w_DE."
-                )
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every array of the pruned model by its path."""
+        return model_spec(self.model).shapes()
+
+    @functools.cached_property
+    def _old_shapes(self) -> dict[str, tuple[int, ...]]:
+        return model_spec(self.old).shapes()
+
+    def part(self, path: str) -> "Part":
+        """What an array of the pruned model is of one of the old model.
+
+        Raises:
+          ConfigError: if its shape would be another: a module of a user may have arrays
+            that we do not know.
+        """
+        names = path.split("/")
+        if names[0] != "segments":
+            return Part(path)
+        piece, block = self.found[int(names[1])], int(names[3])
+        segment, n = self.old.layers[piece.segment], piece.segment
+        names[1], names[3] = str(n), str(block % len(segment.pattern))
+        old = "/".join(names)
+        copies, axis = piece.copies(block), expert_axis(names[-1])
+        part = Part(old, None if piece.repeat == segment.repeat else copies)
+        routed = {"router", "routers", "experts"} & set(names[5:-1])
+        if axis is not None and routed and piece.labels[block] is not None:
+            plans = self.plan.by_layer()
+            own = [plans[piece.layer(block, r)] for r in range(piece.repeat)]
+            count = self._old_shapes[old][axis]  # zero-computation experts too
+            rows = [[*sorted(p.keep), *range(p.experts, count)] for p in own]
+            part = Part(old, copies, rows, axis)
+        shape = part.shape(self._old_shapes[old])
+        if shape != self.shapes[path]:
+            raise ConfigError(
+                f"{old}: has shape {shape} and not {self.shapes[path]} after pruning; "
+                "the name of an array must end in a letter for each dim, E for "
+                "experts, such as w_DE."
+            )
+        return part
 
 
-def _gather(values, plans: list[Keep]) -> dict:
-    """The arrays of a feed-forward of R copies for the experts that each keeps."""
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The part of an array [R, ...] that stays: some copies of it, and some experts."""
 
-    def gather(path, array):
-        names = [str(getattr(key, "key", key)) for key in path]
-        axis = expert_axis(names[-1])
-        routed = any(name in ("router", "routers") for name in names[:-1])
-        if axis is None or not (routed or "experts" in names[:-1]):
+    path: str  # of the old array
+    copies: slice | None = None  # None: all, and all experts
+    experts: list[list[int]] | None = None  # of each of these copies; None: all
+    axis: int = 0  # their dim, from the end
+
+    def of(self, array):
+        """The part of an array."""
+        if self.copies is None:
             return array
-        array = np.asarray(jax.device_get(array))
-        count = array.shape[axis]  # of a router: with zero-computation experts
-        rows = [
-            np.take(one, [*sorted(own.keep), *range(own.experts, count)], axis)
-            for one, own in zip(array, plans, strict=True)
-        ]
-        return np.stack(rows)
+        array = np.asarray(jax.device_get(array))[self.copies]
+        if self.experts is None:
+            return array
+        both = zip(array, self.experts, strict=True)
+        return np.stack([np.take(one, rows, self.axis) for one, rows in both])
 
-    return jax.tree_util.tree_map_with_path(gather, values)
-
-
-def expert_axis(name: str) -> int | None:
-    """The dim of the experts in an array, from the end; None: it has none.
-
-    The name ends in a letter (or number) for each dim of one copy: w_in_ED2F.
-    """
-    found = re.search(r"_([A-Z0-9]+)$", name)
-    if found is None or "E" not in found[1]:
-        return None
-    return found[1].index("E") - len(found[1])
+    def shape(self, old: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the part of an array of shape `old`."""
+        if self.copies is None:
+            return old
+        new = [len(range(old[0])[self.copies]), *old[1:]]
+        if self.experts is not None:
+            new[self.axis] = len(self.experts[0])
+        return tuple(new)
 
 
 def _clipped(number: int, before, ffn) -> list[str]:

@@ -1,5 +1,6 @@
 """Paths of parameters: `segments/0/blocks/1/ffn/...`, as in nested dicts of arrays."""
 
+import re
 from typing import Any
 
 import jax
@@ -14,6 +15,18 @@ def flat_paths(tree) -> dict[str, Any]:
 def path_name(path) -> str:
     """Write a key path of nested dicts as `a/b/c`."""
     return "/".join(str(k.key) for k in path)
+
+
+def expert_axis(name: str) -> int | None:
+    """The dim of the experts in an array, from the end; None: it has none.
+
+    Args:
+      name: ends in a letter (or number) for each dim of one copy: w_in_ED2F.
+    """
+    found = re.search(r"_([A-Z0-9]+)$", name)
+    if found is None or "E" not in found[1]:
+        return None
+    return found[1].index("E") - len(found[1])
 
 
 def apart(params, trains: dict[str, bool]) -> tuple[Any, Any]:
