@@ -18,6 +18,10 @@ class Command(Verb):
       moex convert runs/moe --to=merged --groups=8 --workdir=runs/half
       moex convert runs/moe --to=merged --groups=8 --write-plan=plan.json
       moex convert runs/moe --to=merged --plan=plan.json --workdir=runs/half
+      moex convert runs/moe --to=pruned --keep=8 --score=reap --workdir=runs/half
+      moex convert runs/moe --to=subset --keep=8 --write-store=store.json
+      moex convert runs/moe --to=subset --store=store.json --task=code \\
+        --workdir=runs/code
       moex convert runs/lora --to=folded --workdir=runs/folded
     """
     refuses_config = "takes the config of the run"
@@ -47,6 +51,12 @@ class Command(Verb):
             metavar="FILE",
             help="write the plan of the conversion, to read and edit; convert nothing",
         )
+        target.add_argument(
+            "--write-store",
+            type=path,
+            metavar="FILE",
+            help="write a store of patterns, with --to=subset --keep; convert nothing",
+        )
         owners: dict[str, list[str]] = {}
         for name, kind in kinds().items():
             for flag in kind.flags:
@@ -60,11 +70,11 @@ class Command(Verb):
             groups[title].add_argument(option(flag), **({"default": None} | how))
 
     def output(self, args):
-        return args.workdir or args.write_plan
+        return args.workdir or args.write_plan or args.write_store
 
     def run(self, args, config_args):
         from moex.analysis.writer import check_new
-        from moex.convert.apply import convert_run, plan_run, report_text
+        from moex.convert.apply import convert_run, plan_run, report_text, store_run
 
         conversions = asked_for(args.to, vars(args))
         if args.write_plan is not None:
@@ -72,6 +82,13 @@ class Command(Verb):
             plan = plan_run(args.run, conversions)
             plan.save(args.write_plan)
             print(f"{args.write_plan}: a plan for {len(plan.layers)} layers")
+            return
+        if args.write_store is not None:
+            check_new(args.write_store)
+            store = store_run(args.run, conversions)
+            store.save(args.write_store)
+            tasks = ", ".join(own.task for own in store.patterns)
+            print(f"{args.write_store}: a store of the tasks {tasks}")
             return
         report = convert_run(args.run, args.workdir, conversions)
         print(report_text(report, conversions))

@@ -44,6 +44,14 @@ class Command(Verb):
             help="the adapter for all prompts, or once for each prompt in order; "
             "'base': none; needed with several adapters",
         )
+        parser.add_argument(
+            "--experts",
+            metavar="TASK:STORE",
+            help="read only the experts that a task of a store needs (moex convert "
+            "--to=subset --write-store). auto: the task that is nearest to the first "
+            "prompt, by its first routed layer; all: by all layers, for which all "
+            "experts are read first",
+        )
         add_steer(parser)
         parser.add_argument(
             "--visual",
@@ -87,6 +95,7 @@ class Command(Verb):
             adapter=args.adapter,
             use=args.use,
             steering=steering_of(args),
+            experts=args.experts,
             visual=args.visual,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,

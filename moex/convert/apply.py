@@ -13,9 +13,11 @@ from typing import Any
 from moex.config import base as configs
 from moex.config.base import ConfigError, require
 from moex.convert.base import Conversion
+from moex.convert.kinds.subset import Subset
 from moex.convert.planned import Planned
 from moex.convert.plans import Plan
 from moex.convert.source import Source
+from moex.convert.store import Store
 from moex.data.chat import keep_layout
 from moex.data.files import atomic_write
 from moex.json_files import dump_json
@@ -108,6 +110,18 @@ def plan_run(place: Place, conversions: Sequence[Conversion], *, say=print) -> P
     (conversion,) = _ready(Source(RunDir.of(place), say), conversions)
     assert conversion.plan is not None
     return conversion.plan
+
+
+def store_run(place: Place, conversions: Sequence[Conversion], *, say=print) -> Store:
+    """A store of patterns of a run; nothing is converted.
+
+    Raises:
+      ConfigError: if the conversion makes no store, or for a user's mistake.
+    """
+    conversion = conversions[-1]
+    if not isinstance(conversion, Subset) or conversion.plan is not None:
+        raise ConfigError("--write-store: is for --to=subset with --keep.")
+    return conversion.make_store(Source(RunDir.of(place), say))
 
 
 def _ready(source: Source, conversions: Sequence[Conversion]) -> list:

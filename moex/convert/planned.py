@@ -58,15 +58,23 @@ class Planned(Conversion):
     def ready(self, source) -> Self:
         plan = self.plan
         if plan is None:
-            sums = self.sums or self.recorded(source)
-            if sums is not None and sums.base != source.base:
-                raise ConfigError(
-                    f"--sums: they are of another model ({sums.run}): names or shapes "
-                    "of parameters differ."
-                )
-            plan = self.make_plan(source, sums)
+            plan = self.make_plan(source, self.fitting(source))
         plan.check(source.model, "--plan" if self.plan else "the plan")
         return dataclasses.replace(self, plan=plan)
+
+    def fitting(self, source) -> "Sums | None":
+        """The sums to make the plan from.
+
+        Raises:
+          ConfigError: if those that were given are of another model.
+        """
+        sums = self.sums or self.recorded(source)
+        if sums is not None and sums.base != source.base:
+            raise ConfigError(
+                f"--sums: they are of another model ({sums.run}): names or shapes "
+                "of parameters differ."
+            )
+        return sums
 
     def recorded(self, source) -> "Sums | None":
         """The sums of training data of the run that `make_plan` needs; None: none."""

@@ -169,7 +169,7 @@ class Plan:
         require(own == kind, f"{where}: kind", own, f"{kind!r} for this conversion")
         plans, seen = [], set()
         for row in field(data, "layers", list[dict], where):
-            plan = _layer_plan(row, kind, where)
+            plan = layer_plan(row, kind, where)
             if plan.layer in seen:
                 raise ConfigError(f"{where}: layer {plan.layer} stands there twice.")
             seen.add(plan.layer)
@@ -185,7 +185,7 @@ class Plan:
         )
 
 
-def _layer_plan(row: dict[str, Any], kind: str, where: str) -> LayerPlan:
+def layer_plan(row: dict[str, Any], kind: str, where: str) -> LayerPlan:
     """Read the part of one layer."""
     number = field(row, "layer", int, where)
     told = f"{where}, layer {number}"

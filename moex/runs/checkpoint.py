@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from moex.config.base import ConfigError, RunError, require
+from moex.model.paths import expert_axis
 from moex.progress import phase
 from moex.runs.checksums import checksums
 from moex.runs.directory import Place, RunDir
@@ -36,6 +37,7 @@ from moex.runs.record import (
 )
 
 ARRAY_ITEMS = ("params", "opt", "state")
+PIECE_BYTES = 1 << 16  # an expert's part of an array from which it is a piece of a file
 HOST_BYTES = 1 << 28  # a small `host_bytes`, for jobs that must save host memory
 
 
@@ -173,7 +175,8 @@ class Checkpointer:
         written = metrics if self._ranks else None
         self._digests[step] = digest_of(step, data, written, meta)
         meta = {"digest": self._digests[step], "covered": meta}
-        args = {k: self._save_args(v) for k, v in items.items()}
+        pieces = {"params": {"save_args": _pieces(items["params"])}}
+        args = {k: self._save_args(v, **pieces.get(k, {})) for k, v in items.items()}
         args |= {"data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(meta)}
         self._saving, self._hold.active = step, skipped_in_row > 0
         try:
@@ -436,6 +439,21 @@ def _items(train_state) -> dict:
     if "state" in train_state:
         items["state"] = {k: train_state[k] for k in ("state", "guard")}
     return items
+
+
+def _pieces(tree):
+    """How arrays are cut in the files: `rows.py` reads large experts one by one."""
+
+    def own(path, array):
+        names = [str(getattr(key, "key", key)) for key in path]
+        axis = expert_axis(names[-1])
+        if axis is None or "experts" not in names:
+            return ocp.SaveArgs()
+        axes = tuple(range(array.ndim + axis + 1))  # copies of the layer too
+        size = math.prod(array.shape[len(axes) :]) * array.dtype.itemsize
+        return ocp.SaveArgs(shard_axes=axes if size >= PIECE_BYTES else ())
+
+    return jax.tree_util.tree_map_with_path(own, tree)
 
 
 def _check_names(step: int, name: str, tree, meta: dict) -> None:

@@ -15,8 +15,9 @@ from moex.runs.directory import Place, RunDir
 from moex.runs.open import LoadedRun, load_run
 from moex.runs.score import steering_for
 from moex.serve import adapters
+from moex.serve.experts import load_experts
 from moex.tasks.base import require_token_ids
-from moex.tasks.lm import continue_texts
+from moex.tasks.lm import continue_texts, prompt_ids
 
 
 def write_text(
@@ -30,6 +31,7 @@ def write_text(
     use=(),
     steering: Steering | None = None,
     visual=None,
+    experts: str | None = None,
     warn=print,
     **sampling,
 ) -> list[str]:
@@ -47,6 +49,7 @@ def write_text(
       use: the name of the adapter for each prompt; see `adapters.chosen`.
       steering: how experts are steered; the largest residual is told then.
       visual: a file of visual tokens; see `read_visual`.
+      experts: which experts are read: see `experts.load_experts`; None: all.
       warn: as for `load_run`.
 
     Raises:
@@ -64,7 +67,15 @@ def write_text(
         _layout(RunDir.of(place).config(), place, chat)
     if steering is not None:
         sampling |= {"steer": steering_for(place, steering), "on_peak": _tell_peak}
-    run = load_run(place, warn=warn)
+    if experts is None:
+        run = load_run(place, warn=warn)
+    else:
+        if names or steering is not None:
+            other = "--adapter" if names else "--steer"
+            raise ConfigError(f"--experts: cannot be used together with {other}.")
+        layout = _layout(RunDir.of(place).config(), place, chat)
+        ids = prompt_ids(RunDir.of(place).tokenizer(), prompts[0], layout)
+        run = load_experts(place, experts, ids, say=tell, warn=warn)
     where = not_causal(run.cfg.model)
     if where is not None:
         raise ConfigError(

@@ -232,6 +232,13 @@ def token_losses(logits_BLV, targets_BL):
     return lse_BL - target_BL, lse_BL**2
 
 
+def prompt_ids(tokenizer, text: str, chat: dict | None) -> list[int]:
+    """The tokens of a prompt; with `chat` it is the message of a user."""
+    if chat is None:
+        return tokenizer.prompt(text)
+    return question(tokenizer, text, **chat)
+
+
 def continue_texts(
     program, state, tokenizer, prompts, *, chat=None, **sampling
 ) -> list[str]:
@@ -248,10 +255,8 @@ def continue_texts(
       **sampling: arguments of `model.decode.generate`.
     """
     stops = tokenizer.stop_ids
-    if chat is None:
-        asked = [tokenizer.prompt(text) for text in prompts]
-    else:
-        asked = [question(tokenizer, text, **chat) for text in prompts]
+    asked = [prompt_ids(tokenizer, text, chat) for text in prompts]
+    if chat is not None:
         end = tokenizer.encode_markup(chat["eos_token"])
         stops = {*stops, *(end.tolist() if len(end) == 1 else ())}
     outputs = generate(
