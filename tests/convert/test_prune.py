@@ -38,8 +38,6 @@ from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.runs.base import base_hash
 from moex.runs.open import load_run
-from moex.train.job import make_job
-from tests import runs
 from tests.helpers import TASK, XLA, built, random_batch, tiny_lm, tiny_moe
 from tests.tolerances import assert_close
 
@@ -282,25 +280,11 @@ def test_numbers_of_experts_are_checked_for_each_layer():
 # A whole run.
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of two equal MoE layers with 4 experts and random weights."""
-    folder = tmp_path_factory.mktemp("prune")
-    cfg = runs.config(folder, "checkpoint.every=0", "eval.every=0")
-    layer = dataclasses.replace(cfg.model.layers[1], repeat=2)
-    cfg.model = dataclasses.replace(cfg.model, layers=(layer,))
-    with runs.one_device():
-        job = make_job(cfg, log=lambda line: None)
-        _, params, state = built(cfg.model)
-        runs.write(job, {"params": params, "state": state}, folder / "run")
-        yield folder / "run"
-
-
-def test_a_plan_is_written_edited_and_applied(moex, run, tmp_path, monkeypatch):
+def test_a_plan_is_written_edited_and_applied(moex, moe_run, tmp_path, monkeypatch):
     score = lambda *args, **kw: {"nll": 2.0, "tokens": 5}  # noqa: E731
     monkeypatch.setattr(apply, "score_run", score)
     plan, new = tmp_path / "plan.json", tmp_path / "new"
-    to, by = ("convert", run, "--to=pruned"), ("--score=peu", "--calibration=4")
+    to, by = ("convert", moe_run, "--to=pruned"), ("--score=peu", "--calibration=4")
     assert "a plan for 2 layers" in moex(*to, "--keep=2", *by, f"--write-plan={plan}")
     data = json.loads(plan.read_text())
     assert data["how"] == {"score": "peu", "domains": [], "tokens": 128, "pool": None}
@@ -313,7 +297,7 @@ def test_a_plan_is_written_edited_and_applied(moex, run, tmp_path, monkeypatch):
     assert "layer 0: 2 of 4 experts stay\nlayer 1: 3 of 4 experts stay" in text
     kept = Plan.read(new / "plan.json", "keep")
     assert kept.layers[1].keep == (3, 1, 2)
-    old, pruned = load_run(run).params, load_run(new).params
+    old, pruned = load_run(moe_run).params, load_run(new).params
     name = ("blocks", "0", "ffn", "experts", "w_out_EFD")
     for n, keep in enumerate((kept.layers[0].keep, (1, 2, 3))):
         was, now = old["segments"]["0"], pruned["segments"][str(n)]
@@ -334,15 +318,19 @@ def test_a_plan_is_written_edited_and_applied(moex, run, tmp_path, monkeypatch):
         (("--plan=no.json",), "no.json"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_flag(moex, run, tmp_path, flags, told):
-    line = moex("convert", run, "--to=pruned", *flags, f"--workdir={tmp_path / 'new'}")
+def test_a_mistake_is_one_line_that_names_the_flag(
+    moex, moe_run, tmp_path, flags, told
+):
+    line = moex(
+        "convert", moe_run, "--to=pruned", *flags, f"--workdir={tmp_path / 'new'}"
+    )
     assert told in line
     assert not (tmp_path / "new").exists()
 
 
-def test_random_plans_differ_between_layers_and_seeds_and_need_no_data(run):
+def test_random_plans_differ_between_layers_and_seeds_and_need_no_data(moe_run):
     plans = [
-        apply.plan_run(run, [Pruned(keep=(2,), score="random", seed=seed)])
+        apply.plan_run(moe_run, [Pruned(keep=(2,), score="random", seed=seed)])
         for seed in (0, 0, 1)
     ]
     keeps = [[own.keep for own in plan.layers] for plan in plans]
