@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moex.convert.apply import convert_run
+from moex.convert.kinds.merged import Merged
 from moex.data.chat import Chat, layout_of, question
 from moex.data.tokenizer import Bpe, Bytes
 from moex.interop.export import export_hf
@@ -28,7 +30,7 @@ from moex.train.job import make_job
 from tests import runs
 from tests.helpers import built, context
 from tests.interop import make_fixtures, parity
-from tests.interop.folders import changed, mxfp4_folder
+from tests.interop.folders import changed, import_fixture, mxfp4_folder, train_on
 
 pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore")]
 torch = pytest.importorskip("torch", reason="needs the hf extra")
@@ -62,6 +64,33 @@ def test_an_exported_folder_has_the_same_logits(name, tmp_path):
         tmp_path / "folder", output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_a_merged_model_leaves_as_its_family_with_equal_logits(name, tmp_path):
+    run, said = tmp_path / "run", []
+    import_fixture(name, run)
+    train_on(tmp_path, run, "steps=2", "optim.warmup_steps=1")
+    with runs.one_device():
+        merged = Merged(groups=2, budget="uniform", calibration=4)
+        convert_run(run, tmp_path / "merged", [merged], sequences=0, **SAY)
+        config = export_hf(tmp_path / "merged", tmp_path / "folder", say=said.append)
+        small = load_run(tmp_path / "merged")
+        token_BL = np.arange(2 * 12).reshape(2, 12) % 30
+        ctx = context(2, 12, token_BL=jnp.asarray(token_BL), mode="eval")
+        ours, _ = small.spec.merge(small.params, small.state)(ctx)
+    assert config["model_type"] == name
+    assert any("written out for each choice" in line for line in said)
+    with torch.no_grad():
+        logits = theirs(tmp_path / "folder")(torch.tensor(token_BL)).logits.numpy()
+    scale = np.abs(logits).max()
+    np.testing.assert_allclose(ours, logits, rtol=0, atol=2e-5 * scale)
+    again = tmp_path / "again"
+    with runs.one_device():  # an import has a set of weights for each expert
+        import_hf(tmp_path / "folder", again, ["--config.seq_len=32"], **SAY)
+        whole = load_run(again)
+        found, _ = whole.spec.merge(whole.params, whole.state)(ctx)
+    np.testing.assert_allclose(found, ours, rtol=0, atol=2e-5 * scale)
 
 
 def test_an_mxfp4_folder_has_the_same_logits_unpacked(tmp_path):
