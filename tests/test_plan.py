@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from moex import cli
+from moex.adapters.lora import LoRA
 from moex.config.base import ConfigError
 from moex.config.flags import load_config
 from moex.model.accounting import num_bytes
@@ -310,6 +311,19 @@ def test_weights_are_gathered_twice_and_gradients_scattered(run_config):
     found = carried(cfg)
     assert found["fsdp", "weights gathered"] == 2 * 2 * 7 / 8 * split
     assert found["fsdp", "gradients scattered"] == 2 * 7 / 8 * split
+
+
+def test_a_frozen_base_sends_no_gradients(run_config):
+    cfg = run_config({"data": 1, "fsdp": 8})
+    before = carried(cfg)
+    cfg.model.adapter = LoRA(rank=2, alpha=2.0, targets=("attention",))
+    found, adapters = carried(cfg), plan(cfg, topology.parse("cpu:8")).memory.gradients
+    sent = {k: v for k, v in found.items() if k[1].startswith("gradients")}
+    # An array that is split is scattered; one that is not is summed, at twice that.
+    assert 7 / 8 * adapters < sum(sent.values()) < 8 * 2 * 7 / 8 * adapters
+    key = "fsdp", "gradients scattered"
+    assert found.get(key, 0.0) < before[key] / 4
+    assert found["fsdp", "weights gathered"] >= before["fsdp", "weights gathered"]
 
 
 def test_tokens_to_experts(run_config):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from flax import nnx
 
-from moex.config.base import ConfigError, nearest, require_choice
+from moex.config.base import ConfigError, nearest, require, require_choice
 from moex.nn.lowered import lower, weight_sizes
 from moex.nn.model import Layers, Model
 from moex.nn.param import RouterState
@@ -52,6 +52,8 @@ def attach(model, cfg: AdapterConfig, rngs) -> None:
         if name.rpartition("/")[0] in owners
         and name.rpartition("/")[2] in owners[name.rpartition("/")[0]].PROJECTED
     }
+    allowed = "not empty: at least one pattern"
+    require(bool(cfg.targets) or cfg.TARGETLESS, f"{path}.targets", (), allowed)
     chosen: dict[str, Matrix] = {}
     for pattern in cfg.targets:
         found = _matching(pattern, params, f"{path}.targets")
@@ -103,12 +105,14 @@ def _weights(module, path: str, trained: set[str]) -> list[str]:
 def _matching(pattern: str, names: Iterable[str], where: str) -> list[str]:
     """The names that a pattern matches: all of it, or a part where it has no `*`."""
     names = list(names)
+    require(bool(pattern.strip()), where, pattern, "a pattern; '*' is for all")
     found = fnmatch.filter(names, pattern if "*" in pattern else f"*{pattern}*")
     if not found:
         parts = {part for name in names for part in name.split("/")}
+        words = ", ".join(sorted(part for part in parts if not part.isdigit()))
         raise ConfigError(
             f"{where}: pattern {pattern!r} matches no parameter."
-            f"{nearest(pattern, parts)} Parameters are named like {names[0]!r}."
+            f"{nearest(pattern, parts)} Paths of parameters are made of {words}."
         )
     return found
 

@@ -93,8 +93,13 @@ def uniform_of(inputs: int):
 
 def dropped(x, rate: float, ctx):
     """Set a share of `x` to 0 in training, and scale the rest by 1 / (1 - rate)."""
-    whole = jnp.issubdtype(x.dtype, jnp.integer)  # numbers of rows, not values
-    if rate == 0 or whole or ctx.key is None or ctx.mode != "train":
+    if not drops(x, rate, ctx):
         return x
     kept = jax.random.bernoulli(ctx.key, 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), 0)
+
+
+def drops(x, rate: float, ctx) -> bool:
+    """Whether `dropped` changes anything: not outside of training, nor in a look-up."""
+    whole = jnp.issubdtype(x.dtype, jnp.integer)  # numbers of rows, not values
+    return rate > 0 and not whole and ctx.key is not None and ctx.mode == "train"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from moex.adapters.lora import dropped, uniform_of
+from moex.adapters.lora import dropped, drops, uniform_of
 from moex.config.base import require, require_choice
 from moex.nn.context import fold_key
 from moex.nn.projection import Adapter, AdapterConfig, Matrix
@@ -114,17 +114,13 @@ class LoRAMoEModule(Adapter):
 
     def _inward(self, x, product, ctx):
         """A_e dropout_e(x) of all experts, [..., N, E, R]."""
-        own = [
-            dataclasses.replace(ctx, key=fold_key(ctx.key, e))
-            for e in range(self.num_gates)
-        ]
-        masked = [dropped(x, self.dropout, one) for one in own]
-        if masked[0] is x:  # nothing is dropped
+        if not drops(x, self.dropout, ctx):
             return product.inward(x, self.a_INER)
-        parts = [
-            product.inward(x_e, _OfExpert(self.a_INER, e))
-            for e, x_e in enumerate(masked)
-        ]
+        parts = []
+        for e in range(self.num_gates):
+            own = dataclasses.replace(ctx, key=fold_key(ctx.key, e))
+            x_e = dropped(x, self.dropout, own)
+            parts.append(product.inward(x_e, _OfExpert(self.a_INER, e)))
         return jnp.stack(parts, axis=-2)
 
     def types(self, ctx):

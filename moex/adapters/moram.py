@@ -110,7 +110,6 @@ class MoRAMModule(Adapter):
         self.scale, self.dropout = cfg.alpha / cfg.rank, cfg.dropout
         self.k, self.temperature = cfg.k, cfg.temperature
         self.threshold, self.eps, self.bank = cfg.threshold, cfg.eps, cfg.bank
-        self.num_gates = cfg.bank + cfg.rank
         # Runs of a sequence may have equal seeds, but the keys of each are its own.
         rngs = nnx.Rngs(params=jax.random.fold_in(rngs.params(), cfg.bank))
         self.a_INR, self.b_NRO = low_rank(matrix, cfg.rank, rngs, shared=cfg.shared)

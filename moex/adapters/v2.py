@@ -9,6 +9,7 @@ extra keys · D model width · H query heads · I inputs · O outputs · N parts
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -42,6 +43,8 @@ class Visual(Config):
 class AdapterV2(AdapterConfig):
     """Prompts for the last layers, a bias and a scale for every matrix, free norms."""
 
+    TARGETLESS: ClassVar[bool] = True
+
     # All matrices of attentions and feed-forwards, but not those of routers.
     targets: tuple[str, ...] = ("attention/w_", "*ffn*/w_[!D]*")
     bias: bool = True  # b of s * (W x + b), or of W (s * x) + b
@@ -59,6 +62,8 @@ class AdapterV2(AdapterConfig):
             if name == "layers":
                 allowed = "at least 1; prompt_length=None is for no prompts"
             require(value is None or value >= 1, f"{path}.{name}", value, allowed)
+        ok = self.layers is None or self.prompt_length is not None
+        require(ok, f"{path}.layers", self.layers, "None without prompt_length")
         side = "input, output or None"
         require(self.scale_side in SIDES, f"{path}.scale_side", self.scale_side, side)
         for_matrices = self.bias or self.scale_side is not None

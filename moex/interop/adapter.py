@@ -18,7 +18,7 @@ import numpy as np
 
 from moex.adapters.lora import LoRA, factors
 from moex.config import base as configs
-from moex.config.base import ConfigError, nearest
+from moex.config.base import ConfigError, nearest, require
 from moex.config.flags import load_config
 from moex.data.chat import keep_layout
 from moex.data.files import atomic_write
@@ -230,7 +230,7 @@ def read_adapter(folder, base: RunDir) -> AdapterFiles:
         raise ConfigError(f"{path}: has neither {peft.SETTINGS} nor {ABOUT}.")
     arrays, spec = {}, model_spec(dataclasses.replace(model, adapter=about["adapter"]))
     stored = stored_tensors(path / TENSORS)
-    shapes = spec.shapes()
+    wanted = flat_paths(spec.params) | flat_paths(spec.state)
     trained = _beyond_base(spec, model)
     known = trained | flat_paths(spec.state).keys()
     for name in sorted(stored.keys() - known):
@@ -239,12 +239,14 @@ def read_adapter(folder, base: RunDir) -> AdapterFiles:
     for name in sorted(trained | stored.keys()):
         if name not in stored:
             raise ConfigError(f"{path / TENSORS}: tensor {name!r} is missing.")
-        if stored[name].shape != shapes[name]:
+        if stored[name].shape != wanted[name].shape:
             raise ConfigError(
                 f"{path / TENSORS}: tensor {name!r} has shape "
-                f"{list(stored[name].shape)}; {ABOUT} makes it {list(shapes[name])}."
+                f"{list(stored[name].shape)}; {ABOUT} makes it "
+                f"{list(wanted[name].shape)}."
             )
-        arrays[name] = stored[name].read()
+        peft.check_type(name, stored[name], (wanted[name].dtype.name,))
+        arrays[name] = peft.finite(name, stored[name])
     return AdapterFiles(about["adapter"], arrays, {})
 
 
@@ -284,13 +286,17 @@ def _read_peft(path: Path, base: RunDir, model, given) -> AdapterFiles:
         if "/adapters/" in f"/{name}"
     }
     for site, pair in stored.items():
+        if not arrays.keys() >= set(factors(site.path)):
+            raise ConfigError(
+                f"{path / ABOUT}: adapter.targets match no {site.path}, which "
+                f"{peft.SETTINGS} targets."
+            )
         a, b = (arrays[name] for name in factors(site.path))
-        site.fill(a, b, *(t.read().astype(np.float32) for t in pair))
-    adapted = {site.full for site in stored}
+        site.fill(a, b, *(peft.finite(*t).astype(np.float32) for t in pair.items()))
     dtypes = {
         name: tensor.dtype.name
-        for site, pair in stored.items()
-        for name, tensor in zip(peft.names_of(site, adapted), pair, strict=True)
+        for pair in stored.values()
+        for name, tensor in pair.items()
     }
     return AdapterFiles(config, arrays, dtypes)
 
@@ -349,7 +355,10 @@ def import_adapter(
     cfg.model = dataclasses.replace(cfg.model, adapter=read.config)
     shapes = model_spec(cfg.model).shapes()
     cfg.init_from = str(base.path.absolute())
+    own = cfg.init_from
     cfg = load_config(list(config_args), base=cfg)
+    told = f"{own!r}, the run that the adapters are for"
+    require(cfg.init_from == own, "config.init_from", cfg.init_from, told)
     check_run(cfg)
     for name, new, old in differences(model_spec(cfg.model).shapes(), shapes):
         raise ConfigError(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moex.adapters.lora import LoRA, factors
-from moex.config.base import ConfigError, nearest, require
+from moex.config.base import ConfigError, nearest, require, short
 from moex.interop.folder import Stored, stored_tensors
 from moex.interop.peft_names import EMBED, HEAD, PREFIX, Site
 from moex.json_files import field, read_object
@@ -25,6 +25,18 @@ OFF = (
     *("alpha_pattern", "trainable_token_indices", "layer_replication", "use_qalora"),
     *("alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config"),
     *("velora_config", "monteclora_config", "ensure_weight_tying"),
+)
+# Fields that name, place or start an adapter, and change nothing that it computes.
+OF_NO_EFFECT = (
+    *("auto_mapping", "base_model_name_or_path", "revision", "task_type"),
+    *("inference_mode", "peft_version", "runtime_config", "qalora_group_size"),
+    *("megatron_config", "megatron_core", "loftq_config", "corda_config"),
+    *("eva_config", "lora_ga_config"),
+)
+READ = (
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "bias", "init_lora_weights"),
+    *("use_rslora", "target_modules", "target_parameters", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern"),
 )
 # Initial values that change the base too.
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
@@ -46,6 +58,12 @@ def lora_of(settings: dict[str, Any], where: str, targets: tuple[str, ...]) -> L
     for name in OFF:
         value = settings.get(name)
         require(not value, f"{where}: {name}", value, "off; moex has no counterpart")
+    for name in sorted(settings.keys() - {*OFF, *READ, *OF_NO_EFFECT}):
+        if settings[name]:
+            raise ConfigError(
+                f"{where}: {name} = {short(settings[name], 60)}: moex does not know "
+                f"this field, so it must be off.{nearest(name, (*READ, *OFF))}"
+            )
     bias = field(settings, "bias", str, where, "none")
     require(bias == "none", f"{where}: bias", bias, "'none'; biases are of the base")
     start = settings.get("init_lora_weights", True)
@@ -53,13 +71,14 @@ def lora_of(settings: dict[str, Any], where: str, targets: tuple[str, ...]) -> L
         told = "a kind that leaves the base as it is; let peft convert it to plain LoRA"
         require(False, f"{where}: init_lora_weights", start, told)
     rank = field(settings, "r", int, where)
+    require(rank >= 1, f"{where}: r", rank, "at least 1")
     alpha = field(settings, "lora_alpha", float, where)
+    require(alpha > 0, f"{where}: lora_alpha", alpha, "above 0")
     if field(settings, "use_rslora", bool, where, False):
         alpha *= rank**0.5
     dropout = field(settings, "lora_dropout", float, where, 0.0)
-    lora = LoRA(rank=rank, alpha=float(alpha), dropout=float(dropout), targets=targets)
-    lora.validate(where)
-    return lora
+    require(0 <= dropout < 1, f"{where}: lora_dropout", dropout, "in [0, 1)")
+    return LoRA(rank=rank, alpha=float(alpha), dropout=float(dropout), targets=targets)
 
 
 def settings_of(lora: LoRA, adapted: list[Site], every: list[Site]) -> dict[str, Any]:
@@ -133,7 +152,9 @@ def tensors_of(arrays: dict[str, np.ndarray], every: list[Site]):
     return named, list(values)
 
 
-def read_peft(path, every: list[Site], base) -> tuple[LoRA, dict[Site, Any]]:
+def read_peft(
+    path, every: list[Site], base
+) -> tuple[LoRA, dict[Site, dict[str, Stored]]]:
     """The config and the tensors of a folder of PEFT.
 
     Args:
@@ -142,7 +163,7 @@ def read_peft(path, every: list[Site], base) -> tuple[LoRA, dict[Site, Any]]:
       base: names it in errors.
 
     Returns:
-      (config, {site: the two tensors as `Stored`}).
+      (config, {site: the two tensors as `Stored`, by name}).
 
     Raises:
       ConfigError: if they do not fit each other or the base; for pickles.
@@ -164,14 +185,18 @@ def read_peft(path, every: list[Site], base) -> tuple[LoRA, dict[Site, Any]]:
     lora = lora_of(settings, where, tuple(sorted({site.path for site in adapted})))
     wanted = {name for pair in pairs.values() for name in pair}
     for name in sorted(stored.keys() - wanted):
-        told = f"{file}: tensor {name!r} belongs to nothing that {SETTINGS} targets in"
-        raise ConfigError(f"{told} {base}.{nearest(name, wanted - stored.keys())}")
+        told = f"{file}: tensor {short(name)} belongs to nothing that {SETTINGS}"
+        if name.endswith(".base_layer.weight"):
+            hint = " It is a copy of the base: save_embedding_layers=False of peft."
+        else:
+            hint = nearest(name, wanted - stored.keys())
+        raise ConfigError(f"{told} targets in {base}.{hint}")
     if not stored:
         raise ConfigError(f"{file}: has no tensors.")
     for site, pair in pairs.items():
         for name, shape in zip(pair, site.shapes(lora.rank), strict=True):
             _check(file, name, stored, shape, base)
-    return lora, {site: [stored[n] for n in pair] for site, pair in pairs.items()}
+    return lora, {site: {n: stored[n] for n in pair} for site, pair in pairs.items()}
 
 
 def _check(file, name: str, stored: dict[str, Stored], shape, base) -> None:
@@ -184,9 +209,30 @@ def _check(file, name: str, stored: dict[str, Stored], shape, base) -> None:
             f"{file}: tensor {name!r} has shape {list(found.shape)}; r of {SETTINGS} "
             f"and {base} make it {list(shape)}."
         )
-    if found.dtype.name not in ("float32", "bfloat16", "float16"):
-        told = f"{file}: tensor {name!r} is of type {found.dtype.name}"
-        raise ConfigError(f"{told}; must be float32, bfloat16 or float16.")
+    check_type(name, found, ("float32", "bfloat16", "float16"))
+
+
+def check_type(name: str, tensor: Stored, allowed: tuple[str, ...]) -> None:
+    """Raise `ConfigError` unless a tensor is of one of the types `allowed`."""
+    if tensor.dtype.name not in allowed:
+        raise ConfigError(
+            f"{tensor.file}: tensor {name!r} is of type {tensor.dtype.name}; must be "
+            f"{' or '.join(allowed)}."
+        )
+
+
+def finite(name: str, tensor: Stored) -> np.ndarray:
+    """Read a tensor.
+
+    Raises:
+      ConfigError: if a number of it is not finite.
+    """
+    array = tensor.read()
+    if not np.all(np.isfinite(array.astype(np.float32))):
+        raise ConfigError(
+            f"{tensor.file}: tensor {name!r} has numbers that are not finite."
+        )
+    return array
 
 
 def _targeted(settings: dict[str, Any], site: Site, where: str) -> bool:
@@ -195,25 +241,25 @@ def _targeted(settings: dict[str, Any], site: Site, where: str) -> bool:
     parameters = field(settings, "target_parameters", list[str] | None, where, None)
     excluded = field(settings, "exclude_modules", str | list[str] | None, where, None)
     only = field(settings, "layers_to_transform", int | list[int] | None, where, None)
-    if _matches(excluded, site.module):
+    if site.parameter and _matches(parameters, site.full, where):
+        return True  # `exclude_modules` and `layers_to_transform` are of modules alone
+    if _matches(excluded, site.module, where):
         return False
-    if site.parameter and _matches(parameters, site.full):
-        return True
     stacked = site.experts is not None
     if modules == "all-linear":
         return not stacked and not site.module.endswith((EMBED, HEAD))
-    if stacked or not _matches(modules, site.module):
+    if stacked or not _matches(modules, site.module, where):
         return False
     layer = re.search(r"\.layers\.(\d+)\.", site.module)
     layers = [only] if isinstance(only, int) else only
     return not layers or (layer is not None and int(layer[1]) in layers)
 
 
-def _matches(wanted: str | list[str] | None, name: str) -> bool:
+def _matches(wanted: str | list[str] | None, name: str, where: str) -> bool:
     if isinstance(wanted, str):
         try:
             return re.fullmatch(wanted, name) is not None
         except re.error as e:
-            told = f"{SETTINGS}: {wanted!r} is no regular expression: {e}"
+            told = f"{where}: {wanted!r} is no regular expression: {e}."
             raise ConfigError(told) from None
     return any(name == w or name.endswith(f".{w}") for w in wanted or ())

@@ -36,6 +36,7 @@ class AdapterConfig(Config, abc.ABC):
 
     role: ClassVar[str] = "an adapter config such as LoRA"
     MIXES: ClassVar[bool] = False  # its adapters have experts, whose gates are logged
+    TARGETLESS: ClassVar[bool] = False  # it can do without adapted matrices
 
     # Shell patterns of parameter paths, or parts of paths: the matrices to adapt.
     targets: tuple[str, ...]

@@ -12,12 +12,11 @@ of b to each, an all-reduce twice that.
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 
 from moex.model.accounting import local_bytes
 from moex.model.layers import sites
-from moex.model.paths import path_name
+from moex.model.paths import flat_paths
 from moex.model.precision import compute_dtype
 from moex.moe.all_to_all import moves_all_to_all
 from moex.plan.memory import local_shape
@@ -72,10 +71,10 @@ def _passes(program: Training) -> int:
 
 
 def _leaves(program: Training):
-    """(path, abstract array with its sharding, mesh axes that split it)."""
-    params = program.abstract_state()["params"]
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        yield path_name(path), leaf, {a for a in leaf.sharding.spec if a is not None}
+    """(whether it is trained, abstract array with its sharding, axes that split it)."""
+    params, trained = program.abstract_state()["params"], program.spec.trained()
+    for path, leaf in flat_paths(params).items():
+        yield trained[path], leaf, {a for a in leaf.sharding.spec if a is not None}
 
 
 def _weights(program: Training) -> list[Traffic]:
@@ -85,11 +84,12 @@ def _weights(program: Training) -> list[Traffic]:
     recomputation shares the gather.
     """
     n, times = program.mesh.shape["fsdp"], program.cfg.grad_accum
-    scattered = 0.0
-    for _, leaf, axes in _leaves(program):
+    gathered = scattered = 0.0
+    for is_trained, leaf, axes in _leaves(program):
         if "fsdp" in axes:
-            scattered += math.prod(local_shape(leaf)) * n * _itemsize(program)
-    gathered = 2 * scattered
+            size = math.prod(local_shape(leaf)) * n * _itemsize(program)
+            gathered += 2 * size
+            scattered += size * is_trained
     return [
         Traffic("fsdp", "weights gathered", times * gathered * _share(n)),
         Traffic("fsdp", "gradients scattered", times * scattered * _share(n)),
@@ -102,8 +102,8 @@ def _gradients(program: Training) -> list[Traffic]:
     The nearest axes come first: what is scattered there travels less on the others.
     """
     shape, rows = program.mesh.shape, []
-    for _, leaf, axes in _leaves(program):
-        size = local_bytes(leaf)
+    for is_trained, leaf, axes in _leaves(program):
+        size = local_bytes(leaf) * is_trained
         for axis in reversed(TOKEN_AXES):
             if axis in axes:
                 continue

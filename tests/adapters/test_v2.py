@@ -490,6 +490,7 @@ def test_a_batch_of_one_kind_moves_only_its_own_parameters_and_their_moments():
     [
         ({"prompt_length": 0}, "prompt_length = 0: must be at least 1, or None"),
         ({"layers": 0}, "layers = 0: must be at least 1; prompt_length=None"),
+        ({"prompt_length": None, "layers": 2}, "layers = 2: must be None without pro"),
         ({"layers": 4}, "layers = 4: must be at most 3, the layers of the model"),
         (
             {"layers": 3, "visual": VISUAL},

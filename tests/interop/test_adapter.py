@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from moex import cli
+from moex.adapters.moram import MoRAM
+from moex.config import base as configs
 from moex.config.base import ConfigError
 from moex.convert.apply import convert_run
 from moex.convert.kinds.folded import Folded
@@ -19,6 +21,8 @@ from moex.interop.adapter import export_adapter, import_adapter
 from moex.interop.export import export_hf
 from moex.interop.writing import Tensor, write
 from moex.model.paths import flat_paths
+from moex.model.spec import model_spec
+from moex.runs.base import base_hash
 from moex.runs.directory import RunDir
 from moex.runs.open import load_run
 from tests import runs
@@ -126,7 +130,7 @@ MISTAKES = {
     "type": (
         {},
         lambda v: v.update({n: a.astype(np.int32) for n, a in v.items()}),
-        "is of type int32; must be float32, bfloat16 or float16",
+        "is of type int32; must be float32 or bfloat16 or float16",
     ),
     "kind": ({"peft_type": "IA3"}, None, "peft_type = 'IA3': must be 'LORA'"),
     "dora": ({"use_dora": True}, None, "use_dora = True: must be off"),
@@ -134,6 +138,18 @@ MISTAKES = {
     "bias": ({"bias": "all"}, None, "bias = 'all': must be 'none'"),
     "pissa": ({"init_lora_weights": "pissa"}, None, "'pissa': must be a kind that"),
     "text": ({"r": "8"}, None, "r = '8'"),
+    "none": ({"r": 0}, None, r"adapter_config.json: r = 0: must be at least 1"),
+    "new": ({"use_xlora": True}, None, "use_xlora = True: moex does not know this f"),
+    "nan": (
+        {},
+        lambda values: next(iter(values.values())).fill(np.nan),
+        "model.safetensors: tensor '.*' has numbers that are not finite",
+    ),
+    "copy": (
+        {},
+        lambda v: v.update({"lm_head.base_layer.weight": np.zeros(2, np.float32)}),
+        "is a copy of the base: save_embedding_layers=False",
+    ),
 }
 
 
@@ -147,6 +163,50 @@ def test_a_folder_that_does_not_fit_is_one_clear_line(base, tmp_path, name):
     with pytest.raises(ConfigError, match=told):
         import_adapter(base, folder, tmp_path / "run", **SAY)
     assert not (tmp_path / "run").exists()
+
+
+def test_own_files_with_wrong_numbers_or_types_are_refused(base, tmp_path):
+    adapter = MoRAM(rank=2, alpha=2.0, k=2, targets=("w_q_DGRA",))
+    model = dataclasses.replace(base.config().model, adapter=adapter)
+    about = {"format": 1, "adapter": configs.to_dict(adapter)}
+    text = json.dumps(about | {"base": base_hash(model), "step": 0})
+    shapes = {n: s for n, s in model_spec(model).shapes().items() if "adapters/" in n}
+    for number, kind, told in (
+        (np.nan, np.float32, "b_NRO' has numbers that are not finite"),
+        (1, np.int32, "a_INR' is of type int32; must be float32"),
+    ):
+        values = {n: np.zeros(shape, kind) for n, shape in sorted(shapes.items())}
+        list(values.values())[-1].fill(number)
+        made = [Tensor(n, v.shape, v.dtype, lambda v=v: v) for n, v in values.items()]
+        folder = tmp_path / np.dtype(kind).name
+        write(folder, made, single=files.TENSORS, files={files.ABOUT: text})
+        with pytest.raises(ConfigError, match=told):
+            import_adapter(base, folder, tmp_path / "run", **SAY)
+
+
+def test_targets_of_our_file_must_be_those_of_the_folder(base, adapted, tmp_path):
+    with runs.one_device():
+        export_adapter(adapted[1], tmp_path / "a", **SAY)
+        file = tmp_path / "a" / files.ABOUT
+        about = json.loads(file.read_text())
+        about["adapter"]["targets"] = ["w_q_DGRA"]
+        file.write_text(json.dumps(about))
+        with pytest.raises(ConfigError, match="adapter.targets match no .*w_"):
+            import_adapter(base, tmp_path / "a", tmp_path / "run", **SAY)
+
+
+def test_an_import_names_the_base_that_it_was_given(base, adapted, tmp_path):
+    args = ["--config.init_from=elsewhere"]
+    with pytest.raises(ConfigError, match="init_from = 'elsewhere': must be .*the run"):
+        import_adapter(base, adapted[0], tmp_path / "run", args, **SAY)
+
+
+def test_excluded_modules_may_have_adapted_parameters(base, tmp_path):
+    """PEFT looks at `exclude_modules` for modules only."""
+    wanted = {"exclude_modules": ["k_proj", "experts"]}
+    folder = folder_for(base, tmp_path / "peft", **wanted)
+    found = files.read_adapter(folder, base)
+    assert any("/experts/adapters/" in name for name in found.arrays)
 
 
 def test_pickles_and_empty_folders_are_refused(base, tmp_path):
