@@ -70,7 +70,9 @@ def check_init_from(job: Job, source: RunDir) -> None:
     try:
         spec = saved_spec(source)
         own, task = type(source.config().task), job.cfg.task
-        if own is not type(task):
+        # A task that builds on another has its model and data, as `Distillation`.
+        alike = issubclass(own, type(task)) or issubclass(type(task), own)
+        if not alike:
             raise ConfigError(f"learned {own.__name__}, not {type(task).__name__}.")
         task.saved_identity(source)  # only to check that it can be read
     except ConfigError as e:
