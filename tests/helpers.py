@@ -70,9 +70,14 @@ def built(cfg, seed=0):
         std = math.prod(own[i] for i in inputs) ** -0.5
         return jnp.asarray(std * rng.normal(size=leaf.shape), leaf.dtype)
 
+    def start(leaf):
+        if leaf.dtype == jnp.int32:  # experts that share weights use two sets in turn
+            turns = jnp.arange(leaf.shape[-1], dtype=jnp.int32)[None] % 2
+            return jnp.broadcast_to(turns, leaf.shape)
+        return jnp.zeros(leaf.shape, leaf.dtype)
+
     params = jax.tree_util.tree_map_with_path(fill, spec.params)
-    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), spec.state)
-    return spec, params, state
+    return spec, params, jax.tree.map(start, spec.state)
 
 
 def split_module(module):

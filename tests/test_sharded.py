@@ -80,7 +80,7 @@ def test_sharded_is_unsharded(layer, mesh, options):
     distance = matrix.distance(actual, expected)
     assert distance.pop("replicas_differ") == 0, actual.replicas_differ
     assert max(distance.values()) < 1e-5, distance
-    if layer != "expert choice":  # balanced by design
+    if not layer.startswith("expert choice"):  # balanced by design
         load = next(v for k, v in expected.metrics.items() if "load_frac" in k)
         assert np.max(load) > 1.2 * np.mean(load)
 

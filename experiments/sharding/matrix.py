@@ -245,6 +245,10 @@ def initial(name: str):
         return np.asarray(1 + 0.1 * noise if is_scale else 0.3 * noise, leaf.dtype)
 
     def start(path, leaf):
+        if leaf.dtype == np.int32:  # the sets of weights of experts that share them
+            return np.broadcast_to(
+                np.arange(leaf.shape[-1], dtype=np.int32) % 8, leaf.shape
+            )
         steered = path_name(path).endswith("p_and_error")
         return np.broadcast_to(np.float32([P_0, 0] if steered else 0), leaf.shape)
 

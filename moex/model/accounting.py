@@ -309,7 +309,7 @@ def _extra_keys(cfg: Model, site: Site) -> float:
 def _shared_by_experts(site: Site, names, info) -> dict[str, int]:
     """The parameters of adapters that the experts of a site share: {name: experts}."""
     return {
-        name: site.sparse.moe.num_experts
+        name: site.sparse.moe.num_stored()
         for name in names
         if site.sparse is not None
         and "/experts/adapters/" in name
