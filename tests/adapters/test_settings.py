@@ -156,7 +156,10 @@ def test_eight_devices_compute_what_one_does(expected, kind, mesh):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_is_near(kind):
-    """Where a token uses all experts and atoms, so that rounding changes no choice."""
+    """Where a token uses all experts and atoms, so that rounding changes no choice.
+
+    Gradients are sums over tokens that cancel for the most part, so they are less near.
+    """
     cfg, spec, params, state = model(kind, k=4)
     if kind == "MoRAM":
         every = dataclasses.replace(cfg.adapter, k=7, temperature=1.0)
@@ -170,7 +173,7 @@ def test_bfloat16_is_near(kind):
         np.concatenate([own[name].ravel() for name in sorted(gradients)])
         for own in (gradients, found)
     )
-    assert 0 < np.linalg.norm(near - whole) < 0.06 * np.linalg.norm(whole)
+    assert 0 < np.linalg.norm(near - whole) < 0.25 * np.linalg.norm(whole)
 
 
 def updated(made, grad_accum):
