@@ -137,7 +137,8 @@ class MoE(FeedForwardConfig):
 
     def describe(self):
         kinds = (type(self.router).__name__, type(self.experts).__name__)
-        return f"MoE({self.num_experts}, {', '.join(kinds)})"
+        sets = "" if self.stored_experts is None else f" in {self.stored_experts}"
+        return f"MoE({self.num_experts}{sets}, {', '.join(kinds)})"
 
     def make(self, dim, rngs):
         return MoELayer(self, dim, rngs)
