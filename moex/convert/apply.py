@@ -60,10 +60,10 @@ def convert_run(
       CheckpointError: if no checkpoint of `source` is intact.
     """
     run, flag = RunDir.of(source), f"--workdir={RunDir.of(target)}"
-    cfg, source = run.config(), Source(run, say)
+    cfg, opened = run.config(), Source(run, say)
     made = RunDir(new_folder(target, flag))
     require(sequences >= 0, "--sequences", sequences, ">= 0")
-    conversions = _ready(source, conversions)
+    conversions = _ready(opened, conversions)
     report: dict[str, Any] = {"to": conversions[-1].kind, "from": str(run)}
     for conversion in conversions:
         report |= conversion.options()
@@ -73,8 +73,8 @@ def convert_run(
     cfg.optim = dataclasses.replace(cfg.optim, prune=None)  # it may have other matrices
     check_run(cfg, to_train=False)
     with new_run(made, flag, say) as hidden:
-        old = new = source.loaded  # on the job's devices
-        job = source.job(cfg)
+        old = new = opened.loaded  # on the job's devices
+        job = opened.job(cfg)
         for conversion in conversions:
             new, found = _applied(conversion, new, job, say)
             report |= found
