@@ -18,6 +18,8 @@ from moex.analysis.record import (
     routed_layers,
     slots_by_layer,
 )
+from moex.analysis.summary import analyse
+from moex.analysis.sums import Sums
 from moex.analysis.trace import Header, Trace
 from moex.analysis.writer import TraceWriter
 from moex.data.tokenizer import Tokenizer
@@ -301,6 +303,9 @@ def test_prompts_and_responses_are_traced(trained, tmp_path):
         (["--out=/nowhere/t.parquet"], "in a folder that exists"),
         (["--out={new}", "--step=5"], "--step = 5: must be one of the checkpoints: 4"),
         (["--out={new}", "--tokens=0"], "must be at least 1"),
+        (["--out={new}", "--marker=a"], "--marker: is for --sums"),
+        (["--out={new}", "--sums-only", "--marker=xyz"], "'xyz': not one token"),
+        (["--out={new}", "--sums-only", "--pool=5"], "pool = 5: layer 001 allows 1"),
         (["--out={new}", "--config.data.sources[0].holdout=0"], "no data is held out"),
     ],
 )
@@ -312,6 +317,59 @@ def test_mistakes_are_one_line_and_leave_nothing(trained, capsys, tmp_path, args
     err = capsys.readouterr().err
     assert stop.value.code == 2 and said in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_sums_are_those_of_the_trace_beside_them(trained, tmp_path, capsys):
+    run, old = trained
+    out = tmp_path / "t.parquet"
+    flags = ["--logits", "--sums", "--by-domain", "--marker=t", "--marker-span"]
+    moex("trace", run, f"--out={out}", *flags, "a", "t")
+    assert "sums of" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.parquet", "t.sums.npz"]
+    sums = Sums.read(tmp_path / "t.sums.npz")
+    with Trace.open(out) as trace:
+        found = analyse(trace, markers=["t"])
+    layer, own = found.layers["001"], sums.layers["001"]
+    assert sums.tokens == found.num_tokens and sums.step == 8
+    np.testing.assert_array_equal(own.count_E, layer.load_E)
+    np.testing.assert_allclose(own.gate_E, layer.gate_E, rtol=1e-4)
+    np.testing.assert_array_equal(own.marker_count_RE[0], layer.hits_ME[0])
+    tcess_E = own.tcess_E / sums.tokens
+    np.testing.assert_allclose(tcess_E, layer.tcess_DE[0], rtol=1e-3, atol=1e-5)
+    (domain,) = trace.domains
+    np.testing.assert_array_equal(sums.of(domain)["001"].count_E, own.count_E)
+
+
+def test_a_run_is_steered_by_a_file(trained, tmp_path, capsys):
+    """`moex eval`, `generate` and `trace` heed it; a factor of 1 changes nothing."""
+    run, _ = trained
+    one, four, ban = (tmp_path / f"{name}.json" for name in ("one", "four", "ban"))
+    files = {one: {"scale": {"0": 1}}, four: {"scale": {"0": 9, "1": 9}}}
+    for file, own in (files | {ban: {"ban": [0, 3]}}).items():
+        layers = [{"layer": 1, "experts": 4} | own]
+        file.write_text(json.dumps({"kind": "steering", "layers": layers}))
+
+    def score(*flags):
+        moex("eval", run, "--json", *flags)
+        return json.loads(capsys.readouterr().out)["nll"]
+
+    plain, steered = score(), score(f"--steer={four}")
+    assert score(f"--steer={one}") == plain and abs(steered - plain) > 1e-4
+    moex("trace", run, f"--out={tmp_path / 't.parquet'}", f"--steer={ban}")
+    with Trace.open(tmp_path / "t.parquet") as trace:
+        assert trace.header.data["steering"] == str(ban)
+        (chunk,) = trace.chunks()
+    assert set(chunk.layers["001"].expert_NK.flat) == {1, 2}
+    capsys.readouterr()
+    options = ["--prompt=the cat", "--max-new-tokens=8", "--temperature=0"]
+    moex("generate", run, *options, f"--steer={four}")
+    told = capsys.readouterr()
+    assert told.out.startswith("the cat") and "largest |residual|" in told.err
+    ban.write_text(ban.read_text().replace('"layer": 1', '"layer": 0'))
+    with pytest.raises(SystemExit) as stop:
+        moex("generate", run, *options, f"--steer={ban}")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "ban.json: layer 0: has no experts" in err
 
 
 @pytest.mark.thorough

@@ -14,8 +14,10 @@ from moex.analysis.header import LayerInfo
 from moex.analysis.markers import Marker
 from moex.analysis.record import layer_infos
 from moex.analysis.record_sums import Recorded, record_sums
+from moex.config.base import ConfigError
 from moex.model.losses import moe_layers
 from moex.model.spec import shardings
+from moex.model.steering import LayerSteering, Steering
 from moex.moe.capacity import expert_capacity
 from moex.moe.chain import Chain
 from moex.moe.experts.zero import Zero
@@ -270,3 +272,48 @@ def test_sums_are_those_of_a_loop_over_tokens(tmp_path):
             assert_sums(found.of(domain)[label], wanted[domain][label], label)
     assert found.layers["005"].transitions_AB is None
     assert found.layers["001"].transitions_AB.shape == (6, 6)
+
+
+@pytest.mark.thorough
+def test_a_mesh_gives_the_same_sums(tmp_path):
+    """On 8 devices that split tokens, parameters and experts."""
+    chain = Chain(moe=tiny_moe(4, router=TopK(k=1), shared=None), iterations=2)
+    moe = tiny_moe(8, capacity_factor=1.0)
+    model = tiny_lm(Segment(pattern=(moe, chain)))
+    batches, options = batches_of(8), Recorded(markers=MARKERS, by_domain=True)
+    meshes = mesh_of(), mesh_of(8, data=2, fsdp=2, expert=2)
+    one, two = (
+        recorded(loaded(tmp_path, model, mesh), batches, recorded=options)
+        for mesh in meshes
+    )
+    for domain in (None, *DOMAINS):
+        for label, own in one.of(domain).items():
+            assert_sums(two.of(domain)[label], vars(own), label)
+
+
+@pytest.mark.thorough
+def test_a_pool_a_limit_and_steering_are_heeded(tmp_path):
+    run, batches = loaded(tmp_path, model_of_all_kinds()), batches_of()
+    cut = [dict(batches[0]), dict(batches[1])]
+    places = np.cumsum(cut[1]["segment"].reshape(-1) > 0).reshape(4, 16)
+    left = places <= 70 - (cut[0]["segment"] > 0).sum()
+    cut[1]["segment"] = np.where(left, cut[1]["segment"], 0)
+    found = recorded(run, batches, tokens=70, recorded=Recorded(pool=3))
+    wanted = slow_sums(run, cut, pool=3)[None]
+    assert found.tokens == 70
+    for label, own in found.layers.items():
+        assert_sums(own, {"peu_E": wanted[label]["peu_E"]}, label)
+        assert_sums(own, {"output_ED": wanted[label]["output_ED"]}, label)
+    ban = Steering(layers=(LayerSteering(layer=1, ban=(0, 2)),))
+    steered = recorded(run, batches, steer=ban.arrays(run.cfg.model))
+    assert np.flatnonzero(steered.layers["001"].count_E == 0).tolist() == [0, 2]
+
+
+def test_mistakes_are_one_line(tmp_path):
+    run = loaded(tmp_path, tiny_lm())
+    for options, said in (
+        ({"recorded": Recorded(pool=9)}, "pool = 9: layer 001 allows 1 to 8"),
+        ({"recorded": Recorded(markers=(Marker("x"),))}, "'x': not one token of the"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            recorded(run, batches_of(), **options)
