@@ -54,7 +54,8 @@ THINK, STOP, END, PAD = range(10, 14)
 DIGITS, B, L = 8, 24, 20
 LAYERS, EXPERTS = 4, 16
 BLOCK, STEPS = 100, 2000
-TRACED, WRITTEN, NEW = 1000, 3000, 12  # texts to find experts in, to score; new tokens
+# Texts to find experts in, to score, to score for each expert alone; new tokens.
+TRACED, WRITTEN, ALONE, NEW = 1000, 3000, 500, 12
 TOP = 2  # experts that are steered
 DOSES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 8.0, 64.0)
 RANDOM_PAIRS, DOSE = 8, 4.0
@@ -282,7 +283,35 @@ def one_seed(seed: int) -> dict:
         for p in [marking.switched(risk, top)]
     }
     print(f"  steermoe: {results['steermoe']}", flush=True)
+    results["alone"] = alone(params, digit_BD[:ALONE], seed + 1, text_BL)
     return results
+
+
+def alone(params, digit_BD, seed, text_BL) -> dict:
+    """Length and accuracy when one expert is scaled by `DOSE`, and its span score.
+
+    Every expert of the model is scaled in turn, so this tells whether high scores go
+    with long texts, whichever pair is the best.
+    """
+
+    def steered(steering):
+        return score(digit_BD, write(params, digit_BD, seed, steering)[0])
+
+    own = counts(params, text_BL, MARKERS["span"])
+    found = marking.marker_scores(own, MARKERS["span"], (1.0, -1.0), 0.0)
+    rows = []
+    for layer, score_E in found.items():
+        for e, value in enumerate(score_E):
+            one = LayerSteering(layer=layer, scale={e: DOSE})
+            row = {"expert": f"{layer}/{e}", "score": float(value)}
+            rows.append(row | steered(Steering(layers=(one,))))
+    return {"base": steered(None), "experts": rows}
+
+
+def rank_correlation(x, y) -> float:
+    """Spearman's correlation; of equal numbers the first ranks lower."""
+    ranks = [np.argsort(np.argsort(v, kind="stable"), kind="stable") for v in (x, y)]
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def gains(seed: dict, name: str) -> dict[str, float]:
@@ -357,6 +386,20 @@ def table(results: dict) -> str:
             most = f"{own[f'{key}_most']:+.3f}"
             cells += [f"{own[key]:+.3f}", f"{spread}, most {most}"]
         lines.append(f"| {number} | {' | '.join(cells)} |")
+    lines += ["", "| seed | rank correlation | longest | shortest | highest score |"]
+    lines.append("|---" * 5 + "|")
+    for number, seed in seeds.items():
+        rows, base = seed["alone"]["experts"], seed["alone"]["base"]
+        lengths = [row["length"] for row in rows]
+        values = [row["score"] for row in rows]
+        picked = (np.argmax(lengths), np.argmin(lengths), np.argmax(values))
+        cells = []
+        for i in picked:
+            gain = lengths[i] - base["length"]
+            right = rows[i]["accuracy"] - base["accuracy"]
+            cells.append(f"{rows[i]['expert']}: {gain:+.2f}, accuracy {right:+.3f}")
+        rho = rank_correlation(values, lengths)
+        lines.append(f"| {number} | {rho:+.2f} | {' | '.join(cells)} |")
     names = list(verdicts(next(iter(seeds.values()))))
     lines += ["", f"| seed | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for number, seed in seeds.items():

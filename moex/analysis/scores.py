@@ -180,6 +180,25 @@ def risk_difference(load_E, tokens: int, other_E, other_tokens: int) -> np.ndarr
     )
 
 
+def logit_similarity(gram_EE) -> np.ndarray:
+    """float64[E, E]: (cosine + 1) / 2 of the router logits of two experts, in [0, 1].
+
+    It is 0.5 for an expert whose logits are all 0.
+
+    Args:
+      gram_EE: sums of z z^T over tokens, with logits z.
+
+    Source: M-SMoE, arXiv:2310.01334.
+    """
+    gram_EE = np.asarray(gram_EE, np.float64)
+    norm_E = np.sqrt(np.maximum(np.diagonal(gram_EE), 0))
+    size_EE = norm_E[:, None] * norm_E
+    cosine_EE = np.divide(
+        gram_EE, size_EE, out=np.zeros_like(gram_EE), where=size_EE > 0
+    )
+    return (np.clip(cosine_EE, -1, 1) + 1) / 2
+
+
 class Ranked(NamedTuple):
     """An expert and its score."""
 

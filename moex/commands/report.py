@@ -18,7 +18,7 @@ class Command(Verb):
       moex report runs/quickstart
       moex report runs/quickstart --trace=trace.parquet --out=quickstart.html
     """
-    usage = "RUN [--trace=FILE] [--compare-trace=FILE] [--out=FILE.html]"
+    usage = "RUN [--trace=FILE] [--compare-trace=FILE] [--sums=FILE] [--out=FILE.html]"
     refuses_config = "takes the config of the run"
 
     def add(self, parser):
@@ -40,6 +40,12 @@ class Command(Verb):
             help="show the experts that go with this token; repeat it for several",
         )
         parser.add_argument(
+            "--sums",
+            type=path,
+            metavar="FILE",
+            help="of `moex trace --sums`: show which experts matter and are alike",
+        )
+        parser.add_argument(
             "--out", type=path, metavar="FILE", help="default: RUN/report.html"
         )
 
@@ -56,6 +62,7 @@ class Command(Verb):
                 trace=args.trace,
                 compare_trace=args.compare_trace,
                 markers=args.token,
+                sums=args.sums,
                 out=args.out,
             )
         )

@@ -4,13 +4,15 @@ import pathlib
 from collections.abc import Sequence
 
 from moex.analysis.summary import analyse, compare
+from moex.analysis.sums import Sums
 from moex.analysis.trace import Trace
 from moex.config.base import ConfigError
 from moex.data.files import atomic_write
 from moex.report import about, gates, routing, tracing, training
 from moex.report.health import examine
 from moex.report.material import read
-from moex.report.page import render
+from moex.report.page import Section, render
+from moex.report.sums import section as of_sums
 from moex.runs.directory import Place, RunDir
 
 
@@ -20,6 +22,7 @@ def write_report(
     trace: pathlib.Path | None = None,
     compare_trace: pathlib.Path | None = None,
     markers: Sequence[str] = (),
+    sums: pathlib.Path | None = None,
     out: pathlib.Path | None = None,
 ) -> str:
     """Write the page; returns what `moex report` prints.
@@ -28,6 +31,7 @@ def write_report(
       trace: file of `moex trace`; None: the page says that there is none.
       compare_trace: another trace of the same tokens, of another checkpoint.
       markers: tokens whose experts are looked for.
+      sums: file of `moex trace --sums`; None: the page has no section on them.
       out: the file; None: `RUN/report.html`.
 
     Raises:
@@ -44,6 +48,7 @@ def write_report(
         *routing.sections(material),
         *gates.sections(material),
         *tracing.sections(found, overlap, whose),
+        *_sums(sums),
         about.samples(material),
         about.config(material),
         about.environment(material),
@@ -69,6 +74,13 @@ def _traces(path, other_path, markers):
             overlap = compare(trace, other)
             header = other.header
     return found, overlap, f"{whose}, beside {header.run} at step {header.step:,}."
+
+
+def _sums(path) -> list[Section]:
+    if path is None:
+        return []
+    found = Sums.read(path)
+    return [of_sums(found, f"{path}: of {found.run} at step {found.step:,}.")]
 
 
 def check(out, trace, compare_trace, markers) -> None:

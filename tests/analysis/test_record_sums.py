@@ -288,7 +288,9 @@ def test_a_mesh_gives_the_same_sums(tmp_path):
     )
     for domain in (None, *DOMAINS):
         for label, own in one.of(domain).items():
-            assert_sums(two.of(domain)[label], vars(own), label)
+            there = {k: v for k, v in vars(own).items() if v is not None}
+            del there["info"]
+            assert_sums(two.of(domain)[label], there, label)
 
 
 @pytest.mark.thorough

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from moex import cli
+from moex.analysis.scores import logit_similarity
 from moex.analysis.summary import analyse
 from moex.analysis.trace import LayerInfo, Trace
 from moex.interop.hf import import_hf
 from moex.report import by_layer, maps, tracing
 from moex.report.tokens import table
 from tests import runs
+from tests.analysis import oracle
 from tests.report import pages
 
 MIXTRAL = pathlib.Path(__file__).parents[1] / "interop" / "fixtures" / "mixtral"
@@ -155,3 +157,21 @@ def test_an_imported_checkpoint(tmp_path, capsys):
     assert "Not checked: training, for no step is logged" in page.text
     assert "Checked: dead experts and collapse." in page.text
     assert "layer 1: expert 7 at all logged steps (1 of 8; " in page.text
+
+
+def test_sums_have_a_section_of_their_own(folder):
+    path = folder / "s.npz"
+    sums = oracle.random_sums()
+    sums.save(path)
+    run = pages.write_run(folder, folder / "summed", load=None)
+    _, page = pages.report(run, sums=path)
+    assert re.search(r"<h2[^>]*>Sums</h2>", page.source)
+    assert "s.npz: of runs/a at step 7. 50 tokens" in page.text
+    gram_EE = sums.layers["001"].gram_EE
+    gram_EE = gram_EE @ gram_EE.T
+    for a in range(4):
+        for b in range(4):
+            cosine = gram_EE[a, b] / (gram_EE[a, a] * gram_EE[b, b]) ** 0.5
+            got = logit_similarity(gram_EE)[a, b]
+            assert got == pytest.approx((cosine + 1) / 2)
+    assert logit_similarity(np.diag([1.0, 0.0])).tolist() == [[1, 0.5], [0.5, 0.5]]
