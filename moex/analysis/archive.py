@@ -16,7 +16,7 @@ from moex.json_files import dump_json, parse_object
 UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-def write_archive(path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+def write_archive(path, about: dict[str, Any], arrays: dict[str, Any]) -> None:
     """Write arrays by name, and plain data as JSON under `about`.
 
     The file has its name only once it is whole.
@@ -66,7 +66,7 @@ class Archive:
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
 
-    def under(self, start: str, owner: Any) -> dict[str, np.ndarray]:
+    def under(self, start: str, owner: Any) -> dict[str, Any]:
         """The arrays `start`/NAME for the fields of a dataclass that are arrays."""
         names = [f.name for f in dataclasses.fields(owner) if f.type is np.ndarray]
         return {name: self.array(f"{start}/{name}") for name in names}

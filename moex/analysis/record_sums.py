@@ -243,9 +243,8 @@ class _Step:
     def __init__(self, run: LoadedRun, slots: dict[str, int], groups: int, pool):
         self._run, self._slots, self._groups, self._pool = run, slots, groups, pool
         self._places = sites(run.cfg.model)
-        options = {"out_shardings": run.whole}
-        self.first = jax.jit(self._first, **options)
-        self.second = jax.jit(self._second, **options)
+        self.first = jax.jit(self._first, out_shardings=run.whole)
+        self.second = jax.jit(self._second, out_shardings=run.whole)
 
     def _routers(
         self, params, state, batch, steer, *, measure: bool

@@ -19,9 +19,9 @@ class Command(Verb):
 
     examples = """
     Examples:
-      moex analyse first.parquet
-      moex analyse t.parquet --npmi='<think>' --against='</think>' --from='<think>'
-      moex analyse t.parquet --npmi-span '<think>' '</think>' --steer-out=think.json
+      moex analyse trace.parquet
+      moex analyse trace.parquet --npmi=. --against=, --min-support=0
+      moex analyse trace.parquet --npmi-span , . --min-support=0 --steer-out=s.json
     """
     refuses_config = "takes a trace and no config"
 

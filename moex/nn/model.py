@@ -8,7 +8,7 @@ B batch · L length · D model width
 
 import abc
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -105,7 +105,7 @@ class Layers(Projector):
             own = dataclasses.replace(_inside(ctx, i), depth=self.first_blocks[i])
             x_BLD, aux[str(i)], cache = segment(x_BLD, own, cache)
             new_caches.append(cache)
-        told = {"segments": aux}
+        told: dict[str, Any] = {"segments": aux}
         if ctx.steer is not None:
             peaks = [jnp.max(own.pop("peak")) for own in aux.values() if "peak" in own]
             last = peak_of(x_BLD, ctx.valid_BL)

@@ -40,8 +40,8 @@ def section(sums: Sums, about: str) -> Section:
     text = (
         f"{about} {sums.tokens:,} tokens. Scores are divided by the mean of their "
         "sizes in the layer: frequency, TCESS and PEU (PreMoe), all logits, REAP. "
-        "Similarity is (cosine + 1) / 2 of the router logits of two experts over all tokens "
-        "(M-SMoE); the diagonal, always 1, is left out."
+        "Similarity is (cosine + 1) / 2 of the router logits of two experts over all "
+        "tokens (M-SMoE); the diagonal, always 1, is left out."
     )
     return Section("Sums", [score, alike], text + left)
 
