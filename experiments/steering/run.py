@@ -372,7 +372,8 @@ def table(results: dict) -> str:
         }
         for what, row in rows.items():
             cells = f"{row['length']:.2f} | {row['accuracy']:.3f} | {row['formed']:.3f}"
-            lines.append(f"| {number} | {what} | {cells} | {row['peak']:.1f} |")
+            peak = f"{row['peak']:.0f}" if row["peak"] else "–"
+            lines.append(f"| {number} | {what} | {cells} | {peak} |")
     lines += [
         "",
         "| seed | gain of length | of random pairs | of accuracy | of random |",
