@@ -12,7 +12,7 @@ from moex.data.chat import layout_of, saved_layout
 from moex.interop.arrays import tensor_of
 from moex.interop.card import CARD, model_card
 from moex.interop.closest_family import closest, inference
-from moex.interop.families import FAMILIES, read_model
+from moex.interop.families import FAMILIES, find_family, read_model
 from moex.interop.folder import (
     CONFIG,
     DTYPES,
@@ -35,7 +35,9 @@ from moex.interop.tokens import (
 )
 from moex.interop.writing import Tensor, write
 from moex.json_files import field
+from moex.model.layers import sites
 from moex.model.paths import flat_paths
+from moex.moe.contract import FixedK
 from moex.runs.base import check_no_adapters
 from moex.runs.claim import new_folder
 from moex.runs.directory import Place, RunDir
@@ -49,7 +51,7 @@ def description(run: RunDir, cfg) -> tuple[dict, dict, dict, dict | None]:
     """(config.json, other files by name, dtype by tensor, index) of an export."""
     kept, own = run.imported, run.tokenizer()
     if (kept / RECORD).is_file():
-        config = read_json(kept / CONFIG)
+        config = with_experts(read_json(kept / CONFIG), cfg.model)
         model = read_model(str(kept / CONFIG), config)
         if inference(model) == inference(cfg.model):
             # The export has no quantised numbers, code or layers after the last.
@@ -82,6 +84,21 @@ def description(run: RunDir, cfg) -> tuple[dict, dict, dict, dict | None]:
     }
     files = written(own, run.tokenizer_folder, layout_of(cfg.data))
     return config, files, {}, None
+
+
+def with_experts(config: dict, model) -> dict:
+    """The `config.json` of an imported model with as many experts as it has now.
+
+    Pruned layers have fewer; where they differ, no family has the model.
+    """
+    name = find_family(CONFIG, config).experts
+    moes = [site.sparse.moe for site in sites(model) if site.sparse is not None]
+    if not name or not moes:
+        return config
+    own = {name: moes[0].num_experts}
+    if isinstance(moes[0].router, FixedK):
+        own["num_experts_per_tok"] = moes[0].router.k
+    return config | {k: v for k, v in own.items() if config.get(k, v) != v}
 
 
 def export_hf(place: Place, out, *, dtype: str | None = None, say=print) -> dict:
@@ -117,6 +134,9 @@ def export_hf(place: Place, out, *, dtype: str | None = None, say=print) -> dict
     config, files, dtypes, index = description(run, cfg)
     family = FAMILIES[config["model_type"]]
     wanted = list(pieces(cfg.model, family.names))
+    if index is not None:  # there may be fewer experts than in the folder that came
+        files_of = index["weight_map"]
+        index = {"weight_map": {p.name: files_of[p.name] for p in wanted}}
     loaded = load_run(run, warn=say)
     state = flat_paths(loaded.state)
     copies = Copies(loaded.cfg.model, flat_paths(loaded.params) | state)

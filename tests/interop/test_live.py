@@ -6,6 +6,7 @@ Random weights again, at other sizes and lengths than those of the fixtures.
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,16 +14,20 @@ import pytest
 
 from moex.convert.apply import convert_run
 from moex.convert.kinds.merged import Merged
+from moex.convert.kinds.pruned import Pruned
 from moex.data.chat import Chat, layout_of, question
 from moex.data.tokenizer import Bpe, Bytes
 from moex.interop.export import export_hf
+from moex.interop.families import FAMILIES
 from moex.interop.hf import import_hf
+from moex.model.layers import routers
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
 from moex.nn.attention import Attention
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
+from moex.runs.directory import RunDir
 from moex.runs.open import load_run
 from moex.tasks.lm import continue_texts
 from moex.train import training
@@ -301,3 +306,45 @@ def test_misplaced_and_missing_fields_have_the_logits_of_transformers(
     scale = np.abs(want["logits"]).max()
     assert np.abs(got - want["logits"]).max() <= 2e-5 * scale
     assert np.abs(got - before).max() > 1e-3 * scale
+
+
+def wider(name: str, folder):
+    """The folder of a family, with random weights of twice as many experts."""
+    source = parity.FIXTURES / name
+    config = transformers.AutoConfig.from_pretrained(source)
+    field = FAMILIES[config.model_type].experts
+    setattr(config, field, 2 * getattr(config, field))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for key, value in model.state_dict().items():
+        if key.endswith("e_score_correction_bias"):
+            value.normal_(std=0.1)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_a_pruned_model_leaves_as_its_family_with_the_same_logits(name, tmp_path):
+    run, new, out = (tmp_path / part for part in ("run", "new", "out"))
+    folder = parity.FIXTURES / name
+    if name == "deepseek_v3":  # it needs two experts in each group
+        folder = wider(name, tmp_path / "wider")
+    with runs.one_device():
+        import_hf(folder, run, ["--config.seq_len=32"], **SAY)
+        left = next(routers(RunDir(run).config().model)).moe.num_experts // 2
+        keep = Pruned(keep=(left,), score="random")
+        convert_run(run, new, [keep], sequences=0, **SAY)
+        export_hf(new, out, **SAY)
+        pruned = load_run(new)
+        ids = np.arange(3, 3 + 24, dtype=np.int32)[None]
+        model = pruned.spec.merge(pruned.params, pruned.state)
+        own = model(context(1, 24, token_BL=jnp.asarray(ids), mode="eval"))[0]
+    loaded = theirs(out)
+    with torch.no_grad():
+        want = loaded(torch.from_numpy(np.int64(ids))).logits.numpy()
+    scale = np.abs(want).max()
+    np.testing.assert_allclose(np.asarray(own), want, rtol=0, atol=2e-5 * scale)
+    field = FAMILIES[loaded.config.model_type].experts
+    config = json.loads((out / "config.json").read_text())
+    assert config[field] == left

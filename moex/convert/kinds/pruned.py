@@ -41,6 +41,7 @@ class Pruned(Planned):
 
     kind = "pruned"
     plan_kind = "keep"
+    keeps_family = True
     about = "some experts of every layer stay and the others are removed"
     flags = (
         KEEP_FLAGS
