@@ -124,8 +124,7 @@ def plan_layer(number, used: Used, weights, routers, num_groups, options: Merged
         told = f"at least {-(-E // num_groups)}: layer {number} has {E} experts in "
         require(False, "--largest", largest, f"{told}{num_groups} groups")
     if options.method == "ream":
-        assert largest is not None
-        groups = greedy_groups(score_E, similar_EE, num_groups, largest)
+        groups = greedy_groups(score_E, similar_EE, num_groups, largest or E)
     else:
         groups = nearest_groups(score_E, similar_EE, num_groups, largest)
     weight_E = np.ones(E) if options.average == "uniform" else score_E

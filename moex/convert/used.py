@@ -79,13 +79,12 @@ class Counter:
         found = {}
         for site, sparse in self._sites:
             path = sparse.path
-            stack = _module(model, path).experts
-            E, copies = sparse.moe.num_experts, []
+            stack, copies = _module(model, path), []
             for r in range(site.repeat):
-                experts = jax.tree.map(lambda a, r=r: a[r], stack)
+                module = jax.tree.map(lambda a, r=r: a[r], stack)
                 own = jax.tree.map(lambda a, r=r: a[r], layers[path])
                 rounds = [_of_round(own, t) for t in range(len(sparse.routers))]
-                sums = [_layer_sums(experts, one, E, ctx) for one in rounds]
+                sums = [_layer_sums(module, one, ctx) for one in rounds]
                 copies.append(jax.tree.map(lambda *a: sum(a), *sums))
             found[path] = jax.tree.map(lambda *a: jnp.stack(a), *copies)
         return found
@@ -104,11 +103,11 @@ def _of_round(layer: dict, t: int) -> tuple:
     return layer["trace"], layer["scores"]["logits"], layer["inputs"]
 
 
-def _layer_sums(experts, of_round, E, ctx) -> dict:
-    """The sums of one router over a batch, float32."""
+def _layer_sums(module, of_round, ctx) -> dict:
+    """The sums of one router over a batch, float32; `module` is a `SparseLayer`."""
     trace, logits_TX, x_BLD = of_round
-    valid_T = ctx.valid_BL.reshape(-1)
-    gate_TE = _gates(trace, logits_TX.shape)[:, :E]
+    valid_T, E = ctx.valid_BL.reshape(-1), module.num_experts
+    gate_TE = _gates(module, trace, logits_TX, ctx)[:, :E]
     logits_TE = jnp.where(valid_T[:, None], logits_TX[:, :E], 0.0)
     total_T1 = jnp.sum(gate_TE, axis=1, keepdims=True)
     share_TE = gate_TE / jnp.where(total_T1 > 0, total_T1, 1.0)
@@ -117,7 +116,9 @@ def _layer_sums(experts, of_round, E, ctx) -> dict:
     x_SD = x_BLD[:, ::stride].reshape(-1, x_BLD.shape[-1])
     seen_S = ctx.valid_BL[:, ::stride].reshape(-1)
     share_SE = share_TE.reshape(*seen.shape, E)[:, ::stride].reshape(-1, E)
-    y_ESD = jnp.where(seen_S[None, :, None], _outputs(experts, x_SD, E, ctx), 0.0)
+    y_ESD = jnp.where(
+        seen_S[None, :, None], _outputs(module.experts, x_SD, E, ctx), 0.0
+    )
     norm_SE = jnp.linalg.norm(y_ESD, axis=2).T
     # The norms are known for some of the tokens: their sum stands for all of them.
     count_E = jnp.sum(gate_TE > 0, axis=0, dtype=jnp.float32)
@@ -134,12 +135,17 @@ def _layer_sums(experts, of_round, E, ctx) -> dict:
     }
 
 
-def _gates(trace, shape):
-    """The gate of every token and expert, 0 where it is not chosen: float32[T, E]."""
-    gate = jnp.where(trace["keep"], trace["gate"], 0.0)
-    rows, columns = (jnp.arange(n)[:, None] for n in shape)
-    at = (rows, trace["expert"]) if "expert" in trace else (trace["token"], columns)
-    return jnp.zeros(shape).at[at].add(gate)
+def _gates(module, trace, logits_TE, ctx):
+    """The gate of every token and expert, 0 where it is not computed: float32[T, E]."""
+    rows, columns = (jnp.arange(n)[:, None] for n in logits_TE.shape)
+    zeros_TE = jnp.zeros(logits_TE.shape)
+    if "token" in trace:
+        gate_EC = jnp.where(trace["keep"], trace["gate"], 0.0)
+        return zeros_TE.at[trace["token"], columns].add(gate_EC)
+    arrays = {f"{name}_TK": trace[name] for name in ("expert", "gate", "keep")}
+    routing = Routing(logits_TE=logits_TE, probs_TE=logits_TE, **arrays)
+    kept = module.within_capacity(routing.keep_only(trace["keep"]), ctx)
+    return zeros_TE.at[rows, kept.expert_TK].add(kept.gate_TK)
 
 
 def _outputs(experts, x_SD, E, ctx):

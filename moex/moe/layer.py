@@ -236,7 +236,7 @@ class SparseLayer(FeedForward):
             routing = steering.scaled(routing, ctx.steer)
             routing = routing.without_padding(valid_T)
             load_BE, real_T = routing.loads((B, L), self.num_experts)
-        kept = self._within_capacity(routing, ctx)
+        kept = self.within_capacity(routing, ctx)
         sums = self._sums_of_experts if routing.experts_choose else self._sums
         y_TC, num_kept, num_lost = sums(x_TD, kept, ctx)
         tell_of_rows(self.experts, y_TC[:, D:], ctx)
@@ -264,7 +264,7 @@ class SparseLayer(FeedForward):
             aux["answers"] = self._answers(x_TD, routing, kept, ctx)
         return y_TD.reshape(B, L, D), aux
 
-    def _within_capacity(self, routing, ctx):
+    def within_capacity(self, routing, ctx):
         """The routing without the slots that a capacity drops."""
         # Decoding drops nothing: else a row would depend on the rest of its batch.
         if self.capacity_factor is None or ctx.mode == "decode":
