@@ -182,7 +182,10 @@ def _peft_files(run: LoadedRun, arrays, files: dict[str, Any]):
     if (kept / RECORD).is_file():
         where = str(kept / RECORD)
         dtypes = field(read_object(kept / RECORD), "dtypes", dict[str, str], where)
-        if dtypes.keys() == values.keys():
+        came = read_object(kept / peft.SETTINGS)
+        in_ranks, _ = peft.tensors_of(arrays, every, came)
+        if dtypes.keys() == in_ranks.keys():
+            values = in_ranks
             files[peft.SETTINGS] = kept / peft.SETTINGS
             if run.step == 0 and (kept / CARD).is_file():
                 files[CARD] = kept / CARD

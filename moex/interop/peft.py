@@ -2,7 +2,8 @@
 
 A matrix of ours may hold several projections, and stacked layers. Where PEFT adapts
 only some of them, the others have zeros in both factors: their gradients are zeros too,
-so they stay as they are in training, and an export leaves them out.
+so they stay as they are in training, and an export leaves them out. A site whose rank
+is lower than that of others is filled up with zeros in the same way.
 """
 
 import re
@@ -21,8 +22,8 @@ TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 # Fields that must be off: they change what an adapter computes, or add other tensors.
 OFF = (
-    *("fan_in_fan_out", "use_dora", "lora_bias", "modules_to_save", "rank_pattern"),
-    *("alpha_pattern", "trainable_token_indices", "layer_replication", "use_qalora"),
+    *("fan_in_fan_out", "use_dora", "lora_bias", "modules_to_save"),
+    *("trainable_token_indices", "layer_replication", "use_qalora"),
     *("alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config"),
     *("velora_config", "monteclora_config", "ensure_weight_tying"),
 )
@@ -36,19 +37,19 @@ OF_NO_EFFECT = (
 READ = (
     *("peft_type", "r", "lora_alpha", "lora_dropout", "bias", "init_lora_weights"),
     *("use_rslora", "target_modules", "target_parameters", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern"),
+    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
 )
 # Initial values that change the base too.
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
-def lora_of(settings: dict[str, Any], where: str, targets: tuple[str, ...]) -> LoRA:
-    """The LoRA config of an `adapter_config.json`.
+def lora_of(settings: dict[str, Any], where: str, adapted: list[Site]) -> LoRA:
+    """The LoRA config of an `adapter_config.json`; its rank is the highest of a site.
 
     Args:
       settings: its fields.
       where: begins error messages.
-      targets: paths of the adapted parameters.
+      adapted: the sites that it targets.
 
     Raises:
       ConfigError: for another kind of adapter, or a setting without a counterpart.
@@ -70,15 +71,48 @@ def lora_of(settings: dict[str, Any], where: str, targets: tuple[str, ...]) -> L
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         told = "a kind that leaves the base as it is; let peft convert it to plain LoRA"
         require(False, f"{where}: init_lora_weights", start, told)
-    rank = field(settings, "r", int, where)
-    require(rank >= 1, f"{where}: r", rank, "at least 1")
-    alpha = field(settings, "lora_alpha", float, where)
-    require(alpha > 0, f"{where}: lora_alpha", alpha, "above 0")
-    if field(settings, "use_rslora", bool, where, False):
-        alpha *= rank**0.5
+    pairs = {
+        (rank_of(settings, site, where), _alpha_of(settings, site, where))
+        for site in adapted
+    }
+    scales = sorted({alpha / rank for rank, alpha in pairs})
+    told = "one number for all that is adapted"
+    require(len(scales) <= 1, f"{where}: alpha / rank", scales, told)
+    rank, alpha = max(pairs, default=(1, 1.0))
     dropout = field(settings, "lora_dropout", float, where, 0.0)
     require(0 <= dropout < 1, f"{where}: lora_dropout", dropout, "in [0, 1)")
-    return LoRA(rank=rank, alpha=float(alpha), dropout=float(dropout), targets=targets)
+    return LoRA(
+        rank=rank,
+        alpha=float(alpha),
+        dropout=float(dropout),
+        targets=tuple(sorted({site.path for site in adapted})),
+    )
+
+
+def rank_of(settings: dict[str, Any], site: Site, where: str) -> int:
+    """The rank of a site: `r`, or that of the first key that fits in `rank_pattern`."""
+    by_name = field(settings, "rank_pattern", dict[str, int] | None, where, None) or {}
+    rank = _of_pattern(by_name, site, where, field(settings, "r", int, where))
+    require(rank >= 1, f"{where}: r", rank, "at least 1")
+    return rank
+
+
+def _alpha_of(settings: dict[str, Any], site: Site, where: str) -> float:
+    """The number whose quotient by the rank is the factor on a site's change."""
+    kind = dict[str, float] | None
+    by_name = field(settings, "alpha_pattern", kind, where, None) or {}
+    own = field(settings, "lora_alpha", float, where)
+    alpha = _of_pattern(by_name, site, where, own)
+    require(alpha > 0, f"{where}: lora_alpha", alpha, "above 0")
+    root = field(settings, "use_rslora", bool, where, False)
+    return alpha * rank_of(settings, site, where) ** 0.5 if root else alpha
+
+
+def _of_pattern(by_name: dict[str, Any], site: Site, where: str, default):
+    for key, value in by_name.items():
+        if _matches(rf"(.*\.)?({key})", site.full, where):
+            return value
+    return default
 
 
 def settings_of(lora: LoRA, adapted: list[Site], every: list[Site]) -> dict[str, Any]:
@@ -120,12 +154,14 @@ def names_of(site: Site, adapted: set[str]) -> tuple[str, str]:
     return f"{at}.lora_A.weight", f"{at}.lora_B.weight"
 
 
-def tensors_of(arrays: dict[str, np.ndarray], every: list[Site]):
+def tensors_of(arrays: dict[str, np.ndarray], every: list[Site], settings=None):
     """Make the tensors of PEFT of our arrays.
 
     Args:
       arrays: those of LoRA adapters by path.
       every: all sites of the model.
+      settings: the `adapter_config.json` that says the rank of each site; None: all
+        have that of the arrays.
 
     Returns:
       ({name: array}, the adapted sites). Parts whose arrays are all 0 are left out.
@@ -140,7 +176,8 @@ def tensors_of(arrays: dict[str, np.ndarray], every: list[Site]):
     for site in every:
         a, b = factors(site.path)
         if a in arrays:
-            pair = site.tensors(arrays[a], arrays[b])
+            rank = None if settings is None else rank_of(settings, site, SETTINGS)
+            pair = site.tensors(arrays[a], arrays[b], rank)
             if any(np.any(value) for value in pair):
                 values[site] = pair
     full = {site.full for site in values}
@@ -182,7 +219,7 @@ def read_peft(
     adapted = [site for site in every if _targeted(settings, site, where)]
     full = {site.full for site in adapted}
     pairs = {site: names_of(site, full) for site in adapted}
-    lora = lora_of(settings, where, tuple(sorted({site.path for site in adapted})))
+    lora = lora_of(settings, where, adapted)
     wanted = {name for pair in pairs.values() for name in pair}
     for name in sorted(stored.keys() - wanted):
         told = f"{file}: tensor {short(name)} belongs to nothing that {SETTINGS}"
@@ -194,7 +231,8 @@ def read_peft(
     if not stored:
         raise ConfigError(f"{file}: has no tensors.")
     for site, pair in pairs.items():
-        for name, shape in zip(pair, site.shapes(lora.rank), strict=True):
+        shapes = site.shapes(rank_of(settings, site, where))
+        for name, shape in zip(pair, shapes, strict=True):
             _check(file, name, stored, shape, base)
     return lora, {site: {n: stored[n] for n in pair} for site, pair in pairs.items()}
 

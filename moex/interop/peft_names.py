@@ -70,9 +70,11 @@ class Site:
         wide = rank * (self.experts or 1)
         return (wide, self.inputs), (self.outputs, wide)
 
-    def tensors(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Make the pair of tensors (A, B) of the arrays of our adapter."""
-        a, b = self._own(a, b)
+    def tensors(
+        self, a: np.ndarray, b: np.ndarray, rank: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Make the pair of tensors (A, B) of the first `rank` ranks of our arrays."""
+        a, b = self._own(a, b, rank)
         if self.experts is not None:
             E = (self.experts,)  # they may share one adapter
             a_EIR = np.broadcast_to(a, E + a.shape[-3:])[:, :, 0]
@@ -84,14 +86,17 @@ class Site:
             return own, b_ERO.transpose(2, 1, 0).reshape(self.outputs, -1)
         return a[:, self.part].T, b[self.part].T / np.float32(self.factor)
 
-    def _own(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _own(
+        self, a: np.ndarray, b: np.ndarray, rank: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Views of one copy of the arrays, [..., I, N, R] and [..., N, R, O]."""
         a, b = a[self.index], b[self.index]
-        return a, b.reshape(*b.shape[: a.ndim - 1], -1)
+        b = b.reshape(*b.shape[: a.ndim - 1], -1)
+        return a[..., :rank], b[..., :rank, :]
 
     def fill(self, a: np.ndarray, b: np.ndarray, own: np.ndarray, other: np.ndarray):
         """Undo `tensors`: write the pair (own, other) into our arrays `a` and `b`."""
-        a, b = self._own(a, b)
+        a, b = self._own(a, b, len(own) // (self.experts or 1))
         if self.experts is None:
             a[:, self.part] = own.T
             b[self.part] = other.T * np.float32(self.factor)

@@ -52,7 +52,11 @@ def folder_for(base, path, dtype=np.float32, change=None, **settings):
     values = {
         name: (0.3 * random.normal(size=shape)).astype(dtype)
         for site in chosen
-        for name, shape in zip(peft.names_of(site, full), site.shapes(2), strict=True)
+        for name, shape in zip(
+            peft.names_of(site, full),
+            site.shapes(peft.rank_of(settings, site, "")),
+            strict=True,
+        )
     }
     if change is not None:
         change(values)
@@ -134,7 +138,13 @@ MISTAKES = {
     ),
     "kind": ({"peft_type": "IA3"}, None, "peft_type = 'IA3': must be 'LORA'"),
     "dora": ({"use_dora": True}, None, "use_dora = True: must be off"),
-    "ranks": ({"rank_pattern": {"q": 4}}, None, "rank_pattern = .*must be off"),
+    "ranks": (
+        {"rank_pattern": {"q_proj": 4}},
+        None,
+        r"alpha / rank = \[1.5, 3.0\]: must be one number",
+    ),
+    "pattern": ({"rank_pattern": {"(": 4}}, None, "is no regular expression"),
+    "pattern rank": ({"rank_pattern": {"q_proj": 0}}, None, "r = 0: must be at least"),
     "bias": ({"bias": "all"}, None, "bias = 'all': must be 'none'"),
     "pissa": ({"init_lora_weights": "pissa"}, None, "'pissa': must be a kind that"),
     "text": ({"r": "8"}, None, "r = '8'"),
@@ -156,7 +166,8 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_folder_that_does_not_fit_is_one_clear_line(base, tmp_path, name):
     settings, change, told = MISTAKES[name]
-    wrong = {"r": 2} if name == "rank" else {}
+    wrong = {"r": 2} if "r" in settings else {}
+    wrong |= {"rank_pattern": {}} if "rank_pattern" in settings else {}
     folder = folder_for(base, tmp_path / "peft", change=change, **settings | wrong)
     written = json.loads((folder / peft.SETTINGS).read_text()) | settings
     (folder / peft.SETTINGS).write_text(json.dumps(written))
@@ -199,6 +210,25 @@ def test_an_import_names_the_base_that_it_was_given(base, adapted, tmp_path):
     args = ["--config.init_from=elsewhere"]
     with pytest.raises(ConfigError, match="init_from = 'elsewhere': must be .*the run"):
         import_adapter(base, adapted[0], tmp_path / "run", args, **SAY)
+
+
+def test_ranks_by_pattern_are_filled_up_with_zeros(base, tmp_path):
+    """PEFT writes such a folder for `target_modules="all-linear"` of Mixtral."""
+    by_name = {r".*\.gate_up_proj": 4}, {r".*\.gate_up_proj": 12}
+    wanted = {"rank_pattern": by_name[0], "alpha_pattern": by_name[1]}
+    folder = folder_for(base, tmp_path / "peft", **wanted)
+    with runs.one_device():
+        import_adapter(base, folder, tmp_path / "run", **SAY)
+        export_adapter(tmp_path / "run", tmp_path / "back", **SAY)
+        run = load_run(tmp_path / "run")
+    lora = run.cfg.model.adapter
+    assert (lora.rank, lora.alpha) == (4, 12.0)
+    for end, rank in (("w_out_GRAD/a_INR", 2), ("w_in_ED2F/a_INR", 4)):
+        (a,) = [a for n, a in flat_paths(run.params).items() if n.endswith(end)]
+        assert np.all(a[..., :rank]) and not np.any(a[..., rank:])
+    for name in (peft.TENSORS, peft.SETTINGS):
+        back = (tmp_path / "back" / name).read_bytes()
+        assert back == (folder / name).read_bytes()
 
 
 def test_excluded_modules_may_have_adapted_parameters(base, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from moex.adapters.lora import factors
 from moex.interop import peft as ours
 from moex.interop.adapter import export_adapter, family_sites, import_adapter
+from moex.json_files import read_object
 from moex.model.paths import flat_paths, nested
 from moex.runs.directory import RunDir
 from moex.runs.open import load_run
@@ -37,6 +38,8 @@ TARGETS = {
     "gpt_oss": (ATTENTION, [*EXPERTS, "mlp.router.weight"]),
     "llama": ([*ATTENTION, "gate_proj", "up_proj", "down_proj"], None),
     "qwen3": ([*ATTENTION, "gate_proj", "up_proj", "down_proj"], None),
+    "mixtral-linear": ("all-linear", None),
+    "qwen3_moe-dense": (["q_proj", "gate_proj", "up_proj", "down_proj"], None),
     "mixtral-few": (["q_proj", "v_proj"], ["experts.down_proj"]),
     "qwen3_moe-layer": (["model.layers.2.self_attn.v_proj"], None),
     "llama-ends": (["embed_tokens", "lm_head", "q_proj"], None),
@@ -77,7 +80,7 @@ def logits_and_gradients(model, token_BL, target_BLV):
     return logits.detach().numpy(), gradients
 
 
-def ours_of(run, base, names, token_BL, target_BLV):
+def ours_of(run, base, names, token_BL, target_BLV, settings):
     """Our logits, and the gradients of the same tensors."""
     ctx = parity.context({"tokens": token_BL, "mask": np.ones(token_BL.shape, bool)})
     own = {n: a for n, a in flat_paths(run.params).items() if "adapters/" in n}
@@ -96,7 +99,8 @@ def ours_of(run, base, names, token_BL, target_BLV):
     for site in every:
         a, b = factors(site.path)
         if a in gradients:
-            pair = site.tensors(gradients[a], gradients[b])
+            rank = ours.rank_of(settings, site, "")
+            pair = site.tensors(gradients[a], gradients[b], rank)
             found |= dict(zip(ours.names_of(site, adapted), pair, strict=True))
     return np.asarray(logits), found
 
@@ -116,7 +120,9 @@ def test_folders_of_peft_come_in_and_go_out(kind, tmp_path):
         export_adapter(run, back, **SAY)
         loaded = load_run(run)
         names = set(want_gradients)
-        got, gradients = ours_of(loaded, RunDir(base), names, token_BL, target_BLV)
+        settings = read_object(folder / ours.SETTINGS)
+        given = names, token_BL, target_BLV, settings
+        got, gradients = ours_of(loaded, RunDir(base), *given)
     for file in (ours.TENSORS, ours.SETTINGS, "README.md"):
         assert (back / file).read_bytes() == (folder / file).read_bytes(), file
     scale = np.abs(want).max()
