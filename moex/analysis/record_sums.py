@@ -93,16 +93,12 @@ def record_sums(
     step = _Step(run, {info.label: info.slots for info in infos}, groups, recorded.pool)
     with jax.set_mesh(run.mesh):
         first = _added(reader, step.first, run, steer)
+        reader.check()
         count_G = np.maximum(first.pop("tokens_G"), 1)
         threshold = {name: total_G / count_G for name, total_G in first.items()}
         found = _added(reader, step.second, run, steer, threshold)
     tokens_G = found.pop("tokens_G")
     markers_RG = found.pop("markers_RG")
-    for marker, total in zip(recorded.markers, markers_RG[:, 0], strict=True):
-        if total == 0:
-            raise ConfigError(f"{str(marker)!r}: does not occur in the text.")
-    if tokens_G[0] == 0:
-        raise ConfigError("config.data: the text has no tokens to count.")
 
     def layers(g: int) -> dict[str, LayerSums]:
         made = {}
@@ -195,6 +191,19 @@ class _Reader:
         self._ids = run.cfg.task.TOKEN_IDS
         self._vocabulary = run.tokenizer.pieces() if markers and self._ids else ()
         self._where = run.folder
+        self._counted, self._marked_R = 0, np.zeros(len(markers), np.int64)
+
+    def check(self) -> None:
+        """Check that there were tokens, and each of the markers.
+
+        Raises:
+          ConfigError: if not.
+        """
+        if self._counted == 0:
+            raise ConfigError("config.data: the text has no tokens to count.")
+        for marker, total in zip(self._markers, self._marked_R, strict=True):
+            if total == 0:
+                raise ConfigError(f"{str(marker)!r}: does not occur in the text.")
 
     def __iter__(self):
         """Yield batches with `markers`, bool[B, L, R]; all else is padding."""
@@ -204,6 +213,8 @@ class _Reader:
             valid_T, found = counter(batch)
             marked_TR = np.zeros((len(valid_T), len(self._markers)), bool)
             marked_TR[valid_T] = finder(found.token_N, found.document_N)[0].T
+            self._counted += len(found)
+            self._marked_R += marked_TR.sum(axis=0)
             segment_BL = np.where(
                 valid_T.reshape(batch["segment"].shape), batch["segment"], 0
             )

@@ -320,3 +320,9 @@ def test_mistakes_are_one_line(tmp_path):
     ):
         with pytest.raises(ConfigError, match=said):
             recorded(run, batches_of(), **options)
+    batch = batches_of()[0]
+    none = batch | {"tokens": np.where(batch["tokens"] == 7, 8, batch["tokens"])}
+    with pytest.raises(ConfigError, match="'t7': does not occur in the text"):
+        recorded(run, [none], recorded=Recorded(markers=(Marker("t7"),)))
+    with pytest.raises(ConfigError, match="no tokens to count"):
+        recorded(run, [batch | {"segment": 0 * batch["segment"]}])

@@ -106,8 +106,15 @@ CASES = {
 }
 
 
+def thorough(*names):
+    """Names as parameters whose tests tell little beside the others'."""
+    return [pytest.param(name, marks=pytest.mark.thorough) for name in names]
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize(
+    "name", ["deepseek", "top-p", *thorough("softmax", "before", "none", "soft")]
+)
 def test_forced_and_banned_experts_are_those_of_the_definition(name, case):
     cfg, chosen = ROUTERS[name], {"force": (), "ban": ()} | CASES[case]
     if name == "soft" and chosen["force"]:
@@ -123,7 +130,9 @@ def test_forced_and_banned_experts_are_those_of_the_definition(name, case):
             np.testing.assert_allclose(got[e], gate, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["softmax", "before", "none", "top-p", "soft"])
+@pytest.mark.parametrize(
+    "name", ["softmax", "top-p", *thorough("before", "none", "soft")]
+)
 @pytest.mark.parametrize("keep", [(0, 3, 4, 7), (5,)])
 def test_a_mask_is_a_router_without_the_banned_experts(name, keep):
     """To rounding, where at least k are kept, and with k clipped to those that are."""
@@ -162,7 +171,7 @@ def layer_of(cfg):
     return module, nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
-@pytest.mark.parametrize("name", ["softmax", "deepseek", "top-p"])
+@pytest.mark.parametrize("name", ["deepseek", *thorough("softmax", "top-p")])
 def test_gates_of_a_layer_are_scaled_after_normalisation(name):
     """And the shared expert is not; a factor of 0 leaves an expert out."""
     cfg = MoE(
