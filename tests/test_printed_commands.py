@@ -23,7 +23,7 @@ from tests.printed import Printed
 EVERYTHING = printed.everything()
 # Commands that are right where they stand and cannot be read here.
 ELSEWHERE = {
-    "moex convert --to=fewer --keep=2": "a kind of conversion that the page makes",
+    "moex convert --to=fewer --stay=2": "a kind of conversion that the page makes",
 }
 
 

@@ -26,6 +26,7 @@ from moex.convert.merge import (
 from moex.convert.plans import Merge, Plan
 from moex.convert.segments import chosen_layers, cut, cut_arrays, cut_model
 from moex.convert.to_latent import at_path, with_path
+from moex.json_files import field
 from moex.model.layers import Sparse, layers, sites
 from moex.model.paths import flat_paths
 from moex.moe.experts.glu import Glu
@@ -261,6 +262,23 @@ def _with_new(tree: dict, path: tuple[str, ...], value):
     if not path:
         return value
     return tree | {path[0]: _with_new(tree.get(path[0], {}), path[1:], value)}
+
+
+def pairs_of(plan: Plan, where: str) -> list[dict]:
+    """The error bounds in a plan of the pairs that still merge; a plan may have none.
+
+    Raises:
+      ConfigError: if a field is missing or of another type; `where` names the plan.
+    """
+    form = {"layer": int, "dominant": int, "expert": int, "bound": float}
+    rows = []
+    for row in field(plan.how, "pairs", list[dict], f"{where}: how", []):
+        own = {k: field(row, k, v, f"{where}: how.pairs") for k, v in form.items()}
+        layer = plan.by_layer().get(own["layer"])
+        groups = () if layer is None else zip(layer.groups, layer.dominant, strict=True)
+        if any(own["expert"] in g and own["dominant"] == d for g, d in groups):
+            rows.append(own)
+    return rows
 
 
 def bounds(plans: list[Merge], used: dict[int, Used]) -> list[dict]:

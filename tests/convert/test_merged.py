@@ -25,6 +25,7 @@ from moex.convert.to_merged import (
     mergeable,
     merged_arrays,
     merged_model,
+    pairs_of,
     plan_layer,
     stored,
 )
@@ -308,6 +309,15 @@ def test_a_plan_has_all_layers_and_how_it_was_made():
     sums = (even[0].gate_gram_EE, even[0].output_gram_EE, 30)
     bound = error_bound(row["dominant"], row["expert"], *sums)
     assert row["bound"] == pytest.approx(bound, rel=1e-5)
+    edited = dataclasses.replace(plan, layers=plan.layers[:1])
+    assert pairs_of(edited, "p") == [row for row in found if row["layer"] == 0]
+    alone = dataclasses.replace(plan.layers[0], groups=((0, 1, 2, 3, 4, 5),))
+    alone = dataclasses.replace(alone, dominant=(row["dominant"],))
+    told = pairs_of(dataclasses.replace(plan, layers=(alone,)), "p")
+    assert {row["dominant"] for row in told} == {row["dominant"]}
+    del found[0]["bound"]
+    with pytest.raises(ConfigError, match="p: how.pairs: has no field 'bound'"):
+        pairs_of(plan, "p")
     blind = {n: dataclasses.replace(u, gate_gram_EE=None) for n, u in even.items()}
     assert make_plan(run, None, blind, options(groups=3)).how["pairs"] == []
 

@@ -103,12 +103,13 @@ class Merged(Planned):
             require(self.budget == "uniform", "--budget", self.budget, allowed)
 
     def ready(self, source):
-        from moex.convert.to_merged import make_plan, mergeable
+        from moex.convert.to_merged import make_plan, mergeable, pairs_of
         from moex.convert.used import Counter
 
         if self.plan is not None:
             align = self.plan.how.get("align", "dominant")
             require_choice("--plan: how.align", align, ALIGN)
+            pairs_of(self.plan, "--plan")  # before anything is read
             return dataclasses.replace(super().ready(source), align=align)
         mergeable(source.model, self)  # before anything is read
         if self.sums is not None:
@@ -136,14 +137,14 @@ class Merged(Planned):
         return merged_model(model, self.plan)
 
     def arrays(self, run, job, say):
-        from moex.convert.to_merged import merged_arrays
+        from moex.convert.to_merged import merged_arrays, pairs_of
 
         assert self.plan is not None
         args = (run.params, run.state, run.cfg.model, self.plan)
         params, state = merged_arrays(*args, self.align)
         plans = self.plan.by_layer()
         groups = {str(n): len(own.groups) for n, own in plans.items()}
-        pairs = self.plan.how.get("pairs", [])
+        pairs = pairs_of(self.plan, "--plan")
         return params, state, {"layer_groups": groups, "pairs": pairs}
 
     def lines(self, report):
