@@ -92,7 +92,8 @@ def _where(here, function):
 
 
 def _found(q_BLHA, made, gate_BH, scale, dtype):
-    found_BLHA = _attend(q_BLHA, *made(), scale).astype(jnp.float32)
+    k_BPGA, v_BPGA = made()
+    found_BLHA = _attend(q_BLHA, k_BPGA, v_BPGA, scale).astype(jnp.float32)
     return (gate_BH()[:, None, :, None] * found_BLHA).astype(dtype)
 
 
