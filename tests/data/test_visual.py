@@ -136,7 +136,10 @@ def test_a_run_learns_from_the_file_and_writes_about_an_image(trained, tmp_path)
     assert len({both[1], same[1], none[1]}) >= 2
     export_adapter(run, tmp_path / "files", say=lambda line: None)
     again = tmp_path / "again"
-    import_adapter(folder / "base", tmp_path / "files", again, say=lambda line: None)
+    args = [f"--config.{OPTIM}"]
+    import_adapter(
+        folder / "base", tmp_path / "files", again, args, say=lambda line: None
+    )
     runs.assert_same_arrays(load_run(again).params, load_run(run).params)
     assert write_text(again, prompts, visual=tmp_path / "two.npy", **options) == both
     one = {"adapter": [str(tmp_path / "files")], "visual": tmp_path / "two.npy"}
