@@ -26,6 +26,7 @@ from moex.data.pipeline import unread
 from moex.data.tokenizer import SavedTokenizer
 from moex.interop import peft
 from moex.interop.card import CARD
+from moex.interop.closest_family import NoFamily
 from moex.interop.export import description
 from moex.interop.families import FAMILIES
 from moex.interop.folder import stored_tensors
@@ -90,11 +91,14 @@ def export_adapter(place: Place, out, *, say=print) -> None:
         "step": loaded.step,
     }
     files: dict[str, Any] = {ABOUT: dump_json(about, indent=1) + "\n"}
-    plain = isinstance(adapter, LoRA) and not adapter.also_train
-    if plain:
-        values, name = _peft_files(loaded, arrays, files), peft.TENSORS
-    else:
-        values, name = arrays, TENSORS
+    values, name, form = arrays, TENSORS, "moex, as PEFT has no such adapter"
+    if isinstance(adapter, LoRA) and not adapter.also_train:
+        try:
+            values, name = _peft_files(loaded, arrays, files), peft.TENSORS
+            form = "PEFT"
+        except NoFamily as error:
+            say(str(error))
+            form = "moex, as PEFT knows no such base"
 
     def tensor(key, value) -> Tensor:
         return Tensor(key, value.shape, value.dtype, lambda: value)
@@ -102,7 +106,6 @@ def export_adapter(place: Place, out, *, say=print) -> None:
     made = [tensor(*item) for item in values.items()]
     write(target, made, single=name, max_shard_bytes=1 << 62, files=files)
     size = sum(math.prod(t.shape) for t in made)
-    form = "PEFT" if plain else "moex, as PEFT has no such adapter"
     say(f"{out}: {len(made)} tensors, {size:,} parameters, in the layout of {form}")
 
 

@@ -25,19 +25,23 @@ CANDIDATES = ("mixtral", "qwen3_moe", "olmoe", "llama", "qwen3")
 PARTS = "parts, not"
 
 
+class NoFamily(ConfigError):
+    """No family of transformers has a model."""
+
+
 def closest(model: LM) -> dict:
     """The `config.json` of a model.
 
     Raises:
-      ConfigError: if no family has it, with what differs from the closest one.
+      NoFamily: if no family has it, with what differs from the closest one.
     """
     if model.tied_embeddings and model.scale_embeddings:
-        raise ConfigError(
+        raise NoFamily(
             "export-hf: config.model has tied embeddings that are scaled on their way "
             "in (scale_embeddings); no family has those."
         )
     if not isinstance(model.attention, Attention):
-        raise ConfigError(
+        raise NoFamily(
             f"export-hf: {type(model.attention).__name__} leaves only in runs that "
             "were imported with it."
         )
@@ -58,7 +62,7 @@ def closest(model: LM) -> dict:
             fewest = distance, kind, found
     assert fewest is not None
     _, kind, found = fewest
-    raise ConfigError(
+    raise NoFamily(
         f"export-hf: no family of transformers has this model; {kind} is the closest, "
         f"and differs in {'; '.join(found[:6])}."
     )

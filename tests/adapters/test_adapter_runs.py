@@ -82,6 +82,16 @@ def test_checkpoints_hold_only_what_is_trained(adapted):
     assert names and all("adapters" in name for name in names)
 
 
+def test_lora_on_a_model_of_no_family_leaves_in_our_layout(folder, base, adapted):
+    said = []
+    export_adapter(adapted, folder / "alone", say=said.append)
+    assert "no family of transformers" in said[-2] and "of moex, as PEFT" in said[-1]
+    import_adapter(base, folder / "alone", folder / "from_alone", say=said.append)
+    old, new = (load_run(run) for run in (adapted, folder / "from_alone"))
+    assert old.cfg.model == new.cfg.model
+    runs.assert_same_arrays(old.params, new.params)
+
+
 def test_a_run_goes_on_exactly(folder, base, adapted):
     adapt(folder, base, folder / "twice", "steps=2")
     adapt(folder, base, folder / "twice", "steps=4")
