@@ -23,15 +23,25 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from moex.config.base import ConfigError
 from moex.moe.routing import Scores
 
 EPSILON = 0.01  # nats that a forced expert is above the best
 
 
 def scaled(routing, steer):
-    """The decision of a router with the gates times the factors of their experts."""
+    """The decision of a router with the gates times the factors of their experts.
+
+    Raises:
+      ConfigError: if a module around the layer did not give it its own part.
+    """
     if steer is None:
         return routing
+    if "scale_E" not in steer:
+        raise ConfigError(
+            "Context.steer has no arrays for an MoE layer: the feed-forward around it "
+            "must run it with ctx.inside(NAME)."
+        )
     scale_E = steer["scale_E"]
     if routing.experts_choose:
         gates = {"gate_EC": routing.gate_EC * scale_E[:, None]}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moex.config.base import ConfigError
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
@@ -199,6 +200,14 @@ def test_gates_of_a_layer_are_scaled_after_normalisation(name):
             own = oracle.glu_expert(cfg.experts, x_TD[t], weights, e)
             y_TD[t] += scale.get(e, 1.0) * gate * own
     np.testing.assert_allclose(y_BLD.reshape(T, D), y_TD, rtol=1e-4, atol=1e-5)
+
+
+def test_steering_that_was_not_passed_on_is_one_line():
+    """By a module of a user, that holds a layer and does not know of steering."""
+    module, _ = layer_of(MoE(num_experts=E, router=TopK(k=2), experts=Glu(hidden=5)))
+    ctx = context(1, T, compute=XLA, steer={"inner": steer_of()})
+    with pytest.raises(ConfigError, match=r"ctx\.inside\(NAME\)"):
+        jax.eval_shape(lambda: module(jnp.zeros((1, T, D)), ctx))
 
 
 def test_every_round_of_a_chain_is_scaled():
