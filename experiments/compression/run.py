@@ -219,6 +219,7 @@ def one_seed(run: pathlib.Path) -> dict:
         print(f"  {keep}: { {k: _mean(v) for k, v in rows.items()} }", flush=True)
     results["shift"] = shift_test(bed, by_pool, results["tasks"]["8"])
     results["retrieval"] = retrieval(bed, by_pool[1])
+    results["begin"] = begin_test(bed, by_pool[2])
     print(f"  {results['shift']}\n  {results['retrieval']}", flush=True)
     return results
 
@@ -265,6 +266,32 @@ def retrieval(bed: Bed, sums) -> dict:
     own = [store.find({first: q[first]}).task == d for d, q in queries]
     every = [store.find(q).task == d for d, q in queries]
     return {"first": statistics.mean(own), "all": statistics.mean(every)}
+
+
+def begin_test(bed: Bed, sums) -> dict:
+    """Losses with plans as they are, and where they keep what the begin token needs.
+
+    Each plan keeps as many experts as before: the worst of them make room.
+    """
+    own = jax.tree.map(lambda a: a[:1], bed.held[0])
+    with jax.set_mesh(bed.run.mesh):
+        arrays = bed._routed(bed.run.params, bed.run.state, own)
+    valid_T = own["segment"].reshape(-1) > 0
+    slots = slots_by_layer(bed.run.cfg.model, jax.device_get(arrays), valid_T)
+    needed = [layer.expert_NK[0].tolist() for layer in slots.values()]
+    found: dict = {}
+    for score in ("frequency", "reap", "random"):
+        for keep in KEEPS[1:]:
+            plan = Pruned(keep=(keep,), score=score).make_plan(bed.source, sums)
+            rows = []
+            for layer, first in zip(plan.layers, needed, strict=True):
+                rest = [e for e in np.argsort(layer.scores)[::-1] if e not in first]
+                kept = map(int, (*first, *rest[: keep - len(first)]))
+                rows.append(dataclasses.replace(layer, keep=tuple(sorted(kept))))
+            other = dataclasses.replace(plan, layers=tuple(rows))
+            pair = [statistics.mean(bed.score(one)) for one in (plan, other)]
+            found.setdefault(score, {})[str(keep)] = pair
+    return found
 
 
 def verdicts(seeds: dict) -> list[str]:
@@ -345,6 +372,15 @@ def table(seeds: dict) -> str:
     for title in runs[0]["shift"]:
         cells = [_cell([r["shift"][title][i] for r in runs]) for i in (0, 1)]
         lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines += ["", "| score | 8 of 16 | with them | 4 of 16 | with them |"]
+    lines += ["|---|---|---|---|---|"]
+    for score in runs[0]["begin"]:
+        cells = [
+            _cell([r["begin"][score][str(k)][i] for r in runs])
+            for k in KEEPS[1:]
+            for i in (0, 1)
+        ]
+        lines.append(f"| {score} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *verdicts(seeds)])
 
 

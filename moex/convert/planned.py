@@ -84,10 +84,13 @@ class Planned(Conversion):
     def make_plan(self, source, sums: "Sums | None") -> "Plan":
         """The plan for a run with the sums of `recorded`; `source` is a `Source`."""
 
-    def options(self):
+    def made_plan(self) -> "Plan":
+        """The plan, once `ready` has made it."""
         assert self.plan is not None
-        return {"how": self.plan.how}
+        return self.plan
+
+    def options(self):
+        return {"how": self.made_plan().how}
 
     def write(self, run):
-        assert self.plan is not None
-        self.plan.save(run.plan)
+        self.made_plan().save(run.plan)

@@ -167,7 +167,7 @@ def _pattern(row: dict[str, Any], where: str) -> Pattern:
         finite = len(key) > 0 and bool(np.isfinite(key).all())
         require(finite, f"{told}: keys[{name}]", key[:3], "finite numbers")
     rows = field(row, "layers", list[dict], told)
-    layers = tuple(layer_plan(own, "keep", told) for own in rows)
+    layers: tuple[Any, ...] = tuple(layer_plan(own, "keep", told) for own in rows)
     require(len(layers) > 0, f"{told}: layers", [], "not empty")
     numbers = [own.layer for own in layers]
     once = len(set(numbers)) == len(numbers)
@@ -194,12 +194,19 @@ def make_store(sums: Sums, plans: Mapping[str, Plan]) -> Store:
     for task in plans:
         require(task not in WORDS, "--domains", task, f"none of {short_list(WORDS)}")
     patterns = tuple(
-        Pattern(task=task, keys=keys(sums.of(task)), layers=own.layers)
+        Pattern(
+            task=task, keys=keys(sums.of(task)), layers=tuple(own.by_layer().values())
+        )
         for task, own in plans.items()
     )
-    facts = {"run": first.run, "step": first.step, "base": first.base}
-    how = {k: v for k, v in first.how.items() if k != "domains"}
-    return Store(**facts, pool=sums.pool, patterns=patterns, how=how)
+    return Store(
+        run=first.run,
+        step=first.step,
+        base=first.base,
+        pool=sums.pool,
+        patterns=patterns,
+        how={k: v for k, v in first.how.items() if k != "domains"},
+    )
 
 
 def keys(sums: Mapping[str, LayerSums]) -> dict[str, list[float]]:

@@ -20,6 +20,7 @@ from moex.model.paths import expert_axis, flat_paths, nested
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.layer import MoE
+from moex.nn.model import Model
 
 
 def parts_of(sparse) -> int:
@@ -96,8 +97,8 @@ class Pruned:
     """How a model is pruned: its new config, and where arrays of the old one go."""
 
     plan: Plan
-    old: object  # `Model` config before
-    model: object  # and after
+    old: Model  # config before
+    model: Model  # and after
     found: list[Piece]
     clipped: list[str]  # lines on layers whose tokens get fewer experts than before
 

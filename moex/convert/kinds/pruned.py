@@ -5,6 +5,7 @@ Which ones stay is decided in `prune.py`; the model and its parameters are in
 """
 
 import dataclasses
+from typing import Any
 
 from moex.config.arguments import positive
 from moex.config.base import ConfigError, require, require_choice
@@ -13,7 +14,7 @@ from moex.convert.planned import PLAN_FLAGS, Planned
 
 RANDOM = "random"
 # What a plan is made by; `--to=subset` has it too.
-KEEP_FLAGS = {
+KEEP_FLAGS: dict[str, dict[str, Any]] = {
     "keep": dict(
         metavar="N[,N...]",
         help="experts that stay in each layer, or in one after the other; needed "
@@ -109,7 +110,7 @@ class Pruned(Planned):
             chosen = kept(ranked(score_E, count_E), keep, even)
             told = tuple(map(float, score_E))
             layers.append(Keep(layer=number, experts=E, keep=chosen, scores=told))
-        how = {"score": self.score, "domains": list(self.domains)}
+        how: dict[str, Any] = {"score": self.score, "domains": list(self.domains)}
         if sums is not None:
             how |= {"tokens": sums.tokens, "pool": sums.pool}
         if self.score == RANDOM:
@@ -132,17 +133,17 @@ class Pruned(Planned):
     def model(self, model):
         from moex.convert import to_pruned
 
-        return to_pruned.Pruned.of(model, self.plan).model
+        return to_pruned.Pruned.of(model, self.made_plan()).model
 
     def arrays(self, run, job, say):
         from moex.convert import to_pruned
 
-        pruned = to_pruned.Pruned.of(run.cfg.model, self.plan)
+        plan = self.made_plan()
+        pruned = to_pruned.Pruned.of(run.cfg.model, plan)
         for line in pruned.clipped:
             say(line)
-        kept = {
-            str(own.layer): [len(own.keep), own.experts] for own in self.plan.layers
-        }
+        layers = plan.by_layer().items()
+        kept = {str(n): [len(own.keep), own.experts] for n, own in layers}
         found = {"kept": kept, "clipped": pruned.clipped}
         return pruned.arrays(run.params), pruned.arrays(run.state), found
 

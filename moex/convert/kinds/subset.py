@@ -67,6 +67,7 @@ class Subset(Pruned):
 
         self.check()
         sums = self.fitting(source)
+        assert sums is not None
         tasks = sums.domains if sums.by_domain else ()
         if not tasks:
             raise ConfigError("--sums: must be by domain (moex trace --by-domain).")
