@@ -23,6 +23,7 @@ from moex.data.files import atomic_write
 from moex.json_files import dump_json
 from moex.model import spec as states
 from moex.model.paths import flat_paths
+from moex.nn.lowered import weight_sizes
 from moex.runs.base import Base, check_no_adapters, has_base
 from moex.runs.claim import new_folder, new_run
 from moex.runs.directory import Place, RunDir
@@ -144,10 +145,9 @@ def _applied(conversion, run: LoadedRun, job: Job, say) -> tuple[LoadedRun, dict
 
 
 def _size(spec, part="") -> int:
-    """Parameters of a model, or of all modules named `part`."""
-    leaves = flat_paths(spec.params).items()
-    sizes = (leaf.size for path, leaf in leaves if not part or part in path.split("/"))
-    return sum(sizes)
+    """Parameters of a model, or of all modules named `part`; scales are no numbers."""
+    sizes = weight_sizes(flat_paths(spec.params)).items()
+    return sum(n for path, n in sizes if not part or part in path.split("/"))
 
 
 def _losses(run: RunDir, new: RunDir, job: Job, sequences: int) -> dict | None:

@@ -9,6 +9,7 @@ import pytest
 
 from moex.adapters.lora import LoRA
 from moex.config.base import ConfigError
+from moex.convert import apply
 from moex.model.accounting import model_cost, num_bytes
 from moex.model.paths import flat_paths, nested
 from moex.model.spec import init_params, model_spec, shardings
@@ -157,6 +158,7 @@ def test_bytes_and_parameters_are_counted():
     costs = {d: model_cost(adapted(d), s, 16) for d, s in specs.items()}
     assert len({cost.num_params for cost in costs.values()}) == 1
     assert len({cost.train_flops for cost in costs.values()}) == 1
+    assert len({apply._size(spec) for spec in specs.values()}) == 1
     frozen = {
         d: {n: a for n, a in flat_paths(s.params).items() if s.info[n].frozen}
         for d, s in specs.items()
