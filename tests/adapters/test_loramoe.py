@@ -470,14 +470,6 @@ def test_a_mesh_changes_nothing(mesh):
     assert_same(outcome(*made, batch, compute, mesh.make()), expected)
 
 
-@pytest.mark.slow
-def test_a_loop_instead_of_a_scan_changes_nothing():
-    made, batch = model_with(), random_batch(4, 8)
-    expected = outcome(*made, batch, XLA)
-    loop = Compute(kernels="xla", scan_layers=False, remat="full")
-    assert_same(outcome(*made, batch, loop), expected)
-
-
 @pytest.mark.thorough
 def test_decoding_is_the_whole_forward_pass():
     spec, params, state = model_with()
