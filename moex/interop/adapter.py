@@ -325,6 +325,16 @@ def adapted_run(read: AdapterFiles, base: LoadedRun) -> LoadedRun:
     )
 
 
+def _keep_peft(folder: Path, dtypes: dict[str, str], kept: Path) -> None:
+    """Keep what an export of an imported run of a PEFT folder writes again."""
+    kept.mkdir(parents=True)
+    for name in (peft.SETTINGS, CARD):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, kept / name)
+    record = {"from": str(folder), "dtypes": dtypes}
+    atomic_write(kept / RECORD, json.dumps(record, indent=1) + "\n")
+
+
 def import_adapter(
     base_place: Place,
     folder,
@@ -379,13 +389,7 @@ def import_adapter(
     data = unread(cfg.data, cfg.seq_len, base.tokenizer())
     with new_run(out, f"--out={out}", say) as temporary:
         if read.dtypes:
-            kept = temporary.imported
-            kept.mkdir(parents=True)
-            for name in (peft.SETTINGS, CARD):
-                if (Path(folder).expanduser() / name).is_file():
-                    shutil.copyfile(Path(folder).expanduser() / name, kept / name)
-            record = {"from": str(folder), "dtypes": read.dtypes}
-            atomic_write(kept / RECORD, json.dumps(record, indent=1) + "\n")
+            _keep_peft(Path(folder).expanduser(), read.dtypes, temporary.imported)
         cfg.data = dataclasses.replace(
             cfg.data, tokenizer=SavedTokenizer(path=str(RunDir(out).tokenizer_folder))
         )
