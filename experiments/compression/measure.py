@@ -119,7 +119,9 @@ def main() -> None:
     rows = []
     for row in ("full", "pruned", "merged", "A", "auto", "all"):
         own = [*command, f"--runs={args.runs}", f"--row={row}"]
-        done = subprocess.run(own, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            own, check=True, capture_output=True, text=True, encoding="utf-8"
+        )
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
     text = dump_json({"device": jax.devices()[0].device_kind, "rows": rows}, indent=1)

@@ -1,4 +1,4 @@
-"""What a few steps of distillation bring back: losses and stable ranks, by method.
+"""Recovery by a few steps of distillation: losses and stable ranks, by method.
 
     python -m experiments.compression.recovery --out=/tmp/compression --seeds=0,1,2
 

@@ -1,4 +1,4 @@
-"""What is left of a small model when half of its experts, or more, go?
+"""Is a small model any good when half of its experts, or more, are gone?
 
   python -m experiments.compression.run [--seeds=0,1,2] [--runs=DIR]
 

@@ -47,10 +47,8 @@ class Command(Verb):
         parser.add_argument(
             "--experts",
             metavar="TASK:STORE",
-            help="read only the experts that a task of a store needs (moex convert "
-            "--to=subset --write-store). auto: the task that is nearest to the first "
-            "prompt, by its first routed layer; all: by all layers, for which all "
-            "experts are read first",
+            help="read only the experts of a task (auto: the one nearest to the "
+            "first prompt) of a store of moex convert --to=subset --write-store",
         )
         add_steer(parser)
         parser.add_argument(
@@ -59,23 +57,19 @@ class Command(Verb):
             help="visual tokens for a model with AdapterV2(visual=...): numbers "
             "[tokens, width], or [prompts, tokens, width]",
         )
-        parser.add_argument("--max-new-tokens", type=positive, default=128)
-        parser.add_argument(
+        add = parser.add_argument
+        add("--max-new-tokens", type=positive, default=128)
+        add(
             "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
         )
-        parser.add_argument(
+        add(
             "--top-k",
             type=integer,
             default=0,
             help="sample from the k likeliest; 0: all",
         )
-        parser.add_argument(
-            "--top-p",
-            type=float,
-            default=1.0,
-            help="sample from this share of probability",
-        )
-        parser.add_argument("--seed", type=integer, default=0)
+        add("--top-p", type=float, default=1.0, help="sample from this share of chance")
+        add("--seed", type=integer, default=0)
 
     def run(self, args, config_args):
         from moex.data.files import decode_utf8

@@ -148,7 +148,7 @@ class Pruned:
         return model_spec(self.old).shapes()
 
     def part(self, path: str) -> "Part":
-        """What an array of the pruned model is of one of the old model.
+        """The part of an array of the old model that is one of the pruned model.
 
         Raises:
           ConfigError: if its shape would be another: a module of a user may have arrays

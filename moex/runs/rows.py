@@ -22,6 +22,7 @@ from moex.runs.directory import RunDir
 from moex.runs.record import read_about, read_record
 
 CACHE_BYTES = 1 << 24
+open_array = ts.open  # it opens an array, and no text
 READ = "/tensorstore/kvstore/file/bytes_read"
 
 
@@ -73,7 +74,7 @@ class Rows:
             "path": path.replace("/", ".") + "/",
         }
         spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": False}
-        return ts.open(spec, open=True, context=self._context).result()
+        return open_array(spec, open=True, context=self._context).result()
 
     @contextlib.contextmanager
     def _damaged(self):
