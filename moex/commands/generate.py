@@ -59,15 +59,8 @@ class Command(Verb):
         )
         add = parser.add_argument
         add("--max-new-tokens", type=positive, default=128)
-        add(
-            "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
-        )
-        add(
-            "--top-k",
-            type=integer,
-            default=0,
-            help="sample from the k likeliest; 0: all",
-        )
+        add("--temperature", type=float, default=0.8, help="0: the likeliest token")
+        add("--top-k", type=integer, default=0, help="sample from so many; 0: all")
         add("--top-p", type=float, default=1.0, help="sample from this share of chance")
         add("--seed", type=integer, default=0)
 
