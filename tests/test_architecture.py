@@ -181,7 +181,7 @@ def opens_text_by_locale(node) -> bool:
     owner = getattr(node.func.value, "id", "") if named else ""
     if name not in TEXT_CALLS or owner[:1].isupper():  # such as Trace.open
         return False
-    if owner in ("os", "tarfile") and name == "open":  # not a file of text
+    if owner in ("os", "tarfile", "ts") and name == "open":  # not a file of text
         return False
     if name in ("read_text", "write_text"):
         return named

@@ -315,7 +315,7 @@ def rank_correlation(x, y) -> float:
 
 
 def gains(seed: dict, name: str) -> dict[str, float]:
-    """What the dose `DOSE` gains over 1, and the same of random pairs."""
+    """The gain of the dose `DOSE` over 1, and the same of random pairs."""
     doses = {float(b): row for b, row in seed[name]["doses"].items()}
     found = {}
     for key in ("length", "accuracy"):
