@@ -2,7 +2,7 @@
 
 Orbax writes arrays with TensorStore, in pieces that are compressed; a piece is read as
 a whole. `Checkpointer` makes every expert a piece of its own, if it has `PIECE_BYTES`
-or more. In checkpoints of moex before version 0.6, and for smaller experts, an array is
+or more. In older checkpoints, and for smaller experts, an array is
 one piece: then all of it is read, and a part of it is kept.
 
 A checksum covers a whole array, so what is read here is not checked by one; the digest

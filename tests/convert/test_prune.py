@@ -5,6 +5,7 @@ B batch · L length · E experts · N tokens · P experts of a token's pool
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 
 from moex.analysis.header import LayerInfo
 from moex.analysis.scores import pool_probs, score_sums
-from moex.analysis.sums import LayerSums
+from moex.analysis.sums import LayerSums, Sums
 from moex.config.base import ConfigError
 from moex.convert import apply
 from moex.convert.kinds.pruned import Pruned, checked
@@ -336,3 +337,20 @@ def test_random_plans_differ_between_layers_and_seeds_and_need_no_data(moe_run):
     keeps = [[own.keep for own in plan.layers] for plan in plans]
     assert keeps[0] == keeps[1] != keeps[2]
     assert keeps[0][0] != keeps[0][1] or keeps[2][0] != keeps[2][1]
+
+
+def test_sums_of_another_model_and_a_domain_without_tokens_are_refused():
+    source = types.SimpleNamespace(base="a", model=tiny_lm())
+    other = types.SimpleNamespace(base="b", run="runs/b")
+    with pytest.raises(
+        ConfigError, match=r"--sums: they are of another model \(runs/b"
+    ):
+        Pruned(keep=(2,), sums=other).ready(source)
+    empty = {"000": layer_sums(tokens=0)}
+    facts = {"run": "r", "step": 0, "digest": None, "base": "a", "data": {}}
+    facts |= {"markers": (), "pool": 1, "layers": {"000": layer_sums()}}
+    sums = Sums(domains=("code",), by_domain={"code": empty}, **facts)
+    for domain, told in (("code", "has no tokens"), ("cod", "Did you mean 'code'")):
+        how = Pruned(keep=(2,), domains=(domain,), sums=sums)
+        with pytest.raises(ConfigError, match=f"--domains: .*{told}"):
+            how.ready(source)
