@@ -53,14 +53,14 @@ class PruneRows(Config):
 
 
 class PruneState(NamedTuple):
-    """The optimizer's state: its own, the update's number, and smoothed sensitivities.
+    """The optimizer's state: its own, the updates done, and smoothed sensitivities.
 
     `sensitivity` has for each pruned parameter float32, in its shape without its input
     dims.
     """
 
     inner: Any
-    count: jax.Array
+    done: jax.Array
     sensitivity: dict[str, Any]  # nested as the parameters are
 
 
@@ -114,7 +114,7 @@ def prune_rows(tx, cfg: PruneRows, steps: int, params, info, frozen, path: str):
             for n in chosen
         }
         sizes = {n: own[n].size // smooth[n].size for n in chosen}
-        stays = kept_rows(smooth, sizes, cfg.kept(state.count, steps))
+        stays = kept_rows(smooth, sizes, cfg.kept(state.done, steps))
 
         def pruned(path, change, value):
             name = path_name(path)
@@ -124,7 +124,7 @@ def prune_rows(tx, cfg: PruneRows, steps: int, params, info, frozen, path: str):
             return jnp.where(mask, change, -value)
 
         updates = jax.tree_util.tree_map_with_path(pruned, updates, params)
-        return updates, PruneState(inner, state.count + 1, nested(smooth))
+        return updates, PruneState(inner, state.done + 1, nested(smooth))
 
     return optax.GradientTransformation(init, update)
 

@@ -46,12 +46,13 @@ class Distillation(LanguageModelling):
     def teacher_run(self) -> str:
         return self.teacher
 
-    def loss(self, model, ctx, batch, coefs, *, teacher, counts=None, **how):
+    def loss(self, model, ctx, batch, coefs, *, teacher=None, counts=None, **how):
         """Add the divergence from the teacher to the loss of `Task.loss`.
 
         Args:
-          teacher: the module that teaches.
+          teacher: the module that teaches; it must be given.
         """
+        assert teacher is not None, "the train step gives it"
         counts = step_counts(batch) if counts is None else counts
         alone = dataclasses.replace(ctx, mode="eval", key=None, step=None, forced=None)
         with jax.named_scope("teacher"):

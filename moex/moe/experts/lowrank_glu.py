@@ -146,9 +146,11 @@ class LowRankGluExperts(Factored):
         return matmul(h_NF, w_out_EFD, group_sizes_E)
 
     def sums(self, x_TD, gate_TK, plan, ctx, buffer_rows=None):
+        w_in_ED2F, w_out_EFD = self._weights(x_TD.dtype)
         return grouped_glu(
             x_TD,
-            *self._weights(x_TD.dtype),
+            w_in_ED2F,
+            w_out_EFD,
             gate_TK,
             plan,
             activation=self.activation,
