@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moex.analysis import device_sums as device
 from moex.analysis.markers import Marker, MarkerFinder
 from moex.analysis.record import (
     TokenCounter,
@@ -39,7 +40,6 @@ from moex.runs.score import steering_for
 from moex.sharding import shard_batch
 
 Batches = Callable[[], Iterable[Mapping[str, np.ndarray]]]
-EXACT = jax.lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -300,10 +300,10 @@ class _Step:
         sums = {"tokens_G": jnp.sum(member_GT, axis=1)}
         routers = self._routers(params, state, batch, steer, measure=False)
         for name, own in routers.items():
-            chosen_T = _chosen(own, own["logits"])
-            picked = _pool(own["logits"], chosen_T, self._slots[name], self._pool)
-            top_T = jnp.max(_pool_probs(*picked[1:]), axis=1)
-            sums[name] = jnp.dot(member_GT, top_T, precision=EXACT)
+            chosen_T = device.chosen_slots(own, own["logits"])
+            picked = device.pool(own["logits"], chosen_T, self._slots[name], self._pool)
+            top_T = jnp.max(device.pool_probs(*picked[1:]), axis=1)
+            sums[name] = jnp.dot(member_GT, top_T, precision=device.EXACT)
         return sums
 
     def _second(self, params, state, batch, steer, threshold):
@@ -313,110 +313,23 @@ class _Step:
         marked_RT = marked_TR.T.astype(jnp.float32)
         routers = self._routers(params, state, batch, steer, measure=True)
         found: dict[str, Any] = {"tokens_G": jnp.sum(member_GT, axis=1)}
-        found["markers_RG"] = jnp.dot(marked_RT, member_GT.T, precision=EXACT)
+        found["markers_RG"] = jnp.dot(marked_RT, member_GT.T, precision=device.EXACT)
         tops: dict[str, Any] = {}
         for name, own in routers.items():
-            of_TKE = _slots_of(own["expert"], own["keep"], own["logits"].shape[1])
-            sums = _of_slots(own, of_TKE, member_GT, marked_RT)
+            of_TKE = device.slots_of(own["expert"], own["keep"], own["logits"].shape[1])
+            sums = device.sums_of_slots(own, of_TKE, member_GT, marked_RT)
             logits_TE = own["logits"] * member_GT[0][:, None]
-            picked = _pool(
+            picked = device.pool(
                 own["logits"], own["chosen_T"], self._slots[name], self._pool
             )
             limit_G = threshold[name].astype(jnp.float32)
-            sums |= _selection_scores(picked, member_GT, limit_G, logits_TE)
-            sums["logit_GE"] = jnp.dot(member_GT, logits_TE, precision=EXACT)
-            sums["gram_EE"] = jnp.dot(logits_TE.T, logits_TE, precision=EXACT)
+            sums |= device.selection_scores(picked, member_GT, limit_G, logits_TE)
+            sums["logit_GE"] = jnp.dot(member_GT, logits_TE, precision=device.EXACT)
+            sums["gram_EE"] = jnp.dot(logits_TE.T, logits_TE, precision=device.EXACT)
             sums["output_ED"] = own["sum_ED"]
             found[name] = sums
-            tops[name] = _top_expert(own, of_TKE) * member_GT[0][:, None]
+            tops[name] = device.top_expert(own, of_TKE) * member_GT[0][:, None]
         for a, b in zip(list(tops), list(tops)[1:], strict=False):
-            pairs_AB = jnp.dot(tops[a].T, tops[b], precision=EXACT)
+            pairs_AB = jnp.dot(tops[a].T, tops[b], precision=device.EXACT)
             found[a]["transitions_AB"] = pairs_AB
         return found
-
-
-def _chosen(trace, logits_TE):
-    """int32[T]: the slots of each token, from what a router chose."""
-    if "token" not in trace:
-        return jnp.sum(trace["keep"], axis=1, dtype=jnp.int32)
-    chosen_T = jnp.zeros(len(logits_TE), jnp.int32)
-    return chosen_T.at[trace["token"]].add(trace["keep"].astype(jnp.int32))
-
-
-def _slots_of(expert_TK, keep_TK, num_experts):
-    """bool[T, K, E]: whether a kept slot is that of an expert."""
-    of_TKE = expert_TK[:, :, None] == jnp.arange(num_experts)[None, None]
-    return of_TKE & keep_TK[:, :, None]
-
-
-def _of_slots(own, of_TKE, member_GT, marked_RT) -> dict:
-    """The sums of slots, gates and norms."""
-    gate_TK = jnp.where(own["keep"], own["gate"], 0.0)
-    total_T1 = jnp.sum(gate_TK, axis=1, keepdims=True)
-    gate_TK = jnp.where(total_T1 > 0, gate_TK / jnp.where(total_T1 > 0, total_T1, 1), 0)
-
-    def of_experts(value_TK):
-        return jnp.sum(jnp.where(of_TKE, value_TK[:, :, None], 0.0), axis=1)
-
-    def by_group(value_TE):
-        return jnp.dot(member_GT, value_TE, precision=EXACT)
-
-    slot_TE = of_experts(jnp.ones(gate_TK.shape))
-    counted = ("gt,rt,te->gre", member_GT, marked_RT, slot_TE)
-    return {
-        "count_GE": by_group(slot_TE),
-        "gate_GE": by_group(of_experts(gate_TK)),
-        "norm_GE": by_group(of_experts(own["norm"])),
-        "gate_norm_GE": by_group(of_experts(gate_TK * own["norm"])),
-        "marker_count_GRE": jnp.einsum(*counted, precision=EXACT),
-    }
-
-
-def _top_expert(own, of_TKE):
-    """float32[T, E]: 1 at the kept expert of greatest gate, the lowest of equals."""
-    gate_TK = jnp.where(own["keep"], own["gate"], -jnp.inf)
-    best_TK = (gate_TK == jnp.max(gate_TK, axis=1, keepdims=True)) & own["keep"]
-    best_TE = jnp.any(of_TKE & best_TK[:, :, None], axis=1)
-    first_TE = jnp.cumsum(best_TE, axis=1) == 1
-    return (best_TE & first_TE).astype(jnp.float32)
-
-
-def _pool(logits_TE, chosen_T, slots: int, size: int | None):
-    """The device form of `scores.pool`: (expert, logit, valid) [T, P]."""
-    P = min(slots, logits_TE.shape[1]) if size is None else size
-    logit_TP, expert_TP = jax.lax.top_k(logits_TE, P)
-    if size is not None:
-        return expert_TP, logit_TP, jnp.ones(logit_TP.shape, bool)
-    return expert_TP, logit_TP, jnp.arange(P)[None] < chosen_T[:, None]
-
-
-def _pool_probs(logit_TP, valid_TP):
-    """The device form of `scores.pool_probs`."""
-    probs_TP = jax.nn.softmax(jnp.where(valid_TP, logit_TP, -1e30), axis=1)
-    return jnp.where(valid_TP, probs_TP, 0.0)
-
-
-def _selection_scores(picked, member_GT, limit_G, logits_TE) -> dict:
-    """The device form of `scores.score_sums`: TCESS and PEU of each group."""
-    expert_TP, logit_TP, valid_TP = picked
-    probs_TP = _pool_probs(logit_TP, valid_TP)
-
-    def sums(score_TP, counted_TP, member_GT):
-        of_TPE = _slots_of(expert_TP, counted_TP, logits_TE.shape[1])
-        score_TE = jnp.sum(jnp.where(of_TPE, score_TP[:, :, None], 0.0), axis=1)
-        return jnp.dot(member_GT, score_TE, precision=EXACT)
-
-    def utility(limit_T1, member_GT):
-        # By rounding, a mean of equal numbers may lie slightly above them.
-        counted_TP = valid_TP & (probs_TP >= limit_T1 * (1 - 1e-6))
-        return sums(
-            jnp.maximum(logit_TP, jax.nn.sigmoid(logit_TP)), counted_TP, member_GT
-        )
-
-    # A token belongs to all tokens, and to one domain, whose threshold is another.
-    of_domain_T1 = jnp.dot(limit_G[1:], member_GT[1:], precision=EXACT)[:, None]
-    peu = [utility(limit_G[0], member_GT[:1]), utility(of_domain_T1, member_GT[1:])]
-    return {
-        "tcess_GE": sums(logit_TP, valid_TP, member_GT),
-        "peu_GE": jnp.concatenate(peu),
-    }
