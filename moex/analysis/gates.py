@@ -150,6 +150,13 @@ def by_type(matrices: dict[str, Gates]) -> dict[str, np.ndarray]:
     }
 
 
+def plain(matrices: dict[str, Gates]) -> dict[str, Any]:
+    """`by_type` as plain data under its name in JSON; {} for a model without gates."""
+    if not matrices:
+        return {}
+    return {"adapters_by_type": {k: v.tolist() for k, v in by_type(matrices).items()}}
+
+
 def table(matrices: dict[str, Gates]) -> str:
     """The figures of each type for a terminal; `matrices` must not be empty."""
     told = by_type(matrices)

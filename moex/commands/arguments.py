@@ -1,9 +1,7 @@
 """Arguments that several verbs share."""
 
-import argparse
-
 from moex import hints
-from moex.config.arguments import folder, integer, path, positive
+from moex.config.arguments import folder, path
 from moex.config.base import ConfigError
 
 
@@ -70,36 +68,6 @@ def steering_of(args):
     return None if args.steer is None else Steering.read(args.steer)
 
 
-def add_markers(parser, name: str, use: str) -> None:
-    """Add `--NAME` for tokens and `--NAME-span` for spans; `markers_of` reads them."""
-    parser.add_argument(
-        f"--{name}",
-        action="append",
-        metavar="TEXT",
-        default=[],
-        help=f"{use}, such as '<think>', or '#12' for the token 12; repeat it",
-    )
-    parser.add_argument(
-        f"--{name}-span",
-        action="append",
-        metavar=("BEGIN", "END"),
-        nargs=2,
-        default=[],
-        help="the same for all positions between two tokens; repeat it",
-    )
-
-
-def markers_of(args, name: str) -> tuple:
-    """The `Marker`s of the flags that `add_markers` added, tokens first."""
-    from moex.analysis.markers import Marker
-
-    spans = getattr(args, f"{name}_span".replace("-", "_"))
-    return (
-        *map(Marker, getattr(args, name.replace("-", "_"))),
-        *(Marker(begin, end) for begin, end in spans),
-    )
-
-
 def scored_config(args, config_args: list[str]):
     """The config of `args.run` with changes by `config_args`, or with `--data`.
 
@@ -123,52 +91,3 @@ def scored_config(args, config_args: list[str]):
 def train_on(run) -> str:
     """The command that goes on training in a run directory."""
     return hints.command("moex", "train", f"--workdir={run}")
-
-
-# Seconds of the flags that have a default.
-TIMEOUTS = {"join-timeout": 300, "heartbeat-timeout": 100}
-
-
-def process_flags(args) -> list[str]:
-    """Write `--project` and the `add_processes` arguments for a child process."""
-    names = ("coordinator", "num-processes", "process-id", "join-timeout")
-    values = [
-        (name, vars(args)[name.replace("-", "_")])
-        for name in (*names, "heartbeat-timeout", "project")
-    ]
-    flags = [f"--{name}={v}" for name, v in values if v != TIMEOUTS.get(name)]
-    if args.distributed is not None:
-        flags.append("--distributed" if args.distributed else "--no-distributed")
-    return flags
-
-
-def add_processes(parser) -> None:
-    """Add the arguments of a process in a job of several."""
-    many = parser.add_argument_group(
-        "several processes (one per host, or one per GPU)",
-        "Open MPI, Slurm's srun and TPU pods on GKE are found in the environment.",
-    )
-    many.add_argument(
-        "--distributed",
-        action=argparse.BooleanOptionalAction,
-        help="ask the TPU metadata server too; --no-distributed joins nobody",
-    )
-    many.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="of process 0, to join explicitly"
-    )
-    many.add_argument("--num-processes", type=positive, metavar="N")
-    many.add_argument("--process-id", type=integer, metavar="I", help="0 to N-1")
-    many.add_argument(
-        "--join-timeout",
-        type=positive,
-        default=TIMEOUTS["join-timeout"],
-        metavar="SECONDS",
-        help="how long to wait for the other processes (300)",
-    )
-    many.add_argument(
-        "--heartbeat-timeout",
-        type=positive,
-        default=TIMEOUTS["heartbeat-timeout"],
-        metavar="SECONDS",
-        help="a host that is silent for this long ends the job (100)",
-    )

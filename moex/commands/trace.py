@@ -1,17 +1,15 @@
 """`moex trace`; its file is described in docs/traces.md."""
 
+from moex.analysis.flags import add_sums, check_sums, recorded_of
 from moex.commands import Verb
 from moex.commands.arguments import (
     add_data,
-    add_markers,
     add_run,
     add_steer,
-    markers_of,
     scored_config,
     steering_of,
 )
 from moex.config.arguments import integer, path, positive
-from moex.config.base import ConfigError
 
 
 class Command(Verb):
@@ -49,78 +47,31 @@ class Command(Verb):
             help="also the router logits of the experts that were not chosen",
         )
         add_steer(parser)
-        sums = parser.add_argument_group("sums (docs/traces.md)")
-        only = sums.add_mutually_exclusive_group()
-        only.add_argument(
-            "--sums", action="store_true", help="write them too, to OUT.sums.npz"
-        )
-        only.add_argument(
-            "--sums-only", action="store_true", help="write them to OUT, and no trace"
-        )
-        sums.add_argument(
-            "--by-domain", action="store_true", help="also the sums of each domain"
-        )
-        sums.add_argument(
-            "--pool",
-            type=positive,
-            metavar="N",
-            help="experts of a token that TCESS and PEU look at, those of greatest "
-            "logits; default: as many as it chose",
-        )
-        add_markers(sums, "marker", "count the experts at this token")
+        add_sums(parser)
 
     def run(self, args, config_args):
-        from moex.analysis.record import trace_run
-
+        check_sums(args)
+        cfg = scored_config(args, config_args)
+        how = {"tokens": args.tokens, "step": args.step, "logits": args.logits}
+        how |= {"steering": steering_of(args)}
         if args.sums or args.sums_only:
-            made = self._sums(args, config_args)
-        else:
-            markers = args.marker or args.marker_span
-            for name, given in (
-                ("by_domain", args.by_domain),
-                ("pool", args.pool),
-                ("marker", markers),
-            ):
-                if given:
-                    raise ConfigError(f"--{name.replace('_', '-')}: is for --sums.")
-            made = trace_run(
-                args.run,
-                scored_config(args, config_args),
-                args.out,
-                tokens=args.tokens,
-                step=args.step,
-                logits=args.logits,
-                steering=steering_of(args),
+            from moex.analysis.record_sums import trace_with_sums
+
+            recorded = recorded_of(args)
+            options = {"trace": args.sums, "recorded": recorded}
+            made, file, sums = trace_with_sums(
+                args.run, cfg, args.out, **options, **how
             )
-        if made is None:
-            return
-        print(
-            f"{args.out}: {args.run} at step {made['step']}, {made['tokens']:,} "
-            f"tokens, {made['layers']} routers, {made['bytes'] / 1e6:.1f} MB"
-        )
+            print(
+                f"{file}: sums of {sums.tokens:,} tokens, {len(sums.layers)} routers, "
+                f"{file.stat().st_size / 1e6:.1f} MB"
+            )
+        else:
+            from moex.analysis.record import trace_run
 
-    def _sums(self, args, config_args) -> dict | None:
-        """Write sums, and return what was traced, if anything."""
-        from moex.analysis.record_sums import Recorded, trace_with_sums
-
-        made, file, sums = trace_with_sums(
-            args.run,
-            scored_config(args, config_args),
-            args.out,
-            trace=args.sums,
-            tokens=args.tokens,
-            step=args.step,
-            logits=args.logits,
-            steering=steering_of(args),
-            recorded=Recorded(
-                markers=markers_of(args, "marker"),
-                by_domain=args.by_domain,
-                pool=args.pool,
-            ),
-        )
-        size = file.stat().st_size
-        print(
-            f"{file}: sums of {sums.tokens:,} tokens, {len(sums.layers)} routers, "
-            f"{size / 1e6:.1f} MB"
-        )
-        return made
+            made = trace_run(args.run, cfg, args.out, **how)
+        if made is not None:
+            print(
+                f"{args.out}: {args.run} at step {made['step']}, {made['tokens']:,} "
+                f"tokens, {made['layers']} routers, {made['bytes'] / 1e6:.1f} MB"
+            )

@@ -1,8 +1,9 @@
 """`moex train`: one run, or with `--sweep` a grid of them."""
 
 from moex.cluster import distributed
+from moex.cluster.flags import add_processes, process_flags
 from moex.commands import Verb
-from moex.commands.arguments import add_data, add_processes, process_flags
+from moex.commands.arguments import add_data
 from moex.config.arguments import integer, path
 from moex.config.base import ConfigError
 

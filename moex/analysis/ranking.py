@@ -1,0 +1,66 @@
+"""Rankings of experts for steering: `moex analyse --npmi` and `--risk-difference`."""
+
+import dataclasses
+
+from moex.analysis import marking
+from moex.analysis.flags import markers_of
+from moex.analysis.scores import best
+from moex.config.base import ConfigError, require
+from moex.json_files import dump_json
+
+
+def rank(args) -> None:
+    """Print experts by nPMI with markers, or by the difference of two traces.
+
+    Args:
+      args: with the flags that `add_ranking` adds, `trace` and `json`.
+
+    Raises:
+      ConfigError: for a flag or a file that does not fit.
+    """
+    share = args.min_support
+    ok = share is None or 0 <= share <= 1
+    require(ok, "--min-support", share, "in [0, 1]")
+    require(0 <= args.scale < float("inf"), "--scale", args.scale, "0 or more")
+    markers, against = markers_of(args, "npmi"), markers_of(args, "against")
+    if args.steer_out is not None:
+        folder = args.steer_out.parent.is_dir()
+        name = str(args.steer_out)
+        require(folder, "--steer-out", name, "in a folder that exists")
+        new = not args.steer_out.exists()
+        require(new, "--steer-out", name, "another file: this one exists")
+    if args.risk_difference is None:
+        every = (*markers, *against)
+        counts = marking.read_counts(args.trace, every, args.start)
+        weights = [1.0] * len(markers) + [-1.0] * len(against)
+        score = marking.marker_scores(counts, every, weights, share)
+        steering = marking.scaled(score, args.top, args.scale)
+        what, chosen = "nPMI", best(score, args.top)
+    else:
+        if markers or against or share is not None:
+            raise ConfigError("--risk-difference: give it without markers.")
+        files = (args.trace, args.risk_difference)
+        pair = [marking.read_counts(file, (), args.start) for file in files]
+        score = marking.risk_scores(*pair)
+        steering = marking.switched(score, args.top)
+        size = {layer: abs(score_E) for layer, score_E in score.items()}
+        what, chosen = "risk difference", best(size, args.top)
+    rows = [{"layer": n, "expert": e, what: float(score[n][e])} for n, e, _ in chosen]
+    if args.steer_out is not None:
+        how = {
+            "score": what,
+            "trace": str(args.trace),
+            "markers": list(map(str, markers)),
+            "against": list(map(str, against)),
+            "experts": rows,
+        }
+        if args.risk_difference is not None:
+            how["without"] = str(args.risk_difference)
+        dataclasses.replace(steering, how=how).save(args.steer_out)
+    if args.json:
+        print(dump_json({"experts": rows}))
+        return
+    for row in rows:
+        print(f"layer {row['layer']}, expert {row['expert']}: {what} {row[what]:.3f}")
+    if args.steer_out is not None:
+        print(f"{args.steer_out}: for moex generate --steer, moex eval --steer")
