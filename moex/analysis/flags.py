@@ -3,6 +3,8 @@
 from moex.config.arguments import path, positive
 from moex.config.base import ConfigError
 
+DEFAULT_TOP, DEFAULT_SCALE = 2, 4.0  # of a ranking of experts
+
 
 def add_markers(parser, name: str, use: str) -> None:
     """Add `--NAME` for tokens and `--NAME-span` for spans; `markers_of` reads them."""
@@ -106,7 +108,7 @@ def add_ranking(parser) -> None:
         "0.5 for a token, 0.1 for a span",
     )
     rank.add_argument(
-        "--top", type=positive, default=2, help="how many experts; default: 2"
+        "--top", type=positive, help=f"how many experts; default: {DEFAULT_TOP}"
     )
     rank.add_argument(
         "--steer-out",
@@ -116,7 +118,9 @@ def add_ranking(parser) -> None:
         "--risk-difference forces or bans them",
     )
     rank.add_argument(
-        "--scale", type=float, default=4.0, help="the factor of gates; default: 4"
+        "--scale",
+        type=float,
+        help=f"the factor of gates; default: {DEFAULT_SCALE:g}",
     )
 
 
@@ -127,9 +131,16 @@ def ranks(args) -> bool:
       ConfigError: for flags of a ranking without one.
     """
     if args.npmi or args.npmi_span or args.risk_difference:
+        for name in ("compare", "token", "out"):
+            if getattr(args, name) is not None:
+                told = "is for figures of a trace, not for a ranking of experts"
+                raise ConfigError(f"--{name}: {told}.")
         return True
-    for name in ("against", "against_span", "start", "min_support", "steer_out"):
-        if getattr(args, name):
+    for name in (
+        *("against", "against_span", "start", "min_support", "steer_out"),
+        *("top", "scale"),
+    ):
+        if getattr(args, name) not in (None, []):
             flag = "from" if name == "start" else name.replace("_", "-")
             raise ConfigError(f"--{flag}: is for --npmi or --risk-difference.")
     return False

@@ -202,11 +202,14 @@ def scaled(score: Mapping[int, np.ndarray], top: int, factor: float) -> Steering
 def switched(score: Mapping[int, np.ndarray], top: int) -> Steering:
     """The steering that forces experts of positive score and bans those of negative.
 
-    They are the `top` experts of greatest absolute score, as SteerMoE chooses them.
+    They are the `top` experts of greatest absolute score, as SteerMoE chooses them. A
+    score of 0 says nothing.
     """
     size = {layer: np.abs(score_E) for layer, score_E in score.items()}
     found: dict[int, tuple[list[int], list[int]]] = {}
     for one in scores.best(size, top):
+        if one.score == 0:
+            continue
         force, ban = found.setdefault(one.layer, ([], []))
         (force if score[one.layer][one.expert] > 0 else ban).append(one.expert)
     return Steering(

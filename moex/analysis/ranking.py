@@ -3,10 +3,11 @@
 import dataclasses
 
 from moex.analysis import marking
-from moex.analysis.flags import markers_of
+from moex.analysis.flags import DEFAULT_SCALE, DEFAULT_TOP, markers_of
 from moex.analysis.scores import best
 from moex.config.base import ConfigError, require
 from moex.json_files import dump_json
+from moex.model.steering import MOST
 
 
 def rank(args) -> None:
@@ -21,7 +22,9 @@ def rank(args) -> None:
     share = args.min_support
     ok = share is None or 0 <= share <= 1
     require(ok, "--min-support", share, "in [0, 1]")
-    require(0 <= args.scale < float("inf"), "--scale", args.scale, "0 or more")
+    factor = DEFAULT_SCALE if args.scale is None else args.scale
+    require(0 <= factor <= MOST, "--scale", factor, f"in [0, {MOST:.1e}]")
+    top = DEFAULT_TOP if args.top is None else args.top
     markers, against = markers_of(args, "npmi"), markers_of(args, "against")
     if args.steer_out is not None:
         folder = args.steer_out.parent.is_dir()
@@ -34,19 +37,25 @@ def rank(args) -> None:
         counts = marking.read_counts(args.trace, every, args.start)
         weights = [1.0] * len(markers) + [-1.0] * len(against)
         score = marking.marker_scores(counts, every, weights, share)
-        steering = marking.scaled(score, args.top, args.scale)
-        what, chosen = "nPMI", best(score, args.top)
+        steering = marking.scaled(score, top, factor)
+        what, chosen = "nPMI", best(score, top)
     else:
         if markers or against or share is not None:
             raise ConfigError("--risk-difference: give it without markers.")
+        if args.scale is not None:
+            raise ConfigError("--scale: is for --npmi; --risk-difference scales none.")
         files = (args.trace, args.risk_difference)
         pair = [marking.read_counts(file, (), args.start) for file in files]
         score = marking.risk_scores(*pair)
-        steering = marking.switched(score, args.top)
+        steering = marking.switched(score, top)
         size = {layer: abs(score_E) for layer, score_E in score.items()}
-        what, chosen = "risk difference", best(size, args.top)
+        what, chosen = "risk difference", best(size, top)
     rows = [{"layer": n, "expert": e, what: float(score[n][e])} for n, e, _ in chosen]
     if args.steer_out is not None:
+        if not steering.layers:
+            raise ConfigError(
+                f"--steer-out: every {what} is 0; there is nothing to steer."
+            )
         how = {
             "score": what,
             "trace": str(args.trace),

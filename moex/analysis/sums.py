@@ -21,6 +21,9 @@ from moex.config.base import ConfigError, nearest, require
 from moex.json_files import field
 
 VERSION = 1
+COUNTED = (
+    *("tokens", "count_E", "transitions_AB", "marker_count_RE", "marker_total_R"),
+)
 WHOLE = ("gram_EE", "transitions_AB", "output_ED")  # not by domain
 
 
@@ -155,6 +158,11 @@ class Sums:
         layers = field(about, "layers", list[dict], where)
         infos = [read_layer(one, f"{where}: layer {i}") for i, one in enumerate(layers)]
         require(len(infos) > 0, f"{where}: layers", layers, "not empty")
+        labels = [info.label for info in infos]
+        once = len(set(labels)) == len(labels)
+        require(once, f"{where}: layers", labels, "different")
+        pool = field(about, "pool", int | None, where)
+        require(pool is None or pool >= 1, f"{where}: pool", pool, "at least 1")
         domains = tuple(field(about, "domains", list[str], where))
         found = field(about, "markers", list[dict[str, str | None]], where)
         markers = tuple(
@@ -171,7 +179,7 @@ class Sums:
             data=field(about, "data", dict[str, Any], where),
             domains=domains,
             markers=markers,
-            pool=field(about, "pool", int | None, where),
+            pool=pool,
             layers=part.read("all", whole=True),
             by_domain={
                 name: part.read(f"domain{d}", whole=False)
@@ -226,5 +234,9 @@ class _Part:
         require(same, where, list(array.shape), f"{wanted}")
         if not np.isfinite(array).all():
             told = "has a number that is not finite"
+            raise ConfigError(f"{self.archive.where}: {name} {told}.")
+        counted = name.rpartition("/")[2] in COUNTED
+        if counted and not (array.dtype.kind in "iu" and (array >= 0).all()):
+            told = "must be counts: whole numbers, 0 or more"
             raise ConfigError(f"{self.archive.where}: {name} {told}.")
         return array

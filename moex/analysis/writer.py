@@ -110,16 +110,20 @@ class TraceWriter:
             self._writer.write_table(table, row_group_size=max(size, 1))
 
 
-def check_new(path) -> pathlib.Path:
-    """The path of a trace that may be written.
+def check_new(path, flag: str = "--out") -> pathlib.Path:
+    """The path of a file that may be written.
+
+    Args:
+      path: the file.
+      flag: names it in errors.
 
     Raises:
       ConfigError: if it exists, or its folder does not.
     """
     path = pathlib.Path(path)
     if path.exists():
-        raise ConfigError(f"--out = {str(path)!r}: exists; give another name.")
-    require(path.parent.is_dir(), "--out", str(path), "in a folder that exists")
+        raise ConfigError(f"{flag} = {str(path)!r}: exists; give another name.")
+    require(path.parent.is_dir(), flag, str(path), "in a folder that exists")
     return path
 
 

@@ -78,13 +78,13 @@ class Command(Verb):
 
         conversions = asked_for(args.to, vars(args))
         if args.write_plan is not None:
-            check_new(args.write_plan)
+            check_new(args.write_plan, "--write-plan")
             plan = plan_run(args.run, conversions)
             plan.save(args.write_plan)
             print(f"{args.write_plan}: a plan for {len(plan.layers)} layers")
             return
         if args.write_store is not None:
-            check_new(args.write_store)
+            check_new(args.write_store, "--write-store")
             store = store_run(args.run, conversions)
             store.save(args.write_store)
             tasks = ", ".join(own.task for own in store.patterns)

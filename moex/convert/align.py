@@ -80,9 +80,9 @@ def merged(weights: dict, plan: Merge, align: str) -> dict:
 def mean(experts: list[dict], weights) -> dict:
     """The weighted mean of experts; the plain one if all weights are 0, never zeros."""
     share = np.asarray(weights, np.float64)
-    share = (
-        share / share.sum() if share.sum() > 0 else np.full(len(share), 1 / len(share))
-    )
+    most = share.max()
+    share = share / most if most > 0 else np.ones(len(share))  # no sum overflows
+    share = share / share.sum()
     return {
         name: sum(
             s * np.float64(own[name]) for s, own in zip(share, experts, strict=True)

@@ -137,7 +137,8 @@ def asked_for(to: str, flags: dict[str, Any]) -> list[Conversion]:
     known = {flag for name in order for flag in every[name].flags}
     for name in sorted(every.keys() - set(order)):
         for flag in sorted(given[name].keys() - known):
-            raise ConfigError(f"{option(flag)}: is for --to={name}.")
+            owners = [f"--to={own}" for own in sorted(every) if flag in given[own]]
+            raise ConfigError(f"{option(flag)}: is for {' and '.join(owners)}.")
     made = []
     for name in order:
         if name != to and not given[name]:

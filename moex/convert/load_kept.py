@@ -26,20 +26,17 @@ class Kept:
     clipped: list[str]  # as in `Pruned`
 
 
-def load_kept(place: Place, plan: Plan, where: str) -> Kept:
+def load_kept(place: Place, plan: Plan) -> Kept:
     """Read the experts of a plan, and all that is no expert, of the newest checkpoint.
-
-    Args:
-      where: names the plan in errors.
 
     Raises:
       ConfigError: if the plan does not fit the run.
       CheckpointError: if the checkpoint is damaged.
     """
     folder = RunDir.of(place)
-    check_no_adapters(folder, where)
+    check_no_adapters(folder, plan.where)
     cfg = folder.config()
-    plan.check(cfg.model, where)
+    plan.check(cfg.model)
     pruned = Pruned.of(cfg.model, plan)
     rows = Rows(folder)
     saved_with(cfg, cfg.task.saved_identity(folder))(rows.step, rows.meta)

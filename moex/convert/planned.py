@@ -5,7 +5,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from moex.config.arguments import path
-from moex.config.base import ConfigError
+from moex.config.base import ConfigError, require
 from moex.convert.base import SHARED, Conversion
 
 if TYPE_CHECKING:  # --help does not need JAX
@@ -59,7 +59,7 @@ class Planned(Conversion):
         plan = self.plan
         if plan is None:
             plan = self.make_plan(source, self.fitting(source))
-        plan.check(source.model, "--plan" if self.plan else "the plan")
+        plan.check(source.model)
         return dataclasses.replace(self, plan=plan)
 
     def fitting(self, source) -> "Sums | None":
@@ -68,12 +68,26 @@ class Planned(Conversion):
         Raises:
           ConfigError: if those that were given are of another model.
         """
+        from moex.model.layers import routers
+
         sums = self.sums or self.recorded(source)
         if sums is not None and sums.base != source.base:
             raise ConfigError(
                 f"--sums: they are of another model ({sums.run}): names or shapes "
                 "of parameters differ."
             )
+        if sums is not None:
+            moes = {own.label: own.moe for own in routers(source.model)}
+            wanted = {n: (m.num_experts, m.num_choices()) for n, m in moes.items()}
+            infos = {name: own.info for name, own in sums.layers.items()}
+            found = {n: (i.num_experts, i.num_choices) for n, i in infos.items()}
+            told = "--sums: experts and choices of each router"
+            require(found == wanted, told, found, f"{wanted}")
+            if sums.digest and sums.digest != source.digest:
+                source.say(
+                    f"--sums: they are of {sums.run} at step {sums.step:,}, and not of "
+                    "the checkpoint that is converted"
+                )
         return sums
 
     def recorded(self, source) -> "Sums | None":

@@ -9,6 +9,7 @@ E experts of a layer
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -112,21 +113,20 @@ class Plan:
     layers: tuple[LayerPlan, ...]  # in the order of their numbers, all of the kind
     # How it was made and how to apply it; the keys belong to the kind of conversion.
     how: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # Names it in errors: the file that it was read from.
+    where: str = dataclasses.field(default="the plan", compare=False)
 
     def by_layer(self) -> dict[int, Any]:
         """The part of each layer, by its number."""
         return {own.layer: own for own in self.layers}
 
-    def check(self, model, where: str) -> None:
-        """Check that it is for a model.
-
-        Args:
-          model: `Model` config.
-          where: begins the message.
+    def check(self, model) -> None:
+        """Check that it is for a `Model` config.
 
         Raises:
-          ConfigError: naming the layer.
+          ConfigError: naming the file and the layer.
         """
+        where = self.where
         found = dict(enumerate(site.sparse for site, _ in layers_of(model)))
         for own in self.layers:
             told = f"{where}, layer {own.layer}"
@@ -147,7 +147,7 @@ class Plan:
     def save(self, file) -> None:
         """Write it as JSON, with each layer on a line of its own."""
         head = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del head["layers"]
+        del head["layers"], head["where"]
         head = {"version": self.VERSION, **head}
         lines = [f" {json.dumps(k)}: {dump_json(v)}," for k, v in head.items()]
         layers = [f"  {dump_json(dataclasses.asdict(own))}" for own in self.layers]
@@ -162,6 +162,8 @@ class Plan:
           ConfigError: naming the file, the layer, and the value that is wrong.
         """
         where, data = str(file), read_object(file)
+        known = [f.name for f in dataclasses.fields(cls) if f.name != "where"]
+        check_names(data, ("version", *known), where)
         version = field(data, "version", int, where, cls.VERSION)
         require(version == cls.VERSION, f"{where}: version", version, str(cls.VERSION))
         own = field(data, "kind", str, where)
@@ -182,7 +184,15 @@ class Plan:
             base=field(data, "base", str, where),
             layers=tuple(sorted(plans, key=lambda plan: plan.layer)),
             how=field(data, "how", dict, where, {}),
+            where=where,
         )
+
+
+def check_names(data: dict[str, Any], known: Sequence[str], where: str) -> None:
+    """Raise `ConfigError` for a field that is none of `known`."""
+    for name in data.keys() - set(known):
+        told = f"{where}: {short(name)}: must be one of {', '.join(known)}."
+        raise ConfigError(f"{told}{nearest(name, known)}")
 
 
 def layer_plan(row: dict[str, Any], kind: str, where: str) -> LayerPlan:
@@ -198,10 +208,7 @@ def layer_plan(row: dict[str, Any], kind: str, where: str) -> LayerPlan:
         else:
             value = field(row, name, form, told)
         values[name] = _tuples(value)
-    known = ("layer", "experts", *values)
-    for name in row.keys() - set(known):
-        hint = nearest(name, known)
-        raise ConfigError(f"{told}: {short(name)}: must be one of {known}.{hint}")
+    check_names(row, ("layer", "experts", *values), told)
     plan = KINDS[kind](layer=number, experts=experts, **values)
     plan.check(told)
     return plan

@@ -6,7 +6,7 @@ import itertools
 from moex.analysis.record_sums import Recorded, record_sums
 from moex.analysis.sums import Sums
 from moex.config import base as configs
-from moex.runs.base import base_hash
+from moex.runs.base import Base, base_hash
 from moex.runs.directory import RunDir
 from moex.runs.open import LoadedRun, load_run
 from moex.sharding import MeshConfig
@@ -30,6 +30,12 @@ class Source:
     def loaded(self) -> LoadedRun:
         """The newest checkpoint of the run, on the devices that there are."""
         return load_run(self.folder, MeshConfig(), warn=self.say)
+
+    @property
+    def digest(self) -> str | None:
+        """The digest of its newest checkpoint; None: it has none."""
+        steps = self.folder.saved_steps()
+        return Base.of(self.folder, steps[-1]).digest if steps else None
 
     def job(self, cfg) -> Job:
         """A job here, on the devices that there are, with the data of the run."""

@@ -20,10 +20,12 @@ import numpy as np
 from moex.analysis.scores import SCORES, score_sums
 from moex.analysis.sums import LayerSums, Sums
 from moex.config.base import ConfigError, nearest, require
-from moex.convert.plans import Keep, Plan, layer_plan
+from moex.convert.plans import Keep, Plan, check_names, layer_plan
 from moex.data.files import atomic_write
 from moex.json_files import dump_json, field, read_object
+from moex.model.layers import routers
 
+MOST = float(np.finfo(np.float32).max)  # of a key: means of float32 logits
 WORDS = ("auto", "all")  # what `--experts` says in place of the name of a task
 
 
@@ -60,8 +62,25 @@ class Store:
     pool: int  # experts of a token that keys look at, those of greatest logits
     patterns: tuple[Pattern, ...]
     how: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # Names it in errors: the file that it was read from.
+    where: str = dataclasses.field(default="the store", compare=False)
 
-    def plan(self, task: str, where: str) -> Plan:
+    def check(self, model) -> None:
+        """Check that its keys are of the routers of a `Model` config.
+
+        Raises:
+          ConfigError: naming the keys of the first task.
+        """
+        sizes = {own.label: own.moe.num_choices() for own in routers(model)}
+        keys = {name: len(key) for name, key in self.patterns[0].keys.items()}
+        told = f"{self.where}: task {self.patterns[0].task}: keys"
+        wanted = f"of these routers, with as many numbers: {sizes}"
+        require(keys == sizes, told, keys, wanted)
+        most = min(sizes.values())
+        allowed = f"at most {most}, the choices of a router"
+        require(self.pool <= most, f"{self.where}: pool", self.pool, allowed)
+
+    def plan(self, task: str) -> Plan:
         """The plan of a task.
 
         Raises:
@@ -70,7 +89,7 @@ class Store:
         known = {own.task: own for own in self.patterns}
         if task not in known:
             raise ConfigError(
-                f"{where}: no task {short_list([task])}; the store has "
+                f"{self.where}: no task {short_list([task])}; the store has "
                 f"{short_list(known)}.{nearest(task, known)}"
             )
         return Plan(
@@ -80,6 +99,7 @@ class Store:
             base=self.base,
             layers=known[task].layers,
             how=self.how | {"task": task},
+            where=f"{self.where}: task {task}",
         )
 
     def find(self, query: Mapping[str, np.ndarray]) -> Found:
@@ -125,6 +145,8 @@ class Store:
         data, where = read_object(file), str(file)
         kind = field(data, "kind", str, where)
         require(kind == "store", f"{where}: kind", kind, "'store'")
+        names = ("version", "kind", "run", "step", "base", "pool", "how", "tasks")
+        check_names(data, names, where)
         version = field(data, "version", int, where)
         require(version == cls.VERSION, f"{where}: version", version, str(cls.VERSION))
         pool = field(data, "pool", int, where)
@@ -149,6 +171,7 @@ class Store:
             pool=pool,
             patterns=tuple(patterns.values()),
             how=field(data, "how", dict, where, {}),
+            where=where,
         )
 
 
@@ -161,11 +184,12 @@ def _pattern(row: dict[str, Any], where: str) -> Pattern:
     task = field(row, "task", str, where)
     told = f"{where}: task {task}"
     require(task not in WORDS, told, task, f"another name than {short_list(WORDS)}")
+    check_names(row, ("task", "keys", "layers"), told)
     keys = field(row, "keys", dict[str, list[float]], told)
     require(len(keys) > 0, f"{told}: keys", [], "not empty")
     for name, key in keys.items():
-        finite = len(key) > 0 and bool(np.isfinite(key).all())
-        require(finite, f"{told}: keys[{name}]", key[:3], "finite numbers")
+        fits = len(key) > 0 and bool((np.abs(key) <= MOST).all())
+        require(fits, f"{told}: keys[{name}]", key[:3], f"up to {MOST:.1e} in size")
     rows = field(row, "layers", list[dict], told)
     layers: tuple[Any, ...] = tuple(layer_plan(own, "keep", told) for own in rows)
     require(len(layers) > 0, f"{told}: layers", [], "not empty")

@@ -264,16 +264,16 @@ def _with_new(tree: dict, path: tuple[str, ...], value):
     return tree | {path[0]: _with_new(tree.get(path[0], {}), path[1:], value)}
 
 
-def pairs_of(plan: Plan, where: str) -> list[dict]:
+def pairs_of(plan: Plan) -> list[dict]:
     """The error bounds in a plan of the pairs that still merge; a plan may have none.
 
     Raises:
-      ConfigError: if a field is missing or of another type; `where` names the plan.
+      ConfigError: if a field is missing or of another type.
     """
     form = {"layer": int, "dominant": int, "expert": int, "bound": float}
     rows = []
-    for row in field(plan.how, "pairs", list[dict], f"{where}: how", []):
-        own = {k: field(row, k, v, f"{where}: how.pairs") for k, v in form.items()}
+    for row in field(plan.how, "pairs", list[dict], f"{plan.where}: how", []):
+        own = {k: field(row, k, v, f"{plan.where}: how.pairs") for k, v in form.items()}
         layer = plan.by_layer().get(own["layer"])
         groups = () if layer is None else zip(layer.groups, layer.dominant, strict=True)
         if any(own["expert"] in g and own["dominant"] == d for g, d in groups):

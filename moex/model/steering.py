@@ -52,6 +52,7 @@ class Steering:
     layers: tuple[LayerSteering, ...]
     how: dict[str, Any] = dataclasses.field(default_factory=dict)  # for people
     where: str = "steering"  # names it in errors
+    base: str | None = None  # of a plan of kept experts: `Plan.base`
 
     def save(self, path) -> None:
         """Write the file that `read` reads; one line for each layer."""
@@ -91,7 +92,8 @@ class Steering:
             once = numbers.count(number) == 1
             require(once, f"{where}: layer", number, "named once")
         how = field(data, "how", dict[str, Any], where, {})
-        return cls(layers=tuple(found), how=how, where=where)
+        base = field(data, "base", str, where) if kind == KEEP else None
+        return cls(layers=tuple(found), how=how, where=where, base=base)
 
     def arrays(self, model) -> dict:
         """The arrays of `Context.steer` for a `Model` config.

@@ -11,6 +11,7 @@ import numpy as np
 from moex.config.base import ConfigError
 from moex.model.steering import Steering
 from moex.progress import phase, tell
+from moex.runs.base import base_hash
 from moex.runs.directory import Place, RunDir
 from moex.runs.keys import check_run
 from moex.runs.open import LoadedRun, load_run
@@ -144,7 +145,14 @@ def steering_for(place: Place, steering: Steering | None) -> dict | None:
       ConfigError: if the steering is not for this model.
     """
     model = RunDir.of(place).config().model
-    return None if steering is None else steering.arrays(model)
+    if steering is None:
+        return None
+    if steering.base not in (None, base_hash(model)):
+        raise ConfigError(
+            f"{steering.where}: the plan is for another model: names or shapes of "
+            "parameters differ."
+        )
+    return steering.arrays(model)
 
 
 def score_text(task, result: dict) -> list[str]:

@@ -54,7 +54,8 @@ def load_experts(
     store = Store.read(file)
     check_no_adapters(folder, where)
     for own in store.patterns:
-        store.plan(own.task, where).check(folder.config().model, where)
+        store.plan(own.task).check(folder.config().model)
+    store.check(folder.config().model)
     before, whole = bytes_read(), None
     if task in WORDS:
         if not ids:
@@ -68,8 +69,8 @@ def load_experts(
         others = sorted((d, t) for t, d in found.others.items() if t != task)
         told = "".join(f"; {t}: {d:.4g}" for d, t in others[:1])
         say(f"experts of {task}: squared distance {found.distance:.4g}{told}")
-    plan = store.plan(task, where)
-    kept = load_kept(folder, plan, where) if whole is None else _kept(whole, plan)
+    plan = store.plan(task)
+    kept = load_kept(folder, plan) if whole is None else _kept(whole, plan)
     size = sum(f.stat().st_size for f in _files(folder, kept.run.step))
     read = bytes_read() - before
     say(f"read {read:,} bytes of a checkpoint of {size:,}")

@@ -117,6 +117,8 @@ def test_scaling_and_switching():
     assert (one.layer, one.scale, two.layer, two.scale) == (1, {0: 3.0}, 3, {0: 3.0})
     (one, two) = marking.switched(score, 4).layers
     assert (one.force, one.ban, two.force, two.ban) == ((0,), (1,), (0,), (1,))
+    (one, two) = marking.switched(score, 6).layers  # 0 neither forces nor bans
+    assert (one.force, one.ban, two.force, two.ban) == ((0, 2), (1,), (0,), (1,))
 
 
 def test_risk_differences_are_differences_of_rates():
@@ -194,10 +196,21 @@ def test_the_verb_takes_sums(tmp_path, capsys):
         (["{trace}", "--npmi=a", "--from=d"], "the trace has no token 'd'"),
         (["{trace}", "--npmi-span", "a", "a"], "begin and end with different tokens"),
         (["{trace}", "--npmi=a", "--min-support=2"], "must be in [0, 1]"),
-        (["{trace}", "--npmi=a", "--scale=-1"], "--scale = -1.0: must be 0 or more"),
-        (["{trace}", "--npmi=a", "--scale=nan"], "--scale = nan: must be 0 or more"),
+        (["{trace}", "--npmi=a", "--scale=-1"], "--scale = -1.0: must be in [0,"),
+        (["{trace}", "--npmi=a", "--scale=nan"], "--scale = nan: must be in [0,"),
         (["{trace}", "--npmi=a", "--top=99"], "99 experts are asked for"),
+        (["{trace}", "--npmi=a", "--scale=1e39"], "--scale = 1e+39: must be in [0,"),
         (["{trace}", "--against=a"], "--against: is for --npmi"),
+        (["{trace}", "--min-support=0"], "--min-support: is for --npmi"),
+        (["{trace}", "--scale=2"], "--scale: is for --npmi"),
+        (["{trace}", "--npmi=a", "--out=x.npz"], "--out: is for figures of a trace"),
+        (["{trace}", "--npmi=a", "--token=a"], "--token: is for figures of a trace"),
+        (["{trace}", "--risk-difference={trace}", "--scale=2"], "--scale: is for --np"),
+        (
+            ["{trace}", "--risk-difference={trace}", "--steer-out={new}"],
+            "every risk difference is 0",
+        ),
+        (["{sums}"], "is no trace; sums are for --npmi"),
         (["{trace}", "--npmi=a", "--risk-difference={trace}"], "without markers"),
         (["{trace}", "--npmi=a", "--steer-out=/no/x.json"], "a folder that exists"),
         (["{sums}", "--npmi=a"], "the sums do not count 'a'"),
@@ -206,7 +219,7 @@ def test_the_verb_takes_sums(tmp_path, capsys):
 )
 def test_mistakes_are_one_line(trace, tmp_path, capsys, args, said):
     oracle.random_sums().save(tmp_path / "s.npz")
-    names = {"trace": trace[0], "sums": tmp_path / "s.npz"}
+    names = {"trace": trace[0], "sums": tmp_path / "s.npz", "new": tmp_path / "n"}
     with pytest.raises(SystemExit) as stop:
         cli.main(["analyse", *(arg.format(**names) for arg in args)])
     err = capsys.readouterr().err

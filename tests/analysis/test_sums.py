@@ -65,6 +65,9 @@ def test_damaged_sums_are_one_line(tmp_path):
     refused("no array of numbers 'all/001/gram_EE'", **{"all/001/gram_EE": None})
     refused(r"must be \[4, 4\]", **{"all/001/gram_EE": np.ones((4, 3))})
     refused("not finite", **{"domain1/001/peu_E": np.full(4, np.nan)})
+    refused("must be counts", **{"all/001/count_E": np.array([1, 2, -1, 0])})
+    refused("must be counts", **{"all/001/count_E": np.array([1, 2, 0.5, 0])})
+    refused("must be counts", **{"domain1/001/tokens": np.array(-1)})
     refused("not sums of moex", about=None)
     with pytest.raises(ConfigError, match="no such file"):
         Sums.read(tmp_path / "none.npz")

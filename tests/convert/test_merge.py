@@ -181,6 +181,9 @@ def test_a_group_that_nobody_used_becomes_the_plain_mean():
     for name, value in mean(experts, [0.0, 0.0]).items():
         expected = (experts[0][name] + experts[1][name]) / 2
         np.testing.assert_allclose(value, expected, atol=1e-6)
+    for name, value in mean(experts, [1.5e308, 0.5e308]).items():  # their sum overflows
+        expected = 0.75 * experts[0][name] + 0.25 * experts[1][name]
+        np.testing.assert_allclose(value, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("align", ALIGN)

@@ -302,7 +302,7 @@ def test_a_plan_has_all_layers_and_how_it_was_made():
     plan = make_plan(run, None, even, options(groups=3))
     assert [len(own.groups) for own in plan.layers] == [3, 3]
     assert plan.how["groups"] == 3 and plan.how["budget"] == "adaptive"
-    plan.check(model, "here")
+    plan.check(model)
     found = plan.how["pairs"]
     assert len(found) == 2 * 3
     row = found[0]
@@ -310,14 +310,14 @@ def test_a_plan_has_all_layers_and_how_it_was_made():
     bound = error_bound(row["dominant"], row["expert"], *sums)
     assert row["bound"] == pytest.approx(bound, rel=1e-5)
     edited = dataclasses.replace(plan, layers=plan.layers[:1])
-    assert pairs_of(edited, "p") == [row for row in found if row["layer"] == 0]
+    assert pairs_of(edited) == [row for row in found if row["layer"] == 0]
     alone = dataclasses.replace(plan.layers[0], groups=((0, 1, 2, 3, 4, 5),))
     alone = dataclasses.replace(alone, dominant=(row["dominant"],))
-    told = pairs_of(dataclasses.replace(plan, layers=(alone,)), "p")
+    told = pairs_of(dataclasses.replace(plan, layers=(alone,)))
     assert {row["dominant"] for row in told} == {row["dominant"]}
     del found[0]["bound"]
-    with pytest.raises(ConfigError, match="p: how.pairs: has no field 'bound'"):
-        pairs_of(plan, "p")
+    with pytest.raises(ConfigError, match="the plan: how.pairs: has no field 'bound'"):
+        pairs_of(plan)
     blind = {n: dataclasses.replace(u, gate_gram_EE=None) for n, u in even.items()}
     assert make_plan(run, None, blind, options(groups=3)).how["pairs"] == []
 

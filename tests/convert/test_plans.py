@@ -97,6 +97,7 @@ def test_other_mistakes_in_a_plan_are_named(tmp_path):
         (lambda d: d.update(kind="merge"), "kind = 'merge': must be 'keep' for this"),
         (lambda d: d.update(version=2), "version = 2: must be 1"),
         (lambda d: d.pop("base"), "has no field 'base'"),
+        (lambda d: d.update(hw={}), "plan.json: 'hw': must be .* Did you mean 'how'"),
     ):
         plan(KEEP).save(file)
         data = json.loads(file.read_text())
@@ -111,16 +112,16 @@ def test_a_plan_is_checked_against_the_model():
     dense = Segment(pattern=(Dense(hidden=8),))
     model = tiny_lm(dense, Segment(pattern=(moe,)))
     right = plan(MERGE, base=base_hash(model))
-    right.check(model, "plan.json")
+    right.check(model)
     changed = dataclasses.replace(MERGE, layer=0)
-    with pytest.raises(ConfigError, match=r"plan.json, layer 0: is dense"):
-        plan(changed, base=right.base).check(model, "plan.json")
+    with pytest.raises(ConfigError, match="the plan, layer 0: is dense"):
+        plan(changed, base=right.base).check(model)
     changed = dataclasses.replace(MERGE, layer=2)
     with pytest.raises(ConfigError, match="layer 2: the model has 2 layers, from 0"):
-        plan(changed, base=right.base).check(model, "plan.json")
+        plan(changed, base=right.base).check(model)
     moe.num_experts = 5
     with pytest.raises(ConfigError, match="layer 1: experts = 4: must be 5, as in"):
-        right.check(tiny_lm(dense, Segment(pattern=(moe,))), "plan.json")
+        right.check(tiny_lm(dense, Segment(pattern=(moe,))))
     other = tiny_lm(*model.layers, dim=2 * model.dim)
     with pytest.raises(ConfigError, match=r"for another model \(runs/a\)"):
-        right.check(other, "plan.json")
+        right.check(other)

@@ -20,6 +20,7 @@ from moex.convert import apply
 from moex.convert.kinds.pruned import Pruned, checked
 from moex.convert.plans import Keep, Plan
 from moex.convert.prune import by_layer, kept, permutations, ranked, scores
+from moex.convert.source import Source
 from moex.convert.to_pruned import Pruned as Applied
 from moex.model.losses import moe_layers
 from moex.model.paths import flat_paths
@@ -38,6 +39,7 @@ from moex.moe.routers.topp import TopP
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.runs.base import base_hash
+from moex.runs.directory import RunDir
 from moex.runs.open import load_run
 from tests.helpers import TASK, XLA, built, random_batch, tiny_lm, tiny_moe
 from tests.tolerances import assert_close
@@ -293,6 +295,10 @@ def test_a_plan_is_written_edited_and_applied(moex, moe_run, tmp_path, monkeypat
         best = np.argsort(layer["scores"])[-2:]
         assert sorted(best.tolist()) == layer["keep"]
     data["layers"][1]["keep"] = [3, 1, 2]  # a person edits it
+    plan.write_text(json.dumps(data | {"base": "0"}))
+    for flags in (("eval", moe_run, f"--steer={plan}"), (*to, f"--plan={plan}")):
+        last = () if flags[0] == "eval" else (f"--workdir={new}",)
+        assert f"{plan}: the plan is for another model" in moex(*flags, *last)
     plan.write_text(json.dumps(data))
     text = moex(*to, f"--plan={plan}", f"--workdir={new}")
     assert "layer 0: 2 of 4 experts stay\nlayer 1: 3 of 4 experts stay" in text
@@ -316,6 +322,10 @@ def test_a_plan_is_written_edited_and_applied(moex, moe_run, tmp_path, monkeypat
         (("--keep=2", "--sums=no.npz"), "no.npz: no such file"),
         (("--keep=2", "--group=2"), "--group: is for --to=latent"),
         (("--keep=2", "--plan=no.json"), "--keep: is for making a plan"),
+        (("--keep=2", "--groups=2", "--store=s"), "--groups: is for --to=merged"),
+        (("--keep=2", "--store=s"), "--store: is for --to=subset"),
+        (("--keep=2", "--domains=a,a"), "--domains = 'a,a': must be each domain once"),
+        (("--keep=2", "--score=random", "--domains=a"), "looks at no data"),
         (("--plan=no.json",), "no.json"),
     ],
 )
@@ -340,7 +350,8 @@ def test_random_plans_differ_between_layers_and_seeds_and_need_no_data(moe_run):
 
 
 def test_sums_of_another_model_and_a_domain_without_tokens_are_refused():
-    source = types.SimpleNamespace(base="a", model=tiny_lm())
+    model = tiny_lm(Segment(pattern=(tiny_moe(num_experts=3),)))
+    source = types.SimpleNamespace(base="a", model=model)
     other = types.SimpleNamespace(base="b", run="runs/b")
     with pytest.raises(
         ConfigError, match=r"--sums: they are of another model \(runs/b"
@@ -350,7 +361,22 @@ def test_sums_of_another_model_and_a_domain_without_tokens_are_refused():
     facts = {"run": "r", "step": 0, "digest": None, "base": "a", "data": {}}
     facts |= {"markers": (), "pool": 1, "layers": {"000": layer_sums()}}
     sums = Sums(domains=("code",), by_domain={"code": empty}, **facts)
+    others = types.SimpleNamespace(base="a", model=tiny_lm())  # an edited file
+    with pytest.raises(ConfigError, match=r"each router = {'000': \(3, 3\)}: must"):
+        Pruned(keep=(2,), sums=sums).ready(others)
     for domain, told in (("code", "has no tokens"), ("cod", "Did you mean 'code'")):
         how = Pruned(keep=(2,), domains=(domain,), sums=sums)
         with pytest.raises(ConfigError, match=f"--domains: .*{told}"):
             how.ready(source)
+
+
+def test_sums_of_another_checkpoint_are_told(moe_run):
+    lines = []
+    source = Source(RunDir(moe_run), lines.append)
+    recorded = Pruned(keep=(2,), calibration=1).fitting(source)
+    lines.clear()
+    Pruned(keep=(2,), sums=recorded).fitting(source)
+    assert lines == []
+    other = dataclasses.replace(recorded, digest="0" * 64, step=7)
+    Pruned(keep=(2,), sums=other).fitting(source)
+    assert len(lines) == 1 and "at step 7, and not of the checkpoint" in lines[0]

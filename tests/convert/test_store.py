@@ -11,12 +11,14 @@ from moex.convert.load_kept import load_kept
 from moex.convert.plans import Keep, Plan
 from moex.convert.store import Pattern, Store, marked_mean
 from moex.convert.to_pruned import Pruned
+from moex.moe.routers.topk import TopK
+from moex.nn.stack import Segment
 from moex.runs.base import base_hash
 from moex.runs.checkpoint import CheckpointError
 from moex.runs.directory import RunDir
 from moex.runs.open import load_run
 from moex.serve.experts import first_query, load_experts, queries
-from tests.helpers import assert_equal_trees
+from tests.helpers import assert_equal_trees, tiny_lm, tiny_moe
 
 
 def store(**changes):
@@ -58,13 +60,13 @@ def test_a_store_is_read_as_it_was_written_and_gives_plans(tmp_path):
     file = tmp_path / "store.json"
     store().save(file)
     assert Store.read(file) == store()
-    plan = store().plan("prose", "here")
+    plan = store().plan("prose")
     assert plan.layers == (Keep(layer=0, experts=2, keep=(1,)),)
     assert plan.how == {"score": "peu", "task": "prose"}
     with pytest.raises(
-        ConfigError, match="here: no task 'prosa'.*Did you mean 'prose'"
+        ConfigError, match="the store: no task 'prosa'.*Did you mean 'prose'"
     ):
-        store().plan("prosa", "here")
+        store().plan("prosa")
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,11 @@ def test_a_store_is_read_as_it_was_written_and_gives_plans(tmp_path):
             "task code: keys[000]",
         ),
         (
+            lambda d: d | {"tasks": [d["tasks"][0] | {"keys": {"000": [1e39, 0]}}]},
+            "task code: keys[000] = [1e+39, 0]: must be up to 3.4e+38",
+        ),
+        (lambda d: d | {"task": []}, "'task': must be one of"),
+        (
             lambda d: d | {"tasks": [d["tasks"][0] | {"layers": []}]},
             "task code: layers",
         ),
@@ -97,6 +104,19 @@ def test_a_mistake_in_a_store_is_one_line_that_names_the_task(tmp_path, change, 
     assert str(error.value).startswith(str(file))
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_keys_are_checked_against_the_routers_of_the_model():
+    def model(experts, repeat=2):
+        moe = tiny_moe(num_experts=experts, router=TopK(k=1))
+        return tiny_lm(Segment(pattern=(moe,), repeat=repeat))
+
+    store().check(model(2))
+    with pytest.raises(ConfigError, match="pool = 3: must be at most 2"):
+        store(pool=3).check(model(2))
+    for other in (model(3), model(2, repeat=1)):
+        with pytest.raises(ConfigError, match="the store: task code: keys"):
+            store().check(other)
 
 
 # A run.
@@ -117,7 +137,7 @@ def test_only_the_experts_of_a_plan_are_read_from_the_disk(moe_run):
     whole = load_run(moe_run)
     for keeps in (KEEPS, ((0, 1, 2, 3),) * 2):
         plan = plan_of(moe_run, *keeps)
-        kept = load_kept(moe_run, plan, "plan")
+        kept = load_kept(moe_run, plan)
         pruned = Pruned.of(whole.cfg.model, plan)
         assert_equal_trees(kept.run.params, pruned.arrays(whole.params))
         assert_equal_trees(kept.run.state, pruned.arrays(whole.state))
@@ -149,7 +169,7 @@ def test_a_prompt_finds_its_task_without_the_experts_being_read(moe_run, tmp_pat
     for word in ("auto", "all", "near"):
         said = []
         found = load_experts(moe_run, f"{word}:{file}", ids, say=said.append)
-        expected = load_kept(moe_run, plan_of(moe_run, *KEEPS), "plan").run
+        expected = load_kept(moe_run, plan_of(moe_run, *KEEPS)).run
         assert_equal_trees(found.params, expected.params)
         if word != "near":
             distance = 0.04 if word == "auto" else 0.08  # of 4 experts, and of 8
@@ -177,7 +197,7 @@ def test_a_damaged_checkpoint_is_told(moe_run, tmp_path):
     for file in (copy / "checkpoints" / "0" / "params").rglob("d/*"):
         file.write_bytes(b"")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load_kept(copy, plan_of(moe_run, *KEEPS), "plan")
+        load_kept(copy, plan_of(moe_run, *KEEPS))
 
 
 @pytest.mark.thorough

@@ -108,8 +108,8 @@ class Merged(Planned):
 
         if self.plan is not None:
             align = self.plan.how.get("align", "dominant")
-            require_choice("--plan: how.align", align, ALIGN)
-            pairs_of(self.plan, "--plan")  # before anything is read
+            require_choice(f"{self.plan.where}: how.align", align, ALIGN)
+            pairs_of(self.plan)  # before anything is read
             return dataclasses.replace(super().ready(source), align=align)
         mergeable(source.model, self)  # before anything is read
         if self.sums is not None:
@@ -144,7 +144,7 @@ class Merged(Planned):
         params, state = merged_arrays(*args, self.align)
         plans = self.plan.by_layer()
         groups = {str(n): len(own.groups) for n, own in plans.items()}
-        pairs = pairs_of(self.plan, "--plan")
+        pairs = pairs_of(self.plan)
         return params, state, {"layer_groups": groups, "pairs": pairs}
 
     def lines(self, report):

@@ -71,7 +71,9 @@ class Pruned(Planned):
         elif "plan" not in given:
             raise ConfigError("--keep: missing; how many experts stay in a layer?")
         if "domains" in given:
-            given["domains"] = tuple(given["domains"].split(","))
+            names = given["domains"] = tuple(given["domains"].split(","))
+            once = len(set(names)) == len(names)
+            require(once, "--domains", ",".join(names), "each domain once")
         if "sums" in given and "pool" in given:
             raise ConfigError("--pool: the sums have one; it is for --calibration.")
         return super().from_flags(given)
@@ -81,6 +83,11 @@ class Pruned(Planned):
 
         require_choice("--score", self.score, (*SCORES, RANDOM))
         require(self.seed >= 0, "--seed", self.seed, ">= 0")
+        if self.score == RANDOM and (self.domains or self.sums or self.pool):
+            raise ConfigError(
+                "--score = 'random': looks at no data; leave out --domains, --sums "
+                "and --pool."
+            )
 
     def recorded(self, source):
         from moex.analysis.record_sums import Recorded

@@ -45,7 +45,7 @@ class Subset(Pruned):
         if "task" not in given:
             raise ConfigError("--task: missing; whose experts stay?")
         file, task = given["store"], given["task"]
-        plan = Store.read(file).plan(task, str(file))
+        plan = Store.read(file).plan(task)
         return cls(plan=plan, task=task)
 
     def recorded(self, source):
