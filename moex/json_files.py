@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,21 @@ def field(
             f"not {json_kind(value)}."
         )
     return value
+
+
+def check_names(data: dict[str, Any], known: Iterable[str], where: str) -> None:
+    """Check that all fields of a JSON object are some of `known`.
+
+    Raises:
+      ConfigError: naming another one; begins with `where`.
+    """
+    known = tuple(known)
+    for name in data:
+        if name not in known:
+            raise ConfigError(
+                f"{where}: no such field: {short(name, 60)}.{nearest(name, known)} "
+                f"Fields are {', '.join(known)}."
+            )
 
 
 def dump_json(data: Any, **options: Any) -> str:

@@ -69,6 +69,8 @@ def check_sums(args) -> None:
     for name, value in given.items():
         if value and not (args.sums or args.sums_only):
             raise ConfigError(f"--{name}: is for --sums.")
+    if args.sums_only and args.logits:
+        raise ConfigError("--logits: is for a trace; --sums-only writes none.")
 
 
 def recorded_of(args):

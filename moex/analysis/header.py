@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from moex.config.base import LARGEST, MOST, ConfigError, require, short
-from moex.json_files import field, parse_object
+from moex.json_files import check_names, field, parse_object
 
 VERSION = 1
 MOST_DOMAINS = 10_000
@@ -98,10 +98,7 @@ def read_layer(data: dict[str, Any], where: str) -> LayerInfo:
     Raises:
       ConfigError: for a missing or unknown field, or one out of range.
     """
-    names = [f.name for f in dataclasses.fields(LayerInfo)]
-    for name in data:
-        if name not in names:
-            raise ConfigError(f"{where}: no such field: {short(name)}.")
+    check_names(data, [f.name for f in dataclasses.fields(LayerInfo)], where)
     values = {
         f.name: field(data, f.name, f.type, where, *_default(f))
         for f in dataclasses.fields(LayerInfo)

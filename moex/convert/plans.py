@@ -9,13 +9,12 @@ E experts of a layer
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from moex.config.base import MOST, ConfigError, nearest, require, require_choice, short
+from moex.config.base import MOST, ConfigError, require, require_choice
 from moex.data.files import atomic_write
-from moex.json_files import dump_json, field, read_object
+from moex.json_files import check_names, dump_json, field, read_object
 from moex.model.layers import layers as layers_of
 from moex.runs.base import base_hash
 
@@ -186,13 +185,6 @@ class Plan:
             how=field(data, "how", dict, where, {}),
             where=where,
         )
-
-
-def check_names(data: dict[str, Any], known: Sequence[str], where: str) -> None:
-    """Raise `ConfigError` for a field that is none of `known`."""
-    for name in data.keys() - set(known):
-        told = f"{where}: {short(name)}: must be one of {', '.join(known)}."
-        raise ConfigError(f"{told}{nearest(name, known)}")
 
 
 def layer_plan(row: dict[str, Any], kind: str, where: str) -> LayerPlan:

@@ -20,9 +20,9 @@ import numpy as np
 from moex.analysis.scores import SCORES, score_sums
 from moex.analysis.sums import LayerSums, Sums
 from moex.config.base import ConfigError, nearest, require
-from moex.convert.plans import Keep, Plan, check_names, layer_plan
+from moex.convert.plans import Keep, Plan, layer_plan
 from moex.data.files import atomic_write
-from moex.json_files import dump_json, field, read_object
+from moex.json_files import check_names, dump_json, field, read_object
 from moex.model.layers import routers
 
 MOST = float(np.finfo(np.float32).max)  # of a key: means of float32 logits

@@ -20,15 +20,19 @@ from typing import Any
 import numpy as np
 
 from moex.config.base import MOST as LIMITS
-from moex.config.base import ConfigError, nearest, require
+from moex.config.base import ConfigError, require
 from moex.data.files import atomic_write
-from moex.json_files import dump_json, field, read_object
+from moex.json_files import check_names, dump_json, field, read_object
 from moex.model.layers import Site, layers
 
 STEERING, KEEP = "steering", "keep"  # kinds of files
 FIELDS = {
     STEERING: ("layer", "experts", "scale", "force", "ban"),
     KEEP: ("layer", "experts", "keep", "scores"),
+}
+TOP = {
+    STEERING: ("kind", "how", "layers"),
+    KEEP: ("version", "kind", "run", "step", "base", "how", "layers"),
 }
 MOST = float(np.finfo(np.float32).max)  # gates are float32
 
@@ -77,15 +81,13 @@ class Steering:
         kind = field(data, "kind", str, where)
         both = f"{STEERING!r}, or {KEEP!r} for a plan of kept experts"
         require(kind in FIELDS, f"{where}: kind", kind, both)
+        check_names(data, TOP[kind], where)
         rows = field(data, "layers", list[dict[str, Any]], where)
         require(len(rows) > 0, f"{where}: layers", rows, "not empty")
         found = []
         for i, row in enumerate(rows):
             at = f"{where}: layers[{i}]"
-            for name in row:
-                if name not in FIELDS[kind]:
-                    near = nearest(name, FIELDS[kind])
-                    raise ConfigError(f"{at}: no such field: {name!r}.{near}")
+            check_names(row, FIELDS[kind], at)
             found.append(_steered(row, at) if kind == STEERING else _kept(row, at))
         numbers = [own.layer for own in found]
         for number in numbers:

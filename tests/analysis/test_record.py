@@ -304,6 +304,7 @@ def test_prompts_and_responses_are_traced(trained, tmp_path):
         (["--out={new}", "--step=5"], "--step = 5: must be one of the checkpoints: 4"),
         (["--out={new}", "--tokens=0"], "must be at least 1"),
         (["--out={new}", "--marker=a"], "--marker: is for --sums"),
+        (["--out={new}", "--sums-only", "--logits"], "--logits: is for a trace"),
         (["--out={new}", "--sums-only", "--marker=xyz"], "'xyz': not one token"),
         (["--out={new}", "--sums-only", "--pool=5"], "pool = 5: layer 001 allows 1"),
         (["--out={new}", "--config.data.sources[0].holdout=0"], "no data is held out"),

@@ -91,6 +91,7 @@ def layers(**fields):
         ({"layers": []}, "has no field 'kind'"),
         ({"kind": "merge", "layers": []}, "kind = 'merge': must be 'steering', or 'ke"),
         ({"kind": "steering", "layers": []}, "must be not empty"),
+        (layers() | {"hw": {}}, "no such field: 'hw'. Did you mean 'how'?"),
         (layers(scal={}), "layers[0]: no such field: 'scal'. Did you mean 'scale'?"),
         (layers(scale={"3": -1}), "scale[3] = -1: must be in [0, 3.4e+38]"),
         (layers(scale={"3": 1e39}), "scale[3] = 1e+39: must be in"),
