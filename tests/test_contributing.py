@@ -91,7 +91,7 @@ ROWS = {
 }
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_router_and_an_expert_kind_are_a_file_a_row_and_an_oracle(tmp_path):
     for package in ("moex", "kernels_pallas", "configs", "tests"):
         skip = shutil.ignore_patterns("__pycache__", "fixtures", "stored_run")

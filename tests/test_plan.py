@@ -199,7 +199,7 @@ def test_microbatches_keep_their_sum_of_gradients(by_microbatches):
     assert two.kept == one.kept / 2
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_what_is_split_halves(run_config):
     """Activations go with tokens: data, fsdp and expert all split them."""
     where = [topology.parse(f"cpu:{n}") for n in (4, 8)]
@@ -233,7 +233,7 @@ def test_the_peak_is_near_what_a_cpu_allocates():
     assert compiled.peak_bytes == pytest.approx(planned.memory.peak, rel=0.15)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_compiled_state_bytes_on_a_mesh(run_config):
     mesh = {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
     where, cfg = topology.parse("cpu:8"), run_config(mesh)
@@ -313,6 +313,7 @@ def test_weights_are_gathered_twice_and_gradients_scattered(run_config):
     assert found["fsdp", "gradients scattered"] == 2 * 7 / 8 * split
 
 
+@pytest.mark.thorough
 def test_a_frozen_base_sends_no_gradients(run_config):
     cfg = run_config({"data": 1, "fsdp": 8})
     before = carried(cfg)

@@ -135,8 +135,9 @@ def export_hf(place: Place, out, *, dtype: str | None = None, say=print) -> dict
     family = FAMILIES[config["model_type"]]
     wanted = list(pieces(cfg.model, family.names))
     if index is not None:  # there may be fewer experts than in the folder that came
-        files_of = index["weight_map"]
-        index = {"weight_map": {p.name: files_of[p.name] for p in wanted}}
+        kept = {p.name: index["weight_map"][p.name] for p in wanted}
+        if kept != index["weight_map"]:
+            index = {"weight_map": kept}
     loaded = load_run(run, warn=say)
     state = flat_paths(loaded.state)
     copies = Copies(loaded.cfg.model, flat_paths(loaded.params) | state)

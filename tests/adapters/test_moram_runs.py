@@ -13,7 +13,7 @@ from moex.runs.open import load_run
 from moex.train.job import make_job
 from tests import runs
 
-pytestmark = pytest.mark.thorough  # each has runs to train
+pytestmark = pytest.mark.slow  # each has runs to train
 
 STEPS = 4
 MORAM = "MoRAM(rank=2, alpha=4.0, k=2, bank={}, targets=('attention', 'experts'))"
@@ -43,7 +43,6 @@ def params(run):
     return jax.tree.map(np.asarray, load_run(run).params)
 
 
-@pytest.mark.slow
 def test_a_task_takes_over_the_atoms_before_it_and_leaves_them(sequence):
     _, base, first, second = sequence
     before, after = params(first), flat_paths(params(second))

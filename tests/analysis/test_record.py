@@ -341,6 +341,7 @@ def test_sums_are_those_of_the_trace_beside_them(trained, tmp_path, capsys):
     np.testing.assert_array_equal(sums.of(domain)["001"].count_E, own.count_E)
 
 
+@pytest.mark.thorough
 def test_a_run_is_steered_by_a_file(trained, tmp_path, capsys):
     """`moex eval`, `generate` and `trace` heed it; a factor of 1 changes nothing."""
     run, _ = trained

@@ -294,7 +294,7 @@ def test_a_mesh_gives_the_same_sums(tmp_path):
             assert_sums(two.of(domain)[label], there, label)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_pool_a_limit_and_steering_are_heeded(tmp_path):
     run, batches = loaded(tmp_path, model_of_all_kinds()), batches_of()
     cut = [dict(batches[0]), dict(batches[1])]

@@ -29,7 +29,7 @@ def moex(capsys):
     return moex
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def moe_run(tmp_path_factory):
     """A run of two equal MoE layers with 4 experts and random weights."""
     folder = tmp_path_factory.mktemp("prune")

@@ -109,6 +109,7 @@ def test_no_step_changes_the_function(layers):
     assert sizes[1] < sizes[0]
 
 
+@pytest.mark.thorough
 def test_no_row_at_all_may_be_left():
     cfg = lowrank_model(tiny_lm(LAYERS["copies"]), 3)
     _, params, state = built(cfg)
@@ -148,7 +149,7 @@ def folder(tmp_path_factory):
         yield folder
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_run_is_factored_pruned_and_made_compact(folder, tmp_path, moex):
     low, pruned, small = (tmp_path / n for n in ("low", "pruned", "small"))
     args = ("--to=lowrank", "--factor-rank=4", f"--workdir={low}")

@@ -207,7 +207,7 @@ def test_layers_may_keep_other_numbers_and_routers_are_clipped():
     "names",
     [
         ("top-k", "groups", "top-p"),
-        pytest.param(tuple(LAYERS), marks=pytest.mark.thorough),
+        pytest.param(tuple(LAYERS), marks=pytest.mark.slow),
     ],
     ids=["some kinds", "all kinds"],
 )

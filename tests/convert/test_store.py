@@ -131,6 +131,7 @@ def plan_of(run, *keeps):
     return Plan(layers=layers, **facts)
 
 
+@pytest.mark.thorough
 def test_only_the_experts_of_a_plan_are_read_from_the_disk(moe_run):
     """Every expert is a piece of the files here; copies keep other numbers of them."""
     sizes = {}
@@ -148,6 +149,7 @@ def test_only_the_experts_of_a_plan_are_read_from_the_disk(moe_run):
     assert 0.85 * 5 * experts < every - few < 1.0 * 5 * experts
 
 
+@pytest.mark.thorough
 def test_a_prompt_finds_its_task_without_the_experts_being_read(moe_run, tmp_path):
     model = RunDir(moe_run).config().model
     run = load_run(moe_run)

@@ -276,6 +276,7 @@ def test_another_base_is_refused(base, adapted, tmp_path):
         import_adapter(run, folder, tmp_path / "run", **SAY)
 
 
+@pytest.mark.thorough
 def test_folded_in_it_has_the_same_logits(base, adapted):
     _, run = adapted
     with runs.one_device():

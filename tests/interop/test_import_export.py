@@ -142,7 +142,7 @@ def test_an_imported_run_is_trained_on_own_records(tmp_path, capsys, kind):
     assert ("chat_template.jinja" in files) == (kind == "messages")
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_an_imported_run_writes_text_and_trains_on(tmp_path, capsys):
     """After a step another folder of the same names, router biases too."""
     run, back = tmp_path / "run", tmp_path / "back"

@@ -191,6 +191,7 @@ def test_a_factor_of_1_changes_no_bit_and_other_values_compile_nothing(steered):
     assert jitted._cache_size() == programs + 1 == 3
 
 
+@pytest.mark.thorough
 def test_decoding_is_steered_as_a_whole_text_is(steered):
     """Greedy tokens, with and without, in one program for all values."""
     model, spec, params, state, *_ = steered

@@ -242,6 +242,7 @@ SAVED = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("change", some(SAVED, 5))
 def test_a_saved_config_edited_by_hand(change, run):
     file = run / "config.json"

@@ -92,6 +92,7 @@ def test_it_is_added_to_the_cross_entropy(models, over):
     assert_close(sums["weighted"]["distillation"], 0.3 * total / count, "float32")
 
 
+@pytest.mark.thorough
 def test_its_gradient_is_that_of_differences_and_the_teacher_has_none(models):
     _, params, taught, _, _ = models
     task = Distillation(teacher="t", weight=1.0)

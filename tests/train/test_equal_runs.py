@@ -8,7 +8,7 @@ from tests import runs
 SHORT = ("steps=3", "eval.every=0", "checkpoint.every=0", "batch_size=8")
 
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,6 @@ def trained(tmp_path_factory):
     return {name: folder / name for name in ("one", "again", "seed", "mesh")}
 
 
-@pytest.mark.slow
 def test_the_same_run_twice_is_equal_in_every_bit(trained):
     said = assert_equal([trained["one"], trained["again"]], Tolerance())
     assert "are equal exactly" in said and "at 3 steps" in said
