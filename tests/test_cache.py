@@ -42,6 +42,7 @@ def compile_program(folder, size=5, **environment):
     return ran.stdout.split("\n")[:2], ran.stderr
 
 
+@pytest.mark.thorough
 def test_a_second_process_loads_the_program_of_the_first(tmp_path):
     (value, said), _ = compile_program(tmp_path)
     programs = tmp_path / "programs"

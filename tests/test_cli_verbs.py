@@ -92,6 +92,7 @@ def test_the_saved_config_is_the_resolved_one(folder, trained):
 # data.
 
 
+@pytest.mark.thorough
 def test_a_run_on_own_files_goes_on_with_them(moex, folder, tmp_path):
     """By the same command, by its folder alone, and by its config without --data."""
     own, run = runs.write_corpus(tmp_path / "own.txt", seed=1), tmp_path / "run"

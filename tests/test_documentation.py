@@ -184,6 +184,7 @@ def test_the_layer_of_the_page_tells_its_load(page):
     assert np.all(np.asarray(names["told"]["losses"]["l1_loss"]) > 0)
 
 
+@pytest.mark.thorough
 def test_the_kinds_of_the_page_learn_and_are_counted(page):
     """Every parameter of them gets a gradient from the loss of the language model."""
     names = page[1]

@@ -106,6 +106,7 @@ cli.main()
 """
 
 
+@pytest.mark.thorough
 def test_an_interrupted_trace_leaves_no_file_and_says_so(tmp_path):
     shutil.copytree(STORED, tmp_path, dirs_exist_ok=True)
     process = start("-c", ENDLESS, "trace", "run", "--out=t.parquet", cwd=tmp_path)

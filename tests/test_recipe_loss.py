@@ -94,6 +94,7 @@ def edit(path, old, new):
     path.write_text(text.replace(f"\n{old}", f"\n{new}"), encoding="utf-8")
 
 
+@pytest.mark.thorough
 def test_a_new_loss_is_trained_on_with_its_coefficient(told):
     assert told["expected"] < -1e-4
     assert told["figure"] == pytest.approx(told["expected"], rel=1e-3)

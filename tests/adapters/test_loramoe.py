@@ -156,6 +156,7 @@ def told_loss(ctx):
     return sum(adapter_losses(ctx.told).values())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "form"),
     [

@@ -85,6 +85,7 @@ def header(model, **fields):
     return Header(**defaults | fields)
 
 
+@pytest.mark.thorough
 def test_layers_are_numbered_with_the_dense_ones(collected):
     infos = layer_infos(collected[0])
     assert [i.label for i in infos] == ["001", "003", "004.1", "004.2", "005"]

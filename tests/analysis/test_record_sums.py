@@ -257,6 +257,7 @@ def batches_of(rows=4, count=2):
     return [random_batch(rows, 16, seed=seed) for seed in range(count)]
 
 
+@pytest.mark.thorough
 def test_sums_are_those_of_a_loop_over_tokens(tmp_path):
     """All kinds of layers; padding, dropped slots, two domains, markers."""
     run, batches = loaded(tmp_path, model_of_all_kinds()), batches_of()

@@ -203,6 +203,7 @@ def test_layers_may_keep_other_numbers_and_routers_are_clipped():
     np.testing.assert_array_equal(new[1], old[2][:, 4:])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "names",
     [
@@ -283,6 +284,7 @@ def test_numbers_of_experts_are_checked_for_each_layer():
 # A whole run.
 
 
+@pytest.mark.thorough
 def test_a_plan_is_written_edited_and_applied(moex, moe_run, tmp_path, monkeypatch):
     score = lambda *args, **kw: {"nll": 2.0, "tokens": 5}  # noqa: E731
     monkeypatch.setattr(apply, "score_run", score)

@@ -46,7 +46,7 @@ from tests.marks import thorough_but_for
 
 
 @pytest.mark.parametrize(
-    "name", thorough_but_for(parity.NAMES, "qwen3_moe", "deepseek_v3", "gpt_oss")
+    "name", thorough_but_for(parity.NAMES, "deepseek_v3", "gpt_oss")
 )
 def test_in_and_out_again(tmp_path, name):
     """A run of the family's model, and a folder with the same bytes in every tensor."""
@@ -106,9 +106,8 @@ def test_the_shards_of_a_folder_come_back(tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    "kind", thorough_but_for(["messages", "pairs", "text"], "messages")
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["messages", "pairs", "text"])
 def test_an_imported_run_is_trained_on_own_records(tmp_path, capsys, kind):
     """As docs/interop.md says; importing alone encodes no text."""
     said = " and ".join(["the cat sees the dog"] * 3)

@@ -100,6 +100,7 @@ def batch():
     return random_batch(2, 8)
 
 
+@pytest.mark.thorough
 def test_it_is_part_of_the_total_with_its_coefficient(batch):
     (plain, sums), without = run(moe(Relu(l1=0.0)), batch, NO_LOSS)
     (loss, weighted), gradient = run(moe(Relu(l1=0.5)), batch, NO_LOSS)

@@ -67,6 +67,7 @@ def test_replay_repeats_every_layer_with_live_gates_under_remat(model):
     assert all(jnp.any(g != 0) for g in routers), "gates are not live"
 
 
+@pytest.mark.thorough
 def test_a_replay_of_what_was_recorded_changes_nothing(model):
     forward, _, params, forced = model
     assert forward(params)[0] == forward(params, forced)[0]

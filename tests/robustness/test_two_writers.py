@@ -117,6 +117,7 @@ def test_a_killed_writer_does_not_stand_in_the_way(folder, tmp_path, host):
     check_whole(tmp_path / "run")
 
 
+@pytest.mark.thorough
 def test_a_second_command_inside_a_first_is_refused(folder, run, monkeypatch):
     args = ("train", f"--config={folder / 'tiny.py'}", f"--workdir={run}")
     inner = []

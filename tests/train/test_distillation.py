@@ -70,6 +70,7 @@ def logits(models, params):
     return np.asarray(jax.jit(lambda p: spec.merge(p, state)(ctx)[0])(params), "f8")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("over", ["tokens", "sequences"])
 def test_it_is_added_to_the_cross_entropy(models, over):
     _, params, taught, _, batch = models
