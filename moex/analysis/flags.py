@@ -130,7 +130,7 @@ def ranks(args) -> bool:
     """Whether experts are ranked.
 
     Raises:
-      ConfigError: for flags of a ranking without one.
+      ConfigError: for flags of a ranking, or a file of sums, without one.
     """
     if args.npmi or args.npmi_span or args.risk_difference:
         for name in ("compare", "token", "out"):
@@ -145,4 +145,9 @@ def ranks(args) -> bool:
         if getattr(args, name) not in (None, []):
             flag = "from" if name == "start" else name.replace("_", "-")
             raise ConfigError(f"--{flag}: is for --npmi or --risk-difference.")
+    if args.trace.suffix == ".npz":
+        raise ConfigError(
+            f"{args.trace}: is no trace; sums are for --npmi here, and for "
+            "`moex report --sums`."
+        )
     return False

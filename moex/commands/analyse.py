@@ -4,7 +4,6 @@ from moex.analysis.flags import add_ranking, ranks
 from moex.commands import Verb
 from moex.commands.arguments import add_json
 from moex.config.arguments import path
-from moex.config.base import ConfigError
 from moex.json_files import dump_json
 
 
@@ -69,11 +68,6 @@ def _analyse(args) -> None:
     from moex.analysis.trace import Trace
     from moex.analysis.writer import check_new
 
-    if str(args.trace).endswith(".npz"):
-        raise ConfigError(
-            f"{args.trace}: is no trace; sums are for --npmi here, and for "
-            "`moex report --sums`."
-        )
     if args.out is not None:
         check_new(args.out)
     with Trace.open(args.trace) as trace:
