@@ -41,6 +41,8 @@ class Source:
         """A job here, on the devices that there are, with the data of the run."""
         cfg = configs.from_dict(configs.to_dict(cfg))
         cfg.mesh = MeshConfig()
+        with cfg.ignore_type():
+            cfg.task = cfg.task.alone()
         cfg.task.like(cfg, self.folder)
         return make_job(cfg, log=self.say)
 

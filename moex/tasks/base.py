@@ -257,6 +257,10 @@ class Task(Config, abc.ABC):
         """
         return ""
 
+    def alone(self) -> "Task":
+        """The task without that run, for work that trains nothing."""
+        return self
+
     def kinds(self, batch) -> dict[str, Any]:
         """Which kind of batch it is, for parameters that only one kind trains.
 

@@ -46,6 +46,9 @@ class Distillation(LanguageModelling):
     def teacher_run(self) -> str:
         return self.teacher
 
+    def alone(self):
+        return LanguageModelling()
+
     def loss(self, model, ctx, batch, coefs, *, teacher=None, counts=None, **how):
         """Add the divergence from the teacher to the loss of `Task.loss`.
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from moex.config.base import ConfigError
+from moex.convert.apply import convert_run
+from moex.convert.kinds.lowrank import ToLowRank
 from moex.model.paths import flat_paths
 from moex.runs.keys import Loss
 from moex.runs.open import load_run
@@ -165,6 +167,10 @@ def test_a_run_learns_from_another_and_resumes_to_the_bit(folder, tmp_path):
     with runs.one_device():
         with pytest.raises(ConfigError, match=r"config.task.teacher.*no run directory"):
             go_on(tmp_path / "parts", "steps=10")
+        low = [ToLowRank(factor_rank=4)]  # a conversion needs no teacher
+        options = {"sequences": 0, "say": said.append}
+        convert_run(tmp_path / "whole", tmp_path / "low", low, **options)
+        assert load_run(tmp_path / "low").cfg.task.teacher == str(teacher)
         runs.train(folder, teacher, "seed=3", "eval.every=0")
         with pytest.raises(ConfigError, match="learns from step 8.* not the same"):
             go_on(tmp_path / "parts", "steps=10")
