@@ -111,6 +111,7 @@ NEEDS = {
     "--distributed": "several hosts",
     "--compile": "the extra aot",
     "--tasks": "the extra eval",
+    "--visual": "a run with visual tokens, which tests/data/test_visual.py has",
 }
 # Every training is short.
 SHORT = (
@@ -123,9 +124,12 @@ SHORTER = {
     "--profile=20:25": "--profile=1:3",
     "--step=500": "--step=4",
     "--tokens=100000": "--tokens=1000",
+    "PruneRows(keep=0.1)": "PruneRows(keep=0.1, warmup=0)",
 }
 # What a reader would put for a word.
-STANDS = {"RUN": "runs/dense", "NEW": "runs/new", "TUNED": "runs/tuned"}
+STANDS = {"RUN": "runs/dense"} | {
+    word: f"runs/{word.lower()}" for word in ("NEW", "TUNED", "LOW", "PRUNED", "SMALL")
+}
 # What a page takes for granted, with the command that makes it.
 TRAIN = "moex train --config=configs/quickstart.py"
 GIVEN = {
@@ -134,6 +138,11 @@ GIVEN = {
     "runs/again": f"{TRAIN} --workdir=runs/again",
     "runs/k4": f"{TRAIN} --workdir=runs/k4 --config.seed=1",
     "runs/sweep": f"{TRAIN} --workdir=runs/sweep --sweep seed=0,1",
+    "runs/small": f"{TRAIN} --workdir=runs/small",
+    "runs/full": f"{TRAIN} --workdir=runs/full",
+    "runs/mixed": f"{TRAIN} --data=code --data=web.txt --workdir=runs/mixed "
+    "--config.model.layers.0.pattern.0.num_experts=16",
+    "sums.npz": "moex trace runs/mixed --out sums.npz --sums-only --by-domain",
     "runs/dense": f"{TRAIN}:ffn=dense --workdir=runs/dense",
     "runs/parquet": "moex train --config=parquet.py --workdir=runs/parquet",
     "runs/olmoe": "moex import-hf models/OLMoE-1B-7B --out runs/olmoe",
