@@ -5,7 +5,6 @@ Parameters are plain nested dicts; a path is written `segments/0/blocks/1/ffn/..
 """
 
 import dataclasses
-import fnmatch
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from moex.config.schedule import (
     value_at,
 )
 from moex.model.muon import muon
-from moex.model.paths import flat_paths, path_name
+from moex.model.paths import flat_paths, matching, path_name
 from moex.model.pruning import PruneRows, prune_rows
 from moex.numbers import exact
 
@@ -199,8 +198,7 @@ def path_factors(
     names = list(flat_paths(params))
     factors = {name: 0.0 if info[name].frozen else 1.0 for name in names}
     for pattern, factor in cfg.lr_factors:
-        glob = pattern if "*" in pattern else f"*{pattern}*"
-        matched = fnmatch.filter(names, glob)
+        matched = matching(pattern, names)
         if not matched:
             parts = {part for name in names for part in name.split("/")}
             raise ConfigError(

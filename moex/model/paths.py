@@ -1,6 +1,8 @@
 """Paths of parameters: `segments/0/blocks/1/ffn/...`, as in nested dicts of arrays."""
 
+import fnmatch
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,6 +17,11 @@ def flat_paths(tree) -> dict[str, Any]:
 def path_name(path) -> str:
     """Write a key path of nested dicts as `a/b/c`."""
     return "/".join(str(k.key) for k in path)
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The paths that a shell pattern matches; one without `*` may match a part."""
+    return fnmatch.filter(names, pattern if "*" in pattern else f"*{pattern}*")
 
 
 def expert_axis(name: str) -> int | None:

@@ -4,7 +4,6 @@ A row is an output neuron: its numbers stand along the matrix's input dims.
 """
 
 import dataclasses
-import fnmatch
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from moex.config.base import Config, ConfigError, nearest, require
-from moex.model.paths import flat_paths, nested, path_name
+from moex.model.paths import flat_paths, matching, nested, path_name
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -81,8 +80,7 @@ def prune_rows(tx, cfg: PruneRows, steps: int, params, info, frozen, path: str):
         is not trained.
     """
     names = flat_paths(params)
-    glob = cfg.pattern if "*" in cfg.pattern else f"*{cfg.pattern}*"
-    chosen = fnmatch.filter(names, glob)
+    chosen = matching(cfg.pattern, names)
     if not chosen:
         parts = {part for name in names for part in name.split("/")}
         raise ConfigError(
