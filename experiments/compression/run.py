@@ -72,7 +72,7 @@ class Bed:
         # By domain: texts of the training data, and held-out ones.
         self.seen = [self._batch(d, CALIBRATION) for d in self.job.data.train]
         self.held = [self._batch(d, SCORED) for d in self.job.data.eval]
-        # Of 257 tokens 21 occur: the others do not count.
+        # Only 21 of the 257 tokens occur; the others do not count.
         self._used_V = np.zeros(self.run.cfg.model.vocab, bool)
         self._used_V[np.unique([batch["targets"] for batch in self.seen])] = True
         task, compute = self.run.cfg.task, self.run.compute(train=False)

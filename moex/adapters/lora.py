@@ -100,6 +100,6 @@ def dropped(x, rate: float, ctx):
 
 
 def drops(x, rate: float, ctx) -> bool:
-    """Whether `dropped` changes anything: not outside of training, nor in a look-up."""
+    """Whether `dropped` changes x; never outside of training, or in a look-up."""
     whole = jnp.issubdtype(x.dtype, jnp.integer)  # numbers of rows, not values
     return rate > 0 and not whole and ctx.key is not None and ctx.mode == "train"

@@ -1,4 +1,4 @@
-"""Which experts matter: for a task (PreMoe, REAP), and for given tokens (RICE).
+"""Scores of experts: for a task (PreMoe, REAP), and for given tokens (RICE).
 
 N tokens · K slots per token · P experts of a token's pool · E experts · G tasks ·
 M markers

@@ -39,7 +39,7 @@ class LayerSums:
     info: LayerInfo  # which router
     tokens: int  # N
     count_E: np.ndarray  # int64, kept slots
-    # Of the tokens that have the expert: float64 sums of its gate, of the norm of its
+    # float64 sums over the tokens that have the expert: of its gate, of the norm of its
     # output, and of their product. Gates are divided by their sum over the kept slots
     # of the token.
     gate_E: np.ndarray

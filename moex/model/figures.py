@@ -34,7 +34,7 @@ def by_layer(model, layers: dict, *, expert_devices=1) -> dict[str, dict[str, An
         for r, number in enumerate(site.numbers):
             own = {name: value[r] for name, value in arrays.items()}
             rounds = _rounds(number, own, site.sparse)
-            # Which experts share a device is not known where they share weights.
+            # Where experts share weights, their devices are not known here.
             if expert_devices > 1 and site.sparse.moe.stored_experts is None:
                 # Every device has the zero-computation experts: they do not count.
                 num_experts = site.sparse.moe.num_experts

@@ -1,4 +1,4 @@
-"""Which experts matter: for a domain (PreMoe), at given tokens (RICE).
+"""Score maps of experts: for a domain (PreMoe), at given tokens (RICE).
 
 D domains · E experts · M markers
 """

@@ -1,4 +1,4 @@
-"""Which experts are read to answer a prompt: those of a task, from a store of patterns.
+"""The experts that are read to answer a prompt: those of a task, from a store.
 
 B = 1 batch · L length of the prompt, with padding · E experts
 """

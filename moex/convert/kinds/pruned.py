@@ -13,7 +13,7 @@ from moex.convert.base import SHARED
 from moex.convert.planned import PLAN_FLAGS, Planned
 
 RANDOM = "random"
-# What a plan is made by; `--to=subset` has it too.
+# The flags that say how a plan is made; `--to=subset` has them too.
 KEEP_FLAGS: dict[str, dict[str, Any]] = {
     "keep": dict(
         metavar="N[,N...]",
