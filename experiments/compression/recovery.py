@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     args = parser.parse_args()
     results = pathlib.Path(__file__).with_name("recovery.json")
-    found = read_object(results)[0] if results.exists() else {}
+    found = read_object(results) if results.exists() else {}
     for seed in args.seeds.split(","):
         found[seed] = one_seed(pathlib.Path(args.out), int(seed))
         results.write_text(dump_json(found, indent=1) + "\n", encoding="utf-8")
