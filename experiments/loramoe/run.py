@@ -9,10 +9,8 @@ results.json and plot.png next to this file, and prints the table of the README.
 B batch · L length
 """
 
-import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 import statistics
 
@@ -20,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.seeds import run_seeds
 from moex.adapters.lora import LoRA
 from moex.adapters.loramoe import LoRAMoE
-from moex.json_files import read_object
 from moex.model.optim import AdamW, Optim, make_optimizer
 from moex.model.paths import flat_paths, path_name
 from moex.model.spec import init_guard, init_params, model_spec
@@ -292,27 +290,5 @@ def plot(results: dict) -> None:
     figure.savefig(HERE / "plot.png", dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--cache", default="runs/programs")
-    args = parser.parse_args()
-    seeds = [int(s) for s in args.seeds.split(",")]
-    # A second start finds the programs that the first one compiled.
-    jax.config.update("jax_compilation_cache_dir", args.cache)
-    file = HERE / "results.json"
-    results: dict = {}
-    for seed in seeds:
-        print(f"seed {seed}", flush=True)
-        found = {str(seed): one_seed(seed)}
-        # Other seeds stay, so that several processes can do some of them each.
-        before = read_object(file)["seeds"] if file.exists() else {}
-        device = jax.devices()[0].device_kind
-        results = {"device": device, "seeds": dict(sorted((before | found).items()))}
-        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(table(results))
-    plot(results)
-
-
 if __name__ == "__main__":
-    main()
+    run_seeds(__doc__, HERE, one_seed, table, plot)
