@@ -5,6 +5,7 @@ import dataclasses
 from moex.analysis import marking
 from moex.analysis.flags import DEFAULT_SCALE, DEFAULT_TOP, markers_of
 from moex.analysis.scores import best
+from moex.analysis.writer import check_new
 from moex.config.base import ConfigError, require
 from moex.json_files import dump_json
 from moex.model.steering import MOST
@@ -27,11 +28,7 @@ def rank(args) -> None:
     top = DEFAULT_TOP if args.top is None else args.top
     markers, against = markers_of(args, "npmi"), markers_of(args, "against")
     if args.steer_out is not None:
-        folder = args.steer_out.parent.is_dir()
-        name = str(args.steer_out)
-        require(folder, "--steer-out", name, "in a folder that exists")
-        new = not args.steer_out.exists()
-        require(new, "--steer-out", name, "another file: this one exists")
+        check_new(args.steer_out, "--steer-out")
     if args.risk_difference is None:
         every = (*markers, *against)
         counts = marking.read_counts(args.trace, every, args.start)
