@@ -34,7 +34,7 @@ FLOORS = (
     {"runs"},
     {"train"},
     {"analysis"},
-    {"convert", "costs", "interop", "plan", "serve"},
+    {"convert", "costs", "interop", "offload", "plan", "serve"},
     {"report"},
     {"commands"},
     {"cli"},
