@@ -30,8 +30,15 @@ class Used:
     # Products of the outputs of every two experts: means of f_i(x) f_j(x) over the
     # same tokens; from a file of sums those of the mean outputs.
     output_gram_EE: np.ndarray
-    # Sums of g g^T of the gates g, 0 where not chosen; None: from a file of sums.
+    # The rest is None from a file of sums. Sums of g g^T of the gates g, 0 where not
+    # chosen.
     gate_gram_EE: np.ndarray | None = None
+    # Products of the mean inputs of every two experts, each over its own tokens.
+    input_gram_EE: np.ndarray | None = None
+    # Only if they are asked for: products of gradients of the loss by the weights of
+    # every two experts; and the error of merging these two, per token of the layer.
+    gradient_gram_EE: np.ndarray | None = None
+    merge_error_EE: np.ndarray | None = None
 
     def reap(self) -> np.ndarray:
         """The mean of gate * |f_e(x)| over the tokens of each expert; 0 for none.

@@ -144,7 +144,10 @@ def _similarity(number, used: Used, weights, routers, options: Merged):
         "logits": lambda: similarity(used.gram_EE),
         "weights": lambda: similarity(_weight_gram(weights, options.align)),
         "router": lambda: similarity(_router_gram(routers, number)),
+        "inputs": lambda: similarity(used.input_gram_EE),
         "outputs": lambda: similarity(used.output_gram_EE),
+        "gradients": lambda: similarity(used.gradient_gram_EE),
+        "mse": lambda: 1 / (1 + np.asarray(used.merge_error_EE, np.float64)),
         "random": lambda: _random(len(used.count_E), options.seed, number),
     }
     names = options.similarity.split("+")

@@ -14,7 +14,11 @@ import numpy as np
 
 from moex.analysis.sums import Sums
 from moex.config.base import ConfigError
+from moex.convert.alike import EXACT, aligned, gradient_grams, merge_errors
+from moex.convert.kinds.merged import Merged
 from moex.convert.merge import Used
+from moex.convert.to_latent import at_path, with_path
+from moex.convert.to_merged import mergeable
 from moex.model.layers import sites
 from moex.model.losses import moe_layers
 from moex.moe.parallel import Rows, run_experts
@@ -25,7 +29,6 @@ from moex.sharding import shard_batch
 from moex.train.job import Job
 
 SAMPLED = 1024  # tokens of a batch for which all experts are computed
-EXACT = jax.lax.Precision.HIGHEST
 
 
 class Counter:
@@ -35,9 +38,12 @@ class Counter:
       run: the model; `used` takes other parameters for it.
       job: for its training batches, from the first on, and how to compute.
       sequences: the least number of sequences to read, in whole batches.
+      options: their similarity says what else is added up; None: nothing.
     """
 
-    def __init__(self, run: LoadedRun, job: Job, sequences: int):
+    def __init__(
+        self, run: LoadedRun, job: Job, sequences: int, options: Merged | None = None
+    ):
         self._run, self._job = run, job
         self._num_batches = -(-sequences // job.cfg.batch_size)
         self._sites = [
@@ -46,10 +52,27 @@ class Counter:
             if site.sparse is not None
         ]
         self._step = jax.jit(self._sums)
+        self._more = jax.jit(self._with_gradients, donate_argnums=0)
+        self._asked: set[str] = set()
+        self._merged: list[str] = []  # paths of the layers that merge
+        if options is not None and (asked := options.measured()):
+            chosen = mergeable(run.cfg.model, options).values()
+            self._asked, self._align = asked, options.align != "none"
+            self._merged = list(dict.fromkeys(sparse.path for sparse, _ in chosen))
 
     def used(self, params) -> dict[int, Used]:
         """The sums of every MoE layer, by its number."""
         total: dict = {}
+        experts = {path: (*path.split("/"), "experts") for path in self._merged}
+        if self._asked and self._align:
+            for place in experts.values():
+                params = aligned(params, place)
+        by_gradients = "gradients" in self._asked
+        gradients = {
+            path: jax.tree.map(jnp.zeros_like, at_path(params, place))
+            for path, place in experts.items()
+            if by_gradients
+        }
         with jax.set_mesh(self._job.mesh):
             batches = itertools.islice(self._job.batches(0), self._num_batches)
             doing = "reading training sequences"
@@ -58,15 +81,16 @@ class Counter:
                 sums = jax.device_get(self._step(params, self._run.state, batch))
                 sums = jax.tree.map(np.float64, sums)
                 total = jax.tree.map(np.add, total, sums) if total else sums
+                if by_gradients:
+                    gradients = self._more(gradients, params, self._run.state, batch)
+            for path, own in gradients.items():
+                gram_REE = jax.device_get(jax.jit(gradient_grams)(own))
+                total[path]["gradient_gram_EE"] = np.float64(gram_REE)
         found = {}
         for site, sparse in self._sites:
             for r, number in enumerate(site.numbers):
                 own = {k: v[r] for k, v in total[sparse.path].items()}
-                _check_finite(own, number)
-                own["output_gram_EE"] /= max(own.pop("sampled"), 1.0)
-                tokens = round(float(own.pop("tokens")))
-                own["count_E"] = np.rint(own["count_E"])
-                found[number] = Used(tokens=tokens, **own)
+                found[number] = _used(own, number)
         return found
 
     def _sums(self, params, state, batch):
@@ -80,14 +104,53 @@ class Counter:
         for site, sparse in self._sites:
             path = sparse.path
             stack, copies = _module(model, path), []
+            pairs = "mse" in self._asked and path in self._merged
             for r in range(site.repeat):
                 module = jax.tree.map(lambda a, r=r: a[r], stack)
                 own = jax.tree.map(lambda a, r=r: a[r], layers[path])
                 rounds = [_of_round(own, t) for t in range(len(sparse.routers))]
-                sums = [_layer_sums(module, one, ctx) for one in rounds]
+                sums = [_layer_sums(module, one, ctx, pairs=pairs) for one in rounds]
                 copies.append(jax.tree.map(lambda *a: sum(a), *sums))
             found[path] = jax.tree.map(lambda *a: jnp.stack(a), *copies)
         return found
+
+    def _with_gradients(self, total, params, state, batch):
+        """Add the gradients of the summed loss of a batch's tokens, without others."""
+        task, run, how = self._job.cfg.task, self._run, self._job.compute(train=True)
+        ctx = task.context(batch, mode="eval", compute=how)
+
+        def loss(own):
+            new = params
+            for path, value in own.items():
+                new = with_path(new, (*path.split("/"), "experts"), value)
+            model, domains = run.spec.merge(new, state), self._job.num_domains
+            return task.sums(model, ctx, batch, num_domains=domains)[task.score]
+
+        own = {p: at_path(params, (*p.split("/"), "experts")) for p in total}
+        return jax.tree.map(jnp.add, total, jax.grad(loss)(own))
+
+
+def _used(own: dict, number: int) -> Used:
+    """The sums of a layer, for all batches."""
+    _check_finite(own, number)
+    sampled = max(own.pop("sampled"), 1.0)
+    own["output_gram_EE"] /= sampled
+    if "merge_error_EE" in own:
+        own["merge_error_EE"] /= sampled
+    own["count_E"] = np.rint(own["count_E"])
+    # The norms are known for some of the tokens: their sum stands for all of them.
+    own["gate_norm_E"] *= own["count_E"] / np.maximum(own.pop("sampled_E"), 1.0)
+    return Used(
+        tokens=round(float(own.pop("tokens"))),
+        input_gram_EE=mean_gram(own.pop("input_ED"), own["count_E"]),
+        **own,
+    )
+
+
+def mean_gram(sum_ED, count_E) -> np.ndarray:
+    """The products of the means of every two experts; zeros are the mean of none."""
+    mean_ED = sum_ED / np.maximum(count_E, 1)[:, None]
+    return mean_ED @ mean_ED.T
 
 
 def _module(model, path: str):
@@ -103,8 +166,15 @@ def _of_round(layer: dict, t: int) -> tuple:
     return layer["trace"], layer["scores"]["logits"], layer["inputs"]
 
 
-def _layer_sums(module, of_round, ctx) -> dict:
-    """The sums of one router over a batch, float32; `module` is a `SparseLayer`."""
+def _layer_sums(module, of_round, ctx, *, pairs: bool) -> dict:
+    """The sums of one router over a batch, float32.
+
+    Args:
+      module: `SparseLayer`.
+      of_round: from `_of_round`.
+      ctx: `Context`.
+      pairs: whether to merge every two experts.
+    """
     trace, logits_TX, x_BLD = of_round
     valid_T, E = ctx.valid_BL.reshape(-1), module.num_experts
     gate_TE = _gates(module, trace, logits_TX, ctx)[:, :E]
@@ -116,20 +186,28 @@ def _layer_sums(module, of_round, ctx) -> dict:
     x_SD = x_BLD[:, ::stride].reshape(-1, x_BLD.shape[-1])
     seen_S = ctx.valid_BL[:, ::stride].reshape(-1)
     share_SE = share_TE.reshape(*seen.shape, E)[:, ::stride].reshape(-1, E)
-    y_ESD = jnp.where(
-        seen_S[None, :, None], _outputs(module.experts, x_SD, E, ctx), 0.0
-    )
+
+    def outputs(experts):
+        y_ESD = _outputs(experts, x_SD, E, ctx)
+        return jnp.where(seen_S[None, :, None], y_ESD, 0.0)
+
+    y_ESD = outputs(module.experts)
     norm_SE = jnp.linalg.norm(y_ESD, axis=2).T
-    # The norms are known for some of the tokens: their sum stands for all of them.
-    count_E = jnp.sum(gate_TE > 0, axis=0, dtype=jnp.float32)
-    found_E = jnp.sum(share_SE > 0, axis=0, dtype=jnp.float32)
-    scale_E = count_E / jnp.maximum(found_E, 1.0)
-    return {
+    uses_TE = (gate_TE > 0).astype(jnp.float32)
+    uses_SE = (share_SE > 0).astype(jnp.float32)
+    x_TD = x_BLD.reshape(-1, x_BLD.shape[-1]).astype(jnp.float32)
+    more = {}
+    if pairs:
+        errors = merge_errors(outputs, module.experts, y_ESD, uses_SE.T)
+        more["merge_error_EE"] = errors
+    return more | {
         "tokens": jnp.sum(valid_T, dtype=jnp.float32),
         "sampled": jnp.sum(seen_S, dtype=jnp.float32),
-        "count_E": count_E,
+        "count_E": jnp.sum(uses_TE, axis=0),
+        "sampled_E": jnp.sum(uses_SE, axis=0),
+        "input_ED": jnp.dot(uses_TE.T, x_TD, precision=EXACT),
         "gram_EE": jnp.dot(logits_TE.T, logits_TE, precision=EXACT),
-        "gate_norm_E": jnp.sum(share_SE * norm_SE, axis=0) * scale_E,
+        "gate_norm_E": jnp.sum(share_SE * norm_SE, axis=0),
         "gate_gram_EE": jnp.dot(gate_TE.T, gate_TE, precision=EXACT),
         "output_gram_EE": jnp.einsum("esd,fsd->ef", y_ESD, y_ESD, precision=EXACT),
     }
@@ -183,12 +261,11 @@ def used_of_sums(sums: Sums) -> dict[int, Used]:
         one |= {"gram_EE": own.gram_EE[:E, :E], "output_ED": own.output_ED[:E]}
         before = parts.get(own.layer)  # another round of a chain
         parts[own.layer] = one if before is None else jax.tree.map(np.add, one, before)
-        tokens[own.layer] = own.tokens
+        tokens[own.layer] = tokens.get(own.layer, 0) + own.tokens
     found = {}
     for number, one in parts.items():
         _check_finite(one, number)
-        mean_ED = one.pop("output_ED") / np.maximum(one["count_E"], 1)[:, None]
-        gram_EE = mean_ED @ mean_ED.T
+        gram_EE = mean_gram(one.pop("output_ED"), one["count_E"])
         found[number] = Used(tokens=tokens[number], output_gram_EE=gram_EE, **one)
     return found
 

@@ -17,7 +17,7 @@ from moex.analysis.sums import LayerSums, Sums
 from moex.config.base import ConfigError
 from moex.convert.align import one_expert, reordered
 from moex.convert.base import asked_for, kinds
-from moex.convert.kinds.merged import Merged
+from moex.convert.kinds.merged import CHOICES, NOT_IN_SUMS, Merged
 from moex.convert.merge import Used, error_bound
 from moex.convert.plans import Merge, Plan
 from moex.convert.to_merged import (
@@ -177,6 +177,9 @@ def used(E=4, seed=0, **changes):
         "gate_norm_E": np.ones(E),
         "gate_gram_EE": np.eye(E),
         "output_gram_EE": y_ED @ y_ED.T,
+        "input_gram_EE": y_ED @ y_ED.T,
+        "gradient_gram_EE": y_ED @ y_ED.T,
+        "merge_error_EE": np.abs(y_ED @ y_ED.T),
     }
     return Used(**values | changes)
 
@@ -193,9 +196,7 @@ WEIGHTS = {
 ROUTER = np.random.default_rng(3).normal(size=(3, 4))
 
 
-@pytest.mark.parametrize(
-    "similarity", ["logits", "weights", "router", "outputs", "logits+outputs", "random"]
-)
+@pytest.mark.parametrize("similarity", CHOICES["similarity"])
 def test_each_similarity_groups_the_rest_around_the_most_used(similarity):
     how = options(similarity=similarity)
     found = plan_layer(0, used(), WEIGHTS, [ROUTER], 2, how)
@@ -210,7 +211,8 @@ def test_a_copy_is_more_alike_than_others_by_each_similarity():
     own = used(
         gram_EE=np.array([[2.0, 2, 0, 0], [2, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     )
-    own = dataclasses.replace(own, output_gram_EE=own.gram_EE)
+    grams = {f"{name}_gram_EE": own.gram_EE for name in ("output", "input", "gradient")}
+    own = dataclasses.replace(own, **grams, merge_error_EE=4 - own.gram_EE)
     weights = {name: value.copy() for name, value in WEIGHTS.items()}
     copy = reordered(one_expert(weights, 1), [4, 2, 0, 1, 3])
     for name in weights:
@@ -218,7 +220,7 @@ def test_a_copy_is_more_alike_than_others_by_each_similarity():
     router = ROUTER.copy()
     router[:, 0] = router[:, 1]
     own = dataclasses.replace(own, count_E=np.array([1.0, 3, 9, 1]))
-    for similarity in ("logits", "weights", "router", "outputs", "logits+outputs"):
+    for similarity in set(CHOICES["similarity"]) - {"random"}:
         found = plan_layer(0, own, weights, [router], 2, options(similarity=similarity))
         assert found.dominant == (2, 1)
         assert 0 in found.groups[1], similarity
@@ -258,6 +260,7 @@ MISTAKES = {
     },
     "--layers = 1: must be among the MoE layers, 0, 2": {"groups": 2, "layers": "1"},
     "--groups: is for making a plan": {"groups": 2, "plan": "p.json"},
+    "--seed: is for --similarity=random": {"groups": 2, "seed": 1},
 }
 
 
@@ -280,6 +283,13 @@ def test_a_mistake_is_one_line(told):
         _, params, _ = built(model)
         run = Run(type("Cfg", (), {"model": model}), params)
         make_plan(run, None, {n: used(E) for n in (0, 2)}, how)
+
+
+@pytest.mark.parametrize("similarity", NOT_IN_SUMS)
+def test_sums_do_not_tell_every_similarity(similarity):
+    how = Merged(groups=2, similarity=similarity, sums=object())
+    with pytest.raises(ConfigError, match="sums do not tell it; leave out --sums"):
+        how.check()
 
 
 def test_experts_that_cannot_be_merged_are_named():

@@ -16,11 +16,13 @@ CHOICES = {
     "method": ("msmoe", "ream"),
     "budget": ("adaptive", "uniform"),
     "similarity": (
-        *("logits", "weights", "router", "outputs", "logits+outputs", "random"),
+        *("logits", "weights", "router", "inputs", "outputs", "logits+outputs"),
+        *("gradients", "mse", "random"),
     ),
     "average": ("score", "uniform"),
     "align": ALIGN,
 }
+NOT_IN_SUMS = ("inputs", "gradients", "mse")  # similarities that sums do not tell
 DEFAULTS: dict[str, dict[str, Any]] = {
     "msmoe": {"budget": "adaptive", "similarity": "logits", "largest": None},
     "ream": {"budget": "uniform", "similarity": "logits+outputs", "largest": 16},
@@ -89,6 +91,8 @@ class Merged(Planned):
         method = given.get("method", "msmoe")
         require_choice("--method", method, CHOICES["method"])
         made = super().from_flags(given)
+        if "seed" in given and given.get("similarity") != "random":
+            raise ConfigError("--seed: is for --similarity=random.")
         rest = {k: v for k, v in DEFAULTS[method].items() if k not in given}
         return dataclasses.replace(made, **rest)
 
@@ -101,6 +105,15 @@ class Merged(Planned):
         if self.method == "ream":
             allowed = "uniform with --method=ream"
             require(self.budget == "uniform", "--budget", self.budget, allowed)
+        if self.sums is not None and self.similarity in NOT_IN_SUMS:
+            raise ConfigError(
+                f"--similarity = {self.similarity!r}: sums do not tell it; leave out "
+                "--sums, and training sequences are read."
+            )
+
+    def measured(self) -> set[str]:
+        """The similarities that are measured only if they are asked for."""
+        return {self.similarity} & {"gradients", "mse"}
 
     def ready(self, source):
         from moex.convert.to_merged import make_plan, mergeable, pairs_of
@@ -116,7 +129,7 @@ class Merged(Planned):
             return super().ready(source)
         source.say(f"usage of experts in {self.calibration} training sequences")
         job = source.job(source.folder.config())
-        counter = Counter(source.loaded, job, self.calibration)
+        counter = Counter(source.loaded, job, self.calibration, self)
         used = counter.used(source.loaded.params)
         plan = make_plan(source.loaded, counter, used, self)
         return dataclasses.replace(self, plan=plan)
