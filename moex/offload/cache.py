@@ -18,7 +18,7 @@ from moex.offload.policies import Key, Policy
 
 @dataclasses.dataclass(frozen=True)
 class Loads:
-    """What a pass through a layer finds resident, and must load, in ascending order."""
+    """The experts of a pass through a layer: resident or loaded, in ascending order."""
 
     hits: tuple[int, ...]  # experts that were resident
     loads: tuple[tuple[int, int], ...]  # (expert, its new slot)
@@ -31,7 +31,8 @@ class Statistics:
     """Counts of each layer, int64[L]."""
 
     hits_L: np.ndarray  # experts that were needed and resident
-    misses_L: np.ndarray  # experts that were needed and had to be loaded
+    misses_L: np.ndarray  # experts that were needed and absent
+    hosted_L: np.ndarray  # misses that the host computed, so that nothing was loaded
     prefetched_L: np.ndarray  # experts that were loaded before they were needed
     useful_L: np.ndarray  # hits that a prefetch made
     evictions_L: np.ndarray  # experts that lost their slot
@@ -52,7 +53,7 @@ class Statistics:
     @property
     def loads(self) -> int:
         """Experts that were moved into slots."""
-        return int(self.misses_L.sum() + self.prefetched_L.sum())
+        return int((self.misses_L - self.hosted_L + self.prefetched_L).sum())
 
 
 class ExpertCache:
@@ -136,18 +137,32 @@ class ExpertCache:
         """Tell the policy which experts a layer will need."""
         self.policy.predicted(layer, experts)
 
-    def need(self, layer: int, experts: Iterable[int]) -> Loads:
+    def need(
+        self, layer: int, experts: Iterable[int], hosted: Iterable[int] = ()
+    ) -> Loads:
         """Make experts resident that a layer computes now.
 
         Where they do not all fit, those that do come first; the caller computes them
         and asks again for `left`.
+
+        Args:
+          layer: its number among those with routers.
+          experts: those that the device computes.
+          hosted: those that the host computes; they are counted, and get no slot.
         """
         wanted = sorted({int(e) for e in experts})
         slot_E, count = self.slot_of_LE[layer], self.statistics
+        others = sorted({int(e) for e in hosted})
+        here = [e for e in others if slot_E[e] >= 0]
+        count.hits_L[layer] += len(here)
+        count.misses_L[layer] += len(others) - len(here)
+        count.hosted_L[layer] += len(others) - len(here)
+        for e in others:
+            self.policy.used((layer, e))
         hits = [e for e in wanted if slot_E[e] >= 0]
         absent = [e for e in wanted if slot_E[e] < 0]
         self._hold((layer, e) for e in hits)
-        count.useful_L[layer] += int(self._ahead_LE[layer, hits].sum())
+        count.useful_L[layer] += int(self._ahead_LE[layer, [*hits, *here]].sum())
         self._ahead_LE[layer] = False
         loads, evicted = self._load(layer, absent, self._held_LE)
         loaded = [e for e, _ in loads]

@@ -24,7 +24,7 @@ def check(cache):
     told = cache.statistics
     assert told.loads - told.evictions_L.sum() == len(slots)
     assert (told.useful_L <= np.minimum(told.hits_L, told.prefetched_L)).all()
-    loads_L = told.misses_L + told.prefetched_L
+    loads_L = told.misses_L - told.hosted_L + told.prefetched_L
     np.testing.assert_array_equal(told.bytes_L, 7 * loads_L)
     return slots
 
@@ -118,6 +118,19 @@ def test_residents_compute_before_what_must_be_loaded():
     assert found.hits == (3, 4)
     assert found.loads == ()
     assert found.left == (0, 1, 2)
+
+
+def test_what_the_host_computes_is_counted_and_gets_no_slot():
+    cache = lru(2)
+    cache.need(0, [0, 1])
+    found = cache.need(0, [2], hosted=[1, 3])
+    assert found.evicted == ((0, 0),)  # 1 was used later, by the host
+    told = cache.statistics
+    assert told.hits_L[0] == 1
+    assert told.misses_L[0] == 4
+    assert told.hosted_L[0] == 1
+    assert told.loads == 3
+    assert cache.slot_of_LE[0].tolist() == [-1, 1, 0, -1, -1]
 
 
 def test_a_prefetched_expert_is_a_useful_hit_once():
