@@ -146,6 +146,10 @@ def _reason(error: Exception) -> str:
                     f"{owner} has no field {name!r}.{nearest(name, names)} "
                     f"It has {', '.join(names)}."
                 )
+    missing = MISSING_ARGUMENTS.match(str(error))
+    if isinstance(error, TypeError) and missing:
+        owner, names = missing.groups()
+        return f"{owner} needs a value for {names.replace(', and', ' and')}."
     text = " ".join(str(error).split())
     if isinstance(error, ConfigError):
         return text
@@ -155,6 +159,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" + (f" ({at})" if at else "")
 
 
+MISSING_ARGUMENTS = re.compile(r"(\w+)\.__init__\(\) missing \d+ required .*: (.+)")
 UNKNOWN_ARGUMENT = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword .*'(.+)'")
 
 

@@ -82,9 +82,9 @@ class Run:
         cfg, log = self.job.cfg, self.log
         if self.step >= cfg.steps and self.final is not None:
             log.line(
-                f"the run is complete: step {self.step} of {cfg.steps}"
-                f"{told_figures(self.final)}; nothing to do. To go on, raise "
-                "config.steps."
+                f"the run is complete: it has taken {self.step} steps and "
+                f"config.steps is {cfg.steps}{told_figures(self.final)}; nothing to "
+                "do. To go on, raise config.steps."
             )
             return {"step": self.step} | self.final
         batches = self.job.batches(self.consumed.sequences)

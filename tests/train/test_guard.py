@@ -71,7 +71,7 @@ def test_the_last_step_after_a_skipped_one_ends_the_run(
     train(tmp_path, *options)
     assert [r["step"] for r in runs.records(tmp_path, "eval")] == [5]
     train(tmp_path, *options)
-    assert "the run is complete: step 5 of 5" in capsys.readouterr().out
+    assert "it has taken 5 steps and config.steps is 5" in capsys.readouterr().out
 
 
 def test_the_run_stops_after_nan_limit(train, tmp_path, monkeypatch):

@@ -258,7 +258,7 @@ def test_a_complete_run_is_left_alone(train, straight, tmp_path, monkeypatch, ca
     assert {k: result[k] for k in result} == {
         k: straight[1][k] for k in ("step", "eval_nll", "eval_bits_per_byte")
     }
-    assert "the run is complete: step 8 of 8" in capsys.readouterr().out
+    assert "it has taken 8 steps and config.steps is 8" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
