@@ -102,6 +102,7 @@ class ExpertCache:
         self._bytes_L = np.broadcast_to(np.asarray(expert_bytes, np.int64), num_layers)
         # The pools of slots: one of each layer, or one of all.
         sizes = [slots] if per_layer is None else list(per_layer)
+        self._sizes = sizes
         ends = np.cumsum([0, *sizes]).tolist()
         self._free = [
             list(range(end - 1, first - 1, -1))
@@ -136,6 +137,10 @@ class ExpertCache:
     def predicted(self, layer: int, experts: Iterable[int]) -> None:
         """Tell the policy which experts a layer will need."""
         self.policy.predicted(layer, experts)
+
+    def slots_for(self, layer: int) -> int:
+        """How many slots the experts of a layer may have."""
+        return self._sizes[self._pool_L[layer]]
 
     def need(
         self, layer: int, experts: Iterable[int], hosted: Iterable[int] = ()
