@@ -5,6 +5,7 @@ Which ones stay: `prune.py`.
 R copies of a block in a segment
 """
 
+import collections
 import copy
 import dataclasses
 import functools
@@ -20,7 +21,9 @@ from moex.model.paths import expert_axis, flat_paths, nested
 from moex.model.spec import model_spec
 from moex.moe.chain import Chain
 from moex.moe.layer import MoE
+from moex.nn.lowered import SCALES, VALUES
 from moex.nn.model import Model
+from moex.nn.projection import of_adapter
 
 
 def parts_of(sparse) -> int:
@@ -147,6 +150,24 @@ class Pruned:
     def _old_shapes(self) -> dict[str, tuple[int, ...]]:
         return model_spec(self.old).shapes()
 
+    def check_adapters(self, where: str) -> None:
+        """Check that the same matrices of the same layers have adapters as before.
+
+        Raises:
+          ConfigError: beginning with `where`; patterns of segments are no longer right.
+        """
+        new: collections.Counter[str] = collections.Counter()
+        for path, shape in self.shapes.items():
+            if of_adapter(path):
+                new[self._old_path(path)] += shape[0]
+        old = {p: shape[0] for p, shape in self._old_shapes.items() if of_adapter(p)}
+        for path in sorted(old.keys() | new.keys()):
+            if old.get(path, 0) != new[path]:
+                raise ConfigError(
+                    f"{where}: {path}: the adapter names its targets by segments, and "
+                    "these are others where layers keep different experts."
+                )
+
     def part(self, path: str) -> "Part":
         """The part of an array of the old model that is one of the pruned model.
 
@@ -154,14 +175,15 @@ class Pruned:
           ConfigError: if its shape would be another: a module of a user may have arrays
             that we do not know.
         """
-        names = path.split("/")
+        names, old = path.split("/"), self._old_path(path)
         if names[0] != "segments":
             return Part(path)
         piece, block = self.found[int(names[1])], int(names[3])
-        segment, n = self.old.layers[piece.segment], piece.segment
-        names[1], names[3] = str(n), str(block % len(segment.pattern))
-        old = "/".join(names)
-        copies, axis = piece.copies(block), expert_axis(names[-1])
+        segment = self.old.layers[piece.segment]
+        weight = old.removesuffix(VALUES).removesuffix(SCALES)
+        copies, axis = piece.copies(block), expert_axis(weight.split("/")[-1])
+        if of_adapter(old):  # the names of its arrays tell no experts
+            axis = _changed(self._old_shapes[old], self.shapes[path])
         part = Part(old, None if piece.repeat == segment.repeat else copies)
         routed = {"router", "routers", "experts"} & set(names[5:-1])
         if axis is not None and routed and piece.labels[block] is not None:
@@ -178,6 +200,15 @@ class Pruned:
                 "experts, such as w_DE."
             )
         return part
+
+    def _old_path(self, path: str) -> str:
+        """The path in the old model of an array of the pruned one."""
+        names = path.split("/")
+        if names[0] == "segments":
+            n = self.found[int(names[1])].segment
+            place = int(names[3]) % len(self.old.layers[n].pattern)
+            names[1], names[3] = str(n), str(place)
+        return "/".join(names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +238,12 @@ class Part:
         if self.experts is not None:
             new[self.axis] = len(self.experts[0])
         return tuple(new)
+
+
+def _changed(old: tuple[int, ...], new: tuple[int, ...]) -> int | None:
+    """The first dim, from the end, that differs in arrays of copies; None: no dim."""
+    dims = range(1, len(old))
+    return next((d - len(old) for d in dims if old[d] != new[d]), None)
 
 
 def _clipped(number: int, before, ffn) -> list[str]:

@@ -15,7 +15,8 @@ E experts (zero-computation ones included)
 import dataclasses
 import math
 import pathlib
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -96,6 +97,43 @@ class Steering:
         how = field(data, "how", dict[str, Any], where, {})
         base = field(data, "base", str, where) if kind == KEEP else None
         return cls(layers=tuple(found), how=how, where=where, base=base)
+
+    def of_kept(self, model, keep: Mapping[int, Sequence[int]], told: str) -> Self:
+        """The same steering for a model that has only some of its experts.
+
+        Args:
+          model: the `Model` config with all experts.
+          keep: the experts that are left of layers, by number; others have all.
+          told: what they were kept for, in errors.
+
+        Raises:
+          ConfigError: if this is not for `model`, forces an expert that is not left, or
+            bans all that are.
+        """
+        self.arrays(model)  # checks it
+        moes = {n: s.sparse for s, _ in layers(model) if s.sparse for n in s.numbers}
+        found = []
+        for own in self.layers:
+            E, where = (
+                moes[own.layer].moe.num_experts,
+                f"{self.where}: layer {own.layer}",
+            )
+            left = [
+                *sorted(keep.get(own.layer, range(E))),
+                *range(E, moes[own.layer].moe.num_choices()),
+            ]
+            new = {e: i for i, e in enumerate(left)}
+            for e in own.force:
+                allowed = f"an expert that {told} keeps: {left}"
+                require(e in new, f"{where}: force", e, allowed)
+            ban = tuple(new[e] for e in own.ban if e in new)
+            allowed = f"fewer than all experts that {told} keeps: {left}"
+            require(len(ban) < len(new), f"{where}: ban", list(own.ban), allowed)
+            scale = {new[e]: v for e, v in own.scale.items() if e in new}
+            force = tuple(new[e] for e in own.force)
+            changed = {"scale": scale, "force": force, "ban": ban, "experts": None}
+            found.append(dataclasses.replace(own, **changed))
+        return dataclasses.replace(self, layers=tuple(found), base=None)
 
     def arrays(self, model) -> dict:
         """The arrays of `Context.steer` for a `Model` config.

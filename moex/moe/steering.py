@@ -9,10 +9,10 @@
 The last two are there together or not at all: without them a factor of 1 leaves every
 bit as it is, whatever a compiler makes of where others could be chosen.
 
-A forced expert gets the highest log-score of the token, and a little more (SteerMoE); a
-banned one has none, neither where experts are chosen nor where scores are normalised,
-as if it were not there. SteerMoE gives it the lowest one instead: that is the same
-choice wherever k experts are left.
+A forced expert gets the highest log-score of the token, and a little more (SteerMoE),
+that of banned ones aside; a banned one has none, neither where experts are chosen nor
+where scores are normalised, as if it were not there. SteerMoE gives it the lowest one
+instead: that is the same choice wherever k experts are left.
 
 Sources: RICE, arXiv:2505.14681; SteerMoE, arXiv:2509.09660.
 
@@ -59,10 +59,10 @@ def steered_scores(scores: Scores, score: str, steer) -> Scores:
     """The scores of experts where some are forced or banned."""
     if not chooses(steer):
         return scores
-    log_TE = scores.log_TE
+    log_TE = jnp.where(steer["ban_E"][None], -jnp.inf, scores.log_TE)
     top_T1 = jnp.max(log_TE, axis=-1, keepdims=True)
     log_TE = jnp.where(steer["force_E"][None], top_T1 + EPSILON, log_TE)
-    return Scores.of(jnp.where(steer["ban_E"][None], -jnp.inf, log_TE), score)
+    return Scores.of(log_TE, score)
 
 
 def allowed(choice_TE, steer):

@@ -4,6 +4,7 @@ B = 1 batch · L length of the prompt, with padding · E experts
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from moex.convert.to_pruned import Pruned
 from moex.model.decode import padded_prompt
 from moex.model.layers import routers
 from moex.model.spec import model_spec
+from moex.model.steering import Steering
 from moex.nn.context import Context
 from moex.progress import phase
 from moex.runs.base import check_no_adapters
@@ -30,9 +32,23 @@ from moex.sharding import MeshConfig
 FLAG = "--experts"
 
 
+class OfTask(NamedTuple):
+    """A run with the experts of a task."""
+
+    run: LoadedRun
+    plan: Plan  # which experts it has
+    steer: dict | None  # `Context.steer` for them
+
+
 def load_experts(
-    place: Place, asked: str, ids: list[int], *, say=print, warn=print
-) -> LoadedRun:
+    place: Place,
+    asked: str,
+    ids: list[int],
+    *,
+    steering: Steering | None = None,
+    say=print,
+    warn=print,
+) -> OfTask:
     """Read a run with the experts of a task.
 
     Args:
@@ -40,11 +56,13 @@ def load_experts(
         task nearest to a prompt, by the router of the first MoE layer, for which what
         comes before it is read; "all:STORE", by all routers, for which all is read.
       ids: tokens of the prompt.
+      steering: for the whole model, as which the prompt finds its task too.
       say: called with lines of news.
       warn: as for `load_run`.
 
     Raises:
-      ConfigError: if the store is not for the run, or has no such task.
+      ConfigError: if the store is not for the run, or has no such task; or if the
+        steering forces an expert that the task has not.
       CheckpointError: if the checkpoint is damaged.
     """
     task, colon, file = asked.partition(":")
@@ -69,14 +87,21 @@ def load_experts(
         others = sorted((d, t) for t, d in found.others.items() if t != task)
         told = "".join(f"; {t}: {d:.4g}" for d, t in others[:1])
         say(f"experts of {task}: squared distance {found.distance:.4g}{told}")
-    plan = store.plan(task)
+    plan, steer = store.plan(task), None
+    if steering is not None:
+        model, keep = (
+            folder.config().model,
+            {n: x.keep for n, x in plan.by_layer().items()},
+        )
+        steering = steering.of_kept(model, keep, f"the task {task} of {file}")
+        steer = steering.arrays(Pruned.of(model, plan).model)
     kept = load_kept(folder, plan) if whole is None else _kept(whole, plan)
     size = sum(f.stat().st_size for f in _files(folder, kept.run.step))
     read = bytes_read() - before
     say(f"read {read:,} bytes of a checkpoint of {size:,}")
     for line in kept.clipped:
         say(line)
-    return kept.run
+    return OfTask(kept.run, plan, steer)
 
 
 def _files(folder: RunDir, step: int):

@@ -65,17 +65,18 @@ def write_text(
     features = read_visual(visual, len(prompts)) if visual else None
     if not names:  # before anything is read
         _layout(RunDir.of(place).config(), place, chat)
-    if steering is not None:
-        sampling |= {"steer": steering_for(place, steering), "on_peak": _tell_peak}
+    steer, plan = steering_for(place, steering), None
     if experts is None:
         run = load_run(place, warn=warn)
     else:
-        if names or steering is not None:
-            other = "--adapter" if names else "--steer"
-            raise ConfigError(f"--experts: cannot be used together with {other}.")
-        layout = _layout(RunDir.of(place).config(), place, chat)
+        folder = RunDir.of(names.get(uses[0], place) if uses else place)
+        folder = folder if folder.is_run() else RunDir.of(place)
+        layout = _layout(folder.config(), folder, chat)
         ids = prompt_ids(RunDir.of(place).tokenizer(), prompts[0], layout)
-        run = load_experts(place, experts, ids, say=tell, warn=warn)
+        how: dict = {"steering": steering, "say": tell, "warn": warn}
+        run, plan, steer = load_experts(place, experts, ids, **how)
+    if steer is not None:
+        sampling |= {"steer": steer, "on_peak": _tell_peak}
     where = not_causal(run.cfg.model)
     if where is not None:
         raise ConfigError(
@@ -85,7 +86,7 @@ def write_text(
     sampling |= {"max_new_tokens": max_new_tokens, "seed": seed}
     if not names:
         return _texts(run, prompts, chat, sampling | {"visual": features})
-    models = adapters.load_adapted(run, names, warn)
+    models = adapters.load_adapted(run, names, warn, plan)
     texts = [""] * len(prompts)
     for name in dict.fromkeys(uses):
         rows = [i for i, own in enumerate(uses) if own == name]

@@ -1,5 +1,6 @@
 """Stores of patterns: which task a prompt is of, and reading its experts alone."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from moex.convert.load_kept import load_kept
 from moex.convert.plans import Keep, Plan
 from moex.convert.store import Pattern, Store, marked_mean
 from moex.convert.to_pruned import Pruned
+from moex.model.steering import LayerSteering, Steering
 from moex.moe.routers.topk import TopK
 from moex.nn.stack import Segment
 from moex.runs.base import base_hash
@@ -172,7 +174,7 @@ def test_a_prompt_finds_its_task_without_the_experts_being_read(moe_run, tmp_pat
         said = []
         found = load_experts(moe_run, f"{word}:{file}", ids, say=said.append)
         expected = load_kept(moe_run, plan_of(moe_run, *KEEPS)).run
-        assert_equal_trees(found.params, expected.params)
+        assert_equal_trees(found.run.params, expected.params)
         if word != "near":
             distance = 0.04 if word == "auto" else 0.08  # of 4 experts, and of 8
             assert said[0].startswith("experts of near: squared distance ")
@@ -216,6 +218,23 @@ def test_a_task_of_a_store_is_generated_with_and_converted(moex, moe_run, tmp_pa
         assert (
             moex("generate", moe_run, *greedy, f"--experts={asked}:{file}") == expected
         )
+    keep = Store.read(file).plan(task).layers[0].keep
+    gone = min({0, 1, 2, 3} - set(keep))
+    steer, whole = tmp_path / "steer.json", tmp_path / "whole.json"
+    own = LayerSteering(layer=0, scale={keep[0]: 3.0}, force=(keep[1],))
+    Steering(layers=(own,)).save(steer)
+    bans = tuple(
+        LayerSteering(layer=x.layer, ban=tuple({0, 1, 2, 3} - set(x.keep)))
+        for x in Store.read(file).plan(task).layers
+    )
+    first = dataclasses.replace(own, ban=bans[0].ban)
+    Steering(layers=(first, *bans[1:])).save(whole)
+    generate, experts = ("generate", moe_run, *greedy), f"--experts={task}:{file}"
+    found = moex(*generate, experts, f"--steer={steer}")
+    assert found == moex(*generate, f"--steer={whole}") != expected
+    Steering(layers=(LayerSteering(layer=0, force=(gone,)),)).save(steer)
+    told = moex(*generate, experts, f"--steer={steer}")
+    assert f"force = {gone}: must be an expert that the task {task} of {file}" in told
     for flags, told in {
         (f"--store={file}",): "--task: missing; whose experts stay?",
         (f"--task={task}",): "--task: is a task of --store; give both.",

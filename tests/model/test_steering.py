@@ -154,6 +154,32 @@ def test_a_file_for_another_model_is_one_line(own, said):
     assert str(error.value).startswith("a.json: layer") and said in str(error.value)
 
 
+def test_steering_follows_the_experts_that_are_kept():
+    """Ids are those of the whole model; zero-computation experts come after."""
+    model = tiny_lm(Segment(pattern=(tiny_moe(6, zero=Zero(copy=2)),), repeat=2))
+    keep = {0: (5, 1, 2)}
+
+    def of(**fields):
+        fields = {"layer": 0, "experts": 6, **fields}
+        both = LayerSteering(**fields), LayerSteering(layer=1, ban=(4,))
+        return Steering(layers=both, where="a.json").of_kept(model, keep, "task a")
+
+    one, two = of(
+        scale={1: 2.0, 4: 3.0, 5: 0.5, 6: 7.0}, force=(2, 7), ban=(0, 1)
+    ).layers
+    assert one.scale == {0: 2.0, 2: 0.5, 3: 7.0}
+    assert (one.force, one.ban, one.experts) == ((1, 4), (0,), None)
+    assert two == LayerSteering(layer=1, ban=(4,))
+    for fields, said in (
+        ({"force": (1, 3)}, "force = 3: must be an expert that task a keeps: [1, 2, 5"),
+        ({"ban": (1, 2, 5, 6, 7)}, "ban = [1, 2, 5, 6, 7]: must be fewer than all exp"),
+        ({"force": (8,)}, "force = 8: must be an expert from 0 to 7"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            of(**fields)
+        assert str(error.value).startswith(f"a.json: layer 0: {said}")
+
+
 # In a model.
 
 

@@ -67,7 +67,7 @@ def slow(cfg, logit_E, bias_E, force, ban) -> dict:
     kind = getattr(cfg, "score", "softmax")
     score_E, _ = oracle.scores(logit_E, kind)
     log_E = np.array(logit_E) if kind == "softmax" else np.log(score_E)
-    top = log_E.max()
+    top = max(value for e, value in enumerate(log_E) if e not in ban)
     for e in range(len(log_E)):
         log_E[e] = top + EPSILON if e in force else -np.inf if e in ban else log_E[e]
     prob_E = oracle.softmax(log_E)

@@ -1,11 +1,18 @@
 """Adapters of every kind on one base: from files, and chosen by prompt."""
 
+import dataclasses
+
 import pytest
 
 from moex.config.base import ConfigError
+from moex.convert.load_kept import load_kept
+from moex.convert.plans import Keep, Plan
+from moex.convert.store import Pattern, Store
 from moex.interop.adapter import export_adapter, import_adapter
+from moex.model.layers import routers
 from moex.model.paths import flat_paths
-from moex.runs.base import Base
+from moex.model.steering import LayerSteering, Steering
+from moex.runs.base import Base, base_hash
 from moex.runs.directory import RunDir
 from moex.runs.open import load_run
 from moex.serve import adapters
@@ -108,6 +115,56 @@ def test_the_arrays_of_the_base_are_shared(folder):
         for path, array in own.items():
             where = other[path].unsafe_buffer_pointer()
             assert where == array.unsafe_buffer_pointer(), path
+
+
+def kept_of(folder, file, keep=(3, 0, 2)):
+    """A store with one task, and the steering that bans the other experts."""
+    model = RunDir(folder / "plain").config().model
+    keys = {own.label: [0.0] * 4 for own in routers(model)}
+    layers = (Keep(layer=1, experts=4, keep=keep),)
+    patterns = (Pattern(task="few", keys=keys, layers=layers),)
+    facts = {"run": "plain", "step": 0, "base": base_hash(model), "pool": 1}
+    Store(patterns=patterns, **facts).save(file)
+    banned = tuple(e for e in range(4) if e not in keep)
+    return Steering(layers=(LayerSteering(layer=1, ban=banned),))
+
+
+def test_adapters_go_with_a_subset_of_experts(folder, tmp_path):
+    """As if the others were banned: in the experts, the router, and both at once."""
+    router = "LoRA(rank=2, alpha=8.0, targets=('router', 'experts'), base_dtype='int8')"
+    fields = (f"init_from={folder / 'plain'}", f"model.adapter={router}")
+    run = written(folder, "router", *fields, base=folder / "plain")
+    ban = kept_of(folder, tmp_path / "s.json")
+    given = [f"{folder}/first", str(run), f"{folder}/files"]
+    prompts, use = ["the cat", "a dog", "hears", "sees"], ["first", "router", "files"]
+    how = {"adapter": given, "use": [*use, "base"], **OPTIONS}
+    place, experts = folder / "plain", f"few:{tmp_path / 's.json'}"
+    found = write_text(place, prompts, experts=experts, **how)
+    assert found == write_text(place, prompts, steering=ban, **how)
+    assert found != write_text(place, prompts, **how)
+    scale = (LayerSteering(layer=1, scale={3: 2.0, 1: 5.0}),)
+    both = dataclasses.replace(ban.layers[0], scale={3: 2.0})
+    found = write_text(
+        place, prompts, experts=experts, steering=Steering(layers=scale), **how
+    )
+    assert found == write_text(place, prompts, steering=Steering(layers=(both,)), **how)
+
+
+def test_targets_of_segments_that_are_cut_are_refused(folder, tmp_path):
+    base = written(folder, "two", "model.layers[1].repeat=2")
+    targets = "targets=('segments/1/*/experts/*',)"
+    fields = (f"init_from={base}", f"model.adapter=LoRA(rank=2, alpha=8.0, {targets})")
+    run = written(folder, "cut", *fields, "model.layers[1].repeat=2", base=base)
+    plan = Plan(
+        kind="keep",
+        run="two",
+        step=0,
+        base=base_hash(RunDir(base).config().model),
+        layers=(Keep(layer=2, experts=4, keep=(0, 1)),),
+    )
+    kept = load_kept(base, plan).run
+    with pytest.raises(ConfigError, match="cut: segments/1/.*: the adapter names"):
+        adapters.load_adapted(kept, {"cut": run}, print, plan)
 
 
 def test_a_mistake_is_one_clear_line(folder, tmp_path):
