@@ -60,6 +60,11 @@ class Planned(Conversion):
         if plan is None:
             plan = self.make_plan(source, self.fitting(source))
         plan.check(source.model)
+        if not any(own.changes() for own in plan.layers):
+            raise ConfigError(
+                f"{plan.where}: changes nothing: all experts of all layers stay as "
+                "they are."
+            )
         return dataclasses.replace(self, plan=plan)
 
     def fitting(self, source) -> "Sums | None":

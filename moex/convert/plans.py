@@ -30,6 +30,10 @@ class LayerPlan:
         """Raise `ConfigError` unless the fields are right; `where` names the layer."""
         raise NotImplementedError
 
+    def changes(self) -> bool:
+        """Whether the layer will be another one."""
+        raise NotImplementedError
+
     def check_ids(self, ids, where: str) -> None:
         """Raise `ConfigError` unless these are different experts of the layer."""
         seen: set[int] = set()
@@ -75,6 +79,9 @@ class Merge(LayerPlan):
             require(expert in group, told, expert, f"in its group, {list(group)}")
         self.check_numbers(self.weights, f"{where}: weights", 0.0)
 
+    def changes(self):
+        return len(self.groups) < self.experts
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Keep(LayerPlan):
@@ -88,6 +95,9 @@ class Keep(LayerPlan):
         self.check_ids(self.keep, f"{where}: keep")
         if self.scores is not None:
             self.check_numbers(self.scores, f"{where}: scores", -math.inf)
+
+    def changes(self):
+        return len(self.keep) < self.experts
 
 
 KINDS: dict[str, type[LayerPlan]] = {"merge": Merge, "keep": Keep}

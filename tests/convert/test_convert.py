@@ -260,6 +260,8 @@ def test_a_new_kind_is_one_file(moex, folder, tmp_path, monkeypatch, capsys):
         (("--ops=up,up",), "experts.ops = ('up', 'up'): must be without repeats."),
         (("--rank=0",), "--rank: must be at least 1, not 0"),
         (("--calibration=4",), "--calibration: is for --whiten; give both."),
+        (("--refit",), "--refit: is for --rank; give both."),
+        (("--whiten", "--ops=down"), "--whiten: is for gate and up; --ops has nei"),
         (("--config.steps=1",), "convert takes the config of the run."),
         (("--to=small",), "--to: invalid choice: 'small'"),
         (("--to=moe",), "--group: is for --to=latent."),

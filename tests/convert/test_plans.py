@@ -107,6 +107,13 @@ def test_other_mistakes_in_a_plan_are_named(tmp_path):
             Plan.read(file, "keep")
 
 
+def test_a_plan_changes_nothing_if_all_experts_stay_alone():
+    assert MERGE.changes() and KEEP.changes()
+    alone = tuple((e,) for e in range(MERGE.experts))
+    assert not dataclasses.replace(MERGE, groups=alone).changes()
+    assert not dataclasses.replace(KEEP, keep=tuple(range(KEEP.experts))).changes()
+
+
 def test_a_plan_is_checked_against_the_model():
     moe = MoE(num_experts=4, router=TopK(k=2), experts=Glu(hidden=4))
     dense = Segment(pattern=(Dense(hidden=8),))

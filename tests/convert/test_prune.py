@@ -328,6 +328,17 @@ def test_a_plan_is_written_edited_and_applied(moex, moe_run, tmp_path, monkeypat
         (("--keep=2", "--store=s"), "--store: is for --to=subset"),
         (("--keep=2", "--domains=a,a"), "--domains = 'a,a': must be each domain once"),
         (("--keep=2", "--score=random", "--domains=a"), "looks at no data"),
+        (("--keep=2", "--seed=1"), "--seed: is for --score=random."),
+        (("--keep=2", "--pool=1"), "--pool: is for --score=peu or tcess."),
+        (("--keep=2", "--score=random", "--pool=1"), "--pool: is for --score=peu or"),
+        (
+            ("--keep=2", "--score=random", "--calibration=4"),
+            "--calibration: --score=random looks at no data",
+        ),
+        (
+            ("--keep=4", "--score=random"),
+            "the plan: changes nothing: all experts of all layers stay as they are.",
+        ),
         (("--plan=no.json",), "no.json"),
     ],
 )

@@ -422,6 +422,10 @@ def test_a_dense_run_becomes_one_of_latent_experts(moex, folder, tmp_path):
         (("--to=moe", "--k=2"), "--experts: missing; dense layers need it."),
         (("--to=moe", "--experts=2"), "--k: missing; dense layers need it."),
         (("--to=moe", "--experts=2", "--k=3"), "--k = 3: must be at most --experts"),
+        (
+            ("--to=moe", "--experts=2", "--k=1", "--scale=gates"),
+            "--scale: is for --spl",
+        ),
         (("--to=moe", "--experts=2", "--k=1", "--rank=3"), "--rank: is for --to=late"),
         (("--to=latent", "--experts=2", "--k=1"), "--group: missing; how many"),
         (("--to=latent", "--group=2", "--split=2"), "--experts: missing; dense"),

@@ -58,7 +58,12 @@ class ToLatent(Conversion):
             options.setdefault("calibration", 256)
         if "ops" in options:
             options["ops"] = tuple(options["ops"].split(","))
-        return cls(**options)
+        if options.get("refit") and "rank" not in options:
+            raise ConfigError("--refit: is for --rank; give both.")
+        made = cls(**options)
+        if whiten and not {"gate", "up"} & set(made.ops):
+            raise ConfigError("--whiten: is for gate and up; --ops has neither.")
+        return made
 
     def check(self):
         for name in ("group", "latent", "rank"):

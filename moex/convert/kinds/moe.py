@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 from moex.config.arguments import positive
-from moex.config.base import require, require_choice
+from moex.config.base import ConfigError, require, require_choice
 from moex.convert.base import SHARED, Conversion
 
 SCALES = ("gates", "weights")
@@ -64,6 +64,12 @@ class Upcycle(Conversion):
     # "all", "every:N", "last:N", or numbers, "0,3": see `chosen_layers`.
     layers: str = "all"
     seed: int = 0  # seed of routers, noise and columns, >= 0
+
+    @classmethod
+    def from_flags(cls, given):
+        if "scale" in given and given.get("split", 1) == 1:
+            raise ConfigError("--scale: is for --split of 2 or more; give both.")
+        return cls(**given)
 
     @property
     def exact(self) -> bool:

@@ -13,6 +13,7 @@ from moex.convert.base import SHARED
 from moex.convert.planned import PLAN_FLAGS, Planned
 
 RANDOM = "random"
+POOLED = ("peu", "tcess")  # scores that look at the pool of a token
 # The flags that say how a plan is made; `--to=subset` has them too.
 KEEP_FLAGS: dict[str, dict[str, Any]] = {
     "keep": dict(
@@ -76,7 +77,18 @@ class Pruned(Planned):
             require(once, "--domains", ",".join(names), "each domain once")
         if "sums" in given and "pool" in given:
             raise ConfigError("--pool: the sums have one; it is for --calibration.")
-        return super().from_flags(given)
+        made = super().from_flags(given)
+        made.check_used(given)
+        return made
+
+    def check_used(self, given) -> None:
+        """Raise `ConfigError` for a flag that the score does not look at."""
+        if "seed" in given and self.score != RANDOM:
+            raise ConfigError(f"--seed: is for --score={RANDOM}.")
+        if "calibration" in given and self.score == RANDOM:
+            raise ConfigError(f"--calibration: --score={RANDOM} looks at no data.")
+        if "pool" in given and self.score not in POOLED:
+            raise ConfigError(f"--pool: is for --score={' or '.join(POOLED)}.")
 
     def check(self):
         from moex.analysis.scores import SCORES
