@@ -27,6 +27,7 @@ class Routes:
       experts_R: experts that compute, of each router.
       example_N: from 0 upwards.
       index_N: the place of a token in its example, from 0.
+      document_N: documents of the trace; one example may have several.
       token_N: ids of tokens.
     """
 
@@ -37,6 +38,7 @@ class Routes:
     experts_R: tuple[int, ...]
     example_N: np.ndarray
     index_N: np.ndarray
+    document_N: np.ndarray
     token_N: np.ndarray
 
     def __len__(self) -> int:
@@ -93,16 +95,20 @@ class Routes:
             found_LE[layer] += np.bincount(ids[ids >= 0], minlength=self.num_experts)
         return found_LE
 
-    def examples(self, first: int, end: int) -> "Routes":
-        """The part that has examples `first` to `end`, without `end`."""
-        at = np.nonzero((first <= self.example_N) & (self.example_N < end))[0]
+    def tokens(self, here_N) -> "Routes":
+        """The part that has some tokens, bool[N]; examples are numbered anew."""
         arrays = {
-            f.name: getattr(self, f.name)[at]
+            f.name: getattr(self, f.name)[here_N]
             for f in dataclasses.fields(self)
             if isinstance(getattr(self, f.name), np.ndarray)
         }
-        arrays["example_N"] = arrays["example_N"] - first
+        numbers = np.unique(arrays["example_N"], return_inverse=True)[1]
+        arrays["example_N"] = numbers.astype(np.int32)
         return dataclasses.replace(self, **arrays)
+
+    def examples(self, first: int, end: int) -> "Routes":
+        """The part that has examples `first` to `end`, without `end`."""
+        return self.tokens((first <= self.example_N) & (self.example_N < end))
 
     def halves(self) -> tuple["Routes", "Routes"]:
         """The first half of the examples, to learn from, and the others."""
@@ -134,7 +140,8 @@ def read_routes(trace: Trace, *, tokens: int | None = None, logits=False) -> Rou
     parts: list[dict[str, np.ndarray]] = []
     found = 0
     for chunk in trace.chunks(values=("prob",), logits=logits):
-        part = {"example_N": chunk.tokens.example_N, "token_N": chunk.tokens.token_N}
+        names = ("example_N", "document_N", "token_N")
+        part = {name: getattr(chunk.tokens, name) for name in names}
         shape = len(chunk.tokens), len(infos)
         part["expert_NRK"] = np.full((*shape, slots), -1, np.int32)
         part["prob_NRK"] = np.zeros((*shape, slots), np.float32)

@@ -21,6 +21,7 @@ def routes_of(expert_NRK, *, example=None, logits=None, layer_R=None, experts=No
         experts_R=(experts,) * num_routers,
         example_N=example_N,
         index_N=np.arange(num_tokens) - starts[example_N],
+        document_N=example_N,
         token_N=np.zeros(num_tokens, np.int32),
     )
 
