@@ -34,7 +34,7 @@ FLOORS = (
     {"runs"},
     {"train"},
     {"analysis"},
-    {"convert", "costs", "interop", "offload", "plan", "serve"},
+    {"convert", "costs", "interop", "offload", "placement", "plan", "serve"},
     {"report"},
     {"commands"},
     {"cli"},

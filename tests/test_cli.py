@@ -524,6 +524,8 @@ EMPTY = (
     ("compare", "x", "y", "--out="),
     ("trace", "x", "--out="),
     ("analyse", ""),
+    ("place", ""),
+    ("place", "x", "--devices=2", "--out="),
     ("convert", "x", "--to=moe", "--workdir="),
     ("import-hf", "", "--out=x"),
     ("import-hf", "x", "--out="),

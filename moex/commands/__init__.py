@@ -24,7 +24,8 @@ Configuration:
 # The order of the verbs in `moex --help`; verbs that are not named here come last.
 FIRST = (
     *("train", "init", "config", "params", "plan", "compare", "report", "eval"),
-    *("generate", "trace", "analyse", "convert", "import-hf", "export-hf", "data"),
+    *("generate", "trace", "analyse", "place", "convert", "import-hf", "export-hf"),
+    "data",
 )
 
 

@@ -1,7 +1,7 @@
-"""Plans of conversions: files that say which experts of a layer merge, or are kept.
+"""Plans of conversions: which experts of a layer merge, stay, or share a device.
 
-People read and edit them, so every field is checked when a file is read, and each layer
-is one line of the file. `docs/convert.md` describes the fields.
+They are files that people read and edit, so every field is checked when a file is read,
+and each layer is one line of the file. `docs/convert.md` describes the fields.
 
 E experts of a layer
 """
@@ -33,6 +33,10 @@ class LayerPlan:
     def changes(self) -> bool:
         """Whether the layer will be another one."""
         raise NotImplementedError
+
+    def experts_in(self, moe) -> int:
+        """The number in the config of a layer that `experts` must be."""
+        return moe.num_experts
 
     def check_ids(self, ids, where: str) -> None:
         """Raise `ConfigError` unless these are different experts of the layer."""
@@ -100,10 +104,39 @@ class Keep(LayerPlan):
         return len(self.keep) < self.experts
 
 
-KINDS: dict[str, type[LayerPlan]] = {"merge": Merge, "keep": Keep}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place(LayerPlan):
+    """The experts of each device, or their sets of weights where experts share them."""
+
+    devices: tuple[tuple[int, ...], ...]  # all experts, equally many on each device
+
+    def experts_in(self, moe):
+        return moe.num_stored()
+
+    def check(self, where):
+        every = self.order()
+        self.check_ids(every, f"{where}: devices")
+        missing = sorted(set(range(self.experts)) - set(every))
+        if missing:
+            raise ConfigError(f"{where}: devices: expert {missing[0]} is on none.")
+        for p, own in enumerate(self.devices):
+            count = f"{self.experts // len(self.devices)} experts, as on the others"
+            same = len(own) == len(self.devices[0])
+            require(same, f"{where}: devices[{p}]", list(own), count)
+
+    def changes(self):
+        return self.order() != list(range(self.experts))
+
+    def order(self) -> list[int]:
+        """The experts in the order in which they stand in the placed model."""
+        return [e for own in self.devices for e in own]
+
+
+KINDS: dict[str, type[LayerPlan]] = {"merge": Merge, "keep": Keep, "place": Place}
 _FIELDS: dict[str, dict[str, Any]] = {
     "merge": {"groups": list[list[int]], "dominant": list[int], "weights": list[float]},
     "keep": {"keep": list[int], "scores": list[float] | None},
+    "place": {"devices": list[list[int]]},
 }
 # Fields that a file may lack: {name: value for a layer of E experts}.
 _DEFAULTS = {"weights": lambda count: [1.0] * count, "scores": lambda count: None}
@@ -111,14 +144,16 @@ _DEFAULTS = {"weights": lambda count: [1.0] * count, "scores": lambda count: Non
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A plan: for some layers of a run, the experts that merge or stay."""
+    """A plan: for some layers of a run, where its experts go."""
 
     VERSION: ClassVar[int] = 1
 
     kind: str  # one of `KINDS`
     run: str  # the run that it was made for, and the step; for people
     step: int
-    base: str  # `base_hash` of its model: a plan fits any run with these parameters
+    # `base_hash` of its model: a plan fits any run with these parameters. "": it is not
+    # known, as a placement may be made from a trace alone.
+    base: str
     layers: tuple[LayerPlan, ...]  # in the order of their numbers, all of the kind
     # How it was made and how to apply it; the keys belong to the kind of conversion.
     how: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -144,10 +179,11 @@ class Plan:
             sparse = found[own.layer]
             if sparse is None:
                 raise ConfigError(f"{told}: is dense; it has no experts.")
-            allowed = f"{sparse.moe.num_experts}, as in the model"
-            same = own.experts == sparse.moe.num_experts
-            require(same, f"{told}: experts", own.experts, allowed)
-        if self.base != base_hash(model):
+            count = own.experts_in(sparse.moe)
+            allowed = f"{count}, as in the model"
+            require(own.experts == count, f"{told}: experts", own.experts, allowed)
+        known = self.kind != "place" or self.base
+        if known and self.base != base_hash(model):
             raise ConfigError(
                 f"{where}: the plan is for another model ({self.run}): names or shapes "
                 "of parameters differ."

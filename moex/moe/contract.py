@@ -32,6 +32,9 @@ class RouterConfig(PartConfig):
     # Whether the module heeds the bans and the forced experts of `Context.steer`.
     takes_bans: ClassVar[bool] = False
     takes_forces: ClassVar[bool] = False
+    # Whether experts can change places: it chooses alike if the dims E of its arrays
+    # (such as w_DE) are permuted.
+    reorders: ClassVar[bool] = False
 
     @abc.abstractmethod
     def make(self, dim: int, num_experts: int, rngs: nnx.Rngs) -> "Router":
@@ -185,6 +188,9 @@ class ExpertsConfig(PartConfig):
     """An expert kind: what the experts of a layer compute."""
 
     role: ClassVar[str] = "an experts config such as Glu"
+    # Whether experts can change places, as routers' `reorders`; arrays that groups of
+    # neighbours share have a dim G (see `kept_evenly`).
+    reorders: ClassVar[bool] = True
 
     @abc.abstractmethod
     def make(self, dim: int, num_experts: int, rngs: nnx.Rngs) -> "Experts":

@@ -31,7 +31,7 @@ class ExpertChoice(RouterConfig):
 
     causal = False
     experts_choose = True
-    takes_bans = True
+    takes_bans = reorders = True
 
     def validate(self, path):
         require(self.k > 0, f"{path}.k", self.k, "above 0")

@@ -18,7 +18,7 @@ from moex.nn.param import param
 class Soft(RouterConfig):
     """The dense mixture: no selection, no savings; gates sum to 1."""
 
-    takes_bans = True
+    takes_bans = reorders = True
 
     score: str = "softmax"  # "softmax", "sigmoid" or "sqrt_softplus" of the logits
     init_std: float = 0.02  # standard deviation of the initial router weights

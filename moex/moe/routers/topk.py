@@ -81,7 +81,7 @@ class Groups(Config):
 class TopK(FixedK):
     """Each token goes to its k best experts."""
 
-    takes_bans = takes_forces = True
+    takes_bans = takes_forces = reorders = True
 
     score: str = "softmax"  # "softmax", "sigmoid" or "sqrt_softplus" of the logits
     normalize: str = "after"  # gates sum to 1 "after" or "before" selection, or "none"

@@ -24,7 +24,7 @@ from moex.numbers import exact
 class TopP(RouterConfig):
     """Each token goes to its best experts until their probability exceeds p."""
 
-    takes_bans = takes_forces = True
+    takes_bans = takes_forces = reorders = True
 
     p: float | tuple[float, ...] | Schedule  # in (0, 1]; a tuple: per segment copy
     k_max: int | None = None  # most experts of a token; None: all of them
