@@ -81,7 +81,7 @@ def _read(rows: Rows, item: str, part: Part) -> np.ndarray:
     path = f"state/{part.path}" if item == "state" else part.path
     if part.copies is None:
         return rows.read(item, path)
-    if part.experts is None or not rows.by_copy(item, path):
+    if part.experts is None or rows.piece(item, path)[0] != 1:
         whole = dataclasses.replace(part, copies=slice(None))
         return whole.of(rows.read(item, path, (part.copies,)))
     first, step = part.copies.start, part.copies.step or 1

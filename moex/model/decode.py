@@ -82,16 +82,12 @@ def generate(
     Raises:
       ValueError: for arguments outside their range or tokens outside the vocabulary.
     """
-    _check(prompts, model_cfg.vocab, max_new_tokens, temperature, top_k, top_p)
-    P = padded_prompt(prompts)
-    _check_memory(model_cfg, len(prompts), P, max_new_tokens, compute.dtype)
+    sampling = (float(temperature), int(top_k), float(top_p))
+    check_request(model_cfg, prompts, max_new_tokens, compute.dtype, sampling)
     _check_visual(model_cfg, len(prompts), visual)
-    prompt_BP = np.zeros((len(prompts), P), np.int32)
-    for row, prompt in zip(prompt_BP, prompts, strict=True):
-        row[P - len(prompt) :] = prompt
-    num_padding_B = np.array([P - len(prompt) for prompt in prompts], np.int32)
+    prompt_BP, num_padding_B = padded_left(prompts)
     # The last token is not fed back, so it needs no slot.
-    slots = P + max_new_tokens - 1
+    slots = prompt_BP.shape[1] + max_new_tokens - 1
     with phase(f"writing at most {max_new_tokens:,} tokens"):
         new_BN, num_new_B, peak, _ = _generate(
             params,
@@ -100,11 +96,11 @@ def generate(
             prompt_BP,
             num_padding_B,
             jax.random.key(seed),
-            _padded_stops(stop_tokens),
+            padded_stops(stop_tokens),
             visual,
             steer,
             graphdef=spec.graphdef,
-            sampling=(float(temperature), int(top_k), float(top_p)),
+            sampling=sampling,
             max_new_tokens=max_new_tokens,
             compute=dataclasses.replace(compute, scan_layers=True),
         )
@@ -185,17 +181,16 @@ def _generate(
 
     def run(token_BL, first_slot, stopped_B, cache):
         """Run `token_BL` into slots from `first_slot` on; return next-token logits."""
-        ctx = _context(token_BL, first_slot, slots, num_padding_B, stopped_B, compute)
+        ctx = context(token_BL, first_slot, slots, num_padding_B, stopped_B, compute)
         ctx = dataclasses.replace(ctx, visual_BMC=visual_BMC, steer=steer)
         model = nnx.merge(graphdef, arrays)
         logits_BV, aux, cache = model.decode(ctx, cache)
         return logits_BV, aux.get("peak"), cache
 
     def emit(i, logits_BV, stopped_B, new_BN):
-        token_B = sample(logits_BV, jax.random.fold_in(key, i), *sampling)
-        stopped_B = stopped_B | jnp.any(token_B[:, None] == stop_K[None], axis=1)
-        column_B1 = jnp.where(stopped_B, 0, token_B)[:, None]
-        new_BN = jax.lax.dynamic_update_slice_in_dim(new_BN, column_B1, i, axis=1)
+        own = jax.random.fold_in(key, i)
+        stopped_B, token_B1 = emitted(logits_BV, own, stopped_B, stop_K, sampling)
+        new_BN = jax.lax.dynamic_update_slice_in_dim(new_BN, token_B1, i, axis=1)
         return stopped_B, new_BN
 
     def unfinished(carry):
@@ -219,7 +214,14 @@ def _generate(
     return new_BN, num_new_B, most, cache
 
 
-def _padded_stops(tokens: Collection[int]) -> np.ndarray:
+def emitted(logits_BV, key, stopped_B, stop_K, sampling):
+    """The pair (rows that have stopped, the new tokens [B, 1]; 0 in those rows)."""
+    token_B = sample(logits_BV, key, *sampling)
+    stopped_B = stopped_B | jnp.any(token_B[:, None] == stop_K[None], axis=1)
+    return stopped_B, jnp.where(stopped_B, 0, token_B)[:, None]
+
+
+def padded_stops(tokens: Collection[int]) -> np.ndarray:
     """Stop tokens, and -1 up to a power of two: few sizes, so few programs."""
     found = sorted({int(token) for token in tokens})
     most = max(FEWEST_STOPS, 1 << max(len(found) - 1, 0).bit_length())
@@ -240,7 +242,7 @@ def _is_whole(leaf) -> bool:
     return isinstance(leaf, (nnx.Param, Int8Weight))
 
 
-def _context(token_BL, first_slot, slots, num_padding_B, stopped_B, compute) -> Context:
+def context(token_BL, first_slot, slots, num_padding_B, stopped_B, compute) -> Context:
     """The `Context` of tokens that go to the slots from `first_slot` on.
 
     Key segments are 1 for tokens, 0 for padding and -1 for slots not yet filled, which
@@ -270,20 +272,36 @@ def _context(token_BL, first_slot, slots, num_padding_B, stopped_B, compute) -> 
     )
 
 
+def padded_left(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The pair (prompts as int32[B, P] with padding on the left, its length[B])."""
+    P = padded_prompt(prompts)
+    prompt_BP = np.zeros((len(prompts), P), np.int32)
+    for row, prompt in zip(prompt_BP, prompts, strict=True):
+        row[P - len(prompt) :] = prompt
+    return prompt_BP, np.array([P - len(prompt) for prompt in prompts], np.int32)
+
+
 def padded_prompt(prompts: list[list[int]]) -> int:
     """The padded length P of prompts."""
     return max(SHORTEST_PROMPT, 1 << (max(map(len, prompts)) - 1).bit_length())
 
 
 def check_request(
-    model_cfg: LM, prompts: list[list[int]], max_new_tokens: int, dtype: str
+    model_cfg: LM,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    dtype: str,
+    sampling: tuple[float, int, float] = (1.0, 0, 1.0),
 ) -> None:
     """Refuse arguments that `generate` would refuse, before anything is computed.
+
+    Args:
+      sampling: temperature, top_k and top_p.
 
     Raises:
       ValueError: if `generate` would raise it.
     """
-    _check(prompts, model_cfg.vocab, max_new_tokens, 1.0, 0, 1.0)
+    _check(prompts, model_cfg.vocab, max_new_tokens, *sampling)
     P = padded_prompt(prompts)
     _check_memory(model_cfg, len(prompts), P, max_new_tokens, dtype)
 

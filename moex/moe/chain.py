@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moex.config.base import require
+from moex.moe import offload
 from moex.moe.contract import Router, RouterConfig
 from moex.moe.layer import MoE, SparseLayer, check_capacity, check_router, loss_weights
 from moex.nn.context import Context, fold_key
@@ -129,7 +130,7 @@ class ChainLayer(SparseLayer):
         z_BLD, sum_BLD, rounds = x_BLD, None, []
         for t in range(self.iterations):
             router = self.router if self.routers is None else self.routers[t]
-            own = self._context(ctx, t)
+            own = offload.in_round(self._context(ctx, t), t, rounds)
             y_BLD, aux = self.mix(z_BLD, router, self.loss_weights[t], own)
             if self.shared is not None and (t == 0 or not self.shared_once):
                 y_BLD = y_BLD + self.shared_output(z_BLD, ctx)
@@ -148,14 +149,14 @@ class ChainLayer(SparseLayer):
 
 
 def stack_rounds(rounds: list[dict]) -> dict:
-    """The aux of all rounds with a leading dim [C]; traces and answers stay apart.
+    """The aux of all rounds with a leading dim [C]; some parts stay apart, by round.
 
     Sums and losses that only some routers report are 0 for the others, and the
     histograms of slots are as long as the longest.
     """
     apart = {
         name: {str(t): aux.pop(name) for t, aux in enumerate(rounds) if name in aux}
-        for name in ("trace", "answers")
+        for name in ("trace", "answers", "offload")
     }
     for part in ("stats", "losses"):
         names: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from flax import nnx
 from kernels_pallas.device import on_a_mesh
 from moex.config.base import require, walk
 from moex.config.schedule import static_value
-from moex.moe import losses, metrics, steering
+from moex.moe import losses, metrics, offload, steering
 from moex.moe.capacity import drop_over_capacity, expert_capacity
 from moex.moe.contract import ExpertsConfig, RouterConfig, check_decision
 from moex.moe.experts.zero import Zero
@@ -238,7 +238,7 @@ class SparseLayer(FeedForward):
             load_BE, real_T = routing.loads((B, L), self.num_experts)
         kept = self.within_capacity(routing, ctx)
         sums = self._sums_of_experts if routing.experts_choose else self._sums
-        y_TC, num_kept, num_lost = sums(x_TD, kept, ctx)
+        y_TC, num_kept, num_lost, told = sums(x_TD, kept, ctx)
         tell_of_rows(self.experts, y_TC[:, D:], ctx)
         y_TD = y_TC[:, :D]
         stats = metrics.routing_stats(
@@ -256,6 +256,8 @@ class SparseLayer(FeedForward):
             "load": stats["load_E"],
             "stats": stats,
         }
+        if told is not None:
+            aux["offload"] = told
         if ctx.collect:
             aux["trace"] = routing.trace()
             aux["scores"] = {"logits": routing.logits_TE, "probs": routing.probs_TE}
@@ -307,33 +309,47 @@ class SparseLayer(FeedForward):
         }
 
     def _sums(self, x_TD, routing, ctx, per_expert=None):
-        """The triple (`Experts.sums` for each row of x, rows computed, rows lost)."""
+        """Sum up what the experts answer.
+
+        Returns:
+          (`Experts.sums` for each row of x, rows computed, rows lost, what is told of
+          experts that are not all on the device, or None).
+        """
         E = self.num_experts
         rows, own, G = Rows(self.buffer_slots, per_expert), routing, self.num_stored
         if self.stored_E is not None:
             own = to_stored(routing, self.stored_E[...], G)
             if per_expert is not None:
                 rows = Rows(self.buffer_slots, in_all=E * per_expert)
-        y_TC, num_lost = run_experts(self.experts, x_TD, own, G, ctx, rows=rows)
+        if ctx.offload is None:
+            told = None
+            y_TC, num_lost = run_experts(self.experts, x_TD, own, G, ctx, rows=rows)
+        else:
+            y_TC, num_lost, told = offload.run_resident(
+                self.experts, x_TD, own, G, ctx, rows=rows
+            )
+            stored_E = None if self.stored_E is None else self.stored_E[...]
+            told["score_E"] = offload.mean_scores(routing, G, stored_E)
         if self.zero is not None:
             with jax.named_scope("zero"):
                 own_TD = self.zero(x_TD, routing.expert_TK, routing.gate_TK, E)
-                told = y_TC.shape[1] - x_TD.shape[1]  # columns with gates of adapters
-                y_TC += jnp.pad(own_TD, ((0, 0), (0, told)))
+                gates = y_TC.shape[1] - x_TD.shape[1]  # columns with gates of adapters
+                y_TC += jnp.pad(own_TD, ((0, 0), (0, gates)))
         computed_TK = routing.keep_TK & (routing.expert_TK < E)
-        return y_TC, jnp.sum(computed_TK, dtype=jnp.float32) - num_lost, num_lost
+        num_kept = jnp.sum(computed_TK, dtype=jnp.float32) - num_lost
+        return y_TC, num_kept, num_lost, told
 
     def _sums_of_experts(self, x_TD, routing, ctx):
         """The same as `_sums`, for a router in which experts choose."""
-        if on_a_mesh():
-            # Tokens stay on their devices: their slots say which experts chose them.
+        if on_a_mesh() or ctx.offload is not None:
+            # Tokens stay in their places: their slots say which experts chose them.
             per_expert = routing.token_EC.shape[1]
             return self._sums(x_TD, routing.by_token(), ctx, per_expert)
         token_N, rows = routing.by_row()
-        y_NC, num_kept, num_lost = self._sums(x_TD[token_N], rows, ctx)
+        y_NC, num_kept, num_lost, told = self._sums(x_TD[token_N], rows, ctx)
         y32_TC = jnp.zeros((len(x_TD), y_NC.shape[1]))
         y32_TC = y32_TC.at[token_N].add(y_NC.astype(jnp.float32))
-        return y32_TC.astype(x_TD.dtype), num_kept, num_lost
+        return y32_TC.astype(x_TD.dtype), num_kept, num_lost, told
 
     def shared_output(self, x_BLD, ctx):
         """The output of the shared expert; call this only if there is one."""
@@ -369,7 +385,8 @@ class MoELayer(SparseLayer):
 
     def __call__(self, x_BLD, ctx=None):
         ctx = Context.of(x_BLD) if ctx is None else ctx
-        y_BLD, aux = self.mix(x_BLD, self.router, self.loss_weights, ctx)
+        own = offload.in_round(ctx, 0, [])
+        y_BLD, aux = self.mix(x_BLD, self.router, self.loss_weights, own)
         if self.shared is not None:
             y_BLD = y_BLD + self.shared_output(x_BLD, ctx)
         return y_BLD, aux

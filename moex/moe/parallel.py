@@ -167,7 +167,7 @@ def _for_experts(ctx, share):
     """The context for the shard_map: how to compute, without any data of the batch."""
     names = (
         *("segment_BL", "position_BL", "token_BL", "step", "key", "forced"),
-        *("steer", "layer", "depth", "domain_B", "scored_BL", "told"),
+        *("steer", "offload", "layer", "depth", "domain_B", "scored_BL", "told"),
         *("visual_BMC", "has_visual_B", "extra_keys"),
     )
     return dataclasses.replace(ctx, **dict.fromkeys(names), tensor_share=share)

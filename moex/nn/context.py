@@ -57,6 +57,7 @@ class Context:
       forced: a recorded assignment to replay (`moe/replay.py`), or None.
       steer: how experts are steered (`moe/steering.py`), or None. Like `forced` it is
         nested as the modules are, and each sees its own part.
+      offload: which experts of a layer are on the device (`moe/offload.py`); None: all.
       layer: int32 scalar, which copy of its segment a layer is; None outside a stack.
       depth: int32 scalar, the number of the block in the model, from 0; a segment gets
         that of its first block. None outside a model.
@@ -92,6 +93,7 @@ class Context:
     key: jax.Array | None = None
     forced: dict | None = None
     steer: dict | None = None
+    offload: dict | None = None
     layer: jax.Array | None = None
     depth: jax.Array | int | None = None
     first_expert: jax.Array | None = None

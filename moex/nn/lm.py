@@ -78,8 +78,8 @@ class LanguageModel(Layers):
           the adapters of its own matrices.
         """
         ctx = ctx.listening()
-        x_BLD, aux, _ = self._run(ctx, None)
-        return self._logits(x_BLD, ctx), aux | ctx.reports()
+        x_BLD, aux, _ = self.run(self.embed(ctx), ctx)
+        return self.outputs(x_BLD, ctx), aux | ctx.reports()
 
     def decode(self, ctx, cache):
         """Compute logits of the last tokens only, and the cache for later calls.
@@ -87,17 +87,18 @@ class LanguageModel(Layers):
         Returns:
           (logits_BV float32, aux, cache with this call's keys and values written).
         """
-        x_BLD, aux, cache = self._run(ctx, cache)
-        return self._logits(x_BLD[:, -1:], ctx)[:, 0], aux, cache
+        x_BLD, aux, cache = self.run(self.embed(ctx), ctx, cache)
+        return self.outputs(x_BLD[:, -1:], ctx)[:, 0], aux, cache
 
-    def _run(self, ctx, caches):
+    def embed(self, ctx):
+        """Look up the tokens of the context: the input of `run`."""
         # sqrt(D) brings the rows to unit scale; the tied matrix keeps logits small.
         x_BLD = look_up(self, "w_embed_VD", ctx.token_BL, ctx)
         if self.scale_embeddings:
             x_BLD = x_BLD * x_BLD.shape[-1] ** 0.5
-        return self.run(x_BLD, ctx, caches)
+        return x_BLD
 
-    def _logits(self, x_BLD, ctx):
+    def outputs(self, x_BLD, ctx):
         """Compute logits from the output of the layers, which `run` has normalised."""
         if self.w_logits_DV is not None:
             f32 = jnp.float32

@@ -61,10 +61,10 @@ class Rows:
         with self._damaged():
             return self._array(item, path).oindex[index].read().result()
 
-    def by_copy(self, item: str, path: str) -> bool:
-        """Whether the copies of a layer are different pieces of an array."""
+    def piece(self, item: str, path: str) -> tuple[int, ...]:
+        """The shape of the pieces of an array, which are read as a whole."""
         with self._damaged():
-            return self._array(item, path).chunk_layout.read_chunk.shape[0] == 1
+            return tuple(self._array(item, path).chunk_layout.read_chunk.shape)
 
     @functools.cache  # noqa: B019, lives as long as this
     def _array(self, item: str, path: str):

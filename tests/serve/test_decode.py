@@ -190,7 +190,7 @@ def test_a_prompt_is_what_its_tokens_are_one_by_one(attention):
     @jax.jit
     def run(cache, token_BL, first):
         stopped_B, compute = jnp.zeros(2, bool), Compute()
-        ctx = decode._context(token_BL, first, slots, padding_B, stopped_B, compute)
+        ctx = decode.context(token_BL, first, slots, padding_B, stopped_B, compute)
         return spec.merge(params, state).decode(ctx, cache)
 
     empty = cfg.init_cache(2, slots, jnp.float32)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kernels_pallas import ACTIVATIONS, combine, dispatch, grouped_matmul
 from moex.config.base import caution, require, require_choice
 from moex.moe.contract import Experts, ExpertsConfig, TravelForm
+from moex.moe.offload import expert_of_slots
 from moex.nn.param import param
 
 OPS = ("gate", "up", "down")
@@ -185,7 +186,7 @@ class LatentExperts(Experts):
             if op not in self.ops:
                 continue
             name = f"b_{op}_GDZ"
-            if K < G:
+            if K < G and ctx.offload is None:
                 latents[op] = by_group(x_ND, name)
             else:
                 b_GDZ = getattr(self, name)[...].astype(x_TD.dtype)
@@ -198,7 +199,14 @@ class LatentExperts(Experts):
         if G == 1:  # the projection is linear: sum first, project once per token
             b_ZD = self.b_down_GZD[...][0].astype(x_TD.dtype)
             return combine(out_N, gate_TK, plan) @ b_ZD
-        return combine(by_group(out_N, "b_down_GZD"), gate_TK, plan)
+        if ctx.offload is None:
+            return combine(by_group(out_N, "b_down_GZD"), gate_TK, plan)
+        # Slots are in any order, so that rows are not sorted by group.
+        own_NG = self._group_of_rows(plan, ctx)[:, None] == jnp.arange(G)[None]
+        out_NGZ = out_N[:, None] * own_NG[..., None].astype(out_N.dtype)
+        flat_TC = combine(out_NGZ.reshape(len(out_N), -1), gate_TK, plan)
+        b_GZD = self.b_down_GZD[...].astype(x_TD.dtype)
+        return flat_TC @ b_GZD.reshape(-1, b_GZD.shape[2])
 
     def travel_form(self, num_slots, num_devices):
         if latents_travel(self.sizes, self.ops, num_slots, num_devices):
@@ -239,6 +247,8 @@ class LatentExperts(Experts):
 
     def _ids(self, group_sizes_E, ctx):
         """The int32 ids of the experts whose group sizes these are."""
+        if ctx.offload is not None:
+            return expert_of_slots(ctx, group_sizes_E.shape[0])
         first = 0 if ctx.first_expert is None else ctx.first_expert
         return first + jnp.arange(group_sizes_E.shape[0], dtype=jnp.int32)
 
