@@ -1,4 +1,4 @@
-"""The files that moex keeps between commands: data, programs, kernels.
+"""The files that moex keeps between commands: data, programs, kernels, experts.
 
 They lie in one folder and can be removed at any time: what is missing is made again.
 Programs are those of JAX's persistent compilation cache, which is on by default.
@@ -19,6 +19,7 @@ KINDS = {
     "data": "prepared data and trained tokenizers",
     "programs": "compiled programs, of which those used last are kept",
     "kernels": "the C library of the CPU kernels",
+    "banks": "experts of runs that were used with --offload",
 }
 # The settings of JAX's cache that differ from its defaults, unless the user made them.
 DEFAULTS = {
@@ -48,6 +49,11 @@ def root(directory: str | None = None) -> Path:
         return Path(given).expanduser()
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home, "moex").absolute()
+
+
+def banks() -> Path:
+    """The folder with the experts of runs, a folder for each checkpoint."""
+    return root() / "banks"
 
 
 def keep_programs() -> Path | None:
@@ -100,6 +106,8 @@ def entries() -> Iterator[Entry]:
     for path in _files(cache_path()):
         if path.name.startswith("experts-"):
             yield _entry("kernels", path)
+    for path in _files(banks()):
+        yield _entry("banks", path)
 
 
 def clear(kinds, days: float = 0) -> list[Entry]:

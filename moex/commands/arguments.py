@@ -68,6 +68,44 @@ def steering_of(args):
     return None if args.steer is None else Steering.read(args.steer)
 
 
+def add_offload(parser) -> None:
+    """Add `--offload` and what belongs to it; `offload_of` reads them."""
+    group = parser.add_argument_group(
+        "experts that wait on the host", "For models larger than the device."
+    )
+    group.add_argument(
+        "--offload",
+        metavar="SIZE",
+        help="keep experts in a file and this many on the device: of a layer on "
+        "average (8), a share of all (25%%), or bytes (2GiB); the result is the same "
+        "(docs/offload.md)",
+    )
+    group.add_argument(
+        "--offload-policy",
+        metavar="NAME",
+        help="which expert leaves for another one: lru (default), lfu or mrs",
+    )
+    group.add_argument(
+        "--offload-bank",
+        metavar="PLACE",
+        help="where the others wait: on disk (default), in a file that is mapped into "
+        "memory, or in pinned memory of the host",
+    )
+
+
+def offload_of(args):
+    """The `Settings` of `--offload`, or None."""
+    given = {"policy": args.offload_policy, "bank": args.offload_bank}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.offload is None:
+        for name in given:
+            raise ConfigError(f"--offload-{name}: is for --offload; give both.")
+        return None
+    from moex.offload.settings import Settings
+
+    return Settings(args.offload, **given)
+
+
 def scored_config(args, config_args: list[str]):
     """The config of `args.run` with changes by `config_args`, or with `--data`.
 

@@ -19,8 +19,9 @@ Examples:
 class Command(Verb):
     """List what is kept between commands, or remove it.
 
-    Prepared data, compiled programs and the C library of the CPU kernels are kept in
-    $MOEX_CACHE, or ~/.cache/moex. What is missing is made again when it is needed.
+    Prepared data, compiled programs, the C library of the CPU kernels and experts of
+    offloaded runs are kept in $MOEX_CACHE, or ~/.cache/moex. What is missing is made
+    again when it is needed.
     """
 
     examples = EXAMPLES
@@ -31,7 +32,7 @@ class Command(Verb):
         add_json(parser)
         parser.add_argument(
             "--clear",
-            choices=("data", "programs", "kernels", "all"),
+            choices=("data", "programs", "kernels", "banks", "all"),
             help="remove this kind; while no other command of moex runs",
         )
         parser.add_argument(

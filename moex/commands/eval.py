@@ -4,8 +4,10 @@ from moex.commands import Verb
 from moex.commands.arguments import (
     add_data,
     add_json,
+    add_offload,
     add_run,
     add_steer,
+    offload_of,
     scored_config,
     steering_of,
 )
@@ -35,6 +37,7 @@ class Command(Verb):
         )
         add_data(parser, "score all of this")
         add_steer(parser)
+        add_offload(parser)
         tasks = parser.add_argument_group(
             "tasks of the lm_eval harness (extra `eval`)", "Instead of held-out data."
         )
@@ -70,7 +73,14 @@ def _held_out(args, config_args):
 
     cfg = scored_config(args, config_args)
     steering = steering_of(args)
-    result = score_run(args.run, cfg, sequences=args.sequences, steering=steering)
+    how = {"sequences": args.sequences, "steering": steering}
+    offload = offload_of(args)
+    if offload is None:
+        result = score_run(args.run, cfg, **how)
+    else:
+        from moex.offload.score import score_offloaded
+
+        result = score_offloaded(args.run, cfg, offload, **how)
     what = f"tokens of {', '.join(args.data)}" if args.data else "held-out tokens"
     return result, f", {result['tokens']:,} {what}", score_text(cfg.task, result)
 
@@ -78,6 +88,8 @@ def _held_out(args, config_args):
 def _tasks(args, config_args):
     from moex.serve.harness import score_tasks
 
+    if offload_of(args) is not None:
+        raise ConfigError("--offload: cannot be used together with --tasks.")
     wrong = config_args + [f"--{n}" for n in ("data", "sequences") if getattr(args, n)]
     if wrong:
         raise ConfigError(

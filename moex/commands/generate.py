@@ -4,7 +4,13 @@ import sys
 
 from moex import progress
 from moex.commands import Verb
-from moex.commands.arguments import add_run, add_steer, steering_of
+from moex.commands.arguments import (
+    add_offload,
+    add_run,
+    add_steer,
+    offload_of,
+    steering_of,
+)
 from moex.config.arguments import integer, positive
 from moex.config.base import require
 
@@ -63,6 +69,7 @@ class Command(Verb):
         add("--top-k", type=integer, default=0, help="sample from so many; 0: all")
         add("--top-p", type=float, default=1.0, help="sample from this share of chance")
         add("--seed", type=integer, default=0)
+        add_offload(parser)
 
     def run(self, args, config_args):
         from moex.data.files import decode_utf8
@@ -83,6 +90,7 @@ class Command(Verb):
             use=args.use,
             steering=steering_of(args),
             experts=args.experts,
+            offload=offload_of(args),
             visual=args.visual,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,

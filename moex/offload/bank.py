@@ -51,7 +51,10 @@ class FileBank(Bank):
         try:
             self._rows = np.memmap(file, np.uint8, "r", shape=shape)
         except (OSError, ValueError) as e:
-            raise ConfigError(f"{file}: cannot be read: {one_line(e)}") from None
+            raise ConfigError(
+                f"{file}: cannot be read: {one_line(e)}; remove it, and it is written "
+                "again: moex cache --clear=banks"
+            ) from None
 
     def row(self, number):
         return self.pool.views(np.asarray(self._rows[number]))
@@ -81,9 +84,7 @@ Read = Callable[[str, str, tuple], np.ndarray]
 Piece = Callable[[str, str], tuple[int, ...]]
 
 
-def bank_files(
-    folder: RunDir, rows: Rows, pools: Sequence[Pool]
-) -> list[pathlib.Path]:
+def bank_files(folder: RunDir, rows: Rows, pools: Sequence[Pool]) -> list[pathlib.Path]:
     """The files of the banks of a run, which are written if they are not there.
 
     Args:
@@ -102,7 +103,7 @@ def bank_files(
             "parts": [[str(part) for part in pool.parts] for pool in pools],
         }
     )
-    home = cache.root() / "banks"
+    home = cache.banks()
     target = home / key
     files = [target / f"{i}.rows" for i in range(len(pools))]
     if target.is_dir():
@@ -152,7 +153,9 @@ def write_bank(file: pathlib.Path, pool: Pool, read: Read, piece: Piece) -> None
             _write_part(stream, pool, own, path, part, read, piece)
 
 
-def _write_part(stream, pool: Pool, own: dict[int, Layer], path, part: Part, read, piece):
+def _write_part(
+    stream, pool: Pool, own: dict[int, Layer], path, part: Part, read, piece
+):
     """Write a part of all experts of a site; `own` has its layers by their copy."""
     state = "state/" if part.item == "state" else ""
     where = (part.item, f"{state}{path}/{part.name}")

@@ -51,11 +51,11 @@ class Slots:
       bank: the rows of the pool.
       cache: `ExpertCache`; its layers are those of the pool.
       arrays: the slots, by the names of the parts of a row: [C, ...].
-      seconds: that were spent on filling them.
+      seconds: that were spent on filling them, without those of compiling.
     """
 
     def __init__(self, pool: Pool, bank: Bank, slots: int, policy: Policy, place):
-        self.pool, self.bank = pool, bank
+        self.pool, self.bank, self._place = pool, bank, place
         sizes = policy.shape
         self.cache = ExpertCache(*sizes, slots, policy, expert_bytes=pool.row_bytes)
         made = jax.jit(
@@ -72,17 +72,20 @@ class Slots:
 
     def fill(self, index: int, loads: Loads) -> None:
         """Put the experts of a layer into the slots that the cache gave them."""
-        begin, first = time.perf_counter(), self.pool.layers[index].first
+        begin, compiled = time.perf_counter(), _fill._cache_size()
+        first = self.pool.layers[index].first
         pairs = [(first + expert, slot) for expert, slot in loads.loads]
         for i in range(0, len(pairs), MOST_ROWS):
             some = pairs[i : i + MOST_ROWS]
             # A power of two, so that few programs are compiled: the last one repeats.
             some += some[-1:] * ((1 << (len(some) - 1).bit_length()) - len(some))
             rows = [self.bank.row(number) for number, _ in some]
+            rows = jax.device_put(rows, self._place)
             places = np.array([slot for _, slot in some], np.int32)
             self.arrays = _fill(self.arrays, rows, places)
         jax.block_until_ready(self.arrays)
-        self.seconds += time.perf_counter() - begin
+        if compiled == _fill._cache_size():
+            self.seconds += time.perf_counter() - begin
 
 
 @functools.partial(
@@ -140,6 +143,11 @@ def run_block(
     return x_BLD, (aux, peak), cache, told
 
 
+def num_programs() -> int:
+    """The programs that were compiled for blocks and slots, in this process."""
+    return run_block._cache_size() + _fill._cache_size()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
     """One block of the model as the executor runs it."""
@@ -169,10 +177,12 @@ class Executor:
       slots: `Slots` of each pool.
       outer: (graph definition, params, state) of the model without its segments.
       place: where arrays are.
-      seconds: that passed in `run`.
+      seconds: that passed in `run`, without passes that compiled something.
     """
 
-    def __init__(self, model, module, params, state, slots: Sequence[Slots], mesh: Mesh):
+    def __init__(
+        self, model, module, params, state, slots: Sequence[Slots], mesh: Mesh
+    ):
         """Take the arrays of a model apart.
 
         Args:
@@ -243,22 +253,39 @@ class Executor:
         Returns:
           (x_BLD, (aux, greatest number in the residual stream) of each layer, caches).
         """
-        begin, told, new = time.perf_counter(), [], []
+        begin, compiled, told, new = time.perf_counter(), num_programs(), [], []
         for i, step in enumerate(self.steps):
             cache = None if caches is None else caches[i]
             x_BLD, aux, cache = self._run_step(step, x_BLD, ctx, cache, steer)
             told.append(aux)
             new.append(cache)
-        self.seconds += time.perf_counter() - begin
+        if compiled == num_programs():
+            self.seconds += time.perf_counter() - begin
         return x_BLD, told, None if caches is None else new
+
+    def report(self) -> str:
+        """One line about what was resident, loaded, and waited for."""
+        counts = [slots.cache.statistics for slots in self.slots]
+        hits = sum(int(own.hits_L.sum()) for own in counts)
+        misses = sum(int(own.misses_L.sum()) for own in counts)
+        moved = sum(int(own.bytes_L.sum()) for own in counts)
+        waited = sum(slots.seconds for slots in self.slots)
+        slots = sum(own.cache.slots for own in self.slots)
+        rows = sum(own.pool.num_rows for own in self.slots)
+        size = sum(own.cache.slots * own.pool.row_bytes for own in self.slots)
+        share = hits / (hits + misses) if hits + misses else 1.0
+        return (
+            f"offload: slots for {slots:,} of {rows:,} experts ({size / 1e6:,.1f} MB), "
+            f"{hits:,} hits and {misses:,} misses ({share:.1%} hits), "
+            f"{moved / 1e6:,.1f} MB moved, {waited:.2f} s of {self.seconds:.2f} s "
+            "waited for them"
+        )
 
     def _run_step(self, step: Step, x_BLD, ctx, cache, steer):
         how = {"graphdef": step.graphdef, "module": step.module}
         rest = (x_BLD, ctx, step.place_2, step.steer(steer))
         if step.slots is None:
-            y_BLD, aux, cache, _ = run_block(
-                step.arrays, {}, *rest, cache, None, **how
-            )
+            y_BLD, aux, cache, _ = run_block(step.arrays, {}, *rest, cache, None, **how)
             return y_BLD, aux, cache
         going, asked = self._first_pass(step, x_BLD), 0
         while True:

@@ -130,12 +130,20 @@ def score_run(
     with jax.set_mesh(run.mesh):
         step = eval_step(program)
         result = evaluate(program, state, step, sequences, steer=steer)
+    return told_score(run, result)
+
+
+def told_score(run: LoadedRun, result: dict | None) -> dict:
+    """The part of a result of `evaluate` that people read, with the step of the run.
+
+    Raises:
+      ConfigError: if nothing was scored.
+    """
     assert result is not None
     if result["tokens"] == 0:
         raise ConfigError("config.data: what is held out has no target to score.")
-    result.pop("layers")
-    result.pop("adapters")
-    return {"step": run.step} | result
+    kept = {k: v for k, v in result.items() if k not in ("layers", "adapters")}
+    return {"step": run.step} | kept
 
 
 def steering_for(place: Place, steering: Steering | None) -> dict | None:
@@ -201,6 +209,12 @@ def run_with_data(place: Place, cfg, *, step=None) -> tuple[LoadedRun, Evaluated
     folder = RunDir.of(place)
     given = None if cfg.mesh == folder.config().mesh else cfg.mesh
     run = load_run(folder, given, warn=tell, step=step)
+    return run, with_data(run, cfg)
+
+
+def with_data(run: LoadedRun, cfg) -> Evaluated:
+    """The program of an open run with the held-out data of `cfg`: `run_with_data`."""
+    folder = run.folder
     cfg.model, cfg.task = run.cfg.model, run.cfg.task
     check_run(cfg, to_train=False)
     shards = batch_shards(run.mesh)
@@ -210,4 +224,4 @@ def run_with_data(place: Place, cfg, *, step=None) -> tuple[LoadedRun, Evaluated
     cfg.task.like(cfg, folder)
     data = cfg.task.prepare(cfg, log=tell, scoring=True)
     cfg.task.fill(cfg, data)
-    return run, Evaluated(cfg=cfg, mesh=run.mesh, spec=run.spec, data=data)
+    return Evaluated(cfg=cfg, mesh=run.mesh, spec=run.spec, data=data)

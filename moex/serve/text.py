@@ -1,5 +1,6 @@
 """Generating text with a trained model: `moex generate`."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from moex.config.base import ConfigError, require
 from moex.data.chat import layout_of
 from moex.model.steering import Steering
 from moex.nn.contract import not_causal
+from moex.offload import decode
+from moex.offload.settings import Settings
+from moex.offload.setup import open_offloaded
 from moex.progress import tell
 from moex.runs.directory import Place, RunDir
 from moex.runs.open import LoadedRun, load_run
@@ -32,6 +36,7 @@ def write_text(
     steering: Steering | None = None,
     visual=None,
     experts: str | None = None,
+    offload: Settings | None = None,
     warn=print,
     **sampling,
 ) -> list[str]:
@@ -50,6 +55,7 @@ def write_text(
       steering: how experts are steered; the largest residual is told then.
       visual: a file of visual tokens; see `read_visual`.
       experts: which experts are read: see `experts.load_experts`; None: all.
+      offload: how experts wait on the host; their figures are told; None: they do not.
       warn: as for `load_run`.
 
     Raises:
@@ -66,7 +72,17 @@ def write_text(
     if not names:  # before anything is read
         _layout(RunDir.of(place).config(), place, chat)
     steer, plan = steering_for(place, steering), None
-    if experts is None:
+    if offload is not None and (names or experts is not None):
+        other = "--adapter" if names else "--experts"
+        raise ConfigError(f"--offload: cannot be used together with {other}.")
+    if offload is not None:
+        _check_causal(RunDir.of(place).config().model, place)
+        opened = open_offloaded(place, offload)
+        run = opened.run
+        sampling["write"] = functools.partial(
+            decode.generate, opened.executor, run.cfg.model
+        )
+    elif experts is None:
         run = load_run(place, warn=warn)
     else:
         folder = RunDir.of(names.get(uses[0], place) if uses else place)
@@ -77,15 +93,13 @@ def write_text(
         run, plan, steer = load_experts(place, experts, ids, **how)
     if steer is not None:
         sampling |= {"steer": steer, "on_peak": _tell_peak}
-    where = not_causal(run.cfg.model)
-    if where is not None:
-        raise ConfigError(
-            f"{place}: {where} is ExpertChoice, which chooses tokens by those that "
-            "follow: the model cannot generate."
-        )
+    _check_causal(run.cfg.model, place)
     sampling |= {"max_new_tokens": max_new_tokens, "seed": seed}
     if not names:
-        return _texts(run, prompts, chat, sampling | {"visual": features})
+        texts = _texts(run, prompts, chat, sampling | {"visual": features})
+        if offload is not None:
+            tell(opened.executor.report())
+        return texts
     models = adapters.load_adapted(run, names, warn, plan)
     texts = [""] * len(prompts)
     for name in dict.fromkeys(uses):
@@ -96,6 +110,15 @@ def write_text(
         for i, text in zip(rows, made, strict=True):
             texts[i] = text
     return texts
+
+
+def _check_causal(model, place: Place) -> None:
+    where = not_causal(model)
+    if where is not None:
+        raise ConfigError(
+            f"{place}: {where} is ExpertChoice, which chooses tokens by those that "
+            "follow: the model cannot generate."
+        )
 
 
 def _tell_peak(peak: float) -> None:

@@ -4,6 +4,7 @@ B batch · L length · V vocabulary
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 
@@ -240,7 +241,7 @@ def prompt_ids(tokenizer, text: str, chat: dict | None) -> list[int]:
 
 
 def continue_texts(
-    program, state, tokenizer, prompts, *, chat=None, **sampling
+    program, state, tokenizer, prompts, *, chat=None, write=None, **sampling
 ) -> list[str]:
     """Continue each prompt, up to the first stop token; returns prompt and text.
 
@@ -252,6 +253,8 @@ def continue_texts(
       tokenizer: the tokenizer of the run.
       prompts: texts.
       chat: fields of `Chat`, from `layout_of`.
+      write: takes prompts and the arguments of `generate` after them, and does its
+        work; None: `generate` does.
       **sampling: arguments of `model.decode.generate`.
     """
     stops = tokenizer.stop_ids
@@ -259,16 +262,11 @@ def continue_texts(
     if chat is not None:
         end = tokenizer.encode_markup(chat["eos_token"])
         stops = {*stops, *(end.tolist() if len(end) == 1 else ())}
-    outputs = generate(
-        program.spec,
-        program.cfg.model,
-        state["params"],
-        state["state"],
-        asked,
-        stop_tokens=stops,
-        compute=program.compute(train=False),
-        **sampling,
-    )
+    if write is None:
+        arrays = state["params"], state["state"]
+        write = functools.partial(generate, program.spec, program.cfg.model, *arrays)
+    compute = program.compute(train=False)
+    outputs = write(asked, stop_tokens=stops, compute=compute, **sampling)
     whole = tokenizer.continued if chat is None else tokenizer.continuation
     before = prompts if chat is None else asked
     return [whole(b, o) for b, o in zip(before, outputs, strict=True)]

@@ -1,0 +1,128 @@
+"""Opening a run whose experts stay in a bank."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from moex.config import base as configs
+from moex.config.base import ConfigError
+from moex.model.paths import flat_paths, nested
+from moex.model.spec import ModelSpec, model_spec
+from moex.offload.bank import Bank, FileBank, PinnedBank, bank_files
+from moex.offload.executor import Executor, Slots, in_bank
+from moex.offload.layout import Pool, abstract, pools
+from moex.offload.settings import Settings
+from moex.progress import counted
+from moex.runs.base import check_no_adapters
+from moex.runs.directory import Place, RunDir
+from moex.runs.open import LoadedRun, saved_with
+from moex.runs.program import compute_of
+from moex.runs.rows import Rows
+from moex.sharding import MeshConfig
+from moex.tasks.base import require_token_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Offloaded:
+    """A run whose experts are in a bank.
+
+    Attributes:
+      run: the run; its `params` and `state` have no arrays with a row for each expert.
+      executor: computes with it.
+    """
+
+    run: LoadedRun
+    executor: Executor
+
+
+def open_offloaded(place: Place, settings: Settings, wanted=None) -> Offloaded:
+    """Open the newest checkpoint of a run with offloaded experts, on one device.
+
+    Args:
+      place: run directory.
+      settings: how.
+      wanted: a run config that says how to compute; None: that of the run.
+
+    Raises:
+      ConfigError: if it is no run, or one that cannot be offloaded.
+      CheckpointError: if the checkpoint is damaged.
+    """
+    folder = RunDir.of(place)
+    check_no_adapters(folder, "--offload")
+    cfg = configs.from_dict(configs.to_dict(folder.config()))
+    require_token_ids(cfg, "--offload")
+    if jax.process_count() > 1:
+        raise ConfigError("--offload: is for one process, and this job has several.")
+    cfg.mesh = MeshConfig(data=1)
+    mesh = cfg.mesh.make(jax.devices()[:1])
+    spec, module = model_spec(cfg.model, mesh), abstract(cfg.model)
+    compute = compute_of(cfg if wanted is None else wanted, train=False)
+    found = pools(cfg.model, spec, module, compute.dtype)
+    slots = settings.slots(found)  # before anything is read
+    rows = Rows(folder)
+    saved_with(cfg, cfg.task.saved_identity(folder))(rows.step, rows.meta)
+    files = bank_files(folder, rows, found)
+    banks: list[Bank] = [FileBank(*pair) for pair in zip(found, files, strict=True)]
+    if settings.bank == "pinned":
+        device = mesh.devices.flat[0]
+        banks = [PinnedBank(bank.pool, bank, device) for bank in banks]
+    params, state = _outside(spec, rows)
+    made = assemble(cfg.model, module, params, state, banks, slots, settings, mesh)
+    run = LoadedRun(
+        cfg=cfg,
+        mesh=mesh,
+        spec=spec,
+        folder=folder,
+        step=rows.step,
+        params=params,
+        state=state,
+    )
+    return Offloaded(run, made)
+
+
+def _outside(spec: ModelSpec, rows: Rows) -> tuple[dict, dict]:
+    """Read the arrays that are in no bank: (params, state), on the host."""
+    found = []
+    for item, tree in (("params", spec.params), ("state", spec.state)):
+        places = {n: a for n, a in flat_paths(tree).items() if not in_bank(n)}
+        arrays = {}
+        doing = f"reading {item} that stay on the device"
+        for path in counted(places, doing, len(places), "arrays"):
+            own = f"state/{path}" if item == "state" else path
+            arrays[path] = rows.read(item, own).astype(places[path].dtype)
+        found.append(nested(arrays))
+    return found[0], found[1]
+
+
+def assemble(
+    model, module, params, state, banks: list[Bank], slots, settings: Settings, mesh
+) -> Executor:
+    """Make the executor of a model.
+
+    Args:
+      model: `Model` config.
+      module: from `layout.abstract`; it is used up.
+      params, state: arrays that are in no bank, nested.
+      banks: of its pools.
+      slots: of each pool.
+      settings: how.
+      mesh: of one device.
+    """
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    made = []
+    for bank, count in zip(banks, slots, strict=True):
+        policy = settings.make_policy(bank.pool, most_slots(bank.pool))
+        made.append(Slots(bank.pool, bank, count, policy, place))
+    return Executor(model, module, params, state, made, mesh)
+
+
+def most_slots(pool: Pool) -> int:
+    """The most experts that a token has in a layer of a pool."""
+    found = []
+    for layer in pool.layers:
+        sparse = layer.site.sparse
+        assert sparse is not None
+        choices = sparse.moe.num_choices()
+        found += [min(r.slots(choices), layer.experts) for r in sparse.routers]
+    return int(np.max(found))

@@ -1,0 +1,182 @@
+"""Offloaded models against plain ones: the same tokens, whatever is resident."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moex.model.decode import generate
+from moex.model.paths import flat_paths, nested
+from moex.model.steering import LayerSteering, Steering
+from moex.moe.chain import Chain
+from moex.moe.experts.glu import Glu
+from moex.moe.experts.latent import Latent
+from moex.moe.experts.lowrank import LowRank
+from moex.moe.experts.lowrank_glu import LowRankGlu
+from moex.moe.experts.zero import Zero
+from moex.moe.narrow import Narrow
+from moex.moe.routers.topk import Groups, TopK
+from moex.moe.routers.topp import TopP
+from moex.nn.stack import Segment
+from moex.offload import decode, executor
+from moex.offload.bank import FileBank, write_bank
+from moex.offload.layout import abstract, pools
+from moex.offload.settings import POLICIES, Settings
+from moex.offload.setup import assemble
+from tests.helpers import VOCAB, XLA, built, mesh_of, tiny_lm, tiny_moe
+from tests.marks import thorough_but_for
+
+PROMPTS = (3, 7)
+GREEDY = {"max_new_tokens": 4, "temperature": 0, "compute": XLA}
+
+
+def lm(*pattern, repeat=2):
+    return tiny_lm(Segment(pattern=pattern, repeat=repeat))
+
+
+GROUPED = TopK(k=2, score="sigmoid", bias_rate=0.01, groups=Groups(num=4, keep=2))
+MODELS = {
+    "top-k, shared expert": tiny_lm(),
+    "top-p": lm(tiny_moe(router=TopP(p=0.6))),
+    "chain": lm(Chain(moe=tiny_moe(), iterations=2)),
+    "sigmoid, bias, groups": lm(tiny_moe(router=GROUPED)),
+    "biases, zero-computation experts": lm(
+        tiny_moe(experts=Glu(hidden=8, bias=True), zero=Zero(null=1, copy=1))
+    ),
+    "latent": lm(
+        tiny_moe(experts=Latent(hidden=8, latent=4, group=3, ops=("gate", "down")))
+    ),
+    "one latent space": lm(tiny_moe(experts=Latent(hidden=8, latent=4, group=8))),
+    "narrow": lm(Narrow(latent=8, inner=tiny_moe())),
+    "low rank": lm(tiny_moe(experts=LowRank(rank=2))),
+    "low rank and rows": lm(
+        tiny_moe(experts=LowRankGlu(hidden=8, rank=2, rows=(3, 2)))
+    ),
+    "merged": lm(tiny_moe(stored_experts=3)),
+    "two kinds": lm(tiny_moe(), tiny_moe(5, experts=Glu(hidden=4))),
+}
+
+
+def offloaded(cfg, folder, size, policy="lru"):
+    """An executor of the model that `built` makes, whose bank is in `folder`."""
+    spec, params, state = built(cfg)
+    flat = {"params": flat_paths(params), "state": flat_paths(state)}
+    module = abstract(cfg)
+    found = pools(cfg, spec, module, "float32")
+
+    def read(item, path, index):
+        return np.asarray(flat[item][path.removeprefix("state/")])[index]
+
+    def piece(item, path):
+        return (1, 3, *flat[item][path.removeprefix("state/")].shape[2:])
+
+    banks = []
+    for i, pool in enumerate(found):
+        write_bank(folder / f"{i}.rows", pool, read, piece)
+        banks.append(FileBank(pool, folder / f"{i}.rows"))
+    settings = Settings(size, policy)
+    rest = [nested(executor.outside(flat[item])) for item in ("params", "state")]
+    slots = settings.slots(found)
+    return assemble(cfg, module, *rest, banks, slots, settings, mesh_of(1))
+
+
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, VOCAB, n).tolist() for n in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    made = {}
+
+    def of(name):
+        if name not in made:
+            cfg = MODELS[name]
+            spec, params, state = built(cfg)
+            made[name] = generate(spec, cfg, params, state, prompts(), **GREEDY)
+        return made[name]
+
+    return of
+
+
+QUICK = "chain", "latent", "biases, zero-computation experts"
+
+
+@pytest.mark.parametrize("name", thorough_but_for(MODELS, *QUICK))
+def test_tokens_are_those_of_the_whole_model(name, plain, tmp_path):
+    """With fewer slots than a token has experts."""
+    with jax.set_mesh(mesh_of(1)):
+        own = offloaded(MODELS[name], tmp_path, "1")
+        assert decode.generate(own, MODELS[name], prompts(), **GREEDY) == plain(name)
+    assert sum(slots.cache.statistics.evictions_L.sum() for slots in own.slots) > 0
+
+
+SMALL = "two kinds"
+QUICK_SIZES = "1", "100%"
+
+
+@pytest.mark.parametrize("size", thorough_but_for([*"12345678", "100%"], *QUICK_SIZES))
+def test_tokens_do_not_depend_on_policy_or_size(size, plain, tmp_path):
+    cfg = MODELS[SMALL]
+    with jax.set_mesh(mesh_of(1)):
+        for policy in POLICIES:
+            own = offloaded(cfg, tmp_path, size, policy)
+            assert decode.generate(own, cfg, prompts(), **GREEDY) == plain(SMALL)
+            assert policy in type(own.slots[0].cache.policy).__name__.lower()
+
+
+def test_a_cache_that_holds_all_moves_each_expert_once(tmp_path):
+    cfg = MODELS[SMALL]
+    with jax.set_mesh(mesh_of(1)):
+        own = offloaded(cfg, tmp_path, "50")
+        decode.generate(own, cfg, prompts(), **GREEDY)
+        before = [slots.cache.statistics.loads for slots in own.slots]
+        for slots, count in zip(own.slots, before, strict=True):
+            assert 0 < count <= slots.pool.num_rows
+            assert slots.cache.statistics.evictions_L.sum() == 0
+        decode.generate(own, cfg, prompts(), **GREEDY)
+        assert [slots.cache.statistics.loads for slots in own.slots] == before
+
+
+def test_a_kind_of_block_is_compiled_once_whatever_is_resident(tmp_path):
+    """A dense one and two copies of an MoE layer, each for a prompt and a token."""
+    cfg = MODELS["top-k, shared expert"]
+    with jax.set_mesh(mesh_of(1)):
+        own = offloaded(cfg, tmp_path, "3")
+        before = executor.run_block._cache_size()
+        decode.generate(own, cfg, prompts(), **GREEDY)
+        assert executor.run_block._cache_size() - before == 4
+        other = [list(reversed(prompt)) for prompt in prompts()]
+        decode.generate(own, cfg, other, **GREEDY)
+        assert executor.run_block._cache_size() - before == 4
+        assert own.slots[0].cache.statistics.evictions_L.sum() > 0
+
+
+def test_a_steered_model_is_steered_with_offloaded_experts(tmp_path):
+    cfg = MODELS[SMALL]
+    spec, params, state = built(cfg)
+    rows = [LayerSteering(layer=n, scale={1: 3.0}, ban=(0,)) for n in range(4)]
+    steer = Steering(layers=tuple(rows)).arrays(cfg)
+    told: dict = {"plain": [], "own": []}
+    how = GREEDY | {"steer": steer}
+    want = generate(
+        spec, cfg, params, state, prompts(), on_peak=told["plain"].append, **how
+    )
+    with jax.set_mesh(mesh_of(1)):
+        own = offloaded(cfg, tmp_path, "2")
+        found = decode.generate(own, cfg, prompts(), on_peak=told["own"].append, **how)
+    assert found == want
+    assert told["own"][0] >= told["plain"][0] * (1 - 1e-5)
+
+
+def test_rows_are_read_piece_by_piece_and_cast_as_the_model_is(tmp_path):
+    cfg = MODELS["merged"]
+    spec, params, _ = built(cfg)
+    pool = pools(cfg, spec, abstract(cfg), "bfloat16")[0]
+    own = offloaded(cfg, tmp_path, "1").slots[0]
+    whole = params["segments"]["0"]["blocks"]["0"]["ffn"]["experts"]["w_out_EFD"]
+    assert [part.dtype for part in pool.parts] == [jnp.bfloat16] * 2
+    for layer in own.pool.layers:
+        for e in range(layer.experts):
+            row = own.bank.row(layer.first + e)["w_out_EFD"]
+            np.testing.assert_array_equal(row, whole[layer.copy, e])

@@ -1,0 +1,159 @@
+"""`moex generate` and `moex eval` with `--offload`, as a user calls them."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from moex import cache, cli
+from moex.runs import checkpoint
+from moex.runs.directory import RunDir
+from moex.train.job import make_job
+from tests import runs
+from tests.helpers import built
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a dense and two MoE layers with random weights, and its cache."""
+    folder = tmp_path_factory.mktemp("offload")
+    cfg = runs.config(folder, "checkpoint.every=0", "eval.every=0")
+    dense, moe = cfg.model.layers
+    layers = dense, dataclasses.replace(moe, repeat=2)
+    cfg.model = dataclasses.replace(cfg.model, layers=layers)
+    with runs.one_device(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEX_CACHE", str(folder / "cache"))
+        job = make_job(cfg, log=lambda line: None)
+        _, params, state = built(cfg.model)
+        patch.setattr(checkpoint, "PIECE_BYTES", 1)  # as if the experts were large
+        runs.write(job, {"params": params, "state": state}, folder / "run")
+        yield folder / "run"
+
+
+@pytest.fixture
+def moex(capsys):
+    """`moex(*args)`: (exit code, what is printed, what is said)."""
+
+    def moex(*args):
+        capsys.readouterr()
+        try:
+            cli.main([str(a) for a in args])
+        except SystemExit as stop:
+            return stop.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return moex
+
+
+WRITE = ("--prompt=the cat", "--max-new-tokens=6")
+
+
+def test_text_is_the_same(run, moex):
+    """Sampled at the usual temperature, with a bank from the disk and from memory."""
+    code, text, _ = moex("generate", run, *WRITE)
+    assert code == 0
+    for flags in (["--offload=1"], ["--offload=50%", "--offload-bank=pinned"]):
+        code, own, said = moex("generate", run, *WRITE, *flags)
+        assert (code, own) == (0, text), said
+        lines = [line for line in said.splitlines() if line.startswith("offload: ")]
+        assert len(lines) == 1
+        assert "hits and" in lines[0] and "MB moved" in lines[0]
+
+
+def test_losses_are_the_same(run, moex):
+    code, text, _ = moex("eval", run, "--json", "--sequences=5")
+    assert code == 0
+    code, own, _ = moex("eval", run, "--json", "--sequences=5", "--offload=1")
+    assert code == 0
+    want, found = json.loads(text), json.loads(own)
+    assert want.keys() == found.keys()
+    assert found["nll"] == pytest.approx(want["nll"], rel=1e-6)
+    assert found["tokens"] == want["tokens"] > 0
+
+
+def test_the_bank_is_written_once_and_can_be_cleared(run, moex):
+    moex("generate", run, *WRITE, "--offload=1")
+    entries = [entry for entry in cache.entries() if entry.kind == "banks"]
+    assert len(entries) == 1
+    rows = [f.stat() for f in entries[0].path.iterdir()]
+    moex("generate", run, *WRITE, "--offload=2")
+    assert [f.stat().st_ctime for f in entries[0].path.iterdir()] == [
+        row.st_ctime for row in rows
+    ]
+    cache.clear(["banks"])
+    assert not entries[0].path.exists()
+
+
+MISTAKES = {
+    "no experts": ("--offload=0", "more than 0"),
+    "fewer than none": ("--offload=-3", "more than 0"),
+    "no number": ("--offload=all", "such as 8"),
+    "too large a share": ("--offload=101%", "up to 100%"),
+    "an unknown unit": ("--offload=3XB", "units: "),
+    "too few bytes": ("--offload=9B", "has no room for an expert"),
+    "an unknown policy": ("--offload=1 --offload-policy=lry", "Did you mean 'lru'?"),
+    "an unknown bank": ("--offload=1 --offload-bank=tape", "disk, pinned"),
+    "a policy alone": ("--offload-policy=lru", "is for --offload"),
+    "with a store": ("--offload=1 --experts=a:b", "together with --experts"),
+    "with adapters": ("--offload=1 --adapter=x", "together with --adapter"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(name, run, moex):
+    flags, told = MISTAKES[name]
+    code, text, said = moex("generate", run, *WRITE, *flags.split())
+    assert (code, text) == (2, "")
+    assert said.count("\n") == 1
+    assert told in said
+
+
+def test_a_model_without_experts_cannot_be_offloaded(tmp_path, moex):
+    cfg = runs.config(tmp_path, "model.vocab=257")
+    cfg.model = dataclasses.replace(cfg.model, layers=cfg.model.layers[:1])
+    folder = RunDir(tmp_path / "run")
+    folder.path.mkdir()
+    folder.save_config(cfg)
+    code, _, said = moex("generate", folder, *WRITE, "--offload=1")
+    assert code == 2
+    assert "the model has no layer with routed experts" in said
+
+
+def test_a_mesh_cannot_be_asked_for(run, moex):
+    flags = "--offload=1", "--config.mesh.expert=2"
+    code, _, said = moex("eval", run, *flags)
+    assert code == 2
+    assert said.count("\n") == 1
+    assert "config.mesh: --offload computes on one device" in said
+
+
+def test_no_room_for_the_bank_is_one_line(run, moex, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOEX_CACHE", str(tmp_path))
+    usage = type("Usage", (), {"free": 1})
+    monkeypatch.setattr("moex.offload.bank.shutil.disk_usage", lambda path: usage)
+    code, _, said = moex("generate", run, *WRITE, "--offload=1")
+    assert code == 2
+    assert "GiB are free; set MOEX_CACHE" in said
+
+
+def test_a_damaged_checkpoint_is_told(run, moex, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOEX_CACHE", str(tmp_path / "cache"))
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for folder in (copy / "checkpoints").rglob("d"):
+        runs.flip_bit(folder)
+    code, _, said = moex("generate", copy, *WRITE, "--offload=1")
+    assert code == 1
+    assert "cannot be read" in said.splitlines()[-1]
+    assert not [*(tmp_path / "cache" / "banks").iterdir()]
+
+
+def test_a_damaged_bank_is_one_line_that_says_what_helps(run, moex):
+    moex("generate", run, *WRITE, "--offload=1")
+    entries = [entry for entry in cache.entries() if entry.kind == "banks"]
+    file = next(entries[0].path.iterdir())
+    file.write_bytes(file.read_bytes()[:-1])
+    code, _, said = moex("generate", run, *WRITE, "--offload=1")
+    assert code == 2
+    assert f"{file}: " in said and "moex cache --clear=banks" in said
