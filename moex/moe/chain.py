@@ -127,7 +127,8 @@ class ChainLayer(SparseLayer):
 
     def __call__(self, x_BLD, ctx=None):
         ctx = Context.of(x_BLD) if ctx is None else ctx
-        z_BLD, sum_BLD, rounds = x_BLD, None, []
+        z_BLD, sum_BLD = x_BLD, None
+        rounds: list[dict] = []
         for t in range(self.iterations):
             router = self.router if self.routers is None else self.routers[t]
             own = offload.in_round(self._context(ctx, t), t, rounds)

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,67 +25,10 @@ from moex.model.spec import merged
 from moex.moe.offload import first_pass
 from moex.nn.param import split_params
 from moex.nn.stack import peak_of
-from moex.offload.bank import Bank
-from moex.offload.cache import ExpertCache, Loads
-from moex.offload.layout import Layer, Pool, inside, is_row_part, module_of
-from moex.offload.policies import Policy
+from moex.offload.layout import Layer, inside, is_row_part, module_of
+from moex.offload.slots import TRACED, Slots
 
-MOST_ROWS = 8  # of one call that fills slots
 NEEDED, MISSING, SCORE = range(3)  # rows of what a layer tells of its experts
-
-
-@functools.partial(jax.jit, donate_argnames="slots")
-def _fill(slots: dict, rows: list[dict], place_N) -> dict:
-    """Put rows into the slots of these numbers."""
-    put = jax.lax.dynamic_update_index_in_dim
-    for i, row in enumerate(rows):
-        slots = {name: put(a, row[name], place_N[i], 0) for name, a in slots.items()}
-    return slots
-
-
-class Slots:
-    """The slots of a pool on the device, and who is in them.
-
-    Attributes:
-      pool: `Pool`.
-      bank: the rows of the pool.
-      cache: `ExpertCache`; its layers are those of the pool.
-      arrays: the slots, by the names of the parts of a row: [C, ...].
-      seconds: that were spent on filling them, without those of compiling.
-    """
-
-    def __init__(self, pool: Pool, bank: Bank, slots: int, policy: Policy, place):
-        self.pool, self.bank, self._place = pool, bank, place
-        sizes = policy.shape
-        self.cache = ExpertCache(*sizes, slots, policy, expert_bytes=pool.row_bytes)
-        made = jax.jit(
-            lambda: {p.name: jnp.zeros((slots, *p.shape), p.dtype) for p in pool.parts},
-            out_shardings=place,
-        )
-        self.arrays = made()
-        self.seconds = 0.0
-
-    def slot_E(self, index: int) -> np.ndarray:
-        """The slots of the experts of a layer; -1: absent."""
-        experts = self.pool.layers[index].experts
-        return self.cache.slot_of_LE[index, :experts].copy()
-
-    def fill(self, index: int, loads: Loads) -> None:
-        """Put the experts of a layer into the slots that the cache gave them."""
-        begin, compiled = time.perf_counter(), _fill._cache_size()
-        first = self.pool.layers[index].first
-        pairs = [(first + expert, slot) for expert, slot in loads.loads]
-        for i in range(0, len(pairs), MOST_ROWS):
-            some = pairs[i : i + MOST_ROWS]
-            # A power of two, so that few programs are compiled: the last one repeats.
-            some += some[-1:] * ((1 << (len(some) - 1).bit_length()) - len(some))
-            rows = [self.bank.row(number) for number, _ in some]
-            rows = jax.device_put(rows, self._place)
-            places = np.array([slot for _, slot in some], np.int32)
-            self.arrays = _fill(self.arrays, rows, places)
-        jax.block_until_ready(self.arrays)
-        if compiled == _fill._cache_size():
-            self.seconds += time.perf_counter() - begin
 
 
 @functools.partial(
@@ -113,6 +56,7 @@ def run_block(
       `MISSING`, `SCORE`), "next", which goes on in `Context.offload`, and "slots",
       which says what experts elsewhere would compute; None in a dense block.
     """
+    TRACED["block"] += 1
     trees = []
     for item, tree in zip(("params", "state"), arrays, strict=True):
         own = {f"{module}/{name}": a for name, a in slots.get(item, {}).items()}
@@ -145,7 +89,23 @@ def run_block(
 
 def num_programs() -> int:
     """The programs that were compiled for blocks and slots, in this process."""
-    return run_block._cache_size() + _fill._cache_size()
+    return TRACED.total()
+
+
+class Routed(NamedTuple):
+    """The experts of a block."""
+
+    module: str  # their path in the block
+    layer: Layer
+    place: int  # number of the layer in its pool
+    slots: Slots
+
+    def sizes(self, x_BLD) -> tuple[int, int, int]:
+        """The rounds, the tokens and their width."""
+        sparse = self.layer.site.sparse
+        assert sparse is not None
+        tokens = x_BLD.shape[0] * x_BLD.shape[1]
+        return len(sparse.routers), tokens, sparse.width
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,12 +115,9 @@ class Step:
     site: Site
     copy: int
     graphdef: Any
-    arrays: tuple[dict, dict]  # params and state, without rows of experts
+    arrays: tuple[dict, ...]  # params and state, without rows of experts
     place_2: jax.Array
-    module: str = ""  # path of the experts in the block
-    layer: Layer | None = None
-    index: int = 0  # number of the layer in its pool
-    slots: Slots | None = None
+    routed: Routed | None  # None: it is dense
 
     def steer(self, tree: dict | None) -> dict | None:
         """The block's part of `Context.steer`."""
@@ -197,9 +154,11 @@ class Executor:
         self.place = NamedSharding(mesh, PartitionSpec())
         self._fresh: dict[tuple, dict] = {}
         own = {
-            (layer.site.path, layer.copy): (layer, index, pool)
+            (a.site.path, a.copy): Routed(
+                module_of(a).removeprefix(f"{a.site.path}/"), a, index, pool
+            )
             for pool in slots
-            for index, layer in enumerate(pool.pool.layers)
+            for index, a in enumerate(pool.pool.layers)
         }
         flat = flat_paths(params), flat_paths(state)
         self.steps = []
@@ -207,13 +166,9 @@ class Executor:
             graphdef, *_ = split_params(inside(module, site.path))
             arrays = tuple(self._of_block(tree, site, copy) for tree in flat)
             place = jnp.array([copy, site.numbers[copy]], jnp.int32)
-            step = Step(site, copy, graphdef, arrays, jax.device_put(place, self.place))
-            if (site.path, copy) in own:
-                layer, index, pool = own[site.path, copy]
-                path = module_of(layer).removeprefix(f"{site.path}/")
-                sparse = {"module": path, "layer": layer, "index": index, "slots": pool}
-                step = dataclasses.replace(step, **sparse)
-            self.steps.append(step)
+            place = jax.device_put(place, self.place)
+            routed = own.get((site.path, copy))
+            self.steps.append(Step(site, copy, graphdef, arrays, place, routed))
         module.segments = type(module.segments)([])
         graphdef, *_ = split_params(module)
         rest = [
@@ -282,70 +237,65 @@ class Executor:
         )
 
     def _run_step(self, step: Step, x_BLD, ctx, cache, steer):
-        how = {"graphdef": step.graphdef, "module": step.module}
         rest = (x_BLD, ctx, step.place_2, step.steer(steer))
-        if step.slots is None:
-            y_BLD, aux, cache, _ = run_block(step.arrays, {}, *rest, cache, None, **how)
-            return y_BLD, aux, cache
-        going, asked = self._first_pass(step, x_BLD), 0
-        while True:
-            going["slot_E"] = step.slots.slot_E(step.index)
-            y_BLD, aux, cache, told = run_block(
-                step.arrays, _by_item(step.slots), *rest, cache, going, **how
+        if (own := step.routed) is None:
+            y_BLD, aux, cache, _ = run_block(
+                *(step.arrays, {}, *rest, cache, None),
+                graphdef=step.graphdef,
+                module="",
             )
-            asked, complete = self._load(step, np.asarray(told["flags_R3E"]), asked)
+            return y_BLD, aux, cache
+        going, asked = self._first_pass(own, x_BLD), 0
+        while True:
+            going["slot_E"] = own.slots.slot_E(own.place)
+            y_BLD, aux, cache, told = run_block(
+                *(step.arrays, own.slots.by_item(), *rest, cache, going),
+                graphdef=step.graphdef,
+                module=own.module,
+            )
+            asked, complete = _load(own, np.asarray(told["flags_R3E"]), asked)
             if complete:
                 return y_BLD, aux, cache
             going = told["next"]
 
-    def _first_pass(self, step: Step, x_BLD) -> dict:
-        assert step.layer is not None
-        sparse = step.site.sparse
-        tokens = x_BLD.shape[0] * x_BLD.shape[1]
-        sizes = len(sparse.routers), tokens, sparse.width
-        key = (step.layer.experts, *sizes)
+    def _first_pass(self, own: Routed, x_BLD) -> dict:
+        key = (own.layer.experts, *own.sizes(x_BLD))
         if key not in self._fresh:
-            made = first_pass(np.zeros(step.layer.experts, np.int32), *sizes)
+            made = first_pass(np.zeros(key[0], np.int32), *key[1:])
             self._fresh[key] = jax.device_put(made, self.place)
         return dict(self._fresh[key])
 
-    def _load(self, step: Step, flags_R3E, asked: int) -> tuple[int, bool]:
-        """Load what the first round with something missing needs.
 
-        Args:
-          flags_R3E: what the layer told.
-          asked: the rounds whose needs are counted already.
+def _load(own: Routed, flags_R3E, asked: int) -> tuple[int, bool]:
+    """Load what the first round with something missing needs.
 
-        Returns:
-          (rounds whose needs are counted now, whether nothing was missing).
-        """
-        slots, index = step.slots, step.index
-        for t, flags_3E in enumerate(flags_R3E):
-            missing = np.flatnonzero(flags_3E[MISSING]).tolist()
-            loads = None
-            if t >= asked:
-                asked = t + 1
-                slots.cache.routed(index, _padded(flags_3E[SCORE], slots))
-                needed = np.flatnonzero(flags_3E[NEEDED]).tolist()
-                loads = slots.cache.need(index, needed)
-            if missing:
-                if loads is None or not loads.loads:
-                    loads = slots.cache.need(index, missing)
-                slots.fill(index, loads)
-                return asked, False
-        return asked, True
+    Args:
+      flags_R3E: what the layer told.
+      asked: the rounds whose needs are counted already.
+
+    Returns:
+      (rounds whose needs are counted now, whether nothing was missing).
+    """
+    slots, index = own.slots, own.place
+    for t, flags_3E in enumerate(flags_R3E):
+        missing = np.flatnonzero(flags_3E[MISSING]).tolist()
+        loads = None
+        if t >= asked:
+            asked = t + 1
+            slots.cache.routed(index, _padded(flags_3E[SCORE], slots))
+            needed = np.flatnonzero(flags_3E[NEEDED]).tolist()
+            loads = slots.cache.need(index, needed)
+        if missing:
+            if loads is None or not loads.loads:
+                loads = slots.cache.need(index, missing)
+            slots.fill(index, loads)
+            return asked, False
+    return asked, True
 
 
 def _padded(score_E, slots: Slots) -> np.ndarray:
     most = slots.pool.most_experts
     return np.pad(score_E, (0, most - len(score_E)))
-
-
-def _by_item(slots: Slots) -> dict[str, dict]:
-    found: dict[str, dict] = {}
-    for part in slots.pool.parts:
-        found.setdefault(part.item, {})[part.name] = slots.arrays[part.name]
-    return found
 
 
 def outside(flat: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from moex.config.base import ConfigError
 from moex.model.paths import flat_paths, nested
 from moex.model.spec import ModelSpec, model_spec
 from moex.offload.bank import Bank, FileBank, PinnedBank, bank_files
-from moex.offload.executor import Executor, Slots, in_bank
+from moex.offload.executor import Executor, in_bank
 from moex.offload.layout import Pool, abstract, pools
 from moex.offload.settings import Settings
+from moex.offload.slots import Slots
 from moex.progress import counted
 from moex.runs.base import check_no_adapters
 from moex.runs.directory import Place, RunDir

@@ -23,6 +23,7 @@ from moex.offload.bank import FileBank, write_bank
 from moex.offload.layout import abstract, pools
 from moex.offload.settings import POLICIES, Settings
 from moex.offload.setup import assemble
+from moex.offload.slots import TRACED
 from tests.helpers import VOCAB, XLA, built, mesh_of, tiny_lm, tiny_moe
 from tests.marks import thorough_but_for
 
@@ -143,12 +144,12 @@ def test_a_kind_of_block_is_compiled_once_whatever_is_resident(tmp_path):
     cfg = MODELS["top-k, shared expert"]
     with jax.set_mesh(mesh_of(1)):
         own = offloaded(cfg, tmp_path, "3")
-        before = executor.run_block._cache_size()
+        before = TRACED["block"]
         decode.generate(own, cfg, prompts(), **GREEDY)
-        assert executor.run_block._cache_size() - before == 4
+        assert TRACED["block"] - before == 4
         other = [list(reversed(prompt)) for prompt in prompts()]
         decode.generate(own, cfg, other, **GREEDY)
-        assert executor.run_block._cache_size() - before == 4
+        assert TRACED["block"] - before == 4
         assert own.slots[0].cache.statistics.evictions_L.sum() > 0
 
 
