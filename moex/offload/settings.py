@@ -1,4 +1,4 @@
-"""What `--offload` and the flags beside it ask for."""
+"""The settings of `--offload` and of the flags beside it."""
 
 import dataclasses
 import math
