@@ -36,9 +36,9 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class About:
-    """What a predictor reads and predicts."""
+    """The text that a predictor reads, and the routers that it predicts."""
 
-    text: str  # digest of the vocabulary and tokenizer that its token ids are of
+    tokenizer: str  # digest of the vocabulary and tokenizer that its token ids are of
     vocab: int  # token ids are below this
     experts: tuple[int, ...]  # of each router; rounds of a chain are routers too
     slots: tuple[int, ...]  # the most experts of a token, for each router
@@ -57,7 +57,7 @@ class About:
 
     @classmethod
     def of(cls, header: Header, **sizes) -> Self:
-        """What predicts the routes of a trace.
+        """Describe a predictor of the routes of a trace.
 
         Raises:
           ConfigError: if its tokens have no ids, such as the inputs of a regression.
@@ -68,7 +68,7 @@ class About:
             )
         infos = header.layers
         return cls(
-            text=text_of(header),
+            tokenizer=tokenizer_of(header),
             vocab=len(header.vocabulary),
             experts=tuple(info.num_experts for info in infos),
             slots=tuple(min(info.slots, info.num_experts) for info in infos),
@@ -82,7 +82,7 @@ class About:
           ConfigError: naming `where`, the file of the predictor.
         """
         own = About.of(header)
-        if own.text != self.text:
+        if own.tokenizer != self.tokenizer:
             raise ConfigError(
                 f"{where}: predicts for another vocabulary than that of {header.run} "
                 f"({self.vocab:,} and {own.vocab:,} tokens)."
@@ -94,7 +94,7 @@ class About:
             )
 
 
-def text_of(header: Header) -> str:
+def tokenizer_of(header: Header) -> str:
     """A digest of what token ids mean."""
     hashed = hashlib.sha256("\0".join(header.vocabulary).encode()).hexdigest()
     return digest([hashed, header.tokenizer])
@@ -258,7 +258,7 @@ def _about(data: dict[str, Any], where: str) -> tuple[About, dict]:
     require(version == VERSION, f"{where}: version", version, str(VERSION))
     names = [f.name for f in dataclasses.fields(About)]
     check_names(data, ("version", "recall", *names), where)
-    kinds = {"text": str, "experts": list[int], "slots": list[int]}
+    kinds = {"tokenizer": str, "experts": list[int], "slots": list[int]}
     values = {name: field(data, name, kinds.get(name, int), where) for name in names}
     values |= {name: tuple(values[name]) for name in ("experts", "slots")}
     try:

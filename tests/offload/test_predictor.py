@@ -119,7 +119,7 @@ def test_windows_end_where_documents_begin():
         document_N=np.array([0, 0, 0, 1, 1, 2]),
         token_N=np.array([5, 6, 7, 1, 2, 4]),
     )
-    about = About(text="", vocab=9, experts=(4,), slots=(1,), last=2)
+    about = About(tokenizer="", vocab=9, experts=(4,), slots=(1,), last=2)
     assert windows(routes, about).tolist() == [
         [5, 5, 9],
         [5, 6, 5],
