@@ -73,7 +73,7 @@ def one(folder: pathlib.Path, row: str) -> dict:
     else:
         home = RunDir(folder / "full")
         ids = home.tokenizer().prompt(PROMPT)
-        run = load_experts(home, f"{row}:{folder / 'store.json'}", ids, say=print)
+        run = load_experts(home, f"{row}:{folder / 'store.json'}", ids, say=print).run
     read = bytes_read() - before
     loaded = peak_bytes()
     arrays = {"params": run.params, "state": run.state}

@@ -28,7 +28,7 @@ from moex.runs.base import Base, check_no_adapters, has_base
 from moex.runs.claim import new_folder, new_run
 from moex.runs.directory import Place, RunDir
 from moex.runs.keys import check_run
-from moex.runs.open import LoadedRun
+from moex.runs.open import LoadedRun, saved_spec
 from moex.runs.score import score_run
 from moex.runs.write import write_run
 from moex.train.job import Job
@@ -54,7 +54,8 @@ def convert_run(
 
     Returns:
       The content of the new `convert.json`: the options, sizes and losses; "errors" of
-      every layer, operator and group, and what else conversions found.
+      every layer, operator and group, and what else conversions found. The loss before
+      is None where the run was not read as a whole ("bytes_read").
 
     Raises:
       ConfigError: for a user's mistake, before anything is computed.
@@ -74,11 +75,9 @@ def convert_run(
     cfg.optim = dataclasses.replace(cfg.optim, prune=None)  # it may have other matrices
     check_run(cfg, to_train=False)
     with new_run(made, flag, say) as hidden:
-        old = new = opened.loaded  # on the job's devices
         job = opened.job(cfg)
-        for conversion in conversions:
-            new, found = _applied(conversion, new, job, say)
-            report |= found
+        new, found = _converted(conversions, opened, job, say)
+        report |= found
         arrays = {"params": new.params, "state": new.state}
         write_run(hidden, cfg, job, job.tx, job.data, arrays)
         if all(conversion.keeps_family for conversion in conversions):
@@ -88,13 +87,15 @@ def convert_run(
         keep_layout(run.imported, hidden.imported)
         for conversion in conversions:
             conversion.write(hidden)
-    report["step"] = old.step
+    report["step"] = new.step
+    specs = {"before": saved_spec(run), "after": job.spec}
     sizes = {"params": "", "expert_params": "experts"}
     report |= {
-        name: {"before": _size(old.spec, part), "after": _size(job.spec, part)}
+        name: {when: _size(spec, part) for when, spec in specs.items()}
         for name, part in sizes.items()
     }
-    report["loss"] = _losses(run, made, job, sequences)
+    known = {} if "bytes_read" in report else {"before": run}
+    report["loss"] = _losses(known | {"after": made}, job, sequences)
     atomic_write(made.conversion, dump_json(report, indent=1) + "\n")
     return report
 
@@ -134,6 +135,19 @@ def _ready(source: Source, conversions: Sequence[Conversion]) -> list:
     return [conversion.ready(source) for conversion in conversions]
 
 
+def _converted(
+    conversions: Sequence[Conversion], source: Source, job: Job, say
+) -> tuple[LoadedRun, dict]:
+    """The new model, on the devices of the job, and what the conversions report."""
+    if len(conversions) == 1 and (read := conversions[0].read(source)) is not None:
+        return read
+    run, report = source.loaded, {}
+    for conversion in conversions:
+        run, found = _applied(conversion, run, job, say)
+        report |= found
+    return run, report
+
+
 def _applied(conversion, run: LoadedRun, job: Job, say) -> tuple[LoadedRun, dict]:
     """Apply a conversion: the new model, and what the conversion reports."""
     params, state, found = conversion.arrays(run, job, say)
@@ -150,15 +164,15 @@ def _size(spec, part="") -> int:
     return sum(n for path, n in sizes if not part or part in path.split("/"))
 
 
-def _losses(run: RunDir, new: RunDir, job: Job, sequences: int) -> dict | None:
-    """The held-out loss before and after; None without held-out data or sequences."""
+def _losses(runs: dict[str, RunDir], job: Job, sequences: int) -> dict | None:
+    """The held-out loss of runs by name; None without held-out data or sequences."""
     if not sequences or not job.holds_out:
         return None
-    before, after = (
-        score_run(folder, folder.config(), sequences=sequences) for folder in (run, new)
-    )
-    score = job.cfg.task.score
-    return {"before": before[score], "after": after[score], "tokens": after["tokens"]}
+    score, found = job.cfg.task.score, dict.fromkeys(("before", "after"))
+    for name, run in runs.items():
+        scored = score_run(run, run.config(), sequences=sequences)
+        found |= {name: scored[score], "tokens": scored["tokens"]}
+    return found
 
 
 def report_text(report: dict, conversions: Sequence[Conversion]) -> str:
@@ -172,8 +186,7 @@ def report_text(report: dict, conversions: Sequence[Conversion]) -> str:
     if loss is None:
         lines.append("held-out loss: not scored")
     else:
-        lines.append(
-            f"held-out loss, nats per token: {loss['before']:.4f} -> "
-            f"{loss['after']:.4f} ({loss['tokens']:,} tokens)"
-        )
+        before = "" if loss["before"] is None else f"{loss['before']:.4f} -> "
+        told = f"{before}{loss['after']:.4f} ({loss['tokens']:,} tokens)"
+        lines.append(f"held-out loss, nats per token: {told}")
     return "\n".join(lines)

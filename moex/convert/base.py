@@ -83,6 +83,18 @@ class Conversion(abc.ABC):
           ConfigError: if this model cannot be converted.
         """
 
+    def read(self, source) -> tuple[Any, dict] | None:
+        """Read the converted model alone, without the rest of the run.
+
+        Args:
+          source: as for `ready`.
+
+        Returns:
+          `(run, found)`: a `LoadedRun`, and what `convert.json` reports, "bytes_read"
+          among it; None: all is needed, and `arrays` makes the model.
+        """
+        return None
+
     @abc.abstractmethod
     def arrays(self, run, job, say) -> tuple[dict, dict, dict]:
         """The parameters and state of the converted model.

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from moex.config.base import ConfigError
+from moex.convert import source
+from moex.convert.apply import convert_run, report_text
+from moex.convert.kinds.subset import Subset
 from moex.convert.load_kept import load_kept
 from moex.convert.plans import Keep, Plan
 from moex.convert.store import Pattern, Store, marked_mean
@@ -149,6 +152,29 @@ def test_only_the_experts_of_a_plan_are_read_from_the_disk(moe_run):
     experts = 3 * 32 * 32 * 4  # bytes of one of the 8 experts
     # Random numbers compress to about 0.93 of their bytes.
     assert 0.85 * 5 * experts < every - few < 1.0 * 5 * experts
+
+
+@pytest.mark.thorough
+def test_a_subset_is_written_without_the_other_experts_being_read(
+    moe_run, tmp_path, monkeypatch
+):
+    def whole(*args, **kwargs):
+        raise AssertionError("the whole run is read")
+
+    plan, quiet = plan_of(moe_run, (0, 2), (3, 1)), {"say": lambda line: None}
+    expected = load_kept(moe_run, plan)
+    monkeypatch.setattr(source, "load_run", whole)
+    report = convert_run(moe_run, tmp_path / "new", [Subset(plan=plan)], **quiet)
+    assert report["bytes_read"] == expected.bytes_read
+    assert report["loss"]["before"] is None and report["loss"]["after"] > 0
+    assert report["kept"] == {"0": [2, 4], "1": [2, 4]}
+    monkeypatch.undo()
+    made = load_run(tmp_path / "new")
+    assert_equal_trees(made.params, expected.run.params)
+    assert_equal_trees(made.state, expected.run.state)
+    text = report_text(report, [Subset(plan=plan)])
+    assert f"read {expected.bytes_read:,} bytes of the checkpoint" in text
+    assert "held-out loss, nats per token: " in text and "None" not in text
 
 
 @pytest.mark.thorough

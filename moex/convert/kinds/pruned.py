@@ -157,14 +157,17 @@ class Pruned(Planned):
     def arrays(self, run, job, say):
         from moex.convert import to_pruned
 
-        plan = self.made_plan()
-        pruned = to_pruned.Pruned.of(run.cfg.model, plan)
-        for line in pruned.clipped:
-            say(line)
-        layers = plan.by_layer().items()
-        kept = {str(n): [len(own.keep), own.experts] for n, own in layers}
-        found = {"kept": kept, "clipped": pruned.clipped}
+        pruned = to_pruned.Pruned.of(run.cfg.model, self.made_plan())
+        found = self.found(pruned.clipped, say)
         return pruned.arrays(run.params), pruned.arrays(run.state), found
+
+    def found(self, clipped: list[str], say) -> dict:
+        """What is reported of layers; lines on those where tokens get fewer experts."""
+        for line in clipped:
+            say(line)
+        layers = self.made_plan().by_layer().items()
+        kept = {str(n): [len(own.keep), own.experts] for n, own in layers}
+        return {"kept": kept, "clipped": clipped}
 
     def lines(self, report):
         return [

@@ -64,6 +64,19 @@ class Subset(Pruned):
             )
         return super().ready(source)
 
+    def read(self, source):
+        from moex.convert.load_kept import load_kept
+
+        kept = load_kept(source.folder, self.made_plan())
+        found = self.found(kept.clipped, source.say)
+        return kept.run, found | {"bytes_read": kept.bytes_read}
+
+    def lines(self, report):
+        lines = super().lines(report)
+        if "bytes_read" in report:
+            lines.append(f"read {report['bytes_read']:,} bytes of the checkpoint")
+        return lines
+
     def make_store(self, source):
         """A `Store` with the domains of sums as tasks; `source` is a `Source`."""
         from moex.convert.store import make_store
