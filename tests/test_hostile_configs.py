@@ -247,7 +247,8 @@ def test_values_are_quoted_in_one_short_line():
     for _ in range(5000):
         deep = [deep]
     assert short("a" * 1000) == "'" + "a" * 196 + "..."
-    assert short(deep) == "<list>"
+    # Python from 3.12 on can write it.
+    assert short(deep) in ("<list>", "[" * 197 + "...")
     assert short(10**5000) == "<int>"
     assert short(ml_collections.ConfigDict({"a": 1})) == "{'a': 1}"
     assert short("a\nb") == r"'a\nb'"

@@ -202,7 +202,11 @@ MISTAKES = {
         "FIGURS = (",
         "Classify must set FIGURES",
     ),
-    "no losses": ("def losses", "def loses", "abstract method losses (run.py, line"),
+    "no losses": (
+        "def losses",
+        "def loses",
+        "instantiate abstract class Classify with",
+    ),
     "a bug": ("nll_BL, {", "nl_BL, {", ", in losses: NameError"),
 }
 

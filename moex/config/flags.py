@@ -160,7 +160,9 @@ def _reason(error: Exception) -> str:
 
 
 MISSING_ARGUMENTS = re.compile(r"(\w+)\.__init__\(\) missing \d+ required .*: (.+)")
-UNKNOWN_ARGUMENT = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword .*'(.+)'")
+UNKNOWN_ARGUMENT = re.compile(
+    r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'"
+)
 
 
 def _subclasses(kind) -> list:
