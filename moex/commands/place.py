@@ -4,6 +4,7 @@ from moex.commands import Verb
 from moex.commands.arguments import add_json, run_dir
 from moex.config.arguments import path
 from moex.json_files import dump_json
+from moex.offload import flags as offloading
 from moex.placement.flags import add_placement, every_of, how_of, objective_of
 
 
@@ -13,7 +14,8 @@ class Command(Verb):
     It reads a trace, or the sums beside it, and prints how many tokens change devices
     as the model is, placed, on text that is held out, and where routing has no affinity
     between layers. --out writes the plan for `moex convert --to=placed`; --plan scores
-    an old plan on this trace (docs/placement.md).
+    an old plan on this trace (docs/placement.md). --simulate replays the trace with few
+    resident experts instead (docs/offload.md).
     """
 
     examples = """
@@ -21,6 +23,7 @@ class Command(Verb):
       moex place trace.parquet --devices=8 --nodes=2 --out=place.json
       moex convert runs/moe --to=placed --plan=place.json --workdir=runs/placed
       moex place later.parquet --plan=place.json
+      moex place trace.parquet --simulate --slots=4,8,50% --policy=lru,mrs,belady
     """
     refuses_config = "takes a trace and no config"
 
@@ -37,8 +40,15 @@ class Command(Verb):
             "that share weights are placed together",
         )
         add_json(parser)
+        offloading.add_simulate(parser)
+
+    def output(self, args):
+        return args.out or args.fit_predictor
 
     def run(self, args, config_args):
+        if (asked := offloading.asked_for(args)) is not None:
+            offloading.run(args, asked)
+            return
         from moex.analysis.writer import check_new
         from moex.convert.plans import Plan
         from moex.placement import report

@@ -98,10 +98,10 @@ def asked_for(args) -> str | None:
 
 def refuse_others(args, asked: str) -> None:
     """Raise `ConfigError` for a flag that only placements look at."""
-    own = {"command", "trace", "json", "simulate", "fit_predictor"}
+    own = {"verb", "command", "trace", "json", "simulate", "fit_predictor"}
     own |= {*OF_SIMULATION, *OF_TRAINING, *SHARED}
     for name, value in vars(args).items():
-        if name not in own and value not in (None, False) and not callable(value):
+        if name not in own and value not in (None, False):
             told = name.replace("_", "-")
             raise ConfigError(f"--{told}: is for placements; leave out --{asked}.")
 
