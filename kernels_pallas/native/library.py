@@ -25,17 +25,19 @@ import jax
 import jaxlib
 import numpy as np
 
-SOURCES = ("attention.c", "experts.c", "orthogonalise.c")
+SOURCES = ("attention.c", "experts.c", "lowered.c", "orthogonalise.c")
 FOLDER = pathlib.Path(__file__).parent
 FUNCTIONS = (
     "moex_attention_forward",
     "moex_attention_backward",
     "moex_experts_forward",
     "moex_experts_backward",
+    "moex_lowered",
     "moex_orthogonalise",
     "moex_product",
     "moex_weight_product",
 )
+DTYPES = {"float32", "bfloat16", "int32", "int8"}
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
 LIBRARIES = ("-lm", "-lpthread")
 MOST_FLOATS = (
@@ -147,14 +149,14 @@ def call(name, shapes, inputs, pieces=None, **attributes):
       attributes: ints, or numpy scalars.
 
     Raises:
-      ValueError: on other dtypes than float32 and int32, which C would misread.
+      ValueError: on other dtypes than DTYPES, which C would misread.
       RuntimeError: if there is no library; see `why_not`.
     """
     if reason := why_not():
         raise RuntimeError(f"{name}: {reason}")
     dtypes = {a.dtype.name for a in inputs}
-    if not dtypes <= {"float32", "int32"}:
-        raise ValueError(f"{name} takes float32 and int32; got {sorted(dtypes)}.")
+    if not dtypes <= DTYPES:
+        raise ValueError(f"{name} takes {sorted(DTYPES)}; got {sorted(dtypes)}.")
     results = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
     attributes["most"] = pieces or min(max(8, 4 * (os.cpu_count() or 1)), 64)
     attributes = {

@@ -106,6 +106,17 @@ def offload_of(args):
     return Settings(args.offload, **given)
 
 
+def add_weights(parser) -> None:
+    """Add `--weights`."""
+    parser.add_argument(
+        "--weights",
+        choices=("bfloat16", "int8", "int4"),
+        help="keep the matrices of experts, attention and logits so: fewer bytes, "
+        "quicker to decode with on a CPU, less exact (docs/kernels.md); default: as "
+        "the checkpoint is",
+    )
+
+
 def scored_config(args, config_args: list[str]):
     """The config of `args.run` with changes by `config_args`, or with `--data`.
 

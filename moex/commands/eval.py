@@ -7,6 +7,7 @@ from moex.commands.arguments import (
     add_offload,
     add_run,
     add_steer,
+    add_weights,
     offload_of,
     scored_config,
     steering_of,
@@ -38,6 +39,7 @@ class Command(Verb):
         add_data(parser, "score all of this")
         add_steer(parser)
         add_offload(parser)
+        add_weights(parser)
         tasks = parser.add_argument_group(
             "tasks of the lm_eval harness (extra `eval`)", "Instead of held-out data."
         )
@@ -73,10 +75,12 @@ def _held_out(args, config_args):
 
     cfg = scored_config(args, config_args)
     steering = steering_of(args)
-    how = {"sequences": args.sequences, "steering": steering}
+    how: dict = {"sequences": args.sequences, "steering": steering}
     offload = offload_of(args)
     if offload is None:
-        result = score_run(args.run, cfg, **how)
+        result = score_run(args.run, cfg, weights=args.weights, **how)
+    elif args.weights is not None:
+        raise ConfigError("--weights: cannot be used together with --offload.")
     else:
         from moex.offload.score import score_offloaded
 
@@ -102,6 +106,7 @@ def _tasks(args, config_args):
         limit=args.limit,
         num_fewshot=args.num_fewshot,
         steering=steering_of(args),
+        weights=args.weights,
     )
     figures = ((t, *row) for t, own in result["tasks"].items() for row in own.items())
     return result, "", [f"  {t:<24} {name:<24} {v:.4f}" for t, name, v in figures]

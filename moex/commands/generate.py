@@ -8,6 +8,7 @@ from moex.commands.arguments import (
     add_offload,
     add_run,
     add_steer,
+    add_weights,
     offload_of,
     steering_of,
 )
@@ -57,6 +58,7 @@ class Command(Verb):
             "first prompt) of a store of moex convert --to=subset --write-store",
         )
         add_steer(parser)
+        add_weights(parser)
         parser.add_argument(
             "--visual",
             metavar="FILE.npy",
@@ -91,6 +93,7 @@ class Command(Verb):
             steering=steering_of(args),
             experts=args.experts,
             offload=offload_of(args),
+            weights=args.weights,
             visual=args.visual,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,

@@ -16,7 +16,7 @@ import numpy as np
 
 from moex.model.layers import Site, sites
 from moex.model.paths import flat_paths
-from moex.nn.lowered import VALUES, weight_sizes
+from moex.nn.lowered import SCALES, VALUES, weight_sizes
 from moex.nn.model import Model
 from moex.nn.projection import of_adapter
 
@@ -315,6 +315,31 @@ def _shared_by_experts(site: Site, names, info) -> dict[str, int]:
         and "/experts/adapters/" in name
         and "expert" not in info[f"{site.path}/{name}"].axes
     }
+
+
+def bytes_per_token(cfg: Model, params: dict) -> float:
+    """The bytes of parameters that one token's forward pass reads.
+
+    A token reads the experts that it uses, as expected before training, and one row of
+    the embedding.
+
+    Args:
+      cfg: model config.
+      params: `{path: array}` of the model, weights of blocks by their parts; only
+        shapes and dtypes count.
+    """
+    total = 0.0
+    ffns = {f"{site.path}/ffn/": site.ffn for site in sites(cfg)}
+    for path, array in params.items():
+        name = path.removesuffix(VALUES).removesuffix(SCALES)
+        share = 1.0
+        if name == "w_embed_VD" and name not in cfg.used_again():
+            share = 1 / array.shape[0]
+        for start, ffn in ffns.items():
+            if name.startswith(start):
+                share = ffn.param_use(name.removeprefix(start))[0]
+        total += share * num_bytes(array)
+    return total
 
 
 def num_bytes(tree) -> int:

@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kernels_pallas.dense import computes_in_c
 from kernels_pallas.device import platform
 from moex.model.accounting import device_bytes, num_bytes
 from moex.model.spec import merged
 from moex.nn.context import Compute, Context
 from moex.nn.contract import StackReader
 from moex.nn.lm import LM
-from moex.nn.lowered import Int8Weight
+from moex.nn.lowered import BlockWeight
 from moex.progress import phase
 
 # Prompts are padded to a power of two of at least this many tokens, so that a session
@@ -176,7 +177,7 @@ def _generate(
     N = max_new_tokens
     slots = P + N - 1
     model = merged(graphdef, params, state)
-    cast_experts(model, compute.dtype)
+    cast_experts(model, compute)
     graphdef, arrays = nnx.split(model, graph=False)
 
     def run(token_BL, first_slot, stopped_B, cache):
@@ -228,18 +229,24 @@ def padded_stops(tokens: Collection[int]) -> np.ndarray:
     return np.array(found + [-1] * (most - len(found)), np.int32)
 
 
-def cast_experts(model, dtype) -> None:
-    """Cast experts to the compute dtype once, instead of again for every token."""
+def cast_experts(model, compute: Compute) -> None:
+    """Cast experts to the compute dtype once, instead of again for every token.
+
+    Weights in fewer bytes that C reads stay as they are.
+    """
+    kept = computes_in_c(np.dtype(np.float32), compute.kernels)
     for _, module in nnx.iter_modules(model, graph=False):
         if isinstance(module, StackReader):
             for weight in jax.tree.leaves(module, is_leaf=_is_whole):
-                if isinstance(weight, nnx.Param):
-                    weight.set_value(weight[...].astype(dtype))
+                if not isinstance(weight, nnx.Param):
+                    continue
+                if not (kept and weight[...].dtype == jnp.bfloat16):
+                    weight.set_value(weight[...].astype(compute.dtype))
 
 
 def _is_whole(leaf) -> bool:
-    """Tell whether the walk ends here: at a parameter, or at a whole int8 weight."""
-    return isinstance(leaf, (nnx.Param, Int8Weight))
+    """Tell whether the walk ends here: at a parameter, or a whole weight of blocks."""
+    return isinstance(leaf, (nnx.Param, BlockWeight))
 
 
 def context(token_BL, first_slot, slots, num_padding_B, stopped_B, compute) -> Context:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moex import sharding
 from moex.adapters.attach import make_model
 from moex.model.paths import flat_paths, path_name
+from moex.nn.lowered import lower_model
 from moex.nn.model import Model
 from moex.nn.param import split_params
 
@@ -57,13 +58,28 @@ class ModelSpec:
         return {path: array.shape for path, array in arrays.items()}
 
 
-def model_spec(cfg: Model, mesh: Mesh | None = None) -> ModelSpec:
+def model_spec(
+    cfg: Model, mesh: Mesh | None = None, weights: str | None = None
+) -> ModelSpec:
     """The abstract model of a config; allocates nothing.
+
+    Args:
+      cfg: model config.
+      mesh: the mesh that it has to fit; None: none.
+      weights: keep matrices so, for a model that is not trained: see
+        `nn.lowered.lower_model`; None: as they are trained.
 
     Raises:
       ConfigError: if `mesh` does not divide a parameter that it splits.
     """
-    abstract = nnx.eval_shape(lambda: make_model(cfg, nnx.Rngs(params=0)), graph=False)
+
+    def make():
+        model = make_model(cfg, nnx.Rngs(params=0))
+        if weights is not None:
+            lower_model(model, weights)
+        return model
+
+    abstract = nnx.eval_shape(make, graph=False)
     graphdef, params, state = split_params(abstract)
     info = {}
     for tree in (params, state):

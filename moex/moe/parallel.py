@@ -31,7 +31,7 @@ from kernels_pallas.device import on_a_mesh
 from kernels_pallas.permute import take
 from moex.moe.all_to_all import moves_all_to_all, plan_travel
 from moex.nn.contract import StackReader
-from moex.nn.lowered import Int8Weight
+from moex.nn.lowered import BlockWeight
 from moex.nn.param import split_params
 from moex.numbers import exact
 from moex.sharding import TOKEN_AXES, partition_spec
@@ -97,7 +97,7 @@ def run_experts(experts, x_TD, routing, num_experts, ctx, *, rows):
     graphdef, params, rest = split_params(experts)
     axes = {path: v.get_metadata()["axes"] for path, v in nnx.to_flat_state(params)}
     specs = {path: partition_spec(own) for path, own in axes.items()}
-    kept = {path for path in axes if path[-1] in Int8Weight.PARTS}
+    kept = {path for path in axes if path[-1] in BlockWeight.PARTS}
     weights = {path: v[...] for path, v in nnx.to_flat_state(params)}
     splits_width = mesh.shape["tensor"] > 1 and any("mlp" in a for a in axes.values())
     own_ctx = _for_experts(ctx, 1 / mesh.shape["tensor"] if splits_width else 1.0)

@@ -55,6 +55,7 @@ class LanguageModel(Layers):
     """Parameters: w_embed_VD [V, D], those of `Layers`, w_logits_DV."""
 
     PROJECTED = ("w_embed_VD", "w_logits_DV")
+    READ_WHOLE = ("w_embed_VD",)
 
     def __init__(self, cfg: LM, rngs):
         D, V = cfg.dim, cfg.vocab

@@ -92,6 +92,7 @@ class LatentAttentionLayer(AttentionModule, Projector):
         *("w_q_DHC", "w_qa_DQ", "w_qb_QHC"),
         *("w_kva_DC", "w_kvb_ZHC", "w_out_HVD"),
     )
+    READ_WHOLE = ("w_kvb_ZHC",)
 
     def __init__(self, cfg, dim, rngs):
         H, Z, Q = cfg.heads, cfg.kv_latent, cfg.q_latent

@@ -24,9 +24,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas import grouped_matmul, matmul
+from kernels_pallas import grouped_matmul, lowered_matmul, matmul
 from moex.config.base import Config, ConfigError
 from moex.nn.context import fold_key
+from moex.nn.lowered import BlockWeight, as_read
 from moex.sharding import RULES
 
 
@@ -333,10 +334,12 @@ class Projector(nnx.Module):
     Attributes:
       PROJECTED: names of the parameters that it uses through `project` or
         `project_rows` alone.
+      READ_WHOLE: those of them that it also reads by itself, when it decodes.
       adapters: the adapter of each adapted parameter, by the parameter's name.
     """
 
     PROJECTED: ClassVar[tuple[str, ...]] = ()
+    READ_WHOLE: ClassVar[tuple[str, ...]] = ()
     adapters: Any = {}  # set by `moex.adapters.attach`
 
 
@@ -359,12 +362,14 @@ def project(module: Projector, name: str, x, ctx, contract=1, out_dtype=None):
     Returns:
       [..., *outer], changed by the adapter of the parameter if there is one.
     """
-    w = getattr(module, name)[...].astype(x.dtype)
-    kernels = ctx.compute.kernels
+    weight = getattr(module, name)
+    low, w = as_read(weight, ctx), weight[...].astype(x.dtype)
 
     def base(x, part=None):
-        own = w if part is None else w[*[slice(None)] * contract, part]
-        options = {"implementation": kernels, "out_dtype": out_dtype}
+        own = w if low is None else low
+        if part is not None:
+            own = w[*[slice(None)] * contract, part]
+        options = {"implementation": ctx.compute.kernels, "out_dtype": out_dtype}
         return matmul(x, own, contract=contract, **options)
 
     return adapted(module, name, base, x, ctx, contract)
@@ -432,14 +437,26 @@ def project_rows(module: Projector, name: str, x_NC, group_sizes_E, ctx):
       [N, prod(outer)], changed by the adapter of the parameter if there is one; its
       gates for the rows are in `ctx.told` by the name of the parameter, [N, num_gates].
     """
-    w = getattr(module, name)[...].astype(x_NC.dtype)
-    if ctx.whole_stack:
-        w = w.reshape(-1, *w.shape[2:])
-    w_ECO = w.reshape(*w.shape[:2], -1)
+    weight = getattr(module, name)
+    low = as_read(weight, ctx)
 
     def base(x_NC):
+        if low is not None:
+            w_ECO = low.matrices(1 + ctx.whole_stack, 1)
+            bounds = jnp.cumulative_sum(group_sizes_E, include_initial=True)
+            y_NO = lowered_matmul(x_NC.astype(jnp.float32), w_ECO, bounds)
+            return y_NO.astype(x_NC.dtype)
+        w, sizes_E = weight[...], group_sizes_E
+        if ctx.whole_stack and isinstance(weight, BlockWeight):
+            # Rows are those of one copy: the other ones need not be widened.
+            w = weight.lowered().copy_of(ctx.layer).raised()
+            first = ctx.layer * w.shape[0]
+            sizes_E = jax.lax.dynamic_slice_in_dim(sizes_E, first, w.shape[0])
+        elif ctx.whole_stack:
+            w = w.reshape(-1, *w.shape[2:])
+        w_ECO = w.astype(x_NC.dtype).reshape(*w.shape[:2], -1)
         kernels = ctx.compute.kernels
-        return grouped_matmul(x_NC, w_ECO, group_sizes_E, implementation=kernels)
+        return grouped_matmul(x_NC, w_ECO, sizes_E, implementation=kernels)
 
     if name not in module.adapters:
         return base(x_NC)

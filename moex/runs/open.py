@@ -56,7 +56,7 @@ def load_run(
     run = RunDir.of(place)
     cfg, spec = run.config(), saved_spec(run)
     if mesh_cfg is None:
-        mesh = _mesh_here(cfg, spec, warn)
+        mesh = mesh_here(cfg, spec, warn)
     else:
         mesh = mesh_cfg.make()
         check_mesh(spec, mesh)
@@ -230,7 +230,8 @@ def saved_spec(run: RunDir) -> ModelSpec:
     return model_spec(model)
 
 
-def _mesh_here(cfg, spec: ModelSpec, warn) -> Mesh:
+def mesh_here(cfg, spec: ModelSpec, warn) -> Mesh:
+    """The mesh of a run where it fits the devices here, or one of whole copies."""
     try:
         mesh = cfg.mesh.make()
         check_mesh(spec, mesh)

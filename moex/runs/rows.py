@@ -66,6 +66,12 @@ class Rows:
         with self._damaged():
             return tuple(self._array(item, path).chunk_layout.read_chunk.shape)
 
+    def lead(self, item: str, path: str) -> int:
+        """The number of first dims, two at most, that no piece has more than one of."""
+        with self._damaged():
+            chunk = self._array(item, path).chunk_layout.read_chunk.shape
+        return next((d for d, n in enumerate(chunk[:2]) if n > 1), min(len(chunk), 2))
+
     @functools.cache  # noqa: B019, lives as long as this
     def _array(self, item: str, path: str):
         store = {

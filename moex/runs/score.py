@@ -16,6 +16,7 @@ from moex.runs.directory import Place, RunDir
 from moex.runs.keys import check_run
 from moex.runs.open import LoadedRun, load_run
 from moex.runs.program import Evaluated, Program, check_eval_devices, eval_batch_size
+from moex.runs.weights import load_lowered
 from moex.sharding import batch_shards, shard_batch
 
 
@@ -111,7 +112,12 @@ def domain_losses(domains, metrics) -> dict[str, float]:
 
 
 def score_run(
-    place: Place, cfg, *, sequences=None, steering: Steering | None = None
+    place: Place,
+    cfg,
+    *,
+    sequences=None,
+    steering: Steering | None = None,
+    weights: str | None = None,
 ) -> dict:
     """Score a run on the held-out data of `cfg`, as its task does.
 
@@ -119,18 +125,20 @@ def score_run(
       cfg: as `run_with_data` takes it.
       sequences: score at most this many held-out sequences; None: all.
       steering: how experts are steered; None: as trained.
+      weights: as for `run_with_data`.
 
     Raises:
       ConfigError: for a bad run directory or bad data.
       CheckpointError: if no checkpoint is intact.
     """
     steer = steering_for(place, steering)
-    run, program = run_with_data(place, cfg)
+    run, program = run_with_data(place, cfg, weights=weights)
     state = {"params": run.params, "state": run.state}
     with jax.set_mesh(run.mesh):
         step = eval_step(program)
         result = evaluate(program, state, step, sequences, steer=steer)
-    return told_score(run, result)
+    how = {} if weights is None else {"weights": weights}
+    return how | told_score(run, result)
 
 
 def told_score(run: LoadedRun, result: dict | None) -> dict:
@@ -191,7 +199,9 @@ def held_out(task, lines: dict[int, dict]) -> str | None:
     return f"held out at step {step:,}: {told}{tokens}"
 
 
-def run_with_data(place: Place, cfg, *, step=None) -> tuple[LoadedRun, Evaluated]:
+def run_with_data(
+    place: Place, cfg, *, step=None, weights: str | None = None
+) -> tuple[LoadedRun, Evaluated]:
     """Load a trained model, and its program with the held-out data of `cfg`.
 
     The data is read as the run reads it (its tokenizer, its units), whatever `cfg.data`
@@ -200,6 +210,8 @@ def run_with_data(place: Place, cfg, *, step=None) -> tuple[LoadedRun, Evaluated
     Args:
       cfg: run config whose data, seq_len, eval, precision and mesh are used; its model,
         task and eval.batch_size are filled in.
+      step: as for `load_run`.
+      weights: as for `load_lowered`, which reads the newest step; None: as trained.
 
     Raises:
       ConfigError: for a bad run directory or bad data.
@@ -208,7 +220,10 @@ def run_with_data(place: Place, cfg, *, step=None) -> tuple[LoadedRun, Evaluated
     # Take the run's own mesh if it fits the devices here, or else the given one.
     folder = RunDir.of(place)
     given = None if cfg.mesh == folder.config().mesh else cfg.mesh
-    run = load_run(folder, given, warn=tell, step=step)
+    if weights is None:
+        run = load_run(folder, given, warn=tell, step=step)
+    else:
+        run = load_lowered(folder, weights, given, warn=tell)
     return run, with_data(run, cfg)
 
 

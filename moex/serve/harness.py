@@ -24,6 +24,7 @@ from moex.runs.directory import Place, RunDir
 from moex.runs.open import LoadedRun, load_run
 from moex.runs.program import eval_batch_size
 from moex.runs.score import steering_for
+from moex.runs.weights import load_lowered
 from moex.serve.likelihood import chunks, continuation_scores, padded_length
 from moex.tasks.base import require_token_ids
 
@@ -180,6 +181,7 @@ def score_tasks(
     limit=None,
     num_fewshot=None,
     steering: Steering | None = None,
+    weights: str | None = None,
 ) -> dict:
     """Evaluate tasks of the harness on the newest checkpoint of a run.
 
@@ -190,6 +192,7 @@ def score_tasks(
       limit: documents per task, or below 1 a share of them; None: all.
       num_fewshot: examples before each question; None: the number of the task.
       steering: how experts are steered; None: as trained.
+      weights: as for `load_lowered`; None: as trained.
 
     Returns:
       {"step", "lm_eval": its version, "limit", "num_fewshot": {task: examples},
@@ -220,7 +223,10 @@ def score_tasks(
         if task not in manager.all_tasks:
             hint = nearest(task, manager.all_tasks)
             raise ConfigError(f"--tasks = {task!r}: no such task or file.{hint}")
-    run = load_run(place, warn=tell)
+    if weights is None:
+        run = load_run(place, warn=tell)
+    else:
+        run = load_lowered(place, weights, warn=tell)
     # The harness would fork this process for its bootstrap while JAX has threads.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout is for results
@@ -243,6 +249,8 @@ def score_tasks(
             for task, values in found["results"].items()
         },
     }
+    if weights is not None:
+        result["weights"] = weights
     if steering is not None:
         result["steering"] = steering.where
     with open(RunDir.of(place).harness, "a", encoding="utf-8") as f:

@@ -18,6 +18,7 @@ from moex.progress import tell
 from moex.runs.directory import Place, RunDir
 from moex.runs.open import LoadedRun, load_run
 from moex.runs.score import steering_for
+from moex.runs.weights import load_lowered
 from moex.serve import adapters
 from moex.serve.experts import load_experts
 from moex.tasks.base import require_token_ids
@@ -37,6 +38,7 @@ def write_text(
     visual=None,
     experts: str | None = None,
     offload: Settings | None = None,
+    weights: str | None = None,
     warn=print,
     **sampling,
 ) -> list[str]:
@@ -56,6 +58,7 @@ def write_text(
       visual: a file of visual tokens; see `read_visual`.
       experts: which experts are read: see `experts.load_experts`; None: all.
       offload: how experts wait on the host; their figures are told; None: they do not.
+      weights: as for `load_lowered`; None: as trained.
       warn: as for `load_run`.
 
     Raises:
@@ -72,9 +75,11 @@ def write_text(
     if not names:  # before anything is read
         _layout(RunDir.of(place).config(), place, chat)
     steer, plan = steering_for(place, steering), None
-    if offload is not None and (names or experts is not None):
-        other = "--adapter" if names else "--experts"
-        raise ConfigError(f"--offload: cannot be used together with {other}.")
+    flags = {"--weights": weights, "--offload": offload}
+    flags |= {"--adapter": names, "--experts": experts}
+    given = [flag for flag, value in flags.items() if value]
+    if len(given) > 1 and given[0] in ("--weights", "--offload"):
+        raise ConfigError(f"{given[0]}: cannot be used together with {given[1]}.")
     if offload is not None:
         _check_causal(RunDir.of(place).config().model, place)
         opened = open_offloaded(place, offload)
@@ -82,6 +87,8 @@ def write_text(
         sampling["write"] = functools.partial(
             decode.generate, opened.executor, run.cfg.model
         )
+    elif weights is not None:
+        run = load_lowered(place, weights, warn=warn)
     elif experts is None:
         run = load_run(place, warn=warn)
     else:

@@ -12,6 +12,7 @@ from kernels_pallas import ACTIVATIONS, grouped_glu
 from moex.config.base import require, require_choice
 from moex.moe.contract import Experts, ExpertsConfig
 from moex.nn.contract import StackReader
+from moex.nn.lowered import BlockWeight, as_read
 from moex.nn.param import param
 from moex.nn.projection import Projector, per_row, project_rows
 
@@ -112,7 +113,9 @@ class FusedGluExperts(GluExperts):
     """Gated experts without biases: dispatch and combine are part of the kernel."""
 
     def sums(self, x_TD, gate_TK, plan, ctx, buffer_rows=None):
-        if self.adapters:  # they change what is inside of the fused kernel
+        low = as_read(self.w_in_ED2F, ctx) is not None
+        # Adapters change what is inside of the fused kernel, which takes plain weights.
+        if self.adapters or low or isinstance(self.w_in_ED2F, BlockWeight):
             return super().sums(x_TD, gate_TK, plan, ctx)
         w_in, w_out = self._weights(x_TD.dtype, ctx)
         return grouped_glu(
