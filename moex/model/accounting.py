@@ -317,14 +317,14 @@ def _shared_by_experts(site: Site, names, info) -> dict[str, int]:
     }
 
 
-def bytes_per_token(cfg: Model, params: dict) -> float:
+def bytes_per_token(cfg: Model, params: dict, experts_per_token=None) -> float:
     """The bytes of parameters that one token's forward pass reads.
 
-    A token reads the experts that it uses, as expected before training, and one row of
-    the embedding.
+    A token reads the experts that it uses and one row of the embedding.
 
     Args:
       cfg: model config.
+      experts_per_token: of every layer; None: as expected before training.
       params: `{path: array}` of the model, weights of blocks by their parts; only
         shapes and dtypes count.
     """
@@ -337,7 +337,8 @@ def bytes_per_token(cfg: Model, params: dict) -> float:
             share = 1 / array.shape[0]
         for start, ffn in ffns.items():
             if name.startswith(start):
-                share = ffn.param_use(name.removeprefix(start))[0]
+                own = name.removeprefix(start)
+                share = ffn.param_use(own, experts_per_token)[0]
         total += share * num_bytes(array)
     return total
 
