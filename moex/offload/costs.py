@@ -23,6 +23,8 @@ class Costs:
       device: of the device, for each expert.
       move: of the link, for each expert that is moved to the device.
       layer: of all else in a layer, such as attention, before its experts are known.
+      again: of a layer that runs again once what it missed is there, as real decoding
+        does (`executor.py`); for each time that something is loaded.
     """
 
     cpu_first: float = 0.0
@@ -30,11 +32,12 @@ class Costs:
     device: float = math.inf
     move: float = math.inf
     layer: float = 0.0
+    again: float = 0.0
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
             require(value >= 0, f"costs: {name}", value, "0 or more")  # NaN is neither
-        for name in ("cpu_first", "layer"):
+        for name in ("cpu_first", "layer", "again"):
             value = getattr(self, name)
             require(math.isfinite(value), f"costs: {name}", value, "finite")
         somewhere = math.isfinite(self.cpu_row) or math.isfinite(self.device)

@@ -169,6 +169,7 @@ def _layer(layer, load, link, cache, costs, scheduler, now) -> tuple[float, floa
         there = [link.arrival((layer, e)) for e in found.hits]
         there += [link.demand((layer, e), begin) for e, _ in found.loads]
         begin = device_end(there, costs, begin)
+        begin += costs.again if found.loads else 0.0
         left, hosted = found.left, ()
     end = max(begin, now + costs.cpu(sum(load[e] for e in plan.cpu)))
     return end, len(plan.device) * costs.device if plan.device else 0.0

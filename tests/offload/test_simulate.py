@@ -63,6 +63,14 @@ def test_fewer_slots_than_experts_of_a_token():
     assert found.statistics.hits_L.tolist() == [1]
 
 
+def test_a_layer_that_missed_something_runs_again():
+    again = dataclasses.replace(SLOW, again=0.5)
+    found = replay(SIX, 2, lru(SIX), again)
+    assert found.time == replay(SIX, 2, lru(SIX), SLOW).time + 5 * 0.5
+    parts = routes_of([[[0, 1, 2]]])
+    assert replay(parts, 1, lru(parts), again).time == 2 + 3 * (5 + 0.5)
+
+
 def test_a_prefetched_expert_that_is_late_is_waited_for():
     routes = routes_of([[[0], [1]]] * 1, experts=2)
     perfect = known(routes.expert_NRK, 2)
