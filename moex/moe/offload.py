@@ -71,11 +71,13 @@ def run_resident(experts, x_TD, routing, num_experts, ctx, *, rows):
     here = here.keep_only(wanted_TK & (slot_TK >= 0) & ~done_TK)
     y_TD, lost = run_experts(experts, x_TD, here, num_slots(experts), ctx, rows=rows)
     wanted_TKE = expert_TK[:, :, None] == jnp.arange(num_experts)[None, None]
-    needed_E = jnp.any(wanted_TKE & wanted_TK[:, :, None], axis=(0, 1))
+    wanted_TKE &= wanted_TK[:, :, None]
+    rows_E = jnp.sum(wanted_TKE, axis=(0, 1), dtype=jnp.int32)
+    needed_E = rows_E > 0
     resident_E = own["slot_E"] >= 0
     sum_TD = own["sum_TD"] + y_TD.astype(jnp.float32)
     told = {
-        "needed_E": needed_E,
+        "rows_E": rows_E,
         "missing_E": needed_E & ~own["done_E"] & ~resident_E,
         "done_E": own["done_E"] | (needed_E & resident_E),
         "sum_TD": sum_TD,

@@ -1,18 +1,16 @@
 """A model that computes layer by layer with experts that wait in a bank.
 
-There is one program for each kind of block: it gets the other parameters of a layer,
-and the slots of all layers with such experts. After a layer the host looks what it
-missed, loads that into slots, and runs the layer again (`moe/offload.py`). So what is
-resident never changes a result, only the time.
+After a layer the host looks what it missed, loads that into slots, and runs the layer
+again (`moe/offload.py`). So what is resident never changes a result, only the time.
 
-B batch · L length · T tokens · D model width · E experts · R rounds · C slots
+B batch · L length · T tokens · D model width · E experts · R rounds
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import Future
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,70 +19,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moex.model.layers import Site, layers
 from moex.model.paths import flat_paths, nested
-from moex.model.spec import merged
 from moex.moe.offload import first_pass
 from moex.nn.param import split_params
-from moex.nn.stack import peak_of
-from moex.offload.layout import Layer, inside, is_row_part, module_of
-from moex.offload.slots import TRACED, Slots
-
-NEEDED, MISSING, SCORE = range(3)  # rows of what a layer tells of its experts
-
-
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "module"), donate_argnames="cache"
+from moex.offload.block import (
+    MISSING,
+    ROWS,
+    SCORE,
+    Routed,
+    Step,
+    run_block,
+    run_forecast,
 )
-def run_block(
-    arrays, slots, x_BLD, ctx, place_2, steer, cache, offload, *, graphdef, module
-):
-    """Run one block with the experts that are resident.
-
-    Args:
-      arrays: (params, state) of the block, without rows of experts.
-      slots: arrays of `Slots` by the item of their part; {} for a dense block.
-      x_BLD: residual stream.
-      ctx: `Context` of the batch.
-      place_2: int32, which copy of its segment the block is, and its number.
-      steer: the block's part of `Context.steer`, or None.
-      cache: of the attention; None outside of decoding.
-      offload: `Context.offload`; None for a dense block.
-      graphdef: of the block.
-      module: path of the experts in the block; "" in a dense one.
-
-    Returns:
-      (x_BLD, aux, cache, told): told has, for each round, "flags_R3E" (`NEEDED`,
-      `MISSING`, `SCORE`), "next", which goes on in `Context.offload`, and "slots",
-      which says what experts elsewhere would compute; None in a dense block.
-    """
-    TRACED["block"] += 1
-    trees = []
-    for item, tree in zip(("params", "state"), arrays, strict=True):
-        own = {f"{module}/{name}": a for name, a in slots.get(item, {}).items()}
-        trees.append(nested(flat_paths(tree) | own))
-    block = merged(graphdef, *trees)
-    ctx = dataclasses.replace(
-        ctx, layer=place_2[0], depth=place_2[1], steer=steer, offload=offload
-    )
-    peak = None if steer is None else peak_of(x_BLD, ctx.valid_BL)
-    x_BLD, aux, cache = block(x_BLD, ctx, cache)
-    if not module:
-        return x_BLD, (aux, peak), cache, None
-    own = aux
-    for name in module.split("/")[:-1]:
-        own = own[name]
-    told = own.pop("offload")
-    rounds = [told[str(t)] for t in range(len(told))] if "0" in told else [told]
-    flags = [[r["needed_E"], r["missing_E"], r["score_E"]] for r in rounds]
-    parts = ("x_TD", "expert_TK", "gate_TK", "keep_TK")
-    told = {
-        "flags_R3E": jnp.array(flags, jnp.float32),
-        "next": {
-            "done_RE": jnp.stack([r["done_E"] for r in rounds]),
-            "sum_RTD": jnp.stack([r["sum_TD"] for r in rounds]),
-        },
-        "slots": [{name: r[name] for name in parts} for r in rounds],
-    }
-    return x_BLD, (aux, peak), cache, told
+from moex.offload.costs import Costs
+from moex.offload.layout import inside, is_row_part, module_of
+from moex.offload.schedule import hss
+from moex.offload.slots import TRACED, Slots
 
 
 def num_programs() -> int:
@@ -92,38 +41,26 @@ def num_programs() -> int:
     return TRACED.total()
 
 
-class Routed(NamedTuple):
-    """The experts of a block."""
+@dataclasses.dataclass
+class Pass:
+    """One call of `Executor.run`, when it is recorded."""
 
-    module: str  # their path in the block
-    layer: Layer
-    place: int  # number of the layer in its pool
-    slots: Slots
-
-    def sizes(self, x_BLD) -> tuple[int, int, int]:
-        """The rounds, the tokens and their width."""
-        sparse = self.layer.site.sparse
-        assert sparse is not None
-        tokens = x_BLD.shape[0] * x_BLD.shape[1]
-        return len(sparse.routers), tokens, sparse.width
+    rows_LE: np.ndarray  # int32, tokens that used each expert
+    seconds: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Step:
-    """One block of the model as the executor runs it."""
+class Host(Protocol):
+    """The cores of the host as a device for experts: `host.HostExperts`."""
 
-    site: Site
-    copy: int
-    graphdef: Any
-    arrays: tuple[dict, ...]  # params and state, without rows of experts
-    place_2: jax.Array
-    routed: Routed | None  # None: it is dense
+    costs: Costs
 
-    def steer(self, tree: dict | None) -> dict | None:
-        """The block's part of `Context.steer`."""
-        for name in self.site.path.split("/"):
-            tree = None if tree is None else tree.get(name)
-        return jax.tree.map(lambda a: a[self.copy], tree)
+    def begin(self, own: Routed, told: dict, number: int, experts: set[int]) -> Future:
+        """Begin to compute experts of a round, from what `run_block` told."""
+
+    def added(
+        self, going: dict, number: int, experts: set[int], answer: Future
+    ) -> dict:
+        """What goes on in `Context.offload`, with the answer, for which it waits."""
 
 
 class Executor:
@@ -134,11 +71,14 @@ class Executor:
       slots: `Slots` of each pool.
       outer: (graph definition, params, state) of the model without its segments.
       place: where arrays are.
+      settings: how, as far as it concerns the loop.
+      host: computes experts on the cores of the host; None: nobody does.
       seconds: that passed in `run`, without passes that compiled something.
+      passes: of all calls of `run`; None: they are not recorded.
     """
 
     def __init__(
-        self, model, module, params, state, slots: Sequence[Slots], mesh: Mesh
+        self, model, module, params, state, slots: Sequence[Slots], mesh: Mesh, settings
     ):
         """Take the arrays of a model apart.
 
@@ -149,8 +89,12 @@ class Executor:
             [repeat, ...].
           slots: of all pools.
           mesh: of one device.
+          settings: `Settings`.
         """
-        self.slots, self.seconds = list(slots), 0.0
+        self.slots, self.settings = list(slots), settings
+        self.host: Host | None = None
+        self.passes: list[Pass] | None = None
+        self.forget()
         self.place = NamedSharding(mesh, PartitionSpec())
         self._fresh: dict[tuple, dict] = {}
         own = {
@@ -176,6 +120,20 @@ class Executor:
             for tree in flat
         ]
         self.outer = graphdef, *(nested(self._placed(tree)) for tree in rest)
+
+    def forget(self) -> None:
+        """Begin anew: all slots are empty, and nothing was counted."""
+        self.seconds = 0.0
+        if self.passes is not None:
+            self.passes = []
+        for slots in self.slots:
+            slots.forget()
+
+    def _no_rows(self) -> np.ndarray:
+        """Zeros int32[L, E], for all layers with experts."""
+        most = max(slots.pool.most_experts for slots in self.slots)
+        count = sum(len(slots.pool.layers) for slots in self.slots)
+        return np.zeros((count, most), np.int32)
 
     def _of_block(self, flat: dict, site: Site, copy: int) -> dict:
         path = f"{site.path}/"
@@ -208,14 +166,20 @@ class Executor:
         Returns:
           (x_BLD, (aux, greatest number in the residual stream) of each layer, caches).
         """
+        if self.passes is not None:
+            self.passes.append(Pass(self._no_rows()))
         begin, compiled, told, new = time.perf_counter(), num_programs(), [], []
-        for i, step in enumerate(self.steps):
+        for i in range(len(self.steps)):
             cache = None if caches is None else caches[i]
-            x_BLD, aux, cache = self._run_step(step, x_BLD, ctx, cache, steer)
+            x_BLD, aux, cache = self._run_step(i, x_BLD, ctx, cache, steer)
             told.append(aux)
             new.append(cache)
+        seconds = time.perf_counter() - begin
         if compiled == num_programs():
-            self.seconds += time.perf_counter() - begin
+            self.seconds += seconds
+        if self.passes is not None:
+            jax.block_until_ready(x_BLD)
+            self.passes[-1].seconds = time.perf_counter() - begin
         return x_BLD, told, None if caches is None else new
 
     def report(self) -> str:
@@ -236,7 +200,8 @@ class Executor:
             "waited for them"
         )
 
-    def _run_step(self, step: Step, x_BLD, ctx, cache, steer):
+    def _run_step(self, i: int, x_BLD, ctx, cache, steer):
+        step = self.steps[i]
         rest = (x_BLD, ctx, step.place_2, step.steer(steer))
         if (own := step.routed) is None:
             y_BLD, aux, cache, _ = run_block(
@@ -245,7 +210,8 @@ class Executor:
                 module="",
             )
             return y_BLD, aux, cache
-        going, asked = self._first_pass(own, x_BLD), 0
+        ahead = self._forecast(i, x_BLD, ctx, steer) if self.settings.prefetch else None
+        going, asked = self.first_pass(own, x_BLD), 0
         while True:
             going["slot_E"] = own.slots.slot_E(own.place)
             y_BLD, aux, cache, told = run_block(
@@ -253,54 +219,102 @@ class Executor:
                 graphdef=step.graphdef,
                 module=own.module,
             )
-            asked, complete = _load(own, np.asarray(told["flags_R3E"]), asked)
+            if ahead is not None:
+                _prefetch(own, *ahead)
+                ahead = None
+            asked, complete = self._load(own, told, asked)
             if complete:
                 return y_BLD, aux, cache
             going = told["next"]
 
-    def _first_pass(self, own: Routed, x_BLD) -> dict:
+    def _forecast(self, i: int, x_BLD, ctx, steer):
+        """The next block with experts, and what it would need now; None at the end."""
+        later = (step for step in self.steps[i + 1 :] if step.routed is not None)
+        step = next(later, None)
+        if step is None or step.routed is None:
+            return None
+        own = step.routed
+        nobody = self.first_pass(own, x_BLD)
+        rest = (x_BLD, ctx, step.place_2, step.steer(steer), nobody)
+        how = {"graphdef": step.graphdef, "module": own.module}
+        return own, run_forecast(step.arrays, own.slots.by_item(), *rest, **how)
+
+    def first_pass(self, own: Routed, x_BLD) -> dict:
+        """Make `Context.offload` of a layer of which nothing is resident or done."""
         key = (own.layer.experts, *own.sizes(x_BLD))
         if key not in self._fresh:
-            made = first_pass(np.zeros(key[0], np.int32), *key[1:])
+            made = first_pass(np.full(key[0], -1, np.int32), *key[1:])
             self._fresh[key] = jax.device_put(made, self.place)
         return dict(self._fresh[key])
 
+    def _load(self, own: Routed, told: dict, asked: int) -> tuple[int, bool]:
+        """Load what the first round with something missing needs, or compute it here.
 
-def _load(own: Routed, flags_R3E, asked: int) -> tuple[int, bool]:
-    """Load what the first round with something missing needs.
+        Args:
+          told: from `run_block`; what is computed here is added to it.
+          asked: the rounds whose needs are counted already.
+
+        Returns:
+          (rounds whose needs are counted now, whether nothing was missing).
+        """
+        cache, place = own.slots.cache, own.place
+        for t, flags_3E in enumerate(np.asarray(told["flags_R3E"])):
+            rows_E = flags_3E[ROWS].astype(np.int32)
+            missing = np.flatnonzero(flags_3E[MISSING]).tolist()
+            hosted = self._for_host(missing, rows_E)
+            wanted = missing
+            if t >= asked:
+                asked = t + 1
+                cache.routed(place, _padded(flags_3E[SCORE], own.slots))
+                wanted = np.flatnonzero(rows_E).tolist()
+                if self.passes is not None:
+                    self.passes[-1].rows_LE[own.layer.routed, : len(rows_E)] += rows_E
+            loads = cache.need(place, [e for e in wanted if e not in hosted])
+            rest = [e for e in missing if e not in hosted]
+            if rest and not loads.loads:
+                loads = cache.need(place, rest)
+            if not missing:
+                continue
+            if self.host is None or not hosted:
+                own.slots.fill(place, loads)
+            else:
+                answer = self.host.begin(own, told, t, hosted)
+                own.slots.fill(place, loads)
+                told["next"] = self.host.added(told["next"], t, hosted, answer)
+            return asked, False
+        return asked, True
+
+    def _for_host(self, missing: list[int], rows_E) -> set[int]:
+        """The experts that the cores of the host compute, instead of being moved."""
+        if self.host is None or not missing:
+            return set()
+        return set(hss([], missing, rows_E, self.host.costs).cpu)
+
+
+def _prefetch(own: Routed, other: Routed, flags_3E) -> None:
+    """Load what a later layer will probably need, while one computes.
 
     Args:
-      flags_R3E: what the layer told.
-      asked: the rounds whose needs are counted already.
-
-    Returns:
-      (rounds whose needs are counted now, whether nothing was missing).
+      own: of the layer that computes; its residents stay.
+      other: of the later layer.
+      flags_3E: from `run_forecast`.
     """
-    slots, index = own.slots, own.place
-    for t, flags_3E in enumerate(flags_R3E):
-        missing = np.flatnonzero(flags_3E[MISSING]).tolist()
-        loads = None
-        if t >= asked:
-            asked = t + 1
-            slots.cache.routed(index, _padded(flags_3E[SCORE], slots))
-            needed = np.flatnonzero(flags_3E[NEEDED]).tolist()
-            loads = slots.cache.need(index, needed)
-        if missing:
-            if loads is None or not loads.loads:
-                loads = slots.cache.need(index, missing)
-            slots.fill(index, loads)
-            return asked, False
-    return asked, True
+    flags_3E = np.asarray(flags_3E)
+    rows_E = flags_3E[ROWS]
+    likely = [int(e) for e in np.argsort(-rows_E, kind="stable") if rows_E[e] > 0]
+    cache, computing = other.slots.cache, []
+    if own.slots is other.slots:
+        here = np.flatnonzero(own.slots.slot_E(own.place) >= 0)
+        computing = [(own.place, int(e)) for e in here]
+    cache.predicted(other.place, likely)
+    cache.pin(computing)
+    other.slots.fill(other.place, cache.prefetch(other.place, likely), wait=False)
+    cache.unpin(computing)
 
 
 def _padded(score_E, slots: Slots) -> np.ndarray:
     most = slots.pool.most_experts
     return np.pad(score_E, (0, most - len(score_E)))
-
-
-def outside(flat: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of a model by path, without those that have a row for each expert."""
-    return {path: a for path, a in flat.items() if not in_bank(path)}
 
 
 def in_bank(path: str) -> bool:

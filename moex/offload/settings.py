@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from moex.config.base import ConfigError, nearest
 from moex.offload.layout import Pool
-from moex.offload.policies import Lfu, Lru, Mrs, Policy
+from moex.offload.policies import Lfu, Lru, Mrs, Policy, Predicted
 
-POLICIES = {"lru": Lru, "lfu": Lfu, "mrs": Mrs}
+POLICIES = {"lru": Lru, "lfu": Lfu, "mrs": Mrs, "predicted": Predicted}
 BANKS = ("disk", "pinned")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -25,11 +25,15 @@ class Settings:
         ("25%"), or bytes ("2GiB").
       policy: which expert leaves: one of `POLICIES`.
       bank: where experts wait: on the "disk", or in "pinned" memory of the host.
+      prefetch: load what the next layer would need now, while a layer computes.
+      host: let the cores of the host compute experts where that is quicker.
     """
 
     size: str
     policy: str = "lru"
     bank: str = "disk"
+    prefetch: bool = False
+    host: bool = False
 
     def __post_init__(self):
         self._parsed()
@@ -40,6 +44,11 @@ class Settings:
             if value not in names:
                 told = f"{flag} = {value!r}: must be one of {', '.join(names)}."
                 raise ConfigError(f"{told}{nearest(value, names)}")
+
+        if self.policy == "predicted" and not self.prefetch:
+            raise ConfigError(
+                "--offload-policy=predicted: needs --offload-prefetch, which predicts."
+            )
 
     def _parsed(self) -> tuple[float, str]:
         """The pair (number, unit); the unit is "", "%" or one of `UNITS`."""

@@ -1,6 +1,8 @@
 """Opening a run whose experts stay in a bank."""
 
 import dataclasses
+import functools
+import pathlib
 
 import jax
 import numpy as np
@@ -9,12 +11,16 @@ from moex.config import base as configs
 from moex.config.base import ConfigError
 from moex.model.paths import flat_paths, nested
 from moex.model.spec import ModelSpec, model_spec
-from moex.offload.bank import Bank, FileBank, PinnedBank, bank_files
+from moex.nn.context import Compute
+from moex.offload.bank import Bank, FileBank, PinnedBank, bank_files, write_bank
+from moex.offload.costs import Costs
 from moex.offload.executor import Executor, in_bank
+from moex.offload.host import HostExperts
 from moex.offload.layout import Pool, abstract, pools
+from moex.offload.profile import profile
 from moex.offload.settings import Settings
 from moex.offload.slots import Slots
-from moex.progress import counted
+from moex.progress import counted, phase
 from moex.runs.base import check_no_adapters
 from moex.runs.directory import Place, RunDir
 from moex.runs.open import LoadedRun, saved_with
@@ -69,7 +75,9 @@ def open_offloaded(place: Place, settings: Settings, wanted=None) -> Offloaded:
         device = mesh.devices.flat[0]
         banks = [PinnedBank(bank.pool, bank, device) for bank in banks]
     params, state = _outside(spec, rows)
-    made = assemble(cfg.model, module, params, state, banks, slots, settings, mesh)
+    made = assemble(
+        cfg.model, module, params, state, banks, slots, settings, mesh, compute
+    )
     run = LoadedRun(
         cfg=cfg,
         mesh=mesh,
@@ -97,7 +105,15 @@ def _outside(spec: ModelSpec, rows: Rows) -> tuple[dict, dict]:
 
 
 def assemble(
-    model, module, params, state, banks: list[Bank], slots, settings: Settings, mesh
+    model,
+    module,
+    params,
+    state,
+    banks: list[Bank],
+    slots,
+    settings: Settings,
+    mesh,
+    compute: Compute,
 ) -> Executor:
     """Make the executor of a model.
 
@@ -109,13 +125,65 @@ def assemble(
       slots: of each pool.
       settings: how.
       mesh: of one device.
+      compute: how to compute.
     """
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     made = []
     for bank, count in zip(banks, slots, strict=True):
-        policy = settings.make_policy(bank.pool, most_slots(bank.pool))
-        made.append(Slots(bank.pool, bank, count, policy, place))
-    return Executor(model, module, params, state, made, mesh)
+        args = bank.pool, most_slots(bank.pool)
+        policy = functools.partial(settings.make_policy, *args)
+        made.append(Slots(bank, count, policy, place))
+    host = None
+    if settings.host:
+        free = Costs(cpu_row=0.0, device=0.0, move=0.0)  # until they are measured
+        host = HostExperts(module, [bank.pool for bank in banks], compute, free)
+    executor = Executor(model, module, params, state, made, mesh, settings)
+    if host is not None:
+        with jax.set_mesh(mesh), phase("measuring host and device"):
+            host.costs = profile(executor, model.dim, compute, host)
+        executor.host = host
+    return executor
+
+
+def of_arrays(
+    model,
+    params,
+    state,
+    folder: pathlib.Path,
+    settings: Settings,
+    compute: Compute = Compute(),
+) -> Executor:
+    """Make the executor of a model whose arrays are in memory, on the first device.
+
+    Args:
+      model: `Model` config.
+      params, state: nested dicts of all arrays.
+      folder: where files of the banks are written.
+      settings: how.
+      compute: how to compute.
+    """
+    flat = {"params": flat_paths(params), "state": flat_paths(state)}
+
+    def read(item, path, index):
+        return np.asarray(flat[item][path.removeprefix("state/")])[index]
+
+    def piece(item, path):
+        return flat[item][path.removeprefix("state/")].shape
+
+    mesh = MeshConfig(data=1).make(jax.devices()[:1])
+    module = abstract(model)
+    found = pools(model, model_spec(model, mesh), module, compute.dtype)
+    banks: list[Bank] = []
+    for i, pool in enumerate(found):
+        write_bank(folder / f"{i}.rows", pool, read, piece)
+        banks.append(FileBank(pool, folder / f"{i}.rows"))
+    rest = [
+        nested({path: a for path, a in tree.items() if not in_bank(path)})
+        for tree in flat.values()
+    ]
+    slots = settings.slots(found)
+    params, state = rest
+    return assemble(model, module, params, state, banks, slots, settings, mesh, compute)
 
 
 def most_slots(pool: Pool) -> int:

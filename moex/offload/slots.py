@@ -6,6 +6,7 @@ C slots · E experts of a layer
 import functools
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ import numpy as np
 
 from moex.offload.bank import Bank
 from moex.offload.cache import ExpertCache, Loads
-from moex.offload.layout import Pool
 from moex.offload.policies import Policy
 
 MOST_ROWS = 8  # of one call that fills slots
@@ -41,24 +41,48 @@ class Slots:
       seconds: that were spent on filling them, without those of compiling.
     """
 
-    def __init__(self, pool: Pool, bank: Bank, slots: int, policy: Policy, place):
-        self.pool, self.bank, self._place = pool, bank, place
-        sizes = policy.shape
-        self.cache = ExpertCache(*sizes, slots, policy, expert_bytes=pool.row_bytes)
+    def __init__(
+        self, bank: Bank, slots: int, make_policy: Callable[[], Policy], place
+    ):
+        """Make empty slots.
+
+        Args:
+          bank: the rows.
+          slots: how many.
+          make_policy: makes the policy that says who leaves.
+          place: the sharding of the arrays.
+        """
+        self.pool, self.bank, self._place = bank.pool, bank, place
+        self._count, self._make_policy = slots, make_policy
+        pool = bank.pool
         made = jax.jit(
             lambda: {p.name: jnp.zeros((slots, *p.shape), p.dtype) for p in pool.parts},
             out_shardings=place,
         )
         self.arrays = made()
-        self.seconds = 0.0
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew: all slots are empty, and nothing was counted."""
+        policy, self.seconds = self._make_policy(), 0.0
+        size = self.pool.row_bytes
+        self.cache = ExpertCache(*policy.shape, self._count, policy, expert_bytes=size)
 
     def slot_E(self, index: int) -> np.ndarray:
         """The slots of the experts of a layer; -1: absent."""
         experts = self.pool.layers[index].experts
         return self.cache.slot_of_LE[index, :experts].copy()
 
-    def fill(self, index: int, loads: Loads) -> None:
-        """Put the experts of a layer into the slots that the cache gave them."""
+    def fill(self, index: int, loads: Loads, wait: bool = True) -> None:
+        """Put the experts of a layer into the slots that the cache gave them.
+
+        Args:
+          index: of the layer in the pool.
+          loads: from the cache.
+          wait: until they are there; False: something else computes meanwhile.
+        """
+        if not loads.loads:
+            return
         begin, compiled = time.perf_counter(), TRACED["fill"]
         first = self.pool.layers[index].first
         pairs = [(first + expert, slot) for expert, slot in loads.loads]
@@ -70,13 +94,19 @@ class Slots:
             rows = jax.device_put(rows, self._place)
             places = np.array([slot for _, slot in some], np.int32)
             self.arrays = _fill(self.arrays, rows, places)
-        jax.block_until_ready(self.arrays)
+        if wait:
+            jax.block_until_ready(self.arrays)
         if compiled == TRACED["fill"]:
             self.seconds += time.perf_counter() - begin
 
     def by_item(self) -> dict[str, dict]:
         """The arrays by the item of their parts, "params" or "state", and name."""
-        found: dict[str, dict] = {}
-        for part in self.pool.parts:
-            found.setdefault(part.item, {})[part.name] = self.arrays[part.name]
-        return found
+        return dict(zip(("params", "state"), self.split(self.arrays), strict=True))
+
+    def split(self, arrays: dict) -> tuple[dict, dict]:
+        """Arrays by the names of parts, as those of "params" and those of "state"."""
+        params, state = (
+            {part.name: arrays[part.name] for part in self.pool.parts if part.item == i}
+            for i in ("params", "state")
+        )
+        return params, state
