@@ -83,7 +83,8 @@ def add_offload(parser) -> None:
     group.add_argument(
         "--offload-policy",
         metavar="NAME",
-        help="which expert leaves for another one: lru (default), lfu or mrs",
+        help="which expert leaves for another one: lru (default), lfu, mrs, or "
+        "predicted (with --offload-prefetch)",
     )
     group.add_argument(
         "--offload-bank",
@@ -91,11 +92,25 @@ def add_offload(parser) -> None:
         help="where the others wait: on disk (default), in a file that is mapped into "
         "memory, or in pinned memory of the host",
     )
+    group.add_argument(
+        "--offload-prefetch",
+        action="store_true",
+        default=None,
+        help="load what the next layer would need now, while a layer computes",
+    )
+    group.add_argument(
+        "--offload-host",
+        action="store_true",
+        default=None,
+        help="let the cores of the host compute experts where that is quicker than "
+        "moving them, by times that are measured first",
+    )
 
 
 def offload_of(args):
     """The `Settings` of `--offload`, or None."""
-    given = {"policy": args.offload_policy, "bank": args.offload_bank}
+    names = ("policy", "bank", "prefetch", "host")
+    given = {name: getattr(args, f"offload_{name}") for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if args.offload is None:
         for name in given:

@@ -53,6 +53,10 @@ class Host(Protocol):
     """The cores of the host as a device for experts: `host.HostExperts`."""
 
     costs: Costs
+    count: int  # experts that were computed
+
+    def forget(self) -> None:
+        """Nothing was computed."""
 
     def begin(self, own: Routed, told: dict, number: int, experts: set[int]) -> Future:
         """Begin to compute experts of a round, from what `run_block` told."""
@@ -126,6 +130,8 @@ class Executor:
         self.seconds = 0.0
         if self.passes is not None:
             self.passes = []
+        if self.host is not None:
+            self.host.forget()
         for slots in self.slots:
             slots.forget()
 
@@ -193,11 +199,15 @@ class Executor:
         rows = sum(own.pool.num_rows for own in self.slots)
         size = sum(own.cache.slots * own.pool.row_bytes for own in self.slots)
         share = hits / (hits + misses) if hits + misses else 1.0
+        ahead = sum(int(own.prefetched_L.sum()) for own in counts)
+        more = f", {ahead:,} loaded ahead" if self.settings.prefetch else ""
+        if self.host is not None:
+            more += f", {self.host.count:,} computed by the host"
+        moved, total = f"{moved / 1e6:,.1f} MB moved", self.seconds
         return (
             f"offload: slots for {slots:,} of {rows:,} experts ({size / 1e6:,.1f} MB), "
-            f"{hits:,} hits and {misses:,} misses ({share:.1%} hits), "
-            f"{moved / 1e6:,.1f} MB moved, {waited:.2f} s of {self.seconds:.2f} s "
-            "waited for them"
+            f"{hits:,} hits and {misses:,} misses ({share:.1%} hits)"
+            f"{more}, {moved}, {waited:.2f} s of {total:.2f} s waited for them"
         )
 
     def _run_step(self, i: int, x_BLD, ctx, cache, steer):

@@ -71,6 +71,10 @@ class HostExperts:
         self._compute = Compute(dtype=compute.dtype, kernels=kernels)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="host-experts")
 
+    def forget(self) -> None:
+        """Nothing was computed."""
+        self.count = 0
+
     def begin(self, own: Routed, told: dict, number: int, experts: set[int]) -> Future:
         """Begin to compute experts of a round, from what `run_block` told."""
         self.count += len(experts)

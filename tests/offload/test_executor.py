@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moex.config.base import ConfigError
 from moex.model.decode import generate
 from moex.model.paths import flat_paths
 from moex.model.steering import LayerSteering, Steering
@@ -20,7 +21,9 @@ from moex.moe.routers.topp import TopP
 from moex.nn.stack import Segment
 from moex.offload import decode
 from moex.offload.bank import FileBank, write_bank
+from moex.offload.costs import Costs
 from moex.offload.layout import abstract, pools
+from moex.offload.measure import measure
 from moex.offload.settings import POLICIES, Settings
 from moex.offload.setup import of_arrays
 from moex.offload.slots import TRACED
@@ -61,7 +64,7 @@ MODELS = {
 def offloaded(cfg, folder, size, policy="lru"):
     """An executor of the model that `built` makes, whose bank is in `folder`."""
     _, params, state = built(cfg)
-    return of_arrays(cfg, params, state, folder, Settings(size, policy))
+    return of_arrays(cfg, params, state, folder, Settings(size, policy), XLA)
 
 
 def prompts():
@@ -176,3 +179,60 @@ def test_rows_are_read_piece_by_piece_and_cast_as_the_model_is(tmp_path):
             assert row.dtype == jnp.bfloat16
             want = np.asarray(whole[layer.copy, e].astype(jnp.bfloat16))
             np.testing.assert_array_equal(row, want)
+
+
+MODES = {
+    "prefetch": {"prefetch": True},
+    "predicted": {"prefetch": True, "policy": "predicted"},
+    "host": {"host": True},
+    "host and prefetch": {"host": True, "prefetch": True},
+}
+
+
+@pytest.mark.parametrize("name", thorough_but_for(MODES, "host and prefetch"))
+@pytest.mark.parametrize("model", ["chain", SMALL])
+def test_tokens_do_not_depend_on_who_loads_or_computes(name, model, plain, tmp_path):
+    cfg = MODELS[model]
+    _, params, state = built(cfg)
+    settings = Settings("4", **MODES[name])
+    with jax.set_mesh(mesh_of(1)):
+        own = of_arrays(cfg, params, state, tmp_path, settings, XLA)
+        if own.host is not None:  # which computes every other one that is missing
+            own.host.costs = Costs(cpu_row=1.0, device=0.0, move=1.0)
+        assert decode.generate(own, cfg, prompts(), **GREEDY) == plain(model)
+    if own.host is not None:
+        assert own.host.count > 0
+    counts = [slots.cache.statistics for slots in own.slots]
+    assert sum(own.misses_L.sum() for own in counts) > 0
+    ahead = sum(own.prefetched_L.sum() for own in counts)
+    assert (ahead > 0) == settings.prefetch
+
+
+def test_the_host_cannot_compute_experts_that_share_projections(tmp_path):
+    cfg = MODELS["latent"]
+    _, params, state = built(cfg)
+    settings = Settings("4", host=True)
+    with pytest.raises(ConfigError, match="LatentExperts share b_down_GZD"):
+        of_arrays(cfg, params, state, tmp_path, settings, XLA)
+
+
+def test_a_measured_run_tells_what_each_step_used(plain, tmp_path):
+    cfg = MODELS[SMALL]
+    with jax.set_mesh(mesh_of(1)):
+        own = offloaded(cfg, tmp_path, "2")
+        found = measure(own, cfg, prompts(), GREEDY["max_new_tokens"], XLA)
+    assert found.tokens == plain(SMALL)
+    num_layers = sum(len(slots.pool.layers) for slots in own.slots)
+    steps = GREEDY["max_new_tokens"]
+    assert found.rows_SLE.shape == (steps, num_layers, 8)
+    assert found.seconds_S.shape == (steps,) and np.all(found.seconds_S > 0)
+    # Each token has two experts in each layer: padding has none.
+    tokens_S = [sum(PROMPTS)] + [len(PROMPTS)] * (steps - 1)
+    want = np.broadcast_to(2 * np.array(tokens_S)[:, None], (steps, num_layers))
+    np.testing.assert_array_equal(found.rows_SLE.sum(axis=2), want)
+    used = int((found.rows_SLE > 0).sum())
+    assert found.hits + found.misses == used
+    moved = sum(
+        slots.cache.statistics.loads * slots.pool.row_bytes for slots in own.slots
+    )
+    assert found.bytes == moved

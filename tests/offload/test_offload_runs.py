@@ -94,6 +94,11 @@ MISTAKES = {
     "too few bytes": ("--offload=9B", "has no room for an expert"),
     "an unknown policy": ("--offload=1 --offload-policy=lry", "Did you mean 'lru'?"),
     "an unknown bank": ("--offload=1 --offload-bank=tape", "disk, pinned"),
+    "a policy without predictions": (
+        "--offload=1 --offload-policy=predicted",
+        "needs --offload-prefetch",
+    ),
+    "a prefetch alone": ("--offload-prefetch", "is for --offload"),
     "a policy alone": ("--offload-policy=lru", "is for --offload"),
     "with a store": ("--offload=1 --experts=a:b", "together with --experts"),
     "with adapters": ("--offload=1 --adapter=x", "together with --adapter"),
