@@ -138,6 +138,36 @@ def test_a_second_process_is_refused_and_ctrl_c_saves(undisturbed, command, tmp_
     assert kill9.logged(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
+def test_distillation_goes_on_after_kill_9_and_ctrl_c(folder, tmp_path):
+    teacher, env = tmp_path / "teacher", runs.environment()
+    config = folder / "tiny.py"
+    kill9.finish(kill9.train_command(config, teacher, "steps=10", "seed=1"), env)
+    task = f"task=Distillation(teacher={str(teacher)!r}, weight=1.0)"
+
+    def command(name):
+        return kill9.train_command(config, tmp_path / name, *OVERRIDES, task)
+
+    kill9.finish(command("undisturbed"), env)
+    expected = kill9.logged(tmp_path / "undisturbed")
+    assert expected["train", STEPS]["loss/distillation"] > 0
+    rng = random.Random(3)
+    made = kill9.kill_and_resume(command("killed"), env, steps=STEPS, kills=3, rng=rng)
+    assert made[0]["hit"]
+    assert kill9.logged(tmp_path / "killed") == expected
+    process = kill9.start(command("stopped"), env)
+    for line in process.stdout:
+        if kill9.step_of(line) == 7:
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    stopped_at = steps(tmp_path / "stopped")[-1]
+    assert f"stopped at step {stopped_at} of {STEPS}: checkpoint saved" in out
+    kill9.finish(command("stopped"), env)
+    assert kill9.logged(tmp_path / "stopped") == expected
+
+
 def test_ctrl_c_before_there_is_a_checkpoint_says_so(undisturbed, command, tmp_path):
     process = kill9.start(command(tmp_path), runs.environment())
     while not (tmp_path / "run.lock").exists():

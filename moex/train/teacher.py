@@ -12,6 +12,40 @@ from moex.runs.program import Program
 FIELD = "config.task.teacher"
 
 
+def check_teacher(cfg, folder: RunDir | None) -> None:
+    """Check that the teacher of a run config is there, before anything is computed.
+
+    Args:
+      folder: the directory of the run; if the run goes on, the teacher must be the same
+        as before. None: there is no directory.
+
+    Raises:
+      ConfigError: naming the teacher.
+    """
+    place = cfg.task.teacher_run()
+    if not place:
+        return
+    if not _run(place).saved_steps():
+        raise ConfigError(f"{FIELD} = {place!r}: the run has no checkpoint yet.")
+    if folder is not None and _goes_on(folder):
+        Teacher.read(folder)
+
+
+def _run(place: str) -> RunDir:
+    run = RunDir(place)
+    if not run.is_run():
+        raise ConfigError(f"{FIELD} = {place!r}: is no run directory.")
+    return run
+
+
+def _goes_on(folder: RunDir) -> bool:
+    """Whether a run has begun with a teacher.
+
+    A run that ended before its config was written begins anew, maybe with another one.
+    """
+    return folder.is_run() and folder.teacher.exists()
+
+
 def find_teacher(cfg, mesh) -> Program | None:
     """The program of the teacher of a run config on its mesh; None: it has none.
 
@@ -21,9 +55,7 @@ def find_teacher(cfg, mesh) -> Program | None:
     place = cfg.task.teacher_run()
     if not place:
         return None
-    folder = RunDir(place)
-    if not folder.is_run():
-        raise ConfigError(f"{FIELD} = {place!r}: is no run directory.")
+    folder = _run(place)
     theirs, spec = folder.config(), saved_spec(folder)
     if not isinstance(theirs.model, cfg.task.MODEL):
         kind, wanted = type(theirs.model).__name__, cfg.task.MODEL.__name__
@@ -53,7 +85,7 @@ def load_teacher(job, folder: RunDir, say) -> dict | None:
     """
     if job.teacher is None:
         return None
-    if folder.teacher.exists():
+    if _goes_on(folder):
         source = Teacher.read(folder)
         place, step = source.folder, source.step
     else:

@@ -31,7 +31,7 @@ from moex.train.resume import (
     starting_point,
 )
 from moex.train.stop import said_where_it_stands, stop_on_signals
-from moex.train.teacher import load_teacher
+from moex.train.teacher import check_teacher, load_teacher
 
 
 def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
@@ -57,6 +57,7 @@ def train(cfg, workdir, *, dry_run=False, profile=None, say=None) -> dict:
     check_reopens(cfg)
     profiled = profile_steps(profile, cfg.steps)
     source = RunDir(cfg.init_from)
+    check_teacher(cfg, None if workdir is None else RunDir.of(workdir))
     if dry_run:
         folder = None if workdir is None else RunDir.of(workdir)
         job = make_job(cfg, log=say, resumed=folder)

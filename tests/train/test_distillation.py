@@ -15,6 +15,8 @@ from moex.config.base import ConfigError
 from moex.convert.apply import convert_run
 from moex.convert.kinds.lowrank import ToLowRank
 from moex.model.paths import flat_paths
+from moex.runs.base import Teacher
+from moex.runs.directory import RunDir
 from moex.runs.keys import Loss
 from moex.runs.open import load_run
 from moex.tasks.distillation import Distillation, divergence
@@ -163,6 +165,7 @@ def test_a_run_learns_from_another_and_resumes_to_the_bit(folder, tmp_path):
     assert len(told) == 8 and abs(told[0]) < 1e-6 < told[-1]
 
     # Another teacher in its place is noticed, and so is one that is gone.
+    logged = (tmp_path / "parts" / "metrics.jsonl").read_bytes()
     shutil.rmtree(teacher)
     with runs.one_device():
         with pytest.raises(ConfigError, match=r"config.task.teacher.*no run directory"):
@@ -174,6 +177,46 @@ def test_a_run_learns_from_another_and_resumes_to_the_bit(folder, tmp_path):
         runs.train(folder, teacher, "seed=3", "eval.every=0")
         with pytest.raises(ConfigError, match="learns from step 8.* not the same"):
             go_on(tmp_path / "parts", "steps=10")
+    assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == logged
+
+
+def test_a_teacher_is_looked_at_before_any_work(folder, tmp_path, monkeypatch):
+    """Before data are read: it is gone, has no checkpoint, or is not the same."""
+    monkeypatch.setattr(runs.training, "make_job", None)
+    teacher, run = RunDir(tmp_path / "teacher"), RunDir(tmp_path / "run")
+    cfg = distilled(folder, teacher.path)
+
+    def told(dry_run=False):
+        with pytest.raises(ConfigError) as error:
+            runs.training.train(cfg, run, dry_run=dry_run, say=lambda line: None)
+        return str(error.value)
+
+    assert told() == told(dry_run=True)
+    assert told().endswith("teacher': is no run directory.")
+    teacher.path.mkdir()
+    shutil.copy(folder / "teacher" / "config.json", teacher.config_file)
+    assert told().endswith("teacher': the run has no checkpoint yet.")
+    assert not run.path.exists()
+    (teacher.checkpoints / "8").mkdir(parents=True)
+    run.path.mkdir()
+    shutil.copy(teacher.config_file, run.config_file)
+    Teacher(teacher, 7, None).save(run)
+    assert "learns from step 7 of" in told() and "no such checkpoint any" in told()
+    Teacher(teacher, 8, "other").save(run)
+    assert "whose parameters are not the same any more" in told()
+
+
+@pytest.mark.thorough
+def test_a_run_that_never_began_may_take_another_teacher(folder, tmp_path):
+    """Killed between teacher.json and config.json; then the config names another."""
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    Teacher(RunDir(tmp_path / "gone"), 3, None).save(run)
+    cfg, said = distilled(folder, folder / "teacher", "steps=2", "eval.every=0"), []
+    with runs.one_device():
+        runs.training.train(cfg, run.path, say=said.append)
+    assert f"learning from {folder / 'teacher'} at step 8" in said
+    assert Teacher.read(run).folder.path == (folder / "teacher").absolute()
 
 
 @pytest.mark.parametrize(
