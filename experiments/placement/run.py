@@ -1,0 +1,202 @@
+"""How many tokens stay on their device if experts are placed by affinity?
+
+    python -m experiments.placement.run --out=/tmp/placement --seeds=0,1,2
+
+A model of 4 layers of 16 experts, 2 a token (`experiments/compression/testbed.py`), is
+traced at several steps of its training: 4608 held-out tokens to place by, and as many
+others to score by. Results go to results.json, and tables to results.md.
+"""
+
+import argparse
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.compression import testbed
+from moex.analysis.record import trace_run
+from moex.analysis.trace import Trace
+from moex.config.arguments import path
+from moex.convert.to_placed import placed_arrays
+from moex.json_files import dump_json, read_object
+from moex.model.spec import init_params
+from moex.placement import affinity as counts
+from moex.placement.affinity import Affinity
+from moex.placement.plan import make_plan
+from moex.placement.solve import How, contiguous, place
+from moex.runs.directory import RunDir
+from moex.runs.keys import Checkpoint
+from moex.runs.open import load_run
+from moex.runs.write import write_run
+from moex.train.job import make_job
+from moex.train.training import train
+
+STEPS = (0, 100, 1000)
+TOKENS = 9216  # of a trace; every second example is held out
+PROFILES = (100, 300, 1000, 3000)  # tokens to place by
+DEVICES = (2, 4, 8)
+PLAIN = 4  # devices of the main table
+MILP_SECONDS = 30.0
+
+
+def runs_of(folder: pathlib.Path, seed: int) -> tuple[pathlib.Path, pathlib.Path]:
+    """The run before training, and the trained one with its checkpoints on the way."""
+    files = testbed.write_texts((folder / f"texts{seed}").absolute(), seed)
+    cfg = testbed.config(files, seed)
+    cfg.checkpoint = Checkpoint(every=100, keep=20, keep_best=0)
+    first, last = folder / f"first{seed}", folder / f"run{seed}"
+    if not RunDir(first).is_run():
+        job = make_job(cfg, log=lambda line: None)
+        params, state = jax.jit(lambda key: init_params(cfg.model, key))(
+            jax.random.key(seed)
+        )
+        arrays = {"params": params, "state": state}
+        write_run(RunDir(first), job.cfg, job, job.tx, job.data, arrays)
+    if not RunDir(last).is_run() or cfg.steps not in RunDir(last).saved_steps():
+        train(cfg, last, say=lambda line: None)
+    return first, last
+
+
+def traced(folder, run, seed: int, step: int) -> pathlib.Path:
+    """The trace of a checkpoint."""
+    file = folder / f"trace{seed}-{step}.parquet"
+    if not file.exists():
+        opened = RunDir(run)
+        trace_run(opened, opened.config(), file, tokens=TOKENS, step=step)
+    return file
+
+
+def top(affinity: Affinity) -> dict[str, float]:
+    """How sure the next expert is: means over experts that are used, and layers."""
+    given, blind = [], []
+    for _, _, count_AB in affinity.terms:
+        total_A = count_AB.sum(axis=1)
+        given.append(count_AB.max(axis=1).sum() / total_A.sum())
+        blind.append(count_AB.sum(axis=0).max() / total_A.sum())
+    return {"given": float(np.mean(given)), "blind": float(np.mean(blind))}
+
+
+def scored(own: Affinity, other: Affinity, devices: int, **fields) -> dict:
+    """The crossings of a placement and of the controls."""
+    how = How(devices=devices, **fields)
+    placed, shuffled = place(own, how), own.shuffled(how.seed)
+    null = place(shuffled, how)
+    before = contiguous(own.layers, devices)
+    return {
+        "contiguous": before.crossings(other).all,
+        "placed": placed.crossings(own).all,
+        "held_out": placed.crossings(other).all,
+        "null": null.crossings(shuffled).all,
+        # The placement by popularity alone, scored on the real text.
+        "null_held_out": null.crossings(other).all,
+        "gap": placed.gap,
+        "imbalance": [before.imbalance(other), placed.imbalance(other)],
+    }
+
+
+def profiled(file, tokens: int) -> Affinity:
+    """The affinity of the first tokens of what is placed by."""
+    with Trace.open(file) as trace:
+        infos = list(trace.layers.values())
+        part, left = counts._Counts(infos, "transitions"), tokens
+        for chunk in trace.chunks(values=("gate",)):
+            own_N = ~counts.held_out(chunk.tokens.example_N, 2)
+            own_N &= np.cumsum(own_N) <= left
+            left -= int(own_N.sum())
+            part.add(chunk.layers, own_N)
+        return part.affinity(trace.header.run, trace.header.step)
+
+
+def logits_differ(run, own: Affinity) -> float:
+    """The largest change of a logit when experts take their places."""
+    opened = load_run(run, warn=lambda line: None)
+    plan = make_plan(place(own, How(devices=PLAIN)), own, {})
+    trees = (opened.params, opened.state)
+    placed = [placed_arrays(tree, opened.cfg.model, plan) for tree in trees]
+    task, length = opened.cfg.task, opened.cfg.seq_len
+    token_BL = np.random.default_rng(0).integers(0, 256, (8, length)).astype(np.int32)
+
+    @jax.jit
+    def logits(params, state):
+        from moex.nn.context import Context
+
+        shape = jnp.zeros((8, length, 1))
+        ctx = Context.of(shape, token_BL=jnp.asarray(token_BL))
+        return opened.spec.merge(params, state)(ctx)[0]
+
+    assert task is not None
+    return float(jnp.max(jnp.abs(logits(*placed) - logits(*trees))))
+
+
+def one_seed(folder: pathlib.Path, seed: int) -> dict:
+    """The figures of a seed."""
+    first, last = runs_of(folder, seed)
+    found: dict = {"steps": {}}
+    for step in STEPS:
+        file = traced(folder, last if step else first, seed, step)
+        own, other = counts.read(file, every=2)
+        found["steps"][str(step)] = scored(own, other, PLAIN) | top(own)
+    found["tokens"] = [own.tokens, other.tokens]
+    found["devices"] = {str(P): scored(own, other, P) for P in DEVICES}
+    nodes = place(own, How(devices=8, nodes=2)).crossings(other)
+    flat = contiguous(own.layers, 8, 2).crossings(other)
+    found["nodes"] = {
+        "contiguous": [flat.between, flat.within],
+        "placed": [nodes.between, nodes.within],
+    }
+    found["profile"] = {
+        str(n): place(profiled(file, n), How(devices=PLAIN)).crossings(other).all
+        for n in PROFILES
+    }
+    # A plan of an early checkpoint on the traffic of the last one.
+    early, _ = counts.read(traced(folder, last, seed, STEPS[1]), every=2)
+    stale = place(early, How(devices=PLAIN))
+    found["stale"] = stale.crossings(other).all
+    limits = {"method": "milp", "time_limit": MILP_SECONDS}
+    exact = place(own, How(devices=PLAIN, **limits))
+    found["milp"] = {
+        "placed": exact.crossings(own).all,
+        "held_out": exact.crossings(other).all,
+        "gap": exact.gap,
+        "notes": list(exact.notes),
+    }
+    even = place(own, How(devices=PLAIN, slack=0.1))
+    found["slack"] = {
+        "held_out": even.crossings(other).all,
+        "imbalance": even.imbalance(other),
+    }
+    together, others = counts.read(file, objective="coactivation", every=2)
+    grouped = place(together, How(devices=PLAIN))
+    whole = contiguous(together.layers, PLAIN)
+    found["devices_per_token"] = {
+        name: counts.devices_per_token(
+            file,
+            {layer.number: own_E for layer, own_E in zip(p.layers, p.device, strict=True)},
+            2,
+        )[1]
+        for name, p in (
+            ("contiguous", whole),
+            ("transitions", place(own, How(devices=PLAIN))),
+            ("coactivation", grouped),
+        )
+    }
+    found["logits"] = logits_differ(last, own)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=path, required=True, help="folder for the runs")
+    parser.add_argument("--seeds", default="0,1,2")
+    args = parser.parse_args()
+    results = pathlib.Path(__file__).with_name("results.json")
+    found = read_object(results) if results.exists() else {}
+    for seed in args.seeds.split(","):
+        found[seed] = one_seed(pathlib.Path(args.out), int(seed))
+        print(seed, found[seed], flush=True)
+        results.write_text(dump_json(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
