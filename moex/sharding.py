@@ -217,10 +217,11 @@ def batch_shards(mesh: Mesh) -> int:
 def constrain(x: jax.Array, *axes):
     """Ask XLA to lay `x` out by logical `axes`; without a mesh in use, do nothing.
 
-    Dims that the mesh does not divide are left to XLA.
+    Dims that the mesh does not divide are left to XLA. Inside of a shard_map nothing is
+    left to lay out.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+    if mesh.empty or math.prod(mesh.shape.values()) == 1 or mesh.manual_axes:
         return x
     spec = partition_spec(axes)
     fitted = [

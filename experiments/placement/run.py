@@ -44,7 +44,8 @@ def runs_of(folder: pathlib.Path, seed: int) -> tuple[pathlib.Path, pathlib.Path
     """The run before training, and the trained one with its checkpoints on the way."""
     files = testbed.write_texts((folder / f"texts{seed}").absolute(), seed)
     cfg = testbed.config(files, seed)
-    cfg.checkpoint = Checkpoint(every=100, keep=20, keep_best=0)
+    cfg.steps = STEPS[-1]
+    cfg.checkpoint = Checkpoint(every=100, keep=40, keep_best=0)
     first, last = folder / f"first{seed}", folder / f"run{seed}"
     if not RunDir(first).is_run():
         job = make_job(cfg, log=lambda line: None)
@@ -172,7 +173,10 @@ def one_seed(folder: pathlib.Path, seed: int) -> dict:
     found["devices_per_token"] = {
         name: counts.devices_per_token(
             file,
-            {layer.number: own_E for layer, own_E in zip(p.layers, p.device, strict=True)},
+            {
+                layer.number: own_E
+                for layer, own_E in zip(p.layers, p.device, strict=True)
+            },
             2,
         )[1]
         for name, p in (

@@ -44,8 +44,13 @@ class Block(nnx.Module):
         z_BLD = self.norm_ffn(h_BLD)
         y_BLD, aux = self.ffn(z_BLD, ctx.inside("ffn"))
         check_output(self.ffn, y_BLD, z_BLD)
+        y_BLD = self.added(h_BLD, z_BLD, y_BLD)
+        return y_BLD, {"ffn": aux} | ctx.reports(), cache
+
+    def added(self, h_BLD, z_BLD, y_BLD):
+        """The output y of the feed-forward with what `residual` adds to it."""
         if self.residual in ("prenorm", "both"):
             y_BLD = h_BLD + y_BLD
         if self.residual in ("released", "both"):
             y_BLD = z_BLD + y_BLD
-        return y_BLD, {"ffn": aux} | ctx.reports(), cache
+        return y_BLD
