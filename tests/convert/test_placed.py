@@ -222,6 +222,9 @@ def test_the_verb_writes_a_run_with_the_plan_beside_it(moex, moe_run, tmp_path):
     plan_file(file, [[2, 0, 1, 3]], base="0")
     error = moex(*to, f"--plan={file}", f"--workdir={tmp_path / 'other'}")
     assert "the plan is for another model" in error
+    plan_file(file, [[0, 1, 2, 3]])
+    error = moex(*to, f"--plan={file}", f"--workdir={tmp_path / 'other'}")
+    assert "changes nothing: all experts" in error
     plan_file(file, [[2, 0, 1, 3]], kind="keep")
     error = moex(*to, f"--plan={file}", f"--workdir={tmp_path / 'other'}")
     assert "kind = 'keep': must be 'place' for this conversion" in error

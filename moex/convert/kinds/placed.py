@@ -6,6 +6,7 @@ Plans come from `moex place`; the arrays are in `to_placed.py`.
 import dataclasses
 from typing import TYPE_CHECKING
 
+from moex.config.base import ConfigError
 from moex.convert.base import Conversion
 from moex.convert.planned import PLAN_FLAGS
 
@@ -38,6 +39,11 @@ class Placed(Conversion):
         from moex.convert import to_placed
 
         to_placed.check(self.plan, source.model)
+        if not any(own.changes() for own in self.plan.layers):
+            raise ConfigError(
+                f"{self.plan.where}: changes nothing: all experts of all layers stay "
+                "where they are."
+            )
         return self
 
     def options(self):
