@@ -21,6 +21,7 @@ from moex.config.arguments import path
 from moex.convert.to_placed import placed_arrays
 from moex.json_files import dump_json, read_object
 from moex.model.spec import init_params
+from moex.nn.context import Context
 from moex.placement import affinity as counts
 from moex.placement.affinity import Affinity
 from moex.placement.plan import make_plan
@@ -115,18 +116,14 @@ def logits_differ(run, own: Affinity) -> float:
     plan = make_plan(place(own, How(devices=PLAIN)), own, {})
     trees = (opened.params, opened.state)
     placed = [placed_arrays(tree, opened.cfg.model, plan) for tree in trees]
-    task, length = opened.cfg.task, opened.cfg.seq_len
-    token_BL = np.random.default_rng(0).integers(0, 256, (8, length)).astype(np.int32)
+    size = (8, opened.cfg.seq_len)
+    token_BL = np.random.default_rng(0).integers(0, 256, size).astype(np.int32)
 
     @jax.jit
     def logits(params, state):
-        from moex.nn.context import Context
-
-        shape = jnp.zeros((8, length, 1))
-        ctx = Context.of(shape, token_BL=jnp.asarray(token_BL))
+        ctx = Context.of(token_BL[..., None], token_BL=jnp.asarray(token_BL))
         return opened.spec.merge(params, state)(ctx)[0]
 
-    assert task is not None
     return float(jnp.max(jnp.abs(logits(*placed) - logits(*trees))))
 
 
@@ -189,6 +186,90 @@ def one_seed(folder: pathlib.Path, seed: int) -> dict:
     return found
 
 
+def stated(values, digits=3) -> str:
+    """The mean of the seeds and their deviation."""
+    return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+
+
+def table(found: dict) -> str:
+    """The tables of all seeds, as Markdown."""
+    seeds = list(found.values())
+    names = {
+        "contiguous": "as it is",
+        "placed": "placed",
+        "held_out": "placed, held out",
+        "null": "placed without affinity",
+        "null_held_out": "that, on real text",
+        "given": "next expert known",
+        "blind": "blind",
+    }
+    lines = ["| step | " + " | ".join(names.values()) + " |", "|---" * 8 + "|"]
+    for step in seeds[0]["steps"]:
+        cells = [stated([s["steps"][step][k] for s in seeds]) for k in names]
+        lines.append(f"| {step} | " + " | ".join(cells) + " |")
+    names = {k: v for k, v in names.items() if k not in ("given", "blind")}
+    lines += ["", "| devices | chance | " + " | ".join(names.values()) + " |"]
+    lines.append("|---" * 7 + "|")
+    for P in seeds[0]["devices"]:
+        cells = [stated([s["devices"][P][k] for s in seeds]) for k in names]
+        lines.append(f"| {P} | {1 - 1 / int(P):.3f} | " + " | ".join(cells) + " |")
+    lines += ["", "| tokens to place by | crossings on held-out text |", "|---|---|"]
+    for n in seeds[0]["profile"]:
+        lines.append(f"| {n} | {stated([s['profile'][n] for s in seeds])} |")
+    rest = {
+        "8 devices in 2 nodes: between nodes, as it is": lambda s: s["nodes"][
+            "contiguous"
+        ][0],
+        "the same, placed": lambda s: s["nodes"]["placed"][0],
+        "in a node, as it is": lambda s: s["nodes"]["contiguous"][1],
+        "the same, placed ": lambda s: s["nodes"]["placed"][1],
+        f"plan of step {STEPS[1]} on text of step {STEPS[-1]}": lambda s: s["stale"],
+        "milp: held out": lambda s: s["milp"]["held_out"],
+        "milp: gap": lambda s: s["milp"]["gap"],
+        "load 10 % above the mean at most: held out": lambda s: s["slack"]["held_out"],
+        "fullest device over the mean, as it is": lambda s: s["devices"][str(PLAIN)][
+            "imbalance"
+        ][0],
+        "placed": lambda s: s["devices"][str(PLAIN)]["imbalance"][1],
+        "placed with the limit": lambda s: s["slack"]["imbalance"],
+        "devices of a token, as it is": lambda s: s["devices_per_token"]["contiguous"],
+        "placed by transitions": lambda s: s["devices_per_token"]["transitions"],
+        "placed by coactivation": lambda s: s["devices_per_token"]["coactivation"],
+    }
+    lines += ["", "| | |", "|---|---|"]
+    for name, value in rest.items():
+        lines.append(f"| {name} | {stated([value(s) for s in seeds])} |")
+    worst = max(s["logits"] for s in seeds)
+    lines.append(f"| largest change of a logit | {worst:.1e} |")
+    return "\n".join([*lines, "", *verdicts(seeds)]) + "\n"
+
+
+def verdicts(seeds: list[dict]) -> list[str]:
+    """Lines about the criteria of the paper notes, over seeds."""
+    last, early = str(STEPS[-1]), str(STEPS[1])
+    ends = [s["steps"][last] for s in seeds]
+    before = [s["steps"][early] for s in seeds]
+    drifts = [a["held_out"] / b["held_out"] for a, b in zip(before, ends, strict=True)]
+    criteria = {
+        "held out / as it is": (0.75, [a["held_out"] / a["contiguous"] for a in ends]),
+        "held out / placed without affinity": (
+            0.85,
+            [a["held_out"] / a["null"] for a in ends],
+        ),
+        f"held out at step {early} / at step {last}, distance from 1": (
+            0.15,
+            [abs(drift - 1) for drift in drifts],
+        ),
+        "largest change of a logit": (1e-5, [s["logits"] for s in seeds]),
+    }
+    lines = []
+    for name, (limit, values) in criteria.items():
+        told = ", ".join(f"{v:.3g}" for v in values)
+        held = f"{sum(v <= limit for v in values)} of {len(values)} seeds"
+        lines.append(f"- {name}: {told}; at most {limit:g}: {held}")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=path, required=True, help="folder for the runs")
@@ -199,7 +280,11 @@ def main() -> None:
     for seed in args.seeds.split(","):
         found[seed] = one_seed(pathlib.Path(args.out), int(seed))
         print(seed, found[seed], flush=True)
+        found = dict(sorted(found.items()))
         results.write_text(dump_json(found, indent=1) + "\n", encoding="utf-8")
+    text = table(found)
+    results.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":
