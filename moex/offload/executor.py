@@ -174,15 +174,18 @@ class Executor:
         """
         if self.passes is not None:
             self.passes.append(Pass(self._no_rows()))
+        waited = [slots.seconds for slots in self.slots]
         begin, compiled, told, new = time.perf_counter(), num_programs(), [], []
         for i in range(len(self.steps)):
             cache = None if caches is None else caches[i]
             x_BLD, aux, cache = self._run_step(i, x_BLD, ctx, cache, steer)
             told.append(aux)
             new.append(cache)
-        seconds = time.perf_counter() - begin
         if compiled == num_programs():
-            self.seconds += seconds
+            self.seconds += time.perf_counter() - begin
+        else:
+            for slots, before in zip(self.slots, waited, strict=True):
+                slots.seconds = before
         if self.passes is not None:
             jax.block_until_ready(x_BLD)
             self.passes[-1].seconds = time.perf_counter() - begin

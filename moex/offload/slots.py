@@ -38,7 +38,7 @@ class Slots:
       bank: the rows of the pool.
       cache: `ExpertCache`; its layers are those of the pool.
       arrays: the slots, by the names of the parts of a row: [C, ...].
-      seconds: that were spent on filling them, without those of compiling.
+      seconds: that were spent on filling them.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Slots:
         """
         if not loads.loads:
             return
-        begin, compiled = time.perf_counter(), TRACED["fill"]
+        begin = time.perf_counter()
         first = self.pool.layers[index].first
         pairs = [(first + expert, slot) for expert, slot in loads.loads]
         for i in range(0, len(pairs), MOST_ROWS):
@@ -96,8 +96,7 @@ class Slots:
             self.arrays = _fill(self.arrays, rows, places)
         if wait:
             jax.block_until_ready(self.arrays)
-        if compiled == TRACED["fill"]:
-            self.seconds += time.perf_counter() - begin
+        self.seconds += time.perf_counter() - begin
 
     def by_item(self) -> dict[str, dict]:
         """The arrays by the item of their parts, "params" or "state", and name."""
