@@ -18,7 +18,6 @@ from kernels_pallas.implementations import (
     Request,
     split_names,
 )
-from kernels_pallas.lowered import Lowered, lowered_matmul
 from kernels_pallas.names import GROUPED_MATMUL
 
 FEW_ROWS = 32  # with fewer, laying out the weights in C costs more than the product
@@ -34,7 +33,7 @@ def matmul(x, w, *, contract=1, implementation=None, out_dtype=None):
 
     Args:
       x: float [..., *inner].
-      w: [*inner, *outer] of the same dtype; or `Lowered`, which C reads.
+      w: [*inner, *outer] of the same dtype.
       implementation: names of `IMPLEMENTATIONS`, or None: as for `grouped_matmul`. It
         only says whether C is wanted; anything else is XLA.
       out_dtype: dtype of the result and of its sums; None: that of `x`.
@@ -44,10 +43,6 @@ def matmul(x, w, *, contract=1, implementation=None, out_dtype=None):
     """
     M, K, N = _sizes(x, w, contract)
     out_dtype = out_dtype or x.dtype
-    if isinstance(w, Lowered):
-        x_MK, group = x.reshape(M, K).astype(jnp.float32), jnp.array([0, M], jnp.int32)
-        y_MN = lowered_matmul(x_MK, w.matrices(0, contract), group)
-        return y_MN.reshape(x.shape[:-contract] + w.shape[contract:]).astype(out_dtype)
     if M >= FEW_ROWS and computes_in_c(x.dtype, implementation):
         return _in_c(x, w, contract).astype(out_dtype)
     if platform() == "cpu" and x.dtype == jnp.float32 and N >= WIDE * K:

@@ -28,7 +28,6 @@ enum {
   AT_ONCE = 4,         // rows of lhs that share one reading
   GROUP_BYTES = 1 << 15,  // weights between a sum's loads: the next ones are fetched
   SLAB_BYTES = 1 << 18,   // of a job, at least
-  SHARES = 16,         // parts of the columns, to add up slabs
   RANGE = 4 * COLUMNS,  // columns of a job with many rows
   BLOCK = 320,         // rows of lhs whose panels stay in the cache
 };
@@ -36,6 +35,7 @@ enum {
 typedef struct {
   int64_t group, first, last;  // rows of lhs
   int64_t slabs, sums;         // number of slabs; where their sums begin
+  atomic_llong left;           // slabs that are not done
 } Part;
 
 typedef struct {
@@ -249,27 +249,16 @@ static void slab_job(const Lowered* s, const Part* part, int64_t slab) {
   }
 }
 
-// Adds up slabs in their order, for a share of the columns; rows of no group are 0.
-static void share_job(void* of, int64_t share) {
-  const Lowered* s = of;
-  const int64_t begin = s->N * share / SHARES, width = s->N * (share + 1) / SHARES - begin;
-  int64_t done = 0;
-  for (int64_t p = 0; p <= s->parts; p++) {
-    const int64_t first = p < s->parts ? s->part[p].first : s->M;
-    for (; done < first; done++)
-      memset(s->out + done * s->N + begin, 0, width * sizeof(float));
-    if (p == s->parts) return;
-    const Part* part = s->part + p;
-    const int64_t rows = part->last - part->first;
-    done = part->last;
-    for (int64_t r = 0; part->slabs && r < rows; r++) {
-      float* to = s->out + (part->first + r) * s->N + begin;
-      const float* from = s->sums + (part->sums + r) * s->row + begin;
-      memcpy(to, from, width * sizeof(float));
-      for (int64_t q = 1; q < part->slabs; q++) {
-        from += rows * s->row;
-        for (int64_t j = 0; j < width; j++) to[j] += from[j];
-      }
+// Adds up the slabs of a part, always in their order.
+static void add_slabs(const Lowered* s, const Part* part) {
+  const int64_t rows = part->last - part->first;
+  for (int64_t r = 0; r < rows; r++) {
+    float* to = s->out + (part->first + r) * s->N;
+    const float* from = s->sums + (part->sums + r) * s->row;
+    memcpy(to, from, s->N * sizeof(float));
+    for (int64_t q = 1; q < part->slabs; q++) {
+      from += rows * s->row;
+      for (int64_t j = 0; j < s->N; j++) to[j] += from[j];
     }
   }
 }
@@ -333,8 +322,20 @@ static void range_job(const Lowered* s, const Part* part, int64_t begin) {
 
 static void run_job(void* of, int64_t i) {
   const Lowered* s = of;
-  const Part* part = s->part + s->job[i].part;
+  Part* part = s->part + s->job[i].part;
   (part->slabs ? slab_job : range_job)(s, part, s->job[i].slab);
+  // Whoever does the last slab adds them up.
+  if (part->slabs && atomic_fetch_sub(&part->left, 1) == 1) add_slabs(s, part);
+}
+
+// Rows of no group are 0.
+static void clear_others(const Lowered* s) {
+  int64_t done = 0;
+  for (int64_t p = 0; p <= s->parts; p++) {
+    const int64_t first = p < s->parts ? s->part[p].first : s->M;
+    if (done < first) memset(s->out + done * s->N, 0, (first - done) * s->N * sizeof(float));
+    if (p < s->parts) done = s->part[p].last;
+  }
 }
 
 // Makes the parts and jobs; bounds that do not rise, or leave the rows, are mended.
@@ -354,7 +355,7 @@ static int plan_of(Lowered* s, const int32_t* bounds) {
     int64_t last = bounds[g + 1] < s->M ? bounds[g + 1] : s->M;
     if (last <= low) continue;
     const int64_t rows = last - low, own = rows > FEW ? 0 : slabs;
-    s->part[s->parts] = (Part){g, low, last, own, sums};
+    s->part[s->parts] = (Part){g, low, last, own, sums, own};
     for (int64_t i = 0; i < (own ? own : ranges); i++)
       s->job[s->jobs++] = (Job){s->parts, own ? i : i * RANGE};
     s->parts++;
@@ -387,8 +388,8 @@ XLA_FFI_Error* moex_lowered(XLA_FFI_CallFrame* frame) {
   };
   s.block = kind == BFLOAT16 ? 64 : s.S ? s.K / s.S : 1;
   if (plan_of(&s, in(frame, 3))) {
+    clear_others(&s);
     in_parallel(frame, s.jobs, run_job, &s);
-    in_parallel(frame, SHARES, share_job, &s);
   } else {
     s.failed = 1;
   }

@@ -172,7 +172,7 @@ class AttentionLayer(AttentionModule, Projector):
     def _queries(self, x_BLD, ctx):
         """Compute queries [B, L, H, A], not rotated."""
         B, L, _ = x_BLD.shape
-        _, G, R, A = self.w_q_DGRA[...].shape
+        *_, G, R, A = self.w_q_DGRA.shape
         q = project(self, "w_q_DGRA", x_BLD, ctx)
         if self.bias_q_GRA is not None:
             q += self.bias_q_GRA[...].astype(q.dtype)[None, None]
@@ -217,7 +217,7 @@ class AttentionLayer(AttentionModule, Projector):
         """Returns `(y_BLD, cache)`; `cache` is None outside decoding."""
         dtype = x_BLD.dtype
         B, L, _ = x_BLD.shape
-        _, G, R, A = self.w_q_DGRA[...].shape
+        *_, G, R, A = self.w_q_DGRA.shape
         q_BLHA = rotary(self._queries(x_BLD, ctx), ctx.position_BL, *self.rope)
         k, v = self._keys_and_values(x_BLD, ctx)
         k = rotary(k, ctx.position_BL, *self.rope)

@@ -73,8 +73,9 @@ class Context:
       measure: return the norms of what experts answer to their tokens; use it with
         `collect`.
       chain_round: which round of a chain this is, from 0.
-      whole_stack: experts that can (`StackReader`) hold the weights of all copies of
-        their layer, [repeat, E, ...], and use those of copy `layer`.
+      whole_stack: experts that can (`StackReader`), and projections by weights that C
+        reads, have those of all copies of their layer, [repeat, ...], and use those of
+        copy `layer`.
       tensor_share: 1 / devices that hold a slice each of an expert's width and whose
         outputs are added: the weight of a term that all of them add, such as a bias.
       compute: how to compute.

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas import grouped_matmul, lowered_matmul, matmul
+from kernels_pallas import Lowered, grouped_matmul, lowered_matmul, matmul
 from moex.config.base import Config, ConfigError
 from moex.nn.context import fold_key
 from moex.nn.lowered import BlockWeight, as_read
@@ -355,7 +355,7 @@ def project(module: Projector, name: str, x, ctx, contract=1, out_dtype=None):
       module: the module that has the parameter.
       name: its name there.
       x: [..., *inner].
-      ctx: `Context`.
+      ctx: `Context`; with `whole_stack` a parameter that C reads is that of all copies.
       contract: the number of dims that `x` and the first dims of the parameter share.
       out_dtype: dtype of the result; None: that of `x`.
 
@@ -363,16 +363,31 @@ def project(module: Projector, name: str, x, ctx, contract=1, out_dtype=None):
       [..., *outer], changed by the adapter of the parameter if there is one.
     """
     weight = getattr(module, name)
-    low, w = as_read(weight, ctx), weight[...].astype(x.dtype)
+    low = as_read(weight, ctx)
+    stacked = ctx.whole_stack and name not in module.READ_WHOLE
+    layer = ctx.layer if stacked else 0
+    if low is not None and not stacked:
+        low = jax.tree.map(lambda a: a[None], low)
 
     def base(x, part=None):
-        own = w if low is None else low
-        if part is not None:
-            own = w[*[slice(None)] * contract, part]
+        if low is not None and part is None:
+            return _multiply_in_c(x, low, layer, contract, out_dtype or x.dtype)
+        w = weight[...] if low is None else low.copy_of(layer).raised()
+        own = w if part is None else w[*[slice(None)] * contract, part]
         options = {"implementation": ctx.compute.kernels, "out_dtype": out_dtype}
-        return matmul(x, own, contract=contract, **options)
+        return matmul(x, own.astype(x.dtype), contract=contract, **options)
 
     return adapted(module, name, base, x, ctx, contract)
+
+
+def _multiply_in_c(x, low: Lowered, layer, contract: int, out_dtype) -> jax.Array:
+    """Multiply by copy `layer` of matrices [repeat, *inner, *outer], where it lies."""
+    x_MK = x.reshape(-1, math.prod(x.shape[-contract:])).astype(jnp.float32)
+    copies, outer = low.shape[0], low.shape[1 + contract :]
+    after = jnp.arange(copies + 1) > layer
+    bounds = jnp.where(after, len(x_MK), 0).astype(jnp.int32)
+    y_MN = lowered_matmul(x_MK, low.matrices(1, contract), bounds)
+    return y_MN.reshape(*x.shape[:-contract], *outer).astype(out_dtype)
 
 
 def adapted(module: Projector, name: str, base: Callable, x, ctx, contract=1):
@@ -412,7 +427,13 @@ def look_up(module: Projector, name: str, id_BL, ctx):
     array = getattr(module, name)
 
     def base(id_BL):
-        return array[...].at[id_BL].get(mode="clip").astype(jnp.float32)
+        rows = array[...]
+        if rows.dtype != jnp.bfloat16:
+            return rows.at[id_BL].get(mode="clip").astype(jnp.float32)
+        # As bits, for XLA widens all of a bfloat16 array on a CPU before it looks up.
+        bits = jax.lax.bitcast_convert_type(rows, jnp.uint16)
+        bits = bits.at[id_BL].get(mode="clip").astype(jnp.uint32) << 16
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
     if name not in module.adapters:
         return base(id_BL)

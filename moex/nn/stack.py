@@ -19,6 +19,7 @@ from moex.config.base import Config, require, require_choice
 from moex.nn.block import RESIDUALS, Block
 from moex.nn.context import fold_key
 from moex.nn.contract import AttentionConfig, FeedForwardConfig, StackReader
+from moex.nn.lowered import as_read
 from moex.sharding import constrain
 
 
@@ -93,7 +94,7 @@ class SegmentStack(nnx.Module):
         # A prompt uses most experts, but in C those of other layers cost nothing.
         few = x_BLD.shape[1] == 1 or computes_in_c(x_BLD.dtype, ctx.compute.kernels)
         in_place = ctx.mode == "decode" and few and not on_a_mesh()
-        paths = stack_readers(self.blocks) if in_place else set()
+        paths = stack_readers(self.blocks, ctx) if in_place else set()
         graphdef, stacked, blocks = nnx.split(  # type: ignore
             self.blocks, lambda path, _: _is_inside(path, paths), ..., graph=False
         )
@@ -159,15 +160,21 @@ def _unstacked(layers, repeat) -> list:
     return [jax.tree.unflatten(treedef, own) for own in zip(*parts, strict=True)]
 
 
-def _is_inside(path: tuple, modules: set[tuple]) -> bool:
-    """Tell whether a variable belongs to one of the modules, or to a part of one."""
-    return any(path[:n] in modules for n in range(len(path)))
+def _is_inside(path: tuple, parts: set[tuple]) -> bool:
+    """Tell whether a variable is one of the parts, or belongs to one."""
+    return any(path[:n] in parts for n in range(len(path) + 1))
 
 
-def stack_readers(blocks) -> set[tuple]:
-    """The paths of the experts that can read their weights out of the whole stack."""
-    modules = nnx.iter_modules(blocks, graph=False)
-    return {path for path, module in modules if isinstance(module, StackReader)}
+def stack_readers(blocks, ctx) -> set[tuple]:
+    """The paths of what can be read out of the whole stack: experts, what C reads."""
+    modules = list(nnx.iter_modules(blocks, graph=False))
+    found = {path for path, module in modules if isinstance(module, StackReader)}
+    for path, module in modules:
+        for name in getattr(module, "PROJECTED", ()):
+            weight, kept = getattr(module, name), name in module.READ_WHOLE
+            if weight is not None and not kept and as_read(weight, ctx) is not None:
+                found.add((*path, name))
+    return found
 
 
 REMAT = ("none", "dots", "full")
