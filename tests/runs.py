@@ -219,7 +219,8 @@ def one_trace_of_equal_configs():
             cfg = {k: v for k, v in program.cfg.items() if k not in NOT_TRACED}
             if cfg["optim"].schedule == "constant":
                 del cfg["steps"]
-            key = (json.dumps(to_dict(cfg), sort_keys=True), program.mesh)
+            arrays = str(program.spec.params)  # --weights changes their types
+            key = (json.dumps(to_dict(cfg), sort_keys=True), program.mesh, arrays)
             if key not in made:
                 made[key] = method(program)
             return made[key]
