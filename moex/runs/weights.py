@@ -48,7 +48,8 @@ def load_lowered(place: Place, weights: str, mesh_cfg=None, *, warn=print) -> Lo
     spec = model_spec(cfg.model, mesh, weights)
     found, abstract = {}, abstract_arrays(spec, mesh)
     for item in ("params", "state"):
-        places, arrays = flat_paths(abstract[item]), {}
+        places = flat_paths(abstract[item])
+        arrays: dict[str, jax.Array] = {}
         doing = f"reading {item} in {weights}"
         for path in counted(places, doing, len(places), "arrays"):
             if path.endswith(SCALES):

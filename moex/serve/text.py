@@ -75,7 +75,7 @@ def write_text(
     if not names:  # before anything is read
         _layout(RunDir.of(place).config(), place, chat)
     steer, plan = steering_for(place, steering), None
-    flags = {"--weights": weights, "--offload": offload}
+    flags: dict = {"--weights": weights, "--offload": offload}
     flags |= {"--adapter": names, "--experts": experts}
     given = [flag for flag, value in flags.items() if value]
     if len(given) > 1 and given[0] in ("--weights", "--offload"):
