@@ -115,7 +115,7 @@ NEEDS = {
 }
 # Every training is short.
 SHORT = (
-    *("steps=4", "batch_size=4", "optim.warmup_steps=0"),
+    *("steps=4", "batch_size=8", "optim.warmup_steps=0"),
     *("eval.sequences=4", "eval.batch_size=32", "log.sample_tokens=4"),
     "log.compressors=False",
 )
@@ -132,12 +132,19 @@ STANDS = {"RUN": "runs/dense"} | {
 }
 # What a page takes for granted, with the command that makes it.
 TRAIN = "moex train --config=configs/quickstart.py"
+TUNE = (
+    "moex train --config=runs/olmoe --config.init_from=runs/olmoe --data=chats.jsonl "
+    '--config.model.adapter=\'LoRA(rank=2, alpha=4, targets=("attention", '
+    '"experts"))\''
+)
 GIVEN = {
     "runs/quickstart": f"{TRAIN} --workdir=runs/quickstart",
     "runs/first": f"{TRAIN} --workdir=runs/first",
     "runs/again": f"{TRAIN} --workdir=runs/again",
     "runs/k4": f"{TRAIN} --workdir=runs/k4 --config.seed=1",
     "runs/sweep": f"{TRAIN} --workdir=runs/sweep --sweep seed=0,1",
+    "runs/base": f"{TRAIN} --workdir=runs/base",
+    "runs/moe": f"{TRAIN} --workdir=runs/moe",
     "runs/small": f"{TRAIN} --workdir=runs/small",
     "runs/full": f"{TRAIN} --workdir=runs/full",
     "runs/mixed": f"{TRAIN} --data=code --data=web.txt --workdir=runs/mixed "
@@ -146,9 +153,13 @@ GIVEN = {
     "runs/dense": f"{TRAIN}:ffn=dense --workdir=runs/dense",
     "runs/parquet": "moex train --config=parquet.py --workdir=runs/parquet",
     "runs/olmoe": "moex import-hf models/OLMoE-1B-7B --out runs/olmoe",
+    "runs/lora": f"{TUNE} --workdir=runs/lora",
+    "runs/chat": f"{TUNE} --workdir=runs/chat",
+    "models/code-lora": "moex export-hf runs/lora --adapter --out models/code-lora",
     "runs/new": "moex convert runs/quickstart --to=latent --group=8 --latent=64 "
     "--workdir=runs/new",
     "trace.parquet": "moex trace runs/quickstart --out trace.parquet",
+    "later.parquet": "moex trace runs/again --out later.parquet",
 }
 # The folder in which the commands of a page are given.
 FIRST = {"configs/template/README.md": ("moex init mine", "cd mine")}
@@ -177,12 +188,14 @@ class Reader:
 
     def write_data(self) -> None:
         """The files of their own that pages speak of."""
-        for name in ("web.txt", "book.txt"):
+        for name in ("web.txt", "book.txt", "task2.txt"):
             runs.write_corpus(self.folder / name)
         turns = (("user", "who sees?"), ("assistant", "the cat sees"))
         chat = {"messages": [{"role": r, "content": text} for r, text in turns]}
         lines = "".join(json.dumps(chat | {"id": i}) + "\n" for i in range(200))
         (self.folder / "chats.jsonl").write_text(lines, encoding="utf-8")
+        costs = {"device": 2e-5, "move": 4e-4, "cpu_row": 9e-5}
+        (self.folder / "costs.json").write_text(json.dumps(costs), encoding="utf-8")
         (self.folder / "code").mkdir()
         shutil.copy(printed.__file__, self.folder / "code" / "a.py")
         draws = random.Random(0)
@@ -212,10 +225,7 @@ class Reader:
         text = text.partition("  #")[0]
         for target in re.findall(r"moex convert .*--workdir=(\S+)", text):
             shutil.rmtree(self.folder / target, ignore_errors=True)
-        needed = TARGETS.sub("", text)
-        for name in GIVEN:
-            if re.search(rf"[ =]{name}\b", needed):
-                self.give(name)
+        self.give_all(text)
         if text.startswith(("moex train", "python -m launch.local")):
             text += "".join(f" --config.{field}" for field in SHORT)
         if text.startswith("tensorboard"):  # it serves until it is ended
@@ -230,6 +240,13 @@ class Reader:
         told = f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         assert done.returncode == 0, told
 
+    def give_all(self, text: str) -> None:
+        """Have what a command takes for granted."""
+        needed = TARGETS.sub("", text)
+        for name in GIVEN:
+            if re.search(rf"[ =]{name}\b", needed):
+                self.give(name)
+
     def give(self, name: str) -> None:
         """Have what a page takes for granted; it is made once for all pages."""
         if (self.folder / name).exists():
@@ -237,6 +254,7 @@ class Reader:
         if self.base is self:
             self.run(GIVEN[name])
             return
+        self.give_all(GIVEN[name])  # a run with adapters needs its base beside it
         self.base.give(name)
         made, copy = self.base.folder / name, self.folder / name
         copy.parent.mkdir(exist_ok=True)
