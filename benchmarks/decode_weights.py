@@ -71,7 +71,7 @@ def rows_of(model, make_run, split, args) -> list[dict]:
       split: `decode.split`.
       args: those of `decode.main`.
     """
-    pages = (bandwidth.read_rate(2, large_pages=large)["median"] for large in (0, 1))
+    pages = (bandwidth.read_rate(4, large_pages=large)["median"] for large in (0, 1))
     rate = max(pages)
     print(f"weights  memory is read at {rate / 1e9:.1f} GB/s", flush=True)
     models = {w: random_model(model, w) for w in args.weights.split(",")}

@@ -177,7 +177,8 @@ def lower_model(model: nnx.Module, dtype: str) -> None:
     for where, module in list(nnx.iter_modules(model, graph=False)):
         for name in getattr(module, "PROJECTED", ()):
             variable, kept = getattr(module, name), getattr(module, "READ_WHOLE", ())
-            if name == "w_embed_VD" and module.w_logits_DV is not None:
+            untied = getattr(module, "w_logits_DV", None) is not None
+            if name == "w_embed_VD" and untied:
                 variable.set_value(variable[...].astype(jnp.bfloat16))
             if not isinstance(variable, nnx.Param) or name in kept:
                 continue

@@ -171,7 +171,8 @@ def stack_readers(blocks, ctx) -> set[tuple]:
     found = {path for path, module in modules if isinstance(module, StackReader)}
     for path, module in modules:
         for name in getattr(module, "PROJECTED", ()):
-            weight, kept = getattr(module, name), name in module.READ_WHOLE
+            kept = name in getattr(module, "READ_WHOLE", ())
+            weight = getattr(module, name)
             if weight is not None and not kept and as_read(weight, ctx) is not None:
                 found.add((*path, name))
     return found
