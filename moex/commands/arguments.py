@@ -84,7 +84,14 @@ def add_offload(parser) -> None:
         "--offload-policy",
         metavar="NAME",
         help="which expert leaves for another one: lru (default), lfu, mrs, or "
-        "predicted (with --offload-prefetch)",
+        "predicted (with --offload-prefetch), static (with --offload-trace)",
+    )
+    group.add_argument(
+        "--offload-trace",
+        type=path,
+        metavar="TRACE",
+        help="of moex trace: with --offload-policy=static, the experts that are used "
+        "most there stay",
     )
     group.add_argument(
         "--offload-bank",
@@ -109,7 +116,7 @@ def add_offload(parser) -> None:
 
 def offload_of(args):
     """The `Settings` of `--offload`, or None."""
-    names = ("policy", "bank", "prefetch", "host")
+    names = ("policy", "bank", "prefetch", "host", "trace")
     given = {name: getattr(args, f"offload_{name}") for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if args.offload is None:
@@ -118,7 +125,7 @@ def offload_of(args):
         return None
     from moex.offload.settings import Settings
 
-    return Settings(args.offload, **given)
+    return Settings(args.offload, weights=args.weights, **given)
 
 
 def add_weights(parser) -> None:

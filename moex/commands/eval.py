@@ -79,8 +79,6 @@ def _held_out(args, config_args):
     offload = offload_of(args)
     if offload is None:
         result = score_run(args.run, cfg, weights=args.weights, **how)
-    elif args.weights is not None:
-        raise ConfigError("--weights: cannot be used together with --offload.")
     else:
         from moex.offload.score import score_offloaded
 

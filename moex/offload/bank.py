@@ -22,6 +22,7 @@ from moex import cache
 from moex.config.base import ConfigError, to_dict
 from moex.data.files import one_line
 from moex.json_files import digest
+from moex.nn.lowered import SCALES, VALUES, rounded
 from moex.offload.layout import Layer, Part, Pool, module_of
 from moex.progress import counted
 from moex.runs.directory import RunDir
@@ -158,18 +159,39 @@ def _write_part(
 ):
     """Write a part of all experts of a site; `own` has its layers by their copy."""
     state = "state/" if part.item == "state" else ""
-    where = (part.item, f"{state}{path}/{part.name}")
+    whole = part.name.removesuffix(VALUES).removesuffix(SCALES)
+    where = (part.item, f"{state}{path}/{whole}")
     step_r, step_e, *_ = piece(*where)
     num_experts = next(iter(own.values())).experts
     for r in range(0, len(own), step_r):
         for e in range(0, num_experts, step_e):
             several = (slice(r, r + step_r), slice(e, e + step_e))
-            block = _cast(read(*where, several), part.dtype)
+            block = read(*where, several)
+            if whole == part.name:
+                block = _cast(block, part.dtype)
+            else:
+                block = _rounded(block, whole, part, pool, where[1])
             for i, copy in enumerate(block):
                 for j, array in enumerate(copy):
                     row = own[r + i].first + e + j
                     stream.seek(row * pool.row_bytes + part.start)
                     stream.write(np.ascontiguousarray(array).tobytes())
+
+
+def _rounded(block: np.ndarray, whole: str, part: Part, pool: Pool, where: str):
+    """A part of weights that are kept in fewer bytes."""
+    if not np.all(np.isfinite(block)):
+        raise ConfigError(
+            f"--weights: {where} has a number that is not finite; it can only be read "
+            "as it is."
+        )
+    parts = {own.name: own for own in pool.parts}
+    values, scales = (
+        jax.ShapeDtypeStruct((*block.shape[:2], *own.shape), own.dtype)
+        for own in (parts[whole + VALUES], parts[whole + SCALES])
+    )
+    found = rounded(jnp.asarray(block), values, scales)
+    return np.asarray(found[part.name.endswith(SCALES)])
 
 
 def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -206,11 +206,11 @@ class Executor:
         more = f", {ahead:,} loaded ahead" if self.settings.prefetch else ""
         if self.host is not None:
             more += f", {self.host.count:,} computed by the host"
-        moved, total = f"{moved / 1e6:,.1f} MB moved", self.seconds
+        told, total = f"{moved / 1e6:,.1f} MB moved", self.seconds
         return (
             f"offload: slots for {slots:,} of {rows:,} experts ({size / 1e6:,.1f} MB), "
             f"{hits:,} hits and {misses:,} misses ({share:.1%} hits)"
-            f"{more}, {moved}, {waited:.2f} s of {total:.2f} s waited for them"
+            f"{more}, {told}, {waited:.2f} s of {total:.2f} s waited for them"
         )
 
     def _run_step(self, i: int, x_BLD, ctx, cache, steer):

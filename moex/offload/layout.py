@@ -20,7 +20,7 @@ from moex.model.layers import Site, layers
 from moex.model.paths import expert_axis, flat_paths
 from moex.model.spec import ModelSpec
 from moex.nn.contract import StackReader
-from moex.nn.lowered import Int8Weight
+from moex.nn.lowered import BlockWeight, lower_model
 
 ALIGNED = 64  # bytes; parts of a row begin at multiples of it
 
@@ -96,12 +96,24 @@ def module_of(layer: Layer) -> str:
 def is_row_part(path: str) -> bool:
     """Whether an array of the experts of a layer has a part for each of them."""
     *_, owner, name = path.split("/")
-    return expert_axis(owner if name in Int8Weight.PARTS else name) is not None
+    return expert_axis(owner if name in BlockWeight.PARTS else name) is not None
 
 
-def abstract(model):
-    """The module of a `Model` config without arrays."""
-    return nnx.eval_shape(lambda: make_model(model, nnx.Rngs(params=0)), graph=False)
+def abstract(model, weights: str | None = None):
+    """The module of a `Model` config without arrays.
+
+    Args:
+      model: its config.
+      weights: as for `model_spec`.
+    """
+
+    def make():
+        module = make_model(model, nnx.Rngs(params=0))
+        if weights is not None:
+            lower_model(module, weights)
+        return module
+
+    return nnx.eval_shape(make, graph=False)
 
 
 def pools(model, spec: ModelSpec, module, dtype: str) -> list[Pool]:
@@ -149,8 +161,8 @@ def _parts(shapes, module: str, cast) -> tuple[Part, ...]:
             if not path.startswith(f"{module}/") or not is_row_part(path):
                 continue
             name, dtype = path.removeprefix(f"{module}/"), np.dtype(array.dtype)
-            lowered = name.split("/")[-1] in Int8Weight.PARTS
-            if cast is not None and item == "params" and not lowered:
+            lowered = name.split("/")[-1] in BlockWeight.PARTS
+            if cast is not None and dtype == np.float32 and not lowered:
                 dtype = cast
             part = Part(name, item, tuple(array.shape[2:]), dtype, start)
             found.append(part)

@@ -26,8 +26,7 @@ def profile(
     """Measure the costs of the first layer with experts, for one token.
 
     Seconds, each the median of `REPEATS`. Slots are empty afterwards, and nothing is
-    counted. A pass through a layer that misses something runs it twice, so that `layer`
-    counts twice then.
+    counted.
 
     Args:
       executor: of the model.
@@ -65,7 +64,7 @@ def profile(
         expert = next(numbers) % own.layer.experts
         own.slots.fill(own.place, Loads((), ((expert, 0),), (), ()))
 
-    found = {"device": device, "move": _seconds(move), "layer": none}
+    found = {"device": device, "move": _seconds(move), "layer": none, "again": none}
     if host is not None:
         part = told["slots"][0]
         ids = [int(e) for e in needed]

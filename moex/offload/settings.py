@@ -2,14 +2,19 @@
 
 import dataclasses
 import math
+import pathlib
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
+from moex.analysis.trace import Trace
 from moex.config.base import ConfigError, nearest
 from moex.offload.layout import Pool
-from moex.offload.policies import Lfu, Lru, Mrs, Policy, Predicted
+from moex.offload.policies import Lfu, Lru, Mrs, Policy, Predicted, Static
+from moex.offload.routes import read_routes
 
-POLICIES = {"lru": Lru, "lfu": Lfu, "mrs": Mrs, "predicted": Predicted}
+POLICIES = ("lru", "lfu", "mrs", "predicted", "static")
 BANKS = ("disk", "pinned")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -27,6 +32,8 @@ class Settings:
       bank: where experts wait: on the "disk", or in "pinned" memory of the host.
       prefetch: load what the next layer would need now, while a layer computes.
       host: let the cores of the host compute experts where that is quicker.
+      trace: for the static policy, from which it knows the experts that are used most.
+      weights: keep matrices in fewer bytes: see `model_spec`; None: as trained.
     """
 
     size: str
@@ -34,6 +41,8 @@ class Settings:
     bank: str = "disk"
     prefetch: bool = False
     host: bool = False
+    trace: pathlib.Path | None = None
+    weights: str | None = None
 
     def __post_init__(self):
         self._parsed()
@@ -48,6 +57,10 @@ class Settings:
         if self.policy == "predicted" and not self.prefetch:
             raise ConfigError(
                 "--offload-policy=predicted: needs --offload-prefetch, which predicts."
+            )
+        if (self.policy == "static") != (self.trace is not None):
+            raise ConfigError(
+                "--offload-trace: goes with --offload-policy=static; give both."
             )
 
     def _parsed(self) -> tuple[float, str]:
@@ -86,14 +99,42 @@ class Settings:
             )
         return found
 
-    def make_policy(self, pool: Pool, most_slots: int) -> Policy:
+    def counts(self, pools: Sequence[Pool]) -> np.ndarray | None:
+        """How often the trace has each expert, [L, E]; None without a trace.
+
+        Raises:
+          ConfigError: if it is of another model.
+        """
+        if self.trace is None:
+            return None
+        routes = read_routes(Trace.open(self.trace))
+        there = dict(zip(routes.layer_R, routes.experts_R, strict=True))
+        here = {a.routed: a.experts for pool in pools for a in pool.layers}
+        if there != here:
+            raise ConfigError(
+                f"--offload-trace={self.trace}: is of a model with {len(there)} layers "
+                f"of {max(there.values())} experts; this one has {len(here)} of "
+                f"{max(here.values())} sets of weights."
+            )
+        return routes.counts()
+
+    def make_policy(self, pool: Pool, most_slots: int, counts_LE=None) -> Policy:
         """The policy of a pool.
 
         Args:
           pool: `Pool`.
           most_slots: the most experts K of a token.
+          counts_LE: from `counts`.
         """
         shape = len(pool.layers), pool.most_experts
-        if self.policy == "mrs":
-            return Mrs(*shape, top=2 * most_slots)
-        return POLICIES[self.policy](*shape)
+        match self.policy:
+            case "static":
+                routed = [layer.routed for layer in pool.layers]
+                return Static(counts_LE[routed, : pool.most_experts])
+            case "mrs":
+                return Mrs(*shape, top=2 * most_slots)
+            case "lfu":
+                return Lfu(*shape)
+            case "predicted":
+                return Predicted(*shape)
+        return Lru(*shape)

@@ -12,6 +12,7 @@ from moex.config.base import ConfigError
 from moex.model.paths import flat_paths, nested
 from moex.model.spec import ModelSpec, model_spec
 from moex.nn.context import Compute
+from moex.nn.lowered import SCALES, VALUES, lowered
 from moex.offload.bank import Bank, FileBank, PinnedBank, bank_files, write_bank
 from moex.offload.costs import Costs
 from moex.offload.executor import Executor, in_bank
@@ -26,6 +27,7 @@ from moex.runs.directory import Place, RunDir
 from moex.runs.open import LoadedRun, saved_with
 from moex.runs.program import compute_of
 from moex.runs.rows import Rows
+from moex.runs.weights import read_as
 from moex.sharding import MeshConfig
 from moex.tasks.base import require_token_ids
 
@@ -63,7 +65,8 @@ def open_offloaded(place: Place, settings: Settings, wanted=None) -> Offloaded:
         raise ConfigError("--offload: is for one process, and this job has several.")
     cfg.mesh = MeshConfig(data=1)
     mesh = cfg.mesh.make(jax.devices()[:1])
-    spec, module = model_spec(cfg.model, mesh), abstract(cfg.model)
+    spec = model_spec(cfg.model, mesh, settings.weights)
+    module = abstract(cfg.model, settings.weights)
     compute = compute_of(cfg if wanted is None else wanted, train=False)
     found = pools(cfg.model, spec, module, compute.dtype)
     slots = settings.slots(found)  # before anything is read
@@ -95,11 +98,16 @@ def _outside(spec: ModelSpec, rows: Rows) -> tuple[dict, dict]:
     found = []
     for item, tree in (("params", spec.params), ("state", spec.state)):
         places = {n: a for n, a in flat_paths(tree).items() if not in_bank(n)}
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         doing = f"reading {item} that stay on the device"
         for path in counted(places, doing, len(places), "arrays"):
-            own = f"state/{path}" if item == "state" else path
-            arrays[path] = rows.read(item, own).astype(places[path].dtype)
+            if path.endswith(SCALES):
+                continue
+            name = path.removesuffix(VALUES)
+            names = [p for p in (path, name + SCALES) if p in places]
+            wanted = [places[p] for p in names]
+            parts = read_as(rows, item, name, wanted, "--offload")
+            arrays |= dict(zip(names, parts, strict=True))
         found.append(nested(arrays))
     return found[0], found[1]
 
@@ -128,9 +136,9 @@ def assemble(
       compute: how to compute.
     """
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    made = []
+    made, counts_LE = [], settings.counts([bank.pool for bank in banks])
     for bank, count in zip(banks, slots, strict=True):
-        args = bank.pool, most_slots(bank.pool)
+        args = bank.pool, most_slots(bank.pool), counts_LE
         policy = functools.partial(settings.make_policy, *args)
         made.append(Slots(bank, count, policy, place))
     host = None
@@ -171,16 +179,17 @@ def of_arrays(
         return flat[item][path.removeprefix("state/")].shape
 
     mesh = MeshConfig(data=1).make(jax.devices()[:1])
-    module = abstract(model)
-    found = pools(model, model_spec(model, mesh), module, compute.dtype)
+    spec = model_spec(model, mesh, settings.weights)
+    module = abstract(model, settings.weights)
+    found = pools(model, spec, module, compute.dtype)
     banks: list[Bank] = []
     for i, pool in enumerate(found):
         write_bank(folder / f"{i}.rows", pool, read, piece)
         banks.append(FileBank(pool, folder / f"{i}.rows"))
-    rest = [
-        nested({path: a for path, a in tree.items() if not in_bank(path)})
-        for tree in flat.values()
-    ]
+    rest = []
+    for item, tree in (("params", spec.params), ("state", spec.state)):
+        outside = {path: a for path, a in flat[item].items() if not in_bank(path)}
+        rest.append(nested(lowered(outside, flat_paths(tree))))
     slots = settings.slots(found)
     params, state = rest
     return assemble(model, module, params, state, banks, slots, settings, mesh, compute)

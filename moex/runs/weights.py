@@ -56,7 +56,7 @@ def load_lowered(place: Place, weights: str, mesh_cfg=None, *, warn=print) -> Lo
                 continue
             name = path.removesuffix(VALUES)
             wanted = [places[p] for p in (path, name + SCALES) if p in places]
-            parts = _read(rows, item, name, wanted, where)
+            parts = read_as(rows, item, name, wanted, where)
             named = zip((path, name + SCALES), parts, wanted, strict=False)
             arrays |= {p: placed(part, place) for p, part, place in named}
         found[item] = nested(arrays)
@@ -66,8 +66,19 @@ def load_lowered(place: Place, weights: str, mesh_cfg=None, *, warn=print) -> Lo
     )
 
 
-def _read(rows: Rows, item: str, name: str, wanted: list, where: str) -> list:
-    """An array of the checkpoint in the dtypes of `wanted`: itself, or its parts."""
+def read_as(rows: Rows, item: str, name: str, wanted: list, where: str) -> list:
+    """An array of the checkpoint in the dtypes of `wanted`: itself, or its parts.
+
+    Args:
+      rows: the checkpoint.
+      item: "params" or "state".
+      name: of the array, as it was trained.
+      wanted: shape and dtype of it; or those of its values and its scales.
+      where: begins messages.
+
+    Raises:
+      ConfigError: if a number that is rounded is not finite.
+    """
     path = f"state/{name}" if item == "state" else name
     parts = [np.empty(a.shape, a.dtype) for a in wanted]
     lead = rows.lead(item, path)

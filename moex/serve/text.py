@@ -75,11 +75,11 @@ def write_text(
     if not names:  # before anything is read
         _layout(RunDir.of(place).config(), place, chat)
     steer, plan = steering_for(place, steering), None
-    flags: dict = {"--weights": weights, "--offload": offload}
-    flags |= {"--adapter": names, "--experts": experts}
-    given = [flag for flag, value in flags.items() if value]
-    if len(given) > 1 and given[0] in ("--weights", "--offload"):
-        raise ConfigError(f"{given[0]}: cannot be used together with {given[1]}.")
+    flags: dict = {"--offload": offload, "--weights": weights}
+    others = [f for f, v in {"--adapter": names, "--experts": experts}.items() if v]
+    for flag, value in flags.items():
+        if value and others:
+            raise ConfigError(f"{flag}: cannot be used together with {others[0]}.")
     if offload is not None:
         _check_causal(RunDir.of(place).config().model, place)
         opened = open_offloaded(place, offload)

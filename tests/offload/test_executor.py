@@ -1,5 +1,7 @@
 """Offloaded models against plain ones: the same tokens, whatever is resident."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 from moex.config.base import ConfigError
 from moex.model.decode import generate
-from moex.model.paths import flat_paths
+from moex.model.paths import flat_paths, nested
+from moex.model.spec import model_spec
 from moex.model.steering import LayerSteering, Steering
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
@@ -18,13 +21,14 @@ from moex.moe.experts.zero import Zero
 from moex.moe.narrow import Narrow
 from moex.moe.routers.topk import Groups, TopK
 from moex.moe.routers.topp import TopP
+from moex.nn.lowered import lowered
 from moex.nn.stack import Segment
 from moex.offload import decode
 from moex.offload.bank import FileBank, write_bank
 from moex.offload.costs import Costs
 from moex.offload.layout import abstract, pools
 from moex.offload.measure import measure
-from moex.offload.settings import POLICIES, Settings
+from moex.offload.settings import Settings
 from moex.offload.setup import of_arrays
 from moex.offload.slots import TRACED
 from tests.helpers import VOCAB, XLA, built, mesh_of, tiny_lm, tiny_moe
@@ -106,7 +110,7 @@ QUICK_SIZES = "1", "100%"
 def test_tokens_do_not_depend_on_policy_or_size(size, plain, tmp_path):
     cfg = MODELS[SMALL]
     with jax.set_mesh(mesh_of(1)):
-        for policy in POLICIES:
+        for policy in ("lru", "lfu", "mrs"):
             own = offloaded(cfg, tmp_path, size, policy)
             assert decode.generate(own, cfg, prompts(), **GREEDY) == plain(SMALL)
             assert policy in type(own.slots[0].cache.policy).__name__.lower()
@@ -179,6 +183,29 @@ def test_rows_are_read_piece_by_piece_and_cast_as_the_model_is(tmp_path):
             assert row.dtype == jnp.bfloat16
             want = np.asarray(whole[layer.copy, e].astype(jnp.bfloat16))
             np.testing.assert_array_equal(row, want)
+
+
+WEIGHTS = {"weights": "int8"}, {"weights": "int4", "host": True}
+
+
+@pytest.mark.parametrize("fields", WEIGHTS, ids=lambda fields: fields["weights"])
+def test_weights_in_fewer_bytes_can_be_offloaded(fields, tmp_path):
+    """Rounded row by row they are those of the whole model."""
+    cfg = lm(tiny_moe(experts=Glu(hidden=32)), repeat=2)
+    cfg = dataclasses.replace(cfg, dim=32)
+    _, params, state = built(cfg)
+    spec = model_spec(cfg, weights=fields["weights"])
+    low = nested(lowered(flat_paths(params), flat_paths(spec.params)))
+    want = generate(spec, cfg, low, state, prompts(), **GREEDY)
+    with jax.set_mesh(mesh_of(1)):
+        own = of_arrays(cfg, params, state, tmp_path, Settings("2", **fields), XLA)
+        if own.host is not None:
+            own.host.costs = Costs(cpu_row=1.0, device=0.0, move=1.0)
+        assert decode.generate(own, cfg, prompts(), **GREEDY) == want
+    (slots,) = own.slots
+    kinds = {part.name: part.dtype for part in slots.pool.parts}
+    packed = np.int8 if fields["weights"] == "int8" else np.int32
+    assert kinds["w_in_ED2F/values"] == packed
 
 
 MODES = {

@@ -12,6 +12,8 @@ from moex.runs.directory import RunDir
 from moex.train.job import make_job
 from tests import runs
 from tests.helpers import built
+from tests.interop.folders import import_fixture
+from tests.marks import thorough_but_for
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,21 @@ def test_text_is_the_same(run, moex):
         assert "hits and" in lines[0] and "MB moved" in lines[0]
 
 
+def test_the_hottest_experts_of_a_trace_stay(run, moex, tmp_path):
+    trace = tmp_path / "trace.parquet"
+    assert moex("trace", run, f"--out={trace}", "--sequences=2")[0] == 0
+    flags = "--offload=2", "--offload-policy=static", f"--offload-trace={trace}"
+    code, own, said = moex("generate", run, *WRITE, *flags)
+    assert (code, own) == moex("generate", run, *WRITE)[:2], said
+
+
+def test_weights_in_fewer_bytes_are_offloaded(run, moex):
+    code, text, _ = moex("generate", run, *WRITE, "--weights=int8")
+    assert code == 0
+    flags = "--weights=int8", "--offload=1"
+    assert moex("generate", run, *WRITE, *flags)[:2] == (0, text)
+
+
 def test_losses_are_the_same(run, moex):
     code, text, _ = moex("eval", run, "--json", "--sequences=5")
     assert code == 0
@@ -97,6 +114,14 @@ MISTAKES = {
     "a policy without predictions": (
         "--offload=1 --offload-policy=predicted",
         "needs --offload-prefetch",
+    ),
+    "a static policy alone": (
+        "--offload=1 --offload-policy=static",
+        "--offload-trace: goes with",
+    ),
+    "no trace": (
+        "--offload=1 --offload-policy=static --offload-trace=/nowhere",
+        "/nowhere: no such file",
     ),
     "a prefetch alone": ("--offload-prefetch", "is for --offload"),
     "a policy alone": ("--offload-policy=lru", "is for --offload"),
@@ -162,3 +187,17 @@ def test_a_damaged_bank_is_one_line_that_says_what_helps(run, moex):
     code, _, said = moex("generate", run, *WRITE, "--offload=1")
     assert code == 2
     assert f"{file}: " in said and "moex cache --clear=banks" in said
+
+
+FAMILIES = "deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen3_moe"
+
+
+@pytest.mark.parametrize("name", thorough_but_for(FAMILIES, "deepseek_v3"))
+def test_an_imported_model_writes_the_same(name, moex, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEX_CACHE", str(tmp_path / "cache"))
+    import_fixture(name, tmp_path / "run")
+    with runs.one_device():
+        code, text, said = moex("generate", tmp_path / "run", *WRITE)
+        assert code == 0, said
+        code, own, said = moex("generate", tmp_path / "run", *WRITE, "--offload=1")
+        assert (code, own) == (0, text), said
