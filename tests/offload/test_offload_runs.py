@@ -65,7 +65,7 @@ def test_text_is_the_same(run, moex):
 
 def test_the_hottest_experts_of_a_trace_stay(run, moex, tmp_path):
     trace = tmp_path / "trace.parquet"
-    assert moex("trace", run, f"--out={trace}", "--sequences=2")[0] == 0
+    assert moex("trace", run, f"--out={trace}", "--tokens=64")[0] == 0
     flags = "--offload=2", "--offload-policy=static", f"--offload-trace={trace}"
     code, own, said = moex("generate", run, *WRITE, *flags)
     assert (code, own) == moex("generate", run, *WRITE)[:2], said
