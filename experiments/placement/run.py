@@ -35,7 +35,7 @@ from moex.train.training import train
 
 STEPS = (0, 100, 1000)
 TOKENS = 9216  # of a trace; every second example is held out
-PROFILES = (100, 300, 1000, 3000)  # tokens to place by
+PROFILES = (48, 16, 4, 2, 1)  # one of so many examples to place by
 DEVICES = (2, 4, 8)
 PLAIN = 4  # devices of the main table
 MILP_SECONDS = 30.0
@@ -97,16 +97,12 @@ def scored(own: Affinity, other: Affinity, devices: int, **fields) -> dict:
     }
 
 
-def profiled(file, tokens: int) -> Affinity:
-    """The affinity of the first tokens of what is placed by."""
+def profiled(file, share: int) -> Affinity:
+    """The affinity of every `share`-th example of those that are placed by."""
     with Trace.open(file) as trace:
-        infos = list(trace.layers.values())
-        part, left = counts._Counts(infos, "transitions"), tokens
+        part = counts._Counts(list(trace.layers.values()), "transitions")
         for chunk in trace.chunks(values=("gate",)):
-            own_N = ~counts.held_out(chunk.tokens.example_N, 2)
-            own_N &= np.cumsum(own_N) <= left
-            left -= int(own_N.sum())
-            part.add(chunk.layers, own_N)
+            part.add(chunk.layers, chunk.tokens.example_N % (2 * share) == 0)
         return part.affinity(trace.header.run, trace.header.step)
 
 
@@ -144,8 +140,8 @@ def one_seed(folder: pathlib.Path, seed: int) -> dict:
         "placed": [nodes.between, nodes.within],
     }
     found["profile"] = {
-        str(n): place(profiled(file, n), How(devices=PLAIN)).crossings(other).all
-        for n in PROFILES
+        str(part.tokens): place(part, How(devices=PLAIN)).crossings(other).all
+        for part in (profiled(file, share) for share in PROFILES)
     }
     # A plan of an early checkpoint on the traffic of the last one.
     early, _ = counts.read(traced(folder, last, seed, STEPS[1]), every=2)

@@ -22,6 +22,7 @@ class Facts:
     """The facts that the run of a trace tells of its layers, by their numbers."""
 
     base: str
+    experts: dict[int, int]  # E, without zero-computation ones
     stored: dict[int, np.ndarray]  # int64[E] where experts share weights
     blocks: dict[int, tuple[int, ...]]
 
@@ -33,17 +34,18 @@ class Facts:
           ConfigError: if there is no run, or its experts cannot change places.
         """
         model = run.config().model
-        stored, blocks, rows = {}, {}, None
+        experts, stored, blocks, rows = {}, {}, {}, None
         for site in sites(model):
             if site.sparse is None:
                 continue
             own = whole_blocks(site.sparse)
             blocks |= dict.fromkeys(site.numbers, own)
+            experts |= dict.fromkeys(site.numbers, site.sparse.moe.num_experts)
             if site.sparse.moe.stored_experts is not None:
                 rows = rows or Rows(run)
                 stored_RE = rows.read("state", f"state/{site.sparse.path}/stored_E")
                 stored |= dict(zip(site.numbers, stored_RE.astype(int), strict=True))
-        return cls(base_hash(model), stored, blocks)
+        return cls(base_hash(model), experts, stored, blocks)
 
     def tell(self, affinity: Affinity, where) -> Affinity:
         """The affinity of the sets and groups of the model.
@@ -52,8 +54,7 @@ class Facts:
           ConfigError: if the text was traced in another model.
         """
         for own in affinity.layers:
-            experts = self.stored.get(own.number, np.zeros(own.experts))
-            same = own.number in self.blocks and len(experts) == own.experts
+            same = self.experts.get(own.number) == own.experts
             if not same or (affinity.base and affinity.base != self.base):
                 raise ConfigError(
                     f"--run: {where} is of another model: its layer {own.number} has "

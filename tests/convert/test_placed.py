@@ -22,6 +22,7 @@ from moex.moe.routers.forced import Forced
 from moex.moe.routers.hash import Hash
 from moex.moe.routers.topk import Groups, TopK
 from moex.nn.stack import Segment
+from moex.placement.affinity import Affinity, Layer, Term
 from moex.placement.plan import Facts
 from moex.runs.base import base_hash
 from moex.runs.directory import RunDir
@@ -229,6 +230,27 @@ def test_the_verb_writes_a_run_with_the_plan_beside_it(moex, moe_run, tmp_path):
     error = moex(*to, f"--plan={file}", f"--workdir={tmp_path / 'other'}")
     assert "kind = 'keep': must be 'place' for this conversion" in error
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_tells_of_its_layers_and_only_of_its_own(moe_run):
+    facts = Facts.of(RunDir(moe_run))
+    assert facts.base == base_hash(RunDir(moe_run).config().model)
+    assert (facts.stored, facts.blocks) == ({}, {0: (), 1: ()})
+    counts = np.ones((4, 4), int)
+    own = Affinity(
+        layers=(Layer(0, 4), Layer(1, 4)),
+        terms=(Term(0, 1, counts),),
+        load=(counts[0],) * 2,
+        tokens=16,
+    )
+    assert facts.tell(own, "t.parquet").base == facts.base
+    for other in (
+        dataclasses.replace(own, layers=(Layer(0, 4), Layer(2, 4))),
+        dataclasses.replace(own, layers=(Layer(0, 8), Layer(1, 4))),
+        dataclasses.replace(own, base="0"),
+    ):
+        with pytest.raises(ConfigError, match="--run: t.parquet is of another model"):
+            facts.tell(other, "t.parquet")
 
 
 @pytest.mark.slow
