@@ -2,8 +2,8 @@
 
     python -m experiments.placement.coherent --out=/tmp/placement --seeds=0,1,2
 
-The model of `run.py` with one expert per token, on 8 devices of a CPU: 64 sequences
-write 40 tokens each. Results go to coherent.json.
+The trained model of `run.py` decodes with the best of its two experts alone (k = 1), on
+8 devices of a CPU: 64 sequences write 40 tokens each. Results go to coherent.json.
 """
 
 import argparse
@@ -16,42 +16,43 @@ import jax
 import numpy as np
 
 from experiments.compression import testbed
+from experiments.placement.run import runs_of
 from moex.analysis.record import trace_run
 from moex.config.arguments import path
 from moex.convert.to_placed import placed_arrays
 from moex.json_files import dump_json, read_object
 from moex.model import decode
 from moex.model.spec import shardings
-from moex.moe.routers.topk import TopK
 from moex.placement import affinity as counts
 from moex.placement import coherent
 from moex.placement.plan import make_plan
 from moex.placement.solve import How, place
 from moex.runs.directory import RunDir
 from moex.runs.open import load_run
+from moex.runs.write import write_run
 from moex.sharding import MeshConfig
-from moex.train.training import train
+from moex.train.job import make_job
 
 DEVICES, SEQUENCES, PROMPT, NEW, TOKENS = 8, 64, 8, 40, 9216
 
 
-def trained(folder: pathlib.Path, seed: int) -> pathlib.Path:
-    """The run of a seed; it is trained if it is not there."""
-    run = folder / f"top1-{seed}"
-    files = testbed.write_texts((folder / f"texts{seed}").absolute(), seed)
-    cfg = testbed.config(files, seed)
-    moe = cfg.model.layers[0].pattern[0]
-    moe.router = TopK(k=1, normalize="none")
-    if not RunDir(run).is_run() or cfg.steps not in RunDir(run).saved_steps():
-        train(cfg, run, say=lambda line: None)
+def single(folder: pathlib.Path, seed: int) -> RunDir:
+    """The run of a seed with the best expert of a token alone, as a run of its own."""
+    run = RunDir(folder / f"single{seed}")
+    if not run.is_run():
+        opened = load_run(runs_of(folder, seed)[1], warn=lambda line: None)
+        cfg = opened.cfg
+        cfg.model.layers[0].pattern[0].router.k = 1
+        job = make_job(cfg, log=lambda line: None)
+        arrays = {"params": opened.params, "state": opened.state}
+        write_run(run, job.cfg, job, job.tx, job.data, arrays)
     return run
 
 
 def one_seed(folder: pathlib.Path, seed: int) -> dict:
     """The figures of a seed."""
     mesh_cfg = MeshConfig(data=1, expert=DEVICES)
-    file = folder / f"top1-{seed}.parquet"
-    run = RunDir(trained(folder, seed))
+    file, run = folder / f"single{seed}.parquet", single(folder, seed)
     if not file.exists():
         trace_run(run, run.config(), file, tokens=TOKENS)
     own, other = counts.read(file, every=2)
