@@ -134,9 +134,9 @@ def placed_arrays(tree, model, plan: Plan) -> dict:
     """
     found, by_layer, every = {}, plan.by_layer(), sites(model)
     for path, array in flat_paths(tree).items():
-        site, part, routed = _part(every, path)
-        plans = [by_layer.get(number) for number in site.numbers] if site else []
-        if not routed or not any(plans):
+        site, part = _part(every, path)
+        plans = [] if site is None else [by_layer.get(n) for n in site.numbers]
+        if site is None or site.sparse is None or not any(plans):
             found[path] = array
             continue
         moe, name = site.sparse.moe, path.split("/")[-1]
@@ -150,13 +150,13 @@ def placed_arrays(tree, model, plan: Plan) -> dict:
     return nested(found)
 
 
-def _part(every: list[Site], path: str) -> tuple[Site | None, str, bool]:
-    """(the layers of an array, its part of the MoE, whether it is in the MoE)."""
+def _part(every: list[Site], path: str) -> tuple[Site | None, str]:
+    """The pair (layers of an array of an MoE or None, its part as for `_Order.of`)."""
     if not path.startswith("segments/"):
-        return None, "", False
+        return None, ""
     site = site_at(every, path)
     if site.sparse is None or not path.startswith(f"{site.sparse.path}/"):
-        return site, "", False
+        return None, ""
     first, *rest = path.removeprefix(f"{site.sparse.path}/").split("/")
-    part = {"experts": "experts", "router": "router", "routers": "router"}
-    return site, part.get(first, "") if rest else "", first in part or not rest
+    parts = {"experts": "experts", "router": "router", "routers": "router"}
+    return (site if first in parts or not rest else None), parts.get(first, "")

@@ -125,8 +125,9 @@ class Affinity:
             Layer(own.number, size, blocks.get(own.number, ()))
             for own, size in zip(self.layers, sizes, strict=True)
         ]
-        new = {"layers": tuple(layers), "terms": tuple(terms), "load": tuple(load)}
-        return dataclasses.replace(self, **new)
+        return dataclasses.replace(
+            self, layers=tuple(layers), terms=tuple(terms), load=tuple(load)
+        )
 
 
 def _table(count_AB, rng) -> np.ndarray:
@@ -273,11 +274,11 @@ class _Counts:
                 top_N = top_expert(expert_NK, own.keep_NK[own_N], gate_NK)
                 tops[info.label] = np.where(top_N < E, top_N, -1)
         for (a, b), count_AB in zip(self.pairs, self.counts, strict=True):
-            E = count_AB.shape
+            sizes = count_AB.shape
             if self.objective == "transitions":
-                count_AB += top_pair_counts(tops[a.label], tops[b.label], *E)
+                count_AB += top_pair_counts(tops[a.label], tops[b.label], *sizes)
             else:
-                both_EE = pair_counts(*slots[a.label], *slots[a.label], *E)
+                both_EE = pair_counts(*slots[a.label], *slots[a.label], *sizes)
                 count_AB += np.triu(both_EE, 1)
 
     def affinity(self, run: str, step: int) -> Affinity:

@@ -156,8 +156,9 @@ def generate(
     room = room or Room.of(B, P)
     stop_K = decode.padded_stops(stop_tokens)
     key, home_B = jax.random.key(seed), jnp.arange(B, dtype=jnp.int32) * P // B
-    stopped_B, moved, ordinary, rows, reruns = jnp.zeros(B, bool), 0, 0, 0, 0
-    columns = []
+    stopped_B, rows, reruns = jnp.zeros(B, bool), 0, 0
+    moved = ordinary = np.zeros(1, np.int64)
+    columns: list[tuple[np.ndarray, np.ndarray]] = []
     with jax.set_mesh(mesh):
         cache = model.init_cache(B, slots, jnp.dtype(compute.dtype))
         logits_BV, cache = run.prompt(params, state, cache, prompt_BP, num_padding_B)
@@ -185,8 +186,8 @@ def generate(
         tokens=[row[:n].tolist() for row, n in zip(new_BN, num_new_B, strict=True)],
         steps=len(columns) - 1,
         rows=rows,
-        moved=np.atleast_1d(moved).tolist(),
-        ordinary=np.atleast_1d(ordinary).tolist(),
+        moved=moved.tolist(),
+        ordinary=ordinary.tolist(),
         gathered=kept + model.dim,
         reruns=reruns,
     )
@@ -212,7 +213,10 @@ class _Run:
         whole = jax.sharding.NamedSharding(mesh, PartitionSpec())
         self.prompt = jax.jit(self._prompt, out_shardings=whole)
         self.emitted = jax.jit(
-            lambda *args: decode.emitted(*args, sampling), out_shardings=whole
+            lambda logits_BV, key, stopped_B, stop_K: decode.emitted(
+                logits_BV, key, stopped_B, stop_K, sampling
+            ),
+            out_shardings=whole,
         )
         self.step = jax.jit(self._step, static_argnums=4, out_shardings=whole)
 
@@ -325,12 +329,14 @@ class _Residents:
     def through(self, block, ctx: Context, cache: dict) -> dict:
         """Go through a block; the new rows of its cache, [B, 1, ...]."""
         own, at_S = _rows(ctx, self.seq_S), jnp.maximum(self.seq_S, 0)
+        index = ctx.cache_index
+        assert index is not None
         seen = jax.tree.map(lambda a: a[at_S], cache)
         x_S1D = self.x_SD[:, None]
         y_S1D, seen = block.attention(block.norm_attention(x_S1D), own, seen)
         new = jax.tree.map(
             lambda a: _to_sequences(self.batch, self.seq_S)(
-                lax.dynamic_slice_in_dim(a, ctx.cache_index, 1, axis=1)
+                lax.dynamic_slice_in_dim(a, index, 1, axis=1)
             ),
             seen,
         )

@@ -34,7 +34,10 @@ class Facts:
           ConfigError: if there is no run, or its experts cannot change places.
         """
         model = run.config().model
-        experts, stored, blocks, rows = {}, {}, {}, None
+        experts: dict[int, int] = {}
+        stored: dict[int, np.ndarray] = {}
+        blocks: dict[int, tuple[int, ...]] = {}
+        rows: Rows | None = None
         for site in sites(model):
             if site.sparse is None:
                 continue
@@ -90,7 +93,7 @@ def placement_of(plan: Plan, affinity: Affinity) -> Placement:
     Raises:
       ConfigError: if the plan is for other layers.
     """
-    devices = {len(own.devices) for own in plan.layers}
+    devices = {len(own.devices) for own in plan.by_layer().values()}
     one = len(devices) == 1
     require(one, f"{plan.where}: devices", sorted(devices), "as many in every layer")
     P = devices.pop()

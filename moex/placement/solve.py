@@ -207,7 +207,8 @@ def _split(affinity: Affinity, part: _Part, size: int, how: How):
         rows, columns = (len(part.experts[i]) // units[i] for i in (a, b))
         return count_AB.reshape(rows, units[a], columns, units[b]).sum(axis=(1, 3))
 
-    load, most = None, ()
+    load: tuple[np.ndarray, ...] | None = None
+    most: tuple[float, ...] = ()
     if how.slack is not None:
         load = tuple(
             own[ids].reshape(-1, unit).sum(axis=1).astype(float)
@@ -234,11 +235,11 @@ def _split(affinity: Affinity, part: _Part, size: int, how: How):
         ) from None
     children = []
     for p in range(n):
-        own = [
+        mine = [
             ids[np.repeat(device_U == p, unit)]
             for ids, device_U, unit in zip(
                 part.experts, solution.device, units, strict=True
             )
         ]
-        children.append(_Part(own, size))
+        children.append(_Part(mine, size))
     return solution, children

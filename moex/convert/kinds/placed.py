@@ -61,8 +61,8 @@ class Placed(Conversion):
         trees = (run.params, run.state)
         made = [placed_arrays(tree, run.cfg.model, self.plan) for tree in trees]
         moved = {
-            str(own.layer): sum(e != i for i, e in enumerate(own.order()))
-            for own in self.plan.layers
+            str(number): sum(e != i for i, e in enumerate(own.order()))
+            for number, own in self.plan.by_layer().items()
         }
         return *made, {"moved": moved}
 
