@@ -63,6 +63,71 @@ def test_ties_fill_the_budget_evenly():
     assert adaptive_groups([np.zeros(3), np.ones(5) / 5], 2) == [1, 3]
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_random_layers_are_grouped_as_loops_over_experts_do(seed):
+    """Ties, unused experts, and layers of different sizes among them."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(2, 8, size=rng.integers(1, 5)).tolist()
+    counts = [rng.integers(0, 6 if seed % 2 else 600, size=E) for E in sizes]
+    usages = [usage(count_E) for count_E in counts]
+    G = int(rng.integers(1, max(sizes)))
+    found = adaptive_groups(usages, G)
+    # The authors' rule, and the ties that it leaves out.
+    pool = []
+    for layer, usage_E in enumerate(usages):
+        first = next(e for e, u in enumerate(usage_E) if u == max(usage_E))
+        pool += [(1.0 if e == first else u, layer) for e, u in enumerate(usage_E)]
+    pool.sort(reverse=True)
+    budget = min(G * len(sizes), len(pool))
+    threshold = pool[min(budget, len(pool) - 1)][0]
+    above, tied = ([0] * len(sizes) for _ in range(2))
+    for value, layer in pool:
+        above[layer] += value > threshold
+        tied[layer] += value == threshold
+    assert sum(found) == budget
+    more = [n - a for n, a in zip(found, above, strict=True)]
+    assert all(0 <= m <= t for m, t in zip(more, tied, strict=True))
+    full = [m for m, t in zip(more, tied, strict=True) if m < t]
+    assert not full or max(more) <= min(full) + 1  # as many in each layer
+    for count_E, usage_E, groups in zip(counts, usages, found, strict=True):
+        E = len(count_E)
+        similar = symmetric(rng.integers(0, 4, size=E * (E - 1) // 2) / 4, E)
+        largest = -(-E // groups) + int(rng.integers(0, 2))
+        order = sorted(range(E), key=lambda e, count_E=count_E: (-count_E[e], e))
+        expected = [[e] for e in order[:groups]]
+        for e in order[groups:]:
+            room = [g for g in expected if len(g) < largest]
+            best = max(similar[e, g[0]] for g in room)
+            next(g for g in room if similar[e, g[0]] == best).append(e)
+        assert nearest_groups(usage_E, similar, groups, largest) == expected
+        taken, rest = [], order[groups:]
+        for dominant in order[:groups]:
+            near = sorted(rest, key=lambda e, d=dominant: (-similar[d, e], e))
+            taken.append([dominant, *near[: largest - 1]])
+            rest = [e for e in rest if e not in taken[-1]]
+        assert greedy_groups(usage_E, similar, groups, largest) == taken
+        own = glu_weights(E=E, D=2, F=3, seed=seed)
+        made = merged(
+            own,
+            Merge(
+                layer=0,
+                experts=E,
+                groups=tuple(map(tuple, expected)),
+                dominant=tuple(order[:groups]),
+                weights=tuple(map(float, usage_E)),
+            ),
+            "none",
+        )
+        for g, members in enumerate(expected):
+            whole = sum(usage_E[e] for e in members)
+            share = {
+                e: usage_E[e] / whole if whole else 1 / len(members) for e in members
+            }
+            for name, value in own.items():
+                mixed = sum(share[e] * np.float64(value[e]) for e in members)
+                np.testing.assert_allclose(made[name][g], mixed, rtol=1e-5, atol=1e-6)
+
+
 def test_usage_and_similarity_are_their_definitions():
     np.testing.assert_allclose(usage([3, 1, 0]), [0.75, 0.25, 0])
     np.testing.assert_array_equal(usage([0, 0]), [0, 0])
