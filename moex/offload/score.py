@@ -51,7 +51,8 @@ def score_offloaded(
         none: dict = {"params": {}, "state": {}}
         result = evaluate(program, none, step, sequences, steer=steer)
     tell(opened.executor.report())
-    return told_score(run, result)
+    how = {} if settings.weights is None else {"weights": settings.weights}
+    return how | told_score(run, result)
 
 
 def eval_step(executor: Executor, program: Evaluated):

@@ -199,7 +199,6 @@ def test_eval_and_generate_say_what_they_keep(run, capsys):
     ("flags", "said"),
     [
         (["--weights=int3"], "invalid choice: 'int3'"),
-        (["--weights=int8", "--offload=2"], "--weights: cannot be used together with"),
         (
             ["--weights=int8", "--experts=a:b"],
             "--weights: cannot be used together with",
