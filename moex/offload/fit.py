@@ -37,18 +37,25 @@ class Training:
         require(self.lr > 0, "lr", self.lr, "above 0")
 
 
-def fit(trace: Trace, training: Training = Training(), **sizes) -> Predictor:
+def fit(
+    trace: Trace,
+    training: Training = Training(),
+    *,
+    routes: Routes | None = None,
+    **sizes,
+) -> Predictor:
     """Train a predictor on most examples of a trace, and measure it on the others.
 
     Args:
       trace: open.
       training: `Training`.
+      routes: those of the trace to use; None: all.
       sizes: fields of `About`.
 
     Raises:
       ConfigError: if the trace has fewer than two examples, or the loss is not finite.
     """
-    routes = read_routes(trace)
+    routes = read_routes(trace) if routes is None else routes
     if routes.num_examples < 2:
         raise ConfigError(f"{trace.path}: one example is too few to hold one out.")
     about = About.of(trace.header, **sizes)
