@@ -63,6 +63,19 @@ def test_fewer_slots_than_experts_of_a_token():
     assert found.statistics.hits_L.tolist() == [1]
 
 
+def test_tokens_without_experts_cost_what_a_layer_costs():
+    routes = routes_of([[[-1, -1]], [[0, -1]], [[-1, -1]]], experts=2)
+    found = replay(routes, 1, lru(routes), SLOW, forecast=recorded_none)
+    assert found.time == 3 * 2 + 4 + 1
+    assert found.hit_rate == 0.0
+    assert np.allclose(routes.scores_of([0, 1], 0), [0.25, 0])
+
+
+def recorded_none(rows, router):
+    """A forecast that knows nothing."""
+    return []
+
+
 def test_a_layer_that_missed_something_runs_again():
     again = dataclasses.replace(SLOW, again=0.5)
     found = replay(SIX, 2, lru(SIX), again)
