@@ -24,7 +24,8 @@ class Costs:
       move: of the link, for each expert that is moved to the device.
       layer: of all else in a layer, such as attention, before its experts are known.
       again: of a layer that runs again once what it missed is there, as real decoding
-        does (`executor.py`); for each time that something is loaded.
+        does (`executor.py`); for each time that something is loaded. Above 0 moves
+        begin when residents have computed.
     """
 
     cpu_first: float = 0.0

@@ -167,6 +167,8 @@ def _layer(layer, load, link, cache, costs, scheduler, now) -> tuple[float, floa
     while left or hosted:
         found = cache.need(layer, left, hosted)
         there = [link.arrival((layer, e)) for e in found.hits]
+        if costs.again:  # the layer runs before it is known what it misses
+            begin, there = device_end(there, costs, begin), []
         there += [link.demand((layer, e), begin) for e, _ in found.loads]
         begin = device_end(there, costs, begin)
         begin += costs.again if found.loads else 0.0

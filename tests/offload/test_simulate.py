@@ -82,6 +82,9 @@ def test_a_layer_that_missed_something_runs_again():
     assert found.time == replay(SIX, 2, lru(SIX), SLOW).time + 5 * 0.5
     parts = routes_of([[[0, 1, 2]]])
     assert replay(parts, 1, lru(parts), again).time == 2 + 3 * (5 + 0.5)
+    mixed = routes_of([[[0, 1]], [[0, 2]]])
+    both, one = 2 * 4 + 1 + 0.5, 1 + 4 + 1 + 0.5  # a resident computes, then one moves
+    assert replay(mixed, 2, lru(mixed), again).time == 2 * 2 + both + one
 
 
 def test_a_prefetched_expert_that_is_late_is_waited_for():
