@@ -244,7 +244,7 @@ class Reader:
         """Have what a command takes for granted."""
         needed = TARGETS.sub("", text)
         for name in GIVEN:
-            if re.search(rf"[ =]{name}\b", needed):
+            if re.search(rf"[ =\"]{name}\b", needed):
                 self.give(name)
 
     def give(self, name: str) -> None:
