@@ -38,7 +38,8 @@ class Counter:
       run: the model; `used` takes other parameters for it.
       job: for its training batches, from the first on, and how to compute.
       sequences: the least number of sequences to read, in whole batches.
-      options: their similarity says what else is added up; None: nothing.
+      options: only their layers are looked at, and their similarity says what else is
+        added up; None: all layers, and nothing else.
     """
 
     def __init__(
@@ -51,19 +52,20 @@ class Counter:
             for site in sites(run.cfg.model)
             if site.sparse is not None
         ]
+        self._asked: set[str] = set()
+        if options is not None:
+            self._asked, self._align = options.measured(), options.align != "none"
+            chosen = mergeable(run.cfg.model, options).values()
+            paths = {sparse.path for sparse, _ in chosen}
+            self._sites = [own for own in self._sites if own[1].path in paths]
         self._step = jax.jit(self._sums)
         self._more = jax.jit(self._with_gradients, donate_argnums=0)
-        self._asked: set[str] = set()
-        self._merged: list[str] = []  # paths of the layers that merge
-        if options is not None and (asked := options.measured()):
-            chosen = mergeable(run.cfg.model, options).values()
-            self._asked, self._align = asked, options.align != "none"
-            self._merged = list(dict.fromkeys(sparse.path for sparse, _ in chosen))
 
     def used(self, params) -> dict[int, Used]:
-        """The sums of every MoE layer, by its number."""
+        """The sums of the MoE layers, by their numbers."""
         total: dict = {}
-        experts = {path: (*path.split("/"), "experts") for path in self._merged}
+        paths = [sparse.path for _, sparse in self._sites]
+        experts = {path: (*path.split("/"), "experts") for path in paths}
         if self._asked and self._align:
             for place in experts.values():
                 params = aligned(params, place)
@@ -104,7 +106,7 @@ class Counter:
         for site, sparse in self._sites:
             path = sparse.path
             stack, copies = _module(model, path), []
-            pairs = "mse" in self._asked and path in self._merged
+            pairs = "mse" in self._asked
             for r in range(site.repeat):
                 module = jax.tree.map(lambda a, r=r: a[r], stack)
                 own = jax.tree.map(lambda a, r=r: a[r], layers[path])
@@ -177,9 +179,10 @@ def _layer_sums(module, of_round, ctx, *, pairs: bool) -> dict:
     """
     trace, logits_TX, x_BLD = of_round
     valid_T, E = ctx.valid_BL.reshape(-1), module.num_experts
-    gate_TE = _gates(module, trace, logits_TX, ctx)[:, :E]
+    gate_TX = _gates(module, trace, logits_TX, ctx)
+    gate_TE = gate_TX[:, :E]
     logits_TE = jnp.where(valid_T[:, None], logits_TX[:, :E], 0.0)
-    total_T1 = jnp.sum(gate_TE, axis=1, keepdims=True)
+    total_T1 = jnp.sum(gate_TX, axis=1, keepdims=True)  # zero-computation ones too
     share_TE = gate_TE / jnp.where(total_T1 > 0, total_T1, 1.0)
     stride = -(-valid_T.size // SAMPLED)  # every device keeps its rows
     seen = jnp.zeros(ctx.valid_BL.shape, bool).at[:, ::stride].set(True)

@@ -13,11 +13,16 @@ import pytest
 from moex.adapters.lora import LoRA
 from moex.adapters.moram import consolidated
 from moex.config.base import ConfigError
+from moex.convert.apply import convert_run
+from moex.convert.kinds.folded import Folded
+from moex.convert.kinds.merged import Merged
+from moex.convert.plans import Merge, Plan
 from moex.interop.adapter import export_adapter, import_adapter
 from moex.model.accounting import num_bytes
 from moex.model.optim import AdamW, Optim, make_optimizer
 from moex.model.paths import flat_paths
 from moex.model.spec import init_guard
+from moex.runs.base import base_hash
 from moex.runs.directory import RunDir
 from moex.runs.keys import Loss
 from moex.runs.open import load_run
@@ -97,6 +102,41 @@ def test_a_run_goes_on_exactly(folder, base, adapted):
     adapt(folder, base, folder / "twice", "steps=4")
     once, twice = (load_run(run) for run in (adapted, folder / "twice"))
     runs.assert_same_arrays(twice.params, once.params)
+
+
+def test_experts_that_share_weights_share_an_adapter(folder, base):
+    """They are trained on, exported, read again and folded in; the map stays."""
+    quiet = {"say": lambda line: None}
+    layer = Merge(
+        layer=1, experts=4, groups=((2, 0), (1, 3)), dominant=(2, 1), weights=(1.0,) * 4
+    )
+    plan = Plan(
+        kind="merge",
+        run="base",
+        step=2,
+        base=base_hash(RunDir(base).config().model),
+        layers=(layer,),
+    )
+    merged, run = folder / "merged", folder / "on-merged"
+    convert_run(base, merged, [Merged(plan=plan)], sequences=0, **quiet)
+    stored = "model.layers[1].pattern[0].stored_experts=2"
+    adapt(folder, merged, run, stored, "steps=4")
+    made, under = load_run(run), load_run(merged)
+    path = "segments/1/blocks/0/ffn"
+    params, state = flat_paths(made.params), flat_paths(made.state)
+    np.testing.assert_array_equal(state[f"{path}/stored_E"], [[0, 1, 0, 1]])
+    own = params[f"{path}/experts/adapters/w_out_EFD/b_NRO"]
+    assert own.shape[:2] == (1, 2) and np.abs(own).max() > 0
+    for name, array in flat_paths(under.params).items():
+        assert params[name].tobytes() == array.tobytes(), name
+    export_adapter(run, folder / "merged-files", **quiet)
+    import_adapter(merged, folder / "merged-files", folder / "merged-again", **quiet)
+    again = flat_paths(load_run(folder / "merged-again").params)
+    assert all(params[name].tobytes() == again[name].tobytes() for name in params)
+    report = convert_run(run, folder / "merged-folded", [Folded()], **quiet)
+    assert report["loss"]["after"] == pytest.approx(report["loss"]["before"], rel=1e-5)
+    state = flat_paths(load_run(folder / "merged-folded").state)
+    np.testing.assert_array_equal(state[f"{path}/stored_E"], [[0, 1, 0, 1]])
 
 
 def test_another_run_starts_from_a_run_with_adapters(folder, adapted):

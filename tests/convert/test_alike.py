@@ -19,6 +19,7 @@ from moex.model.losses import moe_layers
 from moex.model.paths import flat_paths, nested
 from moex.moe.chain import Chain
 from moex.moe.experts.glu import Glu
+from moex.moe.experts.zero import Zero
 from moex.nn.attention import Attention
 from moex.nn.stack import Segment
 from moex.sharding import MeshConfig
@@ -27,7 +28,9 @@ from tests.helpers import TASK, XLA, built, random_batch, tiny_lm, tiny_moe
 from tests.moe import oracle
 
 E, F, D = 5, 3, 8
-MOE = tiny_moe(E, shared=None, experts=Glu(hidden=F), capacity_factor=0.8)
+MOE = tiny_moe(
+    E, shared=None, experts=Glu(hidden=F), capacity_factor=0.8, zero=Zero(copy=1)
+)
 CHAIN = Segment(pattern=(Chain(moe=MOE, iterations=2),))
 SMALL = {"dim": D, "attention": Attention(heads=2)}
 MODEL = tiny_lm(Segment(pattern=(MOE,), repeat=2), CHAIN, **SMALL)
@@ -42,7 +45,7 @@ def model():
     return built(MODEL)
 
 
-def used_by(cfg, arrays, name, align="dominant"):
+def used_by(cfg, arrays, name, align="dominant", layers="all"):
     spec, params, state = arrays
     cfg = types.SimpleNamespace(model=cfg, task=TASK, batch_size=2)
     with runs.one_device():
@@ -54,7 +57,7 @@ def used_by(cfg, arrays, name, align="dominant"):
             compute=lambda train: XLA,
             num_domains=2,
         )
-        options = Merged(groups=2, similarity=name, align=align)
+        options = Merged(groups=2, similarity=name, align=align, layers=layers)
         return Counter(run, job, 4, options).used(params)
 
 
@@ -115,7 +118,8 @@ def tokens(model):
                     {int(e): g for e, g, keep in zip(*slot, strict=True) if keep}
                     for slot in slots
                 ]
-                kept = oracle.keep_within(math.ceil(0.8 * 2 * len(gates) / E), gates, E)
+                capacity = math.ceil(0.8 * 2 * len(gates) / (E + 1))
+                kept = oracle.keep_within(capacity, gates, E)
                 rows = zip(np.float64(x.reshape(-1, D)), kept, valid_T, strict=True)
                 found[number] += [(x_D, own) for x_D, own, valid in rows if valid]
     return found
@@ -125,17 +129,20 @@ def tokens(model):
     "align", ["none", pytest.param("dominant", marks=pytest.mark.thorough)]
 )
 def test_pairs_merge_with_an_error_over_the_tokens_of_both(model, tokens, align):
-    """And the inputs of an expert are the mean over its tokens."""
+    """And inputs and scores of an expert are means over its tokens."""
     found, flat = used_by(MODEL, model, "mse", align), flat_paths(model[1])
     for number in PATHS:
         w, sums, count = layer_of(flat, number), np.zeros((E, D)), np.zeros(E)
+        gate_norm = np.zeros(E)
         order = orders_like_the_first(w)
         if align == "none":
             order = [tuple(range(F))] * E
         for x_D, gates in tokens[number]:
-            for e in gates:
+            for e in set(gates) - {E}:  # the last one computes nothing
                 sums[e] += x_D
                 count[e] += 1
+                norm = np.linalg.norm(oracle.glu_expert(MOE.experts, x_D, w, e))
+                gate_norm[e] += gates[e] / sum(gates.values()) * norm
         expected = np.zeros((E, E))
         for i, j in itertools.combinations(range(E), 2):
             one, two = in_order(w, i, order[i]), in_order(w, j, order[j])
@@ -148,8 +155,17 @@ def test_pairs_merge_with_an_error_over_the_tokens_of_both(model, tokens, align)
         expected = (expected + expected.T) / len(tokens[number])
         own, mean = found[number], sums / np.maximum(count, 1)[:, None]
         np.testing.assert_array_equal(own.count_E, count)
+        np.testing.assert_allclose(own.gate_norm_E, gate_norm, rtol=1e-4)
         np.testing.assert_allclose(own.input_gram_EE, mean @ mean.T, rtol=1e-4)
         np.testing.assert_allclose(own.merge_error_EE, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_layers_that_do_not_merge_are_not_looked_at():
+    """Such as one whose experts share weights already: it stores fewer than E."""
+    pair = (tiny_moe(E, shared=None, stored_experts=2), tiny_moe(E, shared=None))
+    cfg = tiny_lm(Segment(pattern=pair), **SMALL)
+    found = used_by(cfg, built(cfg), "logits", layers="1")
+    assert list(found) == [1] and found[1].count_E.sum() > 0
 
 
 @pytest.mark.thorough
