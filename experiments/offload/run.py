@@ -235,7 +235,8 @@ def one_seed(seed: int) -> dict:
         "schedules": schedules(seed),
         "hybrid": hybrid(profile, routes),
     }
-    return found | {"verdicts": verdicts(found)}
+    met = {name: bool(value) for name, value in verdicts(found).items()}
+    return found | {"verdicts": met}
 
 
 def verdicts(found: dict) -> dict[str, bool]:
