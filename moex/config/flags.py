@@ -148,8 +148,8 @@ def _reason(error: Exception) -> str:
                 )
     missing = MISSING_ARGUMENTS.match(str(error))
     if isinstance(error, TypeError) and missing:
-        owner, names = missing.groups()
-        return f"{owner} needs a value for {names.replace(', and', ' and')}."
+        owner, needed = missing.groups()
+        return f"{owner} needs a value for {needed.replace(', and', ' and')}."
     text = " ".join(str(error).split())
     if isinstance(error, ConfigError):
         return text

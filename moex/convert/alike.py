@@ -77,8 +77,7 @@ def gradient_grams(gradients: dict):
     Args:
       gradients: of the arrays of a layer, [R, E, ...].
     """
-    gram = 0.0
-    for g in gradients.values():
-        g_REN = g.astype(jnp.float32).reshape(*g.shape[:2], -1)
-        gram += jnp.einsum("ren,rfn->ref", g_REN, g_REN, precision=EXACT)
-    return gram
+    flat = [g.astype(jnp.float32).reshape(*g.shape[:2], -1) for g in gradients.values()]
+    return sum(
+        jnp.einsum("ren,rfn->ref", g_REN, g_REN, precision=EXACT) for g_REN in flat
+    )

@@ -141,7 +141,8 @@ def _converted(
     """The new model, on the devices of the job, and what the conversions report."""
     if len(conversions) == 1 and (read := conversions[0].read(source)) is not None:
         return read
-    run, report = source.loaded, {}
+    run = source.loaded
+    report: dict = {}
     for conversion in conversions:
         run, found = _applied(conversion, run, job, say)
         report |= found

@@ -131,8 +131,11 @@ class Steering:
             require(len(ban) < len(new), f"{where}: ban", list(own.ban), allowed)
             scale = {new[e]: v for e, v in own.scale.items() if e in new}
             force = tuple(new[e] for e in own.force)
-            changed = {"scale": scale, "force": force, "ban": ban, "experts": None}
-            found.append(dataclasses.replace(own, **changed))
+            found.append(
+                dataclasses.replace(
+                    own, scale=scale, force=force, ban=ban, experts=None
+                )
+            )
         return dataclasses.replace(self, layers=tuple(found), base=None)
 
     def arrays(self, model) -> dict:
