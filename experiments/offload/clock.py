@@ -134,7 +134,7 @@ def recorded(offloaded, compute) -> tuple:
 
 
 def simulated(found, score_SLE, slots: int, policy, costs: Costs) -> dict:
-    """What the simulator says of the steps after the prompt."""
+    """The figures of the simulator for the steps after the prompt."""
     routes = routes_of(found.rows_SLE, score_SLE)
     cache = ExpertCache(LAYERS, EXPERTS, slots * LAYERS, policy)
     steps = [np.array([n]) for n in range(len(routes))]

@@ -56,7 +56,7 @@ class Host(Protocol):
     count: int  # experts that were computed
 
     def forget(self) -> None:
-        """Nothing was computed."""
+        """Set the count to 0."""
 
     def begin(self, own: Routed, told: dict, number: int, experts: set[int]) -> Future:
         """Begin to compute experts of a round, from what `run_block` told."""
@@ -64,7 +64,7 @@ class Host(Protocol):
     def added(
         self, going: dict, number: int, experts: set[int], answer: Future
     ) -> dict:
-        """What goes on in `Context.offload`, with the answer, for which it waits."""
+        """The parts of `Context.offload` with the answer added, for which it waits."""
 
 
 class Executor:

@@ -72,7 +72,7 @@ class HostExperts:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="host-experts")
 
     def forget(self) -> None:
-        """Nothing was computed."""
+        """Set the count to 0."""
         self.count = 0
 
     def begin(self, own: Routed, told: dict, number: int, experts: set[int]) -> Future:
@@ -114,7 +114,7 @@ class HostExperts:
     def added(
         self, going: dict, number: int, experts: set[int], answer: Future
     ) -> dict:
-        """What goes on in `Context.offload`, with the answer, for which it waits."""
+        """The parts of `Context.offload` with the answer added, for which it waits."""
         done_E = np.zeros(going["done_RE"].shape[1], bool)
         done_E[list(experts)] = True
         return _added(going, answer.result(), done_E, np.int32(number))
