@@ -388,7 +388,7 @@ BROKEN = {
     get_config("return 3"): "get_config must return an ml_collections.ConfigDict, not",
     get_config("return int(None)"): "TypeError: int() argument must be a string",
     get_config("from moex.nn.mlp import Dense; return Dense()"): (
-        "TypeError: Dense.__init__() missing 1 required keyword-only argument: 'hidden'"
+        "Dense needs a value for 'hidden' (broken.py, line"
     ),
     get_config("open('/no/such')"): "No such file or directory: '/no/such'",
     "import nothing_of_that_name\n": "No module named 'nothing_of_that_name'",

@@ -48,7 +48,7 @@ OVERRIDES = {
     "=3": "config.",
     "model.adapter=LoRa(rank=2)": "there is no config 'LoRa'. Did you mean 'LoRA'?",
     "optim.rule=AdamW(0.9)": "give each field its name, such as AdamW(b1=...).",
-    "task=Distillation()": "config.task: Distillation needs a value for 'teacher'.",
+    "task=Distillation()": "config.task: Distillation needs a value for 'teacher'",
     "optim.rule=AdamW(b3=0.9)": "AdamW has no field 'b3'. It has b1, b2, eps.",
     "optim.rule=AdamW(b1=AdamW)": "config.optim.rule = 'AdamW': must be a literal or",
     "optim.rule=TopK(k=2)": "config.optim.rule = 'TopK': must be AdamW(...) or Muon(",

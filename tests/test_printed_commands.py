@@ -144,7 +144,8 @@ GIVEN = {
     "runs/k4": f"{TRAIN} --workdir=runs/k4 --config.seed=1",
     "runs/sweep": f"{TRAIN} --workdir=runs/sweep --sweep seed=0,1",
     "runs/base": f"{TRAIN} --workdir=runs/base",
-    "runs/moe": f"{TRAIN} --workdir=runs/moe",
+    "runs/moe": f"{TRAIN} --workdir=runs/moe "
+    "--config.model.layers.0.pattern.0.num_experts=16",
     "runs/small": f"{TRAIN} --workdir=runs/small",
     "runs/full": f"{TRAIN} --workdir=runs/full",
     "runs/mixed": f"{TRAIN} --data=code --data=web.txt --workdir=runs/mixed "
@@ -158,8 +159,8 @@ GIVEN = {
     "models/code-lora": "moex export-hf runs/lora --adapter --out models/code-lora",
     "runs/new": "moex convert runs/quickstart --to=latent --group=8 --latent=64 "
     "--workdir=runs/new",
-    "trace.parquet": "moex trace runs/quickstart --out trace.parquet",
-    "later.parquet": "moex trace runs/again --out later.parquet",
+    "trace.parquet": "moex trace runs/moe --out trace.parquet",
+    "later.parquet": "moex trace runs/moe --out later.parquet",
 }
 # The folder in which the commands of a page are given.
 FIRST = {"configs/template/README.md": ("moex init mine", "cd mine")}
@@ -207,6 +208,9 @@ class Reader:
         for name in ("a", "b"):
             table = pyarrow.table({"text": texts, "body": texts})
             pyarrow.parquet.write_table(table, self.folder / f"{name}.parquet")
+        (self.folder / "my_config.py").write_text(
+            "from moex.configs.quickstart import get_config\n", encoding="utf-8"
+        )
         text = runs.CONFIG.replace("import Text", "import Parquet")
         text = re.sub(
             r"Text\(.*0\.1\)", 'Parquet(paths=("a.parquet",), holdout=0.1)', text

@@ -1,20 +1,10 @@
 """`moex eval`, on held-out data or on tasks of the lm_eval harness."""
 
-from moex.commands import Verb
-from moex.commands.arguments import (
-    add_data,
-    add_json,
-    add_offload,
-    add_run,
-    add_steer,
-    add_weights,
-    offload_of,
-    scored_config,
-    steering_of,
-)
+from moex.commands import Verb, arguments
 from moex.config.arguments import integer, path, positive
 from moex.config.base import ConfigError
 from moex.json_files import dump_json
+from moex.serve.flags import add_offload, add_weights, offload_of
 
 
 class Command(Verb):
@@ -31,33 +21,25 @@ class Command(Verb):
     """
 
     def add(self, parser):
-        add_run(parser)
-        add_json(parser)
+        arguments.add_run(parser)
+        arguments.add_json(parser)
         parser.add_argument(
             "--sequences", type=positive, help="score at most this many sequences"
         )
-        add_data(parser, "score all of this")
-        add_steer(parser)
+        arguments.add_data(parser, "score all of this")
+        arguments.add_steer(parser)
         add_offload(parser)
         add_weights(parser)
         tasks = parser.add_argument_group(
             "tasks of the lm_eval harness (extra `eval`)", "Instead of held-out data."
         )
-        tasks.add_argument(
-            "--tasks", metavar="A,B", help="YAML files or names, between commas"
-        )
-        tasks.add_argument(
-            "--include-path", type=path, metavar="FOLDER", help="has more tasks by name"
-        )
-        tasks.add_argument(
-            "--limit", type=positive, help="at most this many documents of a task"
-        )
-        tasks.add_argument(
-            "--num-fewshot",
-            type=integer,
-            metavar="N",
-            help="examples before each question",
-        )
+        add = tasks.add_argument
+        add("--tasks", metavar="A,B", help="YAML files or names, between commas")
+        told = "has more tasks by name"
+        add("--include-path", type=path, metavar="FOLDER", help=told)
+        add("--limit", type=positive, help="at most this many documents of a task")
+        told = "examples before each question"
+        add("--num-fewshot", type=integer, metavar="N", help=told)
 
     def run(self, args, config_args):
         score = _held_out if args.tasks is None else _tasks
@@ -73,8 +55,8 @@ def _held_out(args, config_args):
             raise ConfigError(f"--{name.replace('_', '-')}: is for --tasks.")
     from moex.runs.score import score_run, score_text
 
-    cfg = scored_config(args, config_args)
-    steering = steering_of(args)
+    cfg = arguments.scored_config(args, config_args)
+    steering = arguments.steering_of(args)
     how: dict = {"sequences": args.sequences, "steering": steering}
     offload = offload_of(args)
     if offload is None:
@@ -103,7 +85,7 @@ def _tasks(args, config_args):
         include_path=args.include_path and str(args.include_path),
         limit=args.limit,
         num_fewshot=args.num_fewshot,
-        steering=steering_of(args),
+        steering=arguments.steering_of(args),
         weights=args.weights,
     )
     figures = ((t, *row) for t, own in result["tasks"].items() for row in own.items())

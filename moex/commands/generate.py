@@ -4,16 +4,10 @@ import sys
 
 from moex import progress
 from moex.commands import Verb
-from moex.commands.arguments import (
-    add_offload,
-    add_run,
-    add_steer,
-    add_weights,
-    offload_of,
-    steering_of,
-)
+from moex.commands.arguments import add_run, add_steer, steering_of
 from moex.config.arguments import integer, positive
 from moex.config.base import require
+from moex.serve.flags import add_offload, add_parts, add_weights, offload_of
 
 
 class Command(Verb):
@@ -35,28 +29,7 @@ class Command(Verb):
             help="a prompt is a user's message, laid out by the chat template of the "
             "data or of the imported model; print the answer alone",
         )
-        parser.add_argument(
-            "--adapter",
-            action="append",
-            metavar="[NAME=]FOLDER",
-            default=[],
-            help="a run with adapters on this run, or a folder of adapters for it; "
-            "repeat it for several. The run is loaded once",
-        )
-        parser.add_argument(
-            "--use",
-            action="append",
-            metavar="NAME",
-            default=[],
-            help="the adapter for all prompts, or once for each prompt in order; "
-            "'base': none; needed with several adapters",
-        )
-        parser.add_argument(
-            "--experts",
-            metavar="TASK:STORE",
-            help="read only the experts of a task (auto: the one nearest to the "
-            "first prompt) of a store of moex convert --to=subset --write-store",
-        )
+        add_parts(parser)
         add_steer(parser)
         add_weights(parser)
         parser.add_argument(

@@ -146,17 +146,18 @@ def _reason(error: Exception) -> str:
                     f"{owner} has no field {name!r}.{nearest(name, names)} "
                     f"It has {', '.join(names)}."
                 )
-    missing = MISSING_ARGUMENTS.match(str(error))
-    if isinstance(error, TypeError) and missing:
-        owner, needed = missing.groups()
-        return f"{owner} needs a value for {needed.replace(', and', ' and')}."
     text = " ".join(str(error).split())
     if isinstance(error, ConfigError):
         return text
     if isinstance(error, ModuleNotFoundError) and error.name == "configs":
         text += " (the configs that come with moex are in moex.configs)"
+    text = f"{type(error).__name__}: {text}"
+    missing = MISSING_ARGUMENTS.match(str(error))
+    if isinstance(error, TypeError) and missing:
+        owner, needed = missing.groups()
+        text = f"{owner} needs a value for {needed.replace(', and', ' and')}"
     at = project.where_in_own_code(error)
-    return f"{type(error).__name__}: {text}" + (f" ({at})" if at else "")
+    return text + (f" ({at})" if at else "")
 
 
 MISSING_ARGUMENTS = re.compile(r"(\w+)\.__init__\(\) missing \d+ required .*: (.+)")

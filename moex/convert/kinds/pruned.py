@@ -162,7 +162,7 @@ class Pruned(Planned):
         return pruned.arrays(run.params), pruned.arrays(run.state), found
 
     def found(self, clipped: list[str], say) -> dict:
-        """The report on layers; it says lines on those whose tokens get fewer experts."""
+        """The report on layers; `say` gets lines on tokens that get fewer experts."""
         for line in clipped:
             say(line)
         layers = self.made_plan().by_layer().items()
