@@ -99,6 +99,9 @@ def lowered_matmul(x_MK, weight: Lowered, bounds):
 
     Returns:
       float32[M, N]. The only gradient is that of the rows.
+
+    Raises:
+      ValueError: on shapes that do not fit, and on rows or bounds of other types.
     """
     M, K = x_MK.shape
     G, own, N = weight.shape
@@ -106,6 +109,11 @@ def lowered_matmul(x_MK, weight: Lowered, bounds):
         raise ValueError(
             f"lowered_matmul needs rows [M, K], weights [G, K, N] and G + 1 bounds; "
             f"got {x_MK.shape}, {weight.shape} and {bounds.shape}."
+        )
+    if (x_MK.dtype, bounds.dtype) != (jnp.float32, jnp.int32):
+        raise ValueError(
+            "lowered_matmul needs float32 rows and int32 bounds; got "
+            f"{x_MK.dtype} and {bounds.dtype}."
         )
     scales = weight.scales
     if scales is None:

@@ -124,6 +124,13 @@ def test_bounds_that_are_wrong_touch_nothing_else(bounds):
     assert np.isfinite(y_MN).all()
 
 
+def test_rows_of_another_type_are_refused():
+    weight = weight_of("int8", 1, 32, 24, 16)
+    x_MK, bounds = rows_of(3, 32, (3,))
+    with pytest.raises(ValueError, match="needs float32 rows and int32 bounds"):
+        lowered_matmul(x_MK.astype(jnp.bfloat16), weight, bounds)
+
+
 def test_many_at_once_under_vmap_and_in_a_scan():
     weight = weight_of("int4", 3, 256, 90, 32)
     x_BMK = jnp.stack([rows_of(6, 256, (1, 2, 3), seed)[0] for seed in range(4)])

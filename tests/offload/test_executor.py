@@ -25,6 +25,7 @@ from moex.nn.lowered import lowered
 from moex.nn.stack import Segment
 from moex.offload import decode
 from moex.offload.bank import FileBank, write_bank
+from moex.offload.block import run_block
 from moex.offload.costs import Costs
 from moex.offload.layout import abstract, pools
 from moex.offload.measure import measure
@@ -134,6 +135,7 @@ def test_a_kind_of_block_is_compiled_once_whatever_is_resident(tmp_path):
     cfg = MODELS["top-k, shared expert"]
     with jax.set_mesh(mesh_of(1)):
         own = offloaded(cfg, tmp_path, "3")
+        run_block.clear_cache()  # of other tests
         before = TRACED["block"]
         decode.generate(own, cfg, prompts(), **GREEDY)
         assert TRACED["block"] - before == 4

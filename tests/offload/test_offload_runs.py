@@ -90,6 +90,7 @@ def test_losses_are_the_same(run, moex):
 
 
 def test_the_bank_is_written_once_and_can_be_cleared(run, moex):
+    cache.clear(["banks"])  # those of other tests
     moex("generate", run, *WRITE, "--offload=1")
     entries = [entry for entry in cache.entries() if entry.kind == "banks"]
     assert len(entries) == 1

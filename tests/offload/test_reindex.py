@@ -33,7 +33,7 @@ def test_tokens_after_an_exchange_are_those_without_one(name):
     @jax.jit
     def run(cache, token_BL, first, padding_B):
         stopped_B = jnp.zeros(len(token_BL), bool)
-        ctx = decode._context(token_BL, first, SLOTS, padding_B, stopped_B, XLA)
+        ctx = decode.context(token_BL, first, SLOTS, padding_B, stopped_B, XLA)
         logits_BV, _, cache = spec.merge(params, state).decode(ctx, cache)
         return jnp.argmax(logits_BV, 1).astype(jnp.int32), cache
 
