@@ -160,6 +160,7 @@ def test_pairs_merge_with_an_error_over_the_tokens_of_both(model, tokens, align)
         np.testing.assert_allclose(own.merge_error_EE, expected, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.thorough
 def test_layers_that_do_not_merge_are_not_looked_at():
     """Such as one whose experts share weights already: it stores fewer than E."""
     pair = (tiny_moe(E, shared=None, stored_experts=2), tiny_moe(E, shared=None))

@@ -13,7 +13,6 @@ from moex.train.job import make_job
 from tests import runs
 from tests.helpers import built
 from tests.interop.folders import import_fixture
-from tests.marks import thorough_but_for
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +192,8 @@ def test_a_damaged_bank_is_one_line_that_says_what_helps(run, moex):
 FAMILIES = "deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen3_moe"
 
 
-@pytest.mark.parametrize("name", thorough_but_for(FAMILIES, "deepseek_v3"))
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", FAMILIES)
 def test_an_imported_model_writes_the_same(name, moex, tmp_path, monkeypatch):
     monkeypatch.setenv("MOEX_CACHE", str(tmp_path / "cache"))
     import_fixture(name, tmp_path / "run")
