@@ -209,7 +209,9 @@ class Reader:
             table = pyarrow.table({"text": texts, "body": texts})
             pyarrow.parquet.write_table(table, self.folder / f"{name}.parquet")
         (self.folder / "my_config.py").write_text(
-            "from moex.configs.quickstart import get_config\n", encoding="utf-8"
+            "from moex.configs import quickstart\n\n\ndef get_config(arg=''):\n"
+            "    cfg = quickstart.get_config(arg)\n    cfg.seed = 1\n    return cfg\n",
+            encoding="utf-8",
         )
         text = runs.CONFIG.replace("import Text", "import Parquet")
         text = re.sub(

@@ -15,7 +15,7 @@ class Command(Verb):
       moex convert runs/dense --to=moe --experts=8 --k=1 --split=4 --layers=every:2 \\
         --workdir=runs/fine
       moex convert runs/moe --to=latent --group=8 --latent=64 --workdir=runs/latent
-      moex convert runs/moe --to=merged --groups=8 --workdir=runs/half
+      moex convert runs/moe --to=merged --groups=4 --workdir=runs/half
       moex convert runs/moe --to=merged --groups=8 --write-plan=plan.json
       moex convert runs/moe --to=merged --plan=plan.json --workdir=runs/half
       moex convert runs/moe --to=pruned --keep=8 --score=reap --workdir=runs/half

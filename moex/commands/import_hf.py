@@ -12,7 +12,7 @@ Examples:
   moex train --workdir=runs/olmoe --data=chats.jsonl
   moex export-hf runs/olmoe --out models/OLMoE-tuned
   moex export-hf runs/lora --adapter --out models/OLMoE-lora
-  moex import-hf runs/olmoe --adapter=models/OLMoE-lora --out runs/lora
+  moex import-hf runs/olmoe --adapter=models/OLMoE-lora --out runs/lora2
 """
 
 
