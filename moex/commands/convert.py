@@ -16,7 +16,7 @@ class Command(Verb):
         --workdir=runs/fine
       moex convert runs/moe --to=latent --group=8 --latent=64 --workdir=runs/latent
       moex convert runs/moe --to=merged --groups=4 --workdir=runs/half
-      moex convert runs/moe --to=merged --groups=8 --write-plan=plan.json
+      moex convert runs/moe --to=merged --groups=4 --write-plan=plan.json
       moex convert runs/moe --to=merged --plan=plan.json --workdir=runs/half
       moex convert runs/moe --to=pruned --keep=8 --score=reap --workdir=runs/half
       moex convert runs/moe --to=subset --keep=8 --write-store=store.json
