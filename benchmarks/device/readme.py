@@ -147,6 +147,16 @@ def _decode(runs: dict) -> list[str]:
     ]
 
 
+def _offload(runs: dict) -> list[str]:
+    said = []
+    for figures in runs.values():
+        for row in figures["rows"]:
+            text = "batch {batch}, {slots}: {tokens_per_s:,.0f}"
+            text += ", {hits:.2f} hits" if "hits" in row else ""
+            said.append(text.format(**row))
+    return said
+
+
 def _variants(runs: dict) -> list[str]:
     (figures,) = runs.values()
     return [
@@ -177,6 +187,7 @@ SAY = {
     "train": _train,
     "chain": _chain,
     "decode": _decode,
+    "offload": _offload,
     "variants": _variants,
     "train_peers": _train_peers,
 }

@@ -135,6 +135,11 @@ def _decode(batch: int) -> Run:
     return Run(f"olmoe {batch}", "benchmarks.decode", args)
 
 
+def _offload(batch: int) -> Run:
+    args = ("--shape=olmoe", f"--batches={batch}", "--repeats=3", "--bank=pinned", BF16)
+    return Run(f"olmoe {batch}", "benchmarks.offload", args)
+
+
 # JAX must leave memory to torch.
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
@@ -312,6 +317,20 @@ STEPS = (
                     "--new=3",
                     "--repeats=1",
                 ),
+            ),
+        ),
+    ),
+    Step(
+        "offload",
+        "decode with 100, 50 and 25 % of the experts on the device, the others in "
+        "pinned memory, four layers of OLMoE 1B-7B, bfloat16: tokens/s, hits",
+        "whether models larger than the device can be used",
+        (Process("offload", 90, 40, tuple(map(_offload, (1, 8)))),),
+        (
+            Run(
+                "olmoe 1",
+                "benchmarks.offload",
+                ("--shape=tiny", "--batches=1", "--new=3", "--repeats=1"),
             ),
         ),
     ),
