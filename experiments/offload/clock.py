@@ -1,24 +1,24 @@
 """Does the simulator tell the time that decoding with offloaded experts takes?
 
-    python -m experiments.offload.clock [--slots=4,8,12]
+    python -m experiments.offload.clock
 
 A model of random weights with experts of 6 MB (4 layers of 16, 2 a token, width 512)
 writes 16 tokens, one at a time, with slots for 4, 8 and 12 experts of a layer and three
-policies. The costs are measured beforehand, one by one (`moex/offload/profile.py`); the
-simulator gets them, and which experts the model used. Of each layer and step the
-shortest time of 12 runs counts. Writes clock.json, where rows of other sizes stay.
+policies. The costs are measured once for all of these, in a warm-up with other tokens
+and slots for 6 experts of a layer (`moex/offload/profile.py`); the simulator gets them,
+and which experts the model used. Times are the shortest of 12 runs, of each part of a
+layer in each step, and of whole steps. Writes clock.json.
 """
 
-import argparse
 import dataclasses
+import itertools
 import pathlib
-import time
 
 import jax
 import numpy as np
 
 from experiments.compression import testbed
-from moex.json_files import dump_json, read_object
+from moex.json_files import dump_json
 from moex.model.spec import init_params
 from moex.moe.experts.glu import Glu
 from moex.moe.layer import MoE
@@ -28,12 +28,12 @@ from moex.nn.lm import LM
 from moex.nn.stack import Segment
 from moex.offload.cache import ExpertCache
 from moex.offload.costs import Costs
-from moex.offload.executor import Executor
-from moex.offload.measure import measure
-from moex.offload.profile import profile
+from moex.offload.measure import Measured, measure
+from moex.offload.profile import REPEATS, profile
+from moex.offload.record import Turn
 from moex.offload.routes import Routes
 from moex.offload.settings import Settings
-from moex.offload.setup import open_offloaded
+from moex.offload.setup import Offloaded, open_offloaded
 from moex.offload.simulate import simulate
 from moex.runs.directory import RunDir
 from moex.runs.program import compute_of
@@ -43,7 +43,8 @@ from moex.train.job import make_job
 HERE = pathlib.Path(__file__).parent
 FOLDER = pathlib.Path("runs/offload")
 LAYERS, EXPERTS, WIDTH, HIDDEN = 4, 16, 512, 1024
-SLOTS, POLICIES, TOKENS, REPEATS = (4, 8, 12), ("lru", "lfu", "mrs"), 16, 12
+SLOTS, POLICIES, TOKENS = (4, 8, 12), ("lru", "lfu", "mrs"), 16
+WARM_UP = Settings("6")
 
 
 def large_run() -> RunDir:
@@ -90,52 +91,9 @@ def routes_of(rows_SLE, score_SLE) -> Routes:
     )
 
 
-def recorded(offloaded, compute) -> tuple:
-    """A measured run, the scores that the policy was told, and seconds.
-
-    Returns:
-      (`Measured`, float[S, L, E], float[S, L]): of each layer and step the shortest
-      time of all runs; a whole step is more often disturbed by other work.
-    """
-    scores: list = []
-    times: list = []
-    plain, plain_step = ExpertCache.routed, Executor._run_step
-
-    def routed(self, layer, score_E):
-        scores.append(np.array(score_E))
-        plain(self, layer, score_E)
-
-    def run_step(self, *args):
-        begin = time.perf_counter()
-        found = plain_step(self, *args)
-        jax.block_until_ready(found[0])
-        times.append(time.perf_counter() - begin)
-        return found
-
-    ExpertCache.routed = routed  # type: ignore
-    Executor._run_step = run_step  # type: ignore
-    try:
-        prompt = offloaded.run.tokenizer.encode("A")
-        found = measure(
-            offloaded.executor,
-            offloaded.run.cfg.model,
-            [list(prompt)],
-            TOKENS,
-            compute,
-            repeats=REPEATS,
-        )
-    finally:
-        ExpertCache.routed = plain  # type: ignore
-        Executor._run_step = plain_step  # type: ignore
-    shape = found.rows_SLE.shape
-    score_SLE = np.stack(scores[-shape[0] * shape[1] :]).reshape(shape)
-    seconds_NSL = np.reshape(times, (REPEATS + 1, *shape[:2]))[1:]
-    return found, score_SLE, seconds_NSL.min(0)
-
-
-def simulated(found, score_SLE, slots: int, policy, costs: Costs) -> dict:
+def simulated(found: Measured, slots: int, policy, costs: Costs) -> dict:
     """The figures of the simulator for the steps after the prompt."""
-    routes = routes_of(found.rows_SLE, score_SLE)
+    routes = routes_of(found.rows_SLE, found.score_SLE)
     cache = ExpertCache(LAYERS, EXPERTS, slots * LAYERS, policy)
     steps = [np.array([n]) for n in range(len(routes))]
     simulate(routes, steps[:1], cache, costs)
@@ -148,60 +106,80 @@ def simulated(found, score_SLE, slots: int, policy, costs: Costs) -> dict:
     }
 
 
+def row_of(offloaded: Offloaded, slots: int, costs: Costs) -> dict:
+    """The figures of one size and policy, measured and simulated."""
+    executor, cfg = offloaded.executor, offloaded.run.cfg
+    prompt = list(offloaded.run.tokenizer.encode("A"))
+    compute = compute_of(cfg, train=False)
+    found = measure(executor, cfg.model, [prompt], TOKENS, compute, repeats=REPEATS)
+    policy = executor.settings.make_policy(executor.slots[0].pool, 2)
+    told = simulated(found, slots, policy, costs)
+    turns = [turn for step in found.turns[1:] for turn in step]
+    parts = {
+        "first": sum(turn.seconds for turn in turns if turn.first),
+        "again": sum(turn.seconds for turn in turns if not turn.first),
+        "moves": sum(turn.moving for turn in turns),
+    }
+    seconds, whole = sum(parts.values()), float(found.seconds_S[1:].sum())
+    return {
+        "slots": slots,
+        "policy": executor.settings.policy,
+        "hits": found.hits,
+        "misses": found.misses,
+        "same counts": [told["hits"], told["misses"]] == [found.hits, found.misses],
+        "seconds": seconds,
+        "whole": whole,
+        "simulated": told["seconds"],
+        "ratio": told["seconds"] / seconds,
+        "ratio whole": told["seconds"] / whole,
+        "parts": parts,
+        "parts simulated": parts_of(turns, costs),
+    }
+
+
+def parts_of(turns: list[Turn], costs: Costs) -> dict:
+    """The time of each part by the costs."""
+    first, again = ([t for t in turns if t.first is wanted] for wanted in (True, False))
+    computing = [costs.device * sum(t.experts for t in some) for some in (first, again)]
+    return {
+        "first": costs.layer * len(first) + computing[0],
+        "again": costs.again * len(again) + computing[1],
+        "moves": costs.move * sum(turn.moves for turn in turns),
+    }
+
+
 def main() -> None:
     """Measure and simulate every size and policy."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--slots", default=",".join(map(str, SLOTS)))
-    sizes = [int(text) for text in parser.parse_args().slots.split(",")]
-    run, file = large_run(), HERE / "clock.json"
-    before = read_object(file)["rows"] if file.exists() else []
-    rows = [row for row in before if row["slots"] not in sizes]
-    for slots in sizes:
-        costs = None
-        for name in POLICIES:
-            settings = Settings(str(slots), policy=name)
-            offloaded = open_offloaded(run, settings)
-            compute = compute_of(offloaded.run.cfg, train=False)
-            if costs is None:
-                costs = profile(offloaded.executor, WIDTH, compute)
-                # A layer that missed something runs again.
-                costs = dataclasses.replace(costs, again=costs.layer)
-                print(costs, flush=True)
-            found, score_SLE, seconds_SL = recorded(offloaded, compute)
-            pool = offloaded.executor.slots[0].pool
-            told = simulated(
-                found, score_SLE, slots, settings.make_policy(pool, 2), costs
-            )
-            seconds = float(seconds_SL[1:].sum())
-            row = {
-                "slots": slots,
-                "policy": name,
-                "seconds": seconds,
-                "simulated": told["seconds"],
-                "ratio": told["seconds"] / seconds,
-                "costs": dataclasses.asdict(costs),
-                "hits": found.hits,
-                "misses": found.misses,
-                "same counts": [told["hits"], told["misses"]]
-                == [found.hits, found.misses],
-            }
-            rows.append(row)
-    rows.sort(key=lambda row: (row["slots"], POLICIES.index(row["policy"])))
-    found = {"device": jax.devices()[0].device_kind, "tokens": TOKENS - 1, "rows": rows}
-    file.write_text(dump_json(found, indent=1) + "\n", encoding="utf-8")
+    run, rows = large_run(), []
+    offloaded = open_offloaded(run, WARM_UP)
+    cfg = offloaded.run.cfg
+    costs = profile(offloaded.executor, cfg.model, compute_of(cfg, train=False))
+    print(costs, flush=True)
+    for slots, name in itertools.product(SLOTS, POLICIES):
+        offloaded = open_offloaded(run, Settings(str(slots), policy=name))
+        rows.append(row_of(offloaded, slots, costs))
+    found = {
+        "device": jax.devices()[0].device_kind,
+        "tokens": TOKENS - 1,
+        "costs": dataclasses.asdict(costs),
+        "rows": rows,
+    }
+    (HERE / "clock.json").write_text(
+        dump_json(found, indent=1) + "\n", encoding="utf-8"
+    )
     print(table(found))
 
 
 def table(found: dict) -> str:
     """The table of the README."""
-    told = ["| slots | policy | hits | measured, ms | simulated, ms | ratio |"]
-    told.append("|---|---|---|---|---|---|")
+    told = ["| slots | policy | hits | measured, ms | simulated, ms | ratio | whole |"]
+    told.append("|---|---|---|---|---|---|---|")
     for row in found["rows"]:
         share = row["hits"] / (row["hits"] + row["misses"])
         times = [1000 * row[k] / found["tokens"] for k in ("seconds", "simulated")]
         told.append(
             f"| {row['slots']} | {row['policy']} | {share:.3f} | {times[0]:.1f} | "
-            f"{times[1]:.1f} | {row['ratio']:.2f} |"
+            f"{times[1]:.1f} | {row['ratio']:.2f} | {row['ratio whole']:.2f} |"
         )
     return "\n".join(told)
 

@@ -25,7 +25,7 @@ class Costs:
       layer: of all else in a layer, such as attention, before its experts are known.
       again: of a layer that runs again once what it missed is there, as real decoding
         does (`executor.py`); for each time that something is loaded. Above 0 moves
-        begin when residents have computed.
+        begin when residents have computed, and experts compute when all have arrived.
     """
 
     cpu_first: float = 0.0

@@ -6,7 +6,6 @@ again (`moe/offload.py`). So what is resident never changes a result, only the t
 B batch · L length · T tokens · D model width · E experts · R rounds
 """
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -32,6 +31,7 @@ from moex.offload.block import (
 )
 from moex.offload.costs import Costs
 from moex.offload.layout import inside, is_row_part, module_of
+from moex.offload.record import Pass, Turn
 from moex.offload.schedule import hss
 from moex.offload.slots import TRACED, Slots
 
@@ -39,14 +39,6 @@ from moex.offload.slots import TRACED, Slots
 def num_programs() -> int:
     """The programs that were compiled for blocks and slots, in this process."""
     return TRACED.total()
-
-
-@dataclasses.dataclass
-class Pass:
-    """One call of `Executor.run`, when it is recorded."""
-
-    rows_LE: np.ndarray  # int32, tokens that used each expert
-    seconds: float = 0.0
 
 
 class Host(Protocol):
@@ -135,12 +127,6 @@ class Executor:
         for slots in self.slots:
             slots.forget()
 
-    def _no_rows(self) -> np.ndarray:
-        """Zeros int32[L, E], for all layers with experts."""
-        most = max(slots.pool.most_experts for slots in self.slots)
-        count = sum(len(slots.pool.layers) for slots in self.slots)
-        return np.zeros((count, most), np.int32)
-
     def _of_block(self, flat: dict, site: Site, copy: int) -> dict:
         path = f"{site.path}/"
         own = {
@@ -173,7 +159,7 @@ class Executor:
           (x_BLD, (aux, greatest number in the residual stream) of each layer, caches).
         """
         if self.passes is not None:
-            self.passes.append(Pass(self._no_rows()))
+            self.passes.append(Pass.empty(self.slots))
         waited = [slots.seconds for slots in self.slots]
         begin, compiled, told, new = time.perf_counter(), num_programs(), [], []
         for i in range(len(self.steps)):
@@ -214,7 +200,7 @@ class Executor:
         )
 
     def _run_step(self, i: int, x_BLD, ctx, cache, steer):
-        step = self.steps[i]
+        step, begin = self.steps[i], time.perf_counter()
         rest = (x_BLD, ctx, step.place_2, step.steer(steer))
         if (own := step.routed) is None:
             y_BLD, aux, cache, _ = run_block(
@@ -224,7 +210,7 @@ class Executor:
             )
             return y_BLD, aux, cache
         ahead = self._forecast(i, x_BLD, ctx, steer) if self.settings.prefetch else None
-        going, asked = self.first_pass(own, x_BLD), 0
+        going, asked, first = self.first_pass(own, x_BLD), 0, True
         while True:
             going["slot_E"] = own.slots.slot_E(own.place)
             y_BLD, aux, cache, told = run_block(
@@ -235,7 +221,13 @@ class Executor:
             if ahead is not None:
                 _prefetch(own, *ahead)
                 ahead = None
+            before = own.slots.seconds, own.slots.moved
             asked, complete = self._load(own, told, asked)
+            if self.passes is not None:
+                seconds = time.perf_counter() - begin
+                turn = _turn(own, going, told, first, seconds, before)
+                self.passes[-1].turns.append(turn)
+                begin, first = time.perf_counter(), False
             if complete:
                 return y_BLD, aux, cache
             going = told["next"]
@@ -281,7 +273,9 @@ class Executor:
                 cache.routed(place, _padded(flags_3E[SCORE], own.slots))
                 wanted = np.flatnonzero(rows_E).tolist()
                 if self.passes is not None:
-                    self.passes[-1].rows_LE[own.layer.routed, : len(rows_E)] += rows_E
+                    now, at = self.passes[-1], (own.layer.routed, slice(len(rows_E)))
+                    now.rows_LE[at] += rows_E
+                    now.score_LE[at] = flags_3E[SCORE]
             loads = cache.need(place, [e for e in wanted if e not in hosted])
             rest = [e for e in missing if e not in hosted]
             if rest and not loads.loads:
@@ -302,6 +296,29 @@ class Executor:
         if self.host is None or not missing:
             return set()
         return set(hss([], missing, rows_E, self.host.costs).cpu)
+
+
+def _turn(own: Routed, going: dict, told: dict, first: bool, seconds, before) -> Turn:
+    """The record of a layer that ran.
+
+    Args:
+      own: of the layer.
+      going: what it was given.
+      told: from `run_block`.
+      first: as in `Turn`.
+      seconds: of everything.
+      before: seconds and moves of its slots before it loaded something.
+    """
+    done, now = (int(np.asarray(a["done_RE"]).sum()) for a in (going, told["next"]))
+    moving = own.slots.seconds - before[0]
+    return Turn(
+        layer=own.layer.routed,
+        first=first,
+        experts=now - done,
+        moves=own.slots.moved - before[1],
+        seconds=seconds - moving,
+        moving=moving,
+    )
 
 
 def _prefetch(own: Routed, other: Routed, flags_3E) -> None:

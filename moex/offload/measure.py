@@ -4,12 +4,15 @@ S steps: the prompt is the first one · L layers with routers · E experts, the 
 """
 
 import dataclasses
+import math
+import time
 
 import numpy as np
 
 from moex.nn.context import Compute
 from moex.offload.decode import generate
 from moex.offload.executor import Executor
+from moex.offload.record import Turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Measured:
       seconds_S: of each step, for all layers.
       rows_SLE: int32, tokens that used each expert in each step; those of the rounds of
         a chain are added up.
+      score_SLE: float32, mean scores of the routers in each step.
+      turns: of each step.
       hits, misses, bytes: of all steps; misses were loaded when they were asked for.
       prefetched: loaded before.
       waited: seconds for what was loaded when it was asked for.
@@ -29,6 +34,8 @@ class Measured:
     tokens: list[list[int]]
     seconds_S: np.ndarray
     rows_SLE: np.ndarray
+    score_SLE: np.ndarray
+    turns: list[list[Turn]]
     hits: int
     misses: int
     prefetched: int
@@ -43,6 +50,8 @@ def measure(
     max_new_tokens: int,
     compute: Compute,
     repeats: int = 1,
+    temperature: float = 0.0,
+    most_seconds: float = math.inf,
 ) -> Measured:
     """Write with empty slots, after a first time that compiles all programs.
 
@@ -50,28 +59,43 @@ def measure(
       executor: of the model.
       model_cfg: its config.
       prompts: tokens.
-      max_new_tokens: of each prompt, which are written greedily.
+      max_new_tokens: of each prompt.
       compute: how to compute.
-      repeats: runs, of which each step has its shortest time.
+      repeats: runs, of which each step, turn and move has its shortest time.
+      temperature: of writing; 0: greedily.
+      most_seconds: no further repetition begins after so long.
     """
-    how: dict = {"max_new_tokens": max_new_tokens, "temperature": 0, "compute": compute}
+    how: dict = {"max_new_tokens": max_new_tokens, "compute": compute}
+    how["temperature"] = temperature
     generate(executor, model_cfg, prompts, **how)
     executor.passes = []
-    seconds = []
-    for _ in range(repeats):
+    runs, end = [], time.perf_counter() + most_seconds
+    while len(runs) < repeats and (not runs or time.perf_counter() < end):
         executor.forget()
         tokens = generate(executor, model_cfg, prompts, **how)
-        seconds.append([own.seconds for own in executor.passes])
-    rows = [own.rows_LE for own in executor.passes]
+        runs.append(executor.passes)
     executor.passes = None
     counts = [slots.cache.statistics for slots in executor.slots]
     return Measured(
         tokens=tokens,
-        seconds_S=np.min(seconds, axis=0),
-        rows_SLE=np.stack(rows),
+        seconds_S=np.min([[own.seconds for own in run] for run in runs], axis=0),
+        rows_SLE=np.stack([own.rows_LE for own in runs[-1]]),
+        score_SLE=np.stack([own.score_LE for own in runs[-1]]),
+        turns=[_shortest(step) for step in zip(*runs, strict=True)],
         hits=sum(int(own.hits_L.sum()) for own in counts),
         misses=sum(int(own.misses_L.sum()) for own in counts),
         prefetched=sum(int(own.prefetched_L.sum()) for own in counts),
         bytes=sum(int(own.bytes_L.sum()) for own in counts),
         waited=sum(slots.seconds for slots in executor.slots),
     )
+
+
+def _shortest(passes) -> list[Turn]:
+    """The turns of equal passes, with the shortest times."""
+    return [
+        same[-1]._replace(
+            seconds=min(turn.seconds for turn in same),
+            moving=min(turn.moving for turn in same),
+        )
+        for same in zip(*(own.turns for own in passes), strict=True)
+    ]

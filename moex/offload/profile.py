@@ -1,86 +1,99 @@
-"""The three curves of this machine: how long experts take, here and there.
+"""The curves of this machine: how long experts take, here and there.
+
+They are measured in use: the executor writes a warm-up, so that weights come from
+memory, layers attend to keys and values, and the host does what it does after each
+layer. HybriMoE (arXiv:2504.05897) calibrates in a warm-up too.
 
 K experts of a token · D model width
 """
 
+import dataclasses
 import itertools
 import time
+from collections.abc import Sequence
 
-import jax
 import numpy as np
+from scipy.optimize import nnls
 
-from moex.nn.context import Compute, Context
-from moex.offload.block import ROWS, run_block
-from moex.offload.cache import Loads
+from moex.nn.context import Compute
 from moex.offload.costs import Costs
 from moex.offload.executor import Executor
 from moex.offload.host import HostExperts
+from moex.offload.measure import measure
+from moex.offload.record import Turn
 
-REPEATS = 15
+TOKENS, REPEATS = 8, 12  # of the warm-up
+MOST_SECONDS = 20.0  # no repetition begins after so long
 
 
 def profile(
-    executor: Executor, width: int, compute: Compute, host: HostExperts | None = None
+    executor: Executor, model, compute: Compute, host: HostExperts | None = None
 ) -> Costs:
-    """Measure the costs of the first layer with experts, for one token.
+    """Measure the costs of a layer with experts, for one token.
 
-    Seconds, each the shortest of `REPEATS`: other work of the machine only adds. Slots
+    A warm-up is drawn from the model itself, with empty slots at first. Of each part of
+    it the shortest time of `REPEATS` counts: other work of the machine only adds. Slots
     are empty afterwards, and nothing is counted.
 
     Args:
-      executor: of the model.
-      width: D of the model.
+      executor: of the model; nobody else computes experts for it yet.
+      model: its config.
       compute: how it computes.
       host: measures its curve too.
     """
-    step = next(step for step in executor.steps if step.routed is not None)
-    own = step.routed
-    assert own is not None
-    x_BLD = jax.random.normal(jax.random.key(0), (1, 1, width)).astype(compute.dtype)
-    ctx = Context.of(x_BLD, mode="eval", compute=compute)
-
-    def run(slot_E):
-        going = executor.first_pass(own, x_BLD) | {"slot_E": slot_E}
-        told = run_block(
-            *(step.arrays, own.slots.by_item(), x_BLD, ctx, step.place_2, None),
-            *(None, going),
-            graphdef=step.graphdef,
-            module=own.module,
-        )[-1]
-        return told, np.asarray(told["flags_R3E"])
-
-    nobody_E = np.full(own.layer.experts, -1, np.int32)
-    told, flags_R3E = run(nobody_E)
-    needed = np.flatnonzero(flags_R3E[0, ROWS])
-    here_E = nobody_E.copy()
-    here_E[needed] = np.arange(len(needed)) % own.slots.cache.slots
-    none, some = (_seconds(lambda e=e: run(e)) for e in (nobody_E, here_E))
-    device = max(some - none, 0.0) / max(len(needed), 1)
-
-    numbers = itertools.count()
-
-    def move():
-        expert = next(numbers) % own.layer.experts
-        own.slots.fill(own.place, Loads((), ((expert, 0),), (), ()))
-
-    found = {"device": device, "move": _seconds(move), "layer": none, "again": none}
-    if host is not None:
-        part = told["slots"][0]
-        ids = [int(e) for e in needed]
-        one = _seconds(lambda: host.sums(own, part, ids[:1]))
-        every = _seconds(lambda: host.sums(own, part, ids))
-        row = (every - one) / (len(ids) - 1) if len(ids) > 1 else one
-        row = max(row, 0.0)
-        found |= {"cpu_row": row, "cpu_first": max(one - row, 0.0)}
+    settings = executor.settings
+    executor.settings = dataclasses.replace(settings, prefetch=False)
+    how: dict = {"repeats": REPEATS, "temperature": 1.0, "most_seconds": MOST_SECONDS}
+    found = measure(executor, model, [[0]], TOKENS, compute, **how)
+    executor.settings = settings
     executor.forget()
-    return Costs(**{name: float(value) for name, value in found.items()})
+    costs = fitted([turn for step in found.turns for turn in step])
+    if host is None:
+        return costs
+    first, row = _host_curve(executor, host, compute.dtype)
+    return dataclasses.replace(costs, cpu_first=first, cpu_row=row)
 
 
-def _seconds(call) -> float:
-    """The shortest time of a call, after one that compiles."""
-    times = []
-    for _ in range(REPEATS + 1):
-        begin = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - begin)
-    return min(times[1:])
+def fitted(turns: Sequence[Turn]) -> Costs:
+    """The costs that come closest to the times of a record, none of them below 0.
+
+    A turn takes `layer` or `again`, and `device` for each expert that it computes.
+    Turns that find no expert, one or several of them tell these apart.
+    """
+    parts = np.array([(t.first, not t.first, t.experts) for t in turns], float)
+    layer, again, device = nnls(parts, np.array([t.seconds for t in turns]))[0].tolist()
+    moves = sum(turn.moves for turn in turns)
+    move = sum(turn.moving for turn in turns) / max(moves, 1)
+    return Costs(device=device, move=move, layer=layer, again=again)
+
+
+def _host_curve(executor: Executor, host: HostExperts, dtype):
+    """Seconds of the host for one token: (once, for each expert).
+
+    Experts of all layers take turns, so that their weights come from memory.
+    """
+    every = [step.routed for step in executor.steps if step.routed is not None]
+    layers = [own for own in every if own.slots is every[0].slots]
+    most, calls = min(own.layer.experts for own in layers), itertools.count()
+    x_TD = np.random.default_rng(0).normal(size=layers[0].sizes(np.zeros((1, 1)))[1:])
+    part = {
+        "x_TD": x_TD.astype(dtype),
+        "expert_TK": np.arange(most)[None],
+        "gate_TK": np.ones((1, most), np.float32),
+        "keep_TK": np.ones((1, most), bool),
+    }
+
+    def seconds(count: int) -> float:
+        times = []
+        for i in range(REPEATS + 1):
+            own = layers[i % len(layers)]
+            ids = [next(calls) % most for _ in range(count)]
+            begin = time.perf_counter()
+            host.sums(own, part, ids)
+            times.append(time.perf_counter() - begin)
+        return min(times[1:])  # the first one compiles
+
+    few = min(4, most)
+    one = seconds(1)
+    row = max((seconds(few) - one) / (few - 1), 0.0) if few > 1 else one
+    return max(one - row, 0.0), row

@@ -148,7 +148,7 @@ def assemble(
     executor = Executor(model, module, params, state, made, mesh, settings)
     if host is not None:
         with jax.set_mesh(mesh), phase("measuring host and device"):
-            host.costs = profile(executor, model.dim, compute, host)
+            host.costs = profile(executor, model, compute, host)
         executor.host = host
     return executor
 

@@ -167,11 +167,14 @@ def _layer(layer, load, link, cache, costs, scheduler, now) -> tuple[float, floa
     while left or hosted:
         found = cache.need(layer, left, hosted)
         there = [link.arrival((layer, e)) for e in found.hits]
-        if costs.again:  # the layer runs before it is known what it misses
-            begin, there = device_end(there, costs, begin), []
-        there += [link.demand((layer, e), begin) for e, _ in found.loads]
-        begin = device_end(there, costs, begin)
-        begin += costs.again if found.loads else 0.0
+        if costs.again:  # the layer runs, waits for all that it missed, and runs again
+            begin = max([begin, *there]) + len(there) * costs.device
+            there = [link.demand((layer, e), begin) for e, _ in found.loads]
+            if there:
+                begin = max(there) + costs.again + len(there) * costs.device
+        else:
+            there += [link.demand((layer, e), begin) for e, _ in found.loads]
+            begin = device_end(there, costs, begin)
         left, hosted = found.left, ()
     end = max(begin, now + costs.cpu(sum(load[e] for e in plan.cpu)))
     return end, len(plan.device) * costs.device if plan.device else 0.0

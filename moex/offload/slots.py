@@ -39,6 +39,7 @@ class Slots:
       cache: `ExpertCache`; its layers are those of the pool.
       arrays: the slots, by the names of the parts of a row: [C, ...].
       seconds: that were spent on filling them.
+      moved: experts that were put into them.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Slots:
 
     def forget(self) -> None:
         """Begin anew: all slots are empty, and nothing was counted."""
-        policy, self.seconds = self._make_policy(), 0.0
+        policy, self.seconds, self.moved = self._make_policy(), 0.0, 0
         size = self.pool.row_bytes
         self.cache = ExpertCache(*policy.shape, self._count, policy, expert_bytes=size)
 
@@ -97,6 +98,7 @@ class Slots:
         if wait:
             jax.block_until_ready(self.arrays)
         self.seconds += time.perf_counter() - begin
+        self.moved += len(pairs)
 
     def by_item(self) -> dict[str, dict]:
         """The arrays by the item of their parts, "params" or "state", and name."""

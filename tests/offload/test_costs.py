@@ -7,6 +7,8 @@ import pytest
 
 from moex.config.base import ConfigError
 from moex.offload.costs import Costs
+from moex.offload.profile import fitted
+from moex.offload.record import Turn
 
 
 def test_the_host_has_an_intercept_once():
@@ -58,3 +60,26 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, text, told):
 def test_costs_do_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Costs(device=1.0).device = 2.0
+
+
+def test_costs_are_found_in_the_times_of_a_record():
+    costs = Costs(device=0.25, move=2.0, layer=1.0, again=0.75)
+    turns = []
+    for first, experts, moves in [
+        *((True, 0, 2), (False, 2, 0)),
+        *((True, 1, 1), (False, 1, 0)),
+        *((True, 2, 0), (True, 3, 1), (False, 1, 0)),
+    ]:
+        seconds = (costs.layer if first else costs.again) + costs.device * experts
+        turns.append(Turn(0, first, experts, moves, seconds, costs.move * moves))
+    found = fitted(turns)
+    for name, value in dataclasses.asdict(costs).items():
+        assert getattr(found, name) == pytest.approx(value), name
+
+
+def test_no_cost_of_a_record_is_below_0():
+    # Experts seem to make a turn shorter, and nothing ran again.
+    turns = [Turn(0, True, n, 1, 2.0 - 0.1 * n, 1.0) for n in range(3)]
+    found = fitted(turns)
+    assert found.device == 0.0 == found.again
+    assert found.layer == pytest.approx(1.9)

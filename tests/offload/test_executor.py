@@ -235,6 +235,19 @@ def test_tokens_do_not_depend_on_who_loads_or_computes(name, model, plain, tmp_p
     assert (ahead > 0) == settings.prefetch
 
 
+def test_measuring_costs_leaves_nothing_behind(tmp_path):
+    settings = Settings("4", host=True, prefetch=True)
+    cfg = MODELS["narrow"]
+    _, params, state = built(cfg)
+    with jax.set_mesh(mesh_of(1)):
+        own = of_arrays(cfg, params, state, tmp_path, settings, XLA)
+    assert own.host is not None and own.settings == settings and own.passes is None
+    (slots,) = own.slots
+    assert np.all(slots.cache.slot_of_LE < 0) and slots.cache.statistics.loads == 0
+    costs = own.host.costs
+    assert 0 < costs.move < 1 and 0 < costs.layer < 1 and 0 < costs.cpu(1) < 1
+
+
 def test_the_host_cannot_compute_experts_that_share_projections(tmp_path):
     cfg = MODELS["latent"]
     _, params, state = built(cfg)
@@ -263,3 +276,15 @@ def test_a_measured_run_tells_what_each_step_used(plain, tmp_path):
         slots.cache.statistics.loads * slots.pool.row_bytes for slots in own.slots
     )
     assert found.bytes == moved
+    np.testing.assert_allclose(found.score_SLE.sum(axis=2), 1.0, rtol=1e-5)
+    turns = [turn for step in found.turns for turn in step]
+    assert sum(turn.experts for turn in turns) == used
+    assert sum(turn.moves for turn in turns) == found.misses
+    for step in found.turns:
+        assert [t.layer for t in step if t.first] == list(range(num_layers))
+        # Whoever loads something runs again, and nobody else does.
+        assert [t.moves > 0 for t in step[:-1]] == [not t.first for t in step[1:]]
+    for turn in turns:
+        assert turn.seconds > 0 and (turn.moving > 0) == (turn.moves > 0)
+    parts_S = [sum(t.seconds + t.moving for t in step) for step in found.turns]
+    np.testing.assert_array_less(parts_S, found.seconds_S)

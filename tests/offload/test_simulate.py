@@ -83,7 +83,8 @@ def test_a_layer_that_missed_something_runs_again():
     parts = routes_of([[[0, 1, 2]]])
     assert replay(parts, 1, lru(parts), again).time == 2 + 3 * (5 + 0.5)
     mixed = routes_of([[[0, 1]], [[0, 2]]])
-    both, one = 2 * 4 + 1 + 0.5, 1 + 4 + 1 + 0.5  # a resident computes, then one moves
+    both = 2 * 4 + 0.5 + 2 * 1  # both move, then both compute
+    one = 1 + 4 + 0.5 + 1  # a resident computes, then the other one moves
     assert replay(mixed, 2, lru(mixed), again).time == 2 * 2 + both + one
 
 
