@@ -6,8 +6,9 @@ A model of random weights with experts of 6 MB (4 layers of 16, 2 a token, width
 writes 16 tokens, one at a time, with slots for 4, 8 and 12 experts of a layer and three
 policies. The costs are measured once for all of these, in a warm-up with other tokens
 and slots for 6 experts of a layer (`moex/offload/profile.py`); the simulator gets them,
-and which experts the model used. Times are the shortest of 12 runs, of each part of a
-layer in each step, and of whole steps. Writes clock.json.
+and which experts the model used. Warm-up and measured runs take turns, so that other
+work of the machine meets all of them. Times are the shortest of 12 runs, of each part
+of a layer in each step, and of whole steps. Writes clock.json.
 """
 
 import dataclasses
@@ -28,8 +29,8 @@ from moex.nn.lm import LM
 from moex.nn.stack import Segment
 from moex.offload.cache import ExpertCache
 from moex.offload.costs import Costs
-from moex.offload.measure import Measured, measure
-from moex.offload.profile import REPEATS, profile
+from moex.offload.measure import Measured, measure, shortest
+from moex.offload.profile import fitted, warm_up
 from moex.offload.record import Turn
 from moex.offload.routes import Routes
 from moex.offload.settings import Settings
@@ -44,6 +45,7 @@ HERE = pathlib.Path(__file__).parent
 FOLDER = pathlib.Path("runs/offload")
 LAYERS, EXPERTS, WIDTH, HIDDEN = 4, 16, 512, 1024
 SLOTS, POLICIES, TOKENS = (4, 8, 12), ("lru", "lfu", "mrs"), 16
+ROUNDS, REPEATS = 4, 3
 WARM_UP = Settings("6")
 
 
@@ -106,12 +108,21 @@ def simulated(found: Measured, slots: int, policy, costs: Costs) -> dict:
     }
 
 
-def row_of(offloaded: Offloaded, slots: int, costs: Costs) -> dict:
+def measured(offloaded: Offloaded) -> Measured:
+    """Some runs of one size and policy."""
+    cfg, prompt = offloaded.run.cfg, list(offloaded.run.tokenizer.encode("A"))
+    args = cfg.model, [prompt], TOKENS, compute_of(cfg, train=False)
+    return measure(offloaded.executor, *args, repeats=REPEATS)
+
+
+def row_of(offloaded: Offloaded, rounds: list[Measured], costs: Costs) -> dict:
     """The figures of one size and policy, measured and simulated."""
-    executor, cfg = offloaded.executor, offloaded.run.cfg
-    prompt = list(offloaded.run.tokenizer.encode("A"))
-    compute = compute_of(cfg, train=False)
-    found = measure(executor, cfg.model, [prompt], TOKENS, compute, repeats=REPEATS)
+    executor, slots = offloaded.executor, int(offloaded.executor.settings.size)
+    found = dataclasses.replace(
+        rounds[0],
+        turns=shortest([own.turns for own in rounds]),
+        seconds_S=np.min([own.seconds_S for own in rounds], axis=0),
+    )
     policy = executor.settings.make_policy(executor.slots[0].pool, 2)
     told = simulated(found, slots, policy, costs)
     turns = [turn for step in found.turns[1:] for turn in step]
@@ -150,14 +161,30 @@ def parts_of(turns: list[Turn], costs: Costs) -> dict:
 
 def main() -> None:
     """Measure and simulate every size and policy."""
-    run, rows = large_run(), []
-    offloaded = open_offloaded(run, WARM_UP)
-    cfg = offloaded.run.cfg
-    costs = profile(offloaded.executor, cfg.model, compute_of(cfg, train=False))
-    print(costs, flush=True)
-    for slots, name in itertools.product(SLOTS, POLICIES):
-        offloaded = open_offloaded(run, Settings(str(slots), policy=name))
-        rows.append(row_of(offloaded, slots, costs))
+    run = large_run()
+    warm, *opened = [
+        open_offloaded(run, settings)
+        for settings in (
+            WARM_UP,
+            *(
+                Settings(str(s), policy=p)
+                for s, p in itertools.product(SLOTS, POLICIES)
+            ),
+        )
+    ]
+    print("measuring", flush=True)
+    calibrated, rounds = [], []
+    for _ in range(ROUNDS):
+        cfg = warm.run.cfg
+        args = warm.executor, cfg.model, compute_of(cfg, train=False)
+        calibrated.append(warm_up(*args, repeats=REPEATS))
+        rounds.append([measured(own) for own in opened])
+    costs = fitted(shortest(calibrated))
+    print(costs)
+    rows = [
+        row_of(own, list(found), costs)
+        for own, found in zip(opened, zip(*rounds, strict=True), strict=True)
+    ]
     found = {
         "device": jax.devices()[0].device_kind,
         "tokens": TOKENS - 1,

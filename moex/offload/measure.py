@@ -6,6 +6,7 @@ S steps: the prompt is the first one · L layers with routers · E experts, the 
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -81,7 +82,7 @@ def measure(
         seconds_S=np.min([[own.seconds for own in run] for run in runs], axis=0),
         rows_SLE=np.stack([own.rows_LE for own in runs[-1]]),
         score_SLE=np.stack([own.score_LE for own in runs[-1]]),
-        turns=[_shortest(step) for step in zip(*runs, strict=True)],
+        turns=shortest([[own.turns for own in run] for run in runs]),
         hits=sum(int(own.hits_L.sum()) for own in counts),
         misses=sum(int(own.misses_L.sum()) for own in counts),
         prefetched=sum(int(own.prefetched_L.sum()) for own in counts),
@@ -90,12 +91,15 @@ def measure(
     )
 
 
-def _shortest(passes) -> list[Turn]:
-    """The turns of equal passes, with the shortest times."""
+def shortest(runs: Sequence[list[list[Turn]]]) -> list[list[Turn]]:
+    """The turns of each step of equal runs, with their shortest times."""
     return [
-        same[-1]._replace(
-            seconds=min(turn.seconds for turn in same),
-            moving=min(turn.moving for turn in same),
-        )
-        for same in zip(*(own.turns for own in passes), strict=True)
+        [
+            same[0]._replace(
+                seconds=min(turn.seconds for turn in same),
+                moving=min(turn.moving for turn in same),
+            )
+            for same in zip(*steps, strict=True)
+        ]
+        for steps in zip(*runs, strict=True)
     ]

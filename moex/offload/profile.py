@@ -31,9 +31,7 @@ def profile(
 ) -> Costs:
     """Measure the costs of a layer with experts, for one token.
 
-    A warm-up is drawn from the model itself, with empty slots at first. Of each part of
-    it the shortest time of `REPEATS` counts: other work of the machine only adds. Slots
-    are empty afterwards, and nothing is counted.
+    Slots are empty afterwards, and nothing is counted.
 
     Args:
       executor: of the model; nobody else computes experts for it yet.
@@ -41,25 +39,39 @@ def profile(
       compute: how it computes.
       host: measures its curve too.
     """
-    settings = executor.settings
-    executor.settings = dataclasses.replace(settings, prefetch=False)
-    how: dict = {"repeats": REPEATS, "temperature": 1.0, "most_seconds": MOST_SECONDS}
-    found = measure(executor, model, [[0]], TOKENS, compute, **how)
-    executor.settings = settings
-    executor.forget()
-    costs = fitted([turn for step in found.turns for turn in step])
+    costs = fitted(warm_up(executor, model, compute))
     if host is None:
         return costs
     first, row = _host_curve(executor, host, compute.dtype)
     return dataclasses.replace(costs, cpu_first=first, cpu_row=row)
 
 
-def fitted(turns: Sequence[Turn]) -> Costs:
+def warm_up(
+    executor: Executor, model, compute: Compute, repeats: int = REPEATS
+) -> list[list[Turn]]:
+    """Write some tokens of the model's own, with empty slots at first.
+
+    Other work of the machine only adds to times: the shortest of the repetitions count.
+
+    Returns:
+      The turns of each step.
+    """
+    settings = executor.settings
+    executor.settings = dataclasses.replace(settings, prefetch=False)
+    how: dict = {"repeats": repeats, "temperature": 1.0, "most_seconds": MOST_SECONDS}
+    found = measure(executor, model, [[0]], TOKENS, compute, **how)
+    executor.settings = settings
+    executor.forget()
+    return found.turns
+
+
+def fitted(steps: Sequence[Sequence[Turn]]) -> Costs:
     """The costs that come closest to the times of a record, none of them below 0.
 
     A turn takes `layer` or `again`, and `device` for each expert that it computes.
     Turns that find no expert, one or several of them tell these apart.
     """
+    turns = [turn for step in steps for turn in step]
     parts = np.array([(t.first, not t.first, t.experts) for t in turns], float)
     layer, again, device = nnls(parts, np.array([t.seconds for t in turns]))[0].tolist()
     moves = sum(turn.moves for turn in turns)

@@ -72,7 +72,7 @@ def test_costs_are_found_in_the_times_of_a_record():
     ]:
         seconds = (costs.layer if first else costs.again) + costs.device * experts
         turns.append(Turn(0, first, experts, moves, seconds, costs.move * moves))
-    found = fitted(turns)
+    found = fitted([turns])
     for name, value in dataclasses.asdict(costs).items():
         assert getattr(found, name) == pytest.approx(value), name
 
@@ -80,6 +80,6 @@ def test_costs_are_found_in_the_times_of_a_record():
 def test_no_cost_of_a_record_is_below_0():
     # Experts seem to make a turn shorter, and nothing ran again.
     turns = [Turn(0, True, n, 1, 2.0 - 0.1 * n, 1.0) for n in range(3)]
-    found = fitted(turns)
+    found = fitted([turns])
     assert found.device == 0.0 == found.again
     assert found.layer == pytest.approx(1.9)
