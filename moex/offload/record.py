@@ -1,4 +1,4 @@
-"""What an executor writes down of a pass through a model, when it is asked to.
+"""A record of a pass through a model: what each layer used, and how long it took.
 
 L layers with routers · E experts, the most of a layer
 """
