@@ -13,7 +13,7 @@ import numpy as np
 from moex.nn.context import Compute
 from moex.offload.decode import generate
 from moex.offload.executor import Executor
-from moex.offload.record import Turn
+from moex.offload.record import Pass, Turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,8 @@ def measure(
     how["temperature"] = temperature
     generate(executor, model_cfg, prompts, **how)
     executor.passes = []
-    runs, end = [], time.perf_counter() + most_seconds
+    runs: list[list[Pass]] = []
+    end = time.perf_counter() + most_seconds
     while len(runs) < repeats and (not runs or time.perf_counter() < end):
         executor.forget()
         tokens = generate(executor, model_cfg, prompts, **how)
