@@ -404,5 +404,5 @@ def test_a_signal_ends_the_script_and_its_process(tmp_path):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate()
     assert process.returncode == 1 and "stopped by SIGTERM" in said
-    assert not any(map(alive, children))
+    wait_for(lambda: not any(map(alive, children)))
     assert result(tmp_path, "ceiling")["status"] == "cut"

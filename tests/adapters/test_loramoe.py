@@ -205,6 +205,7 @@ def test_a_matrix_is_the_reference_with_its_gradients_and_its_constraint(name, f
     compare(value(used, x), in_float64(truth, used, x))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_stacked_experts_are_the_reference_with_their_gradients(shared):
     """Two of three experts for each token; one slot is not kept."""

@@ -125,9 +125,8 @@ def tokens(model):
     return found
 
 
-@pytest.mark.parametrize(
-    "align", ["none", pytest.param("dominant", marks=pytest.mark.thorough)]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("align", ["none", "dominant"])
 def test_pairs_merge_with_an_error_over_the_tokens_of_both(model, tokens, align):
     """And inputs and scores of an expert are means over its tokens."""
     found, flat = used_by(MODEL, model, "mse", align), flat_paths(model[1])

@@ -30,6 +30,7 @@ def test_the_share_follows_its_formula():
 rows = st.lists(st.integers(0, 4), min_size=1, max_size=7)
 
 
+@pytest.mark.thorough
 @given(rows, rows, st.floats(0, 1))
 def test_the_best_rows_that_fit_are_kept(first, second, share):
     values = {"b": np.array(first, "f4"), "a": np.array(second, "f4")}

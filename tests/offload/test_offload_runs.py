@@ -70,6 +70,7 @@ def test_the_hottest_experts_of_a_trace_stay(run, moex, tmp_path):
     assert (code, own) == moex("generate", run, *WRITE)[:2], said
 
 
+@pytest.mark.thorough
 def test_weights_in_fewer_bytes_are_offloaded(run, moex):
     code, text, _ = moex("generate", run, *WRITE, "--weights=int8")
     assert code == 0
