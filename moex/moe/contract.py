@@ -32,8 +32,8 @@ class RouterConfig(PartConfig):
     # Whether the module heeds the bans and the forced experts of `Context.steer`.
     takes_bans: ClassVar[bool] = False
     takes_forces: ClassVar[bool] = False
-    # Whether experts can change places: it chooses alike if the dims E of its arrays
-    # (such as w_DE) are permuted.
+    # True: experts can change places. The router chooses alike if the dims E of its
+    # arrays (such as w_DE) are permuted.
     reorders: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -188,7 +188,7 @@ class ExpertsConfig(PartConfig):
     """An expert kind: what the experts of a layer compute."""
 
     role: ClassVar[str] = "an experts config such as Glu"
-    # Whether experts can change places, as routers' `reorders`; arrays that groups of
+    # True: experts can change places, as in routers' `reorders`. Arrays that groups of
     # neighbours share have a dim G (see `kept_evenly`).
     reorders: ClassVar[bool] = True
 

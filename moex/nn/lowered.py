@@ -105,7 +105,7 @@ def to_int4(w: jax.Array, scales_shape: tuple[int, ...], dtype=jnp.bfloat16):
             reached = ratio > (below + above) / 2
             level += reached
             value += jnp.where(reached, above - below, 0)
-        # Of the ratios, for squares of small weights are 0 in float32.
+        # The error is that of ratios: squares of small weights are 0 in float32.
         error = jnp.sum((ratio - value) ** 2, axis=blocks, keepdims=True)
         return level, scale, error * factor**2
 

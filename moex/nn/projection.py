@@ -430,7 +430,7 @@ def look_up(module: Projector, name: str, id_BL, ctx):
         rows = array[...]
         if rows.dtype != jnp.bfloat16:
             return rows.at[id_BL].get(mode="clip").astype(jnp.float32)
-        # As bits, for XLA widens all of a bfloat16 array on a CPU before it looks up.
+        # We look up bits: XLA on a CPU would widen the whole bfloat16 array first.
         bits = jax.lax.bitcast_convert_type(rows, jnp.uint16)
         bits = bits.at[id_BL].get(mode="clip").astype(jnp.uint32) << 16
         return jax.lax.bitcast_convert_type(bits, jnp.float32)
