@@ -18,9 +18,9 @@ class Command(Verb):
       moex convert runs/moe --to=merged --groups=4 --workdir=runs/half
       moex convert runs/moe --to=merged --groups=4 --write-plan=plan.json
       moex convert runs/moe --to=merged --plan=plan.json --workdir=runs/half
-      moex convert runs/moe --to=pruned --keep=8 --score=reap --workdir=runs/half
-      moex convert runs/moe --to=subset --keep=8 --write-store=store.json
-      moex convert runs/moe --to=subset --store=store.json --task=code \\
+      moex convert runs/moe --to=pruned --keep=4 --score=reap --workdir=runs/half
+      moex convert runs/mixed --to=subset --keep=4 --write-store=store.json
+      moex convert runs/mixed --to=subset --store=store.json --task=code \\
         --workdir=runs/code
       moex convert runs/lora --to=folded --workdir=runs/folded
     """
