@@ -193,7 +193,7 @@ def test_a_damaged_bank_is_one_line_that_says_what_helps(run, moex):
 FAMILIES = "deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen3_moe"
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_imported_model_writes_the_same(name, moex, tmp_path, monkeypatch):
     monkeypatch.setenv("MOEX_CACHE", str(tmp_path / "cache"))

@@ -129,6 +129,7 @@ def kept_of(folder, file, keep=(3, 0, 2)):
     return Steering(layers=(LayerSteering(layer=1, ban=banned),))
 
 
+@pytest.mark.slow
 def test_adapters_go_with_a_subset_of_experts(folder, tmp_path):
     """As if the others were banned: in the experts, the router, and both at once."""
     router = "LoRA(rank=2, alpha=8.0, targets=('router', 'experts'), base_dtype='int8')"
