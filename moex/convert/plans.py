@@ -31,7 +31,7 @@ class LayerPlan:
         raise NotImplementedError
 
     def changes(self) -> bool:
-        """Whether the layer will be another one."""
+        """Tell whether the layer will be another one."""
         raise NotImplementedError
 
     def experts_in(self, moe) -> int:

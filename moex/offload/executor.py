@@ -348,5 +348,5 @@ def _padded(score_E, slots: Slots) -> np.ndarray:
 
 
 def in_bank(path: str) -> bool:
-    """Whether the array of this path in a model is kept in a bank."""
+    """Tell whether the array of this path in a model is kept in a bank."""
     return "/experts/" in path and is_row_part(path)

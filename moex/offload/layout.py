@@ -94,7 +94,7 @@ def module_of(layer: Layer) -> str:
 
 
 def is_row_part(path: str) -> bool:
-    """Whether an array of the experts of a layer has a part for each of them."""
+    """Tell whether an array of a layer's experts has a part for each of them."""
     *_, owner, name = path.split("/")
     return expert_axis(owner if name in BlockWeight.PARTS else name) is not None
 

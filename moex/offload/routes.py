@@ -79,7 +79,7 @@ class Routes:
         return np.bincount(ids[here], weights, self.num_experts) / max(len(rows), 1)
 
     def patterns(self, rows) -> np.ndarray:
-        """Which experts of every layer each of some tokens needs, bool[T, L, E]."""
+        """The experts that each of some tokens needs in every layer, bool[T, L, E]."""
         ids_TRK = self.expert_NRK[rows]
         shape = len(ids_TRK), self.num_layers, self.num_experts
         found_TLE = np.zeros(shape, bool)

@@ -82,7 +82,7 @@ class Affinity:
             raise ConfigError(f"{where}: no token has {pairs}; nothing to place by.")
 
     def same_layers(self, other: "Affinity") -> bool:
-        """Whether another text was counted in a model with the same experts."""
+        """Tell whether another text was counted in a model with the same experts."""
         ours, theirs = (
             [(own.number, own.experts) for own in a.layers] for a in (self, other)
         )

@@ -39,7 +39,7 @@ class Problem:
         )
 
     def carries(self, layer: int, device_U) -> bool:
-        """Whether no device has more load of a layer than is allowed."""
+        """Tell whether no device has more load of a layer than is allowed."""
         if self.load is None:
             return True
         load_P = np.bincount(device_U, self.load[layer], minlength=self.devices)
