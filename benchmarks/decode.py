@@ -11,10 +11,8 @@ moex makes, min x the same of the quickest runs. Run nothing else: another proce
 makes torch's threads wait for each other, many times as long. "same" counts
 the rows whose tokens are all equal. "experts" is moex alone: few and many experts of
 the same number of multiplications per token; a step should cost in proportion to the
-experts used, not to those there are. "weights" is moex alone too: weights in float32,
-bfloat16, int8 and int4, and the share of the memory's rate (decode_weights.py).
-Needs the extra `hf`; with --alone moex's rows alone, without it, and a larger model,
-"olmoe", in another --dtype.
+experts used, not to those there are. Needs the extra `hf`; with --alone moex's rows
+alone, without it, and a larger model, "olmoe", in another --dtype.
 """
 
 import argparse
@@ -28,7 +26,7 @@ import tempfile
 import jax
 import numpy as np
 
-from benchmarks import common, decode_weights
+from benchmarks import common
 from moex.interop.families import find_family, read_model
 from moex.interop.folder import Folder
 from moex.interop.hf import load_model
@@ -94,7 +92,7 @@ MORE = {
         "intermediate_size": 1024,
     },
 }
-EXPERTS, WEIGHTS = "experts", "weights"
+EXPERTS = "experts"
 SIZES = ((8, 2, 512), (64, 2, 512), (64, 8, 128))  # E, K, F
 PAUSE_S = 0.5  # torch's threads spin for a while after each run, on moex's cores
 
@@ -280,19 +278,17 @@ def main() -> None:
     parser.add_argument("--experts", default="grouped_mm", help="of transformers")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
     parser.add_argument("--dtype", default="float32", help="of moex")
-    parser.add_argument("--weights", default=",".join(decode_weights.WEIGHTS))
     parser.add_argument("--alone", action="store_true", help="without transformers")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
     figures: dict = {"prompt": args.prompt, "new": args.new, "dtype": args.dtype}
     figures["models"] = {}
     try:
-        common.check_names(args.models, (*MODELS, *MORE, EXPERTS, WEIGHTS))
-        common.check_names(args.weights, decode_weights.WEIGHTS)
+        common.check_names(args.models, (*MODELS, *MORE, EXPERTS))
         args.batches = [int(n) for n in args.batches.split(",")]
         if args.new < 2 or min(args.batches) < 1:
             raise ValueError("--new must be 2 at least, and --batches 1 at least.")
-        args.alone |= {*args.models.split(",")} <= {EXPERTS, WEIGHTS}
+        args.alone |= args.models == EXPERTS
         if not args.alone:
             torch, transformers = peers()
             torch.set_num_threads(args.threads)
@@ -303,18 +299,15 @@ def main() -> None:
     except ValueError as e:
         parser.error(str(e))
     names = args.models.split(",")
-    if not {*names} <= {EXPERTS, WEIGHTS}:
+    if names != [EXPERTS]:
         head = ("prefill", "x", "min x", "decode", "x", "min x", "same")
         text = "{:<12}{:>3}  {:<24}{:>9}{:>7}{:>7}{:>9}{:>7}{:>7}  {}"
         print(text.format("model", "B", "tokens/s of", *head))
     for name in names:
-        if name not in (EXPERTS, WEIGHTS):
+        if name != EXPERTS:
             figures["models"][name] = beside(name, args)
     if EXPERTS in names:
         figures["experts_cost"] = experts_cost(args)
-    if WEIGHTS in names:
-        model = read_model("config.json", COMMON | decode_weights.SHAPE)
-        figures["weights"] = decode_weights.rows_of(model, moex_run, split, args)
     common.write_json(args.json, figures)
 
 

@@ -1,21 +1,29 @@
 """Decoding with weights in fewer bytes: tokens/s, and the share of the memory's rate.
 
+  python -m benchmarks.decode_weights [--weights=float32,bfloat16,int8,int4]
+      [--batches=1,8] [--new=32] [--repeats=5] [--json=FILE]
+
 A token reads the matrices of attention, routers and logits and those of the experts
 that it uses; a batch reads each expert of any of its tokens once. These bytes, over the
 time of a step and the rate at which a program reads that does nothing else
 (bandwidth.py), are the share. Weights are random, in the shape that they are kept in.
 """
 
+import argparse
 import functools
+import pathlib
 
 import jax
 import numpy as np
 
 from benchmarks import bandwidth, common
+from benchmarks.decode import COMMON, moex_run, split
+from moex.interop.families import read_model
 from moex.model.accounting import bytes_per_token, num_bytes
 from moex.model.paths import flat_paths, nested
 from moex.model.spec import model_spec
 from moex.nn.lowered import SCALES
+from moex.runs.weights import in_large_pages
 
 # Layers of the size of OLMoE's: D = 2048, F = 1024, 64 experts, top-8. Two of them are
 # 3.4 GB in float32, and 0.47 GB in int4: more than a cache holds.
@@ -38,15 +46,17 @@ def random_model(model, weights: str):
     rng = np.random.default_rng(0)
 
     def drawn(path: str, leaf):
+        array = in_large_pages(leaf.shape, leaf.dtype)  # as `--weights` keeps them
         if leaf.dtype in (np.int8, np.int32):
-            whole = rng.bytes(int(np.prod(leaf.shape)) * leaf.dtype.itemsize)
-            return np.frombuffer(whole, leaf.dtype).reshape(leaf.shape)
-        if path.endswith(SCALES):
-            return np.full(leaf.shape, 2e-4, leaf.dtype)
-        array = np.empty(leaf.shape, leaf.dtype)
-        for index in np.ndindex(leaf.shape[:2] if array.ndim > 3 else ()):
-            part = rng.random(array[index].shape, np.float32)
-            array[index] = 0.06 * (part - 0.5) if array.ndim > 1 else 1.0
+            array[...] = np.frombuffer(rng.bytes(array.nbytes), leaf.dtype).reshape(
+                leaf.shape
+            )
+        elif path.endswith(SCALES):
+            array[...] = 2e-4
+        else:
+            for index in np.ndindex(leaf.shape[:2] if array.ndim > 3 else ()):
+                part = rng.random(array[index].shape, np.float32)
+                array[index] = 0.06 * (part - 0.5) if array.ndim > 1 else 1.0
         return array
 
     params = {
@@ -62,43 +72,74 @@ def step_bytes(model, params: dict, num_experts: int, k: int, B: int) -> float:
     return bytes_per_token(model, flat_paths(params), used)
 
 
-def rows_of(model, make_run, split, args) -> list[dict]:
-    """The rows of all WEIGHTS and batches, printed.
+def rows_of(model, args) -> list[dict]:
+    """The rows of all weights and batches, printed.
 
     Args:
       model: model config.
-      make_run: `(model, prompts, number of tokens) -> function`, as `decode.moex_run`.
-      split: `decode.split`.
-      args: those of `decode.main`.
+      args: those of `main`.
     """
-    pages = (bandwidth.read_rate(4, large_pages=large)["median"] for large in (0, 1))
-    rate = max(pages)
-    print(f"weights  memory is read at {rate / 1e9:.1f} GB/s", flush=True)
     models = {w: random_model(model, w) for w in args.weights.split(",")}
     rows = []
-    for B in args.batches:
+    for B in map(int, args.batches.split(",")):
         prompts = np.random.default_rng(0).integers(2, model.vocab, (B, 16)).tolist()
         jobs = {
-            (w, n): functools.partial(make_run(own, prompts, n))
+            (w, n): functools.partial(moex_run(own, prompts, n))
             for w, own in models.items()
             for n in (1, args.new)
         }
+        rate = read_rate()  # of this minute: it changes
         seconds = common.measure(jobs, args.repeats)
+        rate = (rate + read_rate()) / 2
+        print(f"memory is read at {rate / 1e9:.1f} GB/s", flush=True)
         for w, (_, _, params, _) in models.items():
             size = step_bytes(
                 model, params, SHAPE["num_experts"], SHAPE["num_experts_per_tok"], B
             )
-            row = {"weights": w, "batch": B} | split(seconds, w, args.new)
+            row = {"weights": w, "batch": B, "rate": rate} | split(seconds, w, args.new)
             row |= {"read_bytes": size, "memory_bytes": num_bytes(params)}
             row["tokens_per_s"] = B / row["step_s"]
             row["share"] = size / row["step_s"] / rate
             row["share_of_quickest"] = size / row["step_min_s"] / rate
-            text = (
-                "weights  {:<9} batch {}  {:>8.2f} ms/step {:>7.1f} tokens/s, {:.3f} "
-            )
-            text += "GB read, {:.2f} of the rate (quickest {:.2f}); {:.2f} GB in memory"
-            cells = 1e3 * row["step_s"], row["tokens_per_s"], size / 1e9, row["share"]
-            quickest, memory = row["share_of_quickest"], row["memory_bytes"] / 1e9
-            print(text.format(w, B, *cells, quickest, memory), flush=True)
+            print(line(row), flush=True)
             rows.append(row)
-    return [{"rate": rate}, *rows]
+    return rows
+
+
+def read_rate() -> float:
+    """Bytes per second of reading, with the pages that give more: 2 MB or 4 kB."""
+    return max(bandwidth.read_rate(2, large_pages=n)["median"] for n in (True, False))
+
+
+def line(row: dict) -> str:
+    """A row as text."""
+    text = (
+        "{weights:<9} batch {batch}  {ms:>8.2f} ms/step {tokens_per_s:>7.1f} tokens/s, "
+        "{read:.3f} GB read, {share:.2f} of the rate (quickest "
+        "{share_of_quickest:.2f}); {memory:.2f} GB in memory"
+    )
+    sizes = {n: row[f"{n}_bytes"] / 1e9 for n in ("read", "memory")}
+    return text.format(**row, **sizes, ms=1e3 * row["step_s"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", default=",".join(WEIGHTS))
+    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--new", type=int, default=32, help="tokens, 2 at least")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=pathlib.Path)
+    args = parser.parse_args()
+    try:
+        common.check_names(args.weights, WEIGHTS)
+        if args.new < 2:
+            raise ValueError("--new must be 2 at least.")
+    except ValueError as e:
+        parser.error(str(e))
+    model = read_model("config.json", COMMON | SHAPE)
+    figures = {"new": args.new, "rows": rows_of(model, args)}
+    common.write_json(args.json, figures)
+
+
+if __name__ == "__main__":
+    main()

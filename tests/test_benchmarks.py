@@ -11,6 +11,7 @@ from benchmarks import (
     attention,
     common,
     decode,
+    decode_weights,
     grouped_matmul,
     moe_layer,
     monitoring,
@@ -106,25 +107,24 @@ def test_decode_alone(run, monkeypatch, capsys):
             run(decode, "--alone", wrong)
 
 
-def test_weights_in_fewer_bytes_are_decoded(run, monkeypatch):
+def test_weights_in_fewer_bytes_are_decoded(run, monkeypatch, capsys):
     small = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4}
     small |= {"num_key_value_heads": 4, "num_experts": 8, "num_experts_per_tok": 2}
     for key, value in small.items():
-        monkeypatch.setitem(decode.decode_weights.SHAPE, key, value)
-    monkeypatch.setitem(decode.COMMON, "vocab_size", 64)
-    read_rate = decode.decode_weights.bandwidth.read_rate
+        monkeypatch.setitem(decode_weights.SHAPE, key, value)
+    monkeypatch.setitem(decode_weights.COMMON, "vocab_size", 64)
+    read_rate = decode_weights.bandwidth.read_rate
     monkeypatch.setattr(
-        decode.decode_weights.bandwidth,
+        decode_weights.bandwidth,
         "read_rate",
         lambda gigabytes, large_pages: read_rate(1e-3, 1, 2, large_pages),
     )
-    args = ("--models=weights", "--new=3", "--repeats=1", "--batches=1")
-    first, *rows = run(decode, *args)["weights"]
-    assert first["rate"] > 0
+    rows = run(decode_weights, "--new=3", "--repeats=1", "--batches=1")["rows"]
     sizes = {row["weights"]: row["memory_bytes"] for row in rows}
     assert sorted(sizes, key=sizes.get) == ["int4", "int8", "bfloat16", "float32"]
     for row in rows:
-        assert 0 < row["read_bytes"] < row["memory_bytes"]
+        assert 0 < row["read_bytes"] < row["memory_bytes"] and row["rate"] > 0
+    assert "of the rate (quickest " in capsys.readouterr().out
 
 
 def test_decode_says_what_is_missing(run, monkeypatch, capsys):

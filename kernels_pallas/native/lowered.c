@@ -24,10 +24,11 @@ typedef enum { BFLOAT16, INT8, INT4 } Kind;
 
 enum {
   NIBBLES = 8,         // rows of a word of int4
+  STRIPE = 8,          // rows of a matrix that are read side by side; whole words
   FEW = 16,            // most rows of a group that are read from slabs
   AT_ONCE = 4,         // rows of lhs that share one reading
-  GROUP_BYTES = 1 << 15,  // of int8 between two loads of a sum; measured, see below
-  SLAB_BYTES = 1 << 18,   // of a job, at least
+  AHEAD = 1 << 14,      // bytes between what is read and what is fetched
+  SLAB_BYTES = 1 << 18,  // of a job, at least
   RANGE = 4 * COLUMNS,  // columns of a job with many rows
   BLOCK = 320,         // rows of lhs whose panels stay in the cache
 };
@@ -150,7 +151,8 @@ INLINE vec scale_at(const Lowered* s, Kind kind, int64_t group, int64_t block,
 
 // ---- Few rows -----------------------------------------------------------------------
 
-// Adds rows k to k + depth - 1 of a matrix, all of one block, to the sums of `m` rows.
+// Adds some columns of rows k to k + depth - 1 of a matrix, all of one block, to the
+// sums of `m` rows.
 INLINE void add_columns(const Lowered* s, Kind kind, int m, int wide, int64_t group,
                         int64_t block, int64_t k, int64_t depth, int64_t j,
                         const float* x, const char* from, float* sums) {
@@ -158,16 +160,13 @@ INLINE void add_columns(const Lowered* s, Kind kind, int m, int wide, int64_t gr
   // A known number of lanes, so that whole vectors need no check.
   const int64_t lanes = wide > 1 ? WIDE * LANES : s->N - j;
   const int rows = kind == INT4 ? NIBBLES : 1;
-  // The best of 8 to 32 kB ahead and sums of 32 to 128 kB, on 2 cores of a Xeon: int8
-  // reads 23 GB/s (of 17 to 23), int4 21 (of 19 to 21).
-  const int64_t before = kind == INT4 ? GROUP_BYTES / 2 : GROUP_BYTES;
-  const char* ahead = from + (before / (stride + 1) + 1) * stride;
+  const char* ahead = from + (AHEAD / (stride + 1) + 1) * stride;
   vec total[AT_ONCE][WIDE];
   UNROLL for (int r = 0; r < m; r++)
     UNROLL for (int v = 0; v < wide; v++) total[r][v] = (vec){};
-  for (int64_t i = 0; i < depth; i += rows, from += stride, ahead += stride) {
+  UNROLL for (int64_t i = 0; i < depth; i += rows, from += stride, ahead += stride) {
     UNROLL for (int64_t b = 0; b < wide * LANES * width; b += 64)
-      __builtin_prefetch(ahead + b, 0, 3);
+      __builtin_prefetch(ahead + b, 0, 2);
     if (kind == INT4) {
       ints word[WIDE];
       UNROLL for (int v = 0; v < wide; v++)
@@ -196,9 +195,10 @@ INLINE void add_columns(const Lowered* s, Kind kind, int m, int wide, int64_t gr
   }
 }
 
-INLINE void add_rows_of(const Lowered* s, Kind kind, int m, int64_t group,
-                        int64_t block, int64_t k, int64_t depth, const float* x,
-                        float* sums) {
+// The same for all columns. Memory is quickest where it is read in a few long streams:
+// a stripe has few rows, and is read from left to right.
+INLINE void add_stripe(const Lowered* s, Kind kind, int m, int64_t group, int64_t block,
+                       int64_t k, int64_t depth, const float* x, float* sums) {
   const int64_t width = width_of(kind), rows = kind == INT4 ? NIBBLES : 1;
   const char* from = s->values + (group * s->K + k) / rows * stride_of(s, kind);
   int64_t j = 0;
@@ -208,11 +208,16 @@ INLINE void add_rows_of(const Lowered* s, Kind kind, int m, int64_t group,
     add_columns(s, kind, m, 1, group, block, k, depth, j, x, from + j * width, sums);
 }
 
-#define ADD_ROWS(name, kind, m)                                                     \
-  static __attribute__((noinline)) void name(const Lowered* s, int64_t group,       \
+#define ADD_ROWS(name, kind, m)                                                       \
+  static __attribute__((noinline)) void name(const Lowered* s, int64_t group,         \
                                              int64_t block, int64_t k, int64_t depth, \
-                                             const float* x, float* sums) {         \
-    add_rows_of(s, kind, m, group, block, k, depth, x, sums);                       \
+                                             const float* restrict x,                 \
+                                             float* restrict sums) {                  \
+    if (depth == STRIPE)                                                              \
+      add_stripe(s, kind, m, group, block, k, STRIPE, x, sums);                       \
+    else /* never with int4 */                                                        \
+      for (int64_t i = 0; i < depth; i++)                                             \
+        add_stripe(s, kind, m, group, block, k + i, 1, x, sums);                      \
   }
 ADD_ROWS(bfloat16_1, BFLOAT16, 1)
 ADD_ROWS(bfloat16_2, BFLOAT16, 2)
@@ -233,16 +238,13 @@ static const AddRows add_rows[][3] = {{bfloat16_1, bfloat16_2, bfloat16_4},
 // Sums one slab of a matrix for all rows of its part.
 static void slab_job(const Lowered* s, const Part* part, int64_t slab) {
   const int64_t rows = part->last - part->first;
-  const int64_t step = s->kind == INT4 ? NIBBLES : 1;
-  const int64_t bytes = s->kind == INT4 ? 2 * GROUP_BYTES : GROUP_BYTES;
-  const int64_t most = (bytes / (stride_of(s, s->kind) + 1) + 1) * step;
   float* sums = s->sums + (part->sums + slab * rows) * s->row;
   memset(sums, 0, rows * s->row * sizeof(float));
   const int64_t last = (slab + 1) * s->slab_blocks;
   for (int64_t b = slab * s->slab_blocks; b < last && b < s->S; b++) {
     const int64_t end = (b + 1) * s->block < s->K ? (b + 1) * s->block : s->K;
     for (int64_t k = b * s->block, depth; k < end; k += depth) {
-      depth = end - k < most ? end - k : most;
+      depth = end - k < STRIPE ? end - k : STRIPE;
       for (int64_t r = 0, m; r < rows; r += m) {
         m = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
         add_rows[s->kind][m / 2](s, part->group, b, k, depth,

@@ -125,6 +125,12 @@ class SegmentStack(nnx.Module):
         inside = ctx.inside("blocks")
         parts = {"forced": inside.forced, "steer": inside.steer}
         layers = (blocks, cache, numbers, parts)
+        if (
+            ctx.compute.scan_layers
+            and cache is not None
+            and ctx.key_segment_BS is not None
+        ):
+            return _scanned_in_place(body, x_BLD, cache, layers, ctx.cache_index)
         if ctx.compute.scan_layers:
             x_BLD, (aux, cache) = jax.lax.scan(body, x_BLD, layers)
             return x_BLD, aux, cache
@@ -135,6 +141,45 @@ class SegmentStack(nnx.Module):
             outs.append(out)
         aux, cache = jax.tree.map(lambda *a: jnp.stack(a), *outs)
         return x_BLD, aux, cache
+
+
+def _scanned_in_place(body, x_BLD, cache, layers, index):
+    """Scan over layers, and write the new keys alone into the stack of their caches.
+
+    A cache that went through the scan as its input and its output would be copied as a
+    whole, several times, for each token.
+
+    Args:
+      body: `(x_BLD, layer) -> (x_BLD, (aux, cache of the layer))`.
+      x_BLD: tokens.
+      cache: arrays [repeat, B, S, ...].
+      layers: (blocks, cache, numbers, parts), what `body` takes, stacked.
+      index: the slot that the keys of the first token are written to.
+
+    Returns:
+      (x_BLD, aux, cache).
+    """
+    blocks, _, numbers, parts = layers
+    length = x_BLD.shape[1]
+
+    def step(carry, layer):
+        x_BLD, cache = carry
+        blocks, number, parts = layer
+        own = jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), cache
+        )
+        x_BLD, (aux, own) = body(x_BLD, (blocks, own, number, parts))
+
+        def write(whole, new):
+            # What is no key of a token, such as extra keys, has not changed.
+            part = jax.lax.dynamic_slice_in_dim(new, index, length, axis=1)[None]
+            start = (number, 0, index, *[0] * (whole.ndim - 3))
+            return jax.lax.dynamic_update_slice(whole, part, start)
+
+        return (x_BLD, jax.tree.map(write, cache, own)), aux
+
+    (x_BLD, cache), aux = jax.lax.scan(step, (x_BLD, cache), (blocks, numbers, parts))
+    return x_BLD, aux, cache
 
 
 def peak_of(x_BLD, valid_BL):

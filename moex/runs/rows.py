@@ -101,4 +101,4 @@ def bytes_read() -> int:
 
 def placed(array: np.ndarray, place) -> jax.Array:
     """The array on the devices of a sharding, in the type of `place`."""
-    return jax.device_put(array.astype(place.dtype), place.sharding)
+    return jax.device_put(array.astype(place.dtype, copy=False), place.sharding)

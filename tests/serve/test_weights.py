@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -22,6 +23,7 @@ from moex.moe.experts.lowrank import LowRank
 from moex.nn.context import Compute
 from moex.nn.lowered import DTYPES, SCALES, VALUES, Lowered, lowered, to_int4, to_int8
 from moex.nn.mla import LatentAttention
+from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.runs import weights as loading
 from tests import runs
@@ -133,26 +135,39 @@ def test_decoding_is_that_of_the_rounded_model(case):
     )
 
 
+def compiled(cfg, weights=None, new=4):
+    """The program of `_generate` for a prompt of 16 tokens."""
+    low = model_spec(cfg, weights=weights)
+
+    def shape(a):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype)
+
+    cache = jax.eval_shape(lambda: cfg.init_cache(1, 15 + new, jnp.dtype("float32")))
+    arrays = (low.params, low.state, cache, np.zeros((1, 16), np.int32))
+    arrays = (*arrays, np.zeros(1, np.int32), jax.random.key(0), np.zeros(8, np.int32))
+    options = {"graphdef": low.graphdef, "sampling": (0.0, 0, 1.0)}
+    options |= {"max_new_tokens": new, "compute": Compute(scan_layers=True)}
+    return _generate.lower(
+        *jax.tree.map(shape, arrays), None, None, **options
+    ).compile()
+
+
 @needs_c
 @pytest.mark.parametrize("weights", DTYPES)
 def test_the_stack_of_layers_is_neither_copied_nor_widened(weights):
     """A prompt and the loop over tokens take less memory than one layer in float32."""
     moe = tiny_moe(num_experts=32, experts=Glu(hidden=64), shared=None)
     cfg = tiny_lm(Segment(pattern=(moe,), repeat=4), dim=64)
-    low = model_spec(cfg, weights=weights)
+    temporary = compiled(cfg, weights).memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * 32 * 3 * 64 * 64 / 2
 
-    def shape(a):
-        return jax.ShapeDtypeStruct(a.shape, a.dtype)
 
-    cache = jax.eval_shape(lambda: cfg.init_cache(1, 19, jnp.dtype("float32")))
-    arrays = (low.params, low.state, cache, np.zeros((1, 16), np.int32))
-    arrays = (*arrays, np.zeros(1, np.int32), jax.random.key(0), np.zeros(8, np.int32))
-    options = {"graphdef": low.graphdef, "sampling": (0.0, 0, 1.0)}
-    options |= {"max_new_tokens": 4, "compute": Compute(scan_layers=True)}
-    made = _generate.lower(*jax.tree.map(shape, arrays), None, None, **options)
-    temporary = made.compile().memory_analysis().temp_size_in_bytes
-    one_layer = 4 * 32 * 3 * 64 * 64
-    assert temporary < one_layer / 2
+def test_the_loop_over_tokens_does_not_copy_the_keys_of_all_layers():
+    cfg = tiny_lm(Segment(pattern=(Dense(hidden=8),), repeat=3), dim=16)
+    loops, _, main = compiled(cfg, new=20).as_text().partition("ENTRY")
+    copied = re.compile(r" = f32\[3,1,35,2,4\]\S* copy\(")
+    assert "f32[3,1,35,2,4]" in loops
+    assert copied.search(main) and not copied.search(loops)
 
 
 def test_bytes_per_token():
