@@ -26,7 +26,8 @@ from moex.moe.routers.topp import TopP
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from moex.placement import coherent
-from moex.placement.coherent import Room
+from moex.placement.coherent_step import Programs
+from moex.placement.residents import Room
 from tests.helpers import VOCAB, XLA, built, mesh_of, tiny_lm, tiny_moe
 from tests.moe.test_parallel import COLLECTIVE
 from tests.tolerances import assert_close
@@ -92,7 +93,7 @@ def test_one_all_to_all_a_layer_and_the_logits_of_ordinary_expert_parallelism(re
     spec, model, params, state, mesh = made(PLAIN, repeat=repeat)
     prompt_BP, padding_B = decode.padded_left(prompts())
     slots, first = prompt_BP.shape[1] + 1, jnp.int32(prompt_BP.shape[1])
-    run = coherent._Run(spec, mesh, XLA, slots, (0.0, 0, 1.0))
+    run = Programs(spec, mesh, XLA, slots, (0.0, 0, 1.0))
     stopped_B, room = jnp.zeros(B, bool).at[3].set(True), Room(B, B)
     home_B = jnp.arange(B, dtype=jnp.int32) // 2
     with jax.set_mesh(mesh):
