@@ -157,12 +157,16 @@ def test_every_kind_writes_the_tokens_that_it_writes_at_home(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", [Room(2, 1), Room(1, 1), Room(B, B)])
-def test_what_finds_no_room_is_computed_again(room):
-    own = made(PLAIN, repeat=2)
-    found = stayed(*own, prompts(), room=room)
-    assert found.tokens == ordinary(*own, prompts())
-    assert (found.reruns == 0) == (room == Room(B, B))
+@pytest.mark.parametrize(
+    ("count", "room", "fits"),
+    [(4, Room(1, 1), False), (B, Room(B, 1), False), (4, Room(4, 4), True)],
+)
+def test_what_finds_no_room_is_computed_again(count, room, fits):
+    """No room for sequences, or for the rows of a pair of devices alone, or for all."""
+    own, given = made(PLAIN, repeat=2), prompts(count)
+    found = stayed(*own, given, room=room)
+    assert found.tokens == ordinary(*own, given)
+    assert (found.reruns == 0) == fits
 
 
 @pytest.mark.slow
