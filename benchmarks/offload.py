@@ -2,7 +2,7 @@
 
   python -m benchmarks.offload [--shape=middle] [--slots=100%,50%,25%] [--batches=1,8]
       [--new=17] [--repeats=5] [--dtype=float32] [--bank=disk] [--policy=lru]
-      [--prefetch] [--json=FILE]
+      [--prefetch=router] [--json=FILE]
 
 Random weights; all write the same prompts greedily, in one process, runs interleaved.
 A step is the time of all new tokens without that of the first, over their number. Slots
@@ -25,7 +25,7 @@ from moex.model.decode import generate
 from moex.nn.context import Compute
 from moex.offload import decode
 from moex.offload.executor import Executor
-from moex.offload.settings import BANKS, POLICIES, Settings
+from moex.offload.settings import BANKS, POLICIES, PREFETCH, Settings
 from moex.offload.setup import of_arrays
 
 
@@ -132,7 +132,7 @@ def main(argv=None) -> None:
     add("--dtype", default="float32")
     add("--bank", choices=BANKS, default="disk")
     add("--policy", choices=POLICIES[:3], default="lru")
-    add("--prefetch", action="store_true")
+    add("--prefetch", choices=PREFETCH[:2])
     add("--json", type=pathlib.Path)
     args = parser.parse_args(argv)
     begin = time.perf_counter()

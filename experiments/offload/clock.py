@@ -46,7 +46,7 @@ FOLDER = pathlib.Path("runs/offload")
 LAYERS, EXPERTS, WIDTH, HIDDEN = 4, 16, 512, 1024
 SLOTS, POLICIES, TOKENS = (4, 8, 12), ("lru", "lfu", "mrs"), 16
 ROUNDS, REPEATS = 4, 3
-WARM_UP = Settings("6")
+WARM_UP = Settings("6", allocate="shared")
 
 
 def large_run() -> RunDir:
@@ -123,7 +123,7 @@ def row_of(offloaded: Offloaded, rounds: list[Measured], costs: Costs) -> dict:
         turns=shortest([own.turns for own in rounds]),
         seconds_S=np.min([own.seconds_S for own in rounds], axis=0),
     )
-    policy = executor.settings.make_policy(executor.slots[0].pool, 2)
+    policy = executor.settings.make_policy(executor.slots[0].pool)
     told = simulated(found, slots, policy, costs)
     turns = [turn for step in found.turns[1:] for turn in step]
     parts = {
@@ -167,7 +167,7 @@ def main() -> None:
         for settings in (
             WARM_UP,
             *(
-                Settings(str(s), policy=p)
+                Settings(str(s), policy=p, allocate="shared")
                 for s, p in itertools.product(SLOTS, POLICIES)
             ),
         )

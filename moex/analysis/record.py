@@ -4,6 +4,7 @@ B batch · L length · T = B * L tokens · N tokens without padding · R copies 
 C slots per expert · K slots per token · E experts
 """
 
+import dataclasses
 from contextlib import nullcontext
 
 import jax
@@ -130,19 +131,28 @@ def _info(routed: Routed) -> LayerInfo:
 
 
 def _header(run: LoadedRun, cfg, domains, logits: bool, steering) -> Header:
-    tokenizer = run.tokenizer if run.cfg.task.TOKEN_IDS else None
+    return dataclasses.replace(
+        header_of(run.folder, run.cfg, run.step),
+        domains=tuple(domains),
+        data=read_data(cfg, steering),
+        logits=logits,
+    )
+
+
+def header_of(folder: RunDir, cfg, step: int = 0) -> Header:
+    """The header of the traces of a run, without what is in them."""
+    tokenizer = folder.tokenizer() if cfg.task.TOKEN_IDS else None
     told = None
     if tokenizer is not None:
         told = {"fingerprint": tokenizer.fingerprint, "doc_id": tokenizer.doc_id}
     return Header(
-        run=str(run.folder),
-        step=run.step,
-        layers=layer_infos(run.cfg.model),
+        run=str(folder),
+        step=step,
+        layers=layer_infos(cfg.model),
         tokenizer=told,
         vocabulary=() if tokenizer is None else tuple(tokenizer.pieces()),
-        domains=tuple(domains),
-        data=read_data(cfg, steering),
-        logits=logits,
+        domains=(),
+        data={},
     )
 
 

@@ -234,7 +234,7 @@ class ExpertCache:
         return tuple(loads), tuple(evicted)
 
 
-def allocate(demand_L, slots: int, num_experts: int) -> list[int]:
+def allocate(demand_L, slots: int, num_experts: int | Sequence[int]) -> list[int]:
     """Divide slots between layers in proportion to what each is predicted to need.
 
     Every layer gets one or more, and at most E. With more slots no layer gets fewer
@@ -243,10 +243,11 @@ def allocate(demand_L, slots: int, num_experts: int) -> list[int]:
     Args:
       demand_L: 0 or more each, such as the distinct experts that a layer's tokens have.
       slots: of all layers together.
-      num_experts: E.
+      num_experts: of each layer, or one number for all.
 
     Returns:
-      The slots of each layer; their sum is `slots`, or L * E if that is less.
+      The slots of each layer; their sum is `slots`, or that of the experts if it is
+      less.
     """
     demand_L = np.asarray(demand_L, np.float64)
     ok = demand_L.ndim == 1 and np.isfinite(demand_L).all() and (demand_L >= 0).all()
@@ -254,8 +255,9 @@ def allocate(demand_L, slots: int, num_experts: int) -> list[int]:
     num_layers = len(demand_L)
     require(slots >= num_layers, "slots", slots, f"{num_layers} or more, one a layer")
     given_L = np.ones(num_layers, np.int64)
-    for _ in range(min(slots, num_layers * num_experts) - num_layers):
+    most_L = np.broadcast_to(np.asarray(num_experts), num_layers)
+    for _ in range(min(slots, int(most_L.sum())) - num_layers):
         # The largest quotient first; of equal ones the layer with the fewest slots.
-        quotient_L = np.where(given_L < num_experts, demand_L / (2 * given_L + 1), -1.0)
+        quotient_L = np.where(given_L < most_L, demand_L / (2 * given_L + 1), -1.0)
         given_L[np.lexsort((given_L, -quotient_L))[0]] += 1
     return given_L.tolist()

@@ -20,15 +20,7 @@ from moex.model.layers import Site, layers
 from moex.model.paths import flat_paths, nested
 from moex.moe.offload import first_pass
 from moex.nn.param import split_params
-from moex.offload.block import (
-    MISSING,
-    ROWS,
-    SCORE,
-    Routed,
-    Step,
-    run_block,
-    run_forecast,
-)
+from moex.offload.block import MISSING, ROWS, SCORE, Routed, Step, run_block
 from moex.offload.costs import Costs
 from moex.offload.layout import inside, is_row_part, module_of
 from moex.offload.record import Pass, Turn
@@ -44,7 +36,6 @@ def num_programs() -> int:
 class Host(Protocol):
     """The cores of the host as a device for experts: `host.HostExperts`."""
 
-    costs: Costs
     count: int  # experts that were computed
 
     def forget(self) -> None:
@@ -59,6 +50,19 @@ class Host(Protocol):
         """The parts of `Context.offload` with the answer added, for which it waits."""
 
 
+class Ahead(Protocol):
+    """Loads experts before they are needed: `prefetch.Prefetch`."""
+
+    def begin(self, ctx) -> None:
+        """Note that a pass through all layers begins."""
+
+    def ask(self, own: Routed, x_BLD, ctx, steer) -> None:
+        """Note that a layer runs next, on the residual stream `x_BLD`."""
+
+    def load(self, own: Routed) -> None:
+        """Load experts of later layers while this one computes."""
+
+
 class Executor:
     """The layers of a model, one after the other.
 
@@ -69,6 +73,8 @@ class Executor:
       place: where arrays are.
       settings: how, as far as it concerns the loop.
       host: computes experts on the cores of the host; None: nobody does.
+      ahead: loads experts before they are needed; None: nobody does.
+      costs: of this machine, which divide work and order loads; None: not measured.
       seconds: that passed in `run`, without passes that compiled something.
       passes: of all calls of `run`; None: they are not recorded.
     """
@@ -89,6 +95,8 @@ class Executor:
         """
         self.slots, self.settings = list(slots), settings
         self.host: Host | None = None
+        self.ahead: Ahead | None = None
+        self.costs: Costs | None = None
         self.passes: list[Pass] | None = None
         self.forget()
         self.place = NamedSharding(mesh, PartitionSpec())
@@ -162,6 +170,8 @@ class Executor:
             self.passes.append(Pass.empty(self.slots))
         waited = [slots.seconds for slots in self.slots]
         begin, compiled, told, new = time.perf_counter(), num_programs(), [], []
+        if self.ahead is not None:
+            self.ahead.begin(ctx)
         for i in range(len(self.steps)):
             cache = None if caches is None else caches[i]
             x_BLD, aux, cache = self._run_step(i, x_BLD, ctx, cache, steer)
@@ -189,7 +199,7 @@ class Executor:
         size = sum(own.cache.slots * own.pool.row_bytes for own in self.slots)
         share = hits / (hits + misses) if hits + misses else 1.0
         ahead = sum(int(own.prefetched_L.sum()) for own in counts)
-        more = f", {ahead:,} loaded ahead" if self.settings.prefetch else ""
+        more = f", {ahead:,} loaded ahead" if self.ahead is not None else ""
         if self.host is not None:
             more += f", {self.host.count:,} computed by the host"
         told, total = f"{moved / 1e6:,.1f} MB moved", self.seconds
@@ -209,7 +219,8 @@ class Executor:
                 module="",
             )
             return y_BLD, aux, cache
-        ahead = self._forecast(i, x_BLD, ctx, steer) if self.settings.prefetch else None
+        if self.ahead is not None:
+            self.ahead.ask(own, x_BLD, ctx, steer)
         going, asked, first = self.first_pass(own, x_BLD), 0, True
         while True:
             going["slot_E"] = own.slots.slot_E(own.place)
@@ -218,31 +229,18 @@ class Executor:
                 graphdef=step.graphdef,
                 module=own.module,
             )
-            if ahead is not None:
-                _prefetch(own, *ahead)
-                ahead = None
+            if self.ahead is not None and first:
+                self.ahead.load(own)
             before = own.slots.seconds, own.slots.moved
             asked, complete = self._load(own, told, asked)
             if self.passes is not None:
                 seconds = time.perf_counter() - begin
                 turn = _turn(own, going, told, first, seconds, before)
                 self.passes[-1].turns.append(turn)
-                begin, first = time.perf_counter(), False
+                begin = time.perf_counter()
             if complete:
                 return y_BLD, aux, cache
-            going = told["next"]
-
-    def _forecast(self, i: int, x_BLD, ctx, steer):
-        """The next block with experts, and what it would need now; None at the end."""
-        later = (step for step in self.steps[i + 1 :] if step.routed is not None)
-        step = next(later, None)
-        if step is None or step.routed is None:
-            return None
-        own = step.routed
-        nobody = self.first_pass(own, x_BLD)
-        rest = (x_BLD, ctx, step.place_2, step.steer(steer), nobody)
-        how = {"graphdef": step.graphdef, "module": own.module}
-        return own, run_forecast(step.arrays, own.slots.by_item(), *rest, **how)
+            going, first = told["next"], False
 
     def first_pass(self, own: Routed, x_BLD) -> dict:
         """Make `Context.offload` of a layer of which nothing is resident or done."""
@@ -283,19 +281,19 @@ class Executor:
             if not missing:
                 continue
             if self.host is None or not hosted:
-                own.slots.fill(place, loads)
+                own.slots.fill(place, loads.loads)
             else:
                 answer = self.host.begin(own, told, t, hosted)
-                own.slots.fill(place, loads)
+                own.slots.fill(place, loads.loads)
                 told["next"] = self.host.added(told["next"], t, hosted, answer)
             return asked, False
         return asked, True
 
     def _for_host(self, missing: list[int], rows_E) -> set[int]:
         """The experts that the cores of the host compute, instead of being moved."""
-        if self.host is None or not missing:
+        if self.host is None or self.costs is None or not missing:
             return set()
-        return set(hss([], missing, rows_E, self.host.costs).cpu)
+        return set(hss([], missing, rows_E, self.costs).cpu)
 
 
 def _turn(own: Routed, going: dict, told: dict, first: bool, seconds, before) -> Turn:
@@ -319,27 +317,6 @@ def _turn(own: Routed, going: dict, told: dict, first: bool, seconds, before) ->
         seconds=seconds - moving,
         moving=moving,
     )
-
-
-def _prefetch(own: Routed, other: Routed, flags_3E) -> None:
-    """Load what a later layer will probably need, while one computes.
-
-    Args:
-      own: of the layer that computes; its residents stay.
-      other: of the later layer.
-      flags_3E: from `run_forecast`.
-    """
-    flags_3E = np.asarray(flags_3E)
-    rows_E = flags_3E[ROWS]
-    likely = [int(e) for e in np.argsort(-rows_E, kind="stable") if rows_E[e] > 0]
-    cache, computing = other.slots.cache, []
-    if own.slots is other.slots:
-        here = np.flatnonzero(own.slots.slot_E(own.place) >= 0)
-        computing = [(own.place, int(e)) for e in here]
-    cache.predicted(other.place, likely)
-    cache.pin(computing)
-    other.slots.fill(other.place, cache.prefetch(other.place, likely), wait=False)
-    cache.unpin(computing)
 
 
 def _padded(score_E, slots: Slots) -> np.ndarray:

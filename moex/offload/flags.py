@@ -25,8 +25,11 @@ def add_simulate(parser) -> None:
     only.add_argument(
         "--fit-predictor",
         type=path,
+        nargs="?",
+        const="",
         metavar="FILE",
-        help="train a predictor of experts on the trace, and write it",
+        help="train a predictor of experts on the trace, and write it; without FILE "
+        "into the run of the trace, where --offload-prefetch=predictor finds it",
     )
     own.add_argument(
         "--slots", metavar="LIST", help="slots of a layer; default: 25%%,50%%,75%%"
@@ -138,16 +141,29 @@ def run(args, asked: str) -> None:
     from moex.analysis.writer import check_new
     from moex.offload.fit import Training, fit, table
 
-    check_new(args.fit_predictor, "--fit-predictor")
     given = {"steps": args.predictor_steps, "seed": args.seed}
     training = Training(**{k: v for k, v in given.items() if v is not None})
     sizes = {} if args.predictor_last is None else {"last": args.predictor_last}
     with Trace.open(args.trace) as trace:
+        file = check_new(args.fit_predictor or _of_run(trace), "--fit-predictor")
         predictor = fit(trace, training, **sizes)
-    predictor.save(args.fit_predictor)
+    predictor.save(file)
     if args.json:
         print(dump_json(predictor.recall))
         return
     print("\n".join(table(predictor.recall)))
     count = sum(a.size for a in predictor.params.values())
-    print(f"{args.fit_predictor}: {count:,} parameters")
+    print(f"{file}: {count:,} parameters")
+
+
+def _of_run(trace):
+    """The file of the predictor in the run of a trace."""
+    from moex.runs.directory import RunDir
+
+    run = RunDir(trace.header.run)
+    if not run.is_run():
+        raise ConfigError(
+            f"--fit-predictor: the trace is of {run}, which is no run here; give a "
+            "file."
+        )
+    return run.predictor

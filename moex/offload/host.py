@@ -2,7 +2,7 @@
 
 A thread does it while the device gets other experts, with the kernels of this house for
 CPUs; rows that are mapped into memory are read where they are. Where the device is the
-CPU too, both take turns on its cores.
+CPU too, each has its own cores (`cores.py`).
 
 Source: HybriMoE, arXiv:2504.05897.
 
@@ -10,7 +10,7 @@ T tokens · N rows of an expert, a power of two · D model width · E experts ·
 """
 
 import functools
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from moex.model.spec import merged
 from moex.nn.context import Compute, Context
 from moex.nn.param import split_params
 from moex.offload.block import Routed
-from moex.offload.costs import Costs
+from moex.offload.cores import Cores, host_device, worker
 from moex.offload.layout import Pool, inside, module_of
 from moex.offload.slots import TRACED
 from moex.sharding import MeshConfig
@@ -33,23 +33,24 @@ class HostExperts:
     """The cores of the host, as a device for experts.
 
     Attributes:
-      costs: `Costs` of this machine, which say what the host computes.
       count: experts that were computed here.
     """
 
-    def __init__(self, module, pools: list[Pool], compute: Compute, costs: Costs):
+    def __init__(
+        self, module, pools: list[Pool], compute: Compute, cores: Cores | None = None
+    ):
         """Take the experts of a model.
 
         Args:
           module: from `layout.abstract`, whole.
           pools: of the model.
           compute: how the device computes.
-          costs: until they are measured.
+          cores: those of device and host; None: they are not divided.
 
         Raises:
           ConfigError: if experts need more than their own row.
         """
-        self.costs, self.count = costs, 0
+        self.count = 0
         self._graphs = {}
         for pool in pools:
             names = {part.name for part in pool.parts}
@@ -65,11 +66,12 @@ class HostExperts:
                                 "so that the host cannot compute one of them alone."
                             )
                 self._graphs[path] = graphdef
-        mesh = MeshConfig(data=1).make(jax.devices("cpu")[:1])
+        own = None if cores is None else cores.host
+        self._worker = worker(own)
+        mesh = MeshConfig(data=1).make([host_device(self._worker, own)])
         self._mesh, self._place = mesh, NamedSharding(mesh, PartitionSpec())
         kernels = compute.kernels if jax.default_backend() == "cpu" else None
         self._compute = Compute(dtype=compute.dtype, kernels=kernels)
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="host-experts")
 
     def forget(self) -> None:
         """Set the count to 0."""
@@ -78,8 +80,11 @@ class HostExperts:
     def begin(self, own: Routed, told: dict, number: int, experts: set[int]) -> Future:
         """Begin to compute experts of a round, from what `run_block` told."""
         self.count += len(experts)
-        part = told["slots"][number]
-        return self._worker.submit(self.sums, own, part, sorted(experts))
+        return self.submit(own, told["slots"][number], sorted(experts))
+
+    def submit(self, own: Routed, part: dict, experts: list[int]) -> Future:
+        """Begin `sums` in the thread of the host."""
+        return self._worker.submit(self.sums, own, part, experts)
 
     def sums(self, own: Routed, part: dict, experts: list[int]) -> np.ndarray:
         """The gated sums of some experts, float32[T, D].

@@ -50,6 +50,12 @@ class Layer(NamedTuple):
     experts: int  # E
     first: int  # number of the row of its first expert in its pool
 
+    def most_slots(self) -> int:
+        """The most experts of a token, in one of its rounds."""
+        assert (sparse := self.site.sparse) is not None
+        choices = sparse.moe.num_choices()
+        return max(min(r.slots(choices), self.experts) for r in sparse.routers)
+
 
 @dataclasses.dataclass(frozen=True)
 class Pool:

@@ -242,14 +242,19 @@ def windows(routes: Routes, about: About) -> np.ndarray:
     Row n is the first token of its document, then token n, the one before, and so on;
     what lies before the document is no token (the id `about.vocab`).
     """
-    starts = np.flatnonzero(np.diff(routes.document_N, prepend=-1))
-    lengths = np.diff([*starts, len(routes)])
-    start_N = np.repeat(starts, lengths)
-    columns = [routes.token_N[start_N]]
+    return windows_of(routes.token_N, routes.document_N, about)
+
+
+def windows_of(token_N, document_N, about: About) -> np.ndarray:
+    """The same as `windows`, for the tokens of documents that are numbered from 0."""
+    count = len(token_N)
+    starts = np.flatnonzero(np.diff(document_N, prepend=-1))
+    start_N = np.repeat(starts, np.diff([*starts, count]))
+    columns = [token_N[start_N]]
     for back in range(about.last):
-        at_N = np.arange(len(routes)) - back
-        token_N = routes.token_N[np.maximum(at_N, 0)]
-        columns.append(np.where(at_N >= start_N, token_N, about.vocab))
+        at_N = np.arange(count) - back
+        before_N = token_N[np.maximum(at_N, 0)]
+        columns.append(np.where(at_N >= start_N, before_N, about.vocab))
     return np.stack(columns, 1).astype(np.int32)
 
 

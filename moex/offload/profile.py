@@ -56,11 +56,10 @@ def warm_up(
     Returns:
       The turns of each step.
     """
-    settings = executor.settings
-    executor.settings = dataclasses.replace(settings, prefetch=False)
+    ahead, executor.ahead = executor.ahead, None
     how: dict = {"repeats": repeats, "temperature": 1.0, "most_seconds": MOST_SECONDS}
     found = measure(executor, model, [[0]], TOKENS, compute, **how)
-    executor.settings = settings
+    executor.ahead = ahead
     executor.forget()
     return found.turns
 
@@ -101,7 +100,7 @@ def _host_curve(executor: Executor, host: HostExperts, dtype):
             own = layers[i % len(layers)]
             ids = [next(calls) % most for _ in range(count)]
             begin = time.perf_counter()
-            host.sums(own, part, ids)
+            host.submit(own, part, ids).result()
             times.append(time.perf_counter() - begin)
         return min(times[1:])  # the first one compiles
 

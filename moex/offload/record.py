@@ -31,12 +31,17 @@ class Pass:
       rows_LE: int32, tokens that used each expert.
       score_LE: float32, mean scores of the router; those of the last round of a chain.
       turns: in order.
+      forecasts: what was prefetched by, in order: (the layer that computed meanwhile,
+        or -1 before the first one; a later layer; tokens of each of its experts).
       seconds: of all layers.
     """
 
     rows_LE: np.ndarray
     score_LE: np.ndarray
     turns: list[Turn] = dataclasses.field(default_factory=list)
+    forecasts: list[tuple[int, int, np.ndarray]] = dataclasses.field(
+        default_factory=list
+    )
     seconds: float = 0.0
 
     @classmethod

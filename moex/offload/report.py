@@ -33,7 +33,6 @@ from moex.progress import counted
 POLICIES = ("random", "lru", "lfu", "static", "mrs", "predicted", "belady")
 PREFETCH = ("none", "affinity", "logits", "perfect")
 ALLOCATE = ("equal", "demand", "shared")
-WINDOW = 16  # tokens whose distinct experts are the demand of a layer
 # Without a file of costs only counts are shown; times would be those of no machine.
 UNIT = Costs(device=1.0, move=1.0)
 
@@ -148,7 +147,7 @@ def _row(how, name, text, total, profile, replayed, steps, forecast) -> dict[str
     per_layer = None
     if how.allocate != "shared":
         equal = how.allocate == "equal"
-        demand_L = np.ones(shape[0]) if equal else demand_of(profile)
+        demand_L = np.ones(shape[0]) if equal else profile.demand()
         per_layer = allocate(demand_L, total, shape[1])
         total = sum(per_layer)
     cache = ExpertCache(*shape, total, policy, per_layer=per_layer)
@@ -197,12 +196,6 @@ def make_policy(how: How, name: str, profile: Routes, replayed, steps) -> Policy
         case "predicted":
             return Predicted(*shape)
     return Belady(*shape, needs_of(replayed, steps))
-
-
-def demand_of(routes: Routes) -> np.ndarray:
-    """The mean number of distinct experts of each layer in a window, float[L]."""
-    parts = np.split(np.arange(len(routes)), range(WINDOW, len(routes), WINDOW))
-    return np.mean([routes.patterns(p).any(0).sum(1) for p in parts], axis=0)
 
 
 def _size(text: str, routes: Routes) -> int:

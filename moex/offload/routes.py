@@ -12,6 +12,8 @@ import numpy as np
 from moex.analysis.trace import Trace
 from moex.config.base import ConfigError, require
 
+WINDOW = 16  # tokens whose distinct experts are the demand of a layer
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Routes:
@@ -94,6 +96,11 @@ class Routes:
             ids = self.expert_NRK[:, router]
             found_LE[layer] += np.bincount(ids[ids >= 0], minlength=self.num_experts)
         return found_LE
+
+    def demand(self) -> np.ndarray:
+        """The mean number of distinct experts of each layer in a window, float[L]."""
+        parts = np.split(np.arange(len(self)), range(WINDOW, len(self), WINDOW))
+        return np.mean([self.patterns(p).any(0).sum(1) for p in parts], axis=0)
 
     def tokens(self, here_N) -> "Routes":
         """The part that has some tokens, bool[N]; examples are numbered anew."""

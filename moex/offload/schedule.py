@@ -207,8 +207,13 @@ SCHEDULERS: dict[str, Scheduler] = {
 
 
 def by_impact(
-    cached, wanted, load: Load, costs: Costs, scheduler: Scheduler = best
-) -> list[int]:
+    cached,
+    wanted,
+    load: Load,
+    costs: Costs,
+    scheduler: Scheduler = best,
+    most: int | None = None,
+) -> list[tuple[int, float]]:
     """Absent experts in the order of what prefetching them saves; others are left out.
 
     Greedy: each next one is that which makes the layer's schedule shortest, given those
@@ -220,21 +225,32 @@ def by_impact(
       load: rows that each will probably have.
       costs: `Costs`.
       scheduler: of the layer.
+      most: the most experts; None: no limit.
+
+    Returns:
+      Pairs of an expert and the time that it saves.
     """
     here = set(cached)
     ready = [e for e in wanted if e in here]
     absent = _by_load((e for e in wanted if e not in here), load)
-    chosen: list[int] = []
+    chosen: list[tuple[int, float]] = []
     time = scheduler(ready, absent, load, costs).time
-    while absent:
-        times = [
-            scheduler([*ready, e], [a for a in absent if a != e], load, costs).time
-            for e in absent
+    while absent and (most is None or len(chosen) < most):
+        # Experts of equal load save the same, and lie together.
+        first = [
+            i for i, e in enumerate(absent) if not i or load[e] != load[absent[i - 1]]
         ]
-        i = int(np.argmin(times))
-        if not times[i] < time:
+        times = [
+            scheduler(
+                [*ready, absent[i]], absent[:i] + absent[i + 1 :], load, costs
+            ).time
+            for i in first
+        ]
+        at = int(np.argmin(times))
+        if not times[at] < time:
             break
-        time = times[i]
-        ready.append(absent[i])
-        chosen.append(absent.pop(i))
+        expert = absent.pop(first[at])
+        ready.append(expert)
+        chosen.append((expert, time - times[at]))
+        time = times[at]
     return chosen

@@ -62,19 +62,23 @@ def eval_step(executor: Executor, program: Evaluated):
 
     @jax.jit
     def begin(arrays, batch):
+        model = merged(graphdef, *arrays)
         ctx = task.context(batch, mode="eval", compute=compute)
-        x_BLD = merged(graphdef, *arrays).embed(ctx)
-        return x_BLD.astype(compute.dtype), ctx
+        embedded = []
+
+        def run(x_BLD, ctx, caches=None):
+            embedded.append(x_BLD.astype(compute.dtype))
+            return x_BLD, {}, None
+
+        model.run = run  # what follows on the layers is left out
+        task.run(model, ctx, batch)
+        return embedded[0], ctx
 
     @functools.partial(jax.jit, static_argnames="names")
     def end(arrays, batch, x_BLD, ctx, auxes, *, names):
         model = merged(graphdef, *arrays)
-        outputs = model.outputs(model.norm(x_BLD), ctx)
-        aux = _stacked(auxes, names)
-        num_domains = program.num_domains
-        return task.sums(
-            lambda ctx: (outputs, aux), ctx, batch, num_domains=num_domains
-        )
+        model.run = lambda *_: (model.norm(x_BLD), _stacked(auxes, names), None)
+        return task.sums(model, ctx, batch, num_domains=program.num_domains)
 
     def step(params, state, batch, steer=None):
         del params, state  # the executor has them

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from moex.analysis.trace import Trace
-from moex.config.base import ConfigError, nearest
+from moex.config.base import ConfigError, require, require_choice
+from moex.offload.cache import allocate
 from moex.offload.layout import Pool
 from moex.offload.policies import Lfu, Lru, Mrs, Policy, Predicted, Static
-from moex.offload.routes import read_routes
+from moex.offload.routes import Routes, read_routes
 
+PREFETCH = ("router", "impact", "predictor")
+ALLOCATE = ("shared", "equal", "demand")
 POLICIES = ("lru", "lfu", "mrs", "predicted", "static")
 BANKS = ("disk", "pinned")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -30,16 +33,23 @@ class Settings:
         ("25%"), or bytes ("2GiB").
       policy: which expert leaves: one of `POLICIES`.
       bank: where experts wait: on the "disk", or in "pinned" memory of the host.
-      prefetch: load what the next layer would need now, while a layer computes.
+      prefetch: what is loaded before it is needed, while a layer computes: what the
+        "router" of the next layer names, what of it saves most time ("impact"), or what
+        a predictor names: that of the run ("predictor"), or a file; None: nothing.
+      ahead: so many layers; None: 1 for "router", 3 for "impact", else all.
+      allocate: slots of layers with equal experts: "shared" by all of them, "equal", or
+        by the "demand" of the trace; None: equal if there is one for each, else shared.
       host: let the cores of the host compute experts where that is quicker.
-      trace: for the static policy, from which it knows the experts that are used most.
+      trace: for the static policy and slots by demand, of which experts are used.
       weights: keep matrices in fewer bytes: see `model_spec`; None: as trained.
     """
 
     size: str
     policy: str = "lru"
     bank: str = "disk"
-    prefetch: bool = False
+    prefetch: str | None = None
+    ahead: int | None = None
+    allocate: str | None = None
     host: bool = False
     trace: pathlib.Path | None = None
     weights: str | None = None
@@ -49,19 +59,29 @@ class Settings:
         for flag, value, names in (
             ("--offload-policy", self.policy, [*POLICIES]),
             ("--offload-bank", self.bank, [*BANKS]),
+            ("--offload-allocate", self.allocate or ALLOCATE[0], [*ALLOCATE]),
         ):
-            if value not in names:
-                told = f"{flag} = {value!r}: must be one of {', '.join(names)}."
-                raise ConfigError(f"{told}{nearest(value, names)}")
-
+            require_choice(flag, value, names)
+        if self.ahead is not None:
+            require(self.ahead >= 1, "--offload-ahead", self.ahead, "1 or more")
+            if self.prefetch is None:
+                raise ConfigError(
+                    "--offload-ahead: is for --offload-prefetch; give both."
+                )
         if self.policy == "predicted" and not self.prefetch:
             raise ConfigError(
                 "--offload-policy=predicted: needs --offload-prefetch, which predicts."
             )
-        if (self.policy == "static") != (self.trace is not None):
+        asked = self.policy == "static" or self.allocate == "demand"
+        if asked != (self.trace is not None):
             raise ConfigError(
-                "--offload-trace: goes with --offload-policy=static; give both."
+                "--offload-trace: goes with --offload-policy=static or "
+                "--offload-allocate=demand; give both."
             )
+
+    def measures(self) -> bool:
+        """Whether the times of this machine are measured first, by writing text."""
+        return self.host or self.prefetch == "impact"
 
     def _parsed(self) -> tuple[float, str]:
         """The pair (number, unit); the unit is "", "%" or one of `UNITS`."""
@@ -99,8 +119,36 @@ class Settings:
             )
         return found
 
-    def counts(self, pools: Sequence[Pool]) -> np.ndarray | None:
-        """How often the trace has each expert, [L, E]; None without a trace.
+    def per_layer(
+        self, pool: Pool, slots: int, routes: Routes | None
+    ) -> list[int] | None:
+        """The slots of each layer of a pool; None: all layers share them.
+
+        Args:
+          pool: `Pool`.
+          slots: of the pool.
+          routes: from `routes`.
+
+        Raises:
+          ConfigError: if they are too few to have one for each.
+        """
+        layers = pool.layers
+        if self.allocate == "shared" or (self.allocate is None and slots < len(layers)):
+            return None
+        if slots < len(layers):
+            raise ConfigError(
+                f"--offload-allocate={self.allocate}: needs a slot for each of "
+                f"{len(layers)} layers, and --offload={self.size} gives {slots}; take "
+                "shared."
+            )
+        demand_L = np.ones(len(layers))
+        if self.allocate == "demand":
+            assert routes is not None
+            demand_L = routes.demand()[[layer.routed for layer in layers]]
+        return allocate(demand_L, slots, [layer.experts for layer in layers])
+
+    def routes(self, pools: Sequence[Pool]) -> Routes | None:
+        """The routes of the trace; None without one.
 
         Raises:
           ConfigError: if it is of another model.
@@ -116,23 +164,24 @@ class Settings:
                 f"of {max(there.values())} experts; this one has {len(here)} of "
                 f"{max(here.values())} sets of weights."
             )
-        return routes.counts()
+        return routes
 
-    def make_policy(self, pool: Pool, most_slots: int, counts_LE=None) -> Policy:
+    def make_policy(self, pool: Pool, routes: Routes | None = None) -> Policy:
         """The policy of a pool.
 
         Args:
           pool: `Pool`.
-          most_slots: the most experts K of a token.
-          counts_LE: from `counts`.
+          routes: from `routes`.
         """
         shape = len(pool.layers), pool.most_experts
         match self.policy:
             case "static":
+                assert routes is not None
                 routed = [layer.routed for layer in pool.layers]
-                return Static(counts_LE[routed, : pool.most_experts])
+                return Static(routes.counts()[routed, : pool.most_experts])
             case "mrs":
-                return Mrs(*shape, top=2 * most_slots)
+                most = max(layer.most_slots() for layer in pool.layers)
+                return Mrs(*shape, top=2 * most)
             case "lfu":
                 return Lfu(*shape)
             case "predicted":

@@ -7,19 +7,22 @@ import pathlib
 import jax
 import numpy as np
 
+from moex.analysis.record import header_of
 from moex.config import base as configs
-from moex.config.base import ConfigError
+from moex.config.base import ConfigError, nearest
 from moex.model.paths import flat_paths, nested
 from moex.model.spec import ModelSpec, model_spec
 from moex.nn.context import Compute
 from moex.nn.lowered import SCALES, VALUES, lowered
 from moex.offload.bank import Bank, FileBank, PinnedBank, bank_files, write_bank
-from moex.offload.costs import Costs
+from moex.offload.cores import Cores, divide
 from moex.offload.executor import Executor, in_bank
 from moex.offload.host import HostExperts
-from moex.offload.layout import Pool, abstract, pools
+from moex.offload.layout import abstract, pools
+from moex.offload.predictor import Predictor
+from moex.offload.prefetch import ByImpact, ByRouters, ByText, layers_of_routers
 from moex.offload.profile import profile
-from moex.offload.settings import Settings
+from moex.offload.settings import PREFETCH, Settings
 from moex.offload.slots import Slots
 from moex.progress import counted, phase
 from moex.runs.base import check_no_adapters
@@ -57,10 +60,12 @@ def open_offloaded(place: Place, settings: Settings, wanted=None) -> Offloaded:
       ConfigError: if it is no run, or one that cannot be offloaded.
       CheckpointError: if the checkpoint is damaged.
     """
+    cores = divide() if settings.host else None
     folder = RunDir.of(place)
     check_no_adapters(folder, "--offload")
     cfg = configs.from_dict(configs.to_dict(folder.config()))
-    require_token_ids(cfg, "--offload")
+    if settings.measures():
+        require_token_ids(cfg, "--offload-host and --offload-prefetch=impact")
     if jax.process_count() > 1:
         raise ConfigError("--offload: is for one process, and this job has several.")
     cfg.mesh = MeshConfig(data=1)
@@ -70,6 +75,7 @@ def open_offloaded(place: Place, settings: Settings, wanted=None) -> Offloaded:
     compute = compute_of(cfg if wanted is None else wanted, train=False)
     found = pools(cfg.model, spec, module, compute.dtype)
     slots = settings.slots(found)  # before anything is read
+    predictor = predictor_of(settings, folder)
     rows = Rows(folder)
     saved_with(cfg, cfg.task.saved_identity(folder))(rows.step, rows.meta)
     files = bank_files(folder, rows, found)
@@ -79,7 +85,9 @@ def open_offloaded(place: Place, settings: Settings, wanted=None) -> Offloaded:
         banks = [PinnedBank(bank.pool, bank, device) for bank in banks]
     params, state = _outside(spec, rows)
     made = assemble(
-        cfg.model, module, params, state, banks, slots, settings, mesh, compute
+        *(cfg.model, module, params, state, banks, slots, settings, mesh, compute),
+        predictor=predictor,
+        cores=cores,
     )
     run = LoadedRun(
         cfg=cfg,
@@ -91,6 +99,29 @@ def open_offloaded(place: Place, settings: Settings, wanted=None) -> Offloaded:
         state=state,
     )
     return Offloaded(run, made)
+
+
+def predictor_of(settings: Settings, folder: RunDir) -> Predictor | None:
+    """The predictor that the settings name; None if they name none.
+
+    Raises:
+      ConfigError: if there is none, or it is for another model or vocabulary.
+    """
+    if settings.prefetch in (None, "router", "impact"):
+        return None
+    file = folder.predictor
+    if settings.prefetch != "predictor":
+        file = pathlib.Path(settings.prefetch)
+    try:
+        predictor = Predictor.read(file)
+        predictor.about.check(header_of(folder, folder.config()), str(file))
+    except ConfigError as e:
+        hint = nearest(settings.prefetch, PREFETCH)
+        told = f"It may also be one of {', '.join(PREFETCH)}.{hint}"
+        raise ConfigError(
+            f"--offload-prefetch: {e}" + ("" if file.exists() else f" {told}")
+        ) from None
+    return predictor
 
 
 def _outside(spec: ModelSpec, rows: Rows) -> tuple[dict, dict]:
@@ -122,6 +153,9 @@ def assemble(
     settings: Settings,
     mesh,
     compute: Compute,
+    *,
+    predictor: Predictor | None = None,
+    cores: Cores | None = None,
 ) -> Executor:
     """Make the executor of a model.
 
@@ -134,23 +168,51 @@ def assemble(
       settings: how.
       mesh: of one device.
       compute: how to compute.
+      predictor: of `Settings.prefetch`, if it names one.
+      cores: those of host and device; None: they are not divided.
     """
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    made, counts_LE = [], settings.counts([bank.pool for bank in banks])
+    found = [bank.pool for bank in banks]
+    made, routes = [], settings.routes(found)
     for bank, count in zip(banks, slots, strict=True):
-        args = bank.pool, most_slots(bank.pool), counts_LE
-        policy = functools.partial(settings.make_policy, *args)
-        made.append(Slots(bank, count, policy, place))
-    host = None
-    if settings.host:
-        free = Costs(cpu_row=0.0, device=0.0, move=0.0)  # until they are measured
-        host = HostExperts(module, [bank.pool for bank in banks], compute, free)
+        policy = functools.partial(settings.make_policy, bank.pool, routes)
+        per_layer = settings.per_layer(bank.pool, count, routes)
+        made.append(Slots(bank, count, policy, place, per_layer))
+    host = HostExperts(module, found, compute, cores) if settings.host else None
     executor = Executor(model, module, params, state, made, mesh, settings)
-    if host is not None:
+    if settings.measures():
         with jax.set_mesh(mesh), phase("measuring host and device"):
-            host.costs = profile(executor, model, compute, host)
-        executor.host = host
+            executor.costs = profile(executor, model, compute, host)
+    executor.host = host
+    executor.ahead = prefetch_of(executor, model, predictor)
     return executor
+
+
+def prefetch_of(executor: Executor, model, predictor: Predictor | None):
+    """The `Prefetch` of an executor's settings, or None.
+
+    Raises:
+      ConfigError: if the predictor names other experts than those that are stored.
+    """
+    settings = executor.settings
+    match settings.prefetch:
+        case None:
+            return None
+        case "router":
+            return ByRouters(executor, settings.ahead or 1)
+        case "impact":
+            return ByImpact(executor, settings.ahead or 3)
+    assert predictor is not None
+    layer_R = layers_of_routers(model)
+    stored = {a.routed: a.experts for own in executor.slots for a in own.pool.layers}
+    here = [stored[number] for number in layer_R]
+    if list(predictor.about.experts) != here:
+        raise ConfigError(
+            f"--offload-prefetch: the predictor is for routers of "
+            f"{list(predictor.about.experts)} experts; this model keeps {here} sets of "
+            "weights."
+        )
+    return ByText(executor, predictor, layer_R, settings.ahead)
 
 
 def of_arrays(
@@ -160,6 +222,7 @@ def of_arrays(
     folder: pathlib.Path,
     settings: Settings,
     compute: Compute = Compute(),
+    predictor: Predictor | None = None,
 ) -> Executor:
     """Make the executor of a model whose arrays are in memory, on the first device.
 
@@ -169,6 +232,7 @@ def of_arrays(
       folder: where files of the banks are written.
       settings: how.
       compute: how to compute.
+      predictor: of `Settings.prefetch`, if it names one.
     """
     flat = {"params": flat_paths(params), "state": flat_paths(state)}
 
@@ -192,15 +256,7 @@ def of_arrays(
         rest.append(nested(lowered(outside, flat_paths(tree))))
     slots = settings.slots(found)
     params, state = rest
-    return assemble(model, module, params, state, banks, slots, settings, mesh, compute)
-
-
-def most_slots(pool: Pool) -> int:
-    """The most experts that a token has in a layer of a pool."""
-    found = []
-    for layer in pool.layers:
-        sparse = layer.site.sparse
-        assert sparse is not None
-        choices = sparse.moe.num_choices()
-        found += [min(r.slots(choices), layer.experts) for r in sparse.routers]
-    return int(np.max(found))
+    return assemble(
+        *(model, module, params, state, banks, slots, settings, mesh, compute),
+        predictor=predictor,
+    )

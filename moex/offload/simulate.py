@@ -191,5 +191,6 @@ def _ask(forecasts, routes, link, cache, costs, scheduler: Scheduler | None, now
             here = np.flatnonzero(cache.slot_of_LE[layer] >= 0).tolist()
             load = {e: max(1, round(float(count_E[e]))) for e in order}
             resident = [e for e in order if e in set(here)]
-            order = resident + by_impact(here, order, load, costs, scheduler)
+            saving = by_impact(here, order, load, costs, scheduler)
+            order = resident + [e for e, _ in saving]
         link.want(router, order, now)

@@ -6,14 +6,14 @@ C slots · E experts of a layer
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moex.offload.bank import Bank
-from moex.offload.cache import ExpertCache, Loads
+from moex.offload.cache import ExpertCache
 from moex.offload.policies import Policy
 
 MOST_ROWS = 8  # of one call that fills slots
@@ -43,7 +43,12 @@ class Slots:
     """
 
     def __init__(
-        self, bank: Bank, slots: int, make_policy: Callable[[], Policy], place
+        self,
+        bank: Bank,
+        slots: int,
+        make_policy: Callable[[], Policy],
+        place,
+        per_layer: Sequence[int] | None = None,
     ):
         """Make empty slots.
 
@@ -52,9 +57,10 @@ class Slots:
           slots: how many.
           make_policy: makes the policy that says who leaves.
           place: the sharding of the arrays.
+          per_layer: slots of each layer; None: all layers share them.
         """
         self.pool, self.bank, self._place = bank.pool, bank, place
-        self._count, self._make_policy = slots, make_policy
+        self._count, self._make_policy, self._per_layer = slots, make_policy, per_layer
         pool = bank.pool
         made = jax.jit(
             lambda: {p.name: jnp.zeros((slots, *p.shape), p.dtype) for p in pool.parts},
@@ -66,27 +72,34 @@ class Slots:
     def forget(self) -> None:
         """Begin anew: all slots are empty, and nothing was counted."""
         policy, self.seconds, self.moved = self._make_policy(), 0.0, 0
-        size = self.pool.row_bytes
-        self.cache = ExpertCache(*policy.shape, self._count, policy, expert_bytes=size)
+        self.cache = ExpertCache(
+            *policy.shape,
+            self._count,
+            policy,
+            per_layer=self._per_layer,
+            expert_bytes=self.pool.row_bytes,
+        )
 
     def slot_E(self, index: int) -> np.ndarray:
         """The slots of the experts of a layer; -1: absent."""
         experts = self.pool.layers[index].experts
         return self.cache.slot_of_LE[index, :experts].copy()
 
-    def fill(self, index: int, loads: Loads, wait: bool = True) -> None:
+    def fill(
+        self, index: int, loads: Sequence[tuple[int, int]], wait: bool = True
+    ) -> None:
         """Put the experts of a layer into the slots that the cache gave them.
 
         Args:
           index: of the layer in the pool.
-          loads: from the cache.
+          loads: pairs (expert, slot) from the cache.
           wait: until they are there; False: something else computes meanwhile.
         """
-        if not loads.loads:
+        if not loads:
             return
         begin = time.perf_counter()
         first = self.pool.layers[index].first
-        pairs = [(first + expert, slot) for expert, slot in loads.loads]
+        pairs = [(first + expert, slot) for expert, slot in loads]
         for i in range(0, len(pairs), MOST_ROWS):
             some = pairs[i : i + MOST_ROWS]
             # A power of two, so that few programs are compiled: the last one repeats.

@@ -56,6 +56,7 @@ class RunDir:
         self.plan = path / "plan.json"  # which experts a conversion merged or kept
         self.report = path / "report.html"
         self.harness = path / "harness.jsonl"  # results of tasks
+        self.predictor = path / "predictor.safetensors"  # of experts, from a text
 
     @classmethod
     def of(cls, place: Place) -> "RunDir":

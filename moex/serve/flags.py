@@ -1,6 +1,6 @@
 """Flags of `moex generate` and `moex eval`; `--help` needs no JAX and no numpy."""
 
-from moex.config.arguments import path
+from moex.config.arguments import path, positive
 from moex.config.base import ConfigError
 
 
@@ -49,11 +49,18 @@ def add_offload(parser) -> None:
         "predicted (with --offload-prefetch), static (with --offload-trace)",
     )
     group.add_argument(
+        "--offload-allocate",
+        metavar="HOW",
+        help="slots of layers: equal (default, where each can have one), by demand "
+        "(with --offload-trace), or shared by all of them",
+    )
+    group.add_argument(
         "--offload-trace",
         type=path,
         metavar="TRACE",
-        help="of moex trace: with --offload-policy=static, the experts that are used "
-        "most there stay",
+        help="of moex trace: the experts that are used most there stay "
+        "(--offload-policy=static), or layers that use more of them get more slots "
+        "(--offload-allocate=demand)",
     )
     group.add_argument(
         "--offload-bank",
@@ -63,9 +70,19 @@ def add_offload(parser) -> None:
     )
     group.add_argument(
         "--offload-prefetch",
-        action="store_true",
-        default=None,
-        help="load what the next layer would need now, while a layer computes",
+        nargs="?",
+        const="router",
+        metavar="HOW",
+        help="load experts ahead while a layer computes: what the router of the next "
+        "layer would take now (router, which the bare flag means); of the next three "
+        "layers what saves most time (impact); or what a predictor names: that of the "
+        "run (predictor), or a file of moex place --fit-predictor",
+    )
+    group.add_argument(
+        "--offload-ahead",
+        type=positive,
+        metavar="N",
+        help="so many layers ahead; default: 1 with router, 3 with impact, else all",
     )
     group.add_argument(
         "--offload-host",
@@ -78,7 +95,7 @@ def add_offload(parser) -> None:
 
 def offload_of(args):
     """The `Settings` of `--offload`, or None."""
-    names = ("policy", "bank", "prefetch", "host", "trace")
+    names = ("policy", "bank", "prefetch", "ahead", "allocate", "host", "trace")
     given = {name: getattr(args, f"offload_{name}") for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if args.offload is None:

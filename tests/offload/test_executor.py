@@ -200,7 +200,7 @@ def test_weights_in_fewer_bytes_can_be_offloaded(fields, tmp_path):
     with jax.set_mesh(mesh_of(1)):
         own = of_arrays(cfg, params, state, tmp_path, Settings("2", **fields), XLA)
         if own.host is not None:
-            own.host.costs = Costs(cpu_row=1.0, device=0.0, move=1.0)
+            own.costs = Costs(cpu_row=1.0, device=0.0, move=1.0)
         assert decode.generate(own, cfg, prompts(), **GREEDY) == want
     (slots,) = own.slots
     kinds = {part.name: part.dtype for part in slots.pool.parts}
@@ -209,10 +209,10 @@ def test_weights_in_fewer_bytes_can_be_offloaded(fields, tmp_path):
 
 
 MODES = {
-    "prefetch": {"prefetch": True},
-    "predicted": {"prefetch": True, "policy": "predicted"},
+    "prefetch": {"prefetch": "router"},
+    "predicted": {"prefetch": "router", "policy": "predicted"},
     "host": {"host": True},
-    "host and prefetch": {"host": True, "prefetch": True},
+    "host and prefetch": {"host": True, "prefetch": "router"},
 }
 
 
@@ -225,18 +225,18 @@ def test_tokens_do_not_depend_on_who_loads_or_computes(name, model, plain, tmp_p
     with jax.set_mesh(mesh_of(1)):
         own = of_arrays(cfg, params, state, tmp_path, settings, XLA)
         if own.host is not None:  # which computes every other one that is missing
-            own.host.costs = Costs(cpu_row=1.0, device=0.0, move=1.0)
+            own.costs = Costs(cpu_row=1.0, device=0.0, move=1.0)
         assert decode.generate(own, cfg, prompts(), **GREEDY) == plain(model)
     if own.host is not None:
         assert own.host.count > 0
     counts = [slots.cache.statistics for slots in own.slots]
     assert sum(own.misses_L.sum() for own in counts) > 0
     ahead = sum(own.prefetched_L.sum() for own in counts)
-    assert (ahead > 0) == settings.prefetch
+    assert (ahead > 0) == (settings.prefetch is not None)
 
 
 def test_measuring_costs_leaves_nothing_behind(tmp_path):
-    settings = Settings("4", host=True, prefetch=True)
+    settings = Settings("4", host=True, prefetch="router")
     cfg = MODELS["narrow"]
     _, params, state = built(cfg)
     with jax.set_mesh(mesh_of(1)):
@@ -244,7 +244,7 @@ def test_measuring_costs_leaves_nothing_behind(tmp_path):
     assert own.host is not None and own.settings == settings and own.passes is None
     (slots,) = own.slots
     assert np.all(slots.cache.slot_of_LE < 0) and slots.cache.statistics.loads == 0
-    costs = own.host.costs
+    costs = own.costs
     assert 0 < costs.move < 1 and 0 < costs.layer < 1 and 0 < costs.cpu(1) < 1
 
 

@@ -70,6 +70,29 @@ def test_the_hottest_experts_of_a_trace_stay(run, moex, tmp_path):
     assert (code, own) == moex("generate", run, *WRITE)[:2], said
 
 
+def test_a_predictor_lies_beside_its_run(run, moex, tmp_path):
+    """It is trained on a trace of the run, and found there."""
+    trace = tmp_path / "trace.parquet"
+    assert moex("trace", run, f"--out={trace}", "--tokens=256")[0] == 0
+    code, _, said = moex("generate", run, *WRITE, "--offload=1", *PREDICTED)
+    assert code == 2 and said.count("\n") == 1
+    assert f"{run / 'predictor.safetensors'}: no such file" in said
+    code, told, said = moex("place", trace, "--fit-predictor", "--predictor-steps=3")
+    assert code == 0, said
+    assert told.splitlines()[-1].startswith(f"{run / 'predictor.safetensors'}: ")
+    code, _, said = moex("place", trace, "--fit-predictor")
+    assert code == 2 and "predictor.safetensors': exists" in said
+    code, own, said = moex("generate", run, *WRITE, "--offload=2", *PREDICTED)
+    assert (code, own) == moex("generate", run, *WRITE)[:2], said
+    assert " loaded ahead" in said and ", 0 loaded ahead" not in said
+    (run / "predictor.safetensors").rename(tmp_path / "moved.safetensors")
+    flag = f"--offload-prefetch={tmp_path / 'moved.safetensors'}"
+    assert moex("generate", run, *WRITE, "--offload=2", flag)[:2] == (0, own)
+
+
+PREDICTED = "--offload-prefetch=predictor", "--offload-policy=predicted"
+
+
 @pytest.mark.thorough
 def test_weights_in_fewer_bytes_are_offloaded(run, moex):
     code, text, _ = moex("generate", run, *WRITE, "--weights=int8")
@@ -111,7 +134,7 @@ MISTAKES = {
     "an unknown unit": ("--offload=3XB", "units: "),
     "too few bytes": ("--offload=9B", "has no room for an expert"),
     "an unknown policy": ("--offload=1 --offload-policy=lry", "Did you mean 'lru'?"),
-    "an unknown bank": ("--offload=1 --offload-bank=tape", "disk, pinned"),
+    "an unknown bank": ("--offload=1 --offload-bank=tape", "'disk', 'pinned'"),
     "a policy without predictions": (
         "--offload=1 --offload-policy=predicted",
         "needs --offload-prefetch",
@@ -125,6 +148,27 @@ MISTAKES = {
         "/nowhere: no such file",
     ),
     "a prefetch alone": ("--offload-prefetch", "is for --offload"),
+    "layers ahead of nothing": (
+        "--offload=1 --offload-ahead=2",
+        "is for --offload-prefetch",
+    ),
+    "no layers ahead": ("--offload=1 --offload-prefetch --offload-ahead=0", "ahead"),
+    "an unknown prefetch": (
+        "--offload=1 --offload-prefetch=rooter",
+        "Did you mean 'router'?",
+    ),
+    "an unknown allocation": (
+        "--offload=1 --offload-allocate=equally",
+        "Did you mean 'equal'?",
+    ),
+    "a demand of nothing": (
+        "--offload=1 --offload-allocate=demand",
+        "--offload-trace: goes with",
+    ),
+    "too few slots for all layers": (
+        "--offload=1% --offload-allocate=equal",
+        "needs a slot for each of 2 layers",
+    ),
     "a policy alone": ("--offload-policy=lru", "is for --offload"),
     "with a store": ("--offload=1 --experts=a:b", "together with --experts"),
     "with adapters": ("--offload=1 --adapter=x", "together with --adapter"),

@@ -11,7 +11,7 @@ from moex.offload.cache import ExpertCache, allocate
 from moex.offload.costs import Costs
 from moex.offload.fit import Training, fit
 from moex.offload.policies import Lru
-from moex.offload.report import POLICIES, How, demand_of, lines, simulation
+from moex.offload.report import POLICIES, How, lines, simulation
 from moex.offload.routes import in_step, read_routes
 from moex.offload.simulate import simulate
 from tests.analysis.oracle import random_chunk, write
@@ -55,7 +55,7 @@ def test_a_row_is_a_replay_of_the_second_half(trace):
     how = How(slots=("50%",), policies=("lru",), costs=COSTS, allocate="demand")
     (row,) = simulation(trace, how)["rows"]
     profile, replayed = read_routes(trace, logits=True).halves()
-    per_layer = allocate(demand_of(profile), 8, 5)
+    per_layer = allocate(profile.demand(), 8, 5)
     cache = ExpertCache(3, 5, 8, Lru(3, 5), per_layer=per_layer)
     found = simulate(replayed, in_step(replayed), cache, COSTS)
     assert row["hit_rate"] == found.hit_rate
@@ -92,7 +92,7 @@ def test_batches_that_are_divided_anew_need_fewer_experts(trace):
 
 def test_the_demand_of_a_layer_is_its_distinct_experts():
     ids = [[[n % 4, 4], [0, 1]] for n in range(20)]
-    assert demand_of(routes_of(ids)).tolist() == [5, 2]
+    assert routes_of(ids).demand().tolist() == [5, 2]
 
 
 @pytest.mark.parametrize(

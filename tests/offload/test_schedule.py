@@ -197,7 +197,7 @@ def test_equal_loads_keep_their_order():
 def test_prefetches_save_time_one_after_another(layer, costs):
     cached, uncached, load = parts(layer)
     wanted = [e for e in range(len(layer)) if load[e]]
-    order = by_impact(cached, wanted, load, costs)
+    order = [e for e, _ in by_impact(cached, wanted, load, costs)]
     assert set(order) <= set(uncached) & set(wanted)
     spent = [best(cached, uncached, load, costs).time]
     for i in range(len(order)):
@@ -208,6 +208,6 @@ def test_prefetches_save_time_one_after_another(layer, costs):
 
 
 def test_the_heaviest_expert_saves_most_where_the_host_is_slow():
-    assert by_impact([], [0, 1, 2], [1, 5, 3], REPO)[0] == 1
+    assert by_impact([], [0, 1, 2], [1, 5, 3], REPO)[0][0] == 1
     free = dataclasses.replace(REPO, move=0.0)
     assert by_impact([], [0, 1, 2], [1, 5, 3], free) == []

@@ -102,6 +102,22 @@ def moex(capsys):
 
 
 @pytest.mark.thorough
+def test_experts_of_a_series_can_wait_in_a_bank(straight, moex, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOEX_CACHE", str(tmp_path))
+    code, want, said = moex("eval", straight[0], "--json")
+    assert code == 0, said
+    code, own, said = moex("eval", straight[0], "--json", "--offload=1")
+    assert code == 0, said
+    want, own = json.loads(want), json.loads(own)
+    assert own.keys() == want.keys() and own["tokens"] == want["tokens"]
+    for name in ("mse", "mae", "naive_mse"):
+        assert own[name] == pytest.approx(want[name], rel=1e-5), name
+    for flag in ("--offload-host", "--offload-prefetch=impact"):
+        code, _, said = moex("eval", straight[0], "--offload=1", flag)
+        assert code == 2 and "needs a run whose tokens are text" in said
+
+
+@pytest.mark.thorough
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(folder, straight):
     workdir = folder / "interrupted"
     with pytest.MonkeyPatch.context() as patch:
