@@ -31,7 +31,7 @@ class Wanted(NamedTuple):
     count_E: np.ndarray  # tokens that will probably have each expert
 
     def experts(self) -> list[int]:
-        """Those that some token will have, those of most tokens first."""
+        """The experts that some token will have, those of most tokens first."""
         order = np.argsort(-self.count_E, kind="stable")
         return [int(e) for e in order if self.count_E[e] > 0]
 
@@ -123,7 +123,7 @@ class ByRouters(Prefetch):
 
 
 class ByImpact(ByRouters):
-    """Of what the routers of the next layers name, what saves most time comes first.
+    """The routers of the next layers name experts; what saves most time comes first.
 
     Nothing is loaded that saves none, and no more than the link can move while a layer
     computes, but one expert.

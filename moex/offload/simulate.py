@@ -70,16 +70,24 @@ class _Link:
         self._waiting[router] = experts
 
     def run(self, until: float) -> None:
-        """Begin the moves that begin before a time; the nearest layers come first."""
+        """Begin the moves that begin before a time; the nearest layers come first.
+
+        Those that find no slot wait until another layer needs its own no more.
+        """
+        blocked = False
         for router in sorted(self._waiting):
             while self.free < until:
                 layer, wanted = self._layer_R[router], self._waiting[router]
-                loads = self._cache.prefetch(layer, wanted, budget=1).loads
-                if not loads:
-                    del self._waiting[router]
+                found = self._cache.prefetch(layer, wanted, budget=1)
+                if not found.loads:
+                    blocked = blocked or bool(found.left)
+                    if not found.left:
+                        del self._waiting[router]
                     break
                 self.free += self._move
-                self._arrival[layer, loads[0][0]] = self.free
+                self._arrival[layer, found.loads[0][0]] = self.free
+        if blocked:
+            self.free = max(self.free, until)
 
     def forget(self, router: int) -> None:
         """Drop what was wanted for a router: its experts are known now."""

@@ -44,7 +44,7 @@ def refused(*args):
     [
         ("sched_setaffinity", None, "does not bind threads to cores"),
         ("sched_getaffinity", lambda pid: {3}, "there is only one"),
-        ("sched_setaffinity", refused, "cannot be bound to them (Operation not perm"),
+        ("sched_setaffinity", refused, "cannot be bound to them ([Errno 1] Operation"),
     ],
 )
 def test_cores_that_cannot_be_divided_are_told(name, change, told, monkeypatch, capsys):

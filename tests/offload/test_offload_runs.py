@@ -245,5 +245,8 @@ def test_an_imported_model_writes_the_same(name, moex, tmp_path, monkeypatch):
     with runs.one_device():
         code, text, said = moex("generate", tmp_path / "run", *WRITE)
         assert code == 0, said
-        code, own, said = moex("generate", tmp_path / "run", *WRITE, "--offload=1")
-        assert (code, own) == (0, text), said
+        ways = (), ("--offload-prefetch=impact",), ("--offload-allocate=shared",)
+        for flags in ways:
+            flags = "--offload=1", *flags
+            code, own, said = moex("generate", tmp_path / "run", *WRITE, *flags)
+            assert (code, own) == (0, text), said

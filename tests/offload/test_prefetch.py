@@ -100,7 +100,7 @@ ALL = [
 SIZES = [str(size) for size in range(1, E + 1)]
 
 
-@pytest.mark.parametrize("size", thorough_but_for(SIZES, "3"))
+@pytest.mark.parametrize("size", thorough_but_for([*SIZES, "some ways"], "some ways"))
 @pytest.mark.parametrize("name", thorough_but_for(MODELS, "chain"))
 def test_tokens_do_not_depend_on_how_experts_are_kept(name, size, tmp_path):
     """Every policy, with every way to load ahead and to divide slots."""
@@ -108,8 +108,9 @@ def test_tokens_do_not_depend_on_how_experts_are_kept(name, size, tmp_path):
     spec, params, state = built(cfg)
     want = generate(spec, cfg, params, state, prompts(), **GREEDY)
     ahead = 0
+    size, ways = ("3", ALL[::5]) if size == "some ways" else (size, ALL)
     with jax.set_mesh(mesh_of(1)):
-        for fields in ALL:
+        for fields in ways:
             own = executor(name, tmp_path, size=size, **fields)
             own = own if own.ahead is None else watched(own)
             assert decode.generate(own, cfg, prompts(), **GREEDY) == want, fields
