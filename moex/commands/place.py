@@ -43,7 +43,7 @@ class Command(Verb):
         offloading.add_simulate(parser)
 
     def output(self, args):
-        return args.out or args.fit_predictor
+        return args.out or offloading.output(args)
 
     def run(self, args, config_args):
         if (asked := offloading.asked_for(args)) is not None:

@@ -95,12 +95,12 @@ def bind(cores: Iterable[int]) -> None:
 
 def worker(cores: Iterable[int] | None) -> ThreadPoolExecutor:
     """A thread of the host, on these cores; None: on all of the process."""
-    named = {"thread_name_prefix": "host-experts"}
-    if cores is None:
-        return ThreadPoolExecutor(1, **named)
-    return ThreadPoolExecutor(
-        1, **named, initializer=os.sched_setaffinity, initargs=(0, set(cores))
-    )
+
+    def keep():
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+
+    return ThreadPoolExecutor(1, "host-experts", initializer=keep)
 
 
 def host_device(thread: ThreadPoolExecutor, cores: Iterable[int] | None):

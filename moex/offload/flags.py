@@ -1,5 +1,7 @@
 """Flags of `moex place` for offloaded experts; `--help` needs no JAX and no numpy."""
 
+import pathlib
+
 from moex.config.arguments import integer, path, positive
 from moex.config.base import ConfigError
 
@@ -10,6 +12,7 @@ OF_SIMULATION = (
 )
 OF_TRAINING = ("predictor_steps", "predictor_last")
 SHARED = ("seed",)  # which they use as placements do
+OF_RUN = pathlib.Path()  # stands for the file of the run
 
 
 def add_simulate(parser) -> None:
@@ -26,7 +29,7 @@ def add_simulate(parser) -> None:
         "--fit-predictor",
         type=path,
         nargs="?",
-        const="",
+        const=OF_RUN,
         metavar="FILE",
         help="train a predictor of experts on the trace, and write it; without FILE "
         "into the run of the trace, where --offload-prefetch=predictor finds it",
@@ -79,6 +82,11 @@ def add_simulate(parser) -> None:
         metavar="N",
         help="tokens that it reads; default: 4",
     )
+
+
+def output(args) -> pathlib.Path | None:
+    """The file that is written, if a flag names it."""
+    return None if args.fit_predictor is OF_RUN else args.fit_predictor
 
 
 def asked_for(args) -> str | None:
@@ -145,7 +153,7 @@ def run(args, asked: str) -> None:
     training = Training(**{k: v for k, v in given.items() if v is not None})
     sizes = {} if args.predictor_last is None else {"last": args.predictor_last}
     with Trace.open(args.trace) as trace:
-        file = check_new(args.fit_predictor or _of_run(trace), "--fit-predictor")
+        file = check_new(_target(args, trace), "--fit-predictor")
         predictor = fit(trace, training, **sizes)
     predictor.save(file)
     if args.json:
@@ -156,10 +164,12 @@ def run(args, asked: str) -> None:
     print(f"{file}: {count:,} parameters")
 
 
-def _of_run(trace):
-    """The file of the predictor in the run of a trace."""
+def _target(args, trace):
+    """The file of the predictor; that of the run of the trace, if none is named."""
     from moex.runs.directory import RunDir
 
+    if args.fit_predictor is not OF_RUN:
+        return args.fit_predictor
     run = RunDir(trace.header.run)
     if not run.is_run():
         raise ConfigError(

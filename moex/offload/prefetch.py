@@ -130,8 +130,9 @@ class ByImpact(ByRouters):
     """
 
     def fill(self, wanted):
-        costs, loads = self._executor.costs, {}
+        costs = self._executor.costs
         assert costs is not None
+        loads: dict[int, list[tuple[int, int]]] = {}
         most = self._most(wanted[0].own, costs) if wanted else 0
         for at, expert in self._best(wanted, costs, most):
             own = wanted[at].own
