@@ -22,8 +22,8 @@ from moex.interop.families import read_model
 from moex.model.accounting import bytes_per_token, num_bytes
 from moex.model.paths import flat_paths, nested
 from moex.model.spec import model_spec
-from moex.nn.lowered import SCALES
-from moex.runs.weights import in_large_pages
+from moex.nn.lowered import SCALES, VALUES
+from moex.runs.weights import in_large_pages, read_as
 
 # Layers of the size of OLMoE's: D = 2048, F = 1024, 64 experts, top-8. Two of them are
 # 3.4 GB in float32, and 0.47 GB in int4: more than a cache holds.
@@ -64,6 +64,41 @@ def random_model(model, weights: str):
     }
     state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), spec.state)
     return spec, model, nested(params), state
+
+
+class InMemory:
+    """Arrays by path, in the place of a checkpoint (`moex.runs.rows.Rows`)."""
+
+    step = 0
+
+    def __init__(self, arrays: dict):
+        self.arrays = arrays
+
+    def lead(self, item, path) -> int:
+        return 2 if "/experts/" in path else int(path.startswith("segments/"))
+
+    def read(self, item, path, index):
+        return np.asarray(self.arrays[path][*index])
+
+
+def in_fewer_bytes(model, params, weights: str):
+    """`(spec, params)` of a model with its weights in fewer bytes, rounded in pieces.
+
+    Args:
+      model: its config.
+      params: nested arrays, as trained.
+      weights: "bfloat16", "int8" or "int4".
+    """
+    spec, rows = model_spec(model, weights=weights), InMemory(flat_paths(params))
+    places, made = flat_paths(spec.params), {}
+    for path in places:
+        if path.endswith(SCALES):
+            continue
+        name = path.removesuffix(VALUES)
+        names = [n for n in (path, name + SCALES) if n in places]
+        parts = read_as(rows, "params", name, [places[n] for n in names], weights)
+        made |= {n: jax.device_put(a) for n, a in zip(names, parts, strict=True)}
+    return spec, nested(made)
 
 
 def step_bytes(model, params: dict, num_experts: int, k: int, B: int) -> float:

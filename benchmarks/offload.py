@@ -1,8 +1,8 @@
 """Decoding with some experts resident, beside decoding with all of them in memory.
 
   python -m benchmarks.offload [--shape=middle] [--slots=100%,50%,25%] [--batches=1,8]
-      [--new=17] [--repeats=5] [--dtype=float32] [--bank=disk] [--policy=lru]
-      [--prefetch=router] [--json=FILE]
+      [--weights=float32,bfloat16,int8,int4] [--new=17] [--repeats=5]
+      [--dtype=float32] [--bank=disk] [--policy=lru] [--prefetch=router] [--json=FILE]
 
 Random weights; all write the same prompts greedily, in one process, runs interleaved.
 A step is the time of all new tokens without that of the first, over their number. Slots
@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.decode import moex_model, split
+from benchmarks.decode_weights import WEIGHTS, in_fewer_bytes
 from moex.model.decode import generate
 from moex.nn.context import Compute
 from moex.offload import decode
@@ -65,17 +66,41 @@ def counts(executor: Executor) -> tuple[int, int, int]:
 
 
 def rows_of(args, folder: pathlib.Path) -> list[dict]:
-    """One row for each batch and size, printed."""
-    spec, model, params, state = moex_model(SHAPES[args.shape])
+    """One row for each form of weights, batch and size, printed."""
+    whole = moex_model(SHAPES[args.shape])
+    return [
+        row
+        for weights in args.weights.split(",")
+        for row in rows_in(args, folder / weights, weights, whole)
+    ]
+
+
+def rows_in(args, folder: pathlib.Path, weights: str, whole) -> list[dict]:
+    """The rows of one form of weights.
+
+    Args:
+      args: those of `main`.
+      folder: a new one, for banks.
+      weights: as for `--weights` of moex; "float32": as they are.
+      whole: (spec, model, params, state) as they are.
+    """
+    spec, model, params, state = whole
+    form = None if weights == "float32" else weights
     compute = Compute(dtype=args.dtype)
     executors = {}
     for size in args.slots.split(","):
         settings = Settings(
-            size, policy=args.policy, bank=args.bank, prefetch=args.prefetch
+            size,
+            policy=args.policy,
+            bank=args.bank,
+            prefetch=args.prefetch,
+            weights=form,
         )
         own = folder / size
-        own.mkdir()
+        own.mkdir(parents=True)
         executors[size] = of_arrays(model, params, state, own, settings, compute)
+    if form is not None:
+        spec, params = in_fewer_bytes(model, params, form)
     rows = []
     for batch in map(int, args.batches.split(",")):
         prompts = np.random.default_rng(0).integers(2, model.vocab, (batch, 16))
@@ -98,7 +123,8 @@ def rows_of(args, folder: pathlib.Path) -> list[dict]:
         seconds = common.measure(jobs, args.repeats)
         want = jobs["plain", args.new]()
         for name in makers:
-            row = {"batch": batch, "slots": name} | split(seconds, name, args.new)
+            row = {"weights": weights, "batch": batch, "slots": name}
+            row |= split(seconds, name, args.new)
             row |= {"tokens_per_s": batch / row["step_s"]}
             if name != "plain":
                 now = np.subtract(counts(executors[name]), before[name])
@@ -114,7 +140,8 @@ def rows_of(args, folder: pathlib.Path) -> list[dict]:
 
 def line(row: dict) -> str:
     """A row as text."""
-    text = "batch {batch}  {slots:>6}  {ms:>8.2f} ms/step {tokens_per_s:>8.1f} tokens/s"
+    text = "{weights:<9} batch {batch}  {slots:>6}  {ms:>8.2f} ms/step "
+    text += "{tokens_per_s:>8.1f} tokens/s"
     if "hits" in row:
         text += "  hits {hits:.2f}, {mb:,.1f} MB a step, same: {same}"
     return text.format(**row, ms=1e3 * row["step_s"], mb=row.get("moved", 0) / 1e6)
@@ -127,6 +154,7 @@ def main(argv=None) -> None:
     add("--shape", choices=[*SHAPES], default="middle")
     add("--slots", default="100%,50%,25%")
     add("--batches", default="1,8")
+    add("--weights", default=",".join(WEIGHTS))
     add("--new", type=int, default=17)
     add("--repeats", type=int, default=5)
     add("--dtype", default="float32")
@@ -135,6 +163,10 @@ def main(argv=None) -> None:
     add("--prefetch", choices=PREFETCH[:2])
     add("--json", type=pathlib.Path)
     args = parser.parse_args(argv)
+    try:
+        common.check_names(args.weights, WEIGHTS)
+    except ValueError as e:
+        parser.error(str(e))
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         rows = rows_of(args, pathlib.Path(folder))

@@ -136,7 +136,8 @@ def _decode(batch: int) -> Run:
 
 
 def _offload(batch: int) -> Run:
-    args = ("--shape=olmoe", f"--batches={batch}", "--repeats=3", "--bank=pinned", BF16)
+    args = ("--shape=olmoe", f"--batches={batch}", "--repeats=3", "--weights=float32")
+    args = (*args, "--bank=pinned", BF16)
     return Run(f"olmoe {batch}", "benchmarks.offload", args)
 
 
@@ -330,7 +331,10 @@ STEPS = (
             Run(
                 "olmoe 1",
                 "benchmarks.offload",
-                ("--shape=tiny", "--batches=1", "--new=3", "--repeats=1"),
+                (
+                    *("--shape=tiny", "--batches=1", "--new=3", "--repeats=1"),
+                    "--weights=float32",
+                ),
             ),
         ),
     ),
