@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from experiments.compression import testbed
-from experiments.placement.run import runs_of
+from experiments.placement.run import runs_of, stated
 from moex.analysis.record import trace_run
 from moex.config.arguments import path
 from moex.convert.to_placed import placed_arrays
@@ -104,6 +104,23 @@ def one_seed(folder: pathlib.Path, seed: int) -> dict:
     return found
 
 
+def table(seeds: list[dict]) -> str:
+    """The rows of a token that changed devices, as Markdown."""
+    layers = range(len(seeds[0]["placed"]["moved"]))
+    names = ["layer 0", *map(str, layers[1:]), "all"]
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for title, name, kind in (
+        ("ordinary, there and back", "as it is", "ordinary"),
+        ("ordinary, placed", "placed", "ordinary"),
+        ("coherent, as it is", "as it is", "moved"),
+        ("coherent, placed", "placed", "moved"),
+    ):
+        own = [s[name][kind] for s in seeds]
+        cells = [stated(v, 2) for v in (*zip(*own, strict=True), [*map(sum, own)])]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=path, required=True, help="folder for the runs")
@@ -117,6 +134,7 @@ def main() -> None:
         print(seed, found[seed], flush=True)
         text = dump_json(dict(sorted(found.items())), indent=1)
         results.write_text(text + "\n", encoding="utf-8")
+    print(table(list(found.values())))
 
 
 if __name__ == "__main__":
