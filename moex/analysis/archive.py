@@ -50,7 +50,9 @@ class Archive:
                 self._arrays = dict(file)
             text = self._arrays.pop("about").tobytes()
         except (*UNREADABLE, KeyError) as e:
-            raise ConfigError(f"{path}: not {kind} of moex ({e}).") from None
+            # numpy takes all else for pickled data, and tells how to load that.
+            told = "it is no .npz archive" if isinstance(e, ValueError) else e
+            raise ConfigError(f"{path}: not {kind} of moex ({told}).") from None
         self.about = parse_object(text, self.where, nan=True)
 
     def array(self, name: str) -> np.ndarray:

@@ -128,7 +128,8 @@ class Trace:
         """
         path = pathlib.Path(path)
         if not path.is_file():
-            raise ConfigError(f"{path}: no such file; `moex trace` writes traces.")
+            told = "is a folder" if path.is_dir() else "no such file"
+            raise ConfigError(f"{path}: {told}; `moex trace` writes traces.")
         try:
             # Traces of moex before 0.2 have no checksums; they are read too.
             file = pq.ParquetFile(path, page_checksum_verification=True)

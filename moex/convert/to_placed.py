@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from moex.config.base import ConfigError
+from moex.config.base import ConfigError, require
 from moex.convert.plans import Place, Plan
 from moex.model.layers import Site, layers, site_at, sites
 from moex.model.paths import expert_axis, flat_paths, nested
@@ -53,6 +53,20 @@ def whole_blocks(sparse) -> tuple[int, ...]:
     return tuple(sorted((sizes | {size}) - {1, count}))
 
 
+def devices_of(plan: Plan) -> int:
+    """The number of devices of a plan.
+
+    Raises:
+      ConfigError: if layers have different ones, or there is one device.
+    """
+    found = {len(own.devices) for own in plan.by_layer().values()}
+    one = len(found) == 1
+    require(one, f"{plan.where}: devices", sorted(found), "as many in every layer")
+    count = found.pop()
+    require(count > 1, f"{plan.where}: devices", count, "2 or more in every layer")
+    return count
+
+
 def check(plan: Plan, model) -> None:
     """Check that the layers of a plan can take their places.
 
@@ -60,6 +74,7 @@ def check(plan: Plan, model) -> None:
       ConfigError: naming the plan and the layer.
     """
     plan.check(model)
+    devices_of(plan)
     own = plan.by_layer()
     _check_names(model)
     for number, (site, _) in enumerate(layers(model)):

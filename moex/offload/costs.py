@@ -8,9 +8,11 @@ import dataclasses
 import math
 from typing import Any, Self
 
-from moex.config.base import require
+from moex.config.base import ConfigError, require
 from moex.data.files import atomic_write
 from moex.json_files import check_names, dump_json, field, read_object
+
+MOST = 1e12  # the most time in a file; sums of them stay finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,11 @@ class Costs:
         field(data, "about", dict, where, {})
         values = {}
         for own in dataclasses.fields(cls):
-            value = float(field(data, own.name, float, where, own.default))
-            require(value >= 0, f"{where}: {own.name}", value, "0 or more")
-            values[own.name] = value
+            if own.name in data:
+                value = float(field(data, own.name, float, where))
+                allowed = f"from 0 to {MOST:g}"
+                require(0 <= value <= MOST, f"{where}: {own.name}", value, allowed)
+                values[own.name] = value
+        if not {"device", "cpu_row"} & set(values):
+            raise ConfigError(f"{where}: has no field 'device' and no 'cpu_row'.")
         return cls(**values)

@@ -35,6 +35,7 @@ class Training:
         for name in ("steps", "batch"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(self.lr > 0, "lr", self.lr, "above 0")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
 
 
 def fit(

@@ -3,7 +3,7 @@
 import pathlib
 
 from moex.config.arguments import integer, path, positive
-from moex.config.base import ConfigError
+from moex.config.base import ConfigError, require
 
 # Flags of a simulation, without --simulate: their names and whether they take a value.
 OF_SIMULATION = (
@@ -101,7 +101,8 @@ def asked_for(args) -> str | None:
     needs = dict.fromkeys(OF_SIMULATION, "simulate")
     needs |= dict.fromkeys(OF_TRAINING, "fit-predictor")
     for name, flag in needs.items():
-        if getattr(args, name) not in (None, False) and name not in (used or ()):
+        given = getattr(args, name)
+        if given is not None and given is not False and name not in (used or ()):
             told = name.replace("_", "-")
             raise ConfigError(f"--{told}: needs --{flag}.")
     return asked
@@ -112,7 +113,7 @@ def refuse_others(args, asked: str) -> None:
     own = {"verb", "command", "trace", "json", "simulate", "fit_predictor"}
     own |= {*OF_SIMULATION, *OF_TRAINING, *SHARED}
     for name, value in vars(args).items():
-        if name not in own and value not in (None, False):
+        if name not in own and value is not None and value is not False:
             told = name.replace("_", "-")
             raise ConfigError(f"--{told}: is for placements; leave out --{asked}.")
 
@@ -126,7 +127,10 @@ def how_of(args):
     given["policies"] = given.pop("policy")
     for name in ("slots", "policies"):
         if given[name] is not None:
-            given[name] = tuple(t.strip() for t in given[name].split(",") if t.strip())
+            flag = "--policy" if name == "policies" else "--slots"
+            text = given[name]
+            given[name] = tuple(t.strip() for t in text.split(",") if t.strip())
+            require(len(given[name]) > 0, flag, text, "one or more, between commas")
     if given["costs"] is not None:
         given["costs"] = Costs.read(given["costs"])
     return How(**{k: v for k, v in given.items() if v is not None})
@@ -148,10 +152,15 @@ def run(args, asked: str) -> None:
         return
     from moex.analysis.writer import check_new
     from moex.offload.fit import Training, fit, table
+    from moex.offload.predictor import MOST_LAST
 
     given = {"steps": args.predictor_steps, "seed": args.seed}
     training = Training(**{k: v for k, v in given.items() if v is not None})
-    sizes = {} if args.predictor_last is None else {"last": args.predictor_last}
+    sizes = {}
+    if (last := args.predictor_last) is not None:
+        allowed = f"from 1 to {MOST_LAST:,}"
+        require(1 <= last <= MOST_LAST, "--predictor-last", last, allowed)
+        sizes["last"] = last
     with Trace.open(args.trace) as trace:
         file = check_new(_target(args, trace), "--fit-predictor")
         predictor = fit(trace, training, **sizes)

@@ -32,6 +32,7 @@ from moex.offload.routes import Routes
 
 KEY = "moex.predictor"  # of the description in the metadata of the file
 VERSION = 1
+MOST_LAST = 1024  # tokens that a predictor reads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,8 @@ class About:
     hidden: int = 256  # F
 
     def __post_init__(self):
-        require(1 <= self.last <= 1024, "last", self.last, "from 1 to 1024")
+        allowed = f"from 1 to {MOST_LAST:,}"
+        require(1 <= self.last <= MOST_LAST, "last", self.last, allowed)
         for name in ("vocab", "width", "hidden"):
             value = getattr(self, name)
             allowed = f"from 1 to {MOST['dim']:,}"
@@ -205,8 +207,9 @@ class Predictor:
         """
         file = Path(file)
         if not file.is_file():
+            told = "is a folder" if file.is_dir() else "no such file"
             raise ConfigError(
-                f"{file}: no such file; `moex place TRACE --fit-predictor` writes one."
+                f"{file}: {told}; `moex place TRACE --fit-predictor` writes one."
             )
         stored = stored_tensors(file)
         with safe_open(file, framework="numpy") as opened:

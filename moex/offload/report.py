@@ -5,6 +5,7 @@ demands are taken; the second half is replayed.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ PREFETCH = ("none", "affinity", "logits", "perfect")
 ALLOCATE = ("equal", "demand", "shared")
 # Without a file of costs only counts are shown; times would be those of no machine.
 UNIT = Costs(device=1.0, move=1.0)
+# The costs that a scheduler cannot do without.
+NEEDED = {"device": ("device", "move"), "static": ("device", "cpu_row")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,12 @@ class How:
         for flag, value in (("--batch", self.batch), ("--ahead", self.ahead)):
             require(value >= 1, flag, value, "1 or more")
         require(0 < self.alpha <= 1, "--alpha", self.alpha, "in (0, 1]")
+        require(self.seed >= 0, "--seed", self.seed, "0 or more")
+        if self.ahead > 1 and self.prefetch not in ("affinity", "logits"):
+            raise ConfigError(
+                f"--ahead = {self.ahead}: is for --prefetch=affinity and =logits; "
+                "others name the experts of all layers at once."
+            )
         if self.costs is None:
             for flag, given in (
                 ("--scheduler", self.scheduler != "device"),
@@ -89,11 +98,35 @@ class How:
             ):
                 if given:
                     raise ConfigError(f"{flag}: depends on times; give --costs.")
+        else:
+            self._check_costs(self.costs)
         if self.prefetch == "none" and "predicted" in self.policies:
             raise ConfigError(
                 "--policy: predicted keeps the experts that --prefetch predicts; give "
                 "it too."
             )
+
+    def _check_costs(self, costs: Costs) -> None:
+        """Check that somebody can compute the experts that are not resident."""
+        needed = NEEDED.get(self.scheduler, ())
+        if not needed and not math.isfinite(costs.cpu_row):
+            needed = NEEDED["device"]
+        needs = {f"--scheduler={self.scheduler}": needed}
+        if "belady" in self.policies:
+            needs["--policy=belady"] = NEEDED["device"]
+        for flag, names in needs.items():
+            for name in names:
+                if not math.isfinite(getattr(costs, name)):
+                    raise ConfigError(f"--costs: has no {name!r}; {flag} needs it.")
+
+    def allowed(self) -> tuple[str, ...]:
+        """The policies that the other choices allow."""
+        costs, found = self.costs or UNIT, list(POLICIES)
+        if self.prefetch == "none":
+            found.remove("predicted")
+        if not math.isfinite(costs.device + costs.move):
+            found.remove("belady")
+        return tuple(found)
 
 
 def simulation(trace: Trace, how: How) -> dict[str, Any]:
@@ -102,12 +135,13 @@ def simulation(trace: Trace, how: How) -> dict[str, Any]:
     Raises:
       ConfigError: if the trace cannot be replayed so.
     """
-    if how.prefetch == "none" and not how.policies:
-        how = dataclasses.replace(
-            how, policies=tuple(p for p in POLICIES if p != "predicted")
-        )
-    how = dataclasses.replace(how, policies=how.policies or POLICIES)
+    how = dataclasses.replace(how, policies=how.policies or how.allowed())
     logits = trace.header.logits
+    if how.prefetch == "logits" and not logits:
+        raise ConfigError(
+            f"--prefetch = 'logits': {trace.path} has no logits of all experts; "
+            "`moex trace --logits` records them."
+        )
     routes = read_routes(trace, tokens=how.tokens, logits=logits)
     if routes.num_examples < 2:
         raise ConfigError(
@@ -175,7 +209,7 @@ def _row(how, name, text, total, profile, replayed, steps, forecast) -> dict[str
     }
     if how.costs is not None:
         row |= {"time_per_token": found.time / found.tokens}
-        row |= {"stall": found.stall / found.time}
+        row |= {"stall": found.stall / found.time if found.time else 0.0}
     return row
 
 
@@ -226,7 +260,7 @@ def _named(trace: Trace, how: How, replayed: Routes) -> np.ndarray | None:
         names = ", ".join(PREFETCH)
         hint = nearest(how.prefetch, PREFETCH)
         raise ConfigError(
-            f"--prefetch: {e} It may also be one of {names}.{hint}"
+            f"--prefetch: {str(e).rstrip('.')}. It may also be one of {names}.{hint}"
         ) from None
     predictor.about.check(trace.header, how.prefetch)
     return predictor.experts(windows(replayed, predictor.about))

@@ -28,9 +28,12 @@ class Replicas:
 
 def check(experts: int, replicas: int, devices: int, nodes: int, groups: int) -> None:
     """Raise `ConfigError` if a layer cannot be replicated like this."""
-    most = "a multiple of --devices, at least the"
-    fits = replicas >= experts and replicas % devices == 0
-    require(fits, "--replicas", replicas, f"{most} {experts} experts of a layer")
+    fits = experts <= replicas <= experts * devices and replicas % devices == 0
+    allowed = (
+        f"a multiple of --devices, from the {experts} experts of a layer to all of "
+        f"them on every device, {experts * devices:,}"
+    )
+    require(fits, "--replicas", replicas, allowed)
     fits = devices % nodes == 0 and replicas % nodes == 0
     require(fits, "--nodes", nodes, f"a divisor of --devices = {devices}")
     require(experts % groups == 0, "groups", groups, f"a divisor of {experts} experts")

@@ -1,7 +1,7 @@
 """Flags of `moex place`, and what they ask for."""
 
 from moex.config.arguments import integer, path, positive
-from moex.config.base import ConfigError
+from moex.config.base import ConfigError, require_choice
 from moex.json_files import field
 
 HELD_OUT = 4  # of so many examples one is held out
@@ -93,11 +93,15 @@ def how_of(args, plan):
 
 def objective_of(args, plan) -> str:
     """One of `affinity.OBJECTIVES`: that of the flag, or of the plan."""
+    from moex.placement.affinity import OBJECTIVES
+
     if args.by is not None:
         return args.by
     if plan is None:
-        return "transitions"
-    return field(plan.how, "by", str, f"{plan.where}: how", "transitions")
+        return OBJECTIVES[0]
+    found = field(plan.how, "by", str, f"{plan.where}: how", OBJECTIVES[0])
+    require_choice(f"{plan.where}: how.by", found, OBJECTIVES)
+    return found
 
 
 def every_of(args) -> int:

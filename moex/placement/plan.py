@@ -7,7 +7,7 @@ import numpy as np
 
 from moex.config.base import ConfigError, require
 from moex.convert.plans import Place, Plan
-from moex.convert.to_placed import whole_blocks
+from moex.convert.to_placed import devices_of, whole_blocks
 from moex.json_files import field
 from moex.model.layers import sites
 from moex.placement.affinity import Affinity
@@ -93,10 +93,7 @@ def placement_of(plan: Plan, affinity: Affinity) -> Placement:
     Raises:
       ConfigError: if the plan is for other layers.
     """
-    devices = {len(own.devices) for own in plan.by_layer().values()}
-    one = len(devices) == 1
-    require(one, f"{plan.where}: devices", sorted(devices), "as many in every layer")
-    P = devices.pop()
+    P = devices_of(plan)
     nodes = field(plan.how, "nodes", int, f"{plan.where}: how", 1)
     fits = nodes >= 1 and P % nodes == 0
     require(fits, f"{plan.where}: how.nodes", nodes, f"a divisor of the {P} devices")

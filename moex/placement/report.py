@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moex.config.base import ConfigError, require
+from moex.config.base import ConfigError
 from moex.convert.plans import Plan
 from moex.json_files import field
 from moex.placement import affinity as counts
@@ -88,12 +88,21 @@ def drift(text: Text, plan: Plan, how: How) -> dict:
         "plan": _row(old, text),
         "anew": _row(anew, text),
     }
-    before = field(plan.how, "crossings", dict, f"{plan.where}: how", {})
-    then = before.get("placed", {})
-    if isinstance(then, dict) and isinstance(then.get("all"), int | float):
-        rows["then"] = {k: then.get(k) for k in ("between", "within", "all", "other")}
+    if (then := _crossings_in(plan)) is not None:
+        rows["then"] = then
     made = {"run": plan.run, "step": plan.step}
     return _facts(text, old) | {"crossings": rows, "plan": made}
+
+
+def _crossings_in(plan: Plan) -> dict[str, float | None] | None:
+    """The crossings that a plan file tells of itself, or None."""
+    where = f"{plan.where}: how"
+    rows = field(plan.how, "crossings", dict, where, {})
+    row = field(rows, "placed", dict, f"{where}.crossings", {})
+    where = f"{where}.crossings.placed"
+    names = ("between", "within", "all", "other")
+    found = {name: field(row, name, float | None, where, None) for name in names}
+    return None if found["all"] is None else found
 
 
 def replicas(text: Text, how: How, count: int) -> list[dict[str, Any]]:
@@ -120,7 +129,6 @@ def replicas(text: Text, how: How, count: int) -> list[dict[str, Any]]:
 def check_replicas(text: Text, how: How, count: int) -> None:
     """Raise `ConfigError` if layers cannot have so many replicas."""
     for layer in text.own.layers:
-        require(count >= 1, "--replicas", count, "at least 1")
         eplb.check(layer.experts, count, how.devices, how.nodes, 1)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moex.config.base import require
 from moex.moe.layer import MoELayer
 from moex.moe.parallel import local_sums
 from moex.moe.stored import to_stored
@@ -26,6 +27,11 @@ class Room:
 
     slots: int  # S
     per_pair: int  # C
+
+    def __post_init__(self):
+        for name in ("slots", "per_pair"):
+            value = getattr(self, name)
+            require(value >= 1, f"room.{name}", value, "1 or more")
 
     @classmethod
     def of(cls, batch: int, devices: int) -> "Room":

@@ -232,5 +232,5 @@ def test_training_that_cannot_be_is_refused(trace, tmp_path):
         fit(trace, Training(steps=3, lr=1e30), last=2, width=8, hidden=32)
     with pytest.raises(ConfigError, match="steps = 0: must be 1 or more"):
         Training(steps=0)
-    with pytest.raises(ConfigError, match="last = 0: must be from 1 to 1024"):
+    with pytest.raises(ConfigError, match="last = 0: must be from 1 to 1,024"):
         fit(trace, QUICK, last=0)

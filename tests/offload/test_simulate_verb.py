@@ -53,6 +53,12 @@ def test_a_predictor_is_trained_and_prefetches(moex, trace, tmp_path):
         ),
         (["--simulate", "--slots=9"], "--slots = '9': must be from 1 to 8"),
         (["--simulate", "--slots=0"], "--slots = '0': must be from 1 to 8"),
+        (["--simulate", "--slots=,"], "--slots = ',': must be one or more"),
+        (["--simulate", "--policy="], "--policy = '': must be one or more"),
+        (["--simulate", "--seed=-1"], "--seed = -1: must be 0 or more"),
+        (["--fit-predictor=p", "--seed=-1"], "seed = -1: must be 0 or more"),
+        (["--fit-predictor=p", "--predictor-last=0"], "--predictor-last = 0: must"),
+        (["--simulate", "--ahead=2"], "--ahead = 2: is for --prefetch=affinity"),
         (["--simulate", "--policy=lur"], "Did you mean 'lru'?"),
         (["--simulate", "--costs=none.json"], "none.json: cannot be read"),
         (["--simulate", "--batch=0"], "must be at least 1, not 0"),
@@ -60,6 +66,55 @@ def test_a_predictor_is_trained_and_prefetches(moex, trace, tmp_path):
         (["--fit-predictor=no/where"], "in a folder that exists"),
     ],
 )
-def test_mistakes_are_one_line(moex, trace, args, told):
+def test_mistakes_are_one_line(moex, trace, tmp_path, monkeypatch, args, told):
+    monkeypatch.chdir(tmp_path)
     error = moex("place", trace, *args)
     assert told in error
+
+
+COSTS = {
+    "c.json: has no field 'device' and no 'cpu_row'": ({"move": 1}, ()),
+    "c.json: device = -1.0: must be from 0 to 1e+12": ({"device": -1}, ()),
+    "c.json: device = 1e+300: must be from 0": ({"device": 1e300, "move": 1}, ()),
+    "--costs: has no 'move'; --scheduler=device needs it": ({"device": 1}, ()),
+    "--costs: has no 'cpu_row'; --scheduler=static needs it": (
+        {"device": 1, "move": 1},
+        ("--scheduler=static",),
+    ),
+    "--costs: has no 'move'; --scheduler=hss needs it": (
+        {"device": 1},
+        ("--scheduler=hss",),
+    ),
+    "--costs: has no 'device'; --policy=belady needs it": (
+        {"cpu_row": 1},
+        ("--scheduler=hss", "--policy=lru,belady"),
+    ),
+    "--prefetch = 'logits': ": ({"device": 1, "move": 1}, ("--prefetch=logits",)),
+    "bytes. It may also be one of none": (
+        {"device": 1, "move": 1},
+        ("--prefetch=c.json",),
+    ),
+}
+
+
+@pytest.mark.parametrize("told", COSTS)
+def test_costs_with_which_nobody_computes_are_one_line(
+    moex, trace, tmp_path, monkeypatch, told
+):
+    monkeypatch.chdir(tmp_path)
+    costs, args = COSTS[told]
+    (tmp_path / "c.json").write_text(json.dumps(costs))
+    assert told in moex("place", trace, "--simulate", "--costs=c.json", *args)
+
+
+def test_costs_of_nothing_and_a_host_alone_are_replayed(moex, trace, tmp_path):
+    file = tmp_path / "c.json"
+    for costs, scheduler, policies in (
+        ({"device": 0, "move": 0}, "device", 6),
+        ({"cpu_row": 1}, "best", 5),  # Belady's bound needs a device
+    ):
+        file.write_text(json.dumps(costs))
+        args = (f"--costs={file}", f"--scheduler={scheduler}", "--slots=2", "--json")
+        rows = json.loads(moex("place", trace, "--simulate", *args))["rows"]
+        assert len(rows) == policies
+        assert all(0 <= row["stall"] <= 1 for row in rows)

@@ -4,7 +4,6 @@ B sequences · E experts
 """
 
 import collections
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -235,4 +234,5 @@ def test_room_grows_until_all_have_room():
         room = room.grown(64)
     assert room == Room(64, 64)
     assert Room.of(2, 8) == Room(2, 2)
-    assert dataclasses.is_dataclass(room)
+    with pytest.raises(ConfigError, match=r"room.per_pair = 0: must be 1 or more"):
+        Room(4, 0)

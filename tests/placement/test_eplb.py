@@ -48,7 +48,7 @@ def test_every_expert_has_a_replica_and_load_is_shared(load, sizes):
 def test_numbers_that_do_not_fit_are_named():
     for sizes, told in {
         (15, 8): "--replicas = 15: must be a multiple",
-        (8, 4): "--replicas = 8: .*at least the 12 experts",
+        (8, 4): "--replicas = 8: .*from the 12 experts",
         (16, 8, 3): "--nodes = 3: must be a divisor of --devices = 8",
     }.items():
         with pytest.raises(ConfigError, match=told):

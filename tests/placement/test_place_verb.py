@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 
 from moex.analysis.trace import Slots
 from moex.convert.plans import Place, Plan
+from moex.convert.to_placed import devices_of
 from moex.placement import report
 from moex.placement.affinity import Layer
 from moex.placement.plan import placement_of
@@ -16,6 +18,7 @@ from tests.analysis import oracle
 from tests.convert.conftest import moex as moex  # noqa: PLC0414, a fixture
 
 E, N = 8, 560
+PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7))
 INFOS = tuple(oracle.info(n, experts=E, zero=0, slots=1) for n in (0, 2, 3))
 
 
@@ -100,6 +103,10 @@ MISTAKES = {
     "--method = 'lap': must be one of": ("--devices=4", "--method=lap"),
     "--by = 'transition'": ("--devices=4", "--by=transition"),
     "--replicas = 9: must be a multiple": ("--devices=4", "--replicas=9"),
+    "to all of them on every device, 32": ("--devices=4", "--replicas=36"),
+    "folder: is a folder; `moex trace`": ("--devices=4", "--held-out=folder"),
+    "sums.npz: not sums of moex (it is no .npz": ("--devices=4", "--held-out=sums.npz"),
+    "--devices: is for placements": ("--simulate", "--devices=0"),
     "--held-out-every = 1: must be": ("--devices=4", "--held-out-every=1"),
     "nothere.parquet: no such file": ("--devices=4", "--held-out=nothere.parquet"),
     "nothere: ": ("--devices=4", "--run=nothere"),
@@ -112,6 +119,8 @@ MISTAKES = {
 @pytest.mark.parametrize("told", MISTAKES)
 def test_a_mistake_is_one_line(moex, trace, tmp_path, monkeypatch, told):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "sums.npz").write_bytes(b"no archive")
     Plan(
         kind="place",
         run="r",
@@ -160,6 +169,46 @@ def test_a_mistake_in_a_plan_is_named(moex, trace, tmp_path, told):
     error = moex("place", trace, f"--plan={file}")
     assert told in error
     assert str(file) in error
+
+
+TOLD_OF_ITSELF = {
+    "how: crossings = 3: must be dict": {"crossings": 3},
+    "how.crossings: placed = 3: must be dict": {"crossings": {"placed": 3}},
+    "how.crossings.placed: between = 'few': must be float": {
+        "crossings": {"placed": {"all": 0.5, "between": "few"}}
+    },
+    "how.by = 'transition': must be one of": {"by": "transition"},
+    "how.nodes = 3: must be a divisor of the 4 devices": {"nodes": 3},
+}
+
+
+@pytest.mark.parametrize("told", TOLD_OF_ITSELF)
+def test_a_mistake_in_what_a_plan_tells_of_itself_is_named(moex, trace, tmp_path, told):
+    file, layer = tmp_path / "plan.json", Place(layer=0, experts=E, devices=PAIRS)
+    how = TOLD_OF_ITSELF[told]
+    Plan(kind="place", run="r", step=0, base="", layers=(layer,), how=how).save(file)
+    error = moex("place", trace, f"--plan={file}")
+    assert f"{file}: {told}" in error
+
+
+@pytest.mark.parametrize(
+    ("devices", "told"),
+    [
+        ((PAIRS, ((0, 1, 2, 3), (4, 5, 6, 7))), "devices = [2, 4]: must be as many"),
+        ((((0, 1, 2, 3, 4, 5, 6, 7),),), "devices = 1: must be 2 or more in every"),
+    ],
+)
+def test_layers_of_a_plan_have_the_same_devices_and_at_least_two(trace, devices, told):
+    layers = tuple(
+        Place(layer=layer, experts=E, devices=own)
+        for layer, own in zip((0, 2), devices, strict=False)
+    )
+    plan = Plan(kind="place", run="r", step=0, base="", layers=layers)
+    text = report.Text.read(trace, objective="transitions", every=4)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        placement_of(plan, text.own)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        devices_of(plan)
 
 
 def test_a_plan_for_other_layers_is_refused(trace):
