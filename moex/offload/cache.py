@@ -60,8 +60,8 @@ class ExpertCache:
     """The slots, who is in them, and who leaves.
 
     An expert that the last `need` named keeps its slot until the next one; a pinned one
-    keeps it until it is unpinned; a prefetched one keeps it against other prefetches
-    until its layer was passed.
+    keeps it until it is unpinned; a prefetched one keeps it until its layer was passed,
+    against other prefetches, and as far as other layers find slots without it.
 
     Attributes:
       slot_of_LE: the slot of each expert, int32; -1: absent. Slots count from 0 through
@@ -169,7 +169,13 @@ class ExpertCache:
         self._hold((layer, e) for e in hits)
         count.useful_L[layer] += int(self._ahead_LE[layer, [*hits, *here]].sum())
         self._ahead_LE[layer] = False
-        loads, evicted = self._load(layer, absent, self._held_LE)
+        # What was prefetched for other layers leaves last.
+        loads, evicted = self._load(layer, absent, self._held_LE | self._ahead_LE)
+        if len(loads) < len(absent):
+            keep_LE = self._held_LE.copy()
+            keep_LE[layer, [e for e, _ in loads]] = True
+            more, others = self._load(layer, absent[len(loads) :], keep_LE)
+            loads, evicted = loads + more, evicted + others
         loaded = [e for e, _ in loads]
         self._hold((layer, e) for e in [*hits, *loaded])
         if wanted and not hits and not loads:

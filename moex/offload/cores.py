@@ -52,34 +52,30 @@ def divide() -> Cores | None:
     """Keep this process to one half of its cores, if the CPU is its only device.
 
     Returns:
-      The halves. None: the host has all cores, as there is an accelerator; or both
-      share all of them, and a line says why.
+      The halves; with an accelerator all cores for both. None: both share all of them,
+      and where there is no accelerator a line says why.
     """
     if xla_bridge.backends_are_initialized():
-        if jax.default_backend() == "cpu":
-            _tell("JAX has started already")
-        return None
+        return _shared("JAX has started already")
     if not hasattr(os, "sched_setaffinity"):
-        _tell("this system does not bind threads to cores")
-        return None
-    every = os.sched_getaffinity(0)
-    cores = halves(every)
-    if cores is None:
-        _tell("there is only one")
-        return None
+        return _shared("this system does not bind threads to cores")
+    every = frozenset(os.sched_getaffinity(0))
+    if (cores := halves(every)) is None:
+        return _shared("there is only one")
     try:
         bind(cores.device)
     except OSError as e:
-        _tell(f"threads cannot be bound to them ({one_line(e)})")
-        return None
+        return _shared(f"threads cannot be bound to them ({one_line(e)})")
     if jax.default_backend() == "cpu":
         return cores
     bind(every)
-    return None
+    return Cores(every, every)
 
 
-def _tell(reason: str) -> None:
-    tell(f"--offload-host: host and device take turns on the same cores: {reason}.")
+def _shared(reason: str) -> None:
+    if jax.default_backend() == "cpu":
+        told = f"host and device take turns on the same cores: {reason}."
+        tell(f"--offload-host: {told}")
 
 
 def bind(cores: Iterable[int]) -> None:

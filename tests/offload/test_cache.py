@@ -146,6 +146,20 @@ def test_a_prefetched_expert_is_a_useful_hit_once():
     assert told.prefetched_L.tolist() == [0, 2, 0]
 
 
+def test_what_was_prefetched_for_other_layers_leaves_last():
+    """Though it was never used, which is longest ago."""
+    cache = lru(4)
+    cache.need(0, [0, 1])
+    cache.prefetch(2, [3])
+    assert cache.need(1, [2, 4]).evicted == ((0, 0),)
+    found = cache.need(0, [2, 3, 4])
+    assert found.evicted == ((0, 1), (1, 2), (1, 4))
+    assert cache.need(1, [0]).evicted == ((0, 2),)
+    cache.need(1, [0, 1, 2])
+    assert cache.slot_of_LE[2, 3] >= 0
+    assert (2, 3) in cache.need(1, [0, 1, 2, 4]).evicted
+
+
 def test_a_prefetch_takes_no_slot_of_an_expert_in_use_or_of_another_prefetch():
     cache = lru(2)
     cache.need(0, [0])

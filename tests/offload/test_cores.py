@@ -65,6 +65,19 @@ def test_cores_that_cannot_be_divided_are_told(name, change, told, monkeypatch, 
     assert told in said and said.count("\n") == 1
 
 
+def test_a_host_beside_an_accelerator_has_all_cores(monkeypatch, capsys):
+    bound = []
+    monkeypatch.setattr(cores.xla_bridge, "backends_are_initialized", lambda: False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cores, "_first_sibling", lambda core: core)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 6, 7}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", None, raising=False)
+    monkeypatch.setattr(cores, "bind", lambda own: bound.append(set(own)))
+    assert cores.divide() == ({5, 6, 7}, {5, 6, 7})
+    assert bound == [{5, 6}, {5, 6, 7}]
+    assert capsys.readouterr().err == ""
+
+
 WATCHED = """
 import json, os, pathlib, sys, threading
 from moex.offload import host, setup

@@ -100,18 +100,15 @@ ALL = [
 SIZES = [str(size) for size in range(1, E + 1)]
 
 
-@pytest.mark.parametrize("size", thorough_but_for([*SIZES, "some ways"], "some ways"))
-@pytest.mark.parametrize("name", thorough_but_for(MODELS, "chain"))
-def test_tokens_do_not_depend_on_how_experts_are_kept(name, size, tmp_path):
-    """Every policy, with every way to load ahead and to divide slots."""
+def check_tokens(name, size, ways, folder):
+    """With each of these ways the model writes what it writes without a bank."""
     cfg = MODELS[name]
     spec, params, state = built(cfg)
     want = generate(spec, cfg, params, state, prompts(), **GREEDY)
     ahead = 0
-    size, ways = ("3", ALL[::5]) if size == "some ways" else (size, ALL)
     with jax.set_mesh(mesh_of(1)):
         for fields in ways:
-            own = executor(name, tmp_path, size=size, **fields)
+            own = executor(name, folder, size=size, **fields)
             own = own if own.ahead is None else watched(own)
             assert decode.generate(own, cfg, prompts(), **GREEDY) == want, fields
             (slots,) = own.slots
@@ -119,6 +116,20 @@ def test_tokens_do_not_depend_on_how_experts_are_kept(name, size, tmp_path):
             assert fields["prefetch"] or not told.prefetched_L.any()
             ahead += told.prefetched_L.sum()
     assert ahead > 0
+
+
+@pytest.mark.parametrize("size", thorough_but_for(SIZES, "3"))
+@pytest.mark.parametrize("name", thorough_but_for(MODELS, "chain"))
+def test_tokens_do_not_depend_on_how_experts_are_kept(name, size, tmp_path):
+    """All policies, with all ways to load ahead and to divide slots, in turn."""
+    check_tokens(name, size, ALL[int(size) :: len(SIZES)], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_do_not_depend_on_any_choice(name, size, tmp_path):
+    check_tokens(name, size, ALL, tmp_path)
 
 
 def replayed(own, passes, policy, per_layer, impact):
