@@ -6,7 +6,8 @@
 transformers draws a random checkpoint of layers of OLMoE's size, moex reads it, and
 llama.cpp a GGUF file of it (llama_peer.py). All continue the same prompts greedily, in
 one process, runs interleaved; "same" counts the rows whose tokens are those of moex in
-float32 (rounded weights write other text, after a while). With "accelerate" the
+float32: rounded weights soon write other text, so llama.cpp in float32 is compared too,
+without its time. With "accelerate" the
 experts of transformers are on the disk, all of them: it has no finer part than the
 experts of a layer. Bytes are those of weights that a token reads in moex's form, and
 the share is theirs of the rate at which memory is read (bandwidth.py).
@@ -19,6 +20,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import operator
 import os
 import pathlib
 import tempfile
@@ -36,7 +38,7 @@ from benchmarks.decode_weights import (
 )
 
 PEERS = ("transformers", "accelerate", "llama.cpp")
-SAME_BYTES = {"f32": "float32", "bf16": "bfloat16", "q8_0": "int8", "iq4_nl": "int4"}
+SAME_BYTES = {"bf16": "bfloat16", "q8_0": "int8", "iq4_nl": "int4"}  # of llama.cpp
 
 
 def write_checkpoint(folder: pathlib.Path, layers: int) -> None:
@@ -89,23 +91,13 @@ def accelerated(folder: pathlib.Path, spare: pathlib.Path, layers: int):
     return torch_side(folder, "float32", device_map=places, offload_folder=spare)
 
 
-def sides_of(args, folder: pathlib.Path, models: dict, batch: int) -> dict:
-    """`{name: (prompts, n) -> tokens}` of all sides for a batch."""
-
-    def ours(own, prompts, n):
-        return moex_run(own, prompts, n)()
-
-    sides = {f"moex {w}": functools.partial(ours, own) for w, own in models.items()}
-    if "transformers" in args.peers:
-        for name in ("float32", "bfloat16"):
-            sides[f"transformers {name}"] = torch_side(folder, name)
-    if "llama.cpp" in args.peers:
-        for form in llama_peer.FORMS:
-            file = llama_peer.quantised(folder / "model.gguf", form)
-            slots = args.prompt + args.new
-            own = llama_peer.Decoder(file, batch, slots, args.threads)
-            sides[f"llama.cpp {form}"] = own.run
-    return sides
+def theirs(args, folder: pathlib.Path, batch: int) -> dict:
+    """`{name: Decoder}` of llama.cpp, in each form, for a batch."""
+    if "llama.cpp" not in args.peers:
+        return {}
+    files = {f: llama_peer.quantised(folder / "model.gguf", f) for f in SAME_BYTES}
+    sizes = batch, args.prompt + args.new, args.threads
+    return {f"llama.cpp {f}": llama_peer.Decoder(a, *sizes) for f, a in files.items()}
 
 
 def rows_of(args, folder: pathlib.Path) -> list[dict]:
@@ -115,19 +107,31 @@ def rows_of(args, folder: pathlib.Path) -> list[dict]:
         llama_peer.write_gguf(folder, folder / "model.gguf")
     models = moex_sides(folder)
     _, model, *_ = models["float32"]
+
+    def ours(own, prompts, n):
+        return moex_run(own, prompts, n)()
+
+    fixed = {f"moex {w}": functools.partial(ours, own) for w, own in models.items()}
+    if "transformers" in args.peers:
+        for name in ("float32", "bfloat16"):
+            fixed[f"transformers {name}"] = torch_side(folder, name)
     rows = []
     for B in args.batches:
         rng = np.random.default_rng(0)
         prompts = rng.integers(2, model.vocab, (B, args.prompt)).tolist()
-        sides = sides_of(args, folder, models, B)
+        decoders = theirs(args, folder, B)
+        sides = fixed | {name: own.run for name, own in decoders.items()}
         rate = read_rate()
         found = timed(sides, prompts, args.new, args.repeats)
         rate = (rate + read_rate()) / 2
+        for own in decoders.values():
+            own.close()
         print(f"memory is read at {rate / 1e9:.1f} GB/s", flush=True)
         if "accelerate" in args.peers:
             side = accelerated(folder, folder / "offloaded", args.layers)
-            own = {"transformers, experts on disk": side}
-            found |= timed(own, prompts, 3, 1)
+            slow = {"transformers, experts on disk": side}
+            found |= timed(slow, prompts, 3, 1)
+            del side, slow
         for name, row in found.items():
             form = name.split()[-1]
             form = SAME_BYTES.get(form, form if form in WEIGHTS else "float32")
@@ -146,6 +150,15 @@ def rows_of(args, folder: pathlib.Path) -> list[dict]:
             row["share"] = size / row["step_s"] / rate
             print(line(row), flush=True)
             rows.append(row)
+        if "llama.cpp" in args.peers:
+            sizes = B, args.prompt + args.new, args.threads
+            exact = llama_peer.Decoder(folder / "model.gguf", *sizes)
+            made = exact.run(prompts, args.new)
+            exact.close()
+            want = found["moex float32"]["tokens"]
+            same = sum(map(operator.eq, made, want))
+            print(f"batch {B}  llama.cpp f32, not timed: same {same}/{B}", flush=True)
+            rows.append({"batch": B, "side": "llama.cpp f32", "same": same})
     return rows
 
 

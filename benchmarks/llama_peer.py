@@ -1,7 +1,9 @@
 """llama.cpp for benchmarks: a checkpoint of OLMoE's kind as GGUF files, and decoding.
 
-Needs `llama-cpp-python` (pip builds it from source, with cmake) and `gguf`. The files
-have no tokenizer: tokens are numbers.
+Needs `gguf` and `llama-cpp-python`, which pip builds from source with cmake. The files
+have no tokenizer: tokens are numbers. Where the process dies of an illegal instruction,
+in `tinygemm_kernel_amx`, build it without AMX:
+CMAKE_ARGS="-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8".
 """
 
 import ctypes
@@ -95,6 +97,8 @@ def quantised(file: pathlib.Path, form: str) -> pathlib.Path:
     params = lib.llama_model_quantize_default_params()
     params.ftype = FORMS[form]
     made = file.with_suffix(f".{form}.gguf")
+    if made.exists():
+        return made
     failed = lib.llama_model_quantize(
         str(file).encode(), str(made).encode(), ctypes.byref(params)
     )
@@ -130,6 +134,11 @@ class Decoder:
         vocab = self.lib.llama_model_get_vocab(self.model)
         self.vocab = self.lib.llama_vocab_n_tokens(vocab)
         self.batch = self.lib.llama_batch_init(slots * batch, 0, 1)
+
+    def close(self) -> None:
+        """Give its memory back."""
+        self.lib.llama_free(self.context)
+        self.lib.llama_model_free(self.model)
 
     def run(self, prompts: list[list[int]], new: int) -> list[list[int]]:
         """Continue prompts of equal length by `new` tokens each."""

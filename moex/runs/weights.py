@@ -16,7 +16,7 @@ import numpy as np
 from moex.config.base import ConfigError
 from moex.model.accounting import bytes_per_token, num_bytes
 from moex.model.paths import flat_paths, nested
-from moex.model.spec import abstract_arrays, model_spec
+from moex.model.spec import ModelSpec, abstract_arrays, model_spec
 from moex.nn.lowered import SCALES, VALUES, rounded
 from moex.progress import counted, tell
 from moex.runs.base import check_no_adapters
@@ -64,6 +64,8 @@ def load_lowered(place: Place, weights: str, mesh_cfg=None, *, warn=print) -> Lo
             arrays |= {p: placed(part, place) for p, part, place in named}
         found[item] = nested(arrays)
     tell(_line(cfg.model, weights, whole, found["params"]))
+    if kept := _kept(spec):
+        tell(kept)
     return LoadedRun(
         cfg=cfg, mesh=mesh, spec=spec, folder=folder, step=rows.step, **found
     )
@@ -123,18 +125,36 @@ def _rounded(values, scales):
     return jax.jit(lambda w: rounded(w, values, scales))
 
 
-def _line(model, weights: str, whole, params: dict) -> str:
+def _kept(spec: ModelSpec) -> str:
+    """The line about matrices that stay as trained; empty if there are none."""
+    flat = flat_paths(spec.params)
+    kept = {
+        n: a
+        for n, a in flat.items()
+        if spec.info[n].matrix is not None and a.dtype == jnp.float32
+    }
+    names = sorted({n.rpartition("/")[2] for n in kept})
+    if not kept:
+        return ""
+    share = num_bytes(kept) / num_bytes(flat)
+    return (
+        f"{_gb(num_bytes(kept))} of them ({share:.0%}) are matrices that stay as "
+        f"trained: {', '.join(names)}"
+    )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.3g} GB" if size >= 1e8 else f"{size / 1e6:,.3g} MB"
+
+
+def _line(model, weights: str, whole: ModelSpec, params: dict) -> str:
     """The line about memory and the bytes that a token reads."""
-
-    def gb(size: float) -> str:
-        return f"{size / 1e9:,.3g} GB" if size >= 1e8 else f"{size / 1e6:,.3g} MB"
-
     now, before = num_bytes(params), num_bytes(whole.params)
     flat = flat_paths(params), flat_paths(whole.params)
     read, was = (bytes_per_token(model, own) for own in flat)
     numbers = sum(math.prod(a.shape) for a in flat[1].values())
     return (
-        f"weights in {weights}: {gb(now)} in memory, as trained {gb(before)} "
-        f"({8 * now / numbers:.3g} bits a number); a token reads {gb(read)}, as "
-        f"trained {gb(was)}"
+        f"weights in {weights}: {_gb(now)} in memory, as trained {_gb(before)} "
+        f"({8 * now / numbers:.3g} bits a number); a token reads {_gb(read)}, as "
+        f"trained {_gb(was)}"
     )

@@ -186,6 +186,25 @@ def test_bytes_per_token():
     assert bytes_per_token(cfg, low) < bytes_per_token(cfg, flat) / 3
 
 
+@pytest.mark.parametrize(
+    ("name", "matrices"),
+    [
+        ("experts", ""),
+        ("biases, latent attention", "w_kvb_ZHC"),
+        ("other experts", "a_EDR, b_ERD"),
+    ],
+)
+def test_matrices_that_stay_are_named(name, matrices):
+    spec = model_spec(MODELS[name], weights="int8")
+    told = loading._kept(spec)
+    assert told.partition("trained: ")[2] == matrices
+    if told:
+        named = matrices.split(", ")
+        flat = flat_paths(spec.params).items()
+        size = num_bytes([a for n, a in flat if n.split("/")[-1] in named])
+        assert told.startswith(f"{loading._gb(size)} of them (")
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     shutil.copytree(STORED, tmp_path, dirs_exist_ok=True)
