@@ -194,8 +194,9 @@ def opens_text_by_locale(node) -> bool:
 def test_text_files_are_opened_in_an_encoding_that_is_named(package):
     for path in sources(package):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
-            assert not opens_text_by_locale(node), f'{where}: give encoding="utf-8"'
+            assert not opens_text_by_locale(node), (
+                f'{path.relative_to(ROOT)}:{node.lineno}: give encoding="utf-8"'
+            )
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,7 @@ def test_eval_on_other_data(moex, trained, tmp_path):
     assert whole["bytes"] > 5 * result["bytes"]
 
 
+@pytest.mark.thorough
 def test_eval_of_given_files_scores_all_of_them(moex, trained, tmp_path):
     """Every token and the end of each document, against the decoder's own figures."""
     texts = {"web": "the cat sees some bread.\n" * 5, "code": "x = [é for é in y]\n"}
@@ -251,6 +252,7 @@ def test_generate_reads_standard_input(moex, trained, monkeypatch, tmp_path):
     assert text == moex("generate", trained, *SHORT, "--seed=0", "--prompt=the ")
 
 
+@pytest.mark.thorough
 def test_the_likeliest_token_alone_is_greedy(moex, trained):
     args = ("generate", trained, *SHORT, "--prompt=the ")
     greedy = moex(*args, "--temperature=0")

@@ -14,6 +14,7 @@ import sys
 import pytest
 
 from tests import documented, runs
+from tests.marks import thorough_but_for
 from tests.test_documentation import defined
 
 ROOT = runs.ROOT
@@ -49,7 +50,7 @@ def imports_of(folder):
     return found
 
 
-@pytest.mark.parametrize("folder", ["routers", "experts"])
+@pytest.mark.parametrize("folder", thorough_but_for(["routers", "experts"], "routers"))
 def test_a_router_or_an_expert_kind_is_one_file_of_moex(folder):
     """Nothing else knows it, but for what makes or reads one kind: no list of kinds."""
     found = imports_of(f"moex.moe.{folder}")

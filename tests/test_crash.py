@@ -168,6 +168,7 @@ def test_distillation_goes_on_after_kill_9_and_ctrl_c(folder, tmp_path):
     assert kill9.logged(tmp_path / "stopped") == expected
 
 
+@pytest.mark.thorough
 def test_ctrl_c_before_there_is_a_checkpoint_says_so(undisturbed, command, tmp_path):
     process = kill9.start(command(tmp_path), runs.environment())
     while not (tmp_path / "run.lock").exists():

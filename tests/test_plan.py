@@ -442,6 +442,7 @@ def moex(folder, capsys):
     return moex
 
 
+@pytest.mark.thorough
 def test_the_command(moex, monkeypatch):
     """One plan, as text and as data."""
     made = []

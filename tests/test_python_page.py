@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import moex
+from tests.marks import thorough_but_for
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs/python.md"
 
@@ -41,7 +42,7 @@ KINDS["chain"] = moex.Chain(moe=KINDS["moe"], iterations=2)
 KINDS["narrow"] = moex.Narrow(latent=4, inner=KINDS["moe"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thorough_but_for(KINDS, "dense", "narrow"))
 def test_without_a_context_each_row_is_one_whole_document(kind):
     config = KINDS[kind]
     moex.check(config)
@@ -65,6 +66,7 @@ def test_a_context_made_of_an_array_takes_other_fields():
     np.testing.assert_array_equal(ctx.position_BL, [[0, 1, 2]] * 2)
 
 
+@pytest.mark.thorough
 def test_a_router_that_needs_token_ids_says_so():
     config = moex.MoE(num_experts=4, router=moex.Hash(k=1), experts=moex.Glu(hidden=8))
     layer = config.make(8, nnx.Rngs(0))

@@ -85,6 +85,7 @@ def test_sharded_is_unsharded(layer, mesh, options):
         assert np.max(load) > 1.2 * np.mean(load)
 
 
+@pytest.mark.thorough
 def test_gathered_weights_of_experts_are_not_kept():
     """With fsdp no array of the program holds the whole weights of all layers."""
     layer = dataclasses.replace(matrix.LAYERS["top-k"], experts=Glu(hidden=40))

@@ -35,6 +35,7 @@ from moex.runs.lines import read_metrics
 from moex.sharding import MeshConfig, shard_batch
 from tests import runs
 from tests.helpers import TASK, VOCAB, XLA, random_batch, tiny_lm
+from tests.marks import thorough
 from tests.tolerances import TOLERANCE, assert_close
 
 B, L, D, E, R = 2, 3, 8, 4, 2
@@ -504,7 +505,10 @@ def test_decoding_is_the_whole_forward_pass():
         assert_close(found, expected[:, t], "step", f"token {t}")
 
 
-@pytest.mark.parametrize("layer", [Attention(heads=4, kv_heads=2), Dense(hidden=6)])
+@pytest.mark.parametrize(
+    "layer",
+    [thorough(Attention(heads=4, kv_heads=2)), Dense(hidden=6)],
+)
 def test_at_the_start_it_is_the_base_bit_for_bit(layer):
     plain, adapted = (layer.make(D, nnx.Rngs(params=0)) for _ in range(2))
     attach(adapted, LoRAMoE(**BALANCED | {"dropout": 0.5}), nnx.Rngs(params=1))

@@ -19,6 +19,7 @@ from moex.nn.lowered import from_int8, lowered, to_int8
 from moex.nn.stack import Segment
 from tests.adapters.test_lora import EVERYTHING, logits
 from tests.helpers import built, mesh_of, tiny_lm, tiny_moe
+from tests.marks import thorough
 
 TARGETS = tuple(t for t in EVERYTHING if "*ffn" not in t)
 # A token uses all experts: with a choice, rounding changes who is chosen.
@@ -46,7 +47,11 @@ def model():
 
 @pytest.mark.parametrize(
     ("shape", "scales"),
-    [((4, 130, 6), (4, 2, 6)), ((3, 8), (3, 1)), ((2, 7, 5), (2, 7, 5)), ((64,), (1,))],
+    [
+        ((4, 130, 6), (4, 2, 6)),
+        *(thorough((3, 8), (3, 1)), thorough((2, 7, 5), (2, 7, 5))),
+        thorough((64,), (1,)),
+    ],
 )
 def test_no_number_moves_by_more_than_half_a_scale(shape, scales):
     random = np.random.default_rng(0)

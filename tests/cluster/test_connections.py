@@ -21,6 +21,7 @@ from moex import cli
 from moex.cluster import connections, distributed, rendezvous
 from moex.config.base import ConfigError
 from moex.config.flags import load_config
+from tests.marks import thorough, thorough_but_for
 
 ROOT = pathlib.Path(__file__).parents[2]
 FACTS = {"config": {"optim": {"lr": 0.1}, "layers": [1, 2]}, "code": "abc"}
@@ -76,7 +77,7 @@ def changed(**config):
             "the processes must be told one number of processes: process 0 was told 2, "
             "process 1 was told 3.",
         ),
-        ((0, 2, FACTS), None),  # two that listen: one cannot
+        thorough((0, 2, FACTS), None),  # both listen
         (
             (1, 2, changed(optim={"lr": 0.2})),
             "all processes of a job must have the same config.optim.lr: it is 0.1 on "
@@ -166,7 +167,7 @@ def test_an_error_of_all_processes_is_said_once():
     assert line.startswith("moex: error: ") and line.endswith("bad vocabulary")
 
 
-@pytest.mark.parametrize("who", [0, 1, 2])
+@pytest.mark.parametrize("who", thorough_but_for([0, 1, 2], 1))
 def test_a_lost_process_ends_the_others(who):
     bodies = [WAIT] * 3
     bodies[who] = "time.sleep(0.3); os.kill(os.getpid(), signal.SIGKILL)"
@@ -195,6 +196,7 @@ def test_facts_that_differ_later_end_all():
     assert "must have the same data: it is 0 on process 0 and 1 on process 2." in line
 
 
+@pytest.mark.thorough
 def test_an_exception_that_nobody_expects_ends_all():
     body = (
         "from moex.cluster import distributed\n"

@@ -13,6 +13,7 @@ import pytest
 from launch.local import free_port
 from moex.cluster import addresses, connections, distributed, rendezvous, signed_lines
 from moex.config.base import ConfigError
+from tests.marks import thorough_but_for
 
 FACTS = {"config": {"optim": {"lr": 0.1}, "layers": [1, 2]}, "code": "abc"}
 TOKENS = ["", "a secret"]
@@ -186,6 +187,7 @@ def test_without_a_token_the_one_who_differs_is_told_and_may_come_again(capfd):
     assert "same config.optim.lr" in said and "Still waiting for the others" in said
 
 
+@pytest.mark.thorough
 def test_without_a_token_the_last_that_was_refused_is_named_at_the_end():
     address = f"localhost:{free_port()}"
     other = threading.Thread(target=come_with_another_count, args=(address,))
@@ -212,6 +214,7 @@ def test_a_process_with_another_token_is_told(ours, theirs, capfd):
     assert "does not know this job's MOEX_JOB_TOKEN" in capfd.readouterr().err
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("token", TOKENS)
 def test_those_who_stay_silent_delay_nobody(token, capfd):
     job = Job(count=3, token=token)
@@ -252,8 +255,11 @@ def test_a_process_that_left_while_others_were_awaited_may_come_again(capfd):
 
 @pytest.mark.parametrize(
     "answer",
-    [b"", b"\n", b"{}\n", DEEP + b"\n", b'{"moex": 1}\n', b'{"moex": "\\ud800"}\n']
-    + [b'{"moex": "1"}\n' + b"0" * 200, b'{"moex": "1"}\n{"ok": true}\n'],
+    thorough_but_for(
+        [b"", b"\n", b"{}\n", DEEP + b"\n", b'{"moex": 1}\n', b'{"moex": "\\ud800"}\n']
+        + [b'{"moex": "1"}\n' + b"0" * 200, b'{"moex": "1"}\n{"ok": true}\n'],
+        *(b"", DEEP + b"\n", b'{"moex": "1"}\n{"ok": true}\n'),
+    ),
 )
 def test_who_is_no_process_0_is_not_believed(answer):
     """A stranger has the port; with a token its words count for nothing."""

@@ -48,6 +48,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::moex.config.base.ConfigWarning"
 # A whole layer.
 
 
+@pytest.mark.thorough
 def test_a_layer_at_full_width_is_the_plain_layer():
     """With a short last group; the width of the layer is 16."""
     moe = tiny_moe(4)
@@ -221,6 +222,7 @@ def test_what_cannot_be_converted():
         latent_model(tiny_lm(Segment(pattern=(Dense(hidden=8),))), ToLatent(group=2))
 
 
+@pytest.mark.thorough
 def test_a_new_kind_is_one_file(moex, folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "kinds").mkdir()
     file = documented.files()["moex/convert/kinds/fewer.py"]

@@ -50,6 +50,7 @@ from moex.train.job import make_job
 from tests import runs
 from tests.helpers import TASK, XLA, built, random_batch, tiny_lm, tiny_moe
 from tests.interop import parity
+from tests.marks import thorough_but_for
 from tests.moe import oracle
 
 E = 6
@@ -483,8 +484,7 @@ def test_a_merged_run_is_an_ordinary_run(tmp_path, moex):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["mixtral", pytest.param("deepseek_v3", marks=pytest.mark.thorough), "gpt_oss"],
+    "name", thorough_but_for(["mixtral", "deepseek_v3", "gpt_oss"], "mixtral")
 )
 def test_a_folder_has_the_weights_of_each_choice(name):
     model, _, arrays, wanted = parity.load(name)

@@ -74,6 +74,7 @@ def plan_for(model, *orders, devices=2):
     return Plan(kind="place", run="run", step=0, base=base, layers=layers)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "names",
     [

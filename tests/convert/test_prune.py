@@ -383,6 +383,7 @@ def test_sums_of_another_model_and_a_domain_without_tokens_are_refused():
             how.ready(source)
 
 
+@pytest.mark.thorough
 def test_sums_of_another_checkpoint_are_told(moe_run):
     lines = []
     source = Source(RunDir(moe_run), lines.append)

@@ -41,6 +41,7 @@ from tests.helpers import (
     tiny_lm,
     tiny_moe,
 )
+from tests.marks import thorough, thorough_but_for
 
 # Latent experts of the model's width save nothing; one copy leaves the router alone.
 pytestmark = pytest.mark.filterwarnings("ignore::moex.config.base.ConfigWarning")
@@ -77,11 +78,11 @@ def moe_output(options, params, x_BLD):
 @pytest.mark.parametrize(
     ("experts", "k", "split", "scale"),
     [
-        (4, 1, 1, "gates"),
-        (4, 3, 1, "gates"),
+        thorough(4, 1, 1, "gates"),
+        thorough(4, 3, 1, "gates"),
         (3, 1, 2, "gates"),
-        (5, 2, 4, "gates"),
-        (5, 2, 4, "weights"),
+        thorough(5, 2, 4, "gates"),
+        thorough(5, 2, 4, "weights"),
         (2, 2, 3, "weights"),
     ],
 )
@@ -100,6 +101,7 @@ def test_the_layer_computes_what_the_dense_one_did(experts, k, split, scale):
         assert_same(found, expected)
 
 
+@pytest.mark.thorough
 def test_without_the_scale_or_whole_copies_it_does_not():
     """What the test above would see: each condition is needed."""
     options = Upcycle(experts=3, k=1, split=2)
@@ -300,7 +302,7 @@ def test_a_model_of_which_some_layers_change():
         np.testing.assert_array_equal(block["ffn"]["router"]["bias_E"][0], bias_RE[r])
 
 
-@pytest.mark.parametrize("layers", ["all", "every:2"])
+@pytest.mark.parametrize("layers", thorough_but_for(["all", "every:2"], "every:2"))
 def test_a_repeated_layer(layers):
     cfg = depth(4)
     _, params, state = built(cfg)

@@ -71,6 +71,7 @@ def test_a_chain_does_the_work_of_twice_the_experts():
     assert found.cost - found.target == 2 * 6 * (128 - 96)
 
 
+@pytest.mark.thorough
 def test_all_widths_change_by_one_factor():
     """Experts, their shared expert and a dense layer, in all kinds of places."""
     shared = moe(16, shared=Dense(hidden=40))

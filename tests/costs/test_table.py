@@ -85,6 +85,7 @@ def test_kept_when_matmuls_are_kept(run_config):
     assert kept(cfg) == 4 * floats
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("remat", "second"), [("none", Dense(hidden=8)), ("dots", tiny_moe())]
 )
@@ -175,6 +176,7 @@ def test_rows_add_up(run_config):
     assert rows[-1].figures["activation_bytes"] >= 4 * cfg.model.vocab
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("rule", "moments"), [(AdamW(), 2), (Muon(), 1)])
 def test_optimizer_state_is_that_of_the_optimizer(run_config, rule, moments):
     """Muon keeps one moment of matrices, and two of embeddings and norms."""

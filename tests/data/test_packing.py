@@ -14,6 +14,7 @@ from moex.config.base import ConfigError
 from moex.data.packing import Rows, Windows, pack_rows
 from moex.data.stream import Stream, StreamWriter, write_source
 from moex.data.tokenizer import Tokenizer
+from tests.marks import thorough_but_for
 
 DOC = 256
 BYTES = Tokenizer(None, doc_id=DOC, vocab_size=257)
@@ -66,7 +67,7 @@ def check_segments(example):
     assert live == 0 or position[0] == 0
 
 
-@pytest.mark.parametrize("overlap", [0, 1, 3, 4])
+@pytest.mark.parametrize("overlap", thorough_but_for([0, 1, 3, 4], 1))
 @given(documents=DOCUMENTS)
 @ANY
 def test_windows_score_each_target_once(overlap, documents, tmp_path_factory):

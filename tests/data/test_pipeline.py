@@ -22,6 +22,7 @@ from moex.data.report import compressor_bits_per_byte, inspect
 from moex.data.sources import PromptResponse, PythonStdlib, Text, TextRecords
 from moex.data.tokenizer import Bpe, Bytes, TokenizerFile
 from moex.json_files import digest
+from tests.marks import thorough_but_for
 
 L = 16
 
@@ -111,7 +112,7 @@ PARTS = [
 ]
 
 
-@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("threads", thorough_but_for([0, 1, 3], 3))
 @pytest.mark.parametrize("parts", PARTS)
 def test_any_parts_of_the_rows_make_the_same_batches(parts, threads, tmp_path):
     config = data(tmp_path, corpus(tmp_path, "a"), corpus(tmp_path, "b"))
@@ -512,6 +513,7 @@ def test_metadata_of_other_hands_is_made_again(file, tmp_path):
     assert not lines
 
 
+@pytest.mark.thorough
 def test_any_changed_byte_of_the_cache_is_seen(tmp_path):
     rows = [{"prompt": f"q{i} ", "response": f"é {i}"} for i in range(40)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))

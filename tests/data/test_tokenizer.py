@@ -276,6 +276,7 @@ def test_a_text_that_cannot_be_encoded_is_one_line(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.thorough
 def test_a_regular_expression_that_gives_up_is_one_line(tmp_path, capfd):
     model = tokenizers.Tokenizer(models.WordLevel({"[DOC]": 0, "[UNK]": 1}, "[UNK]"))
     slow = tokenizers.Regex(r"(a+)+$|(x+x+)+y")

@@ -102,6 +102,7 @@ def test_what_a_folder_leaves_out_stays_zero(adapted):
     assert np.all(np.any(own[name][..., 1, :], axis=-1))  # values
 
 
+@pytest.mark.thorough
 def test_a_kind_that_peft_lacks_comes_back(base, adapted, tmp_path):
     """Routers are trained too, and PEFT has no place for them."""
     folder, _ = adapted
@@ -212,6 +213,7 @@ def test_an_import_names_the_base_that_it_was_given(base, adapted, tmp_path):
         import_adapter(base, adapted[0], tmp_path / "run", args, **SAY)
 
 
+@pytest.mark.thorough
 def test_ranks_by_pattern_are_filled_up_with_zeros(base, tmp_path):
     """PEFT writes such a folder for `target_modules="all-linear"` of Mixtral."""
     by_name = {r".*\.gate_up_proj": 4}, {r".*\.gate_up_proj": 12}

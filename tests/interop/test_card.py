@@ -66,6 +66,7 @@ def test_the_card_of_a_run_without_scores(run):
     assert "tokens seen" not in card
 
 
+@pytest.mark.thorough
 def test_the_card_of_an_import_says_where_it_came_from(tmp_path):
     import_fixture("mixtral", tmp_path / "run")
     with runs.one_device():

@@ -239,6 +239,7 @@ def test_where_a_run_can_be_written(tmp_path, monkeypatch):
     assert new_folder("~/new", "--out") == tmp_path / "new"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("cut", [False, True])
 def test_logits_of_their_own_are_not_dropped_for_tied_embeddings(tmp_path, cut):
     def add(values):

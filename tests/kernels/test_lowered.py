@@ -14,6 +14,7 @@ from kernels_pallas import Lowered, device, lowered_matmul
 from kernels_pallas.lowered import LEVELS, words
 from kernels_pallas.native import library
 from tests.kernels.test_native import in_a_process
+from tests.marks import thorough_but_for
 
 pytestmark = pytest.mark.skipif(
     device.platform() != "cpu" or library.find_compiler() is None,
@@ -73,9 +74,14 @@ def wanted(x_MK, weight, bounds):
     return y_MN
 
 
-@pytest.mark.parametrize("scales", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", [*CASES, *ODD])
+@pytest.mark.parametrize("scales", thorough_but_for(["float32", "bfloat16"], "float32"))
+@pytest.mark.parametrize("kind", thorough_but_for(KINDS, "int8", "int4"))
+@pytest.mark.parametrize(
+    "case",
+    thorough_but_for(
+        [*CASES, *ODD], "empty groups and a row of none", "several slabs", "odd blocks"
+    ),
+)
 def test_the_product_is_that_of_float64(case, kind, scales):
     if kind == "int4" and case in ODD:
         pytest.skip("a block of int4 has whole words")
@@ -131,6 +137,7 @@ def test_rows_of_another_type_are_refused():
         lowered_matmul(x_MK.astype(jnp.bfloat16), weight, bounds)
 
 
+@pytest.mark.thorough
 def test_many_at_once_under_vmap_and_in_a_scan():
     weight = weight_of("int4", 3, 256, 90, 32)
     x_BMK = jnp.stack([rows_of(6, 256, (1, 2, 3), seed)[0] for seed in range(4)])

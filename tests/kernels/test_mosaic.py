@@ -26,6 +26,7 @@ from kernels_pallas.grouped_matmul import mosaic
 from kernels_pallas.grouped_matmul.mosaic import Tiling
 from kernels_pallas.grouped_matmul.shapes import REAL
 from kernels_pallas.implementations import Request
+from tests.marks import thorough_but_for
 
 OLD = jax.__version_info__ < (0, 11)  # the interpreter of JAX 0.10 lacks some parts
 INTERPRET = mosaic_tiles.interpreter()
@@ -154,20 +155,23 @@ def check_product(case, transpose_rhs=False, dtype="bfloat16", tiling=SMALL):
     assert not np.any(np.delete(np.asarray(out_MN, np.float32), kept, 0))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", thorough_but_for(CASES, "head, ragged, tail"))
 def test_product_equals_the_loop(case):
     check_product(case)
 
 
+@pytest.mark.thorough
 def test_product_with_transposed_weights_into_float32():
     check_product("head, ragged, tail", transpose_rhs=True, dtype="float32")
 
 
+@pytest.mark.thorough
 def test_tiles_of_128_rows_a_warpgroup_and_three_blocks(monkeypatch):
     monkeypatch.setattr(mosaic_tiles, "num_cores", lambda interpret: 3)
     check_product("head, ragged, tail", tiling=Tiling(m=256, n=64, k=128, stages=2))
 
 
+@pytest.mark.thorough
 def test_fewer_rows_than_a_tile():
     lhs_MK, rhs_GKN = draw(M=9, K=64, N=64, G=3)
     bounds = bounds_of(1, (3, 0, 4))
@@ -175,6 +179,7 @@ def test_fewer_rows_than_a_tile():
     np.testing.assert_allclose(out_MN, oracle(lhs_MK, rhs_GKN, bounds), atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_nan_of_one_group_stays_there():
     lhs_MK, rhs_GKN = draw()
     bounds = bounds_of(*CASES["head, ragged, tail"])
@@ -207,6 +212,7 @@ def test_the_checks_see_rows_of_the_next_group_stored(monkeypatch):
     product.clear_cache()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("every_row", [False, True])
 def test_visits_cover_each_row_once(every_row):
     visits_of = jax.jit(mosaic_tiles.plan_visits, static_argnums=(1, 2, 3))
@@ -335,6 +341,7 @@ def test_layer_equals_the_loop(activation, F, n):
     assert actual[4][7, 0] != 0  # kept with a gate of zero
 
 
+@pytest.mark.thorough
 def test_layer_nan_of_one_token_stays_with_its_experts():
     case = draw_layer(F=64)
     x, w_in, w_out, gate_TK, dy, expert_TK, keep_TK = case

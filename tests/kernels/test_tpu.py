@@ -22,6 +22,7 @@ from kernels_pallas.grouped_matmul.shapes import REAL, LayerShape
 from kernels_pallas.grouped_matmul.tpu import Tiling, product, weight_product
 from kernels_pallas.grouped_matmul.vjp import differentiable
 from kernels_pallas.implementations import Request
+from tests.marks import thorough_but_for
 
 # float32: sums of at most 300 products of order one. bfloat16: one rounding of the
 # result, 2**-8 relative; of grouped_glu also those between the matmuls.
@@ -109,6 +110,7 @@ def test_products_equal_the_loop(case, dtype):
     assert all(a.dtype == dtype for a in actual)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tiling", [None, Tiling(32, 13, 8), Tiling(8, 16, 32)])
 def test_products_with_other_tilings(tiling):
     for case in ("empty at both ends and in the middle, a tail", "a shard with a tail"):
@@ -141,6 +143,7 @@ def test_nan_of_one_group_stays_there():
     check(actual, expected, "float32")
 
 
+@pytest.mark.thorough
 def test_sums_in_float32():
     # 1 + 256 * 2**-8 = 2 exactly; a bfloat16 sum that meets 1 first stays at 1.
     lhs_MK = jnp.full((1, 257), 2.0**-8, jnp.bfloat16).at[0, 0].set(1)
@@ -236,6 +239,7 @@ def check_only(actual, expected, wrong, kind):
             check(pair[:1], pair[1:], kind)
 
 
+@pytest.mark.thorough
 def test_gradient_of_products():
     bounds = BOUNDS["a shard with a tail"]
     lhs, rhs, dout = draw(bounds)
@@ -370,7 +374,7 @@ def layer(tilings, activation):
     return jax.jit(value_and_gradients, compiler_options=QUICK)
 
 
-@pytest.mark.parametrize("name", GLU_CASES)
+@pytest.mark.parametrize("name", thorough_but_for(GLU_CASES, "prime"))
 def test_layer_equals_the_loop(name):
     shape, activation, dtype, tilings = GLU_CASES[name]
     run = layer(tilings, activation)

@@ -126,6 +126,7 @@ def test_kernels_equal_the_loop(bounds):
         assert not np.any(result[: bounds[0]]) and not np.any(result[bounds[-1] :])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", list(BOUNDS)[:5:2])
 def test_kernels_in_bfloat16(case):
     actual = compare(BOUNDS[case], "bfloat16")
@@ -242,6 +243,7 @@ def harsh(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.thorough
 def test_kernels_read_inside_and_write_their_own(monkeypatch):
     harsh(monkeypatch)
     harsh_kernels = jax.jit(lambda *a: kernels(*a), compiler_options=QUICK)
@@ -358,6 +360,7 @@ def test_mutants_of_the_layer_are_caught(mutation, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.thorough
 def test_layer_reads_inside_and_writes_its_own(monkeypatch):
     harsh(monkeypatch)
     case = draw_layer()

@@ -88,6 +88,7 @@ def test_no_site_holds_the_path_of_another_segment():
         site_at(sites(MODEL), "segments/10/blocks/0/ffn")
 
 
+@pytest.mark.thorough
 def test_the_places_of_more_than_ten_blocks_and_segments_are_kept():
     """As text, 10 comes before 2: arrays must not go to the wrong module."""
     ffns = tuple(Dense(hidden=4 + i) for i in range(12))

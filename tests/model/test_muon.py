@@ -67,7 +67,10 @@ def pair(kernels):
     return ours, theirs
 
 
-@pytest.mark.parametrize("kernels", [pytest.param("native", marks=NATIVE), "cpu"])
+@pytest.mark.parametrize(
+    "kernels",
+    [pytest.param("native", marks=[NATIVE, pytest.mark.thorough]), "cpu"],
+)
 def test_muon_equals_optax_over_steps_in_updates_and_state(kernels):
     ours, theirs = pair(kernels)
     params = tree(0)
@@ -114,6 +117,7 @@ def in_float64(x_RC, steps, eps=1e-8):
     return x
 
 
+@pytest.mark.thorough
 @NATIVE
 @settings(max_examples=25, deadline=None)
 @given(

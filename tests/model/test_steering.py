@@ -202,6 +202,7 @@ def arrays(model, **fields):
     return Steering(layers=(LayerSteering(layer=1, **fields),)).arrays(model)
 
 
+@pytest.mark.thorough
 def test_a_factor_of_1_changes_no_bit_and_other_values_compile_nothing(steered):
     model, *_, run, jitted = steered
     plain, _ = run(None)

@@ -26,6 +26,7 @@ from moex.nn.attention import Attention
 from moex.nn.block import RESIDUALS, Block
 from moex.nn.mlp import Dense
 from tests.helpers import XLA, context, split_module
+from tests.marks import thorough_but_for
 from tests.moe import oracle
 from tests.moe.test_layer import flat, nested
 from tests.tolerances import assert_close
@@ -65,7 +66,9 @@ CHAINS = {
         iterations=2,
     ),
 }
-chains = pytest.mark.parametrize("name", CHAINS)
+chains = pytest.mark.parametrize(
+    "name", thorough_but_for(CHAINS, "C = 1", "C = 2, own k and kind per round")
+)
 
 
 def inputs():
@@ -189,6 +192,7 @@ def test_block_forms():
     assert aux["ffn"]["load"].shape == (2, 4)  # [C, E]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", ["C = 2, shared router", "C = 2, own k and kind per round"]
 )

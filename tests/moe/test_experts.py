@@ -21,6 +21,7 @@ from moex.moe.layer import MoE
 from moex.moe.routers.topk import TopK
 from moex.nn.context import Compute
 from tests.helpers import XLA, context, split_module
+from tests.marks import thorough, thorough_but_for
 from tests.moe import oracle
 from tests.tolerances import assert_close
 
@@ -44,7 +45,8 @@ EXPERTS = {
 }
 T, K, D, E = 9, 2, 5, 4
 
-experts = pytest.mark.parametrize("name", EXPERTS)
+QUICK = ("glu", "latent", "stored rows")
+experts = pytest.mark.parametrize("name", thorough_but_for(EXPERTS, *QUICK))
 # The default kernels are compiled once; the others are quicker to compile.
 KERNELS = dict.fromkeys(EXPERTS, "xla") | {"glu": None}
 FUSED = ["glu", "residual"]
@@ -123,7 +125,11 @@ def run(inputs):
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [(name, by_definition) for name in EXPERTS] + [(name, fused) for name in FUSED],
+    [
+        (name, form) if name in QUICK else thorough(name, form)
+        for form, names in ((by_definition, EXPERTS), (fused, FUSED))
+        for name in names
+    ],
 )
 def test_values_and_gradients_are_those_of_the_loop(name, form, inputs, run):
     y_TD, gradients, params = run(name, form)
@@ -175,6 +181,7 @@ def test_fused_is_the_definition(name, dtype, kind, run):
         assert_close(fused_gradients[leaf], gradient, kind, leaf)
 
 
+@pytest.mark.thorough
 @experts
 def test_bfloat16_is_near_float32(name, inputs, run):
     form = fused if name in FUSED else by_definition

@@ -28,6 +28,7 @@ from moex.moe.routers.topp import TopP
 from moex.nn.context import Compute
 from moex.nn.mlp import Dense
 from tests.helpers import XLA, context, split_module
+from tests.marks import thorough_but_for
 from tests.moe import oracle
 from tests.tolerances import assert_close
 
@@ -223,11 +224,19 @@ def nested(leaves):
     return tree
 
 
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+cases = pytest.mark.parametrize(
+    "name",
+    thorough_but_for(
+        CASES,
+        *("odd sizes, padding, shared", "all padding", "capacity"),
+        *("top-p, capacity, zero", "expert choice", "hash, biases"),
+    ),
+)
 
 
 @cases
-def test_values_losses_and_counts_are_those_of_the_loop(case):
+def test_values_losses_and_counts_are_those_of_the_loop(name):
+    case = CASES[name]
     _, params, _, x_BLD, _, _ = inputs(case)
     y_BLD, aux, *_ = outputs(case)
     expected = truth(case, x_BLD.reshape(-1, D), params)
@@ -239,7 +248,8 @@ def test_values_losses_and_counts_are_those_of_the_loop(case):
 
 
 @cases
-def test_gradients_are_those_of_the_loop(case):
+def test_gradients_are_those_of_the_loop(name):
+    case = CASES[name]
     _, params, _, x_BLD, dy_BLD, _ = inputs(case)
     *_, dparams, dx_BLD = outputs(case)
     dy_TD = np.asarray(dy_BLD, np.float64).reshape(-1, D)
@@ -261,6 +271,7 @@ def test_gradients_are_those_of_the_loop(case):
         assert_close(np.sum(gradient * direction), slope, "difference", str(leaf))
 
 
+@pytest.mark.thorough
 def test_bfloat16_is_near_float32():
     """The router stays float32, so the same experts are chosen (x is rounded first)."""
     case = CASES["odd sizes, padding, shared"]
@@ -291,6 +302,7 @@ def test_padding_may_hold_anything():
         assert_close(b, a, "order")
 
 
+@pytest.mark.thorough
 def test_counts_are_not_doubled_by_rematerialisation():
     case = CASES["capacity"]
     graphdef, params, state, x_BLD, dy_BLD, ctx = inputs(case)
@@ -339,6 +351,7 @@ def test_ample_capacity_is_dropless():
         jax.tree.map(np.testing.assert_array_equal, aux_ample, aux)
 
 
+@pytest.mark.thorough
 def test_identical_experts_are_one_dense_feed_forward():
     """k copies with gates that sum to 1: the weights of the choice cancel."""
     moe = other(TopK(k=3, init_std=0.7))
@@ -391,6 +404,7 @@ def test_permuting_tokens_permutes_outputs():
     assert_close(moved_y_BLD.reshape(10, D), expected_TD, "order")
 
 
+@pytest.mark.thorough
 def test_split_experts_keep_parameters_and_work():
     moe = MoE(num_experts=4, router=TopK(k=2), experts=Glu(hidden=6))
     fine = split_experts(moe, 3)

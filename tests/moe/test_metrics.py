@@ -12,6 +12,7 @@ import pytest
 
 from moex.moe import metrics
 from moex.moe.routing import ExpertRouting, Routing
+from tests.marks import thorough
 from tests.tolerances import assert_close
 
 # Compiled: one by one the operations of a single call are 60 programs.
@@ -289,7 +290,10 @@ def by_definition(rows, fates, logits_TE, probs_TE, y_TD, num_experts):
 
 
 @pytest.mark.parametrize("make", [random_case, chosen_by_experts])
-@pytest.mark.parametrize(("seed", "num_experts"), [(0, 4), (1, 4), (2, 4), (3, 6)])
+@pytest.mark.parametrize(
+    ("seed", "num_experts"),
+    [thorough(0, 4), thorough(1, 4), thorough(2, 4), (3, 6)],
+)
 def test_figures_are_those_of_a_loop_over_tokens(make, num_experts, seed):
     """Ids from `num_experts` to 5 cost nothing; some slots find no room."""
     routing, valid_T, y_TD = make(seed)

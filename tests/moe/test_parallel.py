@@ -27,6 +27,7 @@ from moex.moe.routers.topp import TopP
 from moex.nn.context import Compute
 from moex.sharding import BATCH_AXES, MeshConfig, param_sharding
 from tests.helpers import context
+from tests.marks import thorough
 from tests.tolerances import assert_close
 
 B, L, D, E = 16, 4, 8, 8
@@ -119,7 +120,7 @@ def _elements(shapes):
         # Tokens, and ids with gates, there; sums back. The same the other way round.
         ({"expert": 8, "exchange": "all_to_all"}, {"all-to-all": 3}, {"all-to-all": 6}),
         # Beside them: two weights gathered over fsdp, their gradients scattered.
-        (
+        thorough(
             {"expert": 4, "fsdp": 2, "exchange": "all_to_all"},
             {"all-to-all": 3, "all-gather": 3},
             {"all-to-all": 6, "all-gather": 3, "reduce-scatter": 2},
@@ -131,7 +132,7 @@ def _elements(shapes):
             {"all-gather": 3, "reduce-scatter": 3},
         ),
         # Nothing but sums travels without an expert axis.
-        ({"data": 8}, {}, {}),
+        thorough({"data": 8}, {}, {}),
     ],
     ids=str,
 )
@@ -190,11 +191,12 @@ LATENT = Latent(hidden=4, latent=3, group=4, ops=("gate", "up", "down"))
 @pytest.mark.parametrize(
     "cfg",
     [
-        moe(TopP(p=0.4, k_max=5, init_std=0.7)),
-        moe(experts=LATENT),
-        moe(Forced(k=2, load="adversarial", init_std=0.7)),
+        thorough(moe(TopP(p=0.4, k_max=5, init_std=0.7)), id="top-p"),
+        thorough(moe(experts=LATENT), id="latent"),
+        pytest.param(
+            moe(Forced(k=2, load="adversarial", init_std=0.7)), id="all to two"
+        ),
     ],
-    ids=["top-p", "latent", "all to two"],
 )
 def test_ragged_rows_arrive_and_come_back(cfg, ragged_on_cpu):
     mesh_cfg = MeshConfig(data=2, expert=4, exchange="all_to_all")
@@ -209,6 +211,7 @@ def test_rooms_are_of_the_numbers_that_were_written():
     assert Rows(buffer_slots=1.1).limits(90, 90, 2) == {"buffer_rows": 99}
 
 
+@pytest.mark.thorough
 def test_latents_travel_in_their_width():
     """What is sent once per (token, device) has 2 Z columns there, Z back, not D."""
     mesh_cfg = MeshConfig(data=2, expert=4, exchange="all_to_all")
@@ -246,7 +249,9 @@ def test_a_token_goes_once_to_a_device_and_groups_shorten_its_way():
     assert pairs[1] == 2.0 < pairs[0]
 
 
-@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+@pytest.mark.parametrize(
+    "ragged", [thorough(False, id="padded"), pytest.param(True, id="ragged")]
+)
 def test_rows_without_room_are_counted(ragged, request):
     """All tokens to experts 0 and 1, on the first of four devices, room for the mean.
 

@@ -14,6 +14,7 @@ from moex.moe.balance import QuantileBias, bias_rule
 from moex.moe.quantile import BINS, balancing_bias, bins_of, margin_counts, quantiles
 from moex.moe.routers.topk import Groups, TopK
 from tests.helpers import context
+from tests.marks import thorough
 
 COUNTS = jax.jit(margin_counts, static_argnums=4)
 QUANTILES = jax.jit(lambda count_EB, k: quantiles(count_EB, k), static_argnums=1)
@@ -57,6 +58,7 @@ def test_bins_reach_over_every_margin(span, spread):
         assert width <= 2 * (high - low) / (BINS - 2)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("T", "E", "k"), [(1, 8, 2), (333, 8, 2), (333, 8, 7)])
 def test_a_quantile_is_within_a_bin_of_the_exact_one(T, E, k):
     score_TE, bias_E = skewed(T, E, seed=T)
@@ -196,7 +198,7 @@ def path(cfg, module, batches):
     ("fields", "last"),
     [
         ({}, 0.15),
-        ({"score": "softmax"}, 0.15),
+        thorough({"score": "softmax"}, 0.15),
         ({"score": "sqrt_softplus", "bias_rate": 0.5}, 0.3),
         ({"groups": Groups(num=4, keep=2, score="top2")}, 0.6),
     ],

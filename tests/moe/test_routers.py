@@ -28,6 +28,7 @@ from moex.moe.routers.topk import Groups, TopK
 from moex.moe.routers.topp import TopP, keep_until, standardize
 from moex.moe.routing import ExpertRouting, Routing, kept_softmax, router_scores
 from tests.helpers import context, split_module
+from tests.marks import thorough_but_for
 from tests.moe import oracle
 from tests.tolerances import assert_close
 
@@ -251,7 +252,9 @@ def test_ties_go_to_the_lowest(name):
         assert jnp.all(chosen_TE == lowest_E[None])
 
 
-@routers
+@pytest.mark.parametrize(
+    "name", thorough_but_for(ROUTERS, "topk", "topk, sigmoid, bias", "expert choice")
+)
 def test_a_replayed_assignment_has_live_gates(name):
     _, run, params, state = make(name)
     first = run(params, state, tokens(1))
@@ -605,6 +608,7 @@ def test_expert_choice_takes_its_share_of_real_tokens():
     assert jnp.all(routing.token_EC[:, :2] < 7)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_padding", [0, 6])
 def test_expert_choice_of_a_decimal_k_rounds_nothing(num_padding):
     """1.1 * 90 / 3 = 33, and 33.00000000000001 in float64: of 90 and of 96 - 6."""
@@ -648,6 +652,7 @@ def test_standardized_logits_that_are_equal_are_zero(value, num_experts):
     assert np.all(np.asarray(gradient) == 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_standardized_logits_are_those_of_float64(offset):
     """An offset of all logits changes nothing, as far as they hold their digits."""

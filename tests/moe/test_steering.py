@@ -155,6 +155,7 @@ def test_a_mask_is_a_router_without_the_banned_experts(name, keep):
             np.testing.assert_allclose(found[0][e], gate, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_banned_experts_choose_no_tokens():
     with pytest.warns(match="ExpertChoice"):
         cfg = ExpertChoice(k=2.0, init_std=1.0)
@@ -210,6 +211,7 @@ def test_steering_that_was_not_passed_on_is_one_line():
         jax.eval_shape(lambda: module(jnp.zeros((1, T, D)), ctx))
 
 
+@pytest.mark.thorough
 def test_every_round_of_a_chain_is_scaled():
     moe = MoE(num_experts=E, router=ROUTERS["softmax"], experts=Glu(hidden=5))
     module, params = layer_of(Chain(moe=moe, iterations=2))

@@ -100,6 +100,7 @@ def test_it_computes_what_copies_of_the_weights_do(kind):
         assert_near(gradient, wanted)
 
 
+@pytest.mark.thorough
 def test_slots_that_meet_in_one_set_become_one():
     routing = Routing(
         expert_TK=jnp.array([[0, 3, 1], [2, 4, 5], [1, 2, 0]]),

@@ -15,6 +15,7 @@ from moex.nn import attention, attention_blocks
 from moex.nn.attention import Attention, attend, choose
 from moex.nn.rope import frequencies, rotary
 from tests.helpers import context, mesh_of, split_module
+from tests.marks import thorough_but_for
 from tests.tolerances import assert_close
 
 B, L, D = 2, 9, 8
@@ -70,7 +71,7 @@ def test_einsum_is_the_loop(dtype):
     assert_close(y, loop(q, k, v, SEGMENT, POSITION), dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", thorough_but_for(["float32", "bfloat16"], "float32"))
 def test_blocks_are_the_loop(dtype, block_rows):
     q, k, v = arrays(dtype=dtype)
     y = run(q, k, v, name="blocks")
@@ -291,6 +292,7 @@ def test_splash_is_the_mask_of_attend(interpreted_splash):
     assert_close(y, attend(q, k, v, *args, implementation="einsum"), "step")
 
 
+@pytest.mark.thorough
 def test_splash_on_a_mesh_is_the_same(interpreted_splash):
     """Split over rows, heads and queries; keys of a later device's queries too."""
     q, k, v = arrays(L=256, H=4, G=2, A=128)

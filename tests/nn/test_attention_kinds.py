@@ -22,6 +22,7 @@ from moex.nn.mlp import Dense
 from moex.nn.rope import Linear, Llama3, Yarn, frequencies, rotary
 from moex.nn.stack import Segment
 from tests.helpers import split_module, tiny_lm
+from tests.marks import thorough_but_for
 from tests.nn.test_attention import POSITION, SEGMENT, arrays
 from tests.tolerances import assert_close
 
@@ -121,6 +122,7 @@ def test_frequencies_of_extensions():
     assert np.all(np.diff(yarn) < 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("whole", [True, "whole"])
 def test_layer_with_everything(whole):
     """Biases, norms of both kinds, clip, window and sinks in one layer."""
@@ -184,7 +186,7 @@ def latent(q_latent):
     return cfg, nnx.merge(graphdef, params, state), jax.tree.map(np.float64, params), x
 
 
-@pytest.mark.parametrize("q_latent", [None, 7])
+@pytest.mark.parametrize("q_latent", thorough_but_for([None, 7], 7))
 def test_latent_attention_is_its_equations(q_latent):
     cfg, layer, p, x = latent(q_latent)
     y, _ = layer(x, ctx(), None)

@@ -54,6 +54,7 @@ def mode(request):
         yield request.param
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda s: type(s).__name__)
 def test_a_model_holds_numbers_that_do_not_follow_its_config(mode, scaling):
     cfg = tiny_lm(attention=Attention(heads=2, rope_scaling=scaling))
@@ -113,6 +114,7 @@ def test_recording_is_traced(mode):
     assert len(jax.tree.leaves(recorded(aux))) == 9  # expert, gate, keep, three times
 
 
+@pytest.mark.thorough
 def test_what_the_library_generates_needs_no_mode():
     """In the mode that nnx starts in: the command line, once, set the other."""
     assert nnx.set_graph_mode.current_value()

@@ -74,6 +74,7 @@ def test_every_parameter_gets_a_gradient():
     assert jnp.all(embed_V[used])
 
 
+@pytest.mark.thorough
 def test_tied_embeddings_are_one_leaf_with_the_sum_of_both_gradients():
     cfg, tied = (tiny_lm(*DENSE, tied_embeddings=t) for t in (False, True))
     (spec, params, state), (tied_spec, _, _) = built(cfg), built(tied)
@@ -164,9 +165,8 @@ def test_refusals(fields, message):
         check(cfg, "config.model")
 
 
-@pytest.mark.parametrize(
-    "scan_layers", [True, pytest.param(False, marks=pytest.mark.thorough)]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("scan_layers", [True, False])
 def test_every_block_of_a_model_hashes_on_its_own(scan_layers):
     """Copies of a segment, blocks of a pattern, segments, and rounds of a chain."""
     moe = tiny_moe(router=Hash(k=2), shared=None)

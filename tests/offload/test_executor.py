@@ -256,6 +256,7 @@ def test_the_host_cannot_compute_experts_that_share_projections(tmp_path):
         of_arrays(cfg, params, state, tmp_path, settings, XLA)
 
 
+@pytest.mark.thorough
 def test_a_measured_run_tells_what_each_step_used(plain, tmp_path):
     cfg = MODELS[SMALL]
     with jax.set_mesh(mesh_of(1)):

@@ -62,6 +62,7 @@ def test_text_is_the_same(run, moex):
         assert "hits and" in lines[0] and "MB moved" in lines[0]
 
 
+@pytest.mark.thorough
 def test_the_hottest_experts_of_a_trace_stay(run, moex, tmp_path):
     trace = tmp_path / "trace.parquet"
     assert moex("trace", run, f"--out={trace}", "--tokens=64")[0] == 0
@@ -101,6 +102,7 @@ def test_weights_in_fewer_bytes_are_offloaded(run, moex):
     assert moex("generate", run, *WRITE, *flags)[:2] == (0, text)
 
 
+@pytest.mark.thorough
 def test_losses_are_the_same(run, moex):
     code, text, _ = moex("eval", run, "--json", "--sequences=5")
     assert code == 0

@@ -26,6 +26,7 @@ def test_policies_and_sizes_are_a_table(moex, trace):
     assert all(a < b for a, b in zip(values["lru"], values["belady"], strict=True))
 
 
+@pytest.mark.thorough
 def test_a_predictor_is_trained_and_prefetches(moex, trace, tmp_path):
     file, costs = tmp_path / "p.safetensors", tmp_path / "costs.json"
     args = ("--predictor-steps=3", "--predictor-last=2")

@@ -57,6 +57,7 @@ def test_summary(good):
     assert re.search(r"[\d.]+ k parameters, [\d.]+ k active per token", page.text)
 
 
+@pytest.mark.thorough
 def test_an_unhealthy_run_is_told_in_words(folder, tmp_path):
     run = pages.write_run(folder, tmp_path / "sick", load=pages.sick)
     said, page = pages.report(run)
@@ -82,6 +83,7 @@ def test_nothing_of_a_page_is_elsewhere(good):
     assert "default-src 'none'" in page.source
 
 
+@pytest.mark.thorough
 def test_texts_of_a_corpus_do_no_harm(folder, good, tmp_path):
     _, _, page = good
     # As text of the samples, verbatim; nowhere as markup.

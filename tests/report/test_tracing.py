@@ -114,6 +114,7 @@ def test_labels_that_are_alike_are_told_apart():
     assert by_layer.unique(["a", "<b>", "a"]) == ["a (0)", "&lt;b&gt;", "a (2)"]
 
 
+@pytest.mark.thorough
 def test_one_domain_and_top_one(folder, tmp_path):
     run = pages.write_run(folder, tmp_path / "run", load=None)
     one = pages.write_trace(tmp_path / "one.parquet", domains=("prose",))

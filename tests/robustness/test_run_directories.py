@@ -179,6 +179,7 @@ def test_there_are_many_cases():
     assert len(CASES) >= 40
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_damaged_run_directory(name, folder, run, truth, printed):
     CASES[name](run)

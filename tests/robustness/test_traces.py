@@ -346,7 +346,7 @@ def test_there_are_many_cases():
     assert len(TRACES) + len(LOGS) >= 80
 
 
-@pytest.mark.parametrize("case", some(LOGS, 6))
+@pytest.mark.parametrize("case", some(LOGS, 3))
 def test_a_crafted_log_is_refused_by_name_or_gives_a_page(case, logged, tmp_path):
     file, text = case
     run, other = (shutil.copytree(logged, tmp_path / n) for n in ("run", "other"))

@@ -26,7 +26,7 @@ from moex.nn.mla import LatentAttention
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from tests.helpers import VOCAB, XLA, built, context, split_module, tiny_lm, tiny_moe
-from tests.marks import thorough_but_for
+from tests.marks import thorough, thorough_but_for
 from tests.tolerances import assert_close
 
 PROMPT_LENGTHS = (1, 5, 16)
@@ -59,7 +59,7 @@ MODELS = {
 }
 
 
-QUICK_MODELS = [name for name in MODELS if name != "adapters"]
+QUICK_MODELS = ("dense", "two kinds of experts, biases, zero-computation experts")
 
 
 @pytest.fixture(scope="module", params=thorough_but_for(MODELS, *QUICK_MODELS))
@@ -178,7 +178,10 @@ def test_a_step_copies_no_expert_that_it_does_not_use():
 LATENT = LatentAttention(heads=2, kv_latent=6, nope_dim=4, rope_dim=4, v_dim=6)
 
 
-@pytest.mark.parametrize("attention", [Attention(heads=4, kv_heads=2), LATENT])
+@pytest.mark.parametrize(
+    "attention",
+    [Attention(heads=4, kv_heads=2), thorough(LATENT)],
+)
 def test_a_prompt_is_what_its_tokens_are_one_by_one(attention):
     """Logits of the last token and the cache, of rows with padding on the left."""
     cfg = tiny_lm(Segment(pattern=(tiny_moe(),), repeat=2), attention=attention)
@@ -205,6 +208,7 @@ def test_a_prompt_is_what_its_tokens_are_one_by_one(attention):
         assert not np.any(a[:, :, P:])  # slots of tokens to come
 
 
+@pytest.mark.thorough
 def test_capacity_drops_nothing_while_decoding():
     """Else a continuation would depend on the other prompts of its batch."""
     crowded = tiny_moe(router=TopK(k=1, init_std=0.0), capacity_factor=0.1, shared=None)

@@ -56,7 +56,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("shape", [(3, 64, 5), (1, 32, 1), (2, 96, 33)])
+@pytest.mark.parametrize(
+    "shape", thorough_but_for([(3, 64, 5), (1, 32, 1), (2, 96, 33)], (3, 64, 5))
+)
 def test_int4_takes_the_nearest_level_of_a_good_scale(shape):
     rng = np.random.default_rng(0)
     w = rng.normal(size=shape) * np.exp(rng.normal(size=shape[-1]))
@@ -76,6 +78,7 @@ def test_int4_takes_the_nearest_level_of_a_good_scale(shape):
     assert not found[0, :32, 0].any()
 
 
+@pytest.mark.thorough
 def test_int4_is_better_than_symmetric_integers():
     """Relative to normal weights, in blocks of 32: integers up to 7 have 0.097."""
     w = np.random.default_rng(0).normal(size=(1, 3200, 32))
@@ -153,7 +156,7 @@ def compiled(cfg, weights=None, new=4):
 
 
 @needs_c
-@pytest.mark.parametrize("weights", DTYPES)
+@pytest.mark.parametrize("weights", thorough_but_for(DTYPES, "int8"))
 def test_the_stack_of_layers_is_neither_copied_nor_widened(weights):
     """A prompt and the loop over tokens take less memory than one layer in float32."""
     moe = tiny_moe(num_experts=32, experts=Glu(hidden=64), shared=None)
@@ -213,6 +216,7 @@ def run(tmp_path, monkeypatch):
         yield tmp_path
 
 
+@pytest.mark.thorough
 @needs_c
 def test_eval_and_generate_say_what_they_keep(run, capsys):
     cli.main(["eval", "run", "--json"])
@@ -246,6 +250,7 @@ def test_what_has_no_meaning_is_refused(run, flags, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_weights_that_are_not_finite_are_refused(run, monkeypatch, capsys):
     read = loading.Rows.read
 

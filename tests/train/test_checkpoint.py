@@ -22,6 +22,7 @@ from moex.runs.directory import RunDir
 from moex.runs.record import read_record
 from tests import runs
 from tests.helpers import mesh_of
+from tests.marks import thorough_but_for
 
 INFO = {
     "experts/w_EDF": ParamInfo(("expert", "embed", "mlp"), matrix=((1,), (2,))),
@@ -105,7 +106,7 @@ def assert_same(actual, expected):
 # Round trip.
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", thorough_but_for(RULES, "muon"))
 def test_optimizer_states_come_back(opened, tmp_path, rule):
     state = train_state(rule)
     checkpointer = opened(tmp_path)
@@ -117,6 +118,7 @@ def test_optimizer_states_come_back(opened, tmp_path, rule):
         assert_same(arrays[name], tree)
 
 
+@pytest.mark.thorough
 def test_an_optimizer_state_that_was_not_kept_is_zeros(opened, tmp_path):
     """As runs are written that were imported, few bytes on the host at a time."""
     mesh = mesh_of(8, fsdp=4, tensor=2)
@@ -237,6 +239,7 @@ def test_the_best_are_kept_besides(opened, tmp_path):
     assert again.steps() == [2, 3, 7]
 
 
+@pytest.mark.thorough
 def test_after_skipped_updates_nothing_is_replaced_or_ranked(opened, tmp_path):
     nll = dict.fromkeys(range(1, 8), 2.0) | {3: 0.1}
     checkpointer = opened(tmp_path, keep=1, keep_best=1)
@@ -254,6 +257,7 @@ def test_after_skipped_updates_nothing_is_replaced_or_ranked(opened, tmp_path):
     assert again.last_good() == 4
 
 
+@pytest.mark.thorough
 def test_what_an_older_moex_saved_while_it_skipped_is_not_good(opened, tmp_path):
     skipping = STATE | {"guard": STATE["guard"] | {"skipped_in_row": jnp.int32(5)}}
     checkpointer = opened(tmp_path, keep=3)
@@ -327,7 +331,13 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage",
+    thorough_but_for(
+        DAMAGES,
+        *("one bit of the parameters", "a data file cut in two", "no meta", "nothing"),
+    ),
+)
 def test_damage_is_noticed_and_the_step_before_is_taken(
     opened, saved, tmp_path, damage
 ):
@@ -380,6 +390,7 @@ def test_swapped_folders_are_noticed(opened, saved, tmp_path):
     assert len(said) == 2
 
 
+@pytest.mark.thorough
 def test_scores_that_rank_are_looked_at_in_every_checkpoint(opened, tmp_path):
     nll = {1: 3.0, 2: 1.0, 3: 2.0}
     save(opened(tmp_path, keep=1, keep_best=2), 1, 2, 3, nll=nll)

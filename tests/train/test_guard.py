@@ -62,6 +62,7 @@ def test_bad_updates_are_skipped_and_counted(train, tmp_path, monkeypatch, capsy
     assert [r["step"] for r in runs.records(tmp_path, "eval")] == [3, 4, 5]
 
 
+@pytest.mark.thorough
 def test_the_last_step_after_a_skipped_one_ends_the_run(
     train, tmp_path, monkeypatch, capsys
 ):
@@ -74,6 +75,7 @@ def test_the_last_step_after_a_skipped_one_ends_the_run(
     assert "it has taken 5 steps and config.steps is 5" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_the_run_stops_after_nan_limit(train, tmp_path, monkeypatch):
     runs.watch_batches(monkeypatch, poison=set(range(4, 8)))
     with pytest.raises(TrainingStopped) as stopped:

@@ -114,6 +114,7 @@ def test_nor_where_the_system_has_no_locks(tmp_path, holder, monkeypatch):
     assert len(take(tmp_path)) == 1
 
 
+@pytest.mark.thorough
 def test_the_number_of_a_dead_process_may_be_that_of_another(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_flock", lambda folder: None)
     record = lock._here(os.open(tmp_path, os.O_RDONLY), None) | {"born": "before"}
@@ -196,6 +197,7 @@ def test_of_many_at_once_one_gets_it(tmp_path, monkeypatch, other_host, links):
     assert sorted(got) == [0] * 7 + [1]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("text", ["", "\xff"])
 def test_a_file_that_is_no_record_is_waited_for_once(tmp_path, other_host, text):
     (tmp_path / FILE).write_text(text, encoding="latin-1")

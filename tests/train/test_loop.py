@@ -294,6 +294,7 @@ def test_where_a_kind_changes_its_fields_are_not_told(straight):
     ]
 
 
+@pytest.mark.thorough
 def test_init_from_takes_parameters_only(
     train, folder, straight, tmp_path, monkeypatch
 ):
@@ -398,6 +399,7 @@ def test_a_bad_profile_is_said_before_any_work(train, tmp_path, monkeypatch, wro
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_a_step_that_is_not_due_is_looked_at_steps_later(train, tmp_path, monkeypatch):
     """Steps 1, 6 and 12 are due; the others when 4 more were dispatched, or with those.
 

@@ -69,6 +69,7 @@ def written(workdir, num_experts, num_layers, detail):
     return {kind: events.Tags()[kind] for kind in ("scalars", "histograms", "images")}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("detail", ["brief", "detailed"])
 def test_the_number_of_series_is_bounded(tmp_path, detail):
     """However many experts; in brief however many layers."""

@@ -36,6 +36,7 @@ from tests.helpers import (
     tiny_lm,
     tiny_moe,
 )
+from tests.marks import thorough_but_for
 from tests.tolerances import assert_close
 
 # A large epsilon, because Adam's first step is otherwise the sign of the gradient and
@@ -127,7 +128,7 @@ def test_microbatches_add_up_to_the_batch(loss):
     compare(metrics, expected_metrics, "step")
 
 
-@pytest.mark.parametrize("grad_accum", [1, 4])
+@pytest.mark.parametrize("grad_accum", thorough_but_for([1, 4], 4))
 def test_figures_of_a_step_are_means_over_its_tokens(grad_accum):
     """Against a float64 loop over the logits of the router, of uneven microbatches."""
     spec, train_state, step = trainer("small", TOKEN_ONLY, grad_accum)
@@ -347,6 +348,7 @@ def test_a_level_that_is_not_finite_is_never_followed():
     assert mean[-1] == 1
 
 
+@pytest.mark.thorough
 def test_each_router_bias_follows_the_load_of_its_own_layer():
     """Two segments with 8 and 4 experts, the second with two layers."""
     spec, train_state, step = trainer("model", BALANCED)
@@ -364,6 +366,7 @@ def test_each_router_bias_follows_the_load_of_its_own_layer():
         assert np.any(sign != 0)
 
 
+@pytest.mark.thorough
 def test_a_clipped_step_of_the_real_optimizer_is_the_same_on_a_mesh():
     """Other layers and meshes: `tests/test_sharded.py`."""
     spec, train_state, _ = trainer("small", BALANCED)
