@@ -37,9 +37,10 @@ if PLATFORM == "cpu":
 if "PYTEST_XDIST_WORKER" not in os.environ:  # or it is the folder of all workers
     # A program is compiled once in a session: by its workers and by the processes that
     # they start. Another session starts with an empty folder.
-    programs = tempfile.mkdtemp(prefix="moex-programs-")
-    atexit.register(shutil.rmtree, programs, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+    session = tempfile.mkdtemp(prefix="moex-session-")
+    atexit.register(shutil.rmtree, session, ignore_errors=True)
+    os.environ["MOEX_TEST_SESSION"] = session
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(session, "programs")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     # JAX writes an entry of its cache in place; another process may read half of it,

@@ -4,10 +4,12 @@ Tests that train use one device: most of the time of such a run is compiling.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moex import cli
 from moex.config.base import to_dict
 from moex.config.flags import load_config
 from moex.runs import score
@@ -117,6 +120,25 @@ def train(folder, workdir, *overrides, said=None, **options):
     """Train in this process; lines before the run's own log are appended to `said`."""
     say = (lambda line: None) if said is None else said.append
     return training.train(config(folder, *overrides), workdir, say=say, **options)
+
+
+def write_trained(folder) -> pathlib.Path:
+    """`write_config`, and a run of it by `moex train`; the path of the run.
+
+    It is trained once in a session, on one device, and copied into each folder.
+    """
+    session = pathlib.Path(os.environ["MOEX_TEST_SESSION"])
+    made = session / "trained"
+    with (session / "trained.lock").open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+        if not (made / "complete").exists():
+            made.mkdir(exist_ok=True)
+            config = f"--config={write_config(made)}"
+            with one_device():
+                cli.main(["train", config, f"--workdir={made / 'run'}"])
+            (made / "complete").touch()
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    return folder / "run"
 
 
 def write(job, arrays, workdir):

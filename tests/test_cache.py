@@ -55,7 +55,7 @@ def test_a_second_process_loads_the_program_of_the_first(tmp_path):
     assert again == [value, f"{programs} False"] and "Error reading" in stderr
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_programs_used_last_stay_within_the_size(tmp_path):
     compile_program(tmp_path, 5)
     sizes = [f.stat().st_size for f in (tmp_path / "programs").glob("*-cache")]

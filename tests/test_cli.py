@@ -29,16 +29,13 @@ def setting():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
-    runs.write_config(folder)
+    runs.write_trained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """A run directory, made by `moex train`."""
-    workdir = folder / "trained"
-    cli.main(["train", f"--config={folder / 'tiny.py'}", f"--workdir={workdir}"])
-    return workdir
+    return folder / "run"
 
 
 @pytest.fixture

@@ -25,15 +25,13 @@ def setting():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verbs")
-    runs.write_config(folder)
+    runs.write_trained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    workdir = folder / "run"
-    runs.train(folder, workdir)
-    return workdir
+    return folder / "run"
 
 
 @pytest.fixture

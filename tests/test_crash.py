@@ -247,7 +247,7 @@ cli.main()
 """
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_ctrl_c_in_an_evaluation_is_one_line(undisturbed, folder):
     process = subprocess.Popen(
         [sys.executable, "-c", ENDLESS, "eval", folder / "undisturbed"],

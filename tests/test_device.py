@@ -50,7 +50,7 @@ def test_the_dry_run_does_every_step_and_its_results_make_rows(tmp_path):
     assert (tmp_path / "tilings.json").exists()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_kill_keeps_what_was_done_and_leaves_nothing_running(tmp_path):
     args = ("--dry-run", "--steps=ceiling,loads", f"--out={tmp_path}")
     archive = tmp_path / "all.tar.gz"
@@ -181,6 +181,7 @@ def test_without_the_least_time_a_step_says_so_and_stays_to_do(table, tmp_path):
     assert len(calls) == 2
 
 
+@pytest.mark.thorough
 def test_a_process_is_ended_at_its_limit_with_all_that_it_started(
     monkeypatch, tmp_path
 ):

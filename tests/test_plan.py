@@ -155,10 +155,10 @@ def test_time_between_slices():
 # Memory.
 
 MESHES = [
-    {"data": 1, "fsdp": 8},
     {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
 ]
 MORE_MESHES = [
+    {"data": 1, "fsdp": 8},
     {"data": 8},
     {"data": 2, "expert": 4},
     {"data": 2, "fsdp": 2, "tensor": 2},
@@ -293,7 +293,7 @@ def carried(cfg, name="cpu:8"):
     return {(row.axis, row.what): row.received for row in rows}
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_gradients_of_copies_are_summed(run_config):
     cfg = run_config({"data": 8})
     params = plan(cfg, topology.parse("cpu:8")).memory.params
@@ -313,7 +313,7 @@ def test_weights_are_gathered_twice_and_gradients_scattered(run_config):
     assert found["fsdp", "gradients scattered"] == 2 * 7 / 8 * split
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_frozen_base_sends_no_gradients(run_config):
     cfg = run_config({"data": 1, "fsdp": 8})
     before = carried(cfg)
@@ -415,7 +415,7 @@ def test_the_fewest_devices_hold_state_and_all_gradients_once(
     check_fewest_devices(by_microbatches[2], 2, monkeypatch)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_fewest_devices_are_those_of_shards_too(run_config, monkeypatch):
     cfg = run_config({"data": 1, "fsdp": 8})
     check_fewest_devices(plan(cfg, topology.parse("v5p:2x2x2")), 1, monkeypatch)

@@ -74,6 +74,7 @@ def test_the_stored_run_opens(run, step):
     assert (257, 4) in shapes
 
 
+@pytest.mark.thorough
 def test_the_stored_run_scores_what_it_logged(run, capsys):
     cli.main(["eval", "run", "--json"])
     found = json.loads(capsys.readouterr().out)

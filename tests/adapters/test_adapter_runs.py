@@ -30,6 +30,7 @@ from moex.serve.text import write_text
 from moex.train.step import make_train_step
 from tests import runs
 from tests.helpers import TASK, XLA, built, random_batch, tiny_lm
+from tests.marks import slow
 
 pytestmark = pytest.mark.thorough  # each has runs to train
 
@@ -104,6 +105,7 @@ def test_a_run_goes_on_exactly(folder, base, adapted):
     runs.assert_same_arrays(twice.params, once.params)
 
 
+@pytest.mark.slow
 def test_experts_that_share_weights_share_an_adapter(folder, base):
     """They are trained on, exported, read again and folded in; the map stays."""
     quiet = {"say": lambda line: None}
@@ -139,6 +141,7 @@ def test_experts_that_share_weights_share_an_adapter(folder, base):
     np.testing.assert_array_equal(state[f"{path}/stored_E"], [[0, 1, 0, 1]])
 
 
+@pytest.mark.slow
 def test_another_run_starts_from_a_run_with_adapters(folder, adapted):
     run = folder / "third"
     adapt(folder, adapted, run, "steps=2", "optim.lr=1e-9")
@@ -220,7 +223,7 @@ def step_of(cfg, grad_accum):
     return step, own | {"guard": init_guard()}
 
 
-@pytest.mark.parametrize("grad_accum", [1, 2])
+@pytest.mark.parametrize("grad_accum", [slow(1), 2])
 def test_frozen_parameters_have_no_gradient_and_no_moments(grad_accum):
     """No array of the step has the shape of a frozen stack but the parameter itself."""
     lora = LoRA(rank=2, alpha=4.0, targets=("attention",))

@@ -16,6 +16,7 @@ from moex.nn.context import Compute, Context
 from moex.nn.mla import LatentAttention
 from moex.nn.stack import Segment
 from tests.helpers import VOCAB, tiny_lm, tiny_moe
+from tests.marks import slow, thorough
 from tests.tolerances import assert_close
 
 EVERYTHING = (
@@ -103,12 +104,9 @@ COMPUTE = {
 @pytest.mark.parametrize(
     ("model", "compute"),
     [
-        pytest.param(*case, marks=pytest.mark.thorough)
-        for case in (
-            ("grouped queries", "unrolled"),
-            ("grouped queries", "bfloat16"),
-            ("latent attention, biases", "xla"),
-        )
+        slow("grouped queries", "unrolled"),
+        slow("grouped queries", "bfloat16"),
+        thorough("latent attention, biases", "xla"),
     ],
 )
 def test_it_is_the_model_with_changed_matrices(model, compute):

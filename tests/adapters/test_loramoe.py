@@ -35,7 +35,7 @@ from moex.runs.lines import read_metrics
 from moex.sharding import MeshConfig, shard_batch
 from tests import runs
 from tests.helpers import TASK, VOCAB, XLA, random_batch, tiny_lm
-from tests.marks import thorough
+from tests.marks import slow
 from tests.tolerances import TOLERANCE, assert_close
 
 B, L, D, E, R = 2, 3, 8, 4, 2
@@ -161,15 +161,10 @@ def told_loss(ctx):
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        ("w_kv_D2GA", "code"),
-        *(
-            pytest.param(*case, marks=pytest.mark.thorough)
-            for case in (
-                ("w_kv_D2GA", "paper"),
-                ("w_out_GRAD", "code"),
-                ("w_out_FD", "code"),
-            )
-        ),
+        slow("w_kv_D2GA", "code"),
+        ("w_kv_D2GA", "paper"),
+        ("w_out_GRAD", "code"),
+        slow("w_out_FD", "code"),
     ],
 )
 def test_a_matrix_is_the_reference_with_its_gradients_and_its_constraint(name, form):
@@ -392,7 +387,7 @@ def product_of(adapter, x, ctx):
     return Product(ctx).inward(x, adapter.a_INER)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_bfloat16_is_near():
     cfg = LoRAMoE(**BALANCED)
     graphdef, flat = filled(Dense(hidden=6).make(D, nnx.Rngs(params=0)), cfg)
@@ -507,7 +502,7 @@ def test_decoding_is_the_whole_forward_pass():
 
 @pytest.mark.parametrize(
     "layer",
-    [thorough(Attention(heads=4, kv_heads=2)), Dense(hidden=6)],
+    [slow(Attention(heads=4, kv_heads=2)), Dense(hidden=6)],
 )
 def test_at_the_start_it_is_the_base_bit_for_bit(layer):
     plain, adapted = (layer.make(D, nnx.Rngs(params=0)) for _ in range(2))
@@ -614,7 +609,7 @@ def test_a_run_logs_gates_and_the_constraint(tmp_path):
         assert own["load_frac_by_type"][0][0] == [None, None]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_adapters_without_experts_tell_nothing():
     lora = LoRA(rank=2, alpha=4.0, targets=("w_",))
     graphdef, flat = filled(Dense(hidden=6).make(D, nnx.Rngs(params=0)), lora)

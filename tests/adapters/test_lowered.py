@@ -19,7 +19,7 @@ from moex.nn.lowered import from_int8, lowered, to_int8
 from moex.nn.stack import Segment
 from tests.adapters.test_lora import EVERYTHING, logits
 from tests.helpers import built, mesh_of, tiny_lm, tiny_moe
-from tests.marks import thorough
+from tests.marks import slow, thorough
 
 TARGETS = tuple(t for t in EVERYTHING if "*ffn" not in t)
 # A token uses all experts: with a choice, rounding changes who is chosen.
@@ -88,7 +88,8 @@ def test_only_frozen_weights_are_lowered(model, dtype):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("dtype", "scan_layers"), [("bfloat16", True), ("int8", True), ("int8", False)]
+    ("dtype", "scan_layers"),
+    [slow("bfloat16", True), ("int8", True), slow("int8", False)],
 )
 def test_it_is_the_model_with_rounded_weights(model, dtype, scan_layers):
     spec, flat, state = model
@@ -110,7 +111,7 @@ def test_it_is_the_model_with_rounded_weights(model, dtype, scan_layers):
     assert 1e-5 < apart < 0.03, apart
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_mesh_splits_values_and_scales_alike():
     """Experts are 128 wide: a tensor axis of two has a block on each of its devices."""
     wide = tiny_moe(num_experts=4, experts=Glu(hidden=128), shared=None)

@@ -126,6 +126,7 @@ KINDS = {
     "shared by experts": (experts("w_in_ED2F"), True),
     "embedding": (embedding, False),
 }
+SLOWER = ("attention, two parts", "attention, three input dims", "experts out")
 
 
 def adapted(kind, *, bank=M, seed=0, k=K):
@@ -168,7 +169,7 @@ def float32(tree):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("kind", thorough_but_for(KINDS, "dense"))
+@pytest.mark.parametrize("kind", thorough_but_for(KINDS, "dense", later=SLOWER))
 def test_values_and_all_gradients_are_those_of_a_loop(kind, mode):
     run, base_TNO, x, own = adapted(kind)
     delta = None if mode == "train" else DELTA
@@ -315,7 +316,7 @@ def test_the_highest_signed_scores_are_chosen_not_the_largest():
     np.testing.assert_array_equal(np.flatnonzero(w), [1, 2])
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     z=arrays.arrays(

@@ -239,7 +239,7 @@ def test_it_is_the_loop_over_tokens_and_so_are_all_gradients(side):
 @pytest.mark.parametrize(
     "attention",
     [
-        pytest.param(FULL, marks=pytest.mark.thorough, id="full"),
+        pytest.param(FULL, marks=SLOW, id="full"),
         pytest.param(MLA, marks=SLOW, id="latent"),
     ],
 )
@@ -271,7 +271,7 @@ def test_at_the_start_the_compiled_model_is_the_base(side, attention):
     assert_close(found, want, "order")
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_extra_keys_of_latent_attention_are_those_of_the_loop():
     layer = MLA.make(8, nnx.Rngs(params=0))
     random = np.random.default_rng(0)

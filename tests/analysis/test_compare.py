@@ -468,6 +468,7 @@ def test_names_that_no_text_can_hold_are_written_as_escapes(
         assert r"a\udcff" in text
 
 
+@pytest.mark.thorough
 def test_a_picture_takes_any_label(moex, hostile, tmp_path):
     file = tmp_path / "curves.png"
     hidden = hostile[0].with_name("_hidden")

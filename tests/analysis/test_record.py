@@ -192,10 +192,9 @@ def test_a_limit_cuts_exactly():
 def trained(tmp_path_factory):
     """(run with checkpoints of steps 4, 6 and 8, its trace)."""
     folder = tmp_path_factory.mktemp("traced")
-    with runs.one_device():
-        runs.train(folder, folder / "run")
-    moex("trace", folder / "run", f"--out={folder / 't.parquet'}")
-    return folder / "run", folder / "t.parquet"
+    run, out = runs.write_trained(folder), folder / "t.parquet"
+    moex("trace", run, f"--out={out}")
+    return run, out
 
 
 def moex(*args):
@@ -321,6 +320,7 @@ def test_mistakes_are_one_line_and_leave_nothing(trained, capsys, tmp_path, args
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_sums_are_those_of_the_trace_beside_them(trained, tmp_path, capsys):
     run, old = trained
     out = tmp_path / "t.parquet"

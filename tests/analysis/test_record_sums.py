@@ -276,7 +276,7 @@ def test_sums_are_those_of_a_loop_over_tokens(tmp_path):
     assert found.layers["001"].transitions_AB.shape == (6, 6)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_sums(tmp_path):
     """On 8 devices that split tokens, parameters and experts."""
     chain = Chain(moe=tiny_moe(4, router=TopK(k=1), shared=None), iterations=2)

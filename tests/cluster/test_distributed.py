@@ -206,7 +206,7 @@ def test_another_architecture_is_one_line_of_one_process(folder, undisturbed):
     assert "holds a run with config.model.dim = 32, not 64" in line
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_file_that_cannot_be_read_ends_the_job_once(folder, undisturbed):
     workdir = folder / "cut"
     shutil.copytree(undisturbed, workdir)

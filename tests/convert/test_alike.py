@@ -25,6 +25,7 @@ from moex.nn.stack import Segment
 from moex.sharding import MeshConfig
 from tests import runs
 from tests.helpers import TASK, XLA, built, random_batch, tiny_lm, tiny_moe
+from tests.marks import slow
 from tests.moe import oracle
 
 E, F, D = 5, 3, 8
@@ -126,7 +127,7 @@ def tokens(model):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("align", ["none", "dominant"])
+@pytest.mark.parametrize("align", ["none", slow("dominant")])
 def test_pairs_merge_with_an_error_over_the_tokens_of_both(model, tokens, align):
     """And inputs and scores of an expert are means over its tokens."""
     found, flat = used_by(MODEL, model, "mse", align), flat_paths(model[1])
@@ -168,7 +169,7 @@ def test_layers_that_do_not_merge_are_not_looked_at():
     assert list(found) == [1] and found[1].count_E.sum() > 0
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_gradients_are_those_of_differences():
     spec, params, state = model = built(ONE_LAYER)
     flat, path = flat_paths(params), "segments/0/blocks/0/ffn/experts"

@@ -37,6 +37,7 @@ from moex.sharding import MeshConfig
 from moex.train import training
 from tests import runs
 from tests.helpers import XLA, built, context, random_batch, tiny_lm, tiny_moe
+from tests.marks import slow
 from tests.moe.test_parallel import moe as moe_on_mesh
 from tests.moe.test_parallel import values
 from tests.tolerances import assert_close
@@ -78,9 +79,7 @@ def logits(cfg, params, state):
     return jax.jit(lambda p, s: spec.merge(p, s)(ctx)[0])(params, state)
 
 
-@pytest.mark.parametrize(
-    "layers", ["copies", pytest.param("chain, narrow", marks=pytest.mark.thorough)]
-)
+@pytest.mark.parametrize("layers", ["copies", slow("chain, narrow")])
 def test_no_step_changes_the_function(layers):
     """Whole residuals are exact; dropping rows of 0 changes only the order of sums."""
     cfg = tiny_lm(LAYERS[layers])
@@ -130,7 +129,7 @@ def test_no_row_at_all_may_be_left():
 @pytest.mark.parametrize("rows", [None, (3, 2)], ids=["whole", "stored"])
 @pytest.mark.parametrize(
     "sizes",
-    [{"expert": 4, "fsdp": 2}, {"expert": 2, "tensor": 2, "fsdp": 2}],
+    [{"expert": 2, "tensor": 2, "fsdp": 2}, slow({"expert": 4, "fsdp": 2})],
     ids=str,
 )
 def test_a_mesh_changes_nothing(rows, sizes):

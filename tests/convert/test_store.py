@@ -154,7 +154,7 @@ def test_only_the_experts_of_a_plan_are_read_from_the_disk(moe_run):
     assert 0.85 * 5 * experts < every - few < 1.0 * 5 * experts
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_subset_is_written_without_the_other_experts_being_read(
     moe_run, tmp_path, monkeypatch
 ):

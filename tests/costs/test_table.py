@@ -96,7 +96,7 @@ def test_kept_by_a_pattern_is_kept_by_its_layers(run_config, remat, second):
     assert kept(cfg, 0) + kept(cfg, 1) == both
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_kept_grows_with_rounds(run_config):
     """Not with experts: a token has two slots among 8 as among 16."""
 
@@ -108,7 +108,7 @@ def test_kept_grows_with_rounds(run_config):
     assert of(tiny_moe(16)) < 1.3 * plain
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_equal_segments_with_other_adapters_keep_their_own(run_config):
     """Three equal layers of which the second is adapted, in a segment each."""
     segments = [Segment(pattern=(Dense(hidden=24),)) for _ in range(3)]
@@ -129,7 +129,7 @@ def test_equal_segments_with_other_adapters_keep_their_own(run_config):
     assert min(rest, rest_of_every) > 0 and abs(rest - rest_of_every) <= 4 * 16
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_layers_keep_what_their_attention_to_prompts_needs(run_config):
     """For each token and head the weights of the prompts, at least."""
     own = {"targets": (), "bias": False, "scale_side": None, "norms": False}

@@ -147,7 +147,7 @@ def test_the_base_of_positions_is_that_of_the_family():
         assert read_model("config.json", config).attention.rope_theta == theta
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_what_no_family_has_is_refused_with_the_difference(tmp_path):
     with runs.one_device():
         runs.train(tmp_path, tmp_path / "run", "steps=2", "eval.every=0")

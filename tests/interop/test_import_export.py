@@ -42,10 +42,13 @@ from tests.interop.folders import (
     train_on,
 )
 from tests.interop.test_dequantise import slow_mxfp4
-from tests.marks import thorough_but_for
+from tests.marks import slow, thorough_but_for
 
 
-@pytest.mark.parametrize("name", thorough_but_for(parity.NAMES, "deepseek_v3"))
+@pytest.mark.parametrize(
+    "name",
+    thorough_but_for(parity.NAMES, "deepseek_v3", later=("deepseek_v2", "olmoe")),
+)
 def test_in_and_out_again(tmp_path, name):
     """A run of the family's model, and a folder with the same bytes in every tensor."""
     run, back = tmp_path / "run", tmp_path / "back"
@@ -105,7 +108,7 @@ def test_the_shards_of_a_folder_come_back(tmp_path):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("kind", ["messages", "pairs", "text"])
+@pytest.mark.parametrize("kind", [slow("messages"), "pairs", slow("text")])
 def test_an_imported_run_is_trained_on_own_records(tmp_path, capsys, kind):
     """As docs/interop.md says; importing alone encodes no text."""
     said = " and ".join(["the cat sees the dog"] * 3)
@@ -233,7 +236,7 @@ def test_one_part_at_a_time_is_on_the_host(monkeypatch):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "olmoe"])
+@pytest.mark.parametrize("name", ["deepseek_v3", slow("gpt_oss"), slow("olmoe")])
 def test_shards_are_read_in_their_places(name):
     """On 2 x 2 x 2 devices: the same bits, the same tensors out, the same logits."""
     mesh = mesh_of(8, fsdp=2, expert=2, tensor=2)

@@ -24,6 +24,7 @@ from moex.moe.layer import MoE
 from moex.nn.mla import LatentAttention
 from moex.nn.rope import frequencies
 from tests.interop import make_readings, parity
+from tests.marks import thorough_but_for
 
 
 @functools.cache
@@ -145,10 +146,9 @@ HOSTILE = [
 
 @pytest.mark.parametrize(
     "family",
-    [
-        pytest.param(n, marks=() if n == "mixtral" else pytest.mark.thorough)
-        for n in parity.NAMES
-    ],
+    thorough_but_for(
+        parity.NAMES, "mixtral", later=("deepseek_v2", "olmoe", "qwen3_moe")
+    ),
 )
 def test_a_field_of_any_value_is_read_or_refused_in_one_line(family):
     config = make_readings.base_of(family)

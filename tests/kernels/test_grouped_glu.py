@@ -121,7 +121,9 @@ def check(actual, expected, dtype="float32"):
 
 
 @implementations
-@pytest.mark.parametrize("name", thorough_but_for(AWKWARD, "prime", "one_token"))
+@pytest.mark.parametrize(
+    "name", thorough_but_for(AWKWARD, "prime", "one_token", later=["small", "k_is_e"])
+)
 def test_equals_the_loop(name, implementation):
     # One test for all routings of a shape, which is one compilation. With all to
     # one set, "full_tiles" fills a tile of 64 and has 37 more rows.

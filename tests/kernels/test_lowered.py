@@ -183,7 +183,7 @@ def test_shapes_that_do_not_fit_are_refused():
         lowered_matmul(x_MK, weight, bounds)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx -mno-avx2 -mno-avx512f"])
 def test_narrower_vectors(tmp_path, flags):
     code = """

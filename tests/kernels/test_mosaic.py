@@ -26,7 +26,7 @@ from kernels_pallas.grouped_matmul import mosaic
 from kernels_pallas.grouped_matmul.mosaic import Tiling
 from kernels_pallas.grouped_matmul.shapes import REAL
 from kernels_pallas.implementations import Request
-from tests.marks import thorough_but_for
+from tests.marks import slow, thorough_but_for
 
 OLD = jax.__version_info__ < (0, 11)  # the interpreter of JAX 0.10 lacks some parts
 INTERPRET = mosaic_tiles.interpreter()
@@ -315,7 +315,7 @@ def layer(x, w_in, w_out, gate_TK, dy, expert_TK, keep_TK, activation, tiling):
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     ("activation", "F", "n"),
-    [("silu", 192, 128), ("gelu", 64, 64), ("clamped", 64, 64)],
+    [("silu", 192, 128), slow("gelu", 64, 64), slow("clamped", 64, 64)],
 )
 def test_layer_equals_the_loop(activation, F, n):
     x, w_in, w_out, gate_TK, dy, expert_TK, keep_TK = draw_layer(F=F)
@@ -432,7 +432,8 @@ KERNELS = ("up", "down_vjp", "product", "product_t")
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("name", "activation"), [("H1", "silu"), ("H8", "gelu"), ("H9", "clamped")]
+    ("name", "activation"),
+    [("H1", "silu"), slow("H8", "gelu"), slow("H9", "clamped")],
 )
 def test_lowers_for_an_h100(name, activation):
     defaults = dict.fromkeys(KERNELS)
@@ -440,7 +441,7 @@ def test_lowers_for_an_h100(name, activation):
         assert "mosaic_gpu" in lower(call, *arguments)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_largest_tilings_fit_in_shared_memory():
     shape = REAL["H2"]
     sizes = (shape.tokens * shape.k, shape.dim, shape.hidden, shape.num_experts)

@@ -19,7 +19,7 @@ import pytest
 
 from kernels_pallas import device, grouped_glu, grouped_matmul, make_plan
 from kernels_pallas.native import library
-from tests.marks import thorough_but_for
+from tests.marks import slow, thorough_but_for
 
 pytestmark = pytest.mark.skipif(
     device.platform() != "cpu" or library.find_compiler() is None,
@@ -145,12 +145,13 @@ ASK = "from kernels_pallas.native import library; print(library.why_not())"
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86"
 )
-@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx -mno-avx2 -mno-avx512f"])
+@pytest.mark.parametrize(
+    "flags", [slow("-mno-avx512f"), "-mno-avx -mno-avx2 -mno-avx512f"]
+)
 def test_narrower_vectors(tmp_path, flags):
     code = """
 import jax, jax.numpy as jnp, numpy as np
 from kernels_pallas import grouped_glu, make_plan
-from tests.marks import thorough_but_for
 rng = np.random.default_rng(0)
 T, K, D, F, E = 90, 2, 45, 37, 3
 sizes = ((T, D), (E, D, 2, F), (E, F, D))
@@ -173,12 +174,11 @@ print("equal")
 @pytest.mark.parametrize(
     "environment, said",
     [
-        pytest.param(
+        (
             {"CC": "no-such-compiler"},
             "no-such-compiler could not compile the C files",
-            marks=pytest.mark.thorough,
         ),
-        ({"CC": "cc -DBLOCK=256"}, "could not compile the C files: .*error"),
+        slow({"CC": "cc -DBLOCK=256"}, "could not compile the C files: .*error"),
         ({"CC": "", "PATH": ""}, "it needs a C compiler: .*pip install ziglang"),
     ],
 )

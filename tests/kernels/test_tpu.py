@@ -22,7 +22,7 @@ from kernels_pallas.grouped_matmul.shapes import REAL, LayerShape
 from kernels_pallas.grouped_matmul.tpu import Tiling, product, weight_product
 from kernels_pallas.grouped_matmul.vjp import differentiable
 from kernels_pallas.implementations import Request
-from tests.marks import thorough_but_for
+from tests.marks import slow, thorough_but_for
 
 # float32: sums of at most 300 products of order one. bfloat16: one rounding of the
 # result, 2**-8 relative; of grouped_glu also those between the matmuls.
@@ -120,7 +120,7 @@ def test_products_with_other_tilings(tiling):
         check(actual, oracle(*arrays, bounds), "float32")
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_products_in_simulated_memory():
     # The other interpreter: separate memories, copies, NaN where nothing was written.
     bounds = BOUNDS["a shard with a tail"]
@@ -409,7 +409,7 @@ def test_layer_equals_the_loop(name):
     assert np.isnan(np.asarray(actual[2], np.float64)[2]).all()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "wrong"), [("rows_of", (0, 1, 2, 3, 4)), ("inside", (0, 1, 4))]
 )
@@ -439,7 +439,9 @@ def lowered(function, *shapes):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", ["H1", "H4", "H6", "H9", "unaligned", "odd"])
+@pytest.mark.parametrize(
+    "name", ["H1", slow("H4"), slow("H6"), slow("H9"), "unaligned", "odd"]
+)
 def test_layers_lower_for_tpu(name, dtype):
     T, K, D, F, E = LOWERED[name]
     S = jax.ShapeDtypeStruct

@@ -167,6 +167,7 @@ def test_sums_in_float32_with_default_tiles():
     assert out.shape == (1, 1, 1) and out[0, 0, 0] == 2
 
 
+@pytest.mark.thorough
 def test_the_vjp_of_the_product():
     bounds = BOUNDS["shard: begins and ends between"]
     lhs_MK, rhs_GKN, dout_MN = draw(bounds)

@@ -100,7 +100,10 @@ def test_product_lowers_for_an_h100(name, dtype):
     assert text.count("gpu.triton") >= 3
 
 
-@pytest.mark.parametrize("name", thorough_but_for(list(REAL)[::3], "cpu_small"))
+@pytest.mark.parametrize(
+    "name",
+    thorough_but_for(list(REAL)[::3], "cpu_small", later=["H2", "H5", "cpu_finest"]),
+)
 def test_layer_lowers_for_an_h100(name):
     activation = list(ACTIVATIONS)[list(REAL).index(name) % 3]
     text = lower(*layer(name, "bfloat16", activation))

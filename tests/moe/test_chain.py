@@ -67,7 +67,12 @@ CHAINS = {
     ),
 }
 chains = pytest.mark.parametrize(
-    "name", thorough_but_for(CHAINS, "C = 1", "C = 2, own k and kind per round")
+    "name",
+    thorough_but_for(
+        CHAINS,
+        *("C = 2", "C = 2, own k and kind per round"),
+        later=("C = 1", "C = 3, no shared expert", "C = 2, no inner residual"),
+    ),
 )
 
 

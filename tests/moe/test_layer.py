@@ -230,6 +230,7 @@ cases = pytest.mark.parametrize(
         CASES,
         *("odd sizes, padding, shared", "all padding", "capacity"),
         *("top-p, capacity, zero", "expert choice", "hash, biases"),
+        later=("one expert", "k = E", "idle expert"),
     ),
 )
 

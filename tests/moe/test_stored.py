@@ -28,6 +28,7 @@ from moex.nn.context import Compute
 from moex.nn.stack import Segment
 from moex.sharding import MeshConfig
 from tests.helpers import XLA, context, split_module, tiny_lm
+from tests.marks import slow, thorough
 
 B, L, D, E, G = 4, 8, 16, 8, 4
 MAP = (0, 3, 1, 1, 2, 0, 3, 2)
@@ -83,7 +84,7 @@ def assert_near(found, expected, rtol=1e-5):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("kind", ["top-k", "chain"])
+@pytest.mark.parametrize("kind", ["top-k", slow("chain")])
 def test_it_computes_what_copies_of_the_weights_do(kind):
     graphdef, params, state = made(KINDS[kind])
     y_BLD, aux, grads = run(graphdef, params, state)
@@ -123,7 +124,7 @@ def test_slots_that_meet_in_one_set_become_one():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_the_kernels_in_c_compute_the_same(dtype):
     graphdef, params, state = made(MOE)
     y_BLD, *_ = run(graphdef, params, state, Compute(dtype=dtype))
@@ -135,14 +136,8 @@ def test_the_kernels_in_c_compute_the_same(dtype):
     ("kind", "exchange"),
     [
         ("top-k", "all_to_all"),
-        *(
-            pytest.param(*pair, marks=pytest.mark.thorough)
-            for pair in (
-                ("top-k", "gather"),
-                ("chain", "all_to_all"),
-                ("expert choice", "gather"),
-            )
-        ),
+        thorough("top-k", "gather"),
+        *(slow("chain", "all_to_all"), slow("expert choice", "gather")),
     ],
 )
 def test_eight_devices_compute_the_same(kind, exchange):

@@ -15,7 +15,7 @@ from moex.nn import attention, attention_blocks
 from moex.nn.attention import Attention, attend, choose
 from moex.nn.rope import frequencies, rotary
 from tests.helpers import context, mesh_of, split_module
-from tests.marks import thorough_but_for
+from tests.marks import slow, thorough_but_for
 from tests.tolerances import assert_close
 
 B, L, D = 2, 9, 8
@@ -80,7 +80,7 @@ def test_blocks_are_the_loop(dtype, block_rows):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 @pytest.mark.parametrize(
     "G", [2, *(pytest.param(G, marks=pytest.mark.slow) for G in (1, 4))]
 )
@@ -281,6 +281,7 @@ def interpreted_splash(monkeypatch):
     )
 
 
+@pytest.mark.thorough
 def test_splash_is_the_mask_of_attend(interpreted_splash):
     """The kernel itself, interpreted on CPU, against the einsum."""
     q, k, v = arrays(L=128, H=2, G=1, A=128)

@@ -18,6 +18,7 @@ from moex.nn.block import Block
 from moex.nn.mlp import Dense
 from moex.nn.stack import Segment
 from tests.helpers import XLA, built, context, split_module, tiny_lm, tiny_moe
+from tests.marks import slow
 from tests.tolerances import assert_close
 
 B, L, D = 2, 6, 16
@@ -88,9 +89,8 @@ def test_scan_is_a_loop_over_sliced_parameters(stack, scanned):
     "change",
     [
         {"remat": "full"},
-        {"remat": "dots"},
-        {"scan_layers": False},
-        pytest.param({"scan_layers": False, "remat": "full"}, marks=pytest.mark.slow),
+        *(slow({"remat": "dots"}), slow({"scan_layers": False})),
+        slow({"scan_layers": False, "remat": "full"}),
     ],
     ids=str,
 )

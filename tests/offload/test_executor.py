@@ -33,7 +33,7 @@ from moex.offload.settings import Settings
 from moex.offload.setup import of_arrays
 from moex.offload.slots import TRACED
 from tests.helpers import VOCAB, XLA, built, mesh_of, tiny_lm, tiny_moe
-from tests.marks import thorough_but_for
+from tests.marks import slow, thorough_but_for
 
 PROMPTS = (3, 7)
 GREEDY = {"max_new_tokens": 4, "temperature": 0, "compute": XLA}
@@ -91,7 +91,13 @@ def plain():
     return of
 
 
-@pytest.mark.parametrize("name", thorough_but_for(MODELS, "chain"))
+LATER = (
+    *("top-k, shared expert", "top-p", "biases, zero-computation experts", "latent"),
+    *("one latent space", "narrow", "low rank"),
+)
+
+
+@pytest.mark.parametrize("name", thorough_but_for(MODELS, "chain", later=LATER))
 def test_tokens_are_those_of_the_whole_model(name, plain, tmp_path):
     """With fewer slots than a token has experts."""
     with jax.set_mesh(mesh_of(1)):
@@ -103,7 +109,9 @@ def test_tokens_are_those_of_the_whole_model(name, plain, tmp_path):
 SMALL = "two kinds"
 
 
-@pytest.mark.parametrize("size", thorough_but_for([*"12345678", "100%"], "1"))
+@pytest.mark.parametrize(
+    "size", thorough_but_for([*"12345678", "100%"], "1", later="2345678")
+)
 def test_tokens_do_not_depend_on_policy_or_size(size, plain, tmp_path):
     cfg = MODELS[SMALL]
     with jax.set_mesh(mesh_of(1)):
@@ -184,7 +192,7 @@ def test_rows_are_read_piece_by_piece_and_cast_as_the_model_is(tmp_path):
             np.testing.assert_array_equal(row, want)
 
 
-WEIGHTS = {"weights": "int8"}, {"weights": "int4", "host": True}
+WEIGHTS = {"weights": "int8"}, slow({"weights": "int4", "host": True})
 
 
 @pytest.mark.thorough

@@ -94,7 +94,7 @@ def test_a_predictor_lies_beside_its_run(run, moex, tmp_path):
 PREDICTED = "--offload-prefetch=predictor", "--offload-policy=predicted"
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_weights_in_fewer_bytes_are_offloaded(run, moex):
     code, text, _ = moex("generate", run, *WRITE, "--weights=int8")
     assert code == 0

@@ -144,6 +144,7 @@ def test_mistakes(folder, trace, tmp_path, capsys):
     assert "400 tokens" in mistake(f"--trace={trace}", f"--compare-trace={short}")
 
 
+@pytest.mark.thorough
 def test_an_imported_checkpoint(tmp_path, capsys):
     run = tmp_path / "mixtral"
     with runs.one_device():

@@ -20,6 +20,7 @@ from moex.serve.text import write_text
 from moex.train.job import make_job
 from tests import runs
 from tests.helpers import built
+from tests.marks import slow
 
 pytestmark = pytest.mark.thorough  # each has runs to train
 
@@ -82,7 +83,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [slow("loramoe"), slow("v2"), "moram"])
 def test_other_kinds_come_back_from_files_of_our_own(folder, kind):
     fields = (f"init_from={folder / 'plain'}", f"model.adapter={KINDS[kind]}")
     run = written(folder, kind, *fields, base=folder / "plain")
@@ -151,6 +152,7 @@ def test_adapters_go_with_a_subset_of_experts(folder, tmp_path):
     assert found == write_text(place, prompts, steering=Steering(layers=(both,)), **how)
 
 
+@pytest.mark.slow
 def test_targets_of_segments_that_are_cut_are_refused(folder, tmp_path):
     base = written(folder, "two", "model.layers[1].repeat=2")
     targets = "targets=('segments/1/*/experts/*',)"

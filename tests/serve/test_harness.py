@@ -142,6 +142,7 @@ def test_a_score_is_the_same_bits_in_any_batch(run, next_logits):
     assert continuation_scores(run, pairs * 9) == together * 9
 
 
+@pytest.mark.thorough
 def test_few_programs_are_compiled(run):
     likelihood._scores.clear_cache()
     pairs = [([DOC] * n, [1]) for n in range(1, 60)]

@@ -22,6 +22,7 @@ from moex.runs.open import load_run
 from moex.tasks.distillation import Distillation, divergence
 from tests import runs
 from tests.helpers import XLA, built, random_batch, tiny_lm
+from tests.marks import slow
 from tests.tolerances import assert_close
 
 B, L = 4, 8
@@ -75,7 +76,7 @@ def logits(models, params):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("over", ["tokens", "sequences"])
+@pytest.mark.parametrize("over", [slow("tokens"), "sequences"])
 def test_it_is_added_to_the_cross_entropy(models, over):
     _, params, taught, _, batch = models
     task = Distillation(teacher="t", weight=0.3, temperature=2.0, over=over)
@@ -206,7 +207,7 @@ def test_a_teacher_is_looked_at_before_any_work(folder, tmp_path, monkeypatch):
     assert "whose parameters are not the same any more" in told()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_run_that_never_began_may_take_another_teacher(folder, tmp_path):
     """Killed between teacher.json and config.json; then the config names another."""
     run = RunDir(tmp_path / "run")

@@ -124,7 +124,7 @@ def test_a_state_that_is_not_finite_is_not_saved(train, tmp_path, monkeypatch, c
     )
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_rows_that_find_no_room_name_the_field(train, tmp_path, monkeypatch, capsys):
     """Two devices, each with room for the mean number of rows and none above it."""
     two = jax.local_devices()[:2]
@@ -156,7 +156,7 @@ def test_parameters_that_a_schedule_unfreezes_are_trained(folder, tmp_path):
     assert found[-1]["nll"] < found[59]["nll"] - 1
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_that_nothing_is_trained_is_said_once(folder, tmp_path, capsys):
     cfg = runs.config(folder, "steps=6", "eval.every=0", "checkpoint.every=0")
     cfg.optim.lr_factors = (("*", Schedule(points=((3, 0.0), (4, 1.0)))),)

@@ -103,7 +103,7 @@ def test_a_killed_process_does_not_stand_in_the_way(tmp_path, holder):
     assert f"process {process.pid} on " in line and "ended without a word" in line
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_nor_where_the_system_has_no_locks(tmp_path, holder, monkeypatch):
     monkeypatch.setattr(lock, "_flock", lambda folder: None)
     process = holder()

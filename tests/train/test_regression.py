@@ -221,7 +221,7 @@ def test_traces_of_other_series_are_not_compared(straight, traced, moex, folder)
     assert code == 2 and "traces of other data; their config.data differ" in error
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_params_compare_and_report_show_it(straight, moex, folder, traced):
     workdir, _ = straight
     code, out, _ = moex("params", f"--config={folder / 'waves.py'}")

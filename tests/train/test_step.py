@@ -36,7 +36,7 @@ from tests.helpers import (
     tiny_lm,
     tiny_moe,
 )
-from tests.marks import thorough_but_for
+from tests.marks import slow, thorough, thorough_but_for
 from tests.tolerances import assert_close
 
 # A large epsilon, because Adam's first step is otherwise the sign of the gradient and
@@ -113,10 +113,7 @@ def _named(tree):
 
 @pytest.mark.parametrize(
     "loss",
-    [
-        pytest.param(TOKEN_ONLY, id="tokens", marks=pytest.mark.thorough),
-        pytest.param(BY_SEQUENCE, id="rows", marks=pytest.mark.thorough),
-    ],
+    [slow(TOKEN_ONLY, id="tokens"), thorough(BY_SEQUENCE, id="rows")],
 )
 def test_microbatches_add_up_to_the_batch(loss):
     """Parameters, optimizer, every loss and every figure of the routing."""
