@@ -168,6 +168,7 @@ def test_experts_are_held_once():
     assert three - one == 4 * D  # one more router
 
 
+@pytest.mark.thorough
 def test_block_forms():
     """core.md 1a: what is added to the output of the chain, with C = 2."""
     cfg = Chain(moe=moe(RAW), iterations=2)

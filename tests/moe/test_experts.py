@@ -167,6 +167,7 @@ def test_values_and_gradients_are_those_of_the_loop(name, form, inputs, run):
             assert jnp.all(gradients[leaf][E - 1] == 0), "an idle expert has a gradient"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "dtype", "kind"),
     [(name, "float32", "float32") for name in FUSED]

@@ -341,6 +341,7 @@ X_BLD = jax.random.normal(jax.random.key(3), (2, 5, D))
 CTX = context(2, 5, compute=XLA)
 
 
+@pytest.mark.thorough
 def test_ample_capacity_is_dropless():
     for router in (TopK(k=2, init_std=0.7), TopP(p=0.5, k_max=3, init_std=0.7)):
         dropless = other(router)
