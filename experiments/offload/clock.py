@@ -1,6 +1,6 @@
 """Does the simulator tell the time that decoding with offloaded experts takes?
 
-    python -m experiments.offload.clock
+    python -m experiments.offload.clock [--times=3]
 
 A model of random weights with experts of 6 MB (4 layers of 16, 2 a token, width 512)
 writes 16 tokens, one at a time, with slots for 4, 8 and 12 experts of a layer and three
@@ -8,17 +8,21 @@ policies. The costs are measured once for all of these, in a warm-up with other 
 and slots for 6 experts of a layer (`moex/offload/profile.py`); the simulator gets them,
 and which experts the model used. Warm-up and measured runs take turns, so that other
 work of the machine meets all of them. Times are the shortest of 12 runs, of each part
-of a layer in each step, and of whole steps. Writes clock.json.
+of a layer in each step, and of whole steps. All of it is done `--times` times. Writes
+clock.json.
 """
 
+import argparse
 import dataclasses
 import itertools
+import os
 import pathlib
 
 import jax
 import numpy as np
 
 from experiments.compression import testbed
+from moex.config.arguments import positive
 from moex.json_files import dump_json
 from moex.model.spec import init_params
 from moex.moe.experts.glu import Glu
@@ -159,55 +163,60 @@ def parts_of(turns: list[Turn], costs: Costs) -> dict:
     }
 
 
-def main() -> None:
-    """Measure and simulate every size and policy."""
-    run = large_run()
-    warm, *opened = [
-        open_offloaded(run, settings)
-        for settings in (
-            WARM_UP,
-            *(
-                Settings(str(s), policy=p, allocate="shared")
-                for s, p in itertools.product(SLOTS, POLICIES)
-            ),
-        )
-    ]
-    print("measuring", flush=True)
+def opened_all() -> list[Offloaded]:
+    """The model with the slots of the warm-up, and then with those of every row."""
+    run, rows = large_run(), itertools.product(SLOTS, POLICIES)
+    settings = [WARM_UP, *(Settings(str(slots), policy=p) for slots, p in rows)]
+    return [open_offloaded(run, own) for own in settings]
+
+
+def one_time(opened: list[Offloaded]) -> dict:
+    """Measure and simulate every size and policy once."""
+    (warm, *others), load = opened, os.getloadavg()[0]
     calibrated, rounds = [], []
     for _ in range(ROUNDS):
-        cfg = warm.run.cfg
-        args = warm.executor, cfg.model, compute_of(cfg, train=False)
+        args = warm.executor, warm.run.cfg.model, compute_of(warm.run.cfg, train=False)
         calibrated.append(warm_up(*args, repeats=REPEATS))
-        rounds.append([measured(own) for own in opened])
+        rounds.append([measured(own) for own in others])
     costs = fitted(shortest(calibrated))
-    print(costs)
     rows = [
         row_of(own, list(found), costs)
-        for own, found in zip(opened, zip(*rounds, strict=True), strict=True)
+        for own, found in zip(others, zip(*rounds, strict=True), strict=True)
     ]
-    found = {
-        "device": jax.devices()[0].device_kind,
-        "tokens": TOKENS - 1,
-        "costs": dataclasses.asdict(costs),
-        "rows": rows,
-    }
-    (HERE / "clock.json").write_text(
-        dump_json(found, indent=1) + "\n", encoding="utf-8"
-    )
-    print(table(found))
+    return {"load": load, "costs": dataclasses.asdict(costs), "rows": rows}
 
 
-def table(found: dict) -> str:
-    """The table of the README."""
+def write(times: list[dict]) -> None:
+    """Write clock.json, and print the table."""
+    found = {"device": jax.devices()[0].device_kind, "tokens": TOKENS - 1}
+    text = dump_json(found | {"times": times}, indent=1) + "\n"
+    (HERE / "clock.json").write_text(text, encoding="utf-8")
+    print(table(times))
+
+
+def main() -> None:
+    """Measure and simulate as often as is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--times", type=positive, default=3)
+    args = parser.parse_args()
+    opened = opened_all()
+    write([one_time(opened) for _ in range(args.times)])
+
+
+def table(times: list[dict]) -> str:
+    """The table of the README: medians, and the smallest and greatest ratio."""
     told = ["| slots | policy | hits | measured, ms | simulated, ms | ratio | whole |"]
     told.append("|---|---|---|---|---|---|---|")
-    for row in found["rows"]:
-        share = row["hits"] / (row["hits"] + row["misses"])
-        times = [1000 * row[k] / found["tokens"] for k in ("seconds", "simulated")]
-        told.append(
-            f"| {row['slots']} | {row['policy']} | {share:.3f} | {times[0]:.1f} | "
-            f"{times[1]:.1f} | {row['ratio']:.2f} | {row['ratio whole']:.2f} |"
-        )
+    for rows in zip(*(own["rows"] for own in times), strict=True):
+        one = rows[0]
+        cells = [f"{one['hits'] / (one['hits'] + one['misses']):.3f}"]
+        for name in ("seconds", "simulated"):
+            milliseconds = [1000 * row[name] / (TOKENS - 1) for row in rows]
+            cells.append(f"{np.median(milliseconds):.1f}")
+        for name in ("ratio", "ratio whole"):
+            own = [row[name] for row in rows]
+            cells.append(f"{np.median(own):.2f} ({min(own):.2f} to {max(own):.2f})")
+        told.append(f"| {one['slots']} | {one['policy']} | {' | '.join(cells)} |")
     return "\n".join(told)
 
 
