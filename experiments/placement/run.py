@@ -4,7 +4,8 @@
 
 A model of 4 layers of 16 experts, 2 a token (`experiments/compression/testbed.py`), is
 traced at several steps of its training: 4608 held-out tokens to place by, and as many
-others to score by. Results go to results.json, and tables to results.md.
+others to score by. Results go to results.json, and tables to results.md; those of other
+steps (--steps=0,100,1000,3000, in another folder) to results-3000.json.
 """
 
 import argparse
@@ -41,11 +42,13 @@ PLAIN = 4  # devices of the main table
 MILP_SECONDS = 30.0
 
 
-def runs_of(folder: pathlib.Path, seed: int) -> tuple[pathlib.Path, pathlib.Path]:
+def runs_of(
+    folder: pathlib.Path, seed: int, steps: tuple[int, ...] = STEPS
+) -> tuple[pathlib.Path, pathlib.Path]:
     """The run before training, and the trained one with its checkpoints on the way."""
     files = testbed.write_texts((folder / f"texts{seed}").absolute(), seed)
     cfg = testbed.config(files, seed)
-    cfg.steps = STEPS[-1]
+    cfg.steps = steps[-1]
     cfg.checkpoint = Checkpoint(every=100, keep=40, keep_best=0)
     first, last = folder / f"first{seed}", folder / f"run{seed}"
     if not RunDir(first).is_run():
@@ -123,11 +126,11 @@ def logits_differ(run, own: Affinity) -> float:
     return float(jnp.max(jnp.abs(logits(*placed) - logits(*trees))))
 
 
-def one_seed(folder: pathlib.Path, seed: int) -> dict:
+def one_seed(folder: pathlib.Path, seed: int, steps: tuple[int, ...]) -> dict:
     """The figures of a seed."""
-    first, last = runs_of(folder, seed)
+    first, last = runs_of(folder, seed, steps)
     found: dict = {"steps": {}}
-    for step in STEPS:
+    for step in steps:
         file = traced(folder, last if step else first, seed, step)
         own, other = counts.read(file, every=2)
         found["steps"][str(step)] = scored(own, other, PLAIN) | top(own)
@@ -144,7 +147,7 @@ def one_seed(folder: pathlib.Path, seed: int) -> dict:
         for part in (profiled(file, share) for share in PROFILES)
     }
     # A plan of an early checkpoint on the traffic of the last one.
-    early, _ = counts.read(traced(folder, last, seed, STEPS[1]), every=2)
+    early, _ = counts.read(traced(folder, last, seed, steps[1]), every=2)
     stale = place(early, How(devices=PLAIN))
     found["stale"] = stale.crossings(other).all
     limits = {"method": "milp", "time_limit": MILP_SECONDS}
@@ -190,6 +193,7 @@ def stated(values, digits=3) -> str:
 def table(found: dict) -> str:
     """The tables of all seeds, as Markdown."""
     seeds = list(found.values())
+    _, early, *_, last = seeds[0]["steps"]
     names = {
         "contiguous": "as it is",
         "placed": "placed",
@@ -219,7 +223,7 @@ def table(found: dict) -> str:
         "the same, placed": lambda s: s["nodes"]["placed"][0],
         "in a node, as it is": lambda s: s["nodes"]["contiguous"][1],
         "the same, placed ": lambda s: s["nodes"]["placed"][1],
-        f"plan of step {STEPS[1]} on text of step {STEPS[-1]}": lambda s: s["stale"],
+        f"plan of step {early} on text of step {last}": lambda s: s["stale"],
         "milp: held out": lambda s: s["milp"]["held_out"],
         "milp: gap": lambda s: s["milp"]["gap"],
         "load 10 % above the mean at most: held out": lambda s: s["slack"]["held_out"],
@@ -242,7 +246,7 @@ def table(found: dict) -> str:
 
 def verdicts(seeds: list[dict]) -> list[str]:
     """Lines about the criteria of the paper notes, over seeds."""
-    last, early = str(STEPS[-1]), str(STEPS[1])
+    _, early, *_, last = seeds[0]["steps"]
     ends = [s["steps"][last] for s in seeds]
     before = [s["steps"][early] for s in seeds]
     drifts = [a["held_out"] / b["held_out"] for a, b in zip(before, ends, strict=True)]
@@ -270,11 +274,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=path, required=True, help="folder for the runs")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--steps", default=",".join(map(str, STEPS)))
     args = parser.parse_args()
-    results = pathlib.Path(__file__).with_name("results.json")
+    steps = tuple(map(int, args.steps.split(",")))
+    name = "results" if steps == STEPS else f"results-{steps[-1]}"
+    results = pathlib.Path(__file__).with_name(f"{name}.json")
     found = read_object(results) if results.exists() else {}
     for seed in args.seeds.split(","):
-        found[seed] = one_seed(pathlib.Path(args.out), int(seed))
+        found[seed] = one_seed(pathlib.Path(args.out), int(seed), steps)
         print(seed, found[seed], flush=True)
         found = dict(sorted(found.items()))
         results.write_text(dump_json(found, indent=1) + "\n", encoding="utf-8")
