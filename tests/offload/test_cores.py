@@ -87,21 +87,26 @@ from moex.serve.text import write_text
 
 every = sorted(os.sched_getaffinity(0))
 setup.profile = lambda *args: Costs(cpu_row=1.0, device=0.0, move=1.0)
-used = set()
+used, found = set(), {}
 sums = host.HostExperts.sums
 def watched(self, *args):
     used.add(threading.get_native_id())
-    return sums(self, *args)
+    sum_TD = sums(self, *args)
+    found.clear()
+    for task in pathlib.Path("/proc/self/task").iterdir():
+        try:
+            lines = (task / "status").read_text().splitlines()
+            bound = sorted(os.sched_getaffinity(int(task.name)))
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
+            continue
+        told = dict(line.split(":", 1) for line in lines if ":" in line)
+        allowed = told["Cpus_allowed_list"].strip()
+        found[task.name] = [told["Name"].strip(), allowed, bound]
+    return sum_TD
 host.HostExperts.sums = watched
 how = {"max_new_tokens": 6, "seed": 0, "temperature": 0.8, "top_k": 0, "top_p": 1.0}
 offload = Settings("1", host=True)
 texts = write_text(sys.argv[1], ["the cat"], offload=offload, **how)
-found = {}
-for task in pathlib.Path("/proc/self/task").iterdir():
-    lines = (task / "status").read_text().splitlines()
-    told = dict(line.split(":", 1) for line in lines if ":" in line)
-    bound = sorted(os.sched_getaffinity(int(task.name)))
-    found[task.name] = [told["Name"].strip(), told["Cpus_allowed_list"].strip(), bound]
 print(json.dumps([texts, every, found, sorted(used), os.getpid()]))
 """
 
