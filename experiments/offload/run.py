@@ -3,7 +3,7 @@
     python -m experiments.offload.run [--seeds=0,1,2]
 
 The model of `experiments/compression/testbed.py` (4 layers of 16 experts, 2 a token) is
-trained for each seed. Its held-out texts are traced: 96 of them are replayed, mixed, as
+trained for each seed. Its held-out texts are traced: 32 of them are replayed, mixed, as
 decoding would go, after a predictor was trained on the others. Writes results.json and
 plot.png next to this file, and prints the tables of the README.
 
@@ -35,7 +35,7 @@ from moex.runs.directory import RunDir
 
 HERE = pathlib.Path(__file__).parent
 RUNS = pathlib.Path("runs/compression")
-REPLAYED, FEW = 96, 8  # texts, of all replays and of those with many costs
+REPLAYED, FEW = 32, 8  # texts, of all replays and of those with many costs
 SLOTS = (4, 8, 12)  # of 16 experts of a layer
 # The constants of HybriMoE's code, without the rest of a layer.
 REPO = Costs(cpu_first=0.79, cpu_row=1.0, device=0.5, move=0.41791011235117914)
