@@ -20,6 +20,7 @@ PUBLIC = {
     "moex.config.schedule": "Schedule",
     "moex.data.contract": "Document FileSource Source TokenizerConfig",
     "moex.data.pipeline": "Data",
+    "moex.data.procedural": "Copies Modular WordProblems",
     "moex.data.series": "Series",
     "moex.data.sources": "Parquet PromptResponse PythonStdlib Text",
     "moex.data.tokenizer": "Bpe Bytes TokenizerFile",

@@ -35,7 +35,7 @@ FLOORS = (
     {"train"},
     {"analysis"},
     {"convert", "costs", "interop", "offload", "placement", "plan", "serve"},
-    {"report"},
+    {"experiment", "report"},
     {"commands"},
     {"cli"},
     {"__main__"},

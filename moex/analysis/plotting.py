@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moex.analysis.compare import Group, Table, estimate, make_table
+from moex.analysis.points import write_points
 from moex.analysis.reading import Curve
+from moex.data.files import naming
 from moex.terminal import printable
 
 PANELS = (
@@ -243,3 +245,20 @@ def picture(groups: Sequence[Group], file: pathlib.Path) -> None:
     for text in legend.get_texts():
         text.set_parse_math(False)  # a dollar begins no formula
     figure.savefig(file, dpi=120)
+
+
+def write_comparison(groups: Sequence[Group], data: str, out: pathlib.Path) -> None:
+    """Write runs side by side as the ending of a file says.
+
+    Args:
+      data: the groups as JSON, for ".json".
+      out: ends in ".json", ".csv" (points of the curves), ".html" or ".png".
+    """
+    with naming(out):
+        if out.suffix == ".json":
+            out.write_text(data + "\n", encoding="utf-8")
+        elif out.suffix == ".csv":
+            write_points(groups, out)
+        else:
+            draw = page if out.suffix == ".html" else picture
+            draw(groups, out)

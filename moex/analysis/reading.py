@@ -58,7 +58,7 @@ def read_runs(paths: Sequence[pathlib.Path]) -> list[Run]:
     Raises:
       ConfigError: for fewer, for one that is given twice or cannot be compared.
     """
-    paths = [run for path in paths for run in _runs_of(path)]
+    paths = [run for path in paths for run in runs_of(path)]
     if len(paths) < 2:
         raise ConfigError(f"compare: needs two runs or more; got {len(paths)}.")
     seen: dict[pathlib.Path, pathlib.Path] = {}
@@ -70,7 +70,8 @@ def read_runs(paths: Sequence[pathlib.Path]) -> list[Run]:
     return [read_run(path) for path in paths]
 
 
-def _runs_of(path: pathlib.Path) -> list[pathlib.Path]:
+def runs_of(path: pathlib.Path) -> list[pathlib.Path]:
+    """A run directory itself; of the folder of a sweep, its runs."""
     if RunDir(path).is_run() or not (path / SWEEP).is_file():
         return [path]
     return sorted(run for run in path.iterdir() if RunDir(run).is_run())

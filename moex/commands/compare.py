@@ -23,6 +23,7 @@ class Command(Verb):
       moex compare runs/quickstart runs/k4 --out=k4.html
       moex compare runs/sweep --json
       moex compare runs/first runs/again --assert-equal=1e-6
+      moex compare runs/idea --ladder=runs/ladder
     """
     usage = "RUN RUN ... [options]"
     refuses_config = "takes the configs of the runs"
@@ -47,20 +48,37 @@ class Command(Verb):
             "more than RTOL of the larger value and more than ATOL (both 0)",
         )
 
+        parser.add_argument(
+            "--ladder",
+            type=path,
+            metavar="RUNS",
+            help="judge the runs by a ladder of baselines of growing size, a folder of "
+            "runs or a file of `moex compare --out=ladder.json`: the compute and time "
+            "that they save for the same loss (docs/experiments.md)",
+        )
+
     def run(self, args, config_args):
         from moex.analysis.compare import make_groups, table
         from moex.analysis.equality import Tolerance, assert_equal
+        from moex.analysis.judging import judged
+        from moex.analysis.plotting import write_comparison
         from moex.analysis.reading import read_runs
 
         use_cpu()
         out = args.out
         if args.assert_equal is not None:
-            if args.json or out is not None:
-                flag = "--json" if args.json else "--out"
+            others = {"json": args.json, "out": out, "ladder": args.ladder}
+            if given := [name for name, value in others.items() if value]:
+                flag = f"--{given[0]}"
                 raise ConfigError(
                     f"{flag}: --assert-equal says one line; leave it out."
                 )
             print(assert_equal(args.runs, Tolerance(*args.assert_equal)))
+            return
+        if args.ladder is not None:
+            if out is not None:
+                raise ConfigError("--out: --ladder prints a judgement; leave it out.")
+            print(judged(args.runs, args.ladder, args.json))
             return
         if out is not None:  # check this before anything is read
             allowed = f"a name that ends in {', '.join(ENDINGS)}"
@@ -69,22 +87,7 @@ class Command(Verb):
         groups = make_groups(read_runs(args.runs))
         data = dump_json({"groups": [group.to_dict() for group in groups]})
         if out is not None:
-            _write(groups, data, out)
+            write_comparison(groups, data, out)
         print(data if args.json else table(groups, width=line_width()))
         if out is not None and not args.json:
             print(f"written: {out}")
-
-
-def _write(groups, data: str, out) -> None:
-    from moex.analysis.plotting import page, picture
-    from moex.analysis.points import write_points
-    from moex.data.files import naming
-
-    with naming(out):
-        if out.suffix == ".json":
-            out.write_text(data + "\n", encoding="utf-8")
-        elif out.suffix == ".csv":
-            write_points(groups, out)
-        else:
-            draw = page if out.suffix == ".html" else picture
-            draw(groups, out)

@@ -1,0 +1,4 @@
+"""The digest has a judgement for each idea and no claims of a paper."""
+
+MECHANISMS = ()
+CLAIMS = ()
