@@ -72,10 +72,11 @@ def divide() -> Cores | None:
     return Cores(every, every)
 
 
-def _shared(reason: str) -> None:
+def _shared(reason: str) -> Cores | None:
     if jax.default_backend() == "cpu":
         told = f"host and device take turns on the same cores: {reason}."
         tell(f"--offload-host: {told}")
+    return None
 
 
 def bind(cores: Iterable[int]) -> None:
