@@ -114,7 +114,7 @@ def to_int4(w: jax.Array, scales_shape: tuple[int, ...], dtype=jnp.bfloat16):
     factors = jnp.asarray(TRIALS, jnp.float32)
     scale = scale_of(factors[jnp.argmin(jax.lax.map(error_of, factors), axis=0)])
     ratio = _ratio(w, scale)
-    level = sum(
+    level = jnp.zeros(w.shape, jnp.int32) + sum(
         (ratio > (below + above) / 2).astype(jnp.int32)
         for below, above in pairwise(LEVELS)
     )
