@@ -1,0 +1,4 @@
+"""The grid is a table and has no claims."""
+
+MECHANISMS = ()
+CLAIMS = ()
