@@ -50,7 +50,7 @@ FOLDER = pathlib.Path("runs/offload")
 LAYERS, EXPERTS, WIDTH, HIDDEN = 4, 16, 512, 1024
 SLOTS, POLICIES, TOKENS = (4, 8, 12), ("lru", "lfu", "mrs"), 16
 ROUNDS, REPEATS = 4, 3
-WARM_UP = Settings("6", allocate="shared")
+WARM_UP = Settings("6")
 
 
 def large_run() -> RunDir:
@@ -100,7 +100,9 @@ def routes_of(rows_SLE, score_SLE) -> Routes:
 def simulated(found: Measured, slots: int, policy, costs: Costs) -> dict:
     """The figures of the simulator for the steps after the prompt."""
     routes = routes_of(found.rows_SLE, found.score_SLE)
-    cache = ExpertCache(LAYERS, EXPERTS, slots * LAYERS, policy)
+    per_layer = [slots] * LAYERS  # as --offload-allocate=equal, the default
+    sizes = LAYERS, EXPERTS, slots * LAYERS
+    cache = ExpertCache(*sizes, policy, per_layer=per_layer)
     steps = [np.array([n]) for n in range(len(routes))]
     simulate(routes, steps[:1], cache, costs)
     result = simulate(routes, steps[1:], cache, costs)
