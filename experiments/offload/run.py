@@ -35,7 +35,7 @@ from moex.runs.directory import RunDir
 
 HERE = pathlib.Path(__file__).parent
 RUNS = pathlib.Path("runs/compression")
-REPLAYED, FEW = 32, 8  # texts, of all replays and of those with many costs
+REPLAYED, FEW = 96, 8  # texts, of all replays and of those with many costs
 SLOTS = (4, 8, 12)  # of 16 experts of a layer
 # The constants of HybriMoE's code, without the rest of a layer.
 REPO = Costs(cpu_first=0.79, cpu_row=1.0, device=0.5, move=0.41791011235117914)

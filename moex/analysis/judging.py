@@ -106,10 +106,10 @@ def text(compute: Law, time: Law, found: Sequence[Judgement]) -> str:
 
 def to_dict(compute: Law, time: Law, found: Sequence[Judgement]) -> dict:
     """The same as plain data."""
-    laws = {}
+    laws: dict[str, dict[str, Any]] = {}
     for each in (compute, time):
         names = ("floor", "scale", "alpha")
-        own = {name: each.interval(name)._asdict() for name in names}
+        own: dict[str, Any] = {n: each.interval(n)._asdict() for n in names}
         seeds = {"residual": each.residual, "deviation": each.deviation}
         laws[each.axis] = own | {"unit": each.unit} | seeds
     ideas = []

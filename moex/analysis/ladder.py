@@ -58,7 +58,7 @@ class Rung:
         return float(np.mean(getattr(self, axis)))
 
 
-def law(spent_P, log_gap, log_scale, alpha, least=0.0):
+def law(spent_P, log_gap, log_scale, alpha, *, least):
     """The loss floor + exp(log_scale) * spent^-alpha; floor = least - exp(log_gap).
 
     Args:
@@ -113,7 +113,7 @@ class Law:
             raise ConfigError(
                 "the ladder has one run of each size; seeds tell how sure its law is."
             )
-        squares = [np.sum((r.losses - np.mean(r.losses)) ** 2) for r in rungs]
+        squares = [np.var(r.losses) * len(r.losses) for r in rungs]
         self.deviation = float(np.sqrt(sum(squares) / freedom))
         starts = [(np.log(gap * self.low), 0.0, 0.3) for gap in (0.5, 0.1)]
         fits = [self._fit(mean_G, start) for start in starts]

@@ -153,7 +153,7 @@ def _differences(old: Any, new: Any, where: str):
     elif isinstance(old, list) and isinstance(new, (list, tuple)):
         longest = max(len(old), len(new))
         for i in range(longest):
-            pair = [side[i] if i < len(side) else None for side in (old, new)]
-            yield from _differences(*pair, f"{where}[{i}]")
+            was, now = (side[i] if i < len(side) else None for side in (old, new))
+            yield from _differences(was, now, f"{where}[{i}]")
     elif old != new:
         yield f"{where} was {old!r} and is {new!r}."

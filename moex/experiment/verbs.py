@@ -21,7 +21,7 @@ def chosen(names: Sequence[str]) -> list[Found]:
 
 def listed(names: Sequence[str]) -> str:
     """A table of experiments: what is done of them, and their questions."""
-    rows = [("experiment", *SIZES, "question")]
+    rows: list[tuple[str, ...]] = [("experiment", *SIZES, "question")]
     for found in chosen(names):
         done = []
         for size in SIZES:
