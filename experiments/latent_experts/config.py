@@ -1,4 +1,4 @@
-"""What do latent experts lose, trained from the start or converted from plain ones?
+"""How much do latent experts lose, trained from the start or converted from plain ones?
 
 The model is that of the paper's notes in small: experts of width 32 in a model of width
 128, latent width 32, so that groups of 2, 4 and 8 experts have 0.833, 0.667 and 0.583
