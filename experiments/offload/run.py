@@ -3,7 +3,7 @@
     python -m experiments.offload.run [--seeds=0,1,2]
 
 The model of `experiments/compression/testbed.py` (4 layers of 16 experts, 2 a token) is
-trained for each seed. Its held-out texts are traced: 32 of them are replayed, mixed, as
+trained for each seed. Its held-out texts are traced: 96 of them are replayed, mixed, as
 decoding would go, after a predictor was trained on the others. Writes results.json and
 plot.png next to this file, and prints the tables of the README.
 
