@@ -111,6 +111,9 @@ NEEDS = {
     "--distributed": "several hosts",
     "--compile": "the extra aot",
     "--tasks": "the extra eval",
+    "moex experiment run": "an hour; tests/experiment runs a small one",
+    "my_idea.py": "a config that the reader writes",
+    "--ladder": "runs of four sizes, which tests/analysis/test_judging.py has",
     "--visual": "a run with visual tokens, which tests/data/test_visual.py has",
 }
 # Every training is short.

@@ -25,7 +25,7 @@ Configuration:
 FIRST = (
     *("train", "init", "config", "params", "plan", "compare", "report", "eval"),
     *("generate", "trace", "analyse", "place", "convert", "import-hf", "export-hf"),
-    "data",
+    *("experiment", "data"),
 )
 
 

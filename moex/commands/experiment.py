@@ -44,6 +44,10 @@ class Command(Verb):
             "--again", action="store_true", help="do arms that have results again"
         )
         parser.add_argument(
+            "--write", action="store_true",
+            help="check: write READMEs and plots anew, from what is there",
+        )  # fmt: skip
+        parser.add_argument(
             "--dry-run", action="store_true", help="list what is left, and stop"
         )
         parser.add_argument(
@@ -59,6 +63,7 @@ class Command(Verb):
         from moex.experiment import verbs
 
         if args.action == "run":
+            require(not args.write, "--write", True, "left out of `experiment run`")
             require(len(args.names) == 1, "run", args.names, "one name of experiments")
             verbs.run(args, print)
             return
@@ -69,5 +74,9 @@ class Command(Verb):
         use_cpu()
         if args.action == "list":
             print(verbs.listed(args.names))
-        elif wrong := verbs.check(args.names, args.size, print):
+            return
+        if args.write:
+            for found in verbs.chosen(args.names):
+                verbs.refresh(found)
+        if wrong := verbs.check(args.names, args.size, print):
             fail(wrong, 1)

@@ -146,6 +146,6 @@ def check(names: Sequence[str], size: str | None, say: Say) -> str:
         if not page.readme_is_right(found):
             wrong.append(
                 f"{found.folder / 'README.md'}: says something else than results.json; "
-                f"`moex experiment run {found.name}` writes it"
+                f"`moex experiment check {found.name} --write` writes it"
             )
     return "; ".join(wrong)
