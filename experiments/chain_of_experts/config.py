@@ -78,7 +78,7 @@ def layer(
     return Chain(moe=moe, iterations=rounds, inner_residual=inner, routers=routers)
 
 
-def config(size: Size, *, residual="released", layers=None, **kind):
+def config(size: Size, *, residual="released", layers=None, lr=1.0, **kind):
     """The run config of one arm."""
     cfg = base.get_config()
     ffn = layer(size, **kind)
@@ -95,7 +95,7 @@ def config(size: Size, *, residual="released", layers=None, **kind):
     rule = AdamW(b2=0.95)
     cfg.optim = Optim(
         rule=rule,
-        lr=size.lr,
+        lr=lr * size.lr,
         schedule="constant",
         warmup_steps=size.steps // 10,
         weight_decay=0.01,
@@ -129,6 +129,11 @@ def arms(size: Size) -> dict[str, dict]:
         f"coe_k{k}c2_shared_router": chain | {"k": k, "routers": "shared"},
         "coe_outer_too": chain | {"residual": "both"},
         "coe_outer_only": chain | {"inner": False} | pre,
+        # Does another learning rate change the answer?
+        f"moe_k{k}_half_lr": {"lr": 0.5},
+        f"coe_k{half}c2_half_lr": chain | {"lr": 0.5},
+        f"moe_k{k}_double_lr": {"lr": 2.0},
+        f"coe_k{half}c2_double_lr": chain | {"lr": 2.0},
         f"moe_k{k}_pre": pre,
         f"coe_k{half}c2_pre": chain | pre,
         f"coe_k{k}c2_pre": chain | {"k": k} | pre,
@@ -193,6 +198,13 @@ def get_experiment(name):
             table(
                 "Fewer experts",
                 *(moe, f"{moe}_n{fewer}", coe, f"{coe}_n{fewer}"),
+                against=moe,
+            ),
+            table(
+                "Other learning rates",
+                *(f"{arm}_{rate}_lr" for rate in ("half", "double")
+                  for arm in (moe, coe)),
+                *(moe, coe),
                 against=moe,
             ),
             table(
