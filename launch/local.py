@@ -195,6 +195,8 @@ def run(args, train: list[str]) -> int:
         if attempt:
             say(f"restart {attempt} of {args.restarts}")
         current[:] = [Job(args, train)]
+        for number in asked[:1]:  # it came while the processes were started
+            current[0].send(number)
         code = current[0].wait(args.grace)
         if code in (0, MISTAKE) or asked:
             break
