@@ -221,6 +221,7 @@ class Reader:
             r"Text\(.*0\.1\)", 'Parquet(paths=("a.parquet",), holdout=0.1)', text
         )
         (self.folder / "parquet.py").write_text(text, encoding="utf-8")
+        (self.folder / "experiments").symlink_to(runs.ROOT / "experiments")
 
     def run(self, text: str) -> None:
         """Run a command line, once all that it needs is there."""
