@@ -93,8 +93,8 @@ class Law:
         rungs = sorted(rungs, key=lambda rung: rung.spent(axis))
         if len(rungs) < FEWEST:
             raise ConfigError(
-                f"the ladder has {len(rungs)} sizes; a law with an irreducible loss "
-                f"needs {FEWEST} or more."
+                f"a law with an irreducible loss needs {FEWEST} sizes or more; the "
+                f"ladder has {len(rungs)}."
             )
         spent_G = np.array([rung.spent(axis) for rung in rungs])
         mean_G = np.array([np.mean(rung.losses) for rung in rungs])

@@ -33,7 +33,7 @@ class Command(Verb):
         parser.add_argument("--arms", help="only these arms, A,B")
         parser.add_argument("--seeds", help="these seeds instead of its own, 0,1")
         parser.add_argument(
-            "--jobs", type=integer, default=1, metavar="N",
+            "--jobs", type=integer, metavar="N",
             help="arms at the same time, which share the cores; steps are slower then, "
             "so that times of other numbers of jobs are not comparable",
         )  # fmt: skip
@@ -67,12 +67,16 @@ class Command(Verb):
             require(len(args.names) == 1, "run", args.names, "one name of experiments")
             verbs.run(args, print)
             return
-        for flag in ("arms", "seeds", "workdir", "again", "dry_run", "in_process"):
+        own = ("arms", "seeds", "workdir", "again", "dry_run", "in_process", "jobs")
+        for flag in own:
             if getattr(args, flag):
                 name = f"--{flag.replace('_', '-')}"
                 raise ConfigError(f"{name}: is for `moex experiment run`.")
         use_cpu()
         if args.action == "list":
+            for flag in ("size", "write"):
+                if getattr(args, flag):
+                    raise ConfigError(f"--{flag}: is not for `moex experiment list`.")
             print(verbs.listed(args.names))
             return
         if args.write:

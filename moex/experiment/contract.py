@@ -12,6 +12,7 @@ An experiment is a folder `experiments/NAME` with these files:
 
 import abc
 import dataclasses
+import inspect
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -121,7 +122,12 @@ class Work(Arm):
     seeds: Sequence[int] | None = None
 
     def check(self) -> None:
-        pass
+        given = {"seed": 0, "folder": None, "others": {}, **self.args}
+        try:
+            inspect.signature(self.function).bind(**given)
+        except TypeError as e:
+            name = self.function.__qualname__
+            raise ConfigError(f"{name} cannot be called: {e}.") from None
 
     def identity(self) -> dict[str, Any]:
         name = f"{self.function.__module__}.{self.function.__qualname__}"

@@ -126,6 +126,11 @@ def _split(readme: pathlib.Path) -> tuple[str, str, str]:
     return head, begin + part + end, tail
 
 
+def check_readme(found: Found) -> None:
+    """Raise `ConfigError` if the README is missing, or lacks the marks."""
+    _split(found.folder / "README.md")
+
+
 def write_readme(found: Found) -> None:
     """Write the results into the README."""
     readme = found.folder / "README.md"

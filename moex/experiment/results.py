@@ -4,6 +4,7 @@ S seeds
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -32,13 +33,17 @@ class Results:
     arms: Mapping[str, Mapping[int, Mapping[str, Any]]]
 
     def values(self, arm: str, figure: str) -> dict[int, float]:
-        """A figure by seed.
+        """A figure by seed; NaN for one that was not finite.
 
         Raises:
-          NotDone: if no seed has it.
+          NotDone: if no seed has it as a number.
         """
-        seeds = self.arms.get(arm, {})
-        found = {s: own[figure] for s, own in seeds.items() if figure in own}
+        found = {}
+        for seed, own in self.arms.get(arm, {}).items():
+            value = own.get(figure, "")
+            value = math.nan if value is None else value  # JSON has no NaN
+            if isinstance(value, (int, float)):
+                found[seed] = float(value)
         if not found:
             raise NotDone(f"{figure} of {arm}")
         return found

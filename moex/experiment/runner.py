@@ -5,6 +5,7 @@ others alone. Results are written as they come, so that a cut experiment goes on
 here or on another machine, from results.json.
 """
 
+import json
 import os
 import pathlib
 import platform
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moex import progress
 from moex.config.base import ConfigError, require_choice
@@ -119,7 +120,7 @@ def do(found: Found, size: str, place: Place, unit: Unit) -> Figures:
     folder.path.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     others = {name: place.folder(Unit(name, unit.seed)) for name in arm.needs}
-    figures = arm.run(unit.seed, folder, others)
+    figures = plain(arm.run(unit.seed, folder, others), unit.arm)
     about = {
         "minutes": round((time.monotonic() - began) / 60, 2),
         "machine": _machine(jax.devices()[0].device_kind),
@@ -128,6 +129,30 @@ def do(found: Found, size: str, place: Place, unit: Unit) -> Figures:
     found.file.add(experiment, size, unit.arm, unit.seed, figures | about)
     atomic_write(folder.path / DONE, dump_json(about) + "\n")
     return figures
+
+
+def plain(figures: Any, arm: str) -> Figures:
+    """Figures as plain data; scalars and arrays of NumPy and JAX become Python's.
+
+    Raises:
+      ConfigError: that names the arm and the figure, for anything else.
+    """
+    if not isinstance(figures, dict):
+        kind = type(figures).__name__
+        raise ConfigError(f"arm {arm}: must return a dict of figures, not {kind}.")
+    found = {}
+    for name, value in figures.items():
+        value = value.tolist() if hasattr(value, "tolist") else value
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            kind = type(value).__name__
+            raise ConfigError(
+                f"arm {arm}: figure {name!r} is of type {kind}; it must be a number, a "
+                "text, or lists of these."
+            ) from None
+        found[name] = value
+    return found
 
 
 def _machine(device: str) -> str:

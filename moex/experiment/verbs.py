@@ -57,9 +57,12 @@ def run(args, say: Say) -> None:
     units = runner.choose(experiment, arms, seeds_of(args.seeds))
     default = pathlib.Path("runs", "experiments", name, size)
     place = Place(experiment, args.workdir or default)
+    found.criteria()  # mistakes show now, and not after hours
+    page.check_readme(found)
     if args.in_process:
+        known = found.file.of(experiment, size).arms
         for unit in units:
-            if not place.is_done(unit):
+            if not place.is_done(unit) or unit.seed not in known[unit.arm]:
                 runner.do(found, size, place, unit)
         return
     if args.again and not args.dry_run:
@@ -69,7 +72,7 @@ def run(args, say: Say) -> None:
         for line in found.file.stale(experiment, size):
             say(line)
         todo = runner.left(found, size, place, units)
-    made = Runner(found, size, place, args.jobs, say)
+    made = Runner(found, size, place, 1 if args.jobs is None else args.jobs, say)
     if args.dry_run:
         say(_plan(found, size, experiment, todo))
         return

@@ -116,11 +116,11 @@ def predictor_of(settings: Settings, folder: RunDir) -> Predictor | None:
         predictor = Predictor.read(file)
         predictor.about.check(header_of(folder, folder.config()), str(file))
     except ConfigError as e:
-        hint = nearest(settings.prefetch, PREFETCH)
-        told = f"It may also be one of {', '.join(PREFETCH)}.{hint}"
-        raise ConfigError(
-            f"--offload-prefetch: {e}" + ("" if file.exists() else f" {told}")
-        ) from None
+        told = f"--offload-prefetch: {e}"
+        if settings.prefetch != "predictor" and not file.exists():
+            hint = nearest(settings.prefetch, PREFETCH)
+            told += f" It may also be one of {', '.join(PREFETCH)}.{hint}"
+        raise ConfigError(told) from None
     return predictor
 
 

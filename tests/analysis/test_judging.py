@@ -82,7 +82,7 @@ def test_a_file_of_compare_is_a_ladder_too(folder, tmp_path, capsys):
     ("ladder", "more", "told"),
     [
         ("nowhere", (), "must be a folder with runs, or a file"),
-        ("ladder/4", (), "has 1 sizes"),
+        ("ladder/4", (), "the ladder has 1."),
         ("broken.json", (), "broken.json, group 0: has no held-out loss"),
         ("ladder", ("--out=a.html",), "--out: --ladder prints a judgement"),
         ("ladder", ("--assert-equal",), "--ladder: --assert-equal says one line"),

@@ -88,7 +88,7 @@ def test_a_loss_beyond_the_ladder_is_marked():
 @pytest.mark.parametrize(
     ("rungs", "told"),
     [
-        (ladder()[:3], "has 3 sizes"),
+        (ladder()[:3], "the ladder has 3"),
         (ladder(seeds=1), "one run of each size"),
         (ladder(scale=-0.5), "does not fall with flops: 4.0"),
     ],

@@ -156,6 +156,8 @@ def test_mistakes_are_one_line(project, capsys):
     assert "--jobs = 999" in mistake(capsys, "run", name, "--jobs=999")
     assert "one name" in mistake(capsys, "run")
     assert "--again: is for" in mistake(capsys, "check", "--again")
+    assert "--jobs: is for" in mistake(capsys, "check", "--jobs=2")
+    assert "--size: is not for" in mistake(capsys, "list", "--size=cpu")
     assert "takes the configs of the experiment" in mistake(
         capsys, "run", name, "--config=quickstart"
     )
@@ -177,12 +179,63 @@ def test_mistakes_are_one_line(project, capsys):
 def test_a_broken_experiment_is_one_line(project, file, old, new, told, capsys):
     path = project / file
     path.write_text(path.read_text().replace(old, new) + "# get_experiment\n")
-    verb = ("run", project.name) if file == "config.py" else ("check",)
-    if file == "criteria.py":
-        moex("run", project.name, "--in-process")
-        forget(project)
-    line = mistake(capsys, *verb)
+    line = mistake(capsys, "run", project.name, "--in-process")
     assert told in line and file in line
+
+
+def test_lost_results_are_made_again(project, capsys):
+    moex("run", project.name, "--in-process")
+    (project / "results.json").unlink()
+    moex("run", project.name, "--in-process")
+    data = json.loads((project / "results.json").read_text())
+    assert all(list(own["seeds"]) == ["0", "1"] for own in data["cpu"].values())
+
+
+def test_a_figure_that_is_not_finite_is_shown_as_such(project, capsys):
+    config = project / "config.py"
+    nan = 'return {"x": float("nan") if base < 3 else base'
+    config.write_text(config.read_text().replace('return {"x": base', nan))
+    moex("run", project.name, "--in-process")
+    moex("run", project.name)
+    out = capsys.readouterr().out
+    assert "b is smaller than a. does not hold here: +nan" in out
+    assert "| b | 2 | nan ± nan |" in (project / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('return {"x": base', "return [base]", "arm a: must return a dict"),
+        ('"words": "text"', '"words": {1}', "figure 'words' is of type set"),
+        ("*, seed, folder, others, base", "*, seed, base", "figure cannot be called"),
+    ],
+)
+def test_work_that_returns_the_wrong_thing_is_one_line(project, old, new, told, capsys):
+    config = project / "config.py"
+    text = config.read_text()
+    if old.startswith("return"):
+        text = text.replace(old + ' + 0.1 * seed, "words": "text"}', new)
+    config.write_text(text.replace(old, new))
+    assert told in mistake(capsys, "run", project.name, "--in-process")
+
+
+def test_numbers_of_numpy_are_figures(project):
+    config = project / "config.py"
+    text = config.read_text().replace('"words": "text"', '"words": np.ones(2)')
+    text = text.replace('"x": base', '"x": np.float32(base)')
+    config.write_text(text.replace("from moex", "import numpy as np\nfrom moex", 1))
+    moex("run", project.name, "--in-process", "--arms=a", "--seeds=0")
+    data = json.loads((project / "results.json").read_text())
+    assert data["cpu"]["a"]["seeds"]["0"]["words"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("file", ["criteria.py", "README.md"])
+def test_what_is_missing_is_said_before_anything_is_done(project, file, capsys):
+    (project / file).unlink()
+    assert f"{file}: an experiment needs this file" in mistake(
+        capsys, "run", project.name, "--in-process"
+    )
+    assert not (project / "results.json").exists()
 
 
 def test_there_is_no_folder_of_experiments(tmp_path, monkeypatch):
