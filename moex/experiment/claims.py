@@ -42,7 +42,7 @@ class Claim:
     @property
     def failed(self) -> bool:
         """Whether it is a mechanism that does not do what it must."""
-        return self.gates and self.finding.verdict in (IN_DIRECTION, NOT_HERE)
+        return self.gates and self.finding.verdict == NOT_HERE
 
 
 def judge(results: Results, mechanisms: Iterable[Criterion], claims) -> list[Claim]:
