@@ -25,9 +25,20 @@ def _fill(slots: dict, rows: list[dict], place_N) -> dict:
     """Put rows into the slots of these numbers."""
     TRACED["fill"] += 1
     put = jax.lax.dynamic_update_index_in_dim
+    types = {name: array.dtype for name, array in slots.items()}
+    # As bfloat16, a CPU would turn all slots into float32 and back.
+    slots, *rows = ({n: _bits(a) for n, a in own.items()} for own in (slots, *rows))
     for i, row in enumerate(rows):
         slots = {name: put(a, row[name], place_N[i], 0) for name, a in slots.items()}
-    return slots
+    view = jax.lax.bitcast_convert_type
+    return {name: view(a, types[name]) for name, a in slots.items()}
+
+
+def _bits(array):
+    """An array of bfloat16 as integers of its bits; others as they are."""
+    if array.dtype != jnp.bfloat16:
+        return array
+    return jax.lax.bitcast_convert_type(array, jnp.uint16)
 
 
 class Slots:
