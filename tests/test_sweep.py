@@ -323,7 +323,7 @@ def pretend(monkeypatch, tmp_path):
             command = [sys.executable, str(script), *command[4:]]
         return start(command, **options)
 
-    monkeypatch.setattr(sweep.subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "Popen", popen)
 
 
 def run_points(made, workdir, text):

@@ -10,7 +10,6 @@ import os
 import pathlib
 import platform
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from moex.experiment.contract import Experiment, Figures
 from moex.experiment.find import Found
 from moex.json_files import digest, dump_json
 from moex.project import flags
+from moex.runs.children import Children, shell_code
 from moex.runs.directory import RunDir
 from moex.terminal import clock
 
@@ -166,7 +166,7 @@ class Runner:
     """Does units, each in a process, `jobs` at a time.
 
     Attributes:
-      asked: the first signal that was received; no unit is begun after it.
+      children: their processes; after a signal no unit is begun.
       failed: exit codes of units that failed.
     """
 
@@ -179,7 +179,7 @@ class Runner:
         say: Callable[[str], None],
     ):
         self.found, self.size, self.place, self.say = found, size, place, say
-        self.asked: int | None = None
+        self.children = Children()
         self.failed: dict[Unit, int] = {}
         self._cores = _shares(jobs)
         results = found.file.of(place.experiment, size)
@@ -192,33 +192,25 @@ class Runner:
     def run(self, units: Sequence[Unit]) -> None:
         """Do units; those that need one that failed are left out."""
         waiting = list(units)
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, self._pass_on) for number in numbers}
-        watched = signal.set_wakeup_fd(-1)  # a second Ctrl-C does not end this process
         count = len(units)
-        try:
-            with progress.phase(self.found.name) as phase:
-                while self._running or (waiting and self.asked is None):
-                    free = set(range(len(self._cores)))
-                    free -= {share for _, share in self._running.values()}
-                    unit = self._next(waiting) if self.asked is None else None
-                    if free and unit is not None:
-                        waiting.remove(unit)
-                        self._begin(unit, min(free))
-                        continue
-                    if not self._running:
-                        break  # the others need units that failed
-                    ended = self._ended()
-                    done = count - len(waiting) - len(self._running)
-                    left = self._left(waiting)
-                    phase.doing = f"{self.found.name}: {done} of {count} done, {left}"
-                    if ended is not None:
-                        self._say_end(*ended, f"{done}/{count}", left)
-                    time.sleep(POLL_S)
-        finally:
-            signal.set_wakeup_fd(watched)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with self.children.heard(), progress.phase(self.found.name) as phase:
+            while self._running or (waiting and self.children.asked is None):
+                free = set(range(len(self._cores)))
+                free -= {share for _, share in self._running.values()}
+                unit = self._next(waiting) if self.children.asked is None else None
+                if free and unit is not None:
+                    waiting.remove(unit)
+                    self._begin(unit, min(free))
+                    continue
+                if not self._running:
+                    break  # the others need units that failed
+                ended = self._ended()
+                done = count - len(waiting) - len(self._running)
+                left = self._left(waiting)
+                phase.doing = f"{self.found.name}: {done} of {count} done, {left}"
+                if ended is not None:
+                    self._say_end(*ended, f"{done}/{count}", left)
+                time.sleep(POLL_S)
 
     def _next(self, waiting: Sequence[Unit]) -> Unit | None:
         """The first unit whose needs are met."""
@@ -237,15 +229,9 @@ class Runner:
         command += [f"--workdir={self.place.workdir}"]
         cores = self._cores[share]
         pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
-        # It gets a session of its own: only we receive Ctrl-C, and ask it to save.
         with log.open("ab") as out:
-            child = subprocess.Popen(
-                command,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=pin,
-            )
+            how = {"stdout": out, "stderr": subprocess.STDOUT, "preexec_fn": pin}
+            child = self.children.start(command, **how)
         self._running[unit] = child, share
 
     def _ended(self) -> tuple[Unit, int] | None:
@@ -263,8 +249,8 @@ class Runner:
                 self.place.experiment, results, unit.arm
             )
             self.say(f"{count} {unit} done; {left}")
-        elif self.asked is None:
-            self.failed[unit] = code if code >= 0 else 128 - code
+        elif self.children.asked is None:
+            self.failed[unit] = shell_code(code)
             log = self.place.log(unit)
             text = log.read_text(encoding="utf-8", errors="replace").strip()
             last = text.splitlines()[-1] if text else f"exit code {code}"
@@ -273,14 +259,6 @@ class Runner:
     def _left(self, waiting: Sequence[Unit]) -> str:
         own = [self._minutes[unit.arm] for unit in [*waiting, *self._running]]
         return f"about {clock(60 * sum(own) / len(self._cores))} left"
-
-    def _pass_on(self, number, frame):
-        """Ask children to save at the first signal; pass later ones on unchanged."""
-        wanted = signal.SIGTERM if self.asked is None else number
-        self.asked = self.asked or number
-        for child, _ in self._running.values():
-            if child.poll() is None:
-                child.send_signal(wanted)
 
 
 def _shares(jobs: int) -> list[set[int]]:

@@ -83,7 +83,7 @@ def run(args, say: Say) -> None:
         say("everything was done before")
     refresh(found)
     _show(found, size, say)
-    if made.asked is not None:
+    if made.children.asked is not None:
         raise KeyboardInterrupt("interrupted; the same command goes on from here")
     if made.failed:
         raise RunError(f"{len(made.failed)} of {len(todo)} failed; see above")

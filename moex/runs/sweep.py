@@ -10,7 +10,6 @@ import pathlib
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from moex import hints, json_files
 from moex.config.base import ConfigError, flat, require
 from moex.data.files import atomic_write, locked
 from moex.process import fail, use_cpu
+from moex.runs.children import Children, shell_code
 from moex.runs.directory import RunDir, given_config
 from moex.runs.grid import CONFIG, Point, Sweep, make_sweep
 
@@ -184,9 +184,12 @@ class Runner:
     """Trains points one after another, each in a process."""
 
     def __init__(self, workdir: pathlib.Path, say: Callable[[str], None]):
-        self.workdir, self.say = workdir, say
-        self.child: Any = None
-        self.asked: int | None = None  # the first signal that was received
+        self.workdir, self.say, self.children = workdir, say, Children()
+
+    @property
+    def asked(self) -> int | None:
+        """The first signal that was received."""
+        return self.children.asked
 
     def run(self, points: Sequence[Point], flags: list[str]) -> dict[str, int]:
         """Train points that are not finished, until all are or a signal comes.
@@ -195,20 +198,13 @@ class Runner:
           `{name: exit code}` of those that failed.
         """
         failed = {}
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, self._pass_on) for number in numbers}
-        watched = signal.set_wakeup_fd(-1)  # a second Ctrl-C does not end this process
-        try:
+        with self.children.heard():
             for i, point in enumerate(points, 1):
                 if self.asked is not None:
                     break
                 code = self._train(point, f"sweep: {i}/{len(points)} ", flags)
                 if code != 0:
                     failed[point.name] = code
-        finally:
-            signal.set_wakeup_fd(watched)
-            for number, handler in before.items():
-                signal.signal(number, handler)
         return failed
 
     def _train(self, point: Point, head: str, flags: list[str]) -> int:
@@ -219,27 +215,11 @@ class Runner:
         self.say(f"{head}{point.name}")
         command = [sys.executable, "-m", "moex.cli", "train", *flags]
         command += [*point.config_args, f"--workdir={run}"]
-        # It gets a session of its own: only we receive Ctrl-C, and ask it to save.
-        self.child = subprocess.Popen(command, start_new_session=True)
-        if self.asked is not None:
-            self.child.terminate()
-        code = self.child.wait()
+        code = self.children.start(command).wait()
         if self.asked is not None and code in (0, -signal.SIGTERM):
             return 0
         if code == 0 and not is_finished(run, point.steps):
             code = 1  # a signal that we did not send stopped it
         if code != 0:
-            self.say(f"{head}{point.name} failed with exit code {_shell_code(code)}")
-        return _shell_code(code)
-
-    def _pass_on(self, number, frame):
-        """Ask the child to save at the first signal; pass later ones on unchanged."""
-        wanted = signal.SIGTERM if self.asked is None else number
-        self.asked = self.asked or number
-        if self.child is not None and self.child.poll() is None:
-            self.child.send_signal(wanted)
-
-
-def _shell_code(code: int) -> int:
-    """The exit code as shells give it: 128 + signal if a signal ended the process."""
-    return code if code >= 0 else 128 - code
+            self.say(f"{head}{point.name} failed with exit code {shell_code(code)}")
+        return shell_code(code)
