@@ -35,7 +35,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def seeds_of(text: str | None) -> list[int] | None:
-    """The numbers of `--seeds`.
+    """The numbers of `--seeds`, each once.
 
     Raises:
       ConfigError: if one is none.
@@ -45,7 +45,7 @@ def seeds_of(text: str | None) -> list[int] | None:
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts):
         raise ConfigError(f"--seeds = {text!r}: must be whole numbers, such as 0,1,2.")
-    return [int(part) for part in parts]
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def run(args, say: Say) -> None:
@@ -59,14 +59,15 @@ def run(args, say: Say) -> None:
     place = Place(experiment, args.workdir or default)
     found.criteria()  # mistakes show now, and not after hours
     page.check_readme(found)
-    if args.in_process:
+    if args.again and not args.dry_run:
+        runner.clear(place, units)
+    if args.in_process and not args.dry_run:
         known = found.file.of(experiment, size).arms
         for unit in units:
             if not place.is_done(unit) or unit.seed not in known[unit.arm]:
                 runner.do(found, size, place, unit)
         return
-    if args.again and not args.dry_run:
-        runner.clear(place, units)
+    if args.again:
         todo = units
     else:
         for line in found.file.stale(experiment, size):

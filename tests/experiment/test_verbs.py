@@ -183,6 +183,19 @@ def test_a_broken_experiment_is_one_line(project, file, old, new, told, capsys):
     assert told in line and file in line
 
 
+def test_what_is_asked_for_again_is_done_again_in_this_process_too(project, capsys):
+    moex("run", project.name, "--in-process")
+    results = project / "results.json"
+    text = results.read_text()
+    results.write_text(text.replace('"x": 3.0', '"x": 9.0'))
+    capsys.readouterr()
+    moex("run", project.name, "--in-process", "--again", "--dry-run", "--seeds=0,0")
+    assert "3 to do" in capsys.readouterr().out
+    moex("run", project.name, "--in-process", "--again", "--arms=a")
+    figures = json.loads(results.read_text())["cpu"]["a"]["seeds"]["0"]
+    assert figures["x"] == 3.0
+
+
 def test_lost_results_are_made_again(project, capsys):
     moex("run", project.name, "--in-process")
     (project / "results.json").unlink()
