@@ -53,7 +53,7 @@ def markdown_lines(results: Results, size: str) -> list[str]:
     """The digest as Markdown."""
     ladder = find("ladder")
     try:
-        found = judged(results, ladder.file.of(ladder.at(size), size))
+        found = judged(results, ladder.results(size))
     except NotDone as e:
         return [f"The ladder is not done: {e}.", ""]
     heads = ["idea", "what changes"]

@@ -39,6 +39,9 @@ class Claim:
     finding: Finding
     gates: bool
 
+    def __str__(self) -> str:
+        return f"{self.text} {self.finding.verdict}: {self.finding.numbers}"
+
     @property
     def failed(self) -> bool:
         """Whether it is a mechanism that does not do what it must."""

@@ -16,7 +16,7 @@ import inspect
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from moex.config.base import (
     Config,
@@ -167,8 +167,6 @@ class Table:
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """The arms of an experiment at one size, its seeds and its tables."""
-
-    SIZES: ClassVar = SIZES
 
     arms: Mapping[str, Arm]
     tables: Sequence[Table]

@@ -84,6 +84,10 @@ class Found:
             raise ConfigError(f"{where}: {e}") from None
         return found
 
+    def results(self, size: str) -> Results:
+        """The results of the arms of a size."""
+        return self.file.of(self.at(size), size)
+
     def _module(self, name: str) -> types.ModuleType:
         """Import a file of the experiment, as part of the package of its folder."""
         file = self.folder / f"{name}.py"

@@ -7,7 +7,7 @@ from moex.analysis.compare import Estimate
 from moex.config.base import ConfigError
 from moex.data.files import atomic_write
 from moex.experiment.claims import Claim, judge
-from moex.experiment.contract import SIZES, Column, Experiment, Table
+from moex.experiment.contract import SIZES, Column, Table
 from moex.experiment.find import Found
 from moex.experiment.results import NotDone, Results
 
@@ -76,8 +76,9 @@ def _claim_lines(claims: Sequence[Claim]) -> list[str]:
     return lines
 
 
-def section(found: Found, experiment: Experiment, results: Results, size: str) -> str:
+def section(found: Found, size: str) -> str:
     """The text of the README about one size."""
+    experiment, results = found.at(size), found.results(size)
     lines = [f"### `--size={size}`", ""]
     machines = {own.get("machine") for s in results.arms.values() for own in s.values()}
     minutes = sum(
@@ -104,9 +105,7 @@ def results_part(found: Found) -> str:
     """The whole part of the README that moex writes, with its marks."""
     parts = []
     for size in SIZES:
-        experiment = found.at(size)
-        results = found.file.of(experiment, size)
-        parts.append(section(found, experiment, results, size))
+        parts.append(section(found, size))
     return "\n".join([BEGIN, "", *parts, END])
 
 

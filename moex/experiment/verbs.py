@@ -26,7 +26,7 @@ def listed(names: Sequence[str]) -> str:
         done = []
         for size in SIZES:
             experiment = found.at(size)
-            known = found.file.of(experiment, size).arms
+            known = found.results(size).arms
             units = runner.choose(experiment, None, None)
             ready = sum(seed in known.get(arm, {}) for arm, seed in units)
             done.append(f"{ready}/{len(units)}")
@@ -105,23 +105,21 @@ def _plan(found: Found, size: str, experiment: Experiment, todo) -> str:
 def refresh(found: Found) -> None:
     """Write the README and the plots of an experiment from its results."""
     for size in SIZES:
-        experiment = found.at(size)
-        results = found.file.of(experiment, size)
-        draw(experiment, results, found.folder / f"plot_{size}.png")
+        results = found.results(size)
+        draw(found.at(size), results, found.folder / f"plot_{size}.png")
         if any(results.arms.values()):
             found.draw_extra(results, size)
     page.write_readme(found)
 
 
 def _show(found: Found, size: str, say: Say) -> None:
-    experiment = found.at(size)
-    results = found.file.of(experiment, size)
-    for table in experiment.tables:
+    results = found.results(size)
+    for table in found.at(size).tables:
         say(f"\n{table.title}")
         say(aligned(page.rows_of(results, table)))
     say("")
     for claim in page.claims_of(found, results):
-        say(f"{claim.text} {claim.finding.verdict}: {claim.finding.numbers}")
+        say(str(claim))
 
 
 def check(names: Sequence[str], size: str | None, say: Say) -> str:
@@ -136,15 +134,12 @@ def check(names: Sequence[str], size: str | None, say: Say) -> str:
         for own in SIZES if size is None else (size,):
             experiment = found.at(own)
             wrong += found.file.stale(experiment, own)
-            results = found.file.of(experiment, own)
+            results = found.results(own)
             if not any(results.arms.values()):
                 say(f"{found.name}, {own}: not run yet")
                 continue
             for claim in page.claims_of(found, results):
-                say(
-                    f"{found.name}, {own}: {claim.text} {claim.finding.verdict}: "
-                    f"{claim.finding.numbers}"
-                )
+                say(f"{found.name}, {own}: {claim}")
                 if claim.failed:
                     wrong.append(f"{found.name}, {own}: mechanism: {claim.text}")
         if not page.readme_is_right(found):
