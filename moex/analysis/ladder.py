@@ -25,6 +25,7 @@ from moex.config.base import ConfigError
 
 FEWEST = 4  # sizes of a ladder: the law has three parameters
 SAMPLES = 300
+FIT = 0.95  # the share of samples that must have a law
 LEVELS = (2.5, 97.5)  # percent: the ends of intervals
 
 
@@ -86,8 +87,8 @@ class Law:
         """Fit the law over "flops" or "seconds".
 
         Raises:
-          ConfigError: for fewer than `FEWEST` sizes, one seed a size, or losses that do
-            not fall.
+          ConfigError: for fewer than `FEWEST` sizes, one seed a size, losses that do
+            not fall, or such that no law fits.
         """
         self.axis = axis
         rungs = sorted(rungs, key=lambda rung: rung.spent(axis))
@@ -116,25 +117,34 @@ class Law:
         squares = [np.var(r.losses) * len(r.losses) for r in rungs]
         self.deviation = float(np.sqrt(sum(squares) / freedom))
         starts = [(np.log(gap * self.low), 0.0, 0.3) for gap in (0.5, 0.1)]
-        fits = [self._fit(mean_G, start) for start in starts]
+        found = [self._fit(mean_G, start) for start in starts]
+        fits = [fit for fit in found if fit is not None]
+        if not fits:
+            raise ConfigError(f"the ladder's loss follows no power law of {axis}.")
         missed = [float(np.mean((self._at(fit) - mean_G) ** 2)) for fit in fits]
         best = fits[int(np.argmin(missed))]
         self.residual = float(np.sqrt(min(missed)))
         self.floor, self.scale, self.alpha = self._plain(best)
         noise_BG = np.random.default_rng(0).standard_normal((samples, len(rungs)))
         noise_BG *= self.deviation / np.sqrt(count_G)
-        own = [self._plain(self._fit(mean_G + n_G, best)) for n_G in noise_BG]
-        self.samples_B3 = np.array(own)
+        found = [self._fit(mean_G + noise_G, best) for noise_G in noise_BG]
+        fits = [fit for fit in found if fit is not None]
+        if len(fits) < FIT * samples:
+            raise ConfigError(
+                f"the ladder's seeds differ too much for a power law of {axis}: "
+                f"{samples - len(fits)} of {samples} fits with their noise had no end."
+            )
+        self.samples_B3 = np.array([self._plain(fit) for fit in fits])
 
-    def _fit(self, mean_G, start) -> np.ndarray:
-        """The parameters of `law` by least squares; the start, if there is no end."""
+    def _fit(self, mean_G, start) -> np.ndarray | None:
+        """The parameters of `law` by least squares; None if the search had no end."""
         curve = functools.partial(law, least=self.low)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", OptimizeWarning)
                 found, _ = curve_fit(curve, self._spent_G, mean_G, start, maxfev=2000)
-        except RuntimeError:  # it did not converge
-            return np.asarray(start)
+        except RuntimeError:  # the library's word for it
+            return None
         return found
 
     def _at(self, params_3) -> np.ndarray:
@@ -160,7 +170,7 @@ class Law:
         return Interval(getattr(self, name), float(low), float(high))
 
     def covers(self, loss: float) -> bool:
-        """Whether a loss lies between those of the smallest and the largest size."""
+        """Tell whether a loss lies between those of the smallest and largest size."""
         return self.low <= loss <= self.high
 
     def speedup(self, idea: Rung) -> Interval:
@@ -174,7 +184,11 @@ class Law:
         scale = max(self.deviation, float(own)) / np.sqrt(len(idea.losses))
         count = len(self.samples_B3)
         noise_B = scale * np.random.default_rng(1).standard_normal(count)
-        sample_B = self._needed(loss + noise_B, *self.samples_B3.T) / spent
+        return self._saved(loss, loss + noise_B, spent)
+
+    def _saved(self, loss: float, loss_B, spent: float) -> Interval:
+        """The cost of a loss over what was spent, with its samples."""
+        sample_B = self._needed(loss_B, *self.samples_B3.T) / spent
         low, high = np.percentile(sample_B, LEVELS)
         return Interval(self.needed(loss) / spent, float(low), float(high))
 
@@ -189,20 +203,13 @@ class Law:
           difference_S: loss of the idea less that of the baseline, of each seed.
           spent: by the idea.
         """
-        own = baseline.spent(self.axis)
-        unit = (own / self.unit) ** -self.alpha
-        loss = self.floor + self.scale * unit + float(np.mean(difference_S))
-        count = len(difference_S)
-        error = np.std(difference_S, ddof=1) / np.sqrt(count)
-        noise_B = error * np.random.default_rng(1).standard_t(
-            count - 1, len(self.samples_B3)
-        )
+        at, count = baseline.spent(self.axis) / self.unit, len(difference_S)
+        mean, error = np.mean(difference_S), np.std(difference_S, ddof=1)
+        draws = np.random.default_rng(1).standard_t(count - 1, len(self.samples_B3))
         floor_B, scale_B, alpha_B = self.samples_B3.T
-        loss_B = floor_B + scale_B * (own / self.unit) ** -alpha_B
-        loss_B += np.mean(difference_S) + noise_B
-        sample_B = self._needed(loss_B, floor_B, scale_B, alpha_B) / spent
-        low, high = np.percentile(sample_B, LEVELS)
-        return Interval(self.needed(loss) / spent, float(low), float(high))
+        loss = self.floor + self.scale * at**-self.alpha + float(mean)
+        noise_B = mean + error / np.sqrt(count) * draws
+        return self._saved(loss, floor_B + scale_B * at**-alpha_B + noise_B, spent)
 
 
 class Judgement(NamedTuple):

@@ -79,6 +79,31 @@ def test_intervals_cover_what_was_planted():
     assert 33 <= held <= 40
 
 
+def test_paired_seeds_are_no_noise():
+    """Seeds that share what they differ by leave the law's own doubt alone."""
+    rungs = ladder(noise=0.02, seeds=5)
+    law, baseline = Law(rungs, "flops"), rungs[2]
+    spent = baseline.spent("flops")
+    same = law.paired(baseline, np.zeros(5), spent)
+    assert (same.value, same.low, same.high) == pytest.approx((1, 1, 1))
+    unit = 16.0
+    saved = planted(unit * 1.3) - planted(unit)
+    exact = Law(ladder(noise=1e-6), "flops")
+    found = exact.paired(baseline, np.full(3, saved), spent)
+    assert found.value == pytest.approx(1.3, rel=0.01)
+    noisy = law.paired(baseline, saved + np.array([-0.01, 0, 0.01]), spent)
+    assert noisy.low < noisy.value < noisy.high
+
+
+def test_a_fit_without_an_end_is_told(monkeypatch):
+    def fails(*args, **options):
+        raise RuntimeError("Optimal parameters not found")
+
+    monkeypatch.setattr("moex.analysis.ladder.curve_fit", fails)
+    with pytest.raises(ConfigError, match="follows no power law of flops"):
+        Law(ladder(), "flops")
+
+
 def test_a_loss_beyond_the_ladder_is_marked():
     _, _, found = judge(ladder(noise=1e-3), [rung(64.0, 2.0), rung(0.5, 1.0)])
     assert [each.extrapolated for each in found] == [True, True]
