@@ -65,6 +65,8 @@ def divide() -> Cores | None:
     try:
         bind(cores.device)
     except OSError as e:
+        with contextlib.suppress(OSError):  # some threads may be bound already
+            bind(every)
         return _shared(f"threads cannot be bound to them ({one_line(e)})")
     if jax.default_backend() == "cpu":
         return cores

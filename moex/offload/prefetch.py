@@ -82,8 +82,10 @@ def kept(own: Routed):
     here = np.flatnonzero(own.slots.slot_E(own.place) >= 0)
     computing = [(own.place, int(e)) for e in here]
     cache.pin(computing)
-    yield
-    cache.unpin(computing)
+    try:
+        yield
+    finally:
+        cache.unpin(computing)
 
 
 class ByRouters(Prefetch):
