@@ -52,7 +52,7 @@ def teacher(*, seed, folder, others, student, steps, batch=256, lr=3e-3):
     del folder, others
     keys = jax.random.split(jax.random.key(seed), 3)
     target = Layer(*STUDENTS["coe_k2c2"], nnx.Rngs(keys[0]))
-    # As they are initialised, experts change their input by little.
+    # Experts change their input by little as they are initialised; a teacher must not.
     target_def, target_state = nnx.split(target)
     target_state = jax.tree.map(lambda a: 2.0 * a, target_state)
     graphdef, params = nnx.split(Layer(*STUDENTS[student], nnx.Rngs(keys[1])))
@@ -128,7 +128,7 @@ def count_pairs(trace: Trace) -> np.ndarray:
 
 
 def transitions(*, seed, folder, others, run, tokens):
-    """Which expert of the first round is followed by which of the second.
+    """Count which experts of the second round follow on those of the first.
 
     Returns:
       "same": the share of pairs (expert of round 1, expert of round 2) of a token that

@@ -93,6 +93,18 @@ def moe(dim: int, **changes) -> MoE:
     return MoE(**(kind | changes))
 
 
+def muon(lr: float) -> Optim:
+    """The optimizer of the quickstart at another learning rate."""
+    return Optim(
+        rule=Muon(adam_lr=lr / 2),
+        lr=lr,
+        schedule="wsd",
+        warmup_steps=20,
+        decay_frac=0.5,
+        final_lr_frac=0.0,
+    )
+
+
 def config(name: str, number: int, ffn=None, loss=None):
     """The run config of a rung.
 
@@ -116,14 +128,7 @@ def config(name: str, number: int, ffn=None, loss=None):
     else:
         cfg.data = get_data("data=stdlib")
     cfg.steps, cfg.batch_size, cfg.seq_len = rung.steps, size.batch, size.seq_len
-    cfg.optim = Optim(
-        rule=Muon(adam_lr=size.lr / 2),
-        lr=size.lr,
-        schedule="wsd",
-        warmup_steps=20,
-        decay_frac=0.5,
-        final_lr_frac=0.0,
-    )
+    cfg.optim = muon(size.lr)
     cfg.loss = loss or Loss()
     cfg.eval = Eval(every=0)
     cfg.checkpoint.every = rung.steps // 2
@@ -155,7 +160,7 @@ def time_kinds(*, seed, folder, others, name, number):
 def feed_forward(name: str, number: int, kind: str):
     """The "moe" or "dense" feed-forward of a rung."""
     dim = SIZES[name].rungs[number].dim
-    # As wide as the experts of a token and the shared one.
+    # The dense layer is as wide as the experts of a token and the shared one.
     return moe(dim) if kind == "moe" else Dense(hidden=(K + 1) * dim)
 
 

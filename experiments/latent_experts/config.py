@@ -7,22 +7,9 @@ of the parameters of plain experts.
 
 import dataclasses
 
+from experiments.ladder.config import muon
 from experiments.latent_experts.measures import converted, traffic, tuned
-from moex import (
-    LM,
-    Attention,
-    Bpe,
-    Data,
-    Eval,
-    Glu,
-    Latent,
-    MoE,
-    Muon,
-    Narrow,
-    Optim,
-    Segment,
-    TopK,
-)
+from moex import LM, Attention, Bpe, Data, Eval, Glu, Latent, MoE, Narrow, Segment, TopK
 from moex.configs import base
 from moex.configs.lm_data import get_data
 from moex.experiment.contract import Arm, Column, Experiment, Table, Training, Work
@@ -70,14 +57,7 @@ def config(name: str, experts, narrow: int | None = None):
     if name == "gpu":
         cfg.data = get_data("data=stdlib")
     cfg.steps, cfg.batch_size, cfg.seq_len = size.steps, size.batch, size.seq_len
-    cfg.optim = Optim(
-        rule=Muon(adam_lr=1e-2),
-        lr=2e-2,
-        schedule="wsd",
-        warmup_steps=20,
-        decay_frac=0.5,
-        final_lr_frac=0.0,
-    )
+    cfg.optim = muon(lr=2e-2)
     cfg.eval = Eval(every=0)
     cfg.checkpoint.every = size.steps // 2
     cfg.log.sample_tokens = 0

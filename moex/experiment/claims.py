@@ -44,7 +44,7 @@ class Claim:
 
     @property
     def failed(self) -> bool:
-        """Whether it is a mechanism that does not do what it must."""
+        """Tell whether it is a mechanism that does not hold, so that `check` fails."""
         return self.gates and self.finding.verdict == NOT_HERE
 
 

@@ -138,5 +138,5 @@ def write_readme(found: Found) -> None:
 
 
 def readme_is_right(found: Found) -> bool:
-    """Whether the README says what results.json and criteria.py give."""
+    """Tell whether the README says what results.json and criteria.py give."""
     return _split(found.folder / "README.md")[1] == results_part(found)

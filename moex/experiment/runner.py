@@ -63,7 +63,7 @@ class Place:
         return folder.with_name(f"{folder.name}.log")
 
     def is_done(self, unit: Unit) -> bool:
-        """Whether the folder of a unit is complete."""
+        """Tell whether the work in the folder of a unit is finished."""
         return (self.folder(unit).path / DONE).is_file()
 
 

@@ -171,7 +171,7 @@ def _scanned_in_place(body, x_BLD, cache, layers, index):
         x_BLD, (aux, own) = body(x_BLD, (blocks, own, number, parts))
 
         def write(whole, new):
-            # What is no key of a token, such as extra keys, has not changed.
+            # Other parts of a cache, such as extra keys, have not changed.
             part = jax.lax.dynamic_slice_in_dim(new, index, length, axis=1)[None]
             start = (number, 0, index, *[0] * (whole.ndim - 3))
             return jax.lax.dynamic_update_slice(whole, part, start)

@@ -169,7 +169,7 @@ class ExpertCache:
         self._hold((layer, e) for e in hits)
         count.useful_L[layer] += int(self._ahead_LE[layer, [*hits, *here]].sum())
         self._ahead_LE[layer] = False
-        # What was prefetched for other layers leaves last.
+        # Experts that were prefetched for other layers leave last.
         loads, evicted = self._load(layer, absent, self._held_LE | self._ahead_LE)
         if len(loads) < len(absent):
             keep_LE = self._held_LE.copy()

@@ -80,7 +80,7 @@ class Settings:
             )
 
     def measures(self) -> bool:
-        """Whether the times of this machine are measured first, by writing text."""
+        """Tell whether the machine's times are measured first, by writing text."""
         return self.host or self.prefetch == "impact"
 
     def _parsed(self) -> tuple[float, str]:
